@@ -1,0 +1,23 @@
+"""Rules over a stream of records: pure Python, no torch."""
+
+from tune_ssim.guards.baseline import Baseline, BaselineRun
+from tune_ssim.guards.guard import Guard
+from tune_ssim.guards.non_finite import NonFinite
+from tune_ssim.guards.norm_ratio import NormRatio
+from tune_ssim.guards.smoke_test import SmokeTest
+from tune_ssim.guards.threshold import Threshold
+from tune_ssim.guards.violation import Violation
+from tune_ssim.guards.watch import MissingMetric, Watch
+
+__all__ = [
+    "Baseline",
+    "BaselineRun",
+    "Guard",
+    "MissingMetric",
+    "NonFinite",
+    "NormRatio",
+    "SmokeTest",
+    "Threshold",
+    "Violation",
+    "Watch",
+]

@@ -1,0 +1,102 @@
+"""The baseline a trial is compared with: runs of the same training with the pixel loss only, as one JSON file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BaselineRun:
+    """One seed: `series[metric][step]`, its held-out `evaluation` and the parameters that were in force."""
+
+    seed: int
+    series: Mapping[str, Mapping[int, float]]
+    evaluation: Mapping[str, float]
+    effective: Mapping[str, Any] = field(default_factory=dict)
+    trial_id: str = ""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """`runs[0]` has the study's own seed: trials with that seed see the same batches and the same noise, step by step."""
+
+    runs: tuple[BaselineRun, ...]
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("a baseline needs at least one run")
+
+    def run_of(self, seed: int | None) -> BaselineRun | None:
+        """The run whose batches a trial with `seed` can be paired with, if there is one."""
+        return next((run for run in self.runs if run.seed == seed), None)
+
+    def reference(self, seed: int | None) -> BaselineRun:
+        """The paired run, or else the first one."""
+        return self.run_of(seed) or self.runs[0]
+
+    def noise_floor(self, metric: str) -> float | None:
+        """Largest difference of `metric` (held out) between seeds; None with a single seed."""
+        values = [run.evaluation[metric] for run in self.runs if metric in run.evaluation]
+        return max(values) - min(values) if len(values) > 1 else None
+
+    def to_bytes(self) -> bytes:
+        runs = [
+            {
+                "seed": run.seed,
+                "trial_id": run.trial_id,
+                "evaluation": dict(run.evaluation),
+                "effective": dict(run.effective),
+                "series": {name: [[s, v] for s, v in sorted(points.items())] for name, points in run.series.items()},
+            }
+            for run in self.runs
+        ]
+        return json.dumps({"format": FORMAT, "runs": runs}, sort_keys=True, indent=1).encode()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Baseline:
+        loaded = json.loads(data)
+        if loaded.get("format") != FORMAT:
+            raise ValueError(f"baseline format {loaded.get('format')!r} is not known (this version reads {FORMAT})")
+        return cls(
+            tuple(
+                BaselineRun(
+                    seed=run["seed"],
+                    trial_id=run.get("trial_id", ""),
+                    evaluation=run["evaluation"],
+                    effective=run.get("effective", {}),
+                    series={name: {int(s): float(v) for s, v in points} for name, points in run["series"].items()},
+                )
+                for run in loaded["runs"]
+            )
+        )
+
+    @classmethod
+    def read(cls, path: str | Path, sha256: str | None = None) -> Baseline:
+        """Reads a file; raises ValueError if it is not the one that `sha256` names."""
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"baseline {path}: {error.strerror or error}; "
+                "the storage path must be reachable under the same name from every node"
+            ) from None
+        found = hashlib.sha256(data).hexdigest()
+        if sha256 is not None and found != sha256:
+            raise ValueError(f"baseline {path}: content has digest {found[:12]}…, expected {sha256[:12]}…")
+        return cls.from_bytes(data)
+
+
+def finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,33 @@
+"""The contract of a guard: a fold over records. State is plain JSON, so that a resumed trial goes on counting."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+from tune_ssim.guards.violation import Violation
+from tune_ssim.records import Record
+
+State = dict[str, Any]
+GuardType = TypeVar("GuardType", bound="Guard")
+
+
+class Guard(Protocol):
+    """A frozen dataclass of limits. The same records in the same order give the same violations, wherever they come from."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics without which the guard can say nothing: their absence is an error, never a pass."""
+        ...
+
+    def init(self) -> State: ...
+
+    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+        """The next state and what is to be said, if anything. `state` itself is left as it was."""
+        ...
+
+    def unjudged(self, state: State) -> str | None:
+        """Asked at the end: why the guard could not give a verdict although its metric was there, or None."""
+        ...

@@ -1,0 +1,60 @@
+"""Prune when a loss or the gradient norm is NaN or Inf (note 000 §5.2)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tune_ssim.guards.guard import State
+from tune_ssim.guards.violation import Violation
+from tune_ssim.records import LOSS, STEP_SKIPPED, TOTAL_NORM, Record
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """Looks at every metric whose name begins with one of `prefixes`.
+
+    A step that a GradScaler skipped is routine (fp16: the scale is being found) and is not judged,
+    but more than `max_skipped` skipped steps in a row are a training that no longer moves.
+    """
+
+    prefixes: tuple[str, ...] = ("loss", "total_norm")
+    max_skipped: int = 20  # torch's GradScaler starts at 2**16 and halves at each skip: 16 skips reach a scale of 1
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)
+    name = "non_finite"
+    metrics = (LOSS,)
+
+    def __post_init__(self) -> None:
+        if not self.prefixes:
+            raise ValueError("prefixes must name at least one metric")
+        if self.max_skipped < 1:
+            raise ValueError(f"max_skipped must be >= 1, got {self.max_skipped}")
+
+    def init(self) -> State:
+        return {"skipped": 0, "last_step": -1}
+
+    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+        if record.values.get(STEP_SKIPPED):
+            if record.step <= state["last_step"]:
+                return state, None  # a step that is logged twice counts once
+            skipped = state["skipped"] + 1
+            state = {"skipped": skipped, "last_step": record.step}
+            if skipped <= self.max_skipped:
+                return state, None
+            norm = record.values.get(TOTAL_NORM, math.inf)
+            sentence = f"{skipped} steps in a row were skipped for a non-finite gradient: the training no longer moves"
+            return state, self._violation(record.step, TOTAL_NORM, norm, sentence)
+        if LOSS in record.values:
+            state = {"skipped": 0, "last_step": record.step}
+        for metric, value in record.values.items():
+            if metric.startswith(self.prefixes) and not math.isfinite(value):
+                return state, self._violation(record.step, metric, value, f"{metric} is {value} at step {record.step}")
+        return state, None
+
+    def unjudged(self, state: State) -> str | None:
+        return None
+
+    def _violation(self, step: int, metric: str, value: float, sentence: str) -> Violation:
+        remedy = "lower the gain or the learning rate; compute the SSIM in float32"
+        return Violation(self.name, step, metric, value, math.inf, "prune", sentence, remedy)

@@ -1,0 +1,132 @@
+"""Prune when the gradient norm exceeds the pixel-loss baseline's (notes 000 §5.2: "10x and more" is a red flag)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any, Literal
+
+from tune_ssim.guards.baseline import Baseline
+from tune_ssim.guards.guard import State
+from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM, TOTAL_NORM_MAIN, Record
+
+
+@dataclass(frozen=True)
+class NormRatio:
+    """Median of pre-clip `total_norm` over the last `window` active steps, over the baseline's median on the same steps.
+
+    Medians, because norms are heavy-tailed; active steps only, because with few samples under `max_t` most steps carry
+    no SSIM gradient; from the first full window on, because after a collapse the ratio falls again.
+
+    Without step-by-step pairing (another seed, or a log that does not say which steps were active) the baseline's
+    median over the same range of steps is used, and the sentence says "unpaired".
+    """
+
+    limit: float = 10.0  # note 000 §5.2
+    window: int = 10  # active steps; FACTS: the mean is ruled by tails, the median of >= 10 is not
+    patience: int = 2  # consecutive active steps with the window's ratio above the limit: one outlier batch is no evidence
+    on_excess: Literal["auto", "prune", "probe", "warn"] = "auto"  # auto: probe under gradient clipping, else prune
+    baseline: Baseline | None = field(default=None, repr=False)
+    seed: int | None = None  # the trial's; pairs it with the baseline run that saw the same batches
+    clipped: bool = False  # the training clips its gradient: a high norm alone is then no evidence of harm
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)
+    name = "norm_ratio"
+    metrics = (TOTAL_NORM,)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.limit) and self.limit > 1):
+            raise ValueError(f"limit must be a finite number above 1, got {self.limit}")
+        if self.window < 1:
+            raise ValueError(f"window must be >= 1 active steps, got {self.window}")
+        if self.patience < 1:
+            raise ValueError(f"patience must be >= 1, got {self.patience}")
+        if self.on_excess not in ("auto", "prune", "probe", "warn"):
+            raise ValueError(f"on_excess must be auto, prune, probe or warn, got {self.on_excess!r}")
+
+    def bind(self, baseline: Baseline, seed: int | None, clipped: bool) -> NormRatio:
+        return replace(self, baseline=baseline, seed=seed, clipped=clipped)
+
+    @property
+    def action(self) -> Action:
+        if self.on_excess == "auto":
+            return "probe" if self.clipped else "prune"
+        return self.on_excess
+
+    def init(self) -> State:
+        return {"window": [], "excess": 0, "active_steps": 0, "wait": 0, "max_ratio": None, "max_ratio_main": None}
+
+    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+        norm = record.values.get(TOTAL_NORM)
+        if norm is None or record.values.get(STEP_SKIPPED) or record.values.get(ACTIVE_FRACTION, 1.0) <= 0:
+            return state, None
+        if state["window"] and record.step <= state["window"][-1][0]:
+            return state, None  # a step that is logged twice counts once
+        window = [*state["window"], [record.step, norm if not math.isnan(norm) else math.inf]][-self.window :]
+        state = {**state, "window": window, "active_steps": state["active_steps"] + 1, "wait": max(0, state["wait"] - 1)}
+        if len(window) < self.window or self.baseline is None:
+            return state, None
+
+        ratio, paired = self._ratio(window, TOTAL_NORM)
+        ratio_main, _ = self._ratio(window, TOTAL_NORM_MAIN)
+        state["max_ratio"] = _largest(state["max_ratio"], ratio)
+        state["max_ratio_main"] = _largest(state["max_ratio_main"], ratio_main)
+        state["excess"] = state["excess"] + 1 if ratio is not None and ratio > self.limit else 0
+        if ratio is None or state["excess"] < self.patience or state["wait"]:
+            return state, None
+        # After a warning or a probe that found nothing, the next word comes a whole window later.
+        state["wait"] = self.window
+        main = "" if ratio_main is None else f", {ratio_main:.3g}x the main loss alone"
+        return state, Violation(
+            guard=self.name,
+            step=record.step,
+            metric=TOTAL_NORM,
+            value=ratio,
+            limit=self.limit,
+            action=self.action,
+            sentence=(
+                f"total_norm is {ratio:.3g}x the baseline's (limit {self.limit:g}; "
+                f"{'paired' if paired else 'unpaired'} median of {len(window)} active steps up to step {record.step}{main})"
+            ),
+            remedy="lower the gain (ssim_loss_weight x ssim_grad_scale) or ssim_loss_max_t",
+        )
+
+    def unjudged(self, state: State) -> str | None:
+        if self.baseline is None or state["active_steps"] >= self.window:
+            return None
+        return (
+            f"guard '{self.name}' saw {state['active_steps']} active steps and needs {self.window}: "
+            "train longer, raise ssim_loss_max_t or the batch size"
+        )
+
+    def summary(self, state: State) -> dict[str, float]:
+        """`norm_ratio_max` and, where the baseline measured it, `norm_ratio_main_max`."""
+        found = {"norm_ratio_max": state["max_ratio"], "norm_ratio_main_max": state["max_ratio_main"]}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def current(self, state: State) -> float | None:
+        """The ratio of the latest window, for display."""
+        if self.baseline is None or len(state["window"]) < self.window:
+            return None
+        return self._ratio(state["window"], TOTAL_NORM)[0]
+
+    def _ratio(self, window: list[list[Any]], metric: str) -> tuple[float | None, bool]:
+        """Median of the window over the median of the baseline's `metric`, and whether step by step."""
+        assert self.baseline is not None
+        series = self.baseline.reference(self.seed).series.get(metric, {})
+        paired = [series[step] for step, _ in window if step in series and math.isfinite(series[step])]
+        is_paired = self.baseline.run_of(self.seed) is not None and len(paired) >= 0.8 * len(window)
+        if not is_paired:
+            near = [v for s, v in series.items() if window[0][0] <= s <= window[-1][0] and math.isfinite(v)]
+            paired = near if len(near) >= len(window) else [v for v in series.values() if math.isfinite(v)]
+        below = median(paired) if paired else 0.0
+        if below <= 0:
+            return None, is_paired
+        return median(norm for _, norm in window) / below, is_paired
+
+
+def _largest(one: float | None, other: float | None) -> float | None:
+    values = [value for value in (one, other) if value is not None]
+    return max(values) if values else None

@@ -1,0 +1,145 @@
+"""Prune when inference collapses: statistics of samples with fixed crops and fixed noise, judged against step 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tune_ssim.guards.guard import State
+from tune_ssim.guards.violation import Violation
+from tune_ssim.records import SMOKE, SMOKE_AGAIN, Record
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One statistic on the wrong side of its limit."""
+
+    metric: str
+    value: float
+    limit: float
+    words: str
+
+
+@dataclass(frozen=True)
+class SmokeTest:
+    """Reads the statistics that `probes.collapse` makes of a `Sample`; a statistic that a task does not have is not judged.
+
+    Defaults are FACTS' (32 fundus crops, healthy against ruined): each lies between the two clouds.
+    Two failures in a row are needed, since single ones recover; at step 0 one is enough, and means a bad set-up.
+    """
+
+    at: tuple[int, ...] = (0, 25, 50, 100, 200)  # steps at which to sample; the last step of a trial is always one
+    consecutive: int = 2  # one-off failures recover
+    max_consistency_drop_db: float = 3.0  # PSNR of the down-sampled sample against its own input: healthy 27.7-29.7, ruined 16-24
+    min_correlation_ratio: float = 0.65  # correlation of the same, of its start: healthy .66-.69, ruined <= .3
+    max_high_frequency: float = 1.6  # high-frequency energy, of the autoencoder's reconstruction: healthy .65-1.03, noise >= 1.5
+    min_high_frequency: float = 0.1  # flat colour
+    min_std_ratio: float = 0.4  # contrast, of the reference's
+    min_entropy_bits: float = 1.5  # of the grey-level histogram (64 bins); a flat colour has 0
+    max_flow_loss_ratio: float = 10.0  # flow loss in the noisiest t-bin, of its start
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)
+    name = "smoke_test"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "at", tuple(sorted(set(self.at))))
+        if not self.at or any(not isinstance(step, int) or step < 0 for step in self.at):
+            raise ValueError(f"at must list steps >= 0, got {list(self.at)}")
+        if self.consecutive < 1:
+            raise ValueError(f"consecutive must be >= 1, got {self.consecutive}")
+        for limit in ("max_consistency_drop_db", "max_high_frequency", "max_flow_loss_ratio"):
+            if not getattr(self, limit) > 0:
+                raise ValueError(f"{limit} must be > 0, got {getattr(self, limit)}")
+        if not self.min_high_frequency < self.max_high_frequency:
+            raise ValueError(
+                f"min_high_frequency ({self.min_high_frequency}) must be below max_high_frequency ({self.max_high_frequency})"
+            )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (SMOKE,)
+
+    def due(self, step: int, last_step: int) -> bool:
+        return step in self.at or step == last_step
+
+    def init(self) -> State:
+        return {"start": None, "failures": 0, "last_step": -1, "last": None}
+
+    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+        first = _with_prefix(record, SMOKE)
+        if not first or record.step <= state["last_step"]:
+            return state, None
+        start = state["start"] if state["start"] is not None else first
+        state = {**state, "start": start, "last_step": record.step}
+        findings = self.findings(first, start)
+        failures = state["failures"] + 1 if findings else 0
+        again = _with_prefix(record, SMOKE_AGAIN)
+        if findings and again:
+            findings_again = self.findings(again, start)
+            failures = failures + 1 if findings_again else 0
+        state["failures"] = failures
+        state["last"] = findings[0].words if findings else None
+        if not findings or failures == 0:
+            return state, None
+        worst = findings[0]
+        if record.step == 0:
+            sentence = f"the model is ruined before its first update: {_join(findings)}"
+            remedy = "check that the pretrained weights were loaded and that images are in the range the model expects"
+            return state, self._violation(record.step, worst, "abort", sentence, remedy)
+        if failures < self.consecutive:
+            return state, None
+        sentence = f"samples have collapsed, {failures} smoke tests in a row: {_join(findings)}"
+        remedy = "lower the gain (ssim_loss_weight x ssim_grad_scale), ssim_loss_max_t or the learning rate"
+        return state, self._violation(record.step, worst, "prune", sentence, remedy)
+
+    def findings(self, now: dict[str, float], start: dict[str, float]) -> list[Finding]:
+        """The statistics of one smoke test that are on the wrong side, most telling first."""
+        found: list[Finding] = []
+
+        def judge(metric: str, limit: float | None, bad: Callable[[float, float], bool], words: str) -> None:
+            value = now.get(metric)
+            if value is None or limit is None:
+                return
+            if not math.isfinite(value) or bad(value, limit):
+                found.append(Finding(SMOKE + metric, value, limit, words.format(value=value, limit=limit)))
+
+        below, above = (lambda value, limit: value < limit), (lambda value, limit: value > limit)
+        floor_db = _from_start(start, "consistency_psnr", lambda db: db - self.max_consistency_drop_db)
+        judge("consistency_psnr", floor_db, below, "agreement with the input {value:.1f} dB (floor {limit:.1f} dB)")
+        floor = _from_start(start, "consistency_correlation", lambda r: self.min_correlation_ratio * r)
+        judge("consistency_correlation", floor, below, "correlation with the input {value:.2f} (floor {limit:.2f})")
+        noisy = "high-frequency energy {value:.2f}x the reference's (limit {limit:g}: noise)"
+        judge("high_frequency", self.max_high_frequency, above, noisy)
+        flat = "high-frequency energy {value:.2f}x the reference's (floor {limit:g}: flat)"
+        judge("high_frequency", self.min_high_frequency, below, flat)
+        judge("std_ratio", self.min_std_ratio, below, "contrast {value:.2f}x the reference's (floor {limit:g})")
+        judge("entropy_bits", self.min_entropy_bits, below, "histogram entropy {value:.2f} bit (floor {limit:g})")
+        ceiling = _from_start(start, "flow_loss_top_bin", lambda loss: self.max_flow_loss_ratio * loss)
+        judge("flow_loss_top_bin", ceiling, above, "flow loss at the noisiest t {value:.3g} (limit {limit:.3g})")
+        judge("non_finite_fraction", 0.0, above, "{value:.1%} of the sampled pixels are not finite")
+        judge("undecodable_fraction", 0.0, above, "{value:.1%} of the generated token ids cannot be decoded")
+        return found
+
+    def unjudged(self, state: State) -> str | None:
+        return None
+
+    def summary(self, state: State) -> dict[str, float]:
+        return {"smoke_failures": float(state["failures"])}
+
+    def _violation(self, step: int, worst: Finding, action: Any, sentence: str, remedy: str) -> Violation:
+        return Violation(self.name, step, worst.metric, worst.value, worst.limit, action, sentence, remedy)
+
+
+def _with_prefix(record: Record, prefix: str) -> dict[str, float]:
+    return {key[len(prefix) :]: value for key, value in record.values.items() if key.startswith(prefix)}
+
+
+def _from_start(start: dict[str, float], metric: str, rule: Callable[[float], float]) -> float | None:
+    value = start.get(metric)
+    return None if value is None else rule(value)
+
+
+def _join(findings: list[Finding]) -> str:
+    return "; ".join(finding.words for finding in findings[:3])

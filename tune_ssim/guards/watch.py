@@ -1,0 +1,95 @@
+"""All guards of a trial, folded over its records."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tune_ssim.guards.guard import Guard
+from tune_ssim.guards.violation import Violation
+from tune_ssim.records import Record
+
+GRACE_RECORDS = 20  # a metric that has not appeared by then is not coming
+
+
+class MissingMetric(ValueError):
+    """A guard's metric never appeared: the guard cannot pass, since it has seen nothing."""
+
+
+@dataclass
+class Watch:
+    """`update` takes records in the order of their steps and returns what the guards say; its state is plain JSON."""
+
+    guards: Sequence[Guard]
+    _states: dict[str, Any] = field(init=False)
+    _seen: dict[str, bool] = field(init=False)
+    _records: int = field(init=False, default=0)
+    _names: list[str] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        names = [guard.name for guard in self.guards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"guards must have different names, got {names}")
+        self._states = {guard.name: guard.init() for guard in self.guards}
+        self._seen = {guard.name: False for guard in self.guards}
+
+    def update(self, record: Record) -> list[Violation]:
+        """Raises MissingMetric when a guard's metric is absent from the first records."""
+        self._records += 1
+        self._names = sorted({*self._names, *record.values})[:50]
+        violations = []
+        for guard in self.guards:
+            self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
+            self._states[guard.name], violation = guard.update(self._states[guard.name], record)
+            if violation is not None:
+                violations.append(violation)
+        if self._records == GRACE_RECORDS:
+            self._require(f"the first {GRACE_RECORDS} records")
+        return violations
+
+    def fold(self, records: Iterable[Record]) -> list[Violation]:
+        """Violations up to and with the first that ends the run; later records are not looked at."""
+        found: list[Violation] = []
+        for record in records:
+            found += self.update(record)
+            if any(violation.action in ("prune", "abort") for violation in found):
+                break
+        return found
+
+    def finish(self) -> list[str]:
+        """At the end of a run: reasons why a guard could give no verdict. Raises MissingMetric."""
+        self._require(f"all {self._records} records")
+        reasons = [guard.unjudged(self._states[guard.name]) for guard in self.guards]
+        return [reason for reason in reasons if reason]
+
+    def state_of(self, name: str) -> dict[str, Any]:
+        return self._states[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(
+            {"states": self._states, "seen": self._seen, "records": self._records, "names": self._names}
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state["states"]) != set(self._states):
+            raise ValueError(f"saved guards {sorted(state['states'])} are not this trial's {sorted(self._states)}")
+        state = copy.deepcopy(state)
+        self._states, self._seen = state["states"], state["seen"]
+        self._records, self._names = state["records"], state["names"]
+
+    def _require(self, where: str) -> None:
+        for guard in self.guards:
+            if not self._seen[guard.name]:
+                absent = [metric for metric in guard.metrics if not _has(metric, self._names)]
+                saw = ", ".join(self._names) or "no metric at all"
+                raise MissingMetric(f"guard '{guard.name}': metric '{absent[0]}' absent from {where}; saw {saw}")
+
+
+def _has(metric: str, names: Sequence[str]) -> bool:
+    return any(name.startswith(metric) for name in names) if metric.endswith("/") else metric in names
+
+
+def _has_all(guard: Guard, names: Sequence[str]) -> bool:
+    return all(_has(metric, names) for metric in guard.metrics)

@@ -1,0 +1,48 @@
+"""A training run as a stream of records: a step and the numbers that were measured there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Standard metric names. Losses are means over the samples that take part, before their weight.
+LOSS = "loss"  # the weighted sum that is minimised
+LOSS_FLOW = "loss_flow"
+LOSS_SSIM = "loss_ssim"  # 1 - SSIM, in [0, 1]; absent from steps where no sample took part
+LOSS_PIXEL = "loss_pixel"
+TOTAL_NORM = "total_norm"  # L2 norm of the whole gradient, before clipping
+TOTAL_NORM_MAIN = "total_norm_main"  # the same, of the main (flow) loss alone
+ACTIVE_FRACTION = "ssim_active_fraction"  # share of the batch with 0 < t <= max_t
+STEP_SKIPPED = "step_skipped"  # 1 where a GradScaler skipped the update: an infinite norm is routine there
+LR = "lr"
+SMOKE = "smoke/"  # prefix: collapse statistics of the samples at this step
+SMOKE_AGAIN = "smoke_again/"  # the same with the second noise
+
+
+@dataclass(frozen=True)
+class Record:
+    """`step` >= 0 (0 = before the first update) and named numbers; NaN and Inf are results, not errors."""
+
+    step: int
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.step, int) or isinstance(self.step, bool) or self.step < 0:
+            raise ValueError(f"record step must be an integer >= 0, got {self.step!r}")
+
+    def to_json(self) -> list[Any]:
+        return [self.step, dict(self.values)]
+
+    @classmethod
+    def from_json(cls, data: Any) -> Record:
+        step, values = data
+        return cls(step, values)
+
+
+def merge(records: Iterable[Record]) -> list[Record]:
+    """Records of one step become one, in the order of the steps; of a repeated key the last value stands."""
+    by_step: dict[int, dict[str, float]] = {}
+    for record in records:
+        by_step.setdefault(record.step, {}).update(record.values)
+    return [Record(step, by_step[step]) for step in sorted(by_step)]

@@ -1,0 +1,183 @@
+"""The folder of a study, where the truth lives: everything else (MLflow, the tables on the screen) is made from it.
+
+    <storage>/<study>/
+      study.yaml            the study as resolved
+      trials.jsonl          one line a trial, written when it ends: see TrialSummary
+      events.jsonl          everything that happened, in order; MLflow is a replay of it
+      baseline/<sha256>.json
+      images/<trial_id>/smoke_<step>.png
+      ray/                  Ray Tune's own state and the checkpoints
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+DEFAULT_STORAGE = "tune_ssim_results"
+STORAGE_VARIABLE = "TUNE_SSIM_STORAGE"
+
+
+class TrialSummary(TypedDict):
+    """One line of `trials.jsonl` and one object of `tune-ssim trials --json`. A stable schema.
+
+    role: baseline, search or confirm. verdict: safe, degraded, pruned, bad_setup, stopped or error.
+    config: the settings of this trial; always the three numbers ssim_loss_weight, ssim_loss_max_t, ssim_grad_scale.
+    horizon: how far the verdict reaches, e.g. {"steps": 200, "batch_size": 8, "lr": 0.005}.
+    evidence: {guard, step, metric, value, limit} of the violation that ended the trial, else None.
+    metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are the strings
+    "NaN", "Infinity", "-Infinity", since JSON has no others.
+    """
+
+    trial_id: str
+    run_id: str | None
+    role: str
+    config: dict[str, Any]
+    verdict: str
+    reason: str
+    horizon: dict[str, Any]
+    evidence: dict[str, Any] | None
+    steps: int
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def study_file(self) -> Path:
+        return self.path / "study.yaml"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def ray_folder(self) -> Path:
+        return self.path / "ray"
+
+    def create(self) -> StudyFolder:
+        for folder in (self.path, self.path / "baseline", self.path / "images"):
+            folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def write_baseline(self, data: bytes, sha256: str) -> Path:
+        path = self.path / "baseline" / f"{sha256}.json"
+        write_atomically(path, data)
+        return path
+
+    def write_image(self, trial_id: str, step: int, png: bytes) -> Path:
+        path = self.path / "images" / trial_id / f"smoke_{step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, png)
+        return path
+
+    def add_event(self, event: Mapping[str, Any]) -> None:
+        append_line(self.events_file, event)
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        return read_lines(self.events_file)
+
+    def add_trial(self, summary: TrialSummary) -> None:
+        append_line(self.path / "trials.jsonl", summary)
+
+    def trials(self) -> list[TrialSummary]:
+        """In the order in which they first ended; of a trial that was written twice (resumed) the last line stands."""
+        found: dict[str, Any] = {}
+        for summary in read_lines(self.path / "trials.jsonl"):
+            found[summary["trial_id"]] = summary
+        return list(found.values())
+
+
+def storage_path(given: str | Path | None) -> Path:
+    """`--storage-path`, else $TUNE_SSIM_STORAGE, else ./tune_ssim_results."""
+    return Path(given or os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE).expanduser().absolute()
+
+
+def find_study(storage: Path, name: str | None) -> StudyFolder:
+    """The study called `name`, or the one that was started last. Raises ValueError naming what there is."""
+    found = sorted(storage.glob("*/study.yaml"), key=lambda path: (path.stat().st_mtime_ns, path.parent.name))
+    if not found:
+        raise ValueError(f"no study in {storage}; start one with `tune-ssim run`, or say --storage-path")
+    if name is None:
+        return StudyFolder(found[-1].parent)
+    for path in found:
+        if path.parent.name == name:
+            return StudyFolder(path.parent)
+    raise ValueError(f"no study {name!r} in {storage}; there are: {', '.join(path.parent.name for path in found)}")
+
+
+def check_name(name: str) -> str:
+    """A study's name becomes a folder and a run name; raises ValueError if it cannot."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(f"name {name!r}: letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit")
+    return name
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is either as before or complete, also after kill -9."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """One JSON line in one write, so that a reader never sees half of it unless the machine stopped in between."""
+    line = json.dumps(jsonable(value), allow_nan=False).encode() + b"\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON objects of a file, if there is one; a torn line (kill -9 in the middle of a write) is passed over."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON: tuples become lists; NaN, Inf and -Inf become the strings "NaN", "Infinity", "-Infinity"."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def number(value: Any) -> float:
+    """The inverse for numbers: float("Infinity") and float("NaN") read what `jsonable` wrote."""
+    return float(value)

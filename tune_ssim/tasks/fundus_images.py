@@ -1,0 +1,73 @@
+"""Fundus crops: one real colour photograph, cut into a training part and a spatially separate held-out part.
+
+The image is `skimage.data.retina()` (1411 x 1411 RGB, CC0, inside the scikit-image wheel: no download).
+It is halved by area averaging to 705 x 705. The top 70 % of the rows train; the bottom 30 % are held out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+CROP = 48  # pixels; 12 x 12 latents behind an f = 4 autoencoder
+FACTOR = 4  # super-resolution factor: the low-resolution input is CROP / FACTOR wide
+LOW_RES_NOISE = 0.03  # standard deviation added to the low-resolution input, on the [0, 1] scale
+TRAIN_ROWS = 0.7
+BACKGROUND = 0.06  # a pixel whose brightest channel is below this lies outside the camera's round field of view
+MAX_BACKGROUND = 0.05  # share of such pixels that a crop may have
+
+
+@dataclass(frozen=True)
+class FundusImages:
+    """`train`, `held_out`: `[3, H, W]` float32 in [0, 1]; `*_origins`: `[n, 2]` valid top-left (row, column) of crops."""
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    train_origins: torch.Tensor
+    held_out_origins: torch.Tensor
+
+    def train_crops(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """`[count, 3, CROP, CROP]` in [0, 1], drawn uniformly with replacement, flipped at random."""
+        rows = torch.randint(len(self.train_origins), (count,), generator=generator)
+        crops = cut(self.train, self.train_origins[rows])
+        flip = torch.rand(count, 2, generator=generator) < 0.5
+        crops = torch.where(flip[:, 0, None, None, None], crops.flip(-1), crops)
+        return torch.where(flip[:, 1, None, None, None], crops.flip(-2), crops)
+
+    def held_out_crops(self, count: int) -> torch.Tensor:
+        """`[count, 3, CROP, CROP]`: always the same crops, spread evenly over the held-out part."""
+        rows = torch.linspace(0, len(self.held_out_origins) - 1, count).round().long()
+        return cut(self.held_out, self.held_out_origins[rows])
+
+
+def cut(image: torch.Tensor, origins: torch.Tensor) -> torch.Tensor:
+    """Crops of `image` `[3, H, W]` at `origins` `[n, 2]` → `[n, 3, CROP, CROP]`."""
+    return torch.stack([image[:, r : r + CROP, c : c + CROP] for r, c in origins.tolist()])
+
+
+def low_resolution(images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """The degraded input: `FACTOR`-fold average pooling of `[n, 3, H, W]`, plus `noise` of the pooled shape if given."""
+    pooled = functional.avg_pool2d(images, FACTOR)
+    return pooled if noise is None else pooled + LOW_RES_NOISE * noise
+
+
+def _origins(image: torch.Tensor) -> torch.Tensor:
+    outside = (image.amax(dim=0, keepdim=True) < BACKGROUND).float()
+    share = functional.avg_pool2d(outside[None], CROP, stride=1)[0, 0]
+    return (share <= MAX_BACKGROUND).nonzero()
+
+
+@lru_cache(maxsize=1)
+def load_fundus_images() -> FundusImages:
+    """The bundled photograph, decoded once a process (0.2 s)."""
+    from skimage import data
+
+    photo = torch.from_numpy(np.ascontiguousarray(data.retina())).permute(2, 0, 1).float() / 255
+    photo = functional.avg_pool2d(photo[None], 2)[0]  # 1411 -> 705
+    split = int(TRAIN_ROWS * photo.shape[1])
+    train, held_out = photo[:, :split].contiguous(), photo[:, split:].contiguous()
+    return FundusImages(train, held_out, _origins(train), _origins(held_out))
