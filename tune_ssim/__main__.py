@@ -1,0 +1,6 @@
+"""`python -m tune_ssim` is the `tune-ssim` command."""
+
+from tune_ssim.cli import main
+
+if __name__ == "__main__":
+    main()
