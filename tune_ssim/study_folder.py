@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from tune_ssim.errors import UserError
+
 DEFAULT_STORAGE = "tune_ssim_results"
 STORAGE_VARIABLE = "TUNE_SSIM_STORAGE"
 
@@ -107,22 +109,22 @@ def storage_path(given: str | Path | None) -> Path:
 
 
 def find_study(storage: Path, name: str | None) -> StudyFolder:
-    """The study called `name`, or the one that was started last. Raises ValueError naming what there is."""
+    """The study called `name`, or the one that was started last. Raises UserError naming what there is."""
     found = sorted(storage.glob("*/study.yaml"), key=lambda path: (path.stat().st_mtime_ns, path.parent.name))
     if not found:
-        raise ValueError(f"no study in {storage}; start one with `tune-ssim run`, or say --storage-path")
+        raise UserError(f"no study in {storage}; start one with `tune-ssim run`, or say --storage-path")
     if name is None:
         return StudyFolder(found[-1].parent)
     for path in found:
         if path.parent.name == name:
             return StudyFolder(path.parent)
-    raise ValueError(f"no study {name!r} in {storage}; there are: {', '.join(path.parent.name for path in found)}")
+    raise UserError(f"no study {name!r} in {storage}; there are: {', '.join(path.parent.name for path in found)}")
 
 
 def check_name(name: str) -> str:
-    """A study's name becomes a folder and a run name; raises ValueError if it cannot."""
+    """A study's name becomes a folder and a run name; raises UserError if it cannot."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ValueError(f"name {name!r}: letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit")
+        raise UserError(f"name {name!r}: letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit")
     return name
 
 
@@ -144,8 +146,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
     """One JSON line in one write, so that a reader never sees half of it unless the machine stopped in between."""
     line = json.dumps(jsonable(value), allow_nan=False).encode() + b"\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        end = os.lseek(descriptor, 0, os.SEEK_END)
+        if end and os.pread(descriptor, 1, end - 1) != b"\n":
+            line = b"\n" + line  # the line before was torn: keep this one whole
         os.write(descriptor, line)
     finally:
         os.close(descriptor)
