@@ -1,1 +1,6 @@
-"""What is observed in a model and its gradients. Torch only: nothing here knows Ray, MLflow or a study."""
+"""What is observed during a training: torch only."""
+
+from tune_ssim.probes.collapse import collapse_statistics
+from tune_ssim.probes.gradients import total_norm
+
+__all__ = ["collapse_statistics", "total_norm"]

@@ -1,0 +1,68 @@
+"""Has inference collapsed? Statistics of samples that tell a healthy model from a ruined one. SSIM does not: a flat image
+of the mean colour scores 0.82 on the fundus task, bicubic interpolation 0.75."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+ENTROPY_BINS = 64
+
+
+@torch.no_grad()
+def collapse_statistics(
+    images: torch.Tensor,
+    *,
+    references: torch.Tensor | None = None,
+    inputs: torch.Tensor | None = None,
+    reconstructions: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """Means over `images` `[n, 3, H, W]` in [0, 1]; what cannot be measured without `inputs` or `references` is absent.
+
+    `references`: the ground truth. `reconstructions`: the same through the frozen autoencoder. `inputs`: `[n, 3, h, w]`.
+
+    consistency_psnr: dB, of the sample, averaged down to the input's size, against its own input.
+    consistency_correlation: of the same pair, each image's mean colour removed; 0 where one of them is constant.
+    high_frequency: energy of `x - box_blur(x)` (3 x 3), over the reconstruction's (else the reference's).
+    std_ratio: contrast (standard deviation within an image), over the same.
+    entropy_bits: of the grey-level histogram, 64 bins over [0, 1]; at most 6.
+    non_finite_fraction: of the pixels. One non-finite pixel makes every other statistic NaN: nothing is hidden.
+    """
+    images = images.float()
+    statistics = {"non_finite_fraction": (~torch.isfinite(images)).float().mean()}
+    ideal = reconstructions if reconstructions is not None else references
+    if inputs is not None:
+        inputs = inputs.float()
+        down = functional.adaptive_avg_pool2d(images, inputs.shape[-2:])
+        error = (down - inputs).square().mean(dim=(1, 2, 3))
+        statistics["consistency_psnr"] = (-10 * torch.log10(error.clamp(min=1e-10))).mean()
+        statistics["consistency_correlation"] = _correlation(down, inputs).mean()
+    if ideal is not None:
+        ideal = ideal.float()
+        statistics["high_frequency"] = _high_frequency(images) / _high_frequency(ideal).clamp(min=1e-12)
+        contrast = images.std(dim=(1, 2, 3)).mean()
+        statistics["std_ratio"] = contrast / ideal.std(dim=(1, 2, 3)).mean().clamp(min=1e-6)
+    statistics["entropy_bits"] = _entropy_bits(images)
+    names = list(statistics)
+    values = torch.stack([statistics[name].double() for name in names]).tolist()  # one transfer from the device
+    return dict(zip(names, values, strict=True))
+
+
+def _correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Pearson correlation per image after removing each channel's mean: `[n, c, h, w]` twice → `[n]`."""
+    x, y = (image - image.mean(dim=(2, 3), keepdim=True) for image in (x, y))
+    norms = x.flatten(1).norm(dim=1) * y.flatten(1).norm(dim=1)
+    return (x * y).sum(dim=(1, 2, 3)) / norms.clamp(min=1e-8)
+
+
+def _high_frequency(x: torch.Tensor) -> torch.Tensor:
+    return (x - functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)).square().mean()
+
+
+def _entropy_bits(x: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(x).all():
+        return x.new_tensor(float("nan"))
+    grey = (x.mean(dim=1).clamp(0, 1) * (ENTROPY_BINS - 1)).round().long().flatten(1)
+    counts = x.new_zeros(len(grey), ENTROPY_BINS).scatter_add_(1, grey, torch.ones_like(grey, dtype=x.dtype))
+    share = counts / counts.sum(dim=1, keepdim=True)
+    return -(share * share.clamp(min=1e-12).log2()).sum(dim=1).mean()

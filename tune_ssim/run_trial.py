@@ -1,0 +1,306 @@
+"""One trial: a task watched by guards, advanced until it is done, pruned or broken. No Ray, no MLflow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tune_ssim.checkpoint import load_checkpoint, save_checkpoint
+from tune_ssim.errors import UserError
+from tune_ssim.guards import Baseline, Guard, MissingMetric, NormRatio, SmokeTest, Violation, Watch
+from tune_ssim.probes import collapse_statistics
+from tune_ssim.records import SMOKE, SMOKE_AGAIN, Record, merge
+from tune_ssim.sample_grid import sample_grid
+from tune_ssim.tasks.task import Number, Sample, Task
+
+ENDING = ("prune", "abort")
+SHOWN_NAMES = {"psnr": "PSNR", "ssim": "SSIM"}
+
+
+@dataclass(frozen=True)
+class KeepRule:
+    """A held-out metric (or a family, `flow_loss_bins` for `flow_loss_bins/0` …) that may not get worse than this.
+
+    Exactly one limit, relative to the baseline: a difference (`min_delta`, `max_delta`) or a quotient (`min_ratio`, `max_ratio`)."""
+
+    metric: str
+    min_delta: float | None = None
+    max_delta: float | None = None
+    min_ratio: float | None = None
+    max_ratio: float | None = None
+
+    def broken_by(self, found: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[str, float, float, str] | None:
+        """(metric, value, limit, sentence) of the first breach; NaN is a breach."""
+        for name, value in found.items():
+            if name != self.metric and not name.startswith(self.metric + "/"):
+                continue
+            if name not in baseline:
+                continue
+            reference = baseline[name]
+            delta, ratio = value - reference, value / reference if reference else math.inf
+            for limit, measured, is_lower, words in (
+                (self.min_delta, delta, True, "{name} {delta:+.4g} against the baseline (at least {limit:+g})"),
+                (self.max_delta, delta, False, "{name} {delta:+.4g} against the baseline (at most {limit:+g})"),
+                (self.min_ratio, ratio, True, "{name} {ratio:.3g}x the baseline's (at least {limit:g}x)"),
+                (self.max_ratio, ratio, False, "{name} {ratio:.3g}x the baseline's (at most {limit:g}x)"),
+            ):
+                if limit is not None and not (measured >= limit if is_lower else measured <= limit):
+                    shown = SHOWN_NAMES.get(name, name)
+                    return name, measured, limit, words.format(name=shown, delta=delta, ratio=ratio, limit=limit)
+        return None
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What is the same for every trial of a study."""
+
+    steps: int  # optimiser steps
+    guards: tuple[Guard, ...]
+    keep: tuple[KeepRule, ...] = ()
+    report_every: int = 1  # steps between transfers from the device, and so between verdicts
+    checkpoint_every: int = 50
+    image_grids: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "report_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """verdict: safe, degraded, pruned, bad_setup or error (a scheduler adds `stopped` from outside)."""
+
+    verdict: str
+    reason: str
+    violation: Violation | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Trial:
+    """`start`, then `advance` until `verdict` is there. `save`/`load` at any step: the rest is the same, to the bit on one device."""
+
+    def __init__(self, task: Task, plan: TrialPlan) -> None:
+        self.task, self.plan = task, plan
+        self.verdict: Verdict | None = None
+
+    def start(
+        self,
+        config: Mapping[str, Any],
+        *,
+        seed: int = 0,
+        role: str = "search",
+        baseline: Baseline | None = None,
+        device: str | None = None,
+    ) -> None:
+        """Sets the task up afresh. `baseline` None: nothing to compare with (a baseline run), so no norm guard."""
+        self.config, self.seed, self.role, self.baseline = dict(config), seed, role, baseline
+        self.task.setup(config, seed, device)
+        self.effective = dict(self.task.effective())
+        self.step = 0
+        self.verdict = None
+        self.warnings: list[Violation] = []
+        self.images: dict[int, bytes] = {}
+        self.watch = Watch(self._bound_guards())
+
+    def advance(self, steps: int | None = None) -> list[Record]:
+        """At most `steps` optimiser steps (None: to the end) → the records made. Sets `verdict` when the trial is over."""
+        if self.verdict is not None:
+            return []
+        made: list[Record] = []
+        end = self.plan.steps if steps is None else min(self.plan.steps, self.step + steps)
+        if self.step == 0 and not self._seen_start():
+            self._check_effective()
+            if self.verdict is None and self.smoke_test is not None:
+                self._judge([self._smoke_record()], made)
+        pending: list[tuple[int, Mapping[str, Number]]] = []
+        while self.verdict is None and self.step < end:
+            metrics = self.task.step()
+            self.step += 1
+            pending.append((self.step, metrics))
+            smoke_due = self.smoke_test is not None and self.smoke_test.due(self.step, self.plan.steps)
+            if smoke_due or len(pending) == self.plan.report_every or self.step == end:
+                self._judge(_resolve(pending), made)
+                pending = []
+                if smoke_due and self.verdict is None:
+                    self._judge([self._smoke_record()], made)
+        if self.verdict is None and self.step == self.plan.steps:
+            self._finish()
+        return merge(made)
+
+    def summary_metrics(self) -> dict[str, float]:
+        """What the guards measured so far and, at the end, the held-out numbers and their differences to the baseline."""
+        found: dict[str, float] = {}
+        for guard in self.watch.guards:
+            if isinstance(guard, (NormRatio, SmokeTest)):
+                found |= guard.summary(self.watch.state_of(guard.name))
+        return found | dict(self.verdict.metrics if self.verdict else {})
+
+    def norm_ratio(self) -> float | None:
+        """Of the latest window, for display."""
+        for guard in self.watch.guards:
+            if isinstance(guard, NormRatio):
+                return guard.current(self.watch.state_of(guard.name))
+        return None
+
+    def horizon(self) -> dict[str, Any]:
+        """How far a verdict reaches: it holds for this many steps of this training."""
+        names = ("batch_size", "optimizer", "lr", "max_grad_norm", "precision")
+        return {"steps": self.step, **{name: self.effective[name] for name in names if name in self.effective}}
+
+    def save(self, folder: Path) -> None:
+        trial = {
+            "step": self.step, "seed": self.seed, "role": self.role, "config": self.config,
+            "watch": self.watch.state_dict(), "warnings": [asdict(warning) for warning in self.warnings],
+            "baseline": None if self.baseline is None else self.baseline.sha256,
+        }  # fmt: skip
+        save_checkpoint(folder, {"task": self.task.state_dict(), "trial": trial})
+
+    def load(self, folder: Path) -> None:
+        """Goes on from a checkpoint of a trial with the same configuration, after `start`."""
+        state = load_checkpoint(folder)
+        trial = state["trial"]
+        for name, mine in (("config", self.config), ("seed", self.seed), ("role", self.role)):
+            if trial[name] != mine:
+                raise UserError(f"checkpoint {folder}: its {name} is {trial[name]!r}, this trial's is {mine!r}")
+        digest = None if self.baseline is None else self.baseline.sha256
+        if trial["baseline"] != digest:
+            raise UserError(f"checkpoint {folder}: it was judged against another baseline")
+        self.task.load_state_dict(state["task"])
+        self.watch.load_state_dict(trial["watch"])
+        self.warnings = [Violation(**warning) for warning in trial["warnings"]]
+        self.step = trial["step"]
+
+    # -- judging
+
+    @property
+    def smoke_test(self) -> SmokeTest | None:
+        return next((guard for guard in self.watch.guards if isinstance(guard, SmokeTest)), None)
+
+    def _bound_guards(self) -> list[Guard]:
+        """Guards as they apply to this trial: a baseline run has nothing to be compared with."""
+        clipped = self.effective.get("max_grad_norm") is not None
+        bound: list[Guard] = []
+        for guard in self.plan.guards:
+            if not isinstance(guard, NormRatio):
+                bound.append(guard)
+            elif self.baseline is not None:
+                bound.append(guard.bind(self.baseline, self.seed, clipped))
+        return bound
+
+    def _seen_start(self) -> bool:
+        return self.smoke_test is not None and self.watch.state_of(SmokeTest.name)["start"] is not None
+
+    def _check_effective(self) -> None:
+        """What was asked for must be in force (note 001 §2.2: comments said 0.1, the script passed 1)."""
+        for name, asked in self.config.items():
+            if name in self.effective and not _same(asked, self.effective[name]):
+                words = f"{name} was set to {asked!r} but {self.effective[name]!r} is in force: the parameter does not reach the loss"
+                self.verdict = Verdict("bad_setup", words)
+                return
+
+    def _judge(self, records: Sequence[Record], made: list[Record]) -> None:
+        """Folds records one by one; those after a violation that ends the trial are discarded."""
+        for record in records:
+            try:
+                violations = self.watch.update(record)
+            except MissingMetric as error:
+                made.append(record)
+                self.verdict = Verdict("error", str(error))
+                return
+            made.append(record)
+            for violation in violations:
+                if violation.action == "probe":
+                    self.warnings.append(violation)
+                    self._probe(violation, made)
+                elif violation.action == "warn":
+                    self.warnings.append(violation)
+                else:
+                    self._end_with(violation)
+                if self.verdict is not None:
+                    return
+
+    def _probe(self, cause: Violation, made: list[Record]) -> None:
+        """A smoke test at once: it fails with both noises, or the training goes on."""
+        if self.smoke_test is None:
+            self._end_with(replace(cause, action="prune"))
+            return
+        record = self._smoke_record(again=True)
+        made.append(record)
+        for violation in self.watch.update(record):
+            self._end_with(replace(violation, sentence=f"{violation.sentence} (tested because {cause.sentence})"))
+
+    def _end_with(self, violation: Violation) -> None:
+        ruined = violation.action == "abort" or self.role == "baseline"
+        words = f"the baseline itself fails: {violation.sentence}" if self.role == "baseline" and self.step else violation.sentence
+        self.step = violation.step
+        self.verdict = Verdict("bad_setup" if ruined else "pruned", words, violation)
+
+    def _smoke_record(self, again: bool = False) -> Record:
+        """Statistics of fixed samples; at the last step, or if asked, a failure is tried again with the second noise."""
+        guard = self.smoke_test
+        assert guard is not None
+        sample = self.task.sample(0)
+        values = statistics_of(sample)
+        if self.plan.image_grids:
+            self.images[self.step] = sample_grid(sample)
+        record = {SMOKE + name: value for name, value in values.items()}
+        start = self.watch.state_of(guard.name)["start"] or values
+        if (again or self.step == self.plan.steps) and guard.findings(values, start):
+            record |= {SMOKE_AGAIN + name: value for name, value in statistics_of(self.task.sample(1)).items()}
+        return Record(self.step, record)
+
+    def _finish(self) -> None:
+        try:
+            unjudged = self.watch.finish()
+        except MissingMetric as error:
+            self.verdict = Verdict("error", str(error))
+            return
+        found = dict(self.task.evaluate())
+        horizon = f"to step {self.step}"
+        if self.baseline is None:
+            self.verdict = Verdict("safe", f"safe {horizon}", metrics=found)
+            return
+        reference = self.baseline.reference(self.seed).evaluation
+        deltas = {f"delta_{name}": found[name] - reference[name] for name in ("ssim", "psnr") if name in found and name in reference}
+        metrics = found | deltas
+        if unjudged:
+            self.verdict = Verdict("error", "; ".join(unjudged), metrics=metrics)
+            return
+        for rule in self.plan.keep:
+            breach = rule.broken_by(found, reference)
+            if breach is not None:
+                name, value, limit, words = breach
+                violation = Violation("objective", self.step, name, value, limit, "warn", words)
+                self.verdict = Verdict("degraded", words, violation, metrics)
+                return
+        self.verdict = Verdict("safe", f"safe {horizon}: no guard fired, nothing worse than the margins", metrics=metrics)
+
+
+def statistics_of(sample: Sample) -> dict[str, float]:
+    """Everything by which a sample is judged: collapse statistics and the task's own."""
+    found = collapse_statistics(
+        sample.images, references=sample.references, inputs=sample.inputs, reconstructions=sample.reconstructions
+    )
+    return {**found, **sample.statistics}
+
+
+def _resolve(pending: Sequence[tuple[int, Mapping[str, Number]]]) -> list[Record]:
+    """Numbers of several steps with one transfer from the device."""
+    tensors = [value for _, metrics in pending for value in metrics.values() if isinstance(value, torch.Tensor)]
+    numbers = iter(torch.stack([tensor.detach().double() for tensor in tensors]).tolist() if tensors else [])
+    return [
+        Record(step, {name: next(numbers) if isinstance(value, torch.Tensor) else float(value) for name, value in metrics.items()})
+        for step, metrics in pending
+    ]
+
+
+def _same(asked: Any, found: Any) -> bool:
+    if isinstance(asked, (int, float)) and isinstance(found, (int, float)) and not isinstance(asked, bool):
+        return math.isclose(asked, found, rel_tol=1e-6)
+    return bool(asked == found)

@@ -1,0 +1,304 @@
+"""Super-resolution of fundus crops: latent flow matching, fine-tuned through a frozen VAE decoder with pixel and SSIM losses.
+
+    low-resolution input ─┐
+    z_t = (1-t) z0 + t ε ─┴─► denoiser ─► velocity ─► z0 prediction ─► frozen decoder ─► x ─► L2 / SSIM
+                                              └────► flow-matching loss
+
+t = 0 is clean, t = 1 is noise. Small enough for a CPU, real enough to collapse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from tune_ssim.errors import UserError
+from tune_ssim.losses import DecodedLoss, TimeLaw, euler_sample, noisy_latent, ssim, velocity_target, z0_from_velocity
+from tune_ssim.probes import total_norm
+from tune_ssim.tasks.fundus_images import CROP, FACTOR, load_fundus_images, low_resolution
+from tune_ssim.tasks.fundus_networks import LATENT_CHANNELS, VAE, Denoiser
+from tune_ssim.tasks.task import Number, Sample
+
+WEIGHTS = Path(__file__).parent / "weights"
+PRESETS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd", "lr": 0.005, "max_grad_norm": None},  # collapses for real within 200 CPU steps
+    "adamw_clip": {"optimizer": "adamw", "lr": 2e-4, "max_grad_norm": 1.0},  # closest to note 001 §4.3 (clip 1.0)
+    "adamw_hot": {"optimizer": "adamw", "lr": 5e-3, "max_grad_norm": None},  # ruins while the norm looks harmless
+}
+EULER_STEPS = 12  # fixed: two steps instead of twelve raise SSIM by 0.010
+SMOKE_CROPS, EVALUATION_CROPS = 32, 128
+FLOW_BINS = 5  # t-bins of the held-out flow loss
+IMAGE_STREAM, NOISE_STREAM, LOW_RES_STREAM = 0, 1, 2  # independent random streams of one step
+
+
+@dataclass(frozen=True)
+class FundusConfig:
+    """What a study's `task_config` may say."""
+
+    preset: str = "sgd"  # fills optimizer, lr and max_grad_norm where they are not given
+    optimizer: str | None = None  # sgd | adamw
+    lr: float | None = None
+    max_grad_norm: float | None = None  # gradient clipping; None: the preset's
+    steps: int = 200  # optimiser steps of a trial; read by the trial, not here
+    batch_size: int = 8
+    t_law: str = "uniform"  # uniform | shifted_sigmoid_normal (BAGEL)
+    timestep_shift: float = 1.0  # of the second law
+    precision: str = "float32"  # float32 | bf16 | fp16: autocast of the denoiser; the SSIM is float32 always
+    ssim_loss_weight: float = 0.0
+    ssim_loss_max_t: float = 0.3
+    ssim_grad_scale: float = 1.0
+    ssim_grad_clamp: float | None = None
+    pixel_loss_weight: float = 0.0
+    pixel_loss_max_t: float = 0.3
+    decode_chunk: int = 8  # latents decoded at once
+    measure_main_norm: bool = False  # one more backward pass a step: the norm of the flow loss alone
+    pretrained: bool = True  # False: start from random weights
+    weights: str | None = None  # folder with fundus_vae.safetensors and fundus_denoiser.safetensors; None: bundled
+
+    @classmethod
+    def from_mapping(cls, config: Mapping[str, Any]) -> FundusConfig:
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(config) - known):
+            raise UserError(f"fundus_sr: unknown key '{unknown[0]}'; known keys: {', '.join(sorted(known))}")
+        preset = config.get("preset", "sgd")
+        if preset not in PRESETS:
+            raise UserError(f"fundus_sr: preset {preset!r}; valid: {', '.join(PRESETS)}")
+        made = cls(**{**PRESETS[preset], **config})
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        choices = {
+            "optimizer": ("sgd", "adamw"),
+            "precision": ("float32", "bf16", "fp16"),
+            "t_law": ("uniform", "shifted_sigmoid_normal"),
+        }
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                raise UserError(f"fundus_sr: {name} {getattr(self, name)!r}; valid: {', '.join(valid)}")
+        for name in ("steps", "batch_size", "decode_chunk"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"fundus_sr: {name} must be an integer >= 1, got {value!r}")
+        for name in ("lr", "timestep_shift", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is None and name == "max_grad_norm":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise UserError(f"fundus_sr: {name} must be a finite number > 0, got {value!r}")
+
+
+class FundusSR:
+    """See `tasks.task.Task` for the contract."""
+
+    def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
+        self.config = FundusConfig.from_mapping(config)
+        self.seed, self.step_count = seed, 0
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.images = load_fundus_images()
+        torch.manual_seed(seed)  # only for random initial weights
+        self.vae, self.model = self._load_networks()
+        self.law = TimeLaw(self.config.t_law, self.config.timestep_shift)
+        try:
+            self.loss = DecodedLoss(
+                ssim_loss_weight=self.config.ssim_loss_weight,
+                ssim_loss_max_t=self.config.ssim_loss_max_t,
+                ssim_grad_scale=self.config.ssim_grad_scale,
+                ssim_grad_clamp=self.config.ssim_grad_clamp,
+                pixel_loss_weight=self.config.pixel_loss_weight,
+                pixel_loss_max_t=self.config.pixel_loss_max_t,
+                chunk_size=self.config.decode_chunk,
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"fundus_sr: {error}") from None
+        parameters = self.model.parameters()
+        if self.config.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=self.config.lr)
+        else:
+            self.optimizer = torch.optim.AdamW(parameters, lr=self.config.lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
+
+    def step(self) -> dict[str, Number]:
+        self.step_count += 1
+        self.model.train()
+        x0, low, z0, noise, t = self._batch(self.step_count)
+        z_t = noisy_latent(z0, noise, t)
+        with self._autocast():
+            velocity = self.model(z_t, t, low)
+        velocity = velocity.float()
+        loss_flow = functional.mse_loss(velocity, velocity_target(z0, noise))
+        auxiliary = self.loss(z0_from_velocity(z_t, velocity, t), t, x0, decode=self.vae.decode)
+        loss = loss_flow + auxiliary.total
+
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics: dict[str, Number] = {}
+        if self.config.measure_main_norm:
+            self.scaler.scale(loss_flow).backward(retain_graph=True)
+            metrics["total_norm_main"] = total_norm(self.model.parameters()) / self.scaler.get_scale()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = total_norm(self.model.parameters())
+        if self.config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.max_grad_norm, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.is_enabled():
+            metrics["step_skipped"] = (~torch.isfinite(norm)).float()
+
+        metrics |= {"loss": loss.detach(), "loss_flow": loss_flow.detach(), "total_norm": norm}
+        metrics["ssim_active_fraction"] = auxiliary.ssim_active_fraction
+        if auxiliary.loss_ssim is not None:
+            metrics["loss_ssim"] = auxiliary.loss_ssim.detach()
+        if auxiliary.loss_pixel is not None:
+            metrics["loss_pixel"] = auxiliary.loss_pixel.detach()
+        return metrics
+
+    def sample(self, noise: int = 0) -> Sample:
+        target, low, recon, z0, initial = self._fixed(SMOKE_CROPS, noise)
+        t = torch.full((len(z0),), 1 - 0.5 / FLOW_BINS, device=self.device)  # middle of the noisiest bin
+        with self._inference():
+            flow = self._flow_loss(z0, initial, t, low)
+            images = self._generate(initial, low)
+        return Sample(images, target, (low + 1) / 2, recon, {"flow_loss_top_bin": flow.item()})
+
+    def evaluate(self) -> dict[str, float]:
+        target, low, _, z0, initial = self._fixed(EVALUATION_CROPS, 0)
+        with self._inference():
+            images = self._generate(initial, low)
+            error = (images - target).square().mean(dim=(1, 2, 3))
+            metrics = {"ssim": ssim(images, target).mean(), "psnr": (-10 * torch.log10(error.clamp(min=1e-10))).mean()}
+            for i in range(FLOW_BINS):
+                t = torch.full((len(z0),), (i + 0.5) / FLOW_BINS, device=self.device)
+                metrics[f"flow_loss_bins/{i}"] = self._flow_loss(z0, initial, t, low)
+        names = list(metrics)
+        return dict(zip(names, torch.stack([metrics[name].double() for name in names]).tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step_count": self.step_count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step_count = state["step_count"]
+
+    def effective(self) -> dict[str, Any]:
+        group = self.optimizer.param_groups[0]
+        return {
+            **asdict(self.config),
+            **self.loss.effective(),
+            "optimizer": type(self.optimizer).__name__.lower(),
+            "lr": group["lr"],
+            "device": self.device.type,
+        }
+
+    # -- the parts of a step
+
+    def _batch(self, n: int) -> tuple[torch.Tensor, ...]:
+        """Batch n: crops in [0, 1], low-resolution inputs in [-1, 1], clean latents, noise, t. From (seed, n) alone."""
+        size = self.config.batch_size
+        crops = self.images.train_crops(size, self._generator(n, IMAGE_STREAM))
+        blur_noise = torch.randn(size, 3, CROP // FACTOR, CROP // FACTOR, generator=self._generator(n, LOW_RES_STREAM))
+        generator = self._generator(n, NOISE_STREAM)
+        t = self.law.sample(size, generator=generator)
+        noise = torch.randn(size, LATENT_CHANNELS, CROP // FACTOR, CROP // FACTOR, generator=generator)
+        crops, blur_noise, t, noise = (x.to(self.device) for x in (crops, blur_noise, t, noise))
+        with torch.no_grad():
+            z0 = self.vae.encode(2 * crops - 1)
+        return crops, 2 * low_resolution(crops, blur_noise) - 1, z0, noise, t
+
+    def _generator(self, n: int, stream: int, rank: int = 0) -> torch.Generator:
+        state = np.random.SeedSequence([self.seed, n, rank, stream]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0]))
+
+    def _generate(self, noise: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """Samples in [0, 1]; clipped, but a non-finite pixel stays non-finite."""
+
+        def velocity(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            with self._autocast():
+                return self.model(z, t, low).float()
+
+        return (self.vae.decode(euler_sample(velocity, noise, EULER_STEPS)) * 0.5 + 0.5).clamp(0, 1)
+
+    def _flow_loss(self, z0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        with self._autocast():
+            velocity = self.model(noisy_latent(z0, noise, t), t, low)
+        return functional.mse_loss(velocity.float(), velocity_target(z0, noise))
+
+    def _fixed(self, count: int, noise: int) -> tuple[torch.Tensor, ...]:
+        """Held-out crops, inputs, reconstructions, latents and initial noise: the same in every trial, whatever its seed."""
+        crops, low, initial = (x.to(self.device) for x in _fixed_inputs(count, noise))
+        with torch.no_grad():
+            z0 = self.vae.encode(2 * crops - 1)
+            reconstructions = (self.vae.decode(z0) * 0.5 + 0.5).clamp(0, 1)
+        return crops, 2 * low - 1, reconstructions, z0, initial
+
+    @contextlib.contextmanager
+    def _inference(self) -> Any:
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32)
+
+    def _load_networks(self) -> tuple[VAE, Denoiser]:
+        folder = Path(self.config.weights) if self.config.weights else WEIGHTS
+        vae, model = VAE(), Denoiser()
+        load_weights(vae, folder / "fundus_vae.safetensors")
+        if self.config.pretrained:
+            load_weights(model, folder / "fundus_denoiser.safetensors")
+        return vae.to(self.device).requires_grad_(False).eval(), model.to(self.device)
+
+
+def load_weights(module: torch.nn.Module, path: Path) -> None:
+    """All tensors of `path`, strictly; a bundled file must have its recorded hash. Raises UserError in one line."""
+    sums = path.parent / "SHA256SUMS"
+    try:
+        if sums.exists():
+            recorded = dict(reversed(line.split()) for line in sums.read_text().splitlines())
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if recorded.get(path.name, found) != found:
+                raise UserError(f"{path}: hash {found[:12]}… is not the recorded {recorded[path.name][:12]}…; reinstall")
+        tensors = load_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # safetensors raises its own type for anything malformed
+        raise UserError(f"{path}: not a safetensors file ({error})") from None
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())[:400]}") from None
+
+
+@lru_cache(maxsize=8)
+def _fixed_inputs(count: int, noise: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Held-out crops in [0, 1], their degraded inputs in [0, 1] and initial latents, on the CPU."""
+    crops = load_fundus_images().held_out_crops(count)
+    generator = torch.Generator().manual_seed(20_251_122)  # one draw for the degradation, whichever `noise`
+    low = low_resolution(crops, torch.randn(count, 3, CROP // FACTOR, CROP // FACTOR, generator=generator))
+    generator.manual_seed(1 + noise)
+    return crops, low, torch.randn(count, LATENT_CHANNELS, CROP // FACTOR, CROP // FACTOR, generator=generator)
