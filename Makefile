@@ -1,0 +1,34 @@
+# `make run` and `make test` do what the README's two commands do.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test lint format bench docs
+
+run: $(VENV)/.installed
+	$(BIN)/tune-ssim run
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# One script for each claim of the README; each prints its hardware and commit.
+bench: $(VENV)/.installed
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# The README's pictures and tables: the benchmarks whose names begin with readme_.
+docs: $(VENV)/.installed
+	set -e; for script in benchmarks/readme_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@

@@ -1,0 +1,11 @@
+"""One thread a process, as in a trial; quiet libraries. Nothing here catches or hides a fault."""
+
+import os
+
+# Before any test module imports torch, ray or mlflow: they read these once, and worker processes inherit them.
+os.environ["OMP_NUM_THREADS"] = "1"  # torch takes its number of threads from it
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; unset, it warns at each start
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
