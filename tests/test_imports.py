@@ -1,0 +1,227 @@
+"""Who may import whom: the floors of the package, and which heavy libraries each module may load.
+
+Two kinds of proof. Reading the source (AST) sees every `import` statement, also those inside functions.
+Importing in a fresh interpreter sees what really loads, also through third parties.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import tune_ssim
+import tune_ssim.orchestration
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "tune_ssim"
+
+# From the bottom. A file imports only from floors below its own, or from its own folder.
+# A new module needs a place here; put it as low as its imports allow.
+FLOORS: list[set[str]] = [
+    {"errors"},
+    {"records", "losses", "checkpoint"},
+    {"sources", "probes", "guards"},
+    {"tasks", "space", "study_folder"},
+    {"study", "sample_grid"},
+    {"run_trial"},
+    {"orchestration"},
+    {"winner"},
+    {"report", "testing"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+# (modules under these names, libraries that importing them must not load)
+NO_TORCH = ("errors", "records", "sources", "guards", "space", "study", "study_folder", "winner")
+MUST_NOT_LOAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "pure Python": (NO_TORCH, ("torch", "ray", "mlflow", "optuna")),
+    "torch only": (("losses", "probes"), ("ray", "mlflow", "optuna")),
+    "outside orchestration": (tuple(FLOOR_OF.keys() - {"orchestration"}), ("ray", "mlflow")),
+}
+
+
+def modules(package: Path = PACKAGE) -> dict[str, Path]:
+    """Dotted name → file of every module, packages included."""
+    found = {}
+    for file in sorted(package.rglob("*.py")):
+        parts = (package.name, *file.relative_to(package).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def imported_names(source: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import; `from a import b` counts as `a.b`, for b may be a submodule."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def top(module: str) -> str:
+    """`tune_ssim.guards.watch` → `guards`; the package itself → the empty string."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def floor_violations(files: dict[str, Path]) -> list[str]:
+    wrong = []
+    for module, file in files.items():
+        if top(module) not in FLOOR_OF:
+            continue  # tune_ssim/__init__.py only names what others hold; the rest fails in the test above
+        for line, name in imported_names(file.read_text(encoding="utf-8")):
+            if name.split(".")[0] != "tune_ssim":
+                continue
+            above, below = top(module), top(name)
+            if below not in FLOOR_OF:
+                # `from tune_ssim import load_space`: the module that holds it. __version__ is nobody's.
+                below = top(tune_ssim._MODULE_OF.get(below, ""))
+            if below in FLOOR_OF and below != above and FLOOR_OF[below] >= FLOOR_OF[above]:
+                wrong.append(
+                    f"{file.name}:{line}: {above} (floor {FLOOR_OF[above]}) imports {name} ({FLOOR_OF[below]})"
+                )
+    return wrong
+
+
+def in_fresh_interpreter(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_by(names: Iterable[str], libraries: Iterable[str]) -> dict[str, list[str]]:
+    """Imports `names` in turn in one new interpreter: module → the `libraries` that it was first to load."""
+    code = """
+import importlib, json, sys
+names, libraries = json.loads(sys.argv[1])
+blame, seen = {}, set()
+for name in names:
+    importlib.import_module(name)
+    new = [library for library in libraries if library in sys.modules and library not in seen]
+    if new:
+        blame[name] = new
+        seen.update(new)
+print(json.dumps(blame))
+"""
+    return json.loads(in_fresh_interpreter(code, json.dumps([list(names), list(libraries)])).splitlines()[-1])
+
+
+def test_every_module_has_a_floor() -> None:
+    unplaced = {top(module) for module in modules()} - FLOOR_OF.keys() - {""}
+    assert not unplaced, f"say in FLOORS on which floor they stand: {sorted(unplaced)}"
+
+
+def test_imports_go_down_only() -> None:
+    assert not floor_violations(modules())
+
+
+def test_the_floor_check_sees_a_violation(tmp_path: Path) -> None:
+    guards = tmp_path / "tune_ssim" / "guards"
+    guards.mkdir(parents=True)
+    (guards / "watch.py").write_text(
+        "from tune_ssim import load_study\ndef f():\n    from tune_ssim.tasks import task\nimport tune_ssim.records\n"
+    )
+    wrong = floor_violations(modules(tmp_path / "tune_ssim"))
+    assert [line.split(" ")[0] for line in wrong] == ["watch.py:1:", "watch.py:3:"]
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"), [("ray", "tune_ssim.orchestration."), ("mlflow", "tune_ssim.orchestration.tracking")]
+)
+def test_only_these_files_name(library: str, allowed: str) -> None:
+    for module, file in modules().items():
+        for line, name in imported_names(file.read_text(encoding="utf-8")):
+            assert name.split(".")[0] != library or module.startswith(allowed), f"{file}:{line}: imports {name}"
+
+
+@pytest.mark.parametrize("rule", MUST_NOT_LOAD)
+def test_what_importing_loads(rule: str) -> None:
+    places, libraries = MUST_NOT_LOAD[rule]
+    names = [module for module in modules() if top(module) in places]
+    assert names
+    assert loaded_by(names, libraries) == {}
+
+
+def test_the_import_check_sees_a_violation() -> None:
+    assert loaded_by(["json", "optuna"], ["torch", "optuna"]) == {"optuna": ["optuna"]}
+
+
+@pytest.mark.parametrize("package", ["tune_ssim", "tune_ssim.guards", "tune_ssim.orchestration"])
+def test_importing_the_package_costs_nothing(package: str) -> None:
+    assert loaded_by([package], ["torch", "ray", "mlflow", "optuna", "numpy"]) == {}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = """
+import sys
+from tune_ssim.cli import main
+sys.argv = ["tune-ssim", "--help"]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print("loaded:", *(name for name in ("torch", "ray", "mlflow", "optuna", "numpy") if name in sys.modules))
+"""
+    assert in_fresh_interpreter(code).splitlines()[-1].strip() == "loaded:"
+
+
+@pytest.mark.parametrize("package", [tune_ssim, tune_ssim.orchestration], ids=lambda package: package.__name__)
+def test_no_public_name_is_a_submodules_name(package: object) -> None:
+    folder = Path(package.__file__).parent
+    submodules = {file.stem for file in folder.glob("*.py")} | {
+        file.parent.name for file in folder.glob("*/__init__.py")
+    }
+    assert not submodules & set(package.__all__)
+    assert set(package.__all__) - {"__version__"} == set(package._MODULE_OF)
+
+
+def test_public_names_resolve_after_every_submodule_was_imported() -> None:
+    code = """
+import importlib, json, sys, types
+names = json.loads(sys.argv[1])
+for name in names:
+    importlib.import_module(name)
+for name in names:
+    module = sys.modules[name]
+    for public in getattr(module, "__all__", ()):
+        value = getattr(module, public)  # AttributeError: the name leads nowhere
+        assert not isinstance(value, types.ModuleType), f"{name}.{public} is a module"
+        assert public in dir(module), f"{name}.{public} is not in dir()"
+"""
+    in_fresh_interpreter(code, json.dumps([*modules()]))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'load_spaces'"):
+        tune_ssim.load_spaces  # noqa: B018
+
+
+def test_every_imported_library_is_a_declared_dependency() -> None:
+    # Read from pyproject.toml, not from the installed metadata, which may be older. (tomllib is new in Python 3.11.)
+    declared = {canonicalize_name(Requirement(line).name) for line in declared_dependencies()}
+    distributions = packages_distributions()
+    for module, file in modules().items():
+        for line, name in imported_names(file.read_text(encoding="utf-8")):
+            library = name.split(".")[0]
+            if library == "tune_ssim" or library in sys.stdlib_module_names:
+                continue
+            owners = {canonicalize_name(owner) for owner in distributions.get(library, [library])}
+            assert owners & declared, f"{module}:{line}: {library} comes from {sorted(owners)}: not in pyproject.toml"
+
+
+def declared_dependencies() -> list[str]:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = text.split("\ndependencies = [\n", 1)[1].split("\n]", 1)[0]
+    return [ast.literal_eval(line.split("#")[0].strip().rstrip(",")) for line in block.splitlines()]
