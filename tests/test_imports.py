@@ -28,10 +28,10 @@ PACKAGE = ROOT / "tune_ssim"
 # A new module needs a place here; put it as low as its imports allow.
 FLOORS: list[set[str]] = [
     {"errors"},
-    {"records", "losses", "checkpoint"},
+    {"records", "losses", "checkpoint", "yaml_source"},
     {"sources", "probes", "guards"},
     {"tasks", "space", "study_folder"},
-    {"study", "sample_grid"},
+    {"study", "sample_grid", "trial_text"},
     {"run_trial"},
     {"orchestration"},
     {"winner"},
@@ -42,7 +42,10 @@ FLOORS: list[set[str]] = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # (modules under these names, libraries that importing them must not load)
-NO_TORCH = ("errors", "records", "sources", "guards", "space", "study", "study_folder", "winner")
+NO_TORCH = (
+    *("errors", "records", "sources", "guards", "space", "study", "study_folder", "winner"),
+    *("yaml_source", "trial_text"),
+)
 MUST_NOT_LOAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pure Python": (NO_TORCH, ("torch", "ray", "mlflow", "optuna")),
     "torch only": (("losses", "probes"), ("ray", "mlflow", "optuna")),
@@ -208,20 +211,24 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         tune_ssim.load_spaces  # noqa: B018
 
 
-def test_every_imported_library_is_a_declared_dependency() -> None:
-    # Read from pyproject.toml, not from the installed metadata, which may be older. (tomllib is new in Python 3.11.)
-    declared = {canonicalize_name(Requirement(line).name) for line in declared_dependencies()}
+@pytest.mark.parametrize("folder", ["tune_ssim", "tests"])
+def test_every_imported_library_is_declared(folder: str) -> None:
+    # Read from pyproject.toml: the installed metadata may be older.
+    lines = declared("dependencies") + (declared("test") if folder == "tests" else [])
+    known = {canonicalize_name(Requirement(line).name) for line in lines}
+    siblings = {file.stem for file in (ROOT / folder).glob("*.py")}  # tests/references.py is imported by its bare name
     distributions = packages_distributions()
-    for module, file in modules().items():
+    for file in sorted((ROOT / folder).rglob("*.py")):
         for line, name in imported_names(file.read_text(encoding="utf-8")):
             library = name.split(".")[0]
-            if library == "tune_ssim" or library in sys.stdlib_module_names:
+            if library in {"tune_ssim", "tests"} | siblings or library in sys.stdlib_module_names:
                 continue
             owners = {canonicalize_name(owner) for owner in distributions.get(library, [library])}
-            assert owners & declared, f"{module}:{line}: {library} comes from {sorted(owners)}: not in pyproject.toml"
+            assert owners & known, f"{file}:{line}: {library} comes from {sorted(owners)}: not in pyproject.toml"
 
 
-def declared_dependencies() -> list[str]:
+def declared(key: str) -> list[str]:
+    """The requirements under `key` in pyproject.toml. (tomllib is new in Python 3.11, and this runs on 3.10.)"""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    block = text.split("\ndependencies = [\n", 1)[1].split("\n]", 1)[0]
+    block = text.split(f"\n{key} = [\n", 1)[1].split("\n]", 1)[0]
     return [ast.literal_eval(line.split("#")[0].strip().rstrip(",")) for line in block.splitlines()]
