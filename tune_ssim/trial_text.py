@@ -1,0 +1,66 @@
+"""A trial's summary in words and numbers, for the live table, the reports and the messages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from tune_ssim.space import gain_of
+from tune_ssim.study_folder import TrialSummary, number
+
+# Best verdict first.
+STYLES = {
+    "safe": "green",
+    "degraded": "yellow",
+    "stopped": "cyan",
+    "pruned": "red",
+    "bad_setup": "bold magenta",
+    "error": "bold red",
+}
+# What reasons and headings hold beyond ASCII, for a terminal that cannot show it.
+PLAIN = str.maketrans(
+    {"Δ": "d", "≥": ">=", "≤": "<=", "×": "x", "·": "*", "…": "...", "–": "-", "—": "-", "−": "-", "★": "*", "→": "->"}
+    | {"±": "+-", "’": "'", "“": '"', "”": '"', "σ": "sigma", "μ": "mu"}
+)
+
+
+def metric_of(summary: TrialSummary, name: str) -> float:
+    """NaN where it was not measured."""
+    value = summary["metrics"].get(name)
+    return math.nan if value is None else number(value)
+
+
+def verdict_line(summary: TrialSummary, ascii_only: bool = False) -> Text:
+    """A trial that has ended, in one line."""
+    delta = metric_of(summary, "delta_ssim")
+    what = setting_text(summary["config"]) if summary["role"] == "search" else summary["role"]
+    found = f"  ΔSSIM {delta:+.4f}" if math.isfinite(delta) and summary["role"] != "baseline" else ""
+    return Text.assemble(
+        (f"{summary['verdict']:<9}", STYLES.get(summary["verdict"], "")),
+        (f" {readable(summary['trial_id'], ascii_only)}", "bold"),
+        readable(f"  {what}{found}", ascii_only),
+        (readable(f"  {summary['reason']}", ascii_only), "dim"),
+    )
+
+
+def setting_text(config: Mapping[str, Any]) -> str:
+    """gain 30 @ 0.3"""
+    return f"gain {number_text(gain_of(config))} @ {number_text(config.get('ssim_loss_max_t'))}"
+
+
+def number_text(value: Any, form: str = ".4g") -> str:
+    """A number to read; a dash where it was not measured; NaN and Infinity by name."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    return format(value, form)
+
+
+def readable(text: str, ascii_only: bool = False) -> str:
+    """One line without control characters (names and reasons come from files), in ASCII if need be."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text.translate(PLAIN).encode("ascii", "replace").decode() if ascii_only else text

@@ -1,0 +1,250 @@
+"""The best safe setting of a study, and the forms in which a training script can take it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tune_ssim import __version__
+from tune_ssim.errors import UserError
+from tune_ssim.space import gain_of
+from tune_ssim.study_folder import StudyFolder, TrialSummary, jsonable
+from tune_ssim.trial_text import metric_of
+
+FORMATS = ("yaml", "json", "env", "args")
+SETTINGS = ("ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale")  # always exported, always first
+DERIVED = ("gain", "seed")  # not settings of the loss: weight * grad_scale, and what the trial was seeded with
+OBJECTIVE = "delta_ssim"  # DESIGN, "A study": objective.maximize
+EXPORTED_ROLES = ("search", "confirm")
+EVIDENCE_AGAINST = ("pruned", "degraded")  # verdicts on a setting; `error` and `bad_setup` say nothing about it
+
+# Variables that a shell reads itself. A parameter of that name would break the shell that sources the lines.
+SHELL_VARIABLES = {"PATH", "IFS", "HOME", "ENV", "CDPATH", "PWD", "OLDPWD", "PS1", "PS2", "PS4", "SHELL", "TERM", "UID"}
+SHELL_PREFIXES = ("LC_", "LD_", "BASH", "PYTHON")
+
+
+class NoSafeTrial(UserError):
+    """The study holds nothing that may be exported; the message counts the verdicts and names the nearest miss."""
+
+
+def best_safe(
+    study: StudyFolder | Path | str | Iterable[TrialSummary], *, objective: str | None = None, where: str = "this study"
+) -> TrialSummary:
+    """The safe trial with the largest objective.
+
+    `study`: a study's folder, its path, or summaries. `objective`: a metric's name; without it `objective.maximize` of
+    the folder's study.yaml, else `delta_ssim`. A trial qualifies if its verdict is `safe` (the margins of
+    `objective.keep` are part of the verdict: a trial beyond them is `degraded`), its role is search or confirm, its
+    objective is finite, and no other trial of the same setting was pruned or degraded. Of equals the earlier one wins.
+
+    Raises NoSafeTrial if nothing qualifies, and also if the best delta is not above zero: a setting that does not
+    beat the baseline is no winner.
+    """
+    if isinstance(study, (str, Path)):
+        study = StudyFolder(Path(study))
+    if isinstance(study, StudyFolder):
+        where, objective = study.name, objective or objective_of(study)
+        summaries = study.trials()
+    else:
+        summaries, objective = list(study), objective or OBJECTIVE
+    tried = [summary for summary in summaries if summary["role"] in EXPORTED_ROLES]
+    refuted = {setting_key(summary["config"]) for summary in tried if summary["verdict"] in EVIDENCE_AGAINST}
+    candidates = [
+        summary
+        for summary in tried
+        if summary["verdict"] == "safe"
+        and math.isfinite(metric_of(summary, objective))
+        and setting_key(summary["config"]) not in refuted
+    ]
+    if not candidates:
+        raise NoSafeTrial(f"{where}: no safe trial to export: {_why_none(tried, objective)}")
+    best = max(candidates, key=lambda summary: metric_of(summary, objective))
+    if objective.startswith("delta_") and metric_of(best, objective) <= 0:
+        raise NoSafeTrial(
+            f"{where}: no setting beats the baseline: the best of {len(candidates)} safe trials, {best['trial_id']}, "
+            f"has {objective} {metric_of(best, objective):+.4g}; search larger gains, or keep the pixel loss"
+        )
+    return best
+
+
+def objective_of(folder: StudyFolder) -> str:
+    """The metric that the study maximises, from its study.yaml; `delta_ssim` if that does not say."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        data = YAML(typ="safe", pure=True).load(folder.study_file)
+        return str(data["objective"]["maximize"])
+    except (OSError, YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        return OBJECTIVE
+
+
+def setting_key(config: Mapping[str, Any]) -> str:
+    """Equal for two trials that train alike: (weight, grad_scale) act only through their product (SEEDS B6)."""
+    others = {
+        key: value for key, value in config.items() if key not in (*DERIVED, "ssim_loss_weight", "ssim_grad_scale")
+    }
+    return json.dumps(jsonable({**others, "gain": f"{gain_of(config):.9g}"}), sort_keys=True, default=str)
+
+
+def settings_of(summary: TrialSummary) -> dict[str, Any]:
+    """What a training script must be given: the three numbers, then whatever else the trial's configuration sets."""
+    config = summary["config"]
+    return {key: config[key] for key in SETTINGS} | {
+        key: value for key, value in config.items() if key not in (*SETTINGS, *DERIVED)
+    }
+
+
+def experiment_name(summary: TrialSummary, study_name: str) -> str:
+    """A new name for every setting and horizon, so that auto-resume cannot pick up another's checkpoint (SEEDS A10)."""
+    text = json.dumps(jsonable([settings_of(summary), summary["horizon"]]), sort_keys=True, default=str)
+    name = f"{study_name}-{summary['trial_id']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("-.")  # it becomes a folder, and a word of a command line
+
+
+def exported_config(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
+    """What `tune-ssim export` writes: plain JSON values, the three numbers at the top level of `config`."""
+    trials = folder.trials()
+    baselines = [trial for trial in trials if trial["role"] == "baseline"]
+    confirmed = [
+        trial
+        for trial in trials
+        if trial["role"] == "confirm"
+        and trial["verdict"] == "safe"
+        and setting_key(trial["config"]) == setting_key(summary["config"])
+    ]
+    return jsonable(
+        {
+            "study": folder.name,
+            "trial_id": summary["trial_id"],
+            "exp_name": experiment_name(summary, folder.name),
+            "config": settings_of(summary),
+            "gain": gain_of(summary["config"]),
+            "verdict": summary["verdict"],
+            "horizon": summary["horizon"],
+            "reason": summary["reason"],
+            "steps": summary["steps"],
+            "metrics": summary["metrics"],
+            "baseline": [{"trial_id": trial["trial_id"], "metrics": trial["metrics"]} for trial in baselines],
+            "proof": {
+                "confirmed": bool(confirmed),
+                "note": f"re-run as {', '.join(trial['trial_id'] for trial in confirmed)}"
+                if confirmed
+                else "not re-run with further seeds",
+            },
+            "exported_with": {"tune-ssim": __version__} | {name: _version(name) for name in ("torch", "ray", "optuna")},
+        }
+    )
+
+
+def format_export(exported: Mapping[str, Any], form: str) -> str:
+    """`exported_config` as text that ends in a newline. `form`: yaml, json, env or args.
+
+    Numbers are written with `repr`, so that reading them back gives the very same float. In env and args a null is an
+    option that is not given. Raises UserError for a parameter that the form cannot carry.
+    """
+    if form == "json":
+        return json.dumps(exported, indent=2, allow_nan=False) + "\n"
+    if form == "yaml":
+        return _yaml(exported)
+    if form == "env":
+        return _env_lines(exported)
+    if form == "args":
+        return _arguments(exported["config"]) + "\n"
+    raise UserError(f"format {form!r} is not one of {', '.join(FORMATS)}")
+
+
+def _yaml(exported: Mapping[str, Any]) -> str:
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = False, False, 4096  # type: ignore[assignment]
+    # Readers of YAML 1.1 (PyYAML) and 1.2 must agree: to the former 1e-05 is a string and `no` is False.
+    yaml.representer.add_representer(float, lambda to, value: to.represent_scalar(_FLOAT, _dotted(repr(value))))
+    yaml.representer.add_representer(str, lambda to, text: to.represent_scalar(_STR, text, style=_quotes(text)))
+    stream = io.StringIO()
+    yaml.dump(dict(exported), stream)
+    return stream.getvalue()
+
+
+_FLOAT, _STR = "tag:yaml.org,2002:float", "tag:yaml.org,2002:str"
+
+
+def _quotes(text: str) -> str | None:
+    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ .,/()-]*", text) and not text.endswith(" ")
+    return None if plain and not re.fullmatch(r"(?i)y|n|yes|no|on|off|true|false|null", text) else '"'
+
+
+def _dotted(text: str) -> str:
+    """1e-05 -> 1.0e-05"""
+    return re.sub(r"^(-?\d+)e", r"\1.0e", text)
+
+
+def _env_lines(exported: Mapping[str, Any]) -> str:
+    lines: dict[str, str] = {}
+    for key, value in exported["config"].items():
+        if value is None:
+            continue
+        name = key.upper()  # ssim_grad_scale -> SSIM_GRAD_SCALE, as the notes' scripts call it
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name) or name in SHELL_VARIABLES or name.startswith(SHELL_PREFIXES):
+            raise UserError(f"parameter {key!r} cannot be a shell variable; use --format args, json or yaml")
+        if name in lines or name == "EXP_NAME":
+            raise UserError(f"parameter {key!r}: the shell variable {name} is taken; use --format args, json or yaml")
+        lines[name] = _word(key, value)
+    lines["EXP_NAME"] = exported["exp_name"]
+    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in lines.items())
+
+
+def _arguments(config: Mapping[str, Any]) -> str:
+    words: list[str] = []
+    for key, value in config.items():
+        if value is None:
+            continue
+        word = _word(key, value)
+        # argparse takes "-1e-05" for an option unless it is tied to its own.
+        words += [f"--{key}={word}"] if word.startswith("-") else [f"--{key}", word]
+    return shlex.join(words)
+
+
+def _word(key: str, value: Any) -> str:
+    """One word of a command line. Lists and tables have no agreed form there."""
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str):
+        if "\0" in value:
+            raise UserError(f"parameter {key!r} contains a NUL character; use --format json or yaml")
+        return value
+    if isinstance(value, (int, float)):
+        return repr(value)
+    raise UserError(f"parameter {key!r} is a {type(value).__name__}; use --format json or yaml")
+
+
+def _why_none(tried: list[TrialSummary], objective: str) -> str:
+    if not tried:
+        return "no trial of the search has ended"
+    counts = Counter(summary["verdict"] for summary in tried)
+    parts = [", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())]
+    if counts["safe"]:
+        parts.append(f"the safe ones have no finite {objective}, or another trial of the same setting was ruined")
+    measured = [summary for summary in tried if math.isfinite(metric_of(summary, objective))]
+    nearest = max(
+        measured or tried, key=lambda summary: metric_of(summary, objective) if measured else summary["steps"]
+    )
+    parts.append(f"nearest miss {nearest['trial_id']} ({nearest['verdict']}): {nearest['reason']}")
+    return "; ".join(parts)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
