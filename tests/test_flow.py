@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tune_ssim.losses.flow import (
-    TimestepLaw,
+    TimeLaw,
     euler_sample,
     expected_active_fraction,
     flow_loss,
@@ -16,9 +16,9 @@ from tune_ssim.losses.flow import (
     z0_from_velocity,
 )
 
-UNIFORM = TimestepLaw("uniform")
-BAGEL = TimestepLaw("shifted_sigmoid_normal")
-BAGEL_SHIFT_3 = TimestepLaw("shifted_sigmoid_normal", shift=3.0)
+UNIFORM = TimeLaw("uniform")
+BAGEL = TimeLaw("shifted_sigmoid_normal")
+BAGEL_SHIFT_3 = TimeLaw("shifted_sigmoid_normal", shift=3.0)
 
 
 def latents(batch=4):
@@ -75,7 +75,7 @@ def test_expected_active_fraction(law, max_t, fraction, digits):
     assert expected_active_fraction(law, max_t) == pytest.approx(fraction, abs=digits)
 
 
-@pytest.mark.parametrize("law", [UNIFORM, TimestepLaw("uniform", shift=3.0), BAGEL, BAGEL_SHIFT_3])
+@pytest.mark.parametrize("law", [UNIFORM, TimeLaw("uniform", shift=3.0), BAGEL, BAGEL_SHIFT_3])
 @pytest.mark.parametrize("max_t", [0.1, 0.3, 0.7])
 def test_samples_follow_the_closed_form(law, max_t):
     n = 200_000
@@ -92,16 +92,19 @@ def test_sampling_is_reproducible_and_needs_no_global_state():
     before = torch.get_rng_state()
     a, b = (sample_t(BAGEL, 5, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b)
+    assert torch.equal(a, BAGEL.sample(5, generator=torch.Generator().manual_seed(3)))
+    assert BAGEL.active_fraction(0.1) == expected_active_fraction(BAGEL, 0.1)
     assert torch.equal(before, torch.get_rng_state())
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 20), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
 def test_fraction_grows_with_max_t_and_falls_with_shift(shift, a, b):
     low, high = sorted((a, b))
     for name in ("uniform", "shifted_sigmoid_normal"):
-        law = TimestepLaw(name, shift)
+        law = TimeLaw(name, shift)
         assert 0 <= expected_active_fraction(law, low) <= expected_active_fraction(law, high) <= 1
-        assert expected_active_fraction(TimestepLaw(name, shift * 2), high) <= expected_active_fraction(law, high)
+        assert expected_active_fraction(TimeLaw(name, shift * 2), high) <= expected_active_fraction(law, high)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 12])
@@ -133,9 +136,9 @@ def test_euler_converges_at_first_order_and_keeps_no_graph():
         (lambda: noisy_latent(*latents(), torch.tensor(0.5)), r"t has shape \(\)"),
         (lambda: velocity_target(latents(2)[0], latents(1)[0]), "velocity_target: shapes differ"),
         (lambda: flow_loss(latents(2)[0], *latents(4)), "flow_loss: shapes differ"),
-        (lambda: TimestepLaw("lognormal"), "'lognormal'; expected 'uniform'"),
-        (lambda: TimestepLaw("uniform", shift=0.0), "shift=0.0"),
-        (lambda: TimestepLaw("uniform", shift=math.inf), "shift=inf"),
+        (lambda: TimeLaw("lognormal"), "'lognormal'; expected 'uniform'"),
+        (lambda: TimeLaw("uniform", shift=0.0), "shift=0.0"),
+        (lambda: TimeLaw("uniform", shift=math.inf), "shift=inf"),
         (lambda: expected_active_fraction(UNIFORM, 1.5), "max_t=1.5"),
         (lambda: expected_active_fraction(UNIFORM, math.nan), "max_t=nan"),
         (lambda: euler_sample(lambda z, t: z, torch.zeros(1, 1), 0), "steps=0"),

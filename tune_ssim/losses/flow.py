@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TimestepLaw:
+class TimeLaw:
     """How training draws t.
 
     `uniform`: t = u. `shifted_sigmoid_normal`: t = sigmoid(n), n ~ N(0, 1), as BAGEL draws it. Then in both cases the
@@ -32,6 +32,14 @@ class TimestepLaw:
             raise ValueError(f"timestep law: name={self.name!r}; expected 'uniform' or 'shifted_sigmoid_normal'")
         if not (math.isfinite(self.shift) and self.shift > 0):
             raise ValueError(f"timestep law: shift={self.shift!r}; expected a finite number > 0")
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """`sample_t` of this law."""
+        return sample_t(self, n, generator)
+
+    def active_fraction(self, max_t: float) -> float:
+        """`expected_active_fraction` of this law."""
+        return expected_active_fraction(self, max_t)
 
 
 def noisy_latent(z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -65,7 +73,7 @@ def flow_loss(velocity: Tensor, z0: Tensor, noise: Tensor) -> Tensor:
 
 
 def sample_t(
-    law: TimestepLaw,
+    law: TimeLaw,
     n: int,
     generator: torch.Generator | None = None,
     *,
@@ -82,7 +90,7 @@ def sample_t(
     return law.shift * t / (1 + (law.shift - 1) * t)
 
 
-def expected_active_fraction(law: TimestepLaw, max_t: float) -> float:
+def expected_active_fraction(law: TimeLaw, max_t: float) -> float:
     """`P(0 < t ≤ max_t)` under `law`: the share of generation targets that an auxiliary loss with this gate sees.
 
     uniform: `u`; shifted_sigmoid_normal: `Φ(logit u)`, with `u = max_t / (s − (s − 1)·max_t)` undoing the shift s.
