@@ -1,7 +1,8 @@
 """What is optimised: SSIM, the gated decoded-image loss, rectified flow. Imports torch and nothing heavier."""
 
+from tune_ssim.losses.decoded import DecodedLoss, DecodedLossResult, clamp_gradient, scale_gradient
 from tune_ssim.losses.flow import (
-    TimestepLaw,
+    TimeLaw,
     euler_sample,
     expected_active_fraction,
     flow_loss,
@@ -13,12 +14,16 @@ from tune_ssim.losses.flow import (
 from tune_ssim.losses.structural import ssim, ssim_loss
 
 __all__ = [
-    "TimestepLaw",
+    "DecodedLoss",
+    "DecodedLossResult",
+    "TimeLaw",
+    "clamp_gradient",
     "euler_sample",
     "expected_active_fraction",
     "flow_loss",
     "noisy_latent",
     "sample_t",
+    "scale_gradient",
     "ssim",
     "ssim_loss",
     "velocity_target",

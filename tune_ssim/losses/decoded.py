@@ -1,0 +1,302 @@
+"""Image losses on the decoded prediction: gate → decode → crop → attenuate → loss (notes 000 §2, 001 §7).
+
+    z0 prediction ─gate: 0 < t ≤ max_t─► decode (once, in chunks) ─► crop ─┬─ scale, clamp ─► [0, 1] ─► 1 − SSIM
+                                                                          └──────────────► [0, 1] ─► mean square
+
+Both losses read the same decoded images, each the samples its own gate lets through. The notes decode twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tune_ssim.losses.structural import ssim_loss
+
+Size = tuple[int, int]
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """`x`, bit for bit; its gradient is multiplied by `scale` (note 000 §2.4).
+
+    `scale`: any finite number ≥ 0; above 1 it amplifies. Raises ValueError otherwise.
+    """
+    _require_non_negative("scale_gradient: scale", scale)
+    scaled: Tensor = _ScaleGradient.apply(x, float(scale))
+    return scaled
+
+
+def clamp_gradient(x: Tensor, limit: float) -> Tensor:
+    """`x`, bit for bit; every element of its gradient is clamped to `[−limit, limit]` (note 001 §7).
+
+    Infinite gradients become ±`limit`; NaN stays NaN. Raises ValueError unless `limit` > 0.
+    """
+    if not limit > 0:
+        raise ValueError(f"clamp_gradient: limit={limit!r}; expected a number > 0")
+    clamped: Tensor = _ClampGradient.apply(x, float(limit))
+    return clamped
+
+
+class _ScaleGradient(torch.autograd.Function):
+    # x.detach() + scale·(x − x.detach()), as the notes write it, turns inf into NaN and adds rounding.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.scale, None
+
+
+class _ClampGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.limit = limit
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.clamp(-ctx.limit, ctx.limit), None
+
+
+@dataclass(frozen=True)
+class DecodedLossResult:
+    """What one call of `DecodedLoss` computed.
+
+    A loss is None when its weight is 0 or no sample passed its gate: there is nothing to report then, and 0 would read
+    as a perfect score. The losses are unweighted, means over the samples that took part, and still on the graph.
+    """
+
+    total: Tensor  # weighted sum, 0-d; an exact 0 connected to the prediction when nothing took part
+    loss_ssim: Tensor | None
+    loss_pixel: Tensor | None
+    ssim_active_count: int  # samples that took part; 0 when the weight is 0
+    ssim_active_fraction: float  # the same over the whole batch, conditioning images included
+    pixel_active_count: int
+    pixel_active_fraction: float
+    decoded: Tensor | None  # the decoder's output before cropping, on the graph: hook it to see what enters the decoder
+    decoded_index: tuple[int, ...]  # which samples of the batch it holds
+
+    def metrics(self) -> dict[str, float | Tensor]:
+        """The numbers to record; tensors are detached and stay on their device. Absent losses are absent keys."""
+        numbers: dict[str, float | Tensor] = {
+            "ssim_active_fraction": self.ssim_active_fraction,
+            "pixel_active_fraction": self.pixel_active_fraction,
+        }
+        if self.loss_ssim is not None:
+            numbers["loss_ssim"] = self.loss_ssim.detach()
+        if self.loss_pixel is not None:
+            numbers["loss_pixel"] = self.loss_pixel.detach()
+        return numbers
+
+
+@dataclass(frozen=True)
+class DecodedLoss:
+    """SSIM and pixel loss of the decoded z0 prediction, with the attenuation of note 000.
+
+    A sample takes part in a loss if it is a generation target and 0 < t ≤ that loss's max_t (t = 0 is clean:
+    conditioning images carry it exactly). Each loss is the **mean over the samples that take part**, not the whole
+    batch, so the size of an active step's push does not depend on how many samples are active. `ssim_grad_scale` and
+    `ssim_grad_clamp` act on the SSIM branch alone, at the cropped decoder output: the gradient of weight · loss_ssim is
+    scaled, then clamped, so no element that SSIM sends into the decoder exceeds `ssim_grad_clamp`.
+    SSIM is computed in float32 whatever autocast the caller decodes under. The pixel loss is the mean square on [0, 1].
+
+    Freezing the decoder is the caller's business (the gradient must pass through it, not into it). Chunks bound the
+    decoder's working memory only; wrap `decode` in `torch.utils.checkpoint` to bound its activations as well. Ranks
+    decode different numbers of samples, so `decode` must not communicate between ranks.
+    """
+
+    ssim_loss_weight: float  # (note 000 §2.2)
+    ssim_loss_max_t: float  # gate, in (0, 1] (note 000 §2.3)
+    ssim_grad_scale: float = 1.0  # 1 leaves the gradient alone, above 1 amplifies (note 000 §2.4)
+    ssim_grad_clamp: float | None = None  # largest element of the gradient at the decoder's output (note 001 §7)
+    pixel_loss_weight: float = 0.0  # (note 000 §5.3 mixes 0.05 in)
+    pixel_loss_max_t: float = 0.3  # gate of the pixel loss (note 000 §2.3)
+    chunk_size: int = 8  # images decoded at once
+    image_range: Literal["[-1,1]", "[0,1]"] = "[-1,1]"  # of what `decode` returns; mapped and clamped to [0, 1]
+
+    def __post_init__(self) -> None:
+        for name in ("ssim_loss_weight", "ssim_grad_scale", "pixel_loss_weight"):
+            _require_non_negative(f"DecodedLoss: {name}", getattr(self, name))
+        for name in ("ssim_loss_max_t", "pixel_loss_max_t"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"DecodedLoss: {name}={getattr(self, name)!r}; expected a number in (0, 1]")
+        if self.ssim_grad_clamp is not None and not (math.isfinite(self.ssim_grad_clamp) and self.ssim_grad_clamp > 0):
+            raise ValueError(f"DecodedLoss: ssim_grad_clamp={self.ssim_grad_clamp!r}; expected a number > 0, or None")
+        if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
+            raise ValueError(f"DecodedLoss: chunk_size={self.chunk_size!r}; expected an integer >= 1")
+        if self.image_range not in ("[-1,1]", "[0,1]"):
+            raise ValueError(f"DecodedLoss: image_range={self.image_range!r}; expected '[-1,1]' or '[0,1]'")
+
+    def effective(self) -> Mapping[str, Any]:
+        """The parameters in force. A call reads these very fields and no others, so they are what ran (note 001 §3)."""
+        return asdict(self)
+
+    def __call__(
+        self,
+        z0_prediction: Tensor,
+        t: Tensor,
+        target_images: Tensor,
+        decode: Callable[[Tensor], Tensor] | None,
+        *,
+        is_target: Tensor | None = None,
+        sizes: Sequence[Size] | None = None,
+    ) -> DecodedLossResult:
+        """`z0_prediction`: `[batch, channel, h, w]` latents. `t`: `[batch]` in [0, 1]. `target_images`:
+        `[batch, 3, H, W]` in [0, 1]. `decode`: latents → images in `image_range`. `is_target`: `[batch]` bool, the
+        generation targets (default: all). `sizes`: the true (height, width) of each image where images are padded at
+        the right and bottom; decoded and target are both cropped to it.
+
+        Raises ValueError for a missing decoder, shapes that do not match, t outside [0, 1], images below SSIM's window.
+        """
+        batch = z0_prediction.shape[0]
+        gate = _Gate(batch, t, is_target)
+        for_ssim = gate.samples(self.ssim_loss_max_t) if self.ssim_loss_weight > 0 else []
+        for_pixel = gate.samples(self.pixel_loss_max_t) if self.pixel_loss_weight > 0 else []
+        if target_images.shape[0] != batch or target_images.ndim != 4:
+            raise ValueError(
+                f"DecodedLoss: target_images is {tuple(target_images.shape)}; "
+                f"expected [{batch}, channel, height, width]"
+            )
+        if sizes is not None and len(sizes) != batch:
+            raise ValueError(f"DecodedLoss: got {len(sizes)} sizes for a batch of {batch}")
+        if decode is None and (self.ssim_loss_weight > 0 or self.pixel_loss_weight > 0):
+            raise ValueError(
+                f"DecodedLoss: decode is None with ssim_loss_weight={self.ssim_loss_weight}, "
+                f"pixel_loss_weight={self.pixel_loss_weight}; pass the VAE's decode, or set both weights to 0"
+            )
+
+        index = sorted({*for_ssim, *for_pixel})
+        terms: list[Tensor] = []
+        decoded = loss_ssim = loss_pixel = None
+        if index:
+            assert decode is not None
+            decoded = self._decode(decode, z0_prediction, index)
+            pairs = _Pairs(decoded, target_images, index, sizes)
+            if for_ssim:
+                per_sample = [ssim_loss(self._unit(self._attenuate(x)), y) for x, y in pairs.of(for_ssim)]
+                loss_ssim = torch.cat(per_sample).mean()
+                terms.append(self.ssim_loss_weight * loss_ssim)
+            if for_pixel:
+                per_sample = [_mean_square(self._unit(x), y) for x, y in pairs.of(for_pixel)]
+                loss_pixel = torch.cat(per_sample).mean()
+                terms.append(self.pixel_loss_weight * loss_pixel)
+        # DDP needs every rank's graph to reach the same parameters; an empty sum does it, and no NaN can enter there.
+        total = torch.stack(terms).sum() if terms else z0_prediction[:0].sum().float()
+        return DecodedLossResult(
+            total=total,
+            loss_ssim=loss_ssim,
+            loss_pixel=loss_pixel,
+            ssim_active_count=len(for_ssim),
+            ssim_active_fraction=len(for_ssim) / max(batch, 1),
+            pixel_active_count=len(for_pixel),
+            pixel_active_fraction=len(for_pixel) / max(batch, 1),
+            decoded=decoded,
+            decoded_index=tuple(index),
+        )
+
+    def _decode(self, decode: Callable[[Tensor], Tensor], z0: Tensor, index: list[int]) -> Tensor:
+        images = []
+        for chunk in _take(z0, index).split(self.chunk_size):
+            image = decode(chunk)
+            images.append(image)
+            if image.ndim != 4 or image.shape[0] != chunk.shape[0]:
+                raise ValueError(
+                    f"DecodedLoss: decode turned {tuple(chunk.shape)} into {tuple(image.shape)}; "
+                    f"expected [{chunk.shape[0]}, channel, height, width]"
+                )
+        return images[0] if len(images) == 1 else torch.cat(images)
+
+    def _attenuate(self, x: Tensor) -> Tensor:
+        # Backward runs from the last line to the first: what SSIM sends is scaled, then clamped.
+        if self.ssim_grad_clamp is not None:
+            x = clamp_gradient(x, self.ssim_grad_clamp)
+        return scale_gradient(x, self.ssim_grad_scale)
+
+    def _unit(self, x: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (x * 0.5 + 0.5 if self.image_range == "[-1,1]" else x).clamp(0, 1)
+
+
+class _Gate:
+    """Which samples take part, decided on the host: decoding a subset needs the indices there anyway."""
+
+    def __init__(self, batch: int, t: Tensor, is_target: Tensor | None) -> None:
+        if t.shape != (batch,):
+            raise ValueError(f"DecodedLoss: t has shape {tuple(t.shape)}; expected [{batch}], one time a sample")
+        if is_target is not None and (is_target.shape != (batch,) or is_target.dtype != torch.bool):
+            raise ValueError(
+                f"DecodedLoss: is_target is {is_target.dtype} {tuple(is_target.shape)}; expected torch.bool [{batch}]"
+            )
+        self.t = t.detach().cpu()
+        self.is_target = None if is_target is None else is_target.cpu()
+        if not ((self.t >= 0) & (self.t <= 1)).all():  # a NaN would close the gate without a word
+            raise ValueError(f"DecodedLoss: t={self.t.tolist()}; expected times in [0, 1] (0 is clean, 1 is noise)")
+
+    def samples(self, max_t: float) -> list[int]:
+        # Compared in t's own precision: float32(0.1) is above the double 0.1, and t = max_t takes part.
+        limit = torch.tensor(max_t, dtype=self.t.dtype)
+        active = (self.t > 0) & (self.t <= limit)
+        if self.is_target is not None:
+            active &= self.is_target
+        indices: list[int] = active.nonzero().flatten().tolist()
+        return indices
+
+
+class _Pairs:
+    """Decoded images and their targets, cropped to their true sizes."""
+
+    def __init__(self, decoded: Tensor, targets: Tensor, index: list[int], sizes: Sequence[Size] | None) -> None:
+        self.decoded, self.targets, self.sizes = decoded, targets, sizes
+        self.position = {sample: i for i, sample in enumerate(index)}
+        if sizes is None:
+            if decoded.shape[1:] != targets.shape[1:]:
+                raise ValueError(
+                    f"DecodedLoss: decode gives images of {tuple(decoded.shape[1:])}, target_images has "
+                    f"{tuple(targets.shape[1:])}; they must agree, or pass sizes=[(height, width), ...] to crop padding"
+                )
+            return
+        if decoded.shape[1] != targets.shape[1]:
+            raise ValueError(
+                f"DecodedLoss: decode gives {decoded.shape[1]} channels, target_images has {targets.shape[1]}"
+            )
+        for sample in index:
+            height, width = sizes[sample]
+            for name, image in (("decoded", decoded), ("target", targets)):
+                if not (1 <= height <= image.shape[2] and 1 <= width <= image.shape[3]):
+                    raise ValueError(
+                        f"DecodedLoss: sizes[{sample}]=({height}, {width}) does not fit the {name} image of "
+                        f"{image.shape[2]}×{image.shape[3]}"
+                    )
+
+    def of(self, samples: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of (decoded, target) of one size each, together holding `samples`."""
+        by_size: dict[Size, list[int]] = {}
+        for sample in samples:
+            size = (self.targets.shape[2], self.targets.shape[3]) if self.sizes is None else tuple(self.sizes[sample])
+            by_size.setdefault((size[0], size[1]), []).append(sample)
+        for (height, width), members in by_size.items():
+            x = _take(self.decoded, [self.position[sample] for sample in members])
+            y = _take(self.targets, members)
+            yield x[..., :height, :width], y[..., :height, :width]
+
+
+def _take(images: Tensor, index: list[int]) -> Tensor:
+    if index == list(range(images.shape[0])):
+        return images
+    return images[torch.tensor(index, device=images.device)]
+
+
+def _mean_square(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y.to(x.dtype)).square().flatten(1).mean(1)
+
+
+def _require_non_negative(name: str, number: float) -> None:
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name}={number!r}; expected a finite number >= 0")
