@@ -299,13 +299,13 @@ def load_space(space: str | Path | Mapping[str, Any] | Source, *, relative_to: s
         return _parse(Source("space", dict(space)))
     if not isinstance(space, (str, Path)) or not str(space).strip():
         raise UserError(f"a space is a name, a path or a mapping, got {kind_of(space)}")
-    path, stage = _find(str(space), Path(relative_to or "."))
+    path, stage = find_space(str(space), Path(relative_to or "."))
     loaded = _parse(read_yaml(path))
     return loaded if stage is None else loaded.only(stage)
 
 
-def _find(text: str, folder: Path) -> tuple[Path, str | None]:
-    """The file that a name or path means, and the stage."""
+def find_space(text: str, folder: Path) -> tuple[Path, str | None]:
+    """The file that a name or path means, and the stage. Raises UserError naming the bundled spaces."""
     name, _, stage = text.rpartition(":") if ":" in text and not _exists(folder / text) else (text, "", None)
     if text.endswith(":"):
         raise UserError(f"space {text!r}: no stage after ':'")
@@ -410,31 +410,29 @@ def _stage(
 
 
 def _domain(problems: Problems, loc: Loc, name: str, value: Any) -> Domain | None:
-    def wrong(message: str, at: Loc = loc) -> None:
-        problems.add(at, message, subject=name)
-
-    if not isinstance(value, Mapping):
-        return wrong(f"must say how to search it, {FORMS}; got {kind_of(value)}")
-    if "unit" in value:
-        return wrong("`unit` is not available yet: bounds are plain numbers", (*loc, "unit"))
-    unknown = [key for key in value if key not in DOMAINS]
-    if unknown:
-        return wrong(f"unknown key {shown(unknown[0])}{did_you_mean(unknown[0], DOMAINS)}", (*loc, unknown[0]))
-    if len(value) != 1:
-        return wrong(f"must have exactly one of {', '.join(DOMAINS)}; got {', '.join(value) or 'none'}")
-    kind, given = next(iter(value.items()))
-    at = (*loc, kind)
+    at = loc
     try:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"must say how to search it, {FORMS}; got {kind_of(value)}")
+        for key in value:
+            if key not in DOMAINS:
+                at = (*loc, key)
+                if key == "unit":
+                    raise ValueError("`unit` is not available yet: bounds are plain numbers")
+                raise ValueError(f"unknown key {shown(key)}{did_you_mean(key, DOMAINS)}")
+        if len(value) != 1:
+            raise ValueError(f"must have exactly one of {', '.join(DOMAINS)}; got {', '.join(value) or 'none'}")
+        kind, given = next(iter(value.items()))
+        at = (*loc, kind)
+        is_list = isinstance(given, (list, tuple))
         if kind == Choice.kind:
-            return Choice(
-                tuple(_as_number(name, item) for item in given) if isinstance(given, (list, tuple)) else given
-            )
-        if not isinstance(given, (list, tuple)) or len(given) != 2:
-            return wrong(f"{kind} must be [lower, upper], got {kind_of(given)}", at)
-        bounds = LogUniform if kind == LogUniform.kind else Uniform
-        return bounds(given[0], given[1])
+            return Choice(tuple(_as_number(name, item) for item in given) if is_list else given)
+        if not is_list or len(given) != 2:
+            raise ValueError(f"{kind} must be [lower, upper], got {kind_of(given)}")
+        return (LogUniform if kind == LogUniform.kind else Uniform)(given[0], given[1])
     except ValueError as error:
-        return wrong(str(error), at)
+        problems.add(at, str(error), subject=name)
+        return None
 
 
 def _mapping(problems: Problems, loc: Loc, value: Any, what: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ import difflib
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,11 @@ class Problems:
                 message = f"unknown key {shown(key)}{where}{did_you_mean(key, valid)}"
                 self.add((*loc, key), message, subject=".".join(str(part) for part in loc))
 
-    def attempt(self, loc: Loc, build: Callable[[], Any], subject: str | None = None) -> Any:
-        """What `build` returns, or None and a problem at `loc` if it raises ValueError."""
-        try:
-            return build()
-        except ValueError as error:
-            self.add(loc, str(error), subject)
-            return None
+    def include(self, error: UserError) -> None:
+        """What the `check` of a part, or of another document, raised: as it is."""
+        for text in str(error).splitlines():
+            line = re.match(re.escape(self.source.label) + r":(\d+):", text)
+            self._lines.append((int(line[1]) if line else 0, text))
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -196,9 +194,10 @@ class _Reader:
         if isinstance(node, MappingNode) and tag == "map":
             return self.mapping(node, loc)
         if isinstance(node, SequenceNode) and tag == "seq":
-            for index, item in enumerate(node.value):
-                self.lines[(*loc, index)] = item.start_mark.line + 1
-            return [self.value(item, (*loc, index)) for index, item in enumerate(node.value)]
+            places: list[Loc] = [(*loc, index) for index in range(len(node.value))]
+            for here, item in zip(places, node.value, strict=True):
+                self.lines[here] = item.start_mark.line + 1
+            return [self.value(item, here) for here, item in zip(places, node.value, strict=True)]
         raise self.fail(node, f"the tag {shown(str(node.tag))} is not used here: plain values only")
 
     def mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
@@ -219,6 +218,8 @@ class _Reader:
 
     def scalar(self, node: ScalarNode, tag: str) -> Any:
         text: str = node.value
+        if re.search("[\ud800-\udfff]", text):
+            raise self.fail(node, "half of a surrogate pair is no character")
         if tag == "str":
             return text
         if text in _WORDS:
