@@ -77,15 +77,22 @@ def best_safe(
 
 
 def objective_of(folder: StudyFolder) -> str:
-    """The metric that the study maximises, from its study.yaml; `delta_ssim` if that does not say."""
+    """The metric that the study maximises; `delta_ssim` if its study.yaml does not say."""
+    return str(study_value(folder, "objective", "maximize") or OBJECTIVE)
+
+
+def study_value(folder: StudyFolder, *keys: str) -> Any:
+    """One value of the study.yaml as resolved, or None. Reads no more than it must: an old study still exports."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
-        data = YAML(typ="safe", pure=True).load(folder.study_file)
-        return str(data["objective"]["maximize"])
+        value = YAML(typ="safe", pure=True).load(folder.study_file)
+        for key in keys:
+            value = value[key]
+        return value
     except (OSError, YAMLError, KeyError, TypeError, UnicodeDecodeError):
-        return OBJECTIVE
+        return None
 
 
 def setting_key(config: Mapping[str, Any]) -> str:

@@ -1,0 +1,477 @@
+"""The command line: one verb a function. Imports lazily, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from tune_ssim import __version__
+from tune_ssim.errors import BadSetup, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tune_ssim.study_folder import StudyFolder
+
+DONE, OURS, MISTAKE, BAD_SETUP, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
+DEBUG_VARIABLE = "TUNE_SSIM_DEBUG"
+# Errors of the file system that no code of ours can cause or cure: a full disk, a folder that may not be written.
+ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
+
+EPILOG = f"""\b
+Exit codes:
+  {DONE}    done
+  {MISTAKE}    your mistake: one line says what is wrong. Also `export` when no trial is safe
+  {BAD_SETUP}    bad set-up: weights, data or baseline are not sound; no setting is to blame
+  {OURS}    our bug: the traceback is in a file ({DEBUG_VARIABLE}=1 prints it)
+  {INTERRUPTED}  interrupted: `tune-ssim run --resume` goes on
+"""
+
+
+class Verbs(click.Group):
+    """Lists the verbs in the order of their use, and guesses what a misspelt one was meant to be."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, context: click.Context, arguments: list[str]) -> Any:
+        verb = arguments[0]
+        if not verb.startswith("-") and verb not in self.commands:
+            near = get_close_matches(verb, self.commands, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"unknown verb {verb!r}{meant} (there are {', '.join(self.commands)})", context)
+        return super().resolve_command(context, arguments)
+
+
+def _storage(context: click.Context, parameter: click.Parameter, value: str | None) -> Path:
+    from tune_ssim.study_folder import storage_path
+
+    path = storage_path(value)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"storage path {path}: a file, not a folder")
+    context.find_root().obj = path  # where a traceback of ours goes
+    return path
+
+
+def storage_option(verb: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--storage-path",
+        "storage",
+        metavar="FOLDER",
+        callback=_storage,
+        help="Where the studies are.  [default: $TUNE_SSIM_STORAGE, else ./tune_ssim_results]",
+    )(verb)
+
+
+def tracking_option(verb: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--tracking-uri", metavar="URI", help="MLflow's store.  [default: the study's, else SQLite in the storage path]"
+    )(verb)
+
+
+@click.group(
+    cls=Verbs, epilog=EPILOG, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.version_option(__version__, package_name="tune-ssim")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Tunes an SSIM loss for latent diffusion on Ray Tune without ruining the model.
+
+    \b
+      tune-ssim run           tune on real fundus images, a few minutes on two cores
+      tune-ssim trials        what was tried, and why a trial was stopped
+      tune-ssim export        the best safe setting, for a training script
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@cli.command()
+@click.argument("study", required=False)
+@click.option("--space", help="A search space by name, name:stage or path, in place of the study's.")
+@click.option("--trials", type=click.IntRange(min=1), help="Trials of the search, without the baselines.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the search.")
+@click.option("--name", help="The study's name: its folder and its MLflow run.  [default: as in the study file]")
+@storage_option
+@tracking_option
+@click.option("--address", help="A running Ray cluster (`auto`, HOST:PORT).  [default: a local one for this study]")
+@click.option("--resume", is_flag=True, help="Go on with a study; without STUDY and --name, with the latest.")
+@click.option("--dry-run", is_flag=True, help="Print the study as resolved, every default included; start nothing.")
+def run(
+    study: str | None,
+    space: str | None,
+    trials: int | None,
+    seed: int | None,
+    name: str | None,
+    storage: Path,
+    tracking_uri: str | None,
+    address: str | None,
+    resume: bool,
+    dry_run: bool,
+) -> None:
+    """Tune: baseline, search, prune what ruins the model.
+
+    STUDY is a study file or the name of a bundled one. Without it: the bundled fundus study. A name that is taken gets
+    a suffix, unless --resume.
+    """
+    from tune_ssim.study import load_study
+    from tune_ssim.study_folder import find_study
+
+    source: str | Path | None = study
+    if resume and study is None:
+        folder = find_study(storage, name)
+        source, name = folder.study_file, folder.name
+    overrides = {"space": space, "trials": trials, "seed": seed, "name": name, "tracking_uri": tracking_uri}
+    resolved = load_study(source, overrides)
+    if dry_run:
+        _print_exactly(resolved.to_yaml())
+        given = [(f"--{key.replace('_', '-')}", str(value)) for key, value in overrides.items() if value is not None]
+        say_next(
+            "run",
+            *([study] if study else []),
+            *(word for pair in given for word in pair),
+            why="starts it",
+            to_stderr=True,
+        )
+        return
+
+    from tune_ssim.orchestration.run_study import run as run_study
+    from tune_ssim.winner import NoSafeTrial, best_safe
+
+    console = _console()
+    started_s = time.time()
+    try:
+        folder = run_study(
+            resolved,
+            storage=storage,
+            name=name,
+            address=address,
+            resume=resume,
+            tracking_uri=tracking_uri,
+            console=console,
+        )
+    except KeyboardInterrupt:
+        _say_how_to_resume(storage, started_s, resume)
+        raise
+    _show_trials(folder, console)
+    try:
+        best = best_safe(folder)
+    except NoSafeTrial as reason:
+        console.print(_readable(str(reason), console), markup=False)
+        say_next("trials", folder.name, why="has every reason")
+    else:
+        console.print(_readable(f"best safe: {best['trial_id']}: {best['reason']}", console), markup=False)
+        say_next("export", folder.name, "--format", "env", why="prints it for a training script")
+    say_next("ui", folder.name, why="browses the study in MLflow")
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="A stable list of objects: docs/trials_schema.md.")
+@storage_option
+def trials(name: str | None, as_json: bool, storage: Path) -> None:
+    """List the trials, each with its verdict and why.
+
+    The best come first. NAME: the study; without it the latest.
+    """
+    from tune_ssim.study_folder import find_study, jsonable
+
+    folder = find_study(storage, name)
+    if as_json:
+        import json
+
+        from tune_ssim.orchestration.mirror import run_ids
+        from tune_ssim.winner import study_value
+
+        mirrored = run_ids(folder, study_value(folder, "tracking", "uri"))
+        summaries = [
+            {**trial, "run_id": trial["run_id"] or mirrored.get(trial["trial_id"])} for trial in folder.trials()
+        ]
+        _print_exactly(json.dumps(jsonable(summaries), indent=2, allow_nan=False) + "\n")
+    else:
+        _show_trials(folder, _console())
+    say_next("export", folder.name, why="writes the best safe setting", to_stderr=as_json)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--format", "form", type=click.Choice(["yaml", "json", "env", "args"]), default="yaml", show_default=True)
+@click.option("-o", "--output", metavar="FILE", help="Write there, whole or not at all, instead of to stdout.")
+@storage_option
+def export(name: str | None, form: str, output: str | None, storage: Path) -> None:
+    """Print the best safe setting of a study.
+
+    Only a trial with the verdict `safe` that beats the baseline is exported, and none whose setting was ruinous in
+    another trial. If there is none, the exit code is 2 and the reason is said.
+
+    \b
+      env    SSIM_LOSS_WEIGHT=… lines, to be sourced by a shell; EXP_NAME is new for every setting
+      args   --ssim_loss_weight … in one line, for a torchrun script
+      json, yaml   the setting with its verdict, horizon and metrics
+    """
+    from tune_ssim.study_folder import find_study, write_atomically
+    from tune_ssim.winner import best_safe, exported_config, format_export
+
+    target = _output_file(output)
+    folder = find_study(storage, name)
+    text = format_export(exported_config(best_safe(folder), folder), form)
+    if target is None:
+        _print_exactly(text)
+    else:
+        write_atomically(target, text.encode())
+        click.echo(f"wrote {target}")
+    say_next("ui", folder.name, why="shows what it was chosen from", to_stderr=target is None)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--port", type=click.IntRange(0, 65535), default=5000, show_default=True)
+@tracking_option
+@storage_option
+def ui(name: str | None, port: int, tracking_uri: str | None, storage: Path) -> None:
+    """Browse a study in MLflow.
+
+    Prints a link that shows its trials with their verdicts. Listens on 127.0.0.1 only. Ctrl-C ends it.
+    """
+    from tune_ssim.orchestration.mlflow_ui import serve_ui
+    from tune_ssim.study_folder import find_study
+    from tune_ssim.winner import study_value
+
+    study: str | None = name
+    if tracking_uri is None or name is not None:
+        folder = find_study(storage, name)
+        study, tracking_uri = folder.name, tracking_uri or study_value(folder, "tracking", "uri")
+    say_next("export", *([study] if study else []), why="writes the best safe setting", to_stderr=True)
+    try:
+        serve_ui(storage, tracking_uri, name=study, port=port)
+    except KeyboardInterrupt:
+        click.echo()  # the way to end it; nothing to resume
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON: a list, or one object for NAME.")
+def spaces(name: str | None, as_json: bool) -> None:
+    """List the search spaces, or show one.
+
+    NAME: a bundled space, or the path of a .yaml file; NAME:STAGE shows one stage.
+    """
+    from tune_ssim.space import bundled_spaces, load_space
+
+    found = [load_space(name)] if name else [load_space(bundled) for bundled in bundled_spaces()]
+    if as_json:
+        import json
+
+        # Everything explicit, as `run --dry-run` has it; always with stages, so that a reader needs one form only.
+        data = [
+            {
+                "name": space.name,
+                "description": space.description,
+                "stages": [
+                    {"name": stage.name, "description": stage.description, **stage.to_yaml()} for stage in space.stages
+                ],
+            }
+            for space in found
+        ]
+        _print_exactly(json.dumps(data[0] if name else data, indent=2, allow_nan=False) + "\n")
+    else:
+        from tune_ssim.report import spaces_table, stages_table
+
+        console = _console()
+        ascii_only = console.options.ascii_only
+        if name:
+            console.print(_readable(found[0].description, console), markup=False)
+            console.print(stages_table(found[0], ascii_only))
+        else:
+            console.print(spaces_table(found, ascii_only))
+    if name:
+        say_next("run", "--space", name, why="searches it", to_stderr=as_json)
+    elif found:
+        say_next("spaces", found[0].name, why="shows its ranges", to_stderr=as_json)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@tracking_option
+@storage_option
+def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
+    """Write a study into MLflow again.
+
+    For a store that was away while the study ran. Doing it twice changes nothing.
+    """
+    from tune_ssim.orchestration.mirror import mirror_study
+    from tune_ssim.study_folder import find_study
+    from tune_ssim.winner import study_value
+
+    folder = find_study(storage, name)
+    uri = tracking_uri or study_value(folder, "tracking", "uri")
+    done, line = mirror_study(folder, uri, progress=lambda text: click.echo(text, err=True))
+    if not done:
+        raise UserError(f"{folder.name}: {line}")
+    click.echo(line)
+    say_next("ui", folder.name, *(["--tracking-uri", tracking_uri] if tracking_uri else []), why="browses it")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The entry point of the console script."""
+    sys.exit(exit_code(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def exit_code(arguments: list[str]) -> int:
+    """Runs a verb and turns however it ends into a code and at most one line on stderr."""
+    context: click.Context | None = None
+    try:
+        context = cli.make_context("tune-ssim", arguments)
+        with context:
+            cli.invoke(context)
+        sys.stdout.flush()
+        return DONE
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as mistake:
+        where = mistake.ctx.command_path if isinstance(mistake, click.UsageError) and mistake.ctx else "tune-ssim"
+        return _fail(MISTAKE, f"{mistake.format_message()} (see `{where} --help`)")
+    except UserError as mistake:
+        return _fail(MISTAKE, str(mistake))
+    except BadSetup as finding:
+        return _fail(BAD_SETUP, f"bad set-up: {finding}")
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(INTERRUPTED, "interrupted")
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return BROKEN_PIPE
+        if isinstance(error, OSError) and error.errno in ENVIRONMENT:
+            return _fail(MISTAKE, f"{error.filename or 'file system'}: {error.strerror}")
+        return _fail(OURS, _bug(error, context.obj if context else None))
+
+
+def _fail(code: int, message: str) -> int:
+    """One line a problem: a study file may have several."""
+    for line in filter(None, map(str.strip, message.splitlines())):
+        try:
+            click.echo("error: " + "".join(letter if letter.isprintable() else " " for letter in line), err=True)
+        except BrokenPipeError:
+            break
+    return code
+
+
+def _bug(error: Exception, storage: Path | None) -> str:
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
+        click.echo(text, err=True)
+    said = f"a bug of tune-ssim, not of yours: {type(error).__name__}: {error}"
+    try:
+        folder = storage if storage is not None and storage.is_dir() else None
+        descriptor, path = tempfile.mkstemp(dir=folder, prefix="tune-ssim-error-", suffix=".txt")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        return f"{said}; {DEBUG_VARIABLE}=1 shows the traceback"
+    return f"{said}; traceback in {path}"
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads (`| head`). Then the interpreter must not flush it again at exit."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+        if gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return False
+    return gone
+
+
+def say_next(*words: str, why: str, to_stderr: bool = False) -> None:
+    """The next useful command, as it can be pasted."""
+    context = click.get_current_context()
+    if context.get_parameter_source("storage") is click.core.ParameterSource.COMMANDLINE:
+        words = (*words, "--storage-path", str(context.params["storage"]))
+    click.echo(f"next: tune-ssim {shlex.join(words)}  # {why}", err=to_stderr)
+
+
+def _say_how_to_resume(storage: Path, started_s: float, resumed: bool) -> None:
+    from tune_ssim.study_folder import find_study
+
+    try:
+        folder = find_study(storage, None)
+    except UserError:
+        return  # nothing was begun
+    if resumed or folder.study_file.stat().st_mtime >= started_s:
+        say_next("run", "--resume", "--name", folder.name, why="goes on where it stopped", to_stderr=True)
+
+
+def _show_trials(folder: StudyFolder, console: Console) -> None:
+    from tune_ssim.report import trials_table
+    from tune_ssim.winner import NoSafeTrial, best_safe, objective_of
+
+    summaries = folder.trials()
+    if not summaries:
+        console.print(f"{folder.name}: no trial has ended yet", markup=False)
+        return
+    try:
+        winner = best_safe(folder)["trial_id"]
+    except NoSafeTrial:
+        winner = None
+    console.print(
+        trials_table(
+            summaries,
+            width=console.width,
+            ascii_only=console.options.ascii_only,
+            objective=objective_of(folder),
+            winner=winner,
+        )
+    )
+
+
+def _console() -> Console:
+    """stdout with rich: NO_COLOR is honoured, a pipe gets wide lines, and a letter that the encoding lacks is a `?`."""
+    from rich.console import Console
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(highlight=False, width=200)
+    return console
+
+
+def _readable(text: str, console: Console) -> str:
+    from tune_ssim.trial_text import readable
+
+    return readable(text, console.options.ascii_only)
+
+
+def _print_exactly(text: str) -> None:
+    """UTF-8 whatever the locale, since a program reads it."""
+    stream, rest = sys.stdout.buffer, memoryview(text.encode())
+    while rest:
+        rest = rest[stream.write(rest) :]  # with PYTHONUNBUFFERED the stream is raw and may take a part only
+    stream.flush()
+
+
+def _output_file(output: str | None) -> Path | None:
+    if output is None or output == "-":
+        return None
+    path = Path(output)
+    if path.is_dir():
+        raise UserError(f"--output {output}: a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output {output}: not a regular file")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {path.parent}")
+    return path
