@@ -106,7 +106,7 @@ def test_flat_bright_patches_keep_float32_accuracy(level):
 
 
 def test_value_stays_in_range_where_rounding_exceeds_the_variance():
-    # Flat halves 1000 apart with data_range=1: float32 cannot hold these variances, and unclamped the mean is about −14.
+    # Flat halves 1000 apart with data_range=1: float32 cannot hold these variances; unclamped the mean is −14.
     generator = torch.Generator().manual_seed(0)
     x = 10 + 1e-3 * torch.rand(1, 1, 32, 32, generator=generator)
     x[..., 16:] -= 1000
