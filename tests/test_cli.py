@@ -233,17 +233,20 @@ def test_spaces(tmp_path: Path) -> None:
         assert "next: tune-ssim " in done.stdout
 
 
-def test_a_reader_that_leaves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", [["trials", "--json"], ["trials"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves(tmp_path: Path, verb: list[str], unbuffered: str) -> None:
     """`| head -1`: silent, and not an error of anybody's."""
-    study(tmp_path, *(trial(f"{index:05d}") for index in range(3000)))
+    study(tmp_path, *(trial(f"{index:05d}") for index in range(1000)))
     writer = subprocess.Popen(
-        [*COMMAND, "trials", "--json", "--storage-path", str(tmp_path)],
+        [*COMMAND, *verb, "--storage-path", str(tmp_path)],
         cwd=Path(__file__).resolve().parents[1],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     assert writer.stdout is not None and writer.stderr is not None
-    assert writer.stdout.readline() == b"[\n"
+    assert len(writer.stdout.read(10)) == 10
     writer.stdout.close()
     error = writer.stderr.read()
     writer.stderr.close()

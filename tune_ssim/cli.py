@@ -151,7 +151,7 @@ def run(
     from tune_ssim.orchestration.run_study import run as run_study
     from tune_ssim.winner import NoSafeTrial, best_safe
 
-    console = _console()
+    console = _console(outlive_reader=True)
     started_s = time.time()
     try:
         folder = run_study(
@@ -389,11 +389,17 @@ def _reader_is_gone() -> bool:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-        if gone:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
         return False
+    if gone:
+        _discard_stdout()
     return gone
+
+
+def _discard_stdout() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def say_next(*words: str, why: str, to_stderr: bool = False) -> None:
@@ -438,15 +444,24 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
     )
 
 
-def _console() -> Console:
-    """stdout with rich: NO_COLOR is honoured, a pipe gets wide lines, and a letter that the encoding lacks is a `?`."""
+def _console(outlive_reader: bool = False) -> Console:
+    """stdout with rich: NO_COLOR is honoured, a pipe gets wide lines, and a letter that the encoding lacks is a `?`.
+
+    When nobody reads the pipe any more, a listing ends; a study goes on in silence (`outlive_reader`).
+    """
     from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            if not outlive_reader:
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+            _discard_stdout()
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    console = Console(highlight=False)
+    console = Output(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=200)
+        console = Output(highlight=False, width=200)
     return console
 
 
