@@ -1,35 +1,47 @@
-"""Nested state ↔ a folder of two files: `tensors.safetensors` and `state.json`. Nothing is pickled, nothing is executed on loading."""
+"""Nested state ↔ a folder of two files: `tensors.safetensors` and `state.json`. Nothing is pickled, nothing executed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tune_ssim.errors import UserError
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
+DIGEST = "state_sha256"  # in the metadata of the tensors: which state.json they belong to
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
-    """`state`: nested dicts, lists and tuples of tensors and JSON values; keys may be integers (optimisers have such)."""
+    """`state`: nested dicts, lists and tuples of tensors and JSON values; keys may be integers (optimisers have such).
+
+    Raises TypeError, naming the place, for anything else."""
     tensors: dict[str, torch.Tensor] = {}
-    skeleton = _take_apart(state, "", tensors)
+    text = json.dumps(_take_apart(state, "", tensors)).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / STATE).write_text(json.dumps(skeleton))
+    # Each file is replaced as a whole; the digest tells when a kill fell between the two replacements.
+    save_file(tensors, folder / f".{TENSORS}", metadata={"format": "pt", DIGEST: hashlib.sha256(text).hexdigest()})
+    (folder / f".{STATE}").write_bytes(text)
+    for name in (TENSORS, STATE):
+        (folder / f".{name}").replace(folder / name)
 
 
 def load_checkpoint(folder: Path) -> Any:
     """The state, tensors on the CPU, tuples as lists. Raises UserError for a file that is missing, torn or foreign."""
     try:
-        tensors = load_file(folder / TENSORS)
-        skeleton = json.loads((folder / STATE).read_text())
-        return _put_together(skeleton, tensors)
+        text = (folder / STATE).read_bytes()
+        with safe_open(folder / TENSORS, framework="pt", device="cpu") as file:
+            digest = (file.metadata() or {}).get(DIGEST)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        if digest != hashlib.sha256(text).hexdigest():
+            raise ValueError(f"{STATE} and {TENSORS} do not belong together")
+        return _put_together(json.loads(text), tensors)
     except OSError as error:
         raise UserError(f"checkpoint {folder}: {error.strerror or error}") from None
     except Exception as error:  # safetensors and json raise their own types for anything malformed
@@ -38,10 +50,15 @@ def load_checkpoint(folder: Path) -> Any:
 
 def _take_apart(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
+        while name in tensors:  # the keys 1 and "1", or "a/b" and "a" → "b", read the same
+            name += "'"
         # A copy: tensors that share memory (tied weights) cannot be stored as they are.
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, Mapping):
+        for key in value:
+            if not (key is None or isinstance(key, (bool, int, float, str))):
+                raise TypeError(f"{name or 'state'}: a key of type {type(key).__name__} cannot be stored; use strings")
         return {"items": [[key, _take_apart(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         return {"list": [_take_apart(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]}

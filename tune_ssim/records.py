@@ -13,6 +13,7 @@ LOSS_SSIM = "loss_ssim"  # 1 - SSIM, in [0, 1]; absent from steps where no sampl
 LOSS_PIXEL = "loss_pixel"
 TOTAL_NORM = "total_norm"  # L2 norm of the whole gradient, before clipping
 TOTAL_NORM_MAIN = "total_norm_main"  # the same, of the main (flow) loss alone
+NORM_RATIO = "norm_ratio"  # what the norm guard made of it: the latest window against the baseline
 ACTIVE_FRACTION = "ssim_active_fraction"  # share of the batch with 0 < t <= max_t
 STEP_SKIPPED = "step_skipped"  # 1 where a GradScaler skipped the update: an infinite norm is routine there
 LR = "lr"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,47 +12,15 @@ import torch
 
 from tune_ssim.checkpoint import load_checkpoint, save_checkpoint
 from tune_ssim.errors import UserError
-from tune_ssim.guards import Baseline, Guard, MissingMetric, NormRatio, SmokeTest, Violation, Watch
+from tune_ssim.guards import Baseline, BaselineRun, Guard, KeepRule, MissingMetric, NormRatio, SmokeTest, Violation, Watch
 from tune_ssim.probes import collapse_statistics
-from tune_ssim.records import SMOKE, SMOKE_AGAIN, Record, merge
+from tune_ssim.records import NORM_RATIO, SMOKE, SMOKE_AGAIN, TOTAL_NORM, TOTAL_NORM_MAIN, Record, merge
 from tune_ssim.sample_grid import sample_grid
 from tune_ssim.tasks.task import Number, Sample, Task
 
-ENDING = ("prune", "abort")
-SHOWN_NAMES = {"psnr": "PSNR", "ssim": "SSIM"}
-
-
-@dataclass(frozen=True)
-class KeepRule:
-    """A held-out metric (or a family, `flow_loss_bins` for `flow_loss_bins/0` …) that may not get worse than this.
-
-    Exactly one limit, relative to the baseline: a difference (`min_delta`, `max_delta`) or a quotient (`min_ratio`, `max_ratio`)."""
-
-    metric: str
-    min_delta: float | None = None
-    max_delta: float | None = None
-    min_ratio: float | None = None
-    max_ratio: float | None = None
-
-    def broken_by(self, found: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[str, float, float, str] | None:
-        """(metric, value, limit, sentence) of the first breach; NaN is a breach."""
-        for name, value in found.items():
-            if name != self.metric and not name.startswith(self.metric + "/"):
-                continue
-            if name not in baseline:
-                continue
-            reference = baseline[name]
-            delta, ratio = value - reference, value / reference if reference else math.inf
-            for limit, measured, is_lower, words in (
-                (self.min_delta, delta, True, "{name} {delta:+.4g} against the baseline (at least {limit:+g})"),
-                (self.max_delta, delta, False, "{name} {delta:+.4g} against the baseline (at most {limit:+g})"),
-                (self.min_ratio, ratio, True, "{name} {ratio:.3g}x the baseline's (at least {limit:g}x)"),
-                (self.max_ratio, ratio, False, "{name} {ratio:.3g}x the baseline's (at most {limit:g}x)"),
-            ):
-                if limit is not None and not (measured >= limit if is_lower else measured <= limit):
-                    shown = SHOWN_NAMES.get(name, name)
-                    return name, measured, limit, words.format(name=shown, delta=delta, ratio=ratio, limit=limit)
-        return None
+LEAST_HARM = 0.05  # of a trial that got as far as the end: above zero, below the grade of any early prune
+# Keys in which a trial may always differ from the baseline: the auxiliary losses' own, and what only measures.
+AUXILIARY = ("ssim_", "pixel_", "measure_")
 
 
 @dataclass(frozen=True)
@@ -96,14 +64,18 @@ class Trial:
         seed: int = 0,
         role: str = "search",
         baseline: Baseline | None = None,
+        searched: Collection[str] = (),
         device: str | None = None,
     ) -> None:
-        """Sets the task up afresh. `baseline` None: nothing to compare with (a baseline run), so no norm guard."""
+        """Sets the task up afresh. `baseline` None: nothing to compare with (a baseline run), so no norm guard.
+
+        `searched`: keys in which the trial may differ from the baseline, besides the auxiliary losses'."""
         self.config, self.seed, self.role, self.baseline = dict(config), seed, role, baseline
         self.task.setup(config, seed, device)
         self.effective = dict(self.task.effective())
         self.step = 0
-        self.verdict = None
+        self.verdict = self._check_effective() or self._check_baseline(searched)
+        self.series: dict[str, dict[int, float]] = {}
         self.warnings: list[Violation] = []
         self.images: dict[int, bytes] = {}
         self.watch = Watch(self._bound_guards())
@@ -114,10 +86,8 @@ class Trial:
             return []
         made: list[Record] = []
         end = self.plan.steps if steps is None else min(self.plan.steps, self.step + steps)
-        if self.step == 0 and not self._seen_start():
-            self._check_effective()
-            if self.verdict is None and self.smoke_test is not None:
-                self._judge([self._smoke_record()], made)
+        if self.step == 0 and self.smoke_test is not None and self.watch.state_of(SmokeTest.name)["start"] is None:
+            self._judge([self._smoke_record()], made)
         pending: list[tuple[int, Mapping[str, Number]]] = []
         while self.verdict is None and self.step < end:
             metrics = self.task.step()
@@ -153,11 +123,28 @@ class Trial:
         names = ("batch_size", "optimizer", "lr", "max_grad_norm", "precision")
         return {"steps": self.step, **{name: self.effective[name] for name in names if name in self.effective}}
 
+    def baseline_run(self, trial_id: str = "") -> BaselineRun:
+        """This run as one that others are compared with. Raises ValueError unless it is a baseline that ended well."""
+        if self.role != "baseline" or self.verdict is None or self.verdict.verdict != "safe":
+            raise ValueError("only a baseline run that ended safe can be compared with")
+        return BaselineRun(self.seed, self.series, self.verdict.metrics, self.effective, trial_id)
+
+    def harm(self) -> float:
+        """For a constraint-aware sampler: <= 0 feasible, else how far beyond. A norm verdict grades by its excess in decades,
+        any other prune by the share of the training that was left."""
+        if self.verdict is None or self.verdict.verdict not in ("pruned", "degraded", "bad_setup"):
+            return 0.0
+        violation = self.verdict.violation
+        if violation is not None and violation.guard == NormRatio.name and math.isfinite(violation.value):
+            return max(LEAST_HARM, math.log10(violation.value / violation.limit))
+        return max(LEAST_HARM, 1 - self.step / self.plan.steps)
+
     def save(self, folder: Path) -> None:
         trial = {
             "step": self.step, "seed": self.seed, "role": self.role, "config": self.config,
             "watch": self.watch.state_dict(), "warnings": [asdict(warning) for warning in self.warnings],
             "baseline": None if self.baseline is None else self.baseline.sha256,
+            "series": {name: [[step, value] for step, value in points.items()] for name, points in self.series.items()},
         }  # fmt: skip
         save_checkpoint(folder, {"task": self.task.state_dict(), "trial": trial})
 
@@ -174,6 +161,7 @@ class Trial:
         self.task.load_state_dict(state["task"])
         self.watch.load_state_dict(trial["watch"])
         self.warnings = [Violation(**warning) for warning in trial["warnings"]]
+        self.series = {name: {step: value for step, value in points} for name, points in trial["series"].items()}
         self.step = trial["step"]
 
     # -- judging
@@ -190,19 +178,33 @@ class Trial:
             if not isinstance(guard, NormRatio):
                 bound.append(guard)
             elif self.baseline is not None:
-                bound.append(guard.bind(self.baseline, self.seed, clipped))
+                bound.append(guard.bind(self.baseline, self.seed if self.paired else None, clipped))
         return bound
 
-    def _seen_start(self) -> bool:
-        return self.smoke_test is not None and self.watch.state_of(SmokeTest.name)["start"] is not None
-
-    def _check_effective(self) -> None:
+    def _check_effective(self) -> Verdict | None:
         """What was asked for must be in force (note 001 §2.2: comments said 0.1, the script passed 1)."""
         for name, asked in self.config.items():
             if name in self.effective and not _same(asked, self.effective[name]):
-                words = f"{name} was set to {asked!r} but {self.effective[name]!r} is in force: the parameter does not reach the loss"
-                self.verdict = Verdict("bad_setup", words)
-                return
+                in_force = self.effective[name]
+                words = f"{name} was set to {asked!r} but {in_force!r} is in force: the parameter does not reach the training"
+                return Verdict("bad_setup", words)
+        return None
+
+    def _check_baseline(self, searched: Collection[str]) -> Verdict | None:
+        """The baseline must be the same training but for the auxiliary loss. Where a searched key of the optimiser differs,
+        the comparison goes on unpaired."""
+        self.paired = True
+        if self.baseline is None:
+            return None
+        reference = self.baseline.reference(self.seed).effective
+        for name in sorted(set(self.effective) & set(reference)):
+            if name.startswith(AUXILIARY) or _same(self.effective[name], reference[name]):
+                continue
+            if name not in searched:
+                words = f"{name} is {self.effective[name]!r} here and {reference[name]!r} in the baseline: not comparable"
+                return Verdict("bad_setup", words)
+            self.paired = False
+        return None
 
     def _judge(self, records: Sequence[Record], made: list[Record]) -> None:
         """Folds records one by one; those after a violation that ends the trial are discarded."""
@@ -213,7 +215,9 @@ class Trial:
                 made.append(record)
                 self.verdict = Verdict("error", str(error))
                 return
-            made.append(record)
+            ratio = self.norm_ratio() if TOTAL_NORM in record.values else None
+            made.append(record if ratio is None else Record(record.step, {**record.values, NORM_RATIO: ratio}))
+            self._keep_series(record)
             for violation in violations:
                 if violation.action == "probe":
                     self.warnings.append(violation)
@@ -224,6 +228,13 @@ class Trial:
                     self._end_with(violation)
                 if self.verdict is not None:
                     return
+
+    def _keep_series(self, record: Record) -> None:
+        """A baseline run keeps the norms that later trials are compared with."""
+        if self.role == "baseline":
+            for name in (TOTAL_NORM, TOTAL_NORM_MAIN):
+                if name in record.values:
+                    self.series.setdefault(name, {})[record.step] = record.values[name]
 
     def _probe(self, cause: Violation, made: list[Record]) -> None:
         """A smoke test at once: it fails with both noises, or the training goes on."""
@@ -293,7 +304,9 @@ def statistics_of(sample: Sample) -> dict[str, float]:
 def _resolve(pending: Sequence[tuple[int, Mapping[str, Number]]]) -> list[Record]:
     """Numbers of several steps with one transfer from the device."""
     tensors = [value for _, metrics in pending for value in metrics.values() if isinstance(value, torch.Tensor)]
-    numbers = iter(torch.stack([tensor.detach().double() for tensor in tensors]).tolist() if tensors else [])
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
+    together = [tensor.detach().double().reshape(()).to(device, non_blocking=True) for tensor in tensors]
+    numbers = iter(torch.stack(together).tolist() if together else [])
     return [
         Record(step, {name: next(numbers) if isinstance(value, torch.Tensor) else float(value) for name, value in metrics.items()})
         for step, metrics in pending

@@ -1,18 +1,20 @@
 """The folder of a study, where the truth lives: everything else (MLflow, the tables on the screen) is made from it.
 
-    <storage>/<study>/
-      study.yaml            the study as resolved
-      trials.jsonl          one line a trial, written when it ends: see TrialSummary
-      events.jsonl          everything that happened, in order; MLflow is a replay of it
-      baseline/<sha256>.json
-      images/<trial_id>/smoke_<step>.png
-      ray/                  Ray Tune's own state and the checkpoints
+<storage>/<study>/
+  study.yaml            the study as resolved
+  trials.jsonl          one line a trial, written when it ends: see TrialSummary
+  events.jsonl          everything that happened, in order; MLflow is a replay of it
+  baseline/<sha256>.json
+  images/<trial_id>/smoke_<step>.png
+  ray/                  Ray Tune's own state and the checkpoints
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import numbers
 import os
 import re
 import tempfile
@@ -124,7 +126,8 @@ def find_study(storage: Path, name: str | None) -> StudyFolder:
 def check_name(name: str) -> str:
     """A study's name becomes a folder and a run name; raises UserError if it cannot."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise UserError(f"name {name!r}: letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit")
+        rule = "letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit"
+        raise UserError(f"name {name!r}: {rule}")
     return name
 
 
@@ -136,8 +139,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -151,7 +154,9 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         end = os.lseek(descriptor, 0, os.SEEK_END)
         if end and os.pread(descriptor, 1, end - 1) != b"\n":
             line = b"\n" + line  # the line before was torn: keep this one whole
-        os.write(descriptor, line)
+        written = os.write(descriptor, line)
+        if written < len(line):  # the disk is full: the caller must know, and the torn line is passed over by readers
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 
@@ -176,6 +181,8 @@ def jsonable(value: Any) -> Any:
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):  # NumPy's scalars are such
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, Path):

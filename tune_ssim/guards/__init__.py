@@ -2,6 +2,7 @@
 
 from tune_ssim.guards.baseline import Baseline, BaselineRun
 from tune_ssim.guards.guard import Guard
+from tune_ssim.guards.keep_rule import KeepRule
 from tune_ssim.guards.non_finite import NonFinite
 from tune_ssim.guards.norm_ratio import NormRatio
 from tune_ssim.guards.smoke_test import SmokeTest
@@ -13,6 +14,7 @@ __all__ = [
     "Baseline",
     "BaselineRun",
     "Guard",
+    "KeepRule",
     "MissingMetric",
     "NonFinite",
     "NormRatio",

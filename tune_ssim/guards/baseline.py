@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ class BaselineRun:
 
 @dataclass(frozen=True)
 class Baseline:
-    """`runs[0]` has the study's own seed: trials with that seed see the same batches and the same noise, step by step."""
+    """`runs[0]` has the study's own seed: trials with that seed see the same batches and noise, step by step."""
 
     runs: tuple[BaselineRun, ...]
 
@@ -54,7 +53,11 @@ class Baseline:
                 "trial_id": run.trial_id,
                 "evaluation": dict(run.evaluation),
                 "effective": dict(run.effective),
-                "series": {name: [[s, v] for s, v in sorted(points.items())] for name, points in run.series.items()},
+                # float: an integer would be read back as another text, and so with another digest
+                "series": {
+                    name: [[step, float(value)] for step, value in sorted(points.items())]
+                    for name, points in run.series.items()
+                },
             }
             for run in self.runs
         ]
@@ -66,21 +69,26 @@ class Baseline:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Baseline:
+        """Raises ValueError for bytes that are no baseline."""
         loaded = json.loads(data)
-        if loaded.get("format") != FORMAT:
-            raise ValueError(f"baseline format {loaded.get('format')!r} is not known (this version reads {FORMAT})")
-        return cls(
-            tuple(
-                BaselineRun(
-                    seed=run["seed"],
-                    trial_id=run.get("trial_id", ""),
-                    evaluation=run["evaluation"],
-                    effective=run.get("effective", {}),
-                    series={name: {int(s): float(v) for s, v in points} for name, points in run["series"].items()},
+        found = loaded.get("format") if isinstance(loaded, dict) else None
+        if found != FORMAT:
+            raise ValueError(f"baseline format {found!r} is not known (this version reads {FORMAT})")
+        try:
+            return cls(
+                tuple(
+                    BaselineRun(
+                        seed=run["seed"],
+                        trial_id=run.get("trial_id", ""),
+                        evaluation=run["evaluation"],
+                        effective=run.get("effective", {}),
+                        series={name: {int(s): float(v) for s, v in points} for name, points in run["series"].items()},
+                    )
+                    for run in loaded["runs"]
                 )
-                for run in loaded["runs"]
             )
-        )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"not a baseline file ({type(error).__name__}: {error})") from None
 
     @classmethod
     def read(cls, path: str | Path, sha256: str | None = None) -> Baseline:
@@ -95,8 +103,7 @@ class Baseline:
         found = hashlib.sha256(data).hexdigest()
         if sha256 is not None and found != sha256:
             raise ValueError(f"baseline {path}: content has digest {found[:12]}…, expected {sha256[:12]}…")
-        return cls.from_bytes(data)
-
-
-def finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+        try:
+            return cls.from_bytes(data)
+        except ValueError as error:
+            raise ValueError(f"baseline {path}: {error}") from None

@@ -12,7 +12,7 @@ GuardType = TypeVar("GuardType", bound="Guard")
 
 
 class Guard(Protocol):
-    """A frozen dataclass of limits. The same records in the same order give the same violations, wherever they come from."""
+    """A frozen dataclass of limits. The same records give the same violations, wherever they come from."""
 
     @property
     def name(self) -> str: ...

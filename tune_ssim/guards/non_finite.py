@@ -47,7 +47,7 @@ class NonFinite:
             return state, self._violation(record.step, TOTAL_NORM, norm, sentence)
         if LOSS in record.values:
             state = {"skipped": 0, "last_step": record.step}
-        for metric, value in record.values.items():
+        for metric, value in sorted(record.values.items()):
             if metric.startswith(self.prefixes) and not math.isfinite(value):
                 return state, self._violation(record.step, metric, value, f"{metric} is {value} at step {record.step}")
         return state, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 from tune_ssim.guards.baseline import Baseline
 from tune_ssim.guards.guard import State
@@ -15,18 +15,19 @@ from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM, TOTAL_N
 
 @dataclass(frozen=True)
 class NormRatio:
-    """Median of pre-clip `total_norm` over the last `window` active steps, over the baseline's median on the same steps.
+    """Median of pre-clip `total_norm` over the last `window` active steps, over the baseline's on the same steps.
 
     Medians, because norms are heavy-tailed; active steps only, because with few samples under `max_t` most steps carry
     no SSIM gradient; from the first full window on, because after a collapse the ratio falls again.
 
     Without step-by-step pairing (another seed, or a log that does not say which steps were active) the baseline's
-    median over the same range of steps is used, and the sentence says "unpaired".
+    median over the same range of steps is used (over all its steps where it logged fewer than `window` of that range),
+    and the sentence says "unpaired".
     """
 
     limit: float = 10.0  # note 000 §5.2
     window: int = 10  # active steps; FACTS: the mean is ruled by tails, the median of >= 10 is not
-    patience: int = 2  # consecutive active steps with the window's ratio above the limit: one outlier batch is no evidence
+    patience: int = 2  # windows in a row, one an active step, above the limit: one outlier batch is no evidence
     on_excess: Literal["auto", "prune", "probe", "warn"] = "auto"  # auto: probe under gradient clipping, else prune
     baseline: Baseline | None = field(default=None, repr=False)
     seed: int | None = None  # the trial's; pairs it with the baseline run that saw the same batches
@@ -56,7 +57,10 @@ class NormRatio:
         return self.on_excess
 
     def init(self) -> State:
-        return {"window": [], "excess": 0, "active_steps": 0, "wait": 0, "max_ratio": None, "max_ratio_main": None}
+        return {
+            "window": [], "activity_known": False, "excess": 0, "active_steps": 0, "wait": 0,
+            "max_ratio": None, "max_ratio_main": None,
+        }  # fmt: skip
 
     def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
         norm = record.values.get(TOTAL_NORM)
@@ -65,12 +69,15 @@ class NormRatio:
         if state["window"] and record.step <= state["window"][-1][0]:
             return state, None  # a step that is logged twice counts once
         window = [*state["window"], [record.step, norm if not math.isnan(norm) else math.inf]][-self.window :]
-        state = {**state, "window": window, "active_steps": state["active_steps"] + 1, "wait": max(0, state["wait"] - 1)}
+        state = {
+            **state, "window": window, "activity_known": ACTIVE_FRACTION in record.values,
+            "active_steps": state["active_steps"] + 1, "wait": max(0, state["wait"] - 1),
+        }  # fmt: skip
         if len(window) < self.window or self.baseline is None:
             return state, None
 
-        ratio, paired = self._ratio(window, TOTAL_NORM)
-        ratio_main, _ = self._ratio(window, TOTAL_NORM_MAIN)
+        ratio, paired = self._ratio(state, TOTAL_NORM)
+        ratio_main, _ = self._ratio(state, TOTAL_NORM_MAIN)
         state["max_ratio"] = _largest(state["max_ratio"], ratio)
         state["max_ratio_main"] = _largest(state["max_ratio_main"], ratio_main)
         state["excess"] = state["excess"] + 1 if ratio is not None and ratio > self.limit else 0
@@ -88,18 +95,24 @@ class NormRatio:
             action=self.action,
             sentence=(
                 f"total_norm is {ratio:.3g}x the baseline's (limit {self.limit:g}; "
-                f"{'paired' if paired else 'unpaired'} median of {len(window)} active steps up to step {record.step}{main})"
+                f"{'paired' if paired else 'unpaired'} median of {len(window)} active steps "
+                f"up to step {record.step}{main})"
             ),
             remedy="lower the gain (ssim_loss_weight x ssim_grad_scale) or ssim_loss_max_t",
         )
 
     def unjudged(self, state: State) -> str | None:
-        if self.baseline is None or state["active_steps"] >= self.window:
-            return None
-        return (
-            f"guard '{self.name}' saw {state['active_steps']} active steps and needs {self.window}: "
-            "train longer, raise ssim_loss_max_t or the batch size"
-        )
+        if self.baseline is None:
+            return f"guard '{self.name}' has no baseline to compare with"
+        needed = self.window + self.patience - 1  # with fewer it could not have fired
+        if state["active_steps"] < needed:
+            return (
+                f"guard '{self.name}' saw {state['active_steps']} active steps and needs {needed}: "
+                "train longer, raise ssim_loss_max_t or the batch size"
+            )
+        if state["max_ratio"] is None:
+            return f"guard '{self.name}': the baseline has no {TOTAL_NORM} above zero to compare with"
+        return None
 
     def summary(self, state: State) -> dict[str, float]:
         """`norm_ratio_max` and, where the baseline measured it, `norm_ratio_main_max`."""
@@ -110,21 +123,24 @@ class NormRatio:
         """The ratio of the latest window, for display."""
         if self.baseline is None or len(state["window"]) < self.window:
             return None
-        return self._ratio(state["window"], TOTAL_NORM)[0]
+        return self._ratio(state, TOTAL_NORM)[0]
 
-    def _ratio(self, window: list[list[Any]], metric: str) -> tuple[float | None, bool]:
-        """Median of the window over the median of the baseline's `metric`, and whether step by step."""
+    def _ratio(self, state: State, metric: str) -> tuple[float | None, bool]:
+        """Median of the window over the median of the baseline's `metric`, and whether over the very same steps."""
         assert self.baseline is not None
-        series = self.baseline.reference(self.seed).series.get(metric, {})
-        paired = [series[step] for step, _ in window if step in series and math.isfinite(series[step])]
-        is_paired = self.baseline.run_of(self.seed) is not None and len(paired) >= 0.8 * len(window)
-        if not is_paired:
-            near = [v for s, v in series.items() if window[0][0] <= s <= window[-1][0] and math.isfinite(v)]
-            paired = near if len(near) >= len(window) else [v for v in series.values() if math.isfinite(v)]
-        below = median(paired) if paired else 0.0
-        if below <= 0:
-            return None, is_paired
-        return median(norm for _, norm in window) / below, is_paired
+        window = state["window"]
+        run = self.baseline.reference(self.seed)
+        series = run.series.get(metric, {})
+        shared = [(norm, series[step]) for step, norm in window if math.isfinite(series.get(step, math.nan))]
+        is_paired = state["activity_known"] and run.seed == self.seed and len(shared) >= 0.8 * len(window)
+        if is_paired:
+            above, below = median(norm for norm, _ in shared), median(norm for _, norm in shared)
+        else:
+            finite = {step: norm for step, norm in series.items() if math.isfinite(norm)}
+            near = [norm for step, norm in finite.items() if window[0][0] <= step <= window[-1][0]]
+            near = near if len(near) >= len(window) else list(finite.values())
+            above, below = median(norm for _, norm in window), median(near) if near else 0.0
+        return (above / below if below > 0 else None), is_paired
 
 
 def _largest(one: float | None, other: float | None) -> float | None:

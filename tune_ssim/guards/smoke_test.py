@@ -11,6 +11,11 @@ from tune_ssim.guards.guard import State
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import SMOKE, SMOKE_AGAIN, Record
 
+JUDGED = frozenset(
+    ("non_finite_fraction", "consistency_psnr", "consistency_correlation", "high_frequency")
+    + ("std_ratio", "entropy_bits", "flow_loss_top_bin", "undecodable_fraction")
+)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -24,7 +29,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class SmokeTest:
-    """Reads the statistics that `probes.collapse` makes of a `Sample`; a statistic that a task does not have is not judged.
+    """Reads the statistics that `probes.collapse` makes of a `Sample`; what a task does not have is not judged.
 
     Defaults are FACTS' (32 fundus crops, healthy against ruined): each lies between the two clouds.
     Two failures in a row are needed, since single ones recover; at step 0 one is enough, and means a bad set-up.
@@ -32,9 +37,9 @@ class SmokeTest:
 
     at: tuple[int, ...] = (0, 25, 50, 100, 200)  # steps at which to sample; the last step of a trial is always one
     consecutive: int = 2  # one-off failures recover
-    max_consistency_drop_db: float = 3.0  # PSNR of the down-sampled sample against its own input: healthy 27.7-29.7, ruined 16-24
+    max_consistency_drop_db: float = 3.0  # of the pooled sample against its own input: healthy 27.7-29.7, ruined 16-24
     min_correlation_ratio: float = 0.65  # correlation of the same, of its start: healthy .66-.69, ruined <= .3
-    max_high_frequency: float = 1.6  # high-frequency energy, of the autoencoder's reconstruction: healthy .65-1.03, noise >= 1.5
+    max_high_frequency: float = 1.6  # energy, of the autoencoder's reconstruction: healthy .65-1.03, noise >= 1.5
     min_high_frequency: float = 0.1  # flat colour
     min_std_ratio: float = 0.4  # contrast, of the reference's
     min_entropy_bits: float = 1.5  # of the grey-level histogram (64 bins); a flat colour has 0
@@ -54,7 +59,8 @@ class SmokeTest:
                 raise ValueError(f"{limit} must be > 0, got {getattr(self, limit)}")
         if not self.min_high_frequency < self.max_high_frequency:
             raise ValueError(
-                f"min_high_frequency ({self.min_high_frequency}) must be below max_high_frequency ({self.max_high_frequency})"
+                f"min_high_frequency ({self.min_high_frequency}) "
+                f"must be below max_high_frequency ({self.max_high_frequency})"
             )
 
     @property
@@ -72,23 +78,25 @@ class SmokeTest:
         if not first or record.step <= state["last_step"]:
             return state, None
         start = state["start"] if state["start"] is not None else first
-        state = {**state, "start": start, "last_step": record.step}
         findings = self.findings(first, start)
-        failures = state["failures"] + 1 if findings else 0
         again = _with_prefix(record, SMOKE_AGAIN)
-        if findings and again:
-            findings_again = self.findings(again, start)
-            failures = failures + 1 if findings_again else 0
-        state["failures"] = failures
-        state["last"] = findings[0].words if findings else None
-        if not findings or failures == 0:
+        confirmed = bool(findings and again and self.findings(again, start))  # it failed with the second noise as well
+        failures = 0 if not findings or (again and not confirmed) else state["failures"] + 1 + confirmed
+        state = {
+            # Samples that fail are no start to be judged against; a NaN among them would pass everything later.
+            "start": state["start"] if findings else start,
+            "failures": failures,
+            "last_step": record.step,
+            "last": findings[0].words if failures else None,
+        }
+        if not failures:
             return state, None
         worst = findings[0]
         if record.step == 0:
             sentence = f"the model is ruined before its first update: {_join(findings)}"
             remedy = "check that the pretrained weights were loaded and that images are in the range the model expects"
             return state, self._violation(record.step, worst, "abort", sentence, remedy)
-        if failures < self.consecutive:
+        if failures < self.consecutive and not confirmed:
             return state, None
         sentence = f"samples have collapsed, {failures} smoke tests in a row: {_join(findings)}"
         remedy = "lower the gain (ssim_loss_weight x ssim_grad_scale), ssim_loss_max_t or the learning rate"
@@ -105,7 +113,10 @@ class SmokeTest:
             if not math.isfinite(value) or bad(value, limit):
                 found.append(Finding(SMOKE + metric, value, limit, words.format(value=value, limit=limit)))
 
+        # One such pixel makes every other statistic NaN, so it is said first.
+        broken = "{value:.1%} of the sampled pixels are not finite"
         below, above = (lambda value, limit: value < limit), (lambda value, limit: value > limit)
+        judge("non_finite_fraction", 0.0, above, broken)
         floor_db = _from_start(start, "consistency_psnr", lambda db: db - self.max_consistency_drop_db)
         judge("consistency_psnr", floor_db, below, "agreement with the input {value:.1f} dB (floor {limit:.1f} dB)")
         floor = _from_start(start, "consistency_correlation", lambda r: self.min_correlation_ratio * r)
@@ -118,11 +129,17 @@ class SmokeTest:
         judge("entropy_bits", self.min_entropy_bits, below, "histogram entropy {value:.2f} bit (floor {limit:g})")
         ceiling = _from_start(start, "flow_loss_top_bin", lambda loss: self.max_flow_loss_ratio * loss)
         judge("flow_loss_top_bin", ceiling, above, "flow loss at the noisiest t {value:.3g} (limit {limit:.3g})")
-        judge("non_finite_fraction", 0.0, above, "{value:.1%} of the sampled pixels are not finite")
         judge("undecodable_fraction", 0.0, above, "{value:.1%} of the generated token ids cannot be decoded")
         return found
 
     def unjudged(self, state: State) -> str | None:
+        if state["failures"]:
+            return f"guard '{self.name}': the last smoke test, at step {state['last_step']}, failed ({state['last']})"
+        if state["last_step"] == 0:
+            return f"guard '{self.name}' saw no samples after step 0"
+        if state["start"] is not None and not JUDGED & set(state["start"]):
+            known, found = ", ".join(sorted(JUDGED)), ", ".join(sorted(state["start"]))
+            return f"guard '{self.name}' judges {known}; of the samples only {found} is known"
         return None
 
     def summary(self, state: State) -> dict[str, float]:

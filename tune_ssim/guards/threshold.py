@@ -50,7 +50,8 @@ class Threshold:
         if state["outside"] != self.patience:
             return state, None
         limit = self.lower if value < self.lower else self.upper
-        sentence = f"{self.metric} is {value:.4g}, outside [{self.lower:g}, {self.upper:g}], {self.patience} records in a row"
+        bounds = f"[{self.lower:g}, {self.upper:g}]"
+        sentence = f"{self.metric} is {value:.4g}, outside {bounds}, {self.patience} records in a row"
         return state, Violation(self.name, record.step, self.metric, value, limit, self.action, sentence)
 
     def unjudged(self, state: State) -> str | None:

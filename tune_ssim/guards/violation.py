@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Action = Literal["warn", "probe", "prune", "abort"]
-"""`warn`: say it. `probe`: a smoke test at once decides. `prune`: end the trial. `abort`: the set-up is bad, end the study."""
+"""`warn`: say it. `probe`: a smoke test at once decides. `prune`: end the trial. `abort`: bad set-up, end the study."""
 
 
 @dataclass(frozen=True)

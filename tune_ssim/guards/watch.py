@@ -11,7 +11,9 @@ from tune_ssim.guards.guard import Guard
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import Record
 
-GRACE_RECORDS = 20  # a metric that has not appeared by then is not coming
+GRACE_RECORDS = 20  # of different steps; a metric that has not appeared by then is not coming
+SHOWN_NAMES = 50  # metric names remembered for the message of MissingMetric
+SEVERITY = ("abort", "prune", "probe", "warn")
 
 
 class MissingMetric(ValueError):
@@ -25,7 +27,8 @@ class Watch:
     guards: Sequence[Guard]
     _states: dict[str, Any] = field(init=False)
     _seen: dict[str, bool] = field(init=False)
-    _records: int = field(init=False, default=0)
+    _records: int = field(init=False, default=0)  # of different steps: one logged twice, or in two parts, counts once
+    _last_step: int = field(init=False, default=-1)
     _names: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -36,18 +39,20 @@ class Watch:
         self._seen = {guard.name: False for guard in self.guards}
 
     def update(self, record: Record) -> list[Violation]:
-        """Raises MissingMetric when a guard's metric is absent from the first records."""
-        self._records += 1
-        self._names = sorted({*self._names, *record.values})[:50]
+        """What the guards say about a record, the gravest first. Raises MissingMetric when a guard's metric is absent
+        from the first records."""
+        if record.step > self._last_step:
+            if self._records == GRACE_RECORDS:
+                self._require(f"the first {GRACE_RECORDS} records")
+            self._records, self._last_step = self._records + 1, record.step
+        self._remember(record)
         violations = []
         for guard in self.guards:
             self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
             self._states[guard.name], violation = guard.update(self._states[guard.name], record)
             if violation is not None:
                 violations.append(violation)
-        if self._records == GRACE_RECORDS:
-            self._require(f"the first {GRACE_RECORDS} records")
-        return violations
+        return sorted(violations, key=lambda violation: SEVERITY.index(violation.action))
 
     def fold(self, records: Iterable[Record]) -> list[Violation]:
         """Violations up to and with the first that ends the run; later records are not looked at."""
@@ -69,7 +74,13 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         return copy.deepcopy(
-            {"states": self._states, "seen": self._seen, "records": self._records, "names": self._names}
+            {
+                "states": self._states,
+                "seen": self._seen,
+                "names": self._names,
+                "records": self._records,
+                "last_step": self._last_step,
+            }
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -77,14 +88,22 @@ class Watch:
             raise ValueError(f"saved guards {sorted(state['states'])} are not this trial's {sorted(self._states)}")
         state = copy.deepcopy(state)
         self._states, self._seen = state["states"], state["seen"]
-        self._records, self._names = state["records"], state["names"]
+        self._records, self._last_step, self._names = state["records"], state["last_step"], state["names"]
+
+    def _remember(self, record: Record) -> None:
+        """The names of metrics: every one that a guard needs, and of the others as many as a message can show."""
+        for name in sorted(set(record.values) - set(self._names)):
+            absent = [m for guard in self.guards for m in guard.metrics if not _has(m, self._names)]
+            if any(_has(metric, [name]) for metric in absent) or len(self._names) < SHOWN_NAMES:
+                self._names.append(name)
 
     def _require(self, where: str) -> None:
         for guard in self.guards:
             if not self._seen[guard.name]:
                 absent = [metric for metric in guard.metrics if not _has(metric, self._names)]
-                saw = ", ".join(self._names) or "no metric at all"
-                raise MissingMetric(f"guard '{guard.name}': metric '{absent[0]}' absent from {where}; saw {saw}")
+                saw = ", ".join(sorted(self._names)) or "no metric at all"
+                metric = f"metric '{absent[0]}'" if absent else "everything"
+                raise MissingMetric(f"guard '{guard.name}': {metric} absent from {where}; saw {saw}")
 
 
 def _has(metric: str, names: Sequence[str]) -> bool:

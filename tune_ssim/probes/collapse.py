@@ -1,5 +1,6 @@
-"""Has inference collapsed? Statistics of samples that tell a healthy model from a ruined one. SSIM does not: a flat image
-of the mean colour scores 0.82 on the fundus task, bicubic interpolation 0.75."""
+"""Has inference collapsed? Statistics of samples that tell a healthy model from a ruined one.
+
+SSIM does not: a flat image of the mean colour scores 0.82 on the fundus task, bicubic interpolation 0.75."""
 
 from __future__ import annotations
 
@@ -19,21 +20,22 @@ def collapse_statistics(
 ) -> dict[str, float]:
     """Means over `images` `[n, 3, H, W]` in [0, 1]; what cannot be measured without `inputs` or `references` is absent.
 
-    `references`: the ground truth. `reconstructions`: the same through the frozen autoencoder. `inputs`: `[n, 3, h, w]`.
+    `references`: the ground truth. `reconstructions`: the same through the frozen autoencoder.
+    `inputs`: `[n, 3, h, w]`, what each image was made from. Other numbers of channels will do as well.
 
     consistency_psnr: dB, of the sample, averaged down to the input's size, against its own input.
     consistency_correlation: of the same pair, each image's mean colour removed; 0 where one of them is constant.
     high_frequency: energy of `x - box_blur(x)` (3 x 3), over the reconstruction's (else the reference's).
     std_ratio: contrast (standard deviation within an image), over the same.
     entropy_bits: of the grey-level histogram, 64 bins over [0, 1]; at most 6.
-    non_finite_fraction: of the pixels. One non-finite pixel makes every other statistic NaN: nothing is hidden.
+    non_finite_fraction: of the pixels. One non-finite pixel makes every other statistic non-finite: nothing is hidden.
     """
     images = images.float()
     statistics = {"non_finite_fraction": (~torch.isfinite(images)).float().mean()}
     ideal = reconstructions if reconstructions is not None else references
     if inputs is not None:
         inputs = inputs.float()
-        down = functional.adaptive_avg_pool2d(images, inputs.shape[-2:])
+        down = functional.adaptive_avg_pool2d(images, (inputs.shape[-2], inputs.shape[-1]))
         error = (down - inputs).square().mean(dim=(1, 2, 3))
         statistics["consistency_psnr"] = (-10 * torch.log10(error.clamp(min=1e-10))).mean()
         statistics["consistency_correlation"] = _correlation(down, inputs).mean()

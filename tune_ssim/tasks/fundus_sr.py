@@ -23,7 +23,16 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from tune_ssim.errors import UserError
-from tune_ssim.losses import DecodedLoss, TimeLaw, euler_sample, noisy_latent, ssim, velocity_target, z0_from_velocity
+from tune_ssim.losses import (
+    DecodedLoss,
+    TimeLaw,
+    euler_sample,
+    noisy_latent,
+    sample_t,
+    ssim,
+    velocity_target,
+    z0_from_velocity,
+)
 from tune_ssim.probes import total_norm
 from tune_ssim.tasks.fundus_images import CROP, FACTOR, load_fundus_images, low_resolution
 from tune_ssim.tasks.fundus_networks import LATENT_CHANNELS, VAE, Denoiser
@@ -108,8 +117,8 @@ class FundusSR:
         self.images = load_fundus_images()
         torch.manual_seed(seed)  # only for random initial weights
         self.vae, self.model = self._load_networks()
-        self.law = TimeLaw(self.config.t_law, self.config.timestep_shift)
         try:
+            self.law = TimeLaw(self.config.t_law, self.config.timestep_shift)  # type: ignore[arg-type]
             self.loss = DecodedLoss(
                 ssim_loss_weight=self.config.ssim_loss_weight,
                 ssim_loss_max_t=self.config.ssim_loss_max_t,
@@ -131,13 +140,14 @@ class FundusSR:
     def step(self) -> dict[str, Number]:
         self.step_count += 1
         self.model.train()
-        x0, low, z0, noise, t = self._batch(self.step_count)
+        x0, low, z0, noise, t_host = self._batch(self.step_count)
+        t = t_host.to(self.device)
         z_t = noisy_latent(z0, noise, t)
         with self._autocast():
             velocity = self.model(z_t, t, low)
         velocity = velocity.float()
         loss_flow = functional.mse_loss(velocity, velocity_target(z0, noise))
-        auxiliary = self.loss(z0_from_velocity(z_t, velocity, t), t, x0, decode=self.vae.decode)
+        auxiliary = self.loss(z0_from_velocity(z_t, velocity, t), t_host, x0, decode=self.vae.decode)
         loss = loss_flow + auxiliary.total
 
         self.optimizer.zero_grad(set_to_none=True)
@@ -157,12 +167,7 @@ class FundusSR:
             metrics["step_skipped"] = (~torch.isfinite(norm)).float()
 
         metrics |= {"loss": loss.detach(), "loss_flow": loss_flow.detach(), "total_norm": norm}
-        metrics["ssim_active_fraction"] = auxiliary.ssim_active_fraction
-        if auxiliary.loss_ssim is not None:
-            metrics["loss_ssim"] = auxiliary.loss_ssim.detach()
-        if auxiliary.loss_pixel is not None:
-            metrics["loss_pixel"] = auxiliary.loss_pixel.detach()
-        return metrics
+        return {**metrics, **auxiliary.metrics()}
 
     def sample(self, noise: int = 0) -> Sample:
         target, low, recon, z0, initial = self._fixed(SMOKE_CROPS, noise)
@@ -211,14 +216,15 @@ class FundusSR:
     # -- the parts of a step
 
     def _batch(self, n: int) -> tuple[torch.Tensor, ...]:
-        """Batch n: crops in [0, 1], low-resolution inputs in [-1, 1], clean latents, noise, t. From (seed, n) alone."""
+        """Batch n, from (seed, n) alone: crops in [0, 1], low-resolution inputs in [-1, 1], clean latents, noise, and t
+        on the host, where the gate decides."""
         size = self.config.batch_size
         crops = self.images.train_crops(size, self._generator(n, IMAGE_STREAM))
         blur_noise = torch.randn(size, 3, CROP // FACTOR, CROP // FACTOR, generator=self._generator(n, LOW_RES_STREAM))
         generator = self._generator(n, NOISE_STREAM)
-        t = self.law.sample(size, generator=generator)
+        t = sample_t(self.law, size, generator)
         noise = torch.randn(size, LATENT_CHANNELS, CROP // FACTOR, CROP // FACTOR, generator=generator)
-        crops, blur_noise, t, noise = (x.to(self.device) for x in (crops, blur_noise, t, noise))
+        crops, blur_noise, noise = (x.to(self.device) for x in (crops, blur_noise, noise))
         with torch.no_grad():
             z0 = self.vae.encode(2 * crops - 1)
         return crops, 2 * low_resolution(crops, blur_noise) - 1, z0, noise, t

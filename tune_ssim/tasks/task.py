@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+
+from tune_ssim.errors import UserError
 
 Number = float | torch.Tensor  # 0-d tensors may stay on the device: the trial resolves them every `report_every` steps
 
@@ -61,3 +65,26 @@ class Task(Protocol):
     def effective(self) -> Mapping[str, Any]:
         """The parameters really in force, read where they are used: JSON values. `max_grad_norm` None = no clipping."""
         ...
+
+
+CONTRACT = ("setup", "step", "sample", "evaluate", "state_dict", "load_state_dict", "effective")
+
+
+def load_task(task: str | type, import_path: str | None = None) -> type:
+    """The class behind "module:Class". Raises UserError naming what is missing."""
+    if isinstance(task, type):
+        return task
+    module_name, _, class_name = task.partition(":")
+    if import_path and import_path not in sys.path:
+        sys.path.insert(0, import_path)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"task {task!r}: no module {error.name!r} (looked in the study's folder and the environment)") from None
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise UserError(f"task {task!r}: module {module_name!r} has no class {class_name!r}")
+    missing = [name for name in CONTRACT if not callable(getattr(found, name, None))]
+    if missing:
+        raise UserError(f"task {task!r}: {class_name} has no {', '.join(missing)}; see tune_ssim.Task for the contract")
+    return found

@@ -1,0 +1,323 @@
+"""A study → Ray Tune → the study's folder and its mirror in MLflow."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import ray
+from ray import tune
+from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.stopper import Stopper
+
+from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.orchestration.events import EventWriter
+from tune_ssim.orchestration.live_table import LiveTable
+from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch
+from tune_ssim.orchestration.study_callback import LIVE_TABLES, StudyCallback
+from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable, make_trainable
+from tune_ssim.study_folder import StudyFolder, TrialSummary, check_name, write_atomically
+from tune_ssim.tasks.task import load_task
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tune_ssim.study import Study
+
+RAY_RUN = "run"  # name of Ray's experiment inside the study's folder
+DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; what is left over is mirrored later
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # trials side by side: contended threads are slower than one thread each
+PROCESS_FAILURES = 2  # a trial whose process died goes on from its checkpoint; exceptions of the training are verdicts
+
+
+def run(
+    study: Study,
+    *,
+    storage: Path,
+    name: str | None = None,
+    address: str | None = None,
+    resume: bool = False,
+    tracking_uri: str | None = None,
+    console: Console | None = None,
+) -> StudyFolder:
+    """Runs `study` to its end, or goes on with it, and returns its folder.
+
+    storage: the storage path; several studies and MLflow's default SQLite store live there. On several nodes it must be shared.
+    name: in place of the study's own; a name that is taken gets a suffix, unless `resume`.
+    address: of a Ray cluster; None starts a local one. Raises UserError, or BadSetup when the baseline itself fails.
+    """
+    folder = _folder(study, storage, name, resume)
+    load_task(study.task_path, study.import_path)  # a misspelt task is known before Ray starts
+    folder.create()
+    if not resume:
+        write_atomically(folder.study_file, study.to_yaml().encode())
+    writer = EventWriter(folder)
+    with _ray(study, address) as cluster:
+        concurrency = _concurrency(study, cluster)
+        writer.study_started(folder.name, study.sha256)
+        writer.file("study.yaml")
+        mirror = _mirror(study, folder, tracking_uri)
+        total = study.search.trials + study.baseline_seeds
+        try:
+            with LiveTable(total, console) as table:
+                LIVE_TABLES[str(folder.path)] = table
+                table.phase(f"{folder.name}: {study.baseline_seeds} baselines, then {study.search.trials} trials, {concurrency} at a time")
+                tuner = _restored(study, folder, cluster) if resume else _tuner(study, folder, cluster, concurrency)
+                results = tuner.fit()
+        finally:
+            LIVE_TABLES.pop(str(folder.path), None)
+            for path in sorted((folder.path / "baseline").glob("*.json")):
+                writer.file(f"baseline/{path.name}", "baseline")
+            trials = folder.trials()
+            reason = _failure(trials)
+            writer.study_ended(reason or "done")
+            if mirror is not None:
+                _drain(mirror, folder, console)
+    if reason:
+        raise _as_error(trials, reason)
+    if not trials:
+        raise UserError(f"study {folder.name!r}: no trial ended; {len(results)} were started")
+    return folder
+
+
+def _folder(study: Study, storage: Path, name: str | None, resume: bool) -> StudyFolder:
+    wanted = check_name(name or study.name)
+    path = storage / wanted
+    if resume:
+        if not (path / "ray" / RAY_RUN / "tuner.pkl").exists():
+            raise UserError(f"--resume: no study {wanted!r} that was started in {storage}")
+        return StudyFolder(path)
+    number = 2
+    while path.exists() and any(path.iterdir()):
+        path = storage / f"{wanted}-{number}"
+        number += 1
+    return StudyFolder(path)
+
+
+# -- Ray
+
+
+@contextmanager
+def _ray(study: Study, address: str | None) -> Iterator[dict[str, float]]:
+    """Connects, yields the cluster's resources, and shuts down what it started. An existing connection is used as it is."""
+    _quiet()
+    mine = not ray.is_initialized()
+    if mine:
+        options: dict[str, Any] = {
+            "include_dashboard": False,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
+        }
+        if address is None:
+            cpus = study.resources.cpus * (study.search.concurrency if isinstance(study.search.concurrency, int) else 1)
+            options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus))}
+        else:
+            options["address"] = address
+            options.pop("include_dashboard")
+        try:
+            ray.init(**options)
+        except Exception as error:
+            if address is None:
+                raise
+            raise UserError(f"--address {address}: {str(error).splitlines()[0]}") from None
+    try:
+        yield ray.cluster_resources()
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _quiet() -> None:
+    """Ray's own reporting off: the table says it better. Warnings and errors of the task still come."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_PROMPT_ENABLED", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    for name in ("ray", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"ray\..*")
+
+
+def _gpus(study: Study, cluster: dict[str, float]) -> float:
+    gpus = study.resources.gpus
+    return (1.0 if cluster.get("GPU") else 0.0) if gpus == "auto" else float(gpus)
+
+
+def _concurrency(study: Study, cluster: dict[str, float]) -> int:
+    """Trials side by side; never more than the cluster can hold, so that none waits for ever."""
+    gpus = _gpus(study, cluster)
+    room = [cluster.get("CPU", 0.0) / study.resources.cpus] if study.resources.cpus else []
+    room += [cluster.get("GPU", 0.0) / gpus] if gpus else []
+    fits = int(min(room)) if room else 1
+    if fits < 1:
+        raise UserError(
+            f"resources: a trial needs {study.resources.cpus:g} CPUs and {gpus:g} GPUs, "
+            f"the cluster has {cluster.get('CPU', 0):g} and {cluster.get('GPU', 0):g}"
+        )
+    wanted = study.search.concurrency
+    return fits if wanted == "auto" else min(int(wanted), fits)
+
+
+def _trainable(study: Study, cluster: dict[str, float]) -> Any:
+    asha = study.scheduler
+    trainable: type[GuardedTrainable] = make_trainable(
+        study.task_path,
+        study.guard_list,
+        task_config=study.task_config,
+        steps=study.steps,
+        keep=study.objective.rules,
+        report_every=study.report_every,
+        result_every=study.result_every,
+        checkpoint_every=study.checkpoint_every,
+        evaluate_every=asha.grace_steps if asha else None,
+        import_path=study.import_path,
+    )
+    return tune.with_resources(trainable, {"cpu": study.resources.cpus, "gpu": _gpus(study, cluster)})
+
+
+def _tuner(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int) -> Tuner:
+    search = {
+        "seed": study.search.seed,
+        "concurrency": concurrency,
+        "deterministic": study.search.deterministic and study.scheduler is None,
+        "sampler": optuna.samplers.RandomSampler(seed=study.search.seed) if study.search.strategy == "random" else None,
+    }
+    if len(study.space.stages) > 1:
+        inner: Any = StagedSearch(study.space, study.search.trials, **search)
+    else:
+        stage = study.space.stages[0]
+        n_latin = min(6, max(0, study.search.trials - len(stage.points)))
+        inner = GuardedOptunaSearch(stage, n_latin=n_latin, **search)
+    seeds = [study.search.seed + index for index in range(study.baseline_seeds)]
+    baseline_config = {"ssim_loss_weight": 0.0, **study.baseline_settings}
+    searcher = BaselineFirst(inner, baseline_config, folder=folder.path / "baseline", seeds=seeds)
+    frequency = max(1, round(study.checkpoint_every / study.result_every))
+    return Tuner(
+        _trainable(study, cluster),
+        tune_config=TuneConfig(
+            search_alg=searcher,
+            scheduler=_scheduler(study),
+            num_samples=study.search.trials + len(seeds),
+            max_concurrent_trials=concurrency,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=RunConfig(
+            name=RAY_RUN,
+            storage_path=str(folder.ray_folder),
+            callbacks=[StudyCallback(folder, study.steps)],
+            stop=BaselineStopper(),
+            failure_config=FailureConfig(max_failures=PROCESS_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_frequency=frequency, checkpoint_at_end=True),
+            verbose=0,
+        ),
+    )
+
+
+def _restored(study: Study, folder: StudyFolder, cluster: dict[str, float]) -> Tuner:
+    """Trials, searcher and callbacks come back from Ray's snapshot, which may be some seconds old."""
+    path = str(folder.ray_folder / RAY_RUN)
+    return Tuner.restore(path, trainable=_trainable(study, cluster), resume_unfinished=True, restart_errored=True)
+
+
+def _trial_name(trial: Any) -> str:
+    return str((trial.config.get(CONTEXT) or {}).get("trial_id", trial.trial_id))
+
+
+class BaselineStopper(Stopper):
+    """Ends the study at once when its baseline is a bad set-up: no setting is to blame, no further step is worth taking."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        context = (result.get("config") or {}).get(CONTEXT) or {}
+        self.over = self.over or (context.get("role") == "baseline" and result.get("verdict") in ("bad_setup", "error"))
+        return False
+
+    def stop_all(self) -> bool:
+        return self.over
+
+
+class GuardedASHA(ASHAScheduler):
+    """ASHA over training steps that leaves the baseline alone."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        if not _is_baseline(trial):
+            super().on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if _is_baseline(trial):
+            return TrialScheduler.CONTINUE
+        return str(super().on_trial_result(tune_controller, trial, result))
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if not _is_baseline(trial):
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+def _is_baseline(trial: Any) -> bool:
+    return bool((trial.config.get(CONTEXT) or {}).get("role") == "baseline")
+
+
+def _scheduler(study: Study) -> Any:
+    asha = study.scheduler
+    if asha is None:
+        return None
+    return GuardedASHA(
+        time_attr="step",
+        metric="ssim_now",
+        mode="max",
+        max_t=asha.max_steps,
+        grace_period=asha.grace_steps,
+        reduction_factor=asha.reduction_factor,
+    )
+
+
+# -- MLflow, which may be anywhere or nowhere
+
+
+def _mirror(study: Study, folder: StudyFolder, uri: str | None) -> Any:
+    if study.tracking is None:
+        return None
+    from tune_ssim.orchestration.mirror import MLflowMirror
+
+    mirror = MLflowMirror(folder, uri or study.tracking.uri)
+    mirror.start()
+    return mirror
+
+
+def _drain(mirror: Any, folder: StudyFolder, console: Console | None) -> None:
+    if not mirror.drain(DRAIN_TIMEOUT_S) and console is not None:
+        words = f"MLflow: {mirror.status()}; nothing is lost, `tune-ssim mirror {folder.name}` goes on when it is there"
+        console.print(words, markup=False, highlight=False)
+
+
+# -- how it ended
+
+
+def _failure(trials: list[TrialSummary]) -> str:
+    """Why the study as a whole failed: its baseline did, or every trial failed in the same way."""
+    for trial in trials:
+        if trial["role"] == "baseline" and trial["verdict"] != "safe":
+            return trial["reason"]
+    broken = [trial for trial in trials if trial["role"] != "baseline"]
+    if broken and all(trial["verdict"] in ("bad_setup", "error") for trial in broken):
+        return broken[0]["reason"]
+    return ""
+
+
+def _as_error(trials: list[TrialSummary], reason: str) -> Exception:
+    verdict = next(trial["verdict"] for trial in trials if trial["reason"] == reason)
+    return BadSetup(reason) if verdict == "bad_setup" else UserError(reason)

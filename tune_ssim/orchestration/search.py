@@ -1,0 +1,350 @@
+"""Who is tried next: the baseline first, then suggestions that learn from pruned trials, in an order that does not depend on
+which trial happens to end first."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from ray import tune
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+from scipy.stats import qmc
+
+from tune_ssim.guards import Baseline, BaselineRun
+from tune_ssim.orchestration.trainable import CONTEXT, OBJECTIVE
+from tune_ssim.space import Choice, LogUniform, Space, Stage, Uniform, gain_of, resolve_settings
+from tune_ssim.study_folder import write_atomically
+
+HARM = "harm"  # the constraint's name in Optuna; feasible <= 0
+
+
+def param_space(space: Space | Stage) -> dict[str, Any]:
+    """A space as Ray domains, for `tune.Tuner(param_space=…)`: trainables made by `make_trainable` understand `gain`."""
+    stages = space.stages if isinstance(space, Space) else (space,)
+    if len(stages) != 1:
+        raise ValueError(f"a route of {len(stages)} stages is not one space: pick a stage, or use StagedSearch")
+    domains: dict[str, Any] = dict(stages[0].fixed)
+    for name, parameter in stages[0].parameters.items():
+        if isinstance(parameter, LogUniform):
+            domains[name] = tune.loguniform(parameter.lower, parameter.upper)
+        elif isinstance(parameter, Uniform):
+            domains[name] = tune.uniform(parameter.lower, parameter.upper)
+        else:
+            domains[name] = tune.choice(list(parameter.values))
+    return domains
+
+
+def _distribution(parameter: LogUniform | Uniform | Choice) -> optuna.distributions.BaseDistribution:
+    if isinstance(parameter, Choice):
+        return optuna.distributions.CategoricalDistribution(parameter.values)
+    return optuna.distributions.FloatDistribution(
+        parameter.lower, parameter.upper, log=isinstance(parameter, LogUniform)
+    )
+
+
+class GuardedOptunaSearch(OptunaSearch):
+    """Optuna that knows about pruning: a pruned trial is told PRUNED with a graded constraint, a degraded one COMPLETE with one.
+
+    Starts with the stage's points as written, then `n_latin` points of a Latin hypercube (each parameter's range is cut into
+    `n_latin` equal parts, one point in each: a small budget covers a range of six decades for every seed), then the sampler.
+
+    deterministic: suggestion k is made from exactly the results of the slots <= k - 2 * concurrency, told in the order of the
+    slots, whichever trial ends first. Intermediate results are never forwarded. Not promised under ASHA or PBT, which stop
+    trials by wall-clock order.
+
+    `stage` None: the distributions come from the Tuner's `param_space`, as with Ray's own OptunaSearch.
+    """
+
+    def __init__(
+        self,
+        stage: Stage | None = None,
+        *,
+        metric: str = OBJECTIVE,
+        mode: str = "max",
+        sampler: optuna.samplers.BaseSampler | None = None,
+        seed: int = 0,
+        n_latin: int = 6,  # with the bundled space's three points: one under Optuna's ten start-up trials of TPE
+        concurrency: int = 1,
+        deterministic: bool = True,
+    ) -> None:
+        if sampler is None:
+            # After the points and the Latin hypercube TPE takes over; its own random start-up would only repeat them.
+            sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=n_latin)
+        distributions = {name: _distribution(p) for name, p in stage.parameters.items()} if stage else None
+        self.stage = stage
+        self.concurrency, self.deterministic = concurrency, deterministic
+        self._slots: list[str] = []  # trial ids in the order of their suggestion
+        self._waiting: dict[str, dict[str, Any]] = {}  # results that are not told yet
+        self._told = 0  # slots told so far (deterministic)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        super().__init__(space=distributions, metric=metric, mode=mode, sampler=sampler)
+        if stage and distributions:
+            for point in stage.points:
+                self._ot_study.enqueue_trial(
+                    _in_space(point, stage), user_attrs={"as_written": dict(point)}, skip_if_exists=False
+                )
+            for point in _latin_hypercube(stage, n_latin, seed):
+                self._ot_study.enqueue_trial(point)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if self.deterministic and not self._tell_in_order(len(self._slots) - 2 * self.concurrency):
+            return None  # Ray asks again
+        suggestion = super().suggest(trial_id)
+        if suggestion is None:
+            return None
+        self._slots.append(trial_id)
+        if self.stage is None:
+            return dict(suggestion)
+        written = self._ot_trials[trial_id].user_attrs.get("as_written")
+        return resolve_settings({**self.stage.fixed, **(written if written is not None else suggestion)})
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: what a sampler learns must not depend on how far other trials happen to be."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id not in self._ot_trials or trial_id in self._completed_trials or trial_id in self._waiting:
+            return
+        keep = ("verdict", HARM, self.metric, "error")
+        self._waiting[trial_id] = {key: (result or {}).get(key) for key in keep} | {"error": error}
+        if not self.deterministic:
+            self._tell(trial_id)
+
+    def _tell_in_order(self, last_slot: int) -> bool:
+        """Tells slots up to and with `last_slot`; False while one of them is still running."""
+        while self._told <= last_slot:
+            trial_id = self._slots[self._told]
+            if trial_id not in self._waiting:
+                return False
+            self._tell(trial_id)
+            self._told += 1
+        return True
+
+    def _tell(self, trial_id: str) -> None:
+        result, trial = self._waiting.pop(trial_id), self._ot_trials[trial_id]
+        self._completed_trials.add(trial_id)
+        value = result[self.metric]
+        verdict = result["verdict"]
+        complete = value is not None and math.isfinite(value) and verdict in (None, "safe", "degraded")
+        if result["error"] or verdict in ("error", "bad_setup"):
+            self._ot_study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return
+        harm = result[HARM]
+        trial.set_constraint(HARM, harm if harm is not None and math.isfinite(harm) else (0.0 if complete else 1.0))
+        if complete:
+            self._ot_study.tell(trial, value)
+        else:  # pruned by a guard, or stopped by a scheduler
+            self._ot_study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+
+
+def _in_space(point: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+    """A full triple in the coordinates that the stage searches."""
+    return {name: gain_of(point) if name == "gain" else point[name] for name in stage.parameters}
+
+
+def _latin_hypercube(stage: Stage, count: int, seed: int) -> list[dict[str, Any]]:
+    if count < 1 or not stage.parameters:
+        return []
+    unit = qmc.LatinHypercube(d=len(stage.parameters), rng=seed).random(count)
+    return [
+        {name: _at(parameter, float(u)) for (name, parameter), u in zip(stage.parameters.items(), row, strict=True)}
+        for row in unit
+    ]
+
+
+def _at(parameter: LogUniform | Uniform | Choice, u: float) -> Any:
+    """The value at the quantile `u` in [0, 1)."""
+    if isinstance(parameter, Choice):
+        return parameter.values[int(u * len(parameter.values))]
+    if isinstance(parameter, Uniform):
+        return parameter.lower + u * (parameter.upper - parameter.lower)
+    value = math.exp(math.log(parameter.lower) + u * (math.log(parameter.upper) - math.log(parameter.lower)))
+    return min(max(value, parameter.lower), parameter.upper)
+
+
+class StagedSearch(Searcher):
+    """A route: the stages of a space one after the other, conservative to aggressive, each with its own searcher.
+
+    The next stage is opened only if the one before was stable *but ineffective* (note 000 §5.1): a stage with a harmful trial
+    ends the route, and so does one that already beats the baseline by more than `effective_above`.
+    """
+
+    def __init__(self, space: Space, trials: int, *, effective_above: float = 0.0, **search: Any) -> None:
+        super().__init__(metric=OBJECTIVE, mode="max")
+        if trials < len(space.stages):
+            raise ValueError(f"a route of {len(space.stages)} stages needs at least as many trials, got {trials}")
+        self.space, self.effective_above = space, effective_above
+        share, more = divmod(trials, len(space.stages))
+        self.budgets = [share + (index < more) for index in range(len(space.stages))]
+        self.search = dict(search)
+        self.stage_index = 0
+        self.reason = ""  # why the route ended before its last stage
+        self._searcher = self._make()
+        self._suggested: list[str] = []
+        self._results: dict[str, dict[str, Any]] = {}
+
+    def _make(self) -> GuardedOptunaSearch:
+        stage = self.space.stages[self.stage_index]
+        n_latin = max(0, min(self.search.get("n_latin", 6), self.budgets[self.stage_index] - len(stage.points)))
+        return GuardedOptunaSearch(stage, **{**self.search, "n_latin": n_latin})
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if len(self._suggested) == self.budgets[self.stage_index]:
+            if len(self._results) < len(self._suggested):
+                return None
+            self.reason = self._reason_to_stop()
+            if self.reason or self.stage_index + 1 == len(self.space.stages):
+                return Searcher.FINISHED
+            self.stage_index += 1
+            self._searcher, self._suggested, self._results = self._make(), [], {}
+        suggestion = self._searcher.suggest(trial_id)
+        if suggestion is None:
+            return None
+        self._suggested.append(trial_id)
+        return {**suggestion, CONTEXT: {"stage": self.space.stages[self.stage_index].name}}
+
+    def _reason_to_stop(self) -> str:
+        name = self.space.stages[self.stage_index].name
+        verdicts = [result.get("verdict") for result in self._results.values()]
+        if any(verdict in ("pruned", "degraded") for verdict in verdicts):
+            return f"stage {name!r} had a harmful trial: the route is not relaxed further"
+        best = max((result.get(OBJECTIVE) or -math.inf for result in self._results.values()), default=-math.inf)
+        if math.isfinite(best) and best > self.effective_above:
+            return f"stage {name!r} is effective (ΔSSIM {best:+.4f}): no need to push harder"
+        return ""
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: see GuardedOptunaSearch."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id in self._suggested:
+            self._results[trial_id] = {key: (result or {}).get(key) for key in ("verdict", OBJECTIVE)}
+        self._searcher.on_trial_complete(trial_id, result, error)
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
+
+    def restore(self, checkpoint_path: str) -> None:
+        # Ray's own snapshot, written by this process's user in the study's folder.
+        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
+
+
+class BaselineFirst(Searcher):
+    """Hands out the baseline (one trial a seed, side by side), waits for it, then gives every later trial its path and digest.
+
+    baseline_config: settings of the baseline; a key that the space searches must be in it. seeds[0] is the study's own: later
+    trials run with it and see the same batches. folder: where the file goes; every node must reach it under that path.
+    If a baseline fails, or two trials report the same set-up error, the search is over and `failure` says why.
+    """
+
+    def __init__(
+        self,
+        searcher: Searcher,
+        baseline_config: Mapping[str, Any],
+        *,
+        folder: str | Path,
+        seeds: Sequence[int] = (0, 1),
+        baseline: Baseline | None = None,
+        searched: Sequence[str] = (),
+    ) -> None:
+        super().__init__(metric=searcher.metric, mode=searcher.mode)
+        if baseline is None and not seeds:
+            raise ValueError("a baseline needs at least one seed")
+        self.searcher = searcher
+        self.baseline_config, self.seeds, self.folder = dict(baseline_config), list(seeds), str(folder)
+        self.searched = list(searched)
+        self.failure = ""
+        self._baseline_trials: list[str] = []
+        self._runs: dict[str, str] = {}  # trial id → Baseline of one run, as JSON
+        self._pointer: dict[str, str] | None = None  # {path, sha256}
+        self._setup_errors: dict[str, int] = {}
+        self._n_suggested = 0
+        if baseline is not None:
+            self._write(baseline)
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return bool(self.searcher.set_search_properties(metric, mode, config, **spec))
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.failure:
+            return Searcher.FINISHED
+        if self._pointer is None:
+            index = len(self._baseline_trials)
+            if index >= len(self.seeds):
+                return None  # the others wait for the baseline
+            self._baseline_trials.append(trial_id)
+            context = {"trial_id": f"baseline-{index}", "role": "baseline", "seed": self.seeds[index], "slot": index}
+            return {**self.baseline_config, CONTEXT: context}
+        suggestion = self.searcher.suggest(trial_id)
+        if suggestion is None or suggestion == Searcher.FINISHED:
+            return suggestion
+        slot = self._n_suggested
+        self._n_suggested += 1
+        context = {
+            "trial_id": f"trial-{slot:02d}",
+            "role": "search",
+            "seed": self.seeds[0] if self.seeds else 0,
+            "slot": slot,
+            "baseline": self._pointer,
+            "searched": self.searched or [key for key in suggestion if key != CONTEXT],
+        }
+        return {**suggestion, CONTEXT: {**context, **suggestion.get(CONTEXT, {})}}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if trial_id not in self._baseline_trials:
+            self.searcher.on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        result = result or {}
+        verdict, reason = result.get("verdict"), str(result.get("reason") or "the trial's process died")
+        if verdict in ("bad_setup", "error"):
+            self._setup_errors[reason] = self._setup_errors.get(reason, 0) + 1
+            if self._setup_errors[reason] >= 2 and not self.failure:
+                self.failure = f"two trials failed alike: {reason}"
+        if trial_id not in self._baseline_trials:
+            self.searcher.on_trial_complete(trial_id, result, error)
+            return
+        if error or "baseline_run" not in result:
+            self.failure = reason
+            return
+        self._runs[trial_id] = result["baseline_run"]
+        if len(self._runs) == len(self.seeds):
+            runs: list[BaselineRun] = []
+            for baseline_trial in self._baseline_trials:
+                runs += Baseline.from_bytes(self._runs[baseline_trial].encode()).runs
+            self._write(Baseline(tuple(runs)))
+
+    def _write(self, baseline: Baseline) -> None:
+        path = Path(self.folder) / f"{baseline.sha256}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, baseline.to_bytes())
+        self._pointer = {"path": str(path), "sha256": baseline.sha256}
+
+    @property
+    def baseline(self) -> Baseline | None:
+        return Baseline.read(**self._pointer) if self._pointer else None
+
+    # Ray saves wrappers by get_state and the innermost searcher by save.
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "searcher"}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def save(self, checkpoint_path: str) -> None:
+        self.searcher.save(checkpoint_path)
+
+    def restore(self, checkpoint_path: str) -> None:
+        self.searcher.restore(checkpoint_path)
+
+
+def read_summary(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The summary that a trial's last result carries, if it has one."""
+    text = result.get("summary")
+    return json.loads(text) if isinstance(text, str) else None

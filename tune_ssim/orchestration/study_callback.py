@@ -1,0 +1,103 @@
+"""Ray's callbacks → the study's folder and the live table."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ray.tune import Callback
+
+from tune_ssim.orchestration.events import EventWriter
+from tune_ssim.orchestration.live_table import LiveTable
+from tune_ssim.orchestration.trainable import CONTEXT
+from tune_ssim.space import resolve_settings
+from tune_ssim.study_folder import StudyFolder, TrialSummary
+
+# Ray pickles callbacks and makes them again when a study is resumed; what they draw on cannot travel, so it is looked up.
+LIVE_TABLES: dict[str, LiveTable] = {}
+
+
+class StudyCallback(Callback):
+    """Keep it last in the list: it takes the bulky keys out of a result, so that they do not fill Ray's snapshots."""
+
+    def __init__(self, folder: StudyFolder, steps: int) -> None:
+        self.folder, self.steps = folder, steps
+        self.ended: set[str] = set()
+
+    @property
+    def writer(self) -> EventWriter:
+        return EventWriter(self.folder)
+
+    @property
+    def table(self) -> LiveTable | None:
+        return LIVE_TABLES.get(str(self.folder.path))
+
+    def get_state(self) -> dict[str, Any]:
+        return {"ended": self.ended}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.ended = state["ended"]
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name, context, config = _who(trial)
+        self.writer.trial_started(name, context.get("role", "search"), config, context.get("slot"))
+        if self.table:
+            self.table.trial_started(name, config)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        name, _, _ = _who(trial)
+        self.writer.result(name, result)
+        if self.table and "step" in result:
+            self.table.trial_progress(name, result["step"], self.steps, result.get("norm_ratio"))
+        if result.get("traceback"):
+            errors = self.folder.path / "errors"
+            errors.mkdir(exist_ok=True)
+            (errors / f"{name}.txt").write_text(result["traceback"])
+        if isinstance(result.get("summary"), str):
+            self._end(name, json.loads(result["summary"]), json.loads(result.get("effective") or "{}"))
+        for key in ("records", "images", "effective", "traceback"):
+            result.pop(key, None)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name, _, _ = _who(trial)
+        if name not in self.ended:  # no verdict of its own: a scheduler ended it
+            self._end(name, _without_verdict(trial, "stopped", "stopped by the scheduler before its last step"), {})
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name, _, _ = _who(trial)
+        if name not in self.ended:
+            lines = [line for line in str(getattr(trial, "error_msg", None) or "").splitlines() if line.strip()]
+            reason = lines[-1].strip() if lines else "no message"
+            self._end(name, _without_verdict(trial, "error", f"the trial's process died: {reason}"), {})
+
+    def _end(self, name: str, summary: TrialSummary, effective: dict[str, Any]) -> None:
+        self.ended.add(name)
+        self.folder.add_trial(summary)
+        self.writer.verdict(name, summary, effective)
+        if self.table:
+            self.table.trial_ended(summary)
+
+
+def _who(trial: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Name in the study, context and settings of a Ray trial."""
+    context = dict(trial.config.get(CONTEXT) or {})
+    settings = resolve_settings({key: value for key, value in trial.config.items() if key != CONTEXT})
+    return str(context.get("trial_id", trial.trial_id)), context, settings
+
+
+def _without_verdict(trial: Any, verdict: str, reason: str) -> TrialSummary:
+    name, context, settings = _who(trial)
+    last = trial.last_result or {}
+    metrics = {key: last[key] for key in ("norm_ratio", "ssim_now") if last.get(key) is not None}
+    return {
+        "trial_id": name,
+        "run_id": None,
+        "role": context.get("role", "search"),
+        "config": settings,
+        "verdict": verdict,
+        "reason": reason,
+        "horizon": {"steps": int(last.get("step", 0))},
+        "evidence": None,
+        "steps": int(last.get("step", 0)),
+        "metrics": metrics,
+    }
