@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -372,7 +373,9 @@ def _bug(error: Exception, storage: Path | None) -> str:
     text = "".join(traceback.format_exception(error))
     if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
         click.echo(text, err=True)
-    said = f"a bug of tune-ssim, not of yours: {type(error).__name__}: {error}"
+    lines = str(error).strip().splitlines() or [""]
+    line = lines[-1] if lines[0].startswith("Traceback") else lines[0]  # Ray puts whole tracebacks into a message
+    said = f"a bug of tune-ssim, not of yours: {type(error).__name__}: {shorten(line, 300)}"
     try:
         folder = storage if storage is not None and storage.is_dir() else None
         descriptor, path = tempfile.mkstemp(dir=folder, prefix="tune-ssim-error-", suffix=".txt")
