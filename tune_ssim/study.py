@@ -194,7 +194,7 @@ class Study:
 
     def to_dict(self) -> dict[str, Any]:
         """As in a file, with everything explicit."""
-        thresholds = [guard for guard in self.guards.values() if isinstance(guard, Threshold)]
+        thresholds = [self.guards[name] for name in sorted(self.guards) if isinstance(self.guards[name], Threshold)]
         guards: dict[str, Any] = {
             name: _options(self.guards[name], names) if name in self.guards else None
             for name, (_, names) in _GUARDS.items()
@@ -227,7 +227,7 @@ class Study:
     def sha256(self) -> str:
         """Of the content: the order of keys, the YAML's layout and where the user's code lies mean nothing."""
         content = {**self.to_dict(), "import_path": None}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(_canonical(content), sort_keys=True).encode()).hexdigest()
 
 
 # Options of each guard that a study sets; what a trial binds later (baseline, seed, clipping) is not among them.
@@ -285,7 +285,7 @@ def _find(study: str | Path) -> Path:
     name = str(study)
     if name in bundled_studies():
         return bundled_studies_folder() / f"{name}.yaml"
-    if isinstance(study, Path) or name.endswith((".yaml", ".yml")) or "/" in name or _exists(name):
+    if isinstance(study, Path) or name.endswith((".yaml", ".yml")) or "/" in name or (name and _exists(name)):
         return Path(name).expanduser()
     raise UserError(f"unknown study {shown(name)}{did_you_mean(name, bundled_studies())} (a path ends in .yaml)")
 
@@ -586,3 +586,12 @@ def _is_count(value: Any) -> bool:
 def _options(guard: Any, names: tuple[str, ...]) -> dict[str, Any]:
     values = {name: getattr(guard, name) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _canonical(value: Any) -> Any:
+    """2.0 is the number 2."""
+    if isinstance(value, Mapping):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

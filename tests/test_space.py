@@ -1,0 +1,474 @@
+# ruff: noqa: E501  (tables: one case a line)
+"""Search spaces: the notes' numbers, what belongs to a space, and one clear line for every mistake in a file."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tune_ssim.errors import UserError
+from tune_ssim.space import (
+    KNOWN,
+    TRIPLE,
+    Choice,
+    LogUniform,
+    Space,
+    Stage,
+    Uniform,
+    bundled_spaces,
+    bundled_spaces_folder,
+    gain_of,
+    load_space,
+    near_miss,
+    resolve_settings,
+)
+from tune_ssim.yaml_source import MAX_BYTES, dump_yaml, parse_yaml, read_yaml
+
+# SEEDS A5, A4: (weight, max_t, grad_scale) as the notes give them.
+V1, V2, V3 = (1.0, 0.3, 1.0), (0.1, 0.1, 0.1), (0.1, 0.1, 0.01)
+V2_ROUTE = [(0.1, 0.1, 0.1), (0.2, 0.1, 0.1), (0.3, 0.15, 0.1), (0.5, 0.2, 0.1)]
+V3_ROUTE = [(0.1, 0.1, 0.01), (0.2, 0.15, 0.01), (0.5, 0.2, 0.01)]
+STAGES = ["conservative", "moderate", "assertive", "aggressive"]
+
+
+def triples(stage: Stage) -> list[tuple[float, ...]]:
+    return [tuple(config[name] for name in TRIPLE) for config in stage.point_configs()]
+
+
+def parse(text: str | bytes) -> Space:
+    return load_space(parse_yaml(text, "s.yaml"))
+
+
+# ---- the bundled spaces ----
+
+
+def test_the_bundled_spaces_are_these() -> None:
+    assert bundled_spaces() == ["note_v2", "note_v3", "wide"]
+
+
+def test_wide_begins_with_the_settings_of_the_notes() -> None:
+    (stage,) = load_space("wide").stages
+    assert triples(stage) == [V1, V2, V3]
+    assert stage.parameters == {"gain": LogUniform(0.001, 3000), "ssim_loss_max_t": Choice((0.1, 0.2, 0.3, 1.0))}
+    assert stage.fixed == {"ssim_grad_scale": 1.0, "pixel_loss_weight": 0.0}
+
+
+def test_note_v2_is_the_route_of_the_note() -> None:
+    space = load_space("note_v2")
+    assert [stage.name for stage in space.stages] == STAGES
+    assert [triples(stage)[0] for stage in space.stages] == V2_ROUTE
+
+
+def test_note_v3_is_the_route_of_the_note_with_one_stage_between() -> None:
+    space = load_space("note_v3")
+    assert [stage.name for stage in space.stages] == STAGES
+    firsts = [triples(stage)[0] for stage in space.stages]
+    assert [first for first in firsts if first in V3_ROUTE] == V3_ROUTE
+    assert firsts[1] == (0.2, 0.1, 0.01)
+
+
+@pytest.mark.parametrize(("name", "scale"), [("note_v2", 0.1), ("note_v3", 0.01)])
+def test_a_route_moves_weight_first_then_the_gate_and_never_the_scale(name: str, scale: float) -> None:
+    stages = load_space(name).stages
+    assert all(stage.fixed["ssim_grad_scale"] == scale for stage in stages)
+    firsts = [triples(stage)[0] for stage in stages]
+    for before, after in pairwise(firsts):
+        assert after[0] >= before[0] and after[1] >= before[1] and after > before
+    assert firsts[1][0] > firsts[0][0] and firsts[1][1] == firsts[0][1]
+
+
+@pytest.mark.parametrize("name", ["note_v2", "note_v3", "wide"])
+def test_every_bundled_space_describes_itself_and_cites_its_numbers(name: str) -> None:
+    space = load_space(name)
+    assert space.name == name and space.description
+    assert len(space.stages) == 1 or all(stage.description for stage in space.stages)
+    text = (bundled_spaces_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    assert "note 000 §" in text
+
+
+def test_one_stage_of_a_route() -> None:
+    space = load_space("note_v3:conservative")
+    assert space.name == "note_v3:conservative"
+    assert [stage.name for stage in space.stages] == ["conservative"]
+
+
+# ---- what a number means ----
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1E5", 1e5), (".5", 0.5), ("1.", 1.0), ("-.inf", -math.inf), ("0x1f", 31), ("0o10", 8),
+        ("010", 10), ("no", "no"), ("on", "on"), ("y", "y"), ("1:30", "1:30"), ("2001-01-01", "2001-01-01"),
+        ("1_000", "1_000"), ("'1e-4'", "1e-4"), ("!!str 3", "3"), ("~", None), ("", None), ("True", True), ("=", "="),
+    ],
+)  # fmt: skip
+def test_scalars_are_yaml_1_2(text: str, value: object) -> None:
+    found = parse_yaml(f"a: {text}\n", "s.yaml").value["a"]
+    assert found == value and type(found) is type(value)
+
+
+def test_gain_becomes_a_weight_and_the_rest_stays() -> None:
+    assert resolve_settings({"gain": 3.0, "ssim_grad_scale": 0.01, "lr": 1e-3}) == {
+        "ssim_loss_weight": 300.0,
+        "ssim_grad_scale": 0.01,
+        "lr": 1e-3,
+    }
+    assert resolve_settings({"gain": 3.0}) == {"ssim_loss_weight": 3.0, "ssim_grad_scale": 1.0}
+    assert resolve_settings({"ssim_loss_weight": 3.0}) == {"ssim_loss_weight": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"gain": 1.0, "ssim_loss_weight": 1.0}, "cannot both be given"),
+        ({"gain": 1.0, "ssim_grad_scale": 0.0}, "must be > 0"),
+        ({"gain": math.nan}, "finite"),
+        ({"gain": "3"}, "'3' (text)"),
+    ],
+)
+def test_a_gain_that_cannot_be_resolved(values: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        resolve_settings(values)
+    assert says in str(error.value)
+
+
+@given(st.floats(1e-3, 3e3), st.floats(1e-4, 1e2))
+def test_the_gain_comes_back(gain: float, scale: float) -> None:
+    assert math.isclose(gain_of(resolve_settings({"gain": gain, "ssim_grad_scale": scale})), gain)
+
+
+def test_coordinates_put_rounding_back_within_bounds() -> None:
+    (stage,) = load_space("wide").stages
+    assert [stage.coordinates(config)["gain"] for config in stage.point_configs()] == pytest.approx([1, 0.01, 0.001])
+    assert (
+        stage.coordinates(stage.point_configs()[2])["gain"] >= 0.001
+    )  # 0.1 · 0.01 is 0.001 less a rounding error or so
+    edge = stage.coordinates(
+        {"ssim_loss_weight": 3000 * (1 + 1e-12), "ssim_loss_max_t": 0.1 + 1e-17, "ssim_grad_scale": 1}
+    )
+    assert edge == {"gain": 3000.0, "ssim_loss_max_t": 0.1}
+    with pytest.raises(ValueError, match=r"gain: 5000\.0 is outside"):
+        stage.coordinates({"ssim_loss_weight": 5000, "ssim_loss_max_t": 0.1, "ssim_grad_scale": 1})
+
+
+@given(st.floats(0, 1), st.sampled_from([0.1, 0.2, 0.3, 1.0]))
+def test_coordinates_are_the_inverse_of_config(where: float, max_t: float) -> None:
+    (stage,) = load_space_once()
+    sampled = {"gain": 0.001 * 3e6**where, "ssim_loss_max_t": max_t}
+    assert stage.coordinates(stage.config(sampled)) == pytest.approx(sampled)
+
+
+def load_space_once(cache: list[Space] = []) -> tuple[Stage, ...]:  # noqa: B006  (one read for all examples)
+    if not cache:
+        cache.append(load_space("wide"))
+    return cache[0].stages
+
+
+# ---- mistakes: file text → what the one line must hold ----
+
+HEAD = "name: s\nparameters:\n"
+GOOD = HEAD + "  gain: {log_uniform: [0.1, 30]}\n  ssim_loss_max_t: {choice: [0.1, 0.2]}\n"
+PINNED = (
+    HEAD
+    + "  ssim_loss_weight: {uniform: [0, 1]}\n  ssim_loss_max_t: {uniform: [0.1, 0.5]}\nfixed: {ssim_grad_scale: 0.1}\n"
+)
+
+BAD = [
+    # bounds and domains
+    (HEAD + "  ssim_loss_weight: {uniform: [0.5, 0.05]}", "s.yaml:3: ssim_loss_weight: lower (0.5) must be below upper (0.05)"),
+    (HEAD + "  gain: {log_uniform: [0, 1]}", "s.yaml:3: gain: lower must be > 0 on a logarithmic scale, got 0"),
+    (HEAD + "  gain: {log_uniform: ['0.1', 3]}", "s.yaml:3: gain: lower must be a number, got '0.1' (text)"),
+    (HEAD + "  gain: {log_uniform: [1, .inf]}", "s.yaml:3: gain: upper must be finite"),
+    (HEAD + "  gain: {log_uniform: [1, 1e999]}", "s.yaml:3: gain: upper must be finite"),
+    (HEAD + "  gain: {log_uniform: [1]}", "s.yaml:3: gain: log_uniform must be [lower, upper], got [1] (a list)"),
+    (HEAD + "  gain: {log_uniform: 3}", "s.yaml:3: gain: log_uniform must be [lower, upper], got 3"),
+    (HEAD + "  gain: {loguniform: [1, 2]}", "s.yaml:3: gain: unknown key 'loguniform'; did you mean 'log_uniform'?"),
+    (HEAD + "  gain:\n    unit: norm_ratio\n    log_uniform: [1, 2]", "s.yaml:4: gain: `unit` is not available yet"),
+    (HEAD + "  gain: {uniform: [1, 2], choice: [1]}", "s.yaml:3: gain: must have exactly one of"),
+    (HEAD + "  gain: {}", "s.yaml:3: gain: must have exactly one of"),
+    (HEAD + "  gain: [1, 2]", "s.yaml:3: gain: must say how to search it"),
+    (HEAD + "  gain: {choice: []}", "s.yaml:3: gain: choice must have at least one value"),
+    (HEAD + "  gain: {choice: 0.1}", "s.yaml:3: gain: choice must be a list of values, got 0.1"),
+    (HEAD + "  gain: {choice: [1, 1.0]}", "s.yaml:3: gain: choice has 1.0 twice"),
+    (HEAD + "  gain: {choice: [[1]]}", "s.yaml:3: gain: must be a single value, got [1] (a list)"),
+    (HEAD + "  gain: {choice: [no]}", "s.yaml:3: gain: must be a number, got 'no' (text)"),
+    # ranges of the known settings
+    (HEAD + "  ssim_loss_max_t: {choice: [0.1, 1.5]}", "s.yaml:3: ssim_loss_max_t: must be above 0 and at most 1"),
+    (HEAD + "  ssim_loss_max_t: {uniform: [0, 1]}", "s.yaml:3: ssim_loss_max_t: must be above 0"),
+    (HEAD + "  ssim_loss_weight: {uniform: [-1, 1]}", "s.yaml:3: ssim_loss_weight: must be a finite number >= 0, got -1"),
+    (GOOD + "fixed: {pixel_loss_weight: true}", "s.yaml:5: pixel_loss_weight: must be a number, got true"),
+    (GOOD + "fixed:\n  lr: 1\n  pixel_loss_weight: -3", "s.yaml:7: pixel_loss_weight: must be a finite number >= 0, got -3"),
+    (GOOD + "fixed: {lr: [1]}", "s.yaml:5: lr: must be a single value, got [1] (a list)"),
+    # names
+    (HEAD + "  max_T: {choice: [0.1]}", "s.yaml:3: max_T: a parameter's name is lower_snake_case, got 'max_T'; did you mean"),
+    (HEAD + "  max_t: {choice: [0.1]}", "s.yaml:3: max_t: unknown setting 'max_t'; did you mean 'ssim_loss_max_t'?"),
+    (HEAD + "  ssim_weight: {choice: [0.1]}", "s.yaml:3: ssim_weight: unknown setting 'ssim_weight'; did you mean"),
+    (GOOD + "fixd: {lr: 1}", "s.yaml:5: unknown key 'fixd'; did you mean 'fixed'?"),
+    ("name: a b\n" + GOOD[8:], "s.yaml:1: name: must be letters"),
+    # parts that do not fit together
+    ("name: s\n", "s.yaml: parameters: nothing to search"),
+    (HEAD, "s.yaml:2: parameters: nothing to search"),
+    ("name: s\nparameters: [gain]", "s.yaml:2: parameters: must be a mapping, got ['gain'] (a list)"),
+    (GOOD + "  ssim_loss_weight: {choice: [1]}", "s.yaml:5: ssim_loss_weight: cannot stand beside gain"),
+    (GOOD + "fixed: {ssim_loss_weight: 1}", "s.yaml:5: ssim_loss_weight: cannot stand beside gain"),
+    (GOOD + "  ssim_grad_scale: {choice: [1]}", "s.yaml:5: ssim_grad_scale: must be fixed when gain is searched"),
+    (GOOD + "fixed: {ssim_grad_scale: 0}", "s.yaml:5: ssim_grad_scale: must be > 0 when gain is searched, got 0"),
+    (GOOD + "fixed: {ssim_loss_max_t: 0.1}", "s.yaml:5: ssim_loss_max_t: is searched and fixed at once"),
+    (PINNED + "  gain: 1", "not valid YAML"),
+    (PINNED.replace("ssim_grad_scale: 0.1", "gain: 0.1"), "s.yaml:5: gain: fix ssim_loss_weight and ssim_grad_scale instead"),
+    # points
+    (GOOD + "points: {a: 1}", "s.yaml:5: points: must be a list of points"),
+    (GOOD + "points: [3]", "s.yaml:5: a point must be a mapping, got 3"),
+    (GOOD + "points:\n  - {ssim_loss_weight: 1}", "s.yaml:6: point: ssim_loss_max_t, ssim_grad_scale missing"),
+    (GOOD + "points:\n  - {gain: 1, ssim_loss_max_t: 0.1}", "s.yaml:6: gain: a point gives ssim_loss_weight and"),
+    (
+        GOOD + "points:\n  - {ssim_loss_weight: 1, ssim_loss_max_t: 0.1, ssim_grad_scale: 1}\n"
+        "  - {ssim_loss_weight: 1, ssim_loss_max_t: 0.1, ssim_grad_scale: 0.01}",
+        "s.yaml:7: point: gain 0.01 (= ssim_loss_weight x ssim_grad_scale) is outside the space: log-uniform in [0.1, 30]",
+    ),
+    (
+        GOOD + "points:\n  - ssim_loss_weight: 1\n    ssim_loss_max_t: 0.15\n    ssim_grad_scale: 1",
+        "s.yaml:7: ssim_loss_max_t: 0.15 is outside the space: one of 0.1, 0.2",
+    ),
+    (
+        PINNED + "points:\n  - {ssim_loss_weight: 1, ssim_loss_max_t: 0.1, ssim_grad_scale: 1}",
+        "s.yaml:7: ssim_grad_scale: 1 is outside the space: fixed at 0.1",
+    ),
+    (
+        PINNED + "points:\n  - {ssim_loss_weight: 1.1, ssim_loss_max_t: 0.1, ssim_grad_scale: 0.1}",
+        "s.yaml:7: ssim_loss_weight: 1.1 is outside the space: uniform in [0, 1]",
+    ),
+    (
+        GOOD + "points:\n  - {ssim_loss_weight: 1, ssim_loss_max_t: 0.1, ssim_grad_scale: 1, lr: 1}",
+        "s.yaml:6: lr: is neither searched nor fixed in this space",
+    ),
+    # stages
+    ("name: s\nstages: {}", "s.yaml:2: stages: must be a list of stages"),
+    ("name: s\nstages:\n  - 3", "s.yaml:3: a stage must be a mapping".replace("a stage", "stage 1: a stage")),
+    ("name: s\nstages:\n  - {parameters: {gain: {choice: [1]}}}", "s.yaml:3: stage 1: has no name"),
+    ("name: s\nparameters: {}\nstages: []", "s.yaml:2: parameters: belongs to a stage"),
+    (
+        "name: s\nstages:\n  - {name: a, parameters: {gain: {choice: [1]}}}\n  - {name: a, parameters: {gain: {choice: [1]}}}",
+        "s.yaml:4: two stages are called 'a'",
+    ),
+    (
+        "name: s\nfixed: {lr: 1}\nstages:\n  - name: a\n    parameters: {gain: {choice: [1]}}\n    fixed: {lr: 2}",
+        "s.yaml:6: lr: is fixed for the whole space already",
+    ),
+    (
+        "name: s\nfixed: {max_t: 1}\nstages:\n  - name: a\n    parameters: {gain: {choice: [1]}}",
+        "s.yaml:2: max_t: unknown setting 'max_t'",
+    ),
+    # not YAML, or not plain
+    ("", "s.yaml: is empty"),
+    ("# only a comment\n", "s.yaml: is empty"),
+    ("- a\n- b", "s.yaml:1: must be a mapping (`key: value` lines), got a list"),
+    ("hello", "s.yaml:1: must be a mapping (`key: value` lines), got the text 'hello'"),
+    ("name: [a", "s.yaml:1: not valid YAML: expected ',' or ']'"),
+    ("name: s\n\tparameters: 1", "s.yaml:2: not valid YAML"),
+    ("name: s\nname: t", "s.yaml:2: key 'name' stands here twice (first in line 1)"),
+    ("a: 1\n---\nb: 2", "s.yaml:2: not valid YAML"),
+    ("name: !!python/name:os.system x", "s.yaml:1: the tag 'tag:yaml.org,2002:python/name:os.system' is not used here"),
+    ("name: s\n<<: {a: 1}", "s.yaml:2: merge keys (<<) are not YAML 1.2"),
+    ("1: a", "s.yaml:1: a key must be a name, got '1'"),
+    ("[a]: 1", "s.yaml:1: a key must be a name, got a list or mapping"),
+    ("name: &a [*a]", "s.yaml:1: nested more than"),
+    ("name: .nan", "s.yaml:1: NaN is no setting"),
+    ("name: " + "9" * 5000, "s.yaml:1: a number of 5000 digits"),
+    ('name: "\\ud800"', "s.yaml:1: half of a surrogate pair"),
+    ("[" * 100_000, "s.yaml: is nested too deeply"),
+    ("a: " * 50 + "b", "s.yaml:1: not valid YAML"),
+    (b"\x89PNG\r\n\x1a\n\0\0", "s.yaml: is not a text file"),
+    (b"PK\x03\x04\0\0", "s.yaml: is a binary file"),
+    ("#" * (MAX_BYTES + 1), "s.yaml: is larger than"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "says"), BAD)
+def test_a_mistake_is_one_line_that_says_where(text: str | bytes, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(text)
+    assert any(line.startswith(says) or says in line for line in str(error.value).splitlines()), str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_all_mistakes_of_a_file_come_at_once_in_its_order() -> None:
+    with pytest.raises(UserError) as error:
+        parse(HEAD + "  gain: {uniform: [2, 1]}\n  max_t: {choice: [1]}\nfixed: {pixel_loss_weight: -1}\nnotes: 1\n")
+    assert [line.split(": ")[0] for line in str(error.value).splitlines()] == [
+        f"s.yaml:{line}" for line in (3, 4, 5, 6)
+    ]
+
+
+def test_aliases_are_written_out_but_not_without_end() -> None:
+    assert parse_yaml("a: &x [1]\nb: *x\n", "s.yaml").value == {"a": [1], "b": [1]}
+    lines = ["a0: &a0 [x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    with pytest.raises(UserError, match="more than 20000 values"):
+        parse_yaml("\n".join(lines), "s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("wid", "unknown space 'wid'; did you mean 'wide'?"),
+        ("zzz", "unknown space 'zzz'; valid: note_v2, note_v3, wide"),
+        ("note_v3:conservativ", "has no stage 'conservativ'; did you mean 'conservative'?"),
+        ("note_v3:", "no stage after ':'"),
+        ("nowhere.yaml", "nowhere.yaml: no such file; bundled spaces: note_v2, note_v3, wide"),
+        ("", "a name, a path or a mapping"),
+        ("x" * 5000, "unknown space"),
+        ("a\0b.yaml", "no such file"),
+    ],
+)
+def test_a_space_that_is_not_there(name: str, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_space(name)
+    assert says in str(error.value)
+
+
+def test_a_file_a_folder_and_a_stage_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text((bundled_spaces_folder() / "note_v2.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "folder.yaml").mkdir()
+    assert load_space(tmp_path / "mine.yaml") == load_space("note_v2")
+    assert load_space("mine.yaml:moderate", relative_to=tmp_path).stages == load_space("note_v2:moderate").stages
+    with pytest.raises(UserError, match=r"folder\.yaml: is a folder"):
+        load_space("folder.yaml", relative_to=tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_a_mapping_from_python() -> None:
+    space = load_space({"parameters": {"lr": {"log_uniform": (1e-5, 1e-3)}}, "points": [{"lr": 1e-4}]})
+    assert space.stages[0].parameters == {"lr": LogUniform(1e-5, 1e-3)}
+    assert space.stages[0].fixed == {}  # a space that is not about SSIM needs no triple
+    with pytest.raises(UserError, match=r"^space: gain: lower"):
+        load_space({"parameters": {"gain": {"uniform": [2, 1]}}})
+
+
+def test_objects_are_checked_when_built() -> None:
+    with pytest.raises(ValueError, match="lower"):
+        Uniform(2, 1)
+    with pytest.raises(ValueError, match="cannot stand beside gain"):
+        Stage("a", {"gain": Choice((1,)), "ssim_loss_weight": Choice((1,))})
+    stage = Stage("a", {"gain": Choice((1,))})
+    assert stage.fixed == {"ssim_grad_scale": 1.0}
+    with pytest.raises(ValueError, match="different names"):
+        Space("s", (stage, stage))
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("max_t", "ssim_loss_max_t"), ("ssim_weight", "ssim_loss_weight"), ("ssim_los_weight", "ssim_loss_weight"),
+        ("grad_scale", "ssim_grad_scale"), ("ssim_gradient_scale", "ssim_grad_scale"), ("SSIM_LOSS_MAX_T", "ssim_loss_max_t"),
+        ("pixel_weight", "pixel_loss_weight"), ("gains", "gain"), ("ssim_loss_weigth", "ssim_loss_weight"),
+        ("ssimlossweight", "ssim_loss_weight"), ("ssim-loss-weight", "ssim_loss_weight"), ("pixel_max_t", "pixel_loss_max_t"),
+        *[(name, None) for name in KNOWN],
+        *[(name, None) for name in ("lr", "kl_loss_weight", "ms_ssim_loss_weight", "lpips_loss_weight", "alpha", "scale",
+                                    "weight", "max_grad_norm", "loss_scale", "preset", "steps", "batch_size", "t_law",
+                                    "timestep_shift", "precision", "ssim_clamp", "measure_main_norm", "optimizer", "seed")],
+    ],
+)  # fmt: skip
+def test_a_slip_is_told_from_another_name(name: str, known: str | None) -> None:
+    assert near_miss(name) == known
+
+
+# ---- properties ----
+
+NUMBERS = st.floats(1e-6, 1e6, allow_nan=False) | st.integers(1, 10_000)
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12)
+SCALARS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**15), 10**15) | st.booleans() | TEXTS
+NAMES = st.sampled_from(["lr", "alpha", "beta1", "optimizer", "dropout", "gain", "ssim_loss_weight"])
+DOMAINS = st.one_of(
+    st.tuples(NUMBERS, NUMBERS).filter(lambda b: float(b[0]) < float(b[1])).map(lambda b: LogUniform(*b)),
+    st.tuples(NUMBERS, NUMBERS).filter(lambda b: float(b[0]) < float(b[1])).map(lambda b: Uniform(*b)),
+    st.lists(SCALARS, min_size=1, max_size=4).map(tuple),
+)
+
+
+@st.composite
+def stages(draw: st.DrawFn, name: str) -> Stage:
+    parameters = draw(st.dictionaries(NAMES, DOMAINS, min_size=1, max_size=4))
+    parameters = {key: _choice(value) if isinstance(value, tuple) else value for key, value in parameters.items()}
+    if "gain" in parameters:
+        parameters.pop("ssim_loss_weight", None)
+    for known in ("gain", "ssim_loss_weight"):
+        if known in parameters and isinstance(parameters[known], Choice):
+            parameters[known] = Choice((0.1, 1))
+    fixed = draw(
+        st.dictionaries(st.sampled_from(["momentum", "note", "ssim_loss_max_t"]), SCALARS | st.none(), max_size=3)
+    )
+    if "ssim_loss_max_t" in fixed:
+        fixed["ssim_loss_max_t"] = 0.3
+    return Stage(name, parameters, fixed, description=" ".join(draw(TEXTS).split()))
+
+
+def _choice(values: tuple[object, ...]) -> Choice:
+    kept: list[object] = []
+    for value in values:
+        try:
+            Choice((*kept, value))
+            kept.append(value)
+        except ValueError:
+            pass  # the same twice
+    return Choice(tuple(kept))
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> Space:
+    names = draw(st.lists(st.sampled_from(STAGES), min_size=1, max_size=3, unique=True))
+    return Space("s", tuple(draw(stages(name)) for name in names), " ".join(draw(TEXTS).split()))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(spaces())
+def test_a_space_survives_yaml(space: Space) -> None:
+    assert load_space(parse_yaml(dump_yaml(space.to_yaml()), "s.yaml")) == space
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))
+def test_any_bytes_are_a_space_or_a_user_error(data: bytes) -> None:
+    _space_or_user_error(data)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_a_mutilated_space_is_a_space_or_a_user_error(data: st.DataObject) -> None:
+    text = data.draw(st.sampled_from([GOOD, PINNED + "points:\n - {ssim_loss_weight: 1}\n", *_bundled_texts()]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(text)))
+        length = data.draw(st.integers(0, 12))
+        piece = data.draw(
+            st.sampled_from(
+                ["", ":", "\n", "- ", "{", "}", "[", "]", "~", "1e999", "-1", "'", "&a ", "*a", "? ", "!", "\t", "true"]
+            )
+            | st.text(max_size=3)
+        )
+        text = text[:start] + piece + text[start + length :]
+    _space_or_user_error(text.encode("utf-8", "replace"))
+
+
+def _bundled_texts(cache: list[str] = []) -> list[str]:  # noqa: B006  (read once)
+    if not cache:
+        cache += [path.read_text(encoding="utf-8") for path in sorted(bundled_spaces_folder().glob("*.yaml"))]
+    return cache
+
+
+def _space_or_user_error(data: bytes) -> None:
+    try:
+        assert isinstance(parse(data), Space)
+    except UserError as error:
+        assert all(line.startswith(("s.yaml", "…")) for line in str(error).splitlines())
+
+
+@given(st.permutations(["ssim_loss_max_t", "lr", "gain", "alpha"]))
+def test_the_order_of_keys_means_nothing(names: list[str]) -> None:
+    stage = Stage("a", {name: Choice((0.1, 0.2)) for name in names})
+    assert list(stage.parameters) == ["gain", "ssim_loss_max_t", "alpha", "lr"]
