@@ -98,14 +98,18 @@ class MLflowMirror:
             if progress is not None:
                 progress(self.status())
             time.sleep(0.1)
-        if process.poll() is None:  # hangs in a request
+        hangs = process.poll() is None  # in a request
+        if hangs:
             process.kill()
         code = process.wait()
         if process.stdin is not None:
             process.stdin.close()
         self._process = None
-        if code not in (0, 1) and self._problem is None:
-            self._problem = f"the mirror's process ended with code {code}; see {state_file(self.folder, self.uri).with_suffix('.log')}"
+        if hangs:
+            self._problem = f"not done within {timeout_s:g} s"
+        elif code not in (0, 1):
+            log = state_file(self.folder, self.uri).with_suffix(".log")
+            self._problem = f"the mirror's process ended with code {code}; see {log}"
         return code == 0
 
     def status(self) -> str:
@@ -114,7 +118,7 @@ class MLflowMirror:
         pending = self._pending_events(state["offset"])
         where = hide_password(self.uri)
         text = f"MLflow has {state['events']} of {state['events'] + pending} events ({where})"
-        problem = self._problem or state["error"]
+        problem = state["error"] or self._problem
         if pending and problem:
             text += f"; {problem}"
         if state["refused"]:

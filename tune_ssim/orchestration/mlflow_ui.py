@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,9 +23,11 @@ START_TIMEOUT_S = 90.0  # a cold import of MLflow on a busy machine
 
 
 def ui_link(server: str, experiment_id: str, share_key: str | None = None) -> str:
-    """The runs of an experiment in MLflow's pages, in the shared view `share_key` if given."""
-    view = f"?viewStateShareKey={share_key}" if share_key else ""
-    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs{view}"
+    """The runs of an experiment in MLflow's pages, in the shared view `share_key` if given.
+
+    `workflowType` turns MLflow 3 from its GenAI pages to those of model training."""
+    view = f"&viewStateShareKey={share_key}" if share_key else ""
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning{view}"
 
 
 def studies_of(storage: Path) -> list[StudyFolder]:
@@ -61,9 +64,18 @@ def serve_ui(
         say(ui_link(hide_password(uri), state["experiment_id"], state["share_key"]))
         return
     port = _free_port(host, port)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the server as Ctrl-C does
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
-        + ["--default-artifact-root", (storage.absolute() / "mlartifacts").as_uri(), "--host", host, "--port", str(port)],
+        + [
+            "--default-artifact-root",
+            (storage.absolute() / "mlartifacts").as_uri(),
+            "--host",
+            host,
+            "--port",
+            str(port),
+        ],
         env={**process_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -55,15 +55,14 @@ TRIAL_ID = "tune_ssim.trial_id"
 
 # The columns of the shared view, left to right, with their widths in pixels.
 COLUMNS = {
-    "attributes.`Run Name`": 420,
-    "tags.`verdict`": 85,
-    "tags.`reason`": 480,
-    "params.`gain`": 75,
-    "params.`ssim_loss_max_t`": 125,
-    "metrics.`norm_ratio_max`": 120,
-    "metrics.`delta_ssim`": 100,
-    "metrics.`psnr`": 80,
-    "tags.`role`": 75,
+    "attributes.`Run Name`": 320,
+    "tags.`verdict`": 75,
+    "params.`gain`": 65,
+    "params.`ssim_loss_max_t`": 120,
+    "metrics.`norm_ratio_max`": 115,
+    "metrics.`delta_ssim`": 90,
+    "metrics.`psnr`": 70,
+    "tags.`reason`": 560,
 }
 
 
@@ -596,10 +595,30 @@ def _cell_number(value: Any, form: str) -> str:
 # -- the mirror's own process ----------------------------------------------------------------------------------------
 
 
-def main(commands: IO[str] = sys.stdin) -> None:
+class Commands:
+    """Lines from a pipe, without blocking. (`select` on a buffered file misses what the buffer holds already.)"""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._text = descriptor, b""
+
+    def next(self, timeout_s: float | None = None) -> str | None:
+        """None: nothing within `timeout_s`. An empty line: the other end is closed."""
+        while b"\n" not in self._text:
+            if not select.select([self._descriptor], [], [], timeout_s)[0]:
+                return None
+            block = os.read(self._descriptor, 65536)
+            if not block:
+                return ""
+            self._text += block
+        line, _, self._text = self._text.partition(b"\n")
+        return line.decode()
+
+
+def main(descriptor: int = 0) -> None:
     """Reads one line of JSON (`folder`, `uri`, `experiment`), then mirrors until it is told `drain <seconds>` or its
     parent is gone (end of file: what is there is still mirrored), and says in the state file how far it is."""
-    job = json.loads(commands.readline())
+    commands = Commands(descriptor)
+    job = json.loads(commands.next() or "{}")
     folder, uri = StudyFolder(Path(job["folder"])), job["uri"]
     deadline: float | None = None
     pause = mirror.POLL_S
@@ -633,11 +652,12 @@ def main(commands: IO[str] = sys.stdin) -> None:
                 if done or time.monotonic() > deadline:
                     sys.exit(0 if done else 1)
                 pause = min(pause, 1.0)
-            if deadline is None and select.select([commands], [], [], pause)[0]:
-                words = commands.readline().split()
-                deadline = time.monotonic() + (float(words[1]) if words else mirror.ORPHAN_S)
-            elif deadline is not None:
+            if deadline is not None:
                 time.sleep(pause)
+            else:
+                line = commands.next(pause)
+                if line is not None:
+                    deadline = time.monotonic() + (float(line.split()[1]) if line else mirror.ORPHAN_S)
 
 
 def _try_lock(lock: IO[str]) -> bool:

@@ -1,0 +1,370 @@
+"""MLflow is a replay of the study's events: nothing twice, nothing lost, nothing of it in the study's way."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tune_ssim.orchestration.events import EventWriter, gain, numbers_of
+from tune_ssim.orchestration.mirror import (
+    MLflowMirror,
+    default_uri,
+    mirror_study,
+    process_environment,
+    read_state,
+    run_ids,
+    state_file,
+)
+from tune_ssim.orchestration.mlflow_ui import _end, _free_port, _wait_until_it_answers, ui_link
+from tune_ssim.study_folder import StudyFolder
+
+DEAD = "http://127.0.0.1:9"  # the discard port: nothing listens
+CONFIG = {"ssim_loss_weight": 10.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 0.1}
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database of MLflow's with its tables, made once: that alone takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    client(f"sqlite:///{path}").search_experiments()
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, database: str) -> Iterator[str]:
+    """A real server on loopback, with a database of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    copy = folder / "mlflow.db"
+    copy.write_bytes(Path(database.removeprefix("sqlite:///")).read_bytes())
+    port = _free_port("127.0.0.1", 5610)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{copy}", "--workers", "1"]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(
+        command, env=process_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        _wait_until_it_answers(process, f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        _end(process)
+
+
+def client(uri: str) -> Any:
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def png() -> bytes:
+    file = BytesIO()
+    Image.radial_gradient("L").resize((32, 32)).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def summary(trial_id: str, verdict: str = "safe", reason: str = "", **more: Any) -> dict[str, Any]:
+    return {
+        "trial_id": trial_id,
+        "run_id": None,
+        "role": "search",
+        "config": CONFIG,
+        "verdict": verdict,
+        "reason": reason or f"because it is {verdict}",
+        "horizon": {"steps": 20, "batch_size": 8, "lr": 0.005},
+        "evidence": None,
+        "steps": 20,
+        "metrics": {"ssim": 0.7, "delta_ssim": 0.0084, "psnr": 19.2, "norm_ratio_max": 2.5},
+        **more,
+    }
+
+
+def write_study(folder: StudyFolder, steps: int = 20) -> EventWriter:
+    """Two baselines, a safe and a pruned trial, and one in an error."""
+    folder.create()
+    folder.study_file.write_text("name: small\n")
+    events = EventWriter(folder)
+    events.study_started(folder.name, "0" * 64, "A *small* study.")
+    events.file("study.yaml")
+    for trial_id, role in (("b0", "baseline"), ("good", "search"), ("bad", "search"), ("broken", "search")):
+        events.trial_started(trial_id, role, {**CONFIG, "seed": 0})
+        for step in range(0, steps, 2):
+            rows = [[s, {"loss": 1.0 / (1 + s), "total_norm": 2.0 * s}] for s in (step, step + 1)]
+            events.result(trial_id, {"records": rows})
+    events.image("good", 0, png())
+    events.verdict("b0", summary("b0", role="baseline", metrics={"ssim": 0.69}))
+    events.verdict("good", summary("good"), {**CONFIG, "ssim_loss_max_t": 0.2, "lr": 0.005})
+    evidence = {"guard": "norm_ratio", "step": 12, "metric": "total_norm", "value": 30.0, "limit": 10.0}
+    events.verdict("bad", summary("bad", "pruned", evidence=evidence, metrics={"norm_ratio_max": math.inf}))
+    events.verdict("broken", summary("broken", "error", metrics={}))
+    events.study_ended("all trials done")
+    return events
+
+
+def runs_of(uri: str, folder: StudyFolder) -> dict[str, Any]:
+    """trial_id → run ("" is the parent); fails if a trial has two."""
+    mlflow = client(uri)
+    experiment = mlflow.get_experiment_by_name("tune_ssim")
+    found: dict[str, Any] = {}
+    for run in mlflow.search_runs([experiment.experiment_id], max_results=1000):
+        if run.data.tags["tune_ssim.study_id"].startswith(folder.name):
+            trial_id = run.data.tags.get("tune_ssim.trial_id", "")
+            assert trial_id not in found, f"two runs of {trial_id!r}"
+            found[trial_id] = run
+    return found
+
+
+def points(uri: str, run: Any, name: str) -> list[tuple[int, float]]:
+    return sorted((metric.step, metric.value) for metric in client(uri).get_metric_history(run.info.run_id, name))
+
+
+def check_study(uri: str, folder: StudyFolder, steps: int = 20) -> dict[str, Any]:
+    """What `write_study` wrote is there, once."""
+    runs = runs_of(uri, folder)
+    assert set(runs) == {"", "b0", "good", "bad", "broken"}
+    for trial_id in ("b0", "good", "bad", "broken"):
+        assert runs[trial_id].data.tags["mlflow.parentRunId"] == runs[""].info.run_id
+        assert points(uri, runs[trial_id], "loss") == [(step, 1.0 / (1 + step)) for step in range(steps)]
+    return runs
+
+
+@pytest.mark.parametrize("where", ["sqlite", "server"])
+def test_what_mlflow_shows(where: str, tmp_path: Path, database: str, server: str) -> None:
+    uri = database if where == "sqlite" else server
+    folder = StudyFolder(tmp_path / f"shown-{where}")
+    write_study(folder)
+    done, status = mirror_study(folder, uri, timeout_s=60)
+    assert done, status
+    runs = check_study(uri, folder)
+    good, bad, parent = runs["good"], runs["bad"], runs[""]
+
+    assert [runs[key].info.status for key in ("", "b0", "good", "bad", "broken")] == [
+        "FINISHED", "FINISHED", "FINISHED", "KILLED", "FAILED",
+    ]  # fmt: skip
+    assert good.info.run_name == "gain 1 @ t≤0.3 · safe · ΔSSIM +0.0084"
+    assert bad.info.run_name == "gain 1 @ t≤0.3 · pruned by norm_ratio at 12"
+    assert runs["b0"].info.run_name == "baseline seed 0 · safe"
+    assert parent.info.run_name == f"shown-{where}: best gain 1 @ t≤0.3, ΔSSIM +0.0084"
+    assert bad.data.tags["pruned_by"] == "norm_ratio" and bad.data.tags["verdict"] == "pruned"
+    assert bad.data.tags["reason"] == "because it is pruned" and bad.data.tags["role"] == "search"
+    assert good.data.params["gain"] == "1" and good.data.params["lr"] == "0.005"
+    # What was in force differs from what was asked for (SEEDS B3): said, not lost.
+    assert good.data.tags["in_force.ssim_loss_max_t"] == "0.2 (asked for: 0.3)"
+    assert good.data.metrics["delta_ssim"] == 0.0084 and good.data.metrics["psnr"] == 19.2
+    assert bad.data.tags["non_finite.norm_ratio_max"] == "Infinity first at step 20"
+
+    mlflow = client(uri)
+    assert "smoke/step_000000.png" in {item.path for item in mlflow.list_artifacts(good.info.run_id, "smoke")}
+    assert {Path(item.path).suffix for item in mlflow.list_artifacts(good.info.run_id, "images")} == {".png", ".webp"}
+    assert [item.path for item in mlflow.list_artifacts(parent.info.run_id)] == ["study.yaml"]
+    note = parent.data.tags["mlflow.note.content"]
+    assert f"runs/{good.info.run_id}" in note and "because it is pruned" in note and "A *small* study." in note
+    assert note.index(good.info.run_id) < note.index(bad.info.run_id) < note.index(runs["b0"].info.run_id)
+
+    experiment = mlflow.get_experiment(parent.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    share_key = read_state(folder, uri)["share_key"]
+    assert f"mlflow.sharedViewState.{share_key}" in experiment.tags
+    assert (
+        ui_link("http://h:1/", "7", "k")
+        == "http://h:1/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=k"
+    )
+    assert run_ids(folder, uri)["good"] == good.info.run_id
+
+
+def test_nan_and_odd_names_and_long_texts(tmp_path: Path, database: str) -> None:
+    folder = StudyFolder(tmp_path / "odd").create()
+    events = EventWriter(folder)
+    events.study_started("odd")
+    events.trial_started("t", "search", {"text": "ü" * 9000, "nested": {"a b?": [1, 2]}, "none": None})
+    odd = {"psnr (dB)": 1.0, "psnr [dB]": 2.0, "../up": 3.0, "/root": 4.0, "a//b": 5.0, "ΔSSIM": 6.0, "x" * 400: 7.0}
+    rows = [[0, {"n": math.nan, "i": math.inf, "m": -math.inf, **odd}], [1, {"n": 1.0, "i": 1.0, "m": 1.0, "": 8.0}]]
+    events.result("t", {"records": rows})
+    events.verdict("t", summary("t", "pruned", reason="weil 毁了 | `x` " * 1000))
+    done, status = mirror_study(folder, database, timeout_s=60)
+    assert done and "refused" not in status, status
+    run = runs_of(database, folder)["t"]
+    tags = run.data.tags
+    assert tags["non_finite.n"] == "NaN first at step 0"
+    assert tags["non_finite.i"] == "Infinity first at step 0" and tags["non_finite.m"] == "-Infinity first at step 0"
+    assert [step for step, _ in points(database, run, "n")] == [0, 1]
+    # Each number is there, under a name of its own.
+    assert {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0} <= set(run.data.metrics.values())
+    assert run.data.metrics["ΔSSIM"] == 6.0 and len(run.data.params["text"]) == 6000
+    assert len(tags["reason"]) == 5000 and tags["reason"].endswith("…")
+
+
+def test_a_dead_server_is_nobodys_problem_and_is_made_up_for(tmp_path: Path, server: str) -> None:
+    folder = StudyFolder(tmp_path / "dead")
+    began = time.monotonic()
+    mirror = MLflowMirror(folder.create(), DEAD)
+    mirror.start()
+    write_study(folder)
+    assert time.monotonic() - began < 2  # nothing of it waited for MLflow
+    assert not mirror.drain(timeout_s=20)
+    assert "MLflow has 0 of 52 events" in mirror.status() and "connection refused" in mirror.status()
+    assert mirror_study(folder, server, timeout_s=60)[0]
+    check_study(server, folder)
+
+
+def test_kill_in_the_middle_then_again(tmp_path: Path, database: str) -> None:
+    folder = StudyFolder(tmp_path / "killed")
+    steps = 1500
+    write_study(folder, steps)
+    mirror = MLflowMirror(folder, database)
+    mirror.start()
+    ends = time.monotonic() + 60
+    while read_state(folder, database)["offset"] == 0 and time.monotonic() < ends:
+        time.sleep(0.005)
+    assert mirror._process is not None
+    os.kill(mirror._process.pid, signal.SIGKILL)
+    assert mirror._process.wait() == -signal.SIGKILL
+    assert 0 < read_state(folder, database)["offset"] < folder.events_file.stat().st_size
+    done, status = mirror.drain(timeout_s=90)  # starts another process
+    assert done, status
+    check_study(database, folder, steps)
+
+    # The file that says how far it was is lost: everything is applied again, and changes nothing.
+    state_file(folder, database).unlink()
+    assert mirror_study(folder, database, timeout_s=90)[0]
+    check_study(database, folder, steps)
+
+
+def test_a_resumed_study_goes_on_in_its_runs(tmp_path: Path, database: str) -> None:
+    folder = StudyFolder(tmp_path / "resumed").create()
+    events = EventWriter(folder)
+    events.study_started("resumed")
+    events.trial_started("t", "search", CONFIG)
+    events.result("t", {"records": [[step, {"loss": float(step)}] for step in range(10)]})
+    with folder.events_file.open("ab") as file:
+        file.write(b'{"event": "records", "tri')  # kill -9 in the middle of a line
+    assert mirror_study(folder, database, timeout_s=60)[0]
+    assert runs_of(database, folder)["t"].info.status == "RUNNING"
+
+    events = pickle.loads(pickle.dumps(events))
+    events.study_started("resumed")
+    events.trial_started("t", "search", CONFIG)
+    # Back at the checkpoint of step 5, the steps to 9 are trained again.
+    events.result("t", {"records": [[step, {"loss": float(step)}] for step in range(5, 15)]})
+    events.trial_started("left", "search", CONFIG)
+    events.verdict("t", summary("t"))
+    events.study_ended()
+    assert mirror_study(folder, database, timeout_s=60)[0]
+    runs = runs_of(database, folder)
+    assert points(database, runs["t"], "loss") == [(step, float(step)) for step in range(15)]
+    assert runs["t"].info.status == "FINISHED" and runs["left"].info.status == "KILLED"
+    assert "ended before" in runs["left"].data.tags["reason"]
+
+
+def test_a_locked_database_is_waited_for(tmp_path: Path, database: str) -> None:
+    copy = tmp_path / "mlflow.db"
+    copy.write_bytes(Path(database.removeprefix("sqlite:///")).read_bytes())
+    folder = StudyFolder(tmp_path / "locked")
+    write_study(folder)
+    lock = sqlite3.connect(copy, isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    assert default_uri(tmp_path) == f"sqlite:///{copy}"
+    mirror = MLflowMirror(folder)
+    assert not mirror.drain(timeout_s=4)
+    assert "MLflow has 0 of" in mirror.status()
+    lock.execute("ROLLBACK")
+    lock.close()
+    done, status = mirror.drain(timeout_s=60)
+    assert done, status
+    check_study(default_uri(tmp_path), folder)
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "nowhere")
+    write_study(folder)
+    done, status = mirror_study(folder, "sqlite:////proc/none/mlflow.db", timeout_s=10)
+    assert not done and "MLflow has 0 of 52 events" in status and status.count(";") >= 1
+
+
+def test_a_mirror_survives_its_study(tmp_path: Path, database: str) -> None:
+    """kill -9 of the study: the process sees the closed pipe and brings the rest over."""
+    folder = StudyFolder(tmp_path / "orphan")
+    write_study(folder)
+    program = (
+        "import os, sys; from pathlib import Path; from tune_ssim.study_folder import StudyFolder\n"
+        "from tune_ssim.orchestration.mirror import MLflowMirror\n"
+        "MLflowMirror(StudyFolder(Path(sys.argv[1])), sys.argv[2]).start(); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", program, str(folder.path), database]
+    assert subprocess.run(command, env=process_environment(), timeout=30).returncode == -9
+    ends = time.monotonic() + 60
+    while read_state(folder, database)["offset"] < folder.events_file.stat().st_size and time.monotonic() < ends:
+        time.sleep(0.1)
+    check_study(database, folder)
+
+
+def test_events_need_neither_ray_nor_mlflow() -> None:
+    program = (
+        "import sys, tune_ssim.orchestration.events, tune_ssim.orchestration.mirror, tune_ssim.orchestration.mlflow_ui"
+    )
+    program += "; assert not {'ray', 'mlflow', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], env=process_environment(), check=True)
+
+
+def test_password_is_not_shown(tmp_path: Path) -> None:
+    mirror = MLflowMirror(StudyFolder(tmp_path), "http://user:secret@127.0.0.1:9")
+    assert "secret" not in mirror.status() and "127.0.0.1:9" in mirror.status()
+    assert "secret" not in state_file(mirror.folder, mirror.uri).name
+
+
+def test_a_busy_port_gives_the_next() -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        assert _free_port("127.0.0.1", port) > port
+
+
+def test_numbers_of_a_foreign_result() -> None:
+    result = {"loss": 1, "ok": True, "val": {"ssim": 0.5}, "pid": 7, "config": {"lr": 1.0}, "training_iteration": 3}
+    assert numbers_of(result) == {"loss": 1.0, "val/ssim": 0.5}
+    assert gain({"ssim_loss_weight": 0.1, "ssim_grad_scale": 0.01}) == 0.001 and gain({"lr": 1}) is None
+
+
+def test_callback_in_a_tuner_of_ones_own(tmp_path: Path, database: str) -> None:
+    ray = pytest.importorskip("ray")
+    from ray import tune
+
+    from tune_ssim.orchestration import MLflowTracking
+
+    def train(config: dict[str, Any]) -> None:
+        for step in range(3):
+            tune.report({"loss": config["lr"] * step, "pruned": step == 2 and config["lr"] > 1, "reason": "too hot"})
+
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    try:
+        callback = MLflowTracking(uri=database)
+        pickle.dumps(callback)
+        tuner = tune.Tuner(
+            train,
+            param_space={"lr": tune.grid_search([0.1, 10.0])},
+            run_config=tune.RunConfig(name="own", storage_path=str(tmp_path), callbacks=[callback], verbose=0),
+        )
+        tuner.fit()
+    finally:
+        ray.shutdown()
+    folder = StudyFolder(tmp_path / "own")
+    runs = {run.data.params["lr"]: run for key, run in runs_of(database, folder).items() if key}
+    assert {lr: run.info.status for lr, run in runs.items()} == {"0.1": "FINISHED", "10": "KILLED"}
+    assert points(database, runs["10"], "loss") == [(1, 0.0), (2, 10.0), (3, 20.0)]
+    assert runs["10"].data.tags["reason"] == "too hot"
+    assert json.loads(folder.events_file.read_text().splitlines()[-1])["event"] == "end"
