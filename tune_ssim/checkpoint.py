@@ -1,4 +1,4 @@
-"""Nested state ↔ a folder of two files: `tensors.safetensors` and `state.json`. Nothing is pickled, nothing executed."""
+"""Nested state ↔ a folder of two files: `tensors.safetensors` and `state.json`. No pickle, nothing is executed."""
 
 from __future__ import annotations
 
