@@ -11,10 +11,9 @@ from tune_ssim.guards.guard import State
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import SMOKE, SMOKE_AGAIN, Record
 
-JUDGED = frozenset(
-    ("non_finite_fraction", "consistency_psnr", "consistency_correlation", "high_frequency")
-    + ("std_ratio", "entropy_bits", "flow_loss_top_bin", "undecodable_fraction")
-)
+JUDGED = frozenset({"non_finite_fraction", "consistency_psnr", "consistency_correlation", "high_frequency"}) | {
+    "std_ratio", "entropy_bits", "flow_loss_top_bin", "undecodable_fraction",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
