@@ -1,4 +1,4 @@
-"""`tune-ssim ui`: everything into MLflow, MLflow's server on loopback, and a link that opens on the trials, best first."""
+"""`tune-ssim ui`: everything into MLflow, its server on loopback, and a link that opens on the trials, best first."""
 
 from __future__ import annotations
 
@@ -66,16 +66,10 @@ def serve_ui(
     port = _free_port(host, port)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the server as Ctrl-C does
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri, "--default-artifact-root", (storage.absolute() / "mlartifacts").as_uri()]
     server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
-        + [
-            "--default-artifact-root",
-            (storage.absolute() / "mlartifacts").as_uri(),
-            "--host",
-            host,
-            "--port",
-            str(port),
-        ],
+        command,
         env={**process_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -53,16 +53,18 @@ STATUS = {"pruned": "KILLED", "error": "FAILED", "bad_setup": "FAILED"}  # every
 STUDY_ID = "tune_ssim.study_id"
 TRIAL_ID = "tune_ssim.trial_id"
 
-# The columns of the shared view, left to right, with their widths in pixels.
+# The columns of the shared view, left to right, with their widths in pixels. They are so narrow because MLflow opens
+# its assistant beside the table on a first visit; the reason comes last and takes what room there is.
 COLUMNS = {
-    "attributes.`Run Name`": 320,
-    "tags.`verdict`": 75,
-    "params.`gain`": 65,
-    "params.`ssim_loss_max_t`": 120,
-    "metrics.`norm_ratio_max`": 115,
-    "metrics.`delta_ssim`": 90,
-    "metrics.`psnr`": 70,
-    "tags.`reason`": 560,
+    "attributes.`Run Name`": 300,
+    "runDateAndNestInfo": 45,  # "Created" cannot be hidden; its first sign is the run's status
+    "tags.`verdict`": 80,
+    "params.`gain`": 60,
+    "params.`max_t`": 60,
+    "metrics.`norm_ratio_max`": 112,
+    "metrics.`delta_ssim`": 95,
+    "metrics.`psnr`": 60,
+    "tags.`reason`": 640,
 }
 
 
@@ -75,8 +77,9 @@ def __getattr__(name: str) -> Any:
 
 
 class Replay:
-    """One connection to MLflow and what was learnt of the study up to `offset`. Any method may raise what MLflow raises;
-    make a new one then."""
+    """One connection to MLflow and what was learnt of the study up to `offset`.
+
+    Any method may raise what MLflow raises; make a new one then."""
 
     def __init__(self, folder: StudyFolder, uri: str, experiment: str) -> None:
         import mlflow
@@ -248,7 +251,7 @@ class Replay:
         if evidence:
             tags["evidence"] = json.dumps(evidence, ensure_ascii=False)
         self._log(run_id, tags=tags)
-        self._log_params(run_id, {**(event.get("effective") or {}), "gain": gain(summary.get("config") or {})})
+        self._log_params(run_id, {**(summary.get("config") or {}), **(event.get("effective") or {})})
         self._client.update_run(run_id, name=self._run_name(trial_id))
         self._client.set_terminated(run_id, STATUS.get(summary["verdict"], "FINISHED"), end_time=time_ms)
         self._board_is_old = True
@@ -310,9 +313,9 @@ class Replay:
 
     def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
         """MLflow refuses to change a parameter. Where what is in force is not what was asked for, a tag says so."""
-        values = {**_flat(values), "gain": gain(values) if values.get("gain") is None else values["gain"]}
-        wanted = {self._name(key): _short(_plain(value), PARAM_LENGTH) for key, value in values.items()}
-        wanted = {key: value for key, value in wanted.items() if not (key == "gain" and value == "None")}
+        wanted = {self._name(key): _short(_plain(value), PARAM_LENGTH) for key, value in _flat(values).items()}
+        if (strength := gain(values)) is not None:  # short names, for the columns
+            wanted |= {"gain": _plain(strength), "max_t": _plain(values.get("ssim_loss_max_t"))}
         there = self._client.get_run(run_id).data.params
         differing = {
             f"in_force.{key}"[:KEY_LENGTH]: f"{value} (asked for: {there[key]})"
@@ -637,14 +640,14 @@ def main(descriptor: int = 0) -> None:
                         if deadline is not None and time.monotonic() > deadline:
                             break
                 elif locked and state["error"]:
-                    state = {**state, "error": None}
+                    state["error"] = None
                 pause = mirror.POLL_S if locked else 1.0
                 error = None if locked else "another process is mirroring this study"
             except Exception as problem:  # whatever MLflow or the network does: say it, wait, and try again
                 replay = None
                 error = mirror.in_words(problem)
                 pause = min(2 * pause, mirror.LONGEST_PAUSE_S)
-            state = {**state, "error": error}
+            state["error"] = error
             if locked:
                 write_atomically(mirror.state_file(folder, uri), json.dumps(state).encode())
             if deadline is not None:
@@ -668,8 +671,8 @@ def _try_lock(lock: IO[str]) -> bool:
     return True
 
 
-def _acknowledge(folder: StudyFolder, uri: str, replay: Replay) -> dict[str, Any]:
-    state = {
+def _acknowledge(folder: StudyFolder, uri: str, replay: Replay) -> mirror.State:
+    state: mirror.State = {
         "offset": replay.offset,
         "events": replay.events,
         "experiment_id": replay.experiment_id,
