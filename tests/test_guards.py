@@ -276,6 +276,7 @@ HEALTHY = {
     "flow_loss_top_bin": 0.3,
     "undecodable_fraction": 0.0,
 }  # fmt: skip  (FACTS §2)
+LOST = {**HEALTHY, "consistency_psnr": 17.0}  # sharp images of something else
 NOISE = {**HEALTHY, "consistency_psnr": 17.0, "consistency_correlation": 0.1, "high_frequency": 9.0}
 
 
@@ -308,7 +309,7 @@ def smoke(*tests: tuple[int, dict[str, float]] | tuple[int, dict[str, float], di
         ([(0, HEALTHY), (100, NOISE), (110, NOISE, HEALTHY), (200, NOISE)], 2, []),  # a pass begins the count again
         ([(0, HEALTHY), (200, HEALTHY, NOISE)], 2, []),
         # samples that fail are no start to be judged against
-        ([(25, {**HEALTHY, "consistency_psnr": NAN}), (50, HEALTHY), (60, NOISE), (70, NOISE)], 2, [(70, "prune")]),
+        ([(25, {**HEALTHY, "consistency_psnr": NAN}), (50, HEALTHY), (60, LOST), (70, LOST)], 2, [(70, "prune")]),
     ],
 )
 def test_smoke_test(tests: Any, consecutive: int, fired: list[tuple[int, str]]) -> None:
@@ -399,7 +400,7 @@ def test_wider_limits_never_prune_earlier(records: list[Record], factor: float, 
     "wrong",
     [
         {"at": ()}, {"at": (-1,)}, {"at": (1.5,)}, {"consecutive": 0}, {"max_consistency_drop_db": 0},
-        {"max_high_frequency": NAN}, {"max_flow_loss_ratio": -1}, {"min_high_frequency": 2.0},
+        {"max_high_frequency": NAN}, {"min_std_ratio": NAN}, {"max_flow_loss_ratio": -1}, {"min_high_frequency": 2.0},
     ],
 )  # fmt: skip
 def test_smoke_test_refuses(wrong: dict[str, Any]) -> None:
@@ -434,10 +435,7 @@ def test_non_finite(values: dict[str, float], metric: str | None) -> None:
 
 def skips(*runs: tuple[int, bool]) -> list[Record]:
     flags = [skipped for count, skipped in runs for _ in range(count)]
-    return [
-        Record(n, {LOSS: 1.0, TOTAL_NORM: INF if flag else 1.0, STEP_SKIPPED: float(flag)})
-        for n, flag in enumerate(flags, 1)
-    ]
+    return [Record(n, {LOSS: 1.0, TOTAL_NORM: INF if flag else 1.0, STEP_SKIPPED: float(flag)}) for n, flag in enumerate(flags, 1)]
 
 
 @pytest.mark.parametrize(

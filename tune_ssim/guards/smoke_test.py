@@ -56,10 +56,12 @@ class SmokeTest:
         for limit in ("max_consistency_drop_db", "max_high_frequency", "max_flow_loss_ratio"):
             if not getattr(self, limit) > 0:
                 raise ValueError(f"{limit} must be > 0, got {getattr(self, limit)}")
+        for limit in ("min_correlation_ratio", "min_high_frequency", "min_std_ratio", "min_entropy_bits"):
+            if math.isnan(getattr(self, limit)):  # nothing is below NaN: the limit would be off without a word
+                raise ValueError(f"{limit} must be a number, got nan")
         if not self.min_high_frequency < self.max_high_frequency:
             raise ValueError(
-                f"min_high_frequency ({self.min_high_frequency}) "
-                f"must be below max_high_frequency ({self.max_high_frequency})"
+                f"min_high_frequency ({self.min_high_frequency}) must be below max_high_frequency ({self.max_high_frequency})"
             )
 
     @property
