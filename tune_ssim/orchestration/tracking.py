@@ -398,7 +398,9 @@ class Replay:
             if summary.get("role") != "baseline":
                 counts[summary["verdict"]] = counts.get(summary["verdict"], 0) + 1
         told = ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) or "no trial has ended yet"
-        view = f"#/experiments/{self.experiment_id}/runs?viewStateShareKey={self.share_key}"
+        pages = f"#/experiments/{self.experiment_id}/runs"
+        training = "?workflowType=machine_learning"  # not MLflow 3's GenAI pages
+        view = f"{pages}{training}&viewStateShareKey={self.share_key}"
         head = [f"**{_cell(self._parent_name())}** ({told}). [All trials, best first]({view})", ""]
         if self._note:
             head += [self._note, ""]
@@ -408,7 +410,7 @@ class Replay:
             metrics = summary.get("metrics") or {}
             config = {**self._config.get(trial_id, {}), **(summary.get("config") or {})}
             setting = _setting(summary.get("role") or "search", config) or trial_id
-            link = f"[{_cell(setting)}](#/experiments/{self.experiment_id}/runs/{self.runs.get(trial_id, '')})"
+            link = f"[{_cell(setting)}]({pages}/{self.runs.get(trial_id, '')}{training})"
             numbers = [
                 _cell_number(metrics.get(name), form)
                 for name, form in (("delta_ssim", "+.4f"), ("psnr", ".2f"), ("norm_ratio_max", ".3g"))
