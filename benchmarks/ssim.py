@@ -38,10 +38,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ssim.json")
     arguments = parser.parse_args()
     rows = [
-        measure(threads, shape, backward, arguments.rounds)
-        for threads in THREADS
-        for shape in SHAPES
-        for backward in (False, True)
+        measure(threads, shape, backward, arguments.rounds) for threads in THREADS for shape in SHAPES for backward in (False, True)
     ]
     table = Table("threads", "shape", "pass", "ours ms", "pytorch-msssim ms", "ratio (quartiles)", "max |difference|")
     for row in rows:
@@ -126,9 +123,7 @@ def git(*arguments: str) -> str | None:
 def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

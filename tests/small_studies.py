@@ -46,9 +46,7 @@ def baseline(trial_id: str = "baseline-0") -> TrialSummary:
     return trial(trial_id, delta_ssim=0.0, role="baseline", config={"ssim_loss_weight": 0.0})
 
 
-def study(
-    storage: Path, *trials: TrialSummary, name: str = "fundus-ssim", yaml: str = "name: fundus-ssim\n"
-) -> StudyFolder:
+def study(storage: Path, *trials: TrialSummary, name: str = "fundus-ssim", yaml: str = "name: fundus-ssim\n") -> StudyFolder:
     folder = StudyFolder(storage / name).create()
     folder.study_file.write_text(yaml, encoding="utf-8")
     for summary in trials:

@@ -297,9 +297,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
 
 
 def test_dry_run_prints_a_study_that_resolves_to_itself(tmp_path: Path) -> None:
-    done = tune_ssim(
-        "run", "--dry-run", "--trials", "3", "--seed", "7", "--space", "note_v3:conservative", cwd=tmp_path
-    )
+    done = tune_ssim("run", "--dry-run", "--trials", "3", "--seed", "7", "--space", "note_v3:conservative", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     resolved = YAML(typ="safe", pure=True).load(done.stdout)
     assert (resolved["search"]["trials"], resolved["search"]["seed"]) == (3, 7)

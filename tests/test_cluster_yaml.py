@@ -32,9 +32,7 @@ def start_commands(cluster: dict[str, Any]) -> Iterator[str]:
 def test_ray_accepts_it(cluster: dict[str, Any]) -> None:
     prepared = prepare_config(copy.deepcopy(cluster))
     validate_config(prepared)
-    assert prepared["available_node_types"]["local.cluster.node"]["min_workers"] == len(
-        cluster["provider"]["worker_ips"]
-    )
+    assert prepared["available_node_types"]["local.cluster.node"]["min_workers"] == len(cluster["provider"]["worker_ips"])
 
 
 def test_a_misspelt_key_is_rejected(cluster: dict[str, Any]) -> None:

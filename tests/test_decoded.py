@@ -243,9 +243,7 @@ def test_image_range_is_mapped_to_the_unit_interval():
     z0, t, targets = batch()
     decoder = Decoder()
     signed = DecodedLoss(1.0, 0.3, pixel_loss_weight=1.0)(z0, t, targets, decoder)
-    halved = DecodedLoss(1.0, 0.3, pixel_loss_weight=1.0, image_range="[0,1]")(
-        z0, t, targets, lambda z: decoder(z) * 0.5 + 0.5
-    )
+    halved = DecodedLoss(1.0, 0.3, pixel_loss_weight=1.0, image_range="[0,1]")(z0, t, targets, lambda z: decoder(z) * 0.5 + 0.5)
     assert torch.equal(signed.total, halved.total)
 
 

@@ -90,9 +90,7 @@ def floor_violations(files: dict[str, Path]) -> list[str]:
                 # `from tune_ssim import load_space`: the module that holds it. __version__ is nobody's.
                 below = top(tune_ssim._MODULE_OF.get(below, ""))
             if below in FLOOR_OF and below != above and FLOOR_OF[below] >= FLOOR_OF[above]:
-                wrong.append(
-                    f"{file.name}:{line}: {above} (floor {FLOOR_OF[above]}) imports {name} ({FLOOR_OF[below]})"
-                )
+                wrong.append(f"{file.name}:{line}: {above} (floor {FLOOR_OF[above]}) imports {name} ({FLOOR_OF[below]})")
     return wrong
 
 
@@ -183,9 +181,7 @@ print("loaded:", *(name for name in ("torch", "ray", "mlflow", "optuna", "numpy"
 @pytest.mark.parametrize("package", [tune_ssim, tune_ssim.orchestration], ids=lambda package: package.__name__)
 def test_no_public_name_is_a_submodules_name(package: object) -> None:
     folder = Path(package.__file__).parent
-    submodules = {file.stem for file in folder.glob("*.py")} | {
-        file.parent.name for file in folder.glob("*/__init__.py")
-    }
+    submodules = {file.stem for file in folder.glob("*.py")} | {file.parent.name for file in folder.glob("*/__init__.py")}
     assert not submodules & set(package.__all__)
     assert set(package.__all__) - {"__version__"} == set(package._MODULE_OF)
 

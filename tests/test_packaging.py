@@ -55,11 +55,7 @@ def run(arguments: Sequence[str | Path], cwd: Path, **environment: str) -> str:
 
 def files_below(folder: Path) -> set[str]:
     """Paths relative to `folder` of what an installation needs, without what a run leaves behind."""
-    return {
-        file.relative_to(folder).as_posix()
-        for file in folder.rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
-    }
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +148,7 @@ def test_the_installed_wheel_finds_its_spaces_from_any_folder(built: Built, tmp_
     install([built.wheel], site)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    package, folder, files = run(
-        [sys.executable, "-c", USE_FROM_ELSEWHERE], elsewhere, PYTHONPATH=str(site)
-    ).splitlines()
+    package, folder, files = run([sys.executable, "-c", USE_FROM_ELSEWHERE], elsewhere, PYTHONPATH=str(site)).splitlines()
     assert Path(package) == (site / "tune_ssim").resolve()  # not the checkout, though that may be installed too
     assert Path(folder) == (site / "tune_ssim" / "search_spaces").resolve()
     assert files.split() == sorted(file.name for file in (ROOT / "search_spaces").glob("*.yaml"))

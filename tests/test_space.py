@@ -146,12 +146,8 @@ def test_the_gain_comes_back(gain: float, scale: float) -> None:
 def test_coordinates_put_rounding_back_within_bounds() -> None:
     (stage,) = load_space("wide").stages
     assert [stage.coordinates(config)["gain"] for config in stage.point_configs()] == pytest.approx([1, 0.01, 0.001])
-    assert (
-        stage.coordinates(stage.point_configs()[2])["gain"] >= 0.001
-    )  # 0.1 · 0.01 is 0.001 less a rounding error or so
-    edge = stage.coordinates(
-        {"ssim_loss_weight": 3000 * (1 + 1e-12), "ssim_loss_max_t": 0.1 + 1e-17, "ssim_grad_scale": 1}
-    )
+    assert stage.coordinates(stage.point_configs()[2])["gain"] >= 0.001  # 0.1 · 0.01 is 0.001 less a rounding error or so
+    edge = stage.coordinates({"ssim_loss_weight": 3000 * (1 + 1e-12), "ssim_loss_max_t": 0.1 + 1e-17, "ssim_grad_scale": 1})
     assert edge == {"gain": 3000.0, "ssim_loss_max_t": 0.1}
     with pytest.raises(ValueError, match=r"gain: 5000\.0 is outside"):
         stage.coordinates({"ssim_loss_weight": 5000, "ssim_loss_max_t": 0.1, "ssim_grad_scale": 1})
@@ -174,10 +170,7 @@ def load_space_once(cache: list[Space] = []) -> tuple[Stage, ...]:  # noqa: B006
 
 HEAD = "name: s\nparameters:\n"
 GOOD = HEAD + "  gain: {log_uniform: [0.1, 30]}\n  ssim_loss_max_t: {choice: [0.1, 0.2]}\n"
-PINNED = (
-    HEAD
-    + "  ssim_loss_weight: {uniform: [0, 1]}\n  ssim_loss_max_t: {uniform: [0.1, 0.5]}\nfixed: {ssim_grad_scale: 0.1}\n"
-)
+PINNED = HEAD + "  ssim_loss_weight: {uniform: [0, 1]}\n  ssim_loss_max_t: {uniform: [0.1, 0.5]}\nfixed: {ssim_grad_scale: 0.1}\n"
 
 BAD = [
     # bounds and domains
@@ -301,9 +294,7 @@ def test_a_mistake_is_one_line_that_says_where(text: str | bytes, says: str) -> 
 def test_all_mistakes_of_a_file_come_at_once_in_its_order() -> None:
     with pytest.raises(UserError) as error:
         parse(HEAD + "  gain: {uniform: [2, 1]}\n  max_t: {choice: [1]}\nfixed: {pixel_loss_weight: -1}\nnotes: 1\n")
-    assert [line.split(": ")[0] for line in str(error.value).splitlines()] == [
-        f"s.yaml:{line}" for line in (3, 4, 5, 6)
-    ]
+    assert [line.split(": ")[0] for line in str(error.value).splitlines()] == [f"s.yaml:{line}" for line in (3, 4, 5, 6)]
 
 
 def test_aliases_are_written_out_but_not_without_end() -> None:
@@ -401,9 +392,7 @@ def stages(draw: st.DrawFn, name: str) -> Stage:
     for known in ("gain", "ssim_loss_weight"):
         if known in parameters and isinstance(parameters[known], Choice):
             parameters[known] = Choice((0.1, 1))
-    fixed = draw(
-        st.dictionaries(st.sampled_from(["momentum", "note", "ssim_loss_max_t"]), SCALARS | st.none(), max_size=3)
-    )
+    fixed = draw(st.dictionaries(st.sampled_from(["momentum", "note", "ssim_loss_max_t"]), SCALARS | st.none(), max_size=3))
     if "ssim_loss_max_t" in fixed:
         fixed["ssim_loss_max_t"] = 0.3
     return Stage(name, parameters, fixed, description=" ".join(draw(TEXTS).split()))

@@ -92,7 +92,9 @@ def test_an_objective_keeps_its_default_margins_unless_told(written: Any) -> Non
 
 
 def test_guards_off_on_and_added(written: Any) -> None:
-    text = "guards:\n  norm_ratio: null\n  smoke_test: {at: [0, 10], consecutive: 1}\n  threshold:\n    - {metric: loss, upper: 3}\n"
+    text = (
+        "guards:\n  norm_ratio: null\n  smoke_test: {at: [0, 10], consecutive: 1}\n  threshold:\n    - {metric: loss, upper: 3}\n"
+    )
     guards = load_study(written(text)).guards
     assert guards == {
         "smoke_test": SmokeTest(at=(0, 10), consecutive=1),
@@ -180,9 +182,7 @@ def test_the_resolved_study_is_the_same_study(name: str, space: str, tmp_path: P
     scheduler=st.sampled_from([None, Asha(max_steps=150), Asha(max_steps=200, reduction_factor=2)]),
     gpus=st.sampled_from(["auto", 0.0, 0.5]),
 )  # fmt: skip
-def test_any_study_survives_yaml(
-    tmp_path: Path, guards: list[Any], keep: Any, extra: Any, gpus: Any, **parts: Any
-) -> None:
+def test_any_study_survives_yaml(tmp_path: Path, guards: list[Any], keep: Any, extra: Any, gpus: Any, **parts: Any) -> None:
     study = replace(
         load_study_once(),
         guards={guard.name: guard for guard in guards},
@@ -216,9 +216,7 @@ def test_overrides_win_and_none_leaves_the_studys_own() -> None:
     study = load_study(None, {"trials": 4, "seed": 7, "name": "mine", "space": "note_v3", "tracking_uri": None})
     assert (study.search.trials, study.search.seed, study.name, study.space.name) == (4, 7, "mine", "note_v3")
     assert study.search.concurrency == 2 and study.tracking == Tracking()
-    assert load_study(None, {"search.trials": 4, "tracking.uri": "sqlite:///x.db"}).tracking == Tracking(
-        uri="sqlite:///x.db"
-    )
+    assert load_study(None, {"search.trials": 4, "tracking.uri": "sqlite:///x.db"}).tracking == Tracking(uri="sqlite:///x.db")
     assert load_study({"tracking": None}, {"tracking_uri": "file:x"}).tracking == Tracking(uri="file:x")
 
 
@@ -410,9 +408,7 @@ def test_a_mutilated_study_is_a_study_or_a_user_error(written: Any, data: st.Dat
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["asha", "psnr", "at", "x"]), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["asha", "psnr", "at", "x"]), inner, max_size=3),
     max_leaves=5,
 )
 
@@ -442,9 +438,7 @@ def _texts(cache: list[str] = []) -> list[str]:  # noqa: B006  (made once)
     return cache
 
 
-@given(
-    st.dictionaries(st.sampled_from(["a", "no", "1e-4", "", "~", "- x", "#", "a: b"]), VALUES, min_size=1, max_size=3)
-)
+@given(st.dictionaries(st.sampled_from(["a", "no", "1e-4", "", "~", "- x", "#", "a: b"]), VALUES, min_size=1, max_size=3))
 @settings(max_examples=60, **QUICK)
 def test_what_is_dumped_is_read_back(value: dict[str, Any]) -> None:
     try:

@@ -178,10 +178,7 @@ def test_what_mlflow_shows(where: str, tmp_path: Path, database: str, server: st
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     share_key = read_state(folder, uri)["share_key"]
     assert f"mlflow.sharedViewState.{share_key}" in experiment.tags
-    assert (
-        ui_link("http://h:1/", "7", "k")
-        == "http://h:1/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=k"
-    )
+    assert ui_link("http://h:1/", "7", "k") == "http://h:1/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=k"
     assert run_ids(folder, uri)["good"] == good.info.run_id
 
 
@@ -310,9 +307,7 @@ def test_a_mirror_survives_its_study(tmp_path: Path, database: str) -> None:
 
 
 def test_events_need_neither_ray_nor_mlflow() -> None:
-    program = (
-        "import sys, tune_ssim.orchestration.events, tune_ssim.orchestration.mirror, tune_ssim.orchestration.mlflow_ui"
-    )
+    program = "import sys, tune_ssim.orchestration.events, tune_ssim.orchestration.mirror, tune_ssim.orchestration.mlflow_ui"
     program += "; assert not {'ray', 'mlflow', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], env=process_environment(), check=True)
 

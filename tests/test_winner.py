@@ -134,9 +134,7 @@ def sourced(text: str, names: list[str]) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "lines.env").write_text(text, encoding="utf-8")
-        done = subprocess.run(
-            ["/bin/sh", "-euc", script, "sh", *names], cwd=folder, capture_output=True, check=True, timeout=30
-        )
+        done = subprocess.run(["/bin/sh", "-euc", script, "sh", *names], cwd=folder, capture_output=True, check=True, timeout=30)
     assert done.stderr == b""
     return done.stdout.decode().split("\0")[:-1]
 

@@ -83,9 +83,7 @@ def tracking_option(verb: Callable[..., Any]) -> Callable[..., Any]:
     )(verb)
 
 
-@click.group(
-    cls=Verbs, epilog=EPILOG, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.group(cls=Verbs, epilog=EPILOG, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="tune-ssim")
 @click.pass_context
 def cli(context: click.Context) -> None:
@@ -198,9 +196,7 @@ def trials(name: str | None, as_json: bool, storage: Path) -> None:
         from tune_ssim.winner import study_value
 
         mirrored = run_ids(folder, study_value(folder, "tracking", "uri"))
-        summaries = [
-            {**trial, "run_id": trial["run_id"] or mirrored.get(trial["trial_id"])} for trial in folder.trials()
-        ]
+        summaries = [{**trial, "run_id": trial["run_id"] or mirrored.get(trial["trial_id"])} for trial in folder.trials()]
         _print_exactly(json.dumps(jsonable(summaries), indent=2, allow_nan=False) + "\n")
     else:
         _show_trials(folder, _console())
@@ -281,9 +277,7 @@ def spaces(name: str | None, as_json: bool) -> None:
             {
                 "name": space.name,
                 "description": space.description,
-                "stages": [
-                    {"name": stage.name, "description": stage.description, **stage.to_yaml()} for stage in space.stages
-                ],
+                "stages": [{"name": stage.name, "description": stage.description, **stage.to_yaml()} for stage in space.stages],
             }
             for space in found
         ]

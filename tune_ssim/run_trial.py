@@ -12,7 +12,17 @@ import torch
 
 from tune_ssim.checkpoint import load_checkpoint, save_checkpoint
 from tune_ssim.errors import UserError
-from tune_ssim.guards import Baseline, BaselineRun, Guard, KeepRule, MissingMetric, NormRatio, SmokeTest, Violation, Watch
+from tune_ssim.guards import (
+    Baseline,
+    BaselineRun,
+    Guard,
+    KeepRule,
+    MissingMetric,
+    NormRatio,
+    SmokeTest,
+    Violation,
+    Watch,
+)
 from tune_ssim.probes import collapse_statistics
 from tune_ssim.records import NORM_RATIO, SMOKE, SMOKE_AGAIN, TOTAL_NORM, TOTAL_NORM_MAIN, Record, merge
 from tune_ssim.sample_grid import sample_grid
@@ -278,7 +288,9 @@ class Trial:
             self.verdict = Verdict("safe", f"safe {horizon}", metrics=found)
             return
         reference = self.baseline.reference(self.seed).evaluation
-        deltas = {f"delta_{name}": found[name] - reference[name] for name in ("ssim", "psnr") if name in found and name in reference}
+        deltas = {
+            f"delta_{name}": found[name] - reference[name] for name in ("ssim", "psnr") if name in found and name in reference
+        }
         metrics = found | deltas
         if unjudged:
             self.verdict = Verdict("error", "; ".join(unjudged), metrics=metrics)
@@ -308,7 +320,10 @@ def _resolve(pending: Sequence[tuple[int, Mapping[str, Number]]]) -> list[Record
     together = [tensor.detach().double().reshape(()).to(device, non_blocking=True) for tensor in tensors]
     numbers = iter(torch.stack(together).tolist() if together else [])
     return [
-        Record(step, {name: next(numbers) if isinstance(value, torch.Tensor) else float(value) for name, value in metrics.items()})
+        Record(
+            step,
+            {name: next(numbers) if isinstance(value, torch.Tensor) else float(value) for name, value in metrics.items()},
+        )
         for step, metrics in pending
     ]
 

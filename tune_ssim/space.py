@@ -384,9 +384,7 @@ def _stage(
         if domain is not None:
             parameters[key] = domain
     if not data.get("parameters"):
-        problems.add(
-            (*loc, "parameters"), f"nothing to search; write e.g. `gain: {{log_uniform: [0.1, 30]}}` ({FORMS})"
-        )
+        problems.add((*loc, "parameters"), f"nothing to search; write e.g. `gain: {{log_uniform: [0.1, 30]}}` ({FORMS})")
     own = _mapping(problems, (*loc, "fixed"), data.get("fixed"))
     for key in [key for key in own if key in shared]:
         problems.add((*loc, "fixed", key), "is fixed for the whole space already", subject=key)
@@ -398,9 +396,7 @@ def _stage(
     fixed = {key: _as_number(key, value) for key, value in {**shared, **own}.items()}
     points = [{key: _as_number(key, value) for key, value in point.items()} for point in points]
     sound = len(problems) == before  # else a parameter is missing here, and each point would seem to lie outside
-    for where, message in _problems(
-        SimpleNamespace(parameters=parameters, fixed=fixed, points=points if sound else [])
-    ):
+    for where, message in _problems(SimpleNamespace(parameters=parameters, fixed=fixed, points=points if sound else [])):
         if where == ("parameters",):
             continue  # said above
         subject = str(where[1]) if where[0] != "points" else str(where[2]) if len(where) > 2 else "point"
@@ -440,9 +436,7 @@ def _mapping(problems: Problems, loc: Loc, value: Any, what: str = "") -> dict[s
     if value is None and not what:
         return {}
     if not isinstance(value, Mapping):
-        problems.add(
-            loc, f"{what} must be a mapping, got {kind_of(value)}".strip(), subject="" if what else str(loc[-1])
-        )
+        problems.add(loc, f"{what} must be a mapping, got {kind_of(value)}".strip(), subject="" if what else str(loc[-1]))
         return {}
     for key in [key for key in value if not isinstance(key, str)]:
         problems.add(loc, f"a key must be a name, got {shown(key)}", subject=str(loc[-1]))
@@ -599,9 +593,7 @@ def _text(value: Any) -> str:
 
 
 def _alike(word: str, part: str) -> bool:
-    return (
-        difflib.SequenceMatcher(None, word, part).ratio() >= 0.65
-    )  # "weigth", "gradient" for grad; not "kl" for pixel
+    return difflib.SequenceMatcher(None, word, part).ratio() >= 0.65  # "weigth", "gradient" for grad; not "kl" for pixel
 
 
 def _ordered(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,18 +11,15 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from tune_ssim.errors import UserError
-from tune_ssim.guards import Guard, NonFinite, NormRatio, SmokeTest, Threshold
+from tune_ssim.guards import Guard, KeepRule, NonFinite, NormRatio, SmokeTest, Threshold
 from tune_ssim.space import GAIN, WEIGHT, Space, find_space, load_space, setting_problem
 from tune_ssim.study_folder import check_name
 from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, dump_yaml, kind_of, read_yaml, shown
-
-if TYPE_CHECKING:
-    from tune_ssim.run_trial import KeepRule
 
 BUILT_IN_TASKS = {"fundus_sr": "tune_ssim.tasks.fundus_sr:FundusSR"}
 DEFAULT_STUDY = "fundus_ssim"
@@ -96,9 +93,7 @@ def _default_keep() -> dict[str, Keep]:
     return {
         "psnr": Keep(min_delta=-0.3),  # dB, DESIGN; ruined settings lose 3 and more (FACTS §2)
         "ssim": Keep(min_delta=-0.005),  # about two standard deviations between seeds at high gains (FACTS §6)
-        "flow_loss_bins": Keep(
-            max_ratio=2.0
-        ),  # DESIGN; smoothing under clipping shows as 0.45 -> 0.8 at low t (FACTS §2)
+        "flow_loss_bins": Keep(max_ratio=2.0),  # DESIGN; smoothing under clipping shows as 0.45 -> 0.8 at low t (FACTS §2)
     }
 
 
@@ -110,8 +105,6 @@ class Objective(_Section):
 
     @property
     def rules(self) -> tuple[KeepRule, ...]:
-        from tune_ssim.run_trial import KeepRule  # here, since reading a study must not cost the import of torch
-
         return tuple(KeepRule(metric, **rule.limit) for metric, rule in self.keep.items())
 
 
@@ -187,17 +180,14 @@ class Study:
     @property
     def baseline_settings(self) -> dict[str, Any]:
         """What a baseline sets on top of `task_config`: no SSIM loss, where the study has one at all."""
-        named = {name for stage in self.space.stages for name in (*stage.parameters, *stage.fixed)} | set(
-            self.task_config
-        )
+        named = {name for stage in self.space.stages for name in (*stage.parameters, *stage.fixed)} | set(self.task_config)
         return {**({WEIGHT: 0.0} if {GAIN, WEIGHT} & named else {}), **self.baseline.overrides}
 
     def to_dict(self) -> dict[str, Any]:
         """As in a file, with everything explicit."""
         thresholds = [self.guards[name] for name in sorted(self.guards) if isinstance(self.guards[name], Threshold)]
         guards: dict[str, Any] = {
-            name: _options(self.guards[name], names) if name in self.guards else None
-            for name, (_, names) in _GUARDS.items()
+            name: _options(self.guards[name], names) if name in self.guards else None for name, (_, names) in _GUARDS.items()
         }
         guards["threshold"] = [_options(guard, _THRESHOLD) for guard in thresholds]
         keep = {metric: rule.limit for metric, rule in self.objective.keep.items()}
@@ -258,9 +248,7 @@ _OPTIONS: dict[str, tuple[Loc, str]] = {
 _BY_PLACE = {".".join(map(str, loc)): (loc, option) for loc, option in _OPTIONS.values()}
 
 
-def load_study(
-    study: str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
-) -> Study:
+def load_study(study: str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None) -> Study:
     """A bundled name, a file, a mapping, or None for the bundled fundus study.
 
     overrides: `name`, `space`, `trials`, `seed`, `tracking_uri` (or their places: `search.trials`, …), judged by the
@@ -310,9 +298,7 @@ def _parse(source: Source, folder: Path) -> Study:
     }
     stem = Path(source.label).stem.replace("_", "-")
     found: dict[str, Any] = {**defaults, "name": stem if _is_name(stem) else "study"}
-    found |= {
-        key: data[key] for key in ("name", "task", "report_every", "result_every", "checkpoint_every") if key in data
-    }
+    found |= {key: data[key] for key in ("name", "task", "report_every", "result_every", "checkpoint_every") if key in data}
     found["space"] = _space(problems, source, folder)
     found["task_config"] = {"steps": DEFAULT_STEPS, **_settings(problems, "task_config", data.get("task_config"))}
     found["baseline"] = _baseline(problems, data)
@@ -441,11 +427,7 @@ def _import_path(problems: Problems, data: Mapping[str, Any], folder: Path | Non
     """Absolute, so that workers find it too; only a task of one's own, in a study with a file, has one by default."""
     given = data.get("import_path")
     if given is None:
-        return (
-            str(folder.absolute())
-            if folder is not None and isinstance(task, str) and task not in BUILT_IN_TASKS
-            else None
-        )
+        return str(folder.absolute()) if folder is not None and isinstance(task, str) and task not in BUILT_IN_TASKS else None
     if not isinstance(given, str) or not given or "\0" in given:
         problems.add(("import_path",), f"must be a folder, got {kind_of(given)}")
         return None

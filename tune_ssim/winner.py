@@ -97,9 +97,7 @@ def study_value(folder: StudyFolder, *keys: str) -> Any:
 
 def setting_key(config: Mapping[str, Any]) -> str:
     """Equal for two trials that train alike: (weight, grad_scale) act only through their product (SEEDS B6)."""
-    others = {
-        key: value for key, value in config.items() if key not in (*DERIVED, "ssim_loss_weight", "ssim_grad_scale")
-    }
+    others = {key: value for key, value in config.items() if key not in (*DERIVED, "ssim_loss_weight", "ssim_grad_scale")}
     return json.dumps(jsonable({**others, "gain": f"{gain_of(config):.9g}"}), sort_keys=True, default=str)
 
 
@@ -243,9 +241,7 @@ def _why_none(tried: list[TrialSummary], objective: str) -> str:
     if counts["safe"]:
         parts.append(f"the safe ones have no finite {objective}, or another trial of the same setting was ruined")
     measured = [summary for summary in tried if math.isfinite(metric_of(summary, objective))]
-    nearest = max(
-        measured or tried, key=lambda summary: metric_of(summary, objective) if measured else summary["steps"]
-    )
+    nearest = max(measured or tried, key=lambda summary: metric_of(summary, objective) if measured else summary["steps"])
     parts.append(f"nearest miss {nearest['trial_id']} ({nearest['verdict']}): {nearest['reason']}")
     return "; ".join(parts)
 

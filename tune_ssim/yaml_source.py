@@ -70,9 +70,7 @@ class Source:
 
     def overridden(self, loc: Loc, value: Any, option: str) -> Source:
         """The same document with one value given by a command-line option."""
-        return Source(
-            self.label, _replaced(self.value, loc, value), self.lines, {**self.options, loc: option}, self.prefix
-        )
+        return Source(self.label, _replaced(self.value, loc, value), self.lines, {**self.options, loc: option}, self.prefix)
 
 
 class Problems:
@@ -154,9 +152,7 @@ def parse_yaml(text: bytes | str, label: str) -> Source:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{label}:{mark.line + 1}" if mark else label
-        raise UserError(
-            f"{where}: not valid YAML: {_one_line(error.problem or error.context or 'syntax error')}"
-        ) from None
+        raise UserError(f"{where}: not valid YAML: {_one_line(error.problem or error.context or 'syntax error')}") from None
     except RecursionError:
         raise UserError(f"{label}: is nested too deeply") from None
     except Exception as error:  # ruamel.yaml leaks its own index and assertion errors for some malformed texts

@@ -55,8 +55,7 @@ class Baseline:
                 "effective": dict(run.effective),
                 # float: an integer would be read back as another text, and so with another digest
                 "series": {
-                    name: [[step, float(value)] for step, value in sorted(points.items())]
-                    for name, points in run.series.items()
+                    name: [[step, float(value)] for step, value in sorted(points.items())] for name, points in run.series.items()
                 },
             }
             for run in self.runs

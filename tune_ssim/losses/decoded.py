@@ -161,8 +161,7 @@ class DecodedLoss:
         for_pixel = gate.samples(self.pixel_loss_max_t) if self.pixel_loss_weight > 0 else []
         if target_images.shape[0] != batch or target_images.ndim != 4:
             raise ValueError(
-                f"DecodedLoss: target_images is {tuple(target_images.shape)}; "
-                f"expected [{batch}, channel, height, width]"
+                f"DecodedLoss: target_images is {tuple(target_images.shape)}; expected [{batch}, channel, height, width]"
             )
         if sizes is not None and len(sizes) != batch:
             raise ValueError(f"DecodedLoss: got {len(sizes)} sizes for a batch of {batch}")
@@ -231,9 +230,7 @@ class _Gate:
         if t.shape != (batch,):
             raise ValueError(f"DecodedLoss: t has shape {tuple(t.shape)}; expected [{batch}], one time a sample")
         if is_target is not None and (is_target.shape != (batch,) or is_target.dtype != torch.bool):
-            raise ValueError(
-                f"DecodedLoss: is_target is {is_target.dtype} {tuple(is_target.shape)}; expected torch.bool [{batch}]"
-            )
+            raise ValueError(f"DecodedLoss: is_target is {is_target.dtype} {tuple(is_target.shape)}; expected torch.bool [{batch}]")
         self.t = t.detach().cpu()
         self.is_target = None if is_target is None else is_target.cpu()
         if not ((self.t >= 0) & (self.t <= 1)).all():  # a NaN would close the gate without a word
@@ -263,9 +260,7 @@ class _Pairs:
                 )
             return
         if decoded.shape[1] != targets.shape[1]:
-            raise ValueError(
-                f"DecodedLoss: decode gives {decoded.shape[1]} channels, target_images has {targets.shape[1]}"
-            )
+            raise ValueError(f"DecodedLoss: decode gives {decoded.shape[1]} channels, target_images has {targets.shape[1]}")
         for sample in index:
             height, width = sizes[sample]
             for name, image in (("decoded", decoded), ("target", targets)):

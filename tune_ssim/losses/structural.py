@@ -247,9 +247,7 @@ def _gaussian_taps(window_size: int, sigma: float) -> tuple[float, ...]:
 def _check_images(x: Tensor, y: Tensor, window_size: int) -> None:
     for name, image in (("x", x), ("y", y)):
         if not image.is_floating_point():
-            raise ValueError(
-                f"ssim: {name} has dtype {image.dtype}; expected a floating dtype with values in [0, data_range]"
-            )
+            raise ValueError(f"ssim: {name} has dtype {image.dtype}; expected a floating dtype with values in [0, data_range]")
     if x.shape != y.shape:
         raise ValueError(f"ssim: shapes differ: x is {tuple(x.shape)}, y is {tuple(y.shape)}")
     if x.ndim != 4:

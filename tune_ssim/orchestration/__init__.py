@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space
-    from tune_ssim.orchestration.tracking import MLflowTracking
+    from tune_ssim.orchestration.mlflow_callback import MLflowTracking
     from tune_ssim.orchestration.trainable import make_trainable
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
 _MODULE_OF = {
     "BaselineFirst": "tune_ssim.orchestration.search",
     "GuardedOptunaSearch": "tune_ssim.orchestration.search",
-    "MLflowTracking": "tune_ssim.orchestration.tracking",
+    "MLflowTracking": "tune_ssim.orchestration.mlflow_callback",
     "StagedSearch": "tune_ssim.orchestration.search",
     "make_trainable": "tune_ssim.orchestration.trainable",
     "param_space": "tune_ssim.orchestration.search",

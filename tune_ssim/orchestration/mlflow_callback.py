@@ -66,9 +66,7 @@ class MLflowTracking(tune.Callback):
         self._slots += 1
         events.trial_started(trial.trial_id, config.get("role") or "search", _loggable(config), self._slots - 1)
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         self._events(trial).result(trial.trial_id, result)
         if self.drop_bulk:
             for key in BULKY:

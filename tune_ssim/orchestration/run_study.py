@@ -69,9 +69,11 @@ def run(
         try:
             with LiveTable(total, console) as table:
                 LIVE_TABLES[str(folder.path)] = table
-                table.phase(f"{folder.name}: {study.baseline_seeds} baselines, then {study.search.trials} trials, {concurrency} at a time")
+                table.phase(
+                    f"{folder.name}: {study.baseline_seeds} baselines, then {study.search.trials} trials, {concurrency} at a time"
+                )
                 tuner = _restored(study, folder, cluster) if resume else _tuner(study, folder, cluster, concurrency)
-                results = tuner.fit()
+                tuner.fit()
         finally:
             LIVE_TABLES.pop(str(folder.path), None)
             for path in sorted((folder.path / "baseline").glob("*.json")):
@@ -83,8 +85,9 @@ def run(
                 _drain(mirror, folder, console)
     if reason:
         raise _as_error(trials, reason)
-    if not trials:
-        raise UserError(f"study {folder.name!r}: no trial ended; {len(results)} were started")
+    if unfinished := _unfinished(folder):
+        # Ray takes Ctrl-C for itself, saves its state and returns as if all were well.
+        raise KeyboardInterrupt(f"{len(unfinished)} trials were still running")
     return folder
 
 
@@ -143,6 +146,7 @@ def _quiet() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_PROMPT_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # ASHA's metric is there at its rungs only
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\..*")
@@ -199,8 +203,7 @@ def _tuner(study: Study, folder: StudyFolder, cluster: dict[str, float], concurr
         n_latin = min(6, max(0, study.search.trials - len(stage.points)))
         inner = GuardedOptunaSearch(stage, n_latin=n_latin, **search)
     seeds = [study.search.seed + index for index in range(study.baseline_seeds)]
-    baseline_config = {"ssim_loss_weight": 0.0, **study.baseline_settings}
-    searcher = BaselineFirst(inner, baseline_config, folder=folder.path / "baseline", seeds=seeds)
+    searcher = BaselineFirst(inner, study.baseline_settings, folder=folder.path / "baseline", seeds=seeds)
     frequency = max(1, round(study.checkpoint_every / study.result_every))
     return Tuner(
         _trainable(study, cluster),
@@ -316,6 +319,11 @@ def _failure(trials: list[TrialSummary]) -> str:
     if broken and all(trial["verdict"] in ("bad_setup", "error") for trial in broken):
         return broken[0]["reason"]
     return ""
+
+
+def _unfinished(folder: StudyFolder) -> set[str]:
+    started = {event["trial_id"] for event in folder.events() if event.get("event") == "trial"}
+    return started - {trial["trial_id"] for trial in folder.trials()}
 
 
 def _as_error(trials: list[TrialSummary], reason: str) -> Exception:

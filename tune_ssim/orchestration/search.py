@@ -43,9 +43,7 @@ def param_space(space: Space | Stage) -> dict[str, Any]:
 def _distribution(parameter: LogUniform | Uniform | Choice) -> optuna.distributions.BaseDistribution:
     if isinstance(parameter, Choice):
         return optuna.distributions.CategoricalDistribution(parameter.values)
-    return optuna.distributions.FloatDistribution(
-        parameter.lower, parameter.upper, log=isinstance(parameter, LogUniform)
-    )
+    return optuna.distributions.FloatDistribution(parameter.lower, parameter.upper, log=isinstance(parameter, LogUniform))
 
 
 class GuardedOptunaSearch(OptunaSearch):
@@ -86,9 +84,7 @@ class GuardedOptunaSearch(OptunaSearch):
         super().__init__(space=distributions, metric=metric, mode=mode, sampler=sampler)
         if stage and distributions:
             for point in stage.points:
-                self._ot_study.enqueue_trial(
-                    _in_space(point, stage), user_attrs={"as_written": dict(point)}, skip_if_exists=False
-                )
+                self._ot_study.enqueue_trial(_in_space(point, stage), user_attrs={"as_written": dict(point)}, skip_if_exists=False)
             for point in _latin_hypercube(stage, n_latin, seed):
                 self._ot_study.enqueue_trial(point)
 
@@ -152,8 +148,7 @@ def _latin_hypercube(stage: Stage, count: int, seed: int) -> list[dict[str, Any]
         return []
     unit = qmc.LatinHypercube(d=len(stage.parameters), rng=seed).random(count)
     return [
-        {name: _at(parameter, float(u)) for (name, parameter), u in zip(stage.parameters.items(), row, strict=True)}
-        for row in unit
+        {name: _at(parameter, float(u)) for (name, parameter), u in zip(stage.parameters.items(), row, strict=True)} for row in unit
     ]
 
 

@@ -39,8 +39,6 @@ from tune_ssim.study_folder import StudyFolder, write_atomically
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from tune_ssim.orchestration.mlflow_callback import MLflowTracking as MLflowTracking
-
 CHUNK_BYTES = 256 * 1024  # of events.jsonl held in memory at a time, unless a single event is longer
 METRICS_A_BATCH = 1000  # MLflow's own limits (mlflow/utils/validation.py), as the next four
 PARAMS_A_BATCH = 100
@@ -66,14 +64,6 @@ COLUMNS = {
     "metrics.`psnr`": 60,
     "tags.`reason`": 640,
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name == "MLflowTracking":  # needs Ray, which the mirror's process does without
-        from tune_ssim.orchestration.mlflow_callback import MLflowTracking
-
-        return MLflowTracking
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Replay:

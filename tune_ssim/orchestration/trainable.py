@@ -93,6 +93,7 @@ class GuardedTrainable(tune.Trainable):
             "records": [record.to_json() for record in records],
             "images": images,
             "norm_ratio": trial.norm_ratio(),
+            OBJECTIVE: math.nan,  # until the end; Ray insists that every result has the searcher's metric
             **{name: last[name] for name in ("loss", "total_norm") if name in last},
         }
         every = spec.evaluate_every

@@ -39,7 +39,8 @@ class Task(Protocol):
     identical batches and noise, and resuming needs no generator state."""
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
-        """Builds model, data and optimiser afresh; `device` None means cuda if there, else cpu.
+        """Builds model, data and optimiser afresh; `device` None means cuda if there, else cpu. `config` always has `steps`,
+        the length of the trial, for schedules of the learning rate.
 
         Raises ValueError for a configuration it does not understand: unknown keys included."""
         ...

@@ -1,0 +1,175 @@
+"""A trial without Ray: verdicts, evidence, resuming, and the real collapse on the real task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_task import SmallTask
+
+from tune_ssim.errors import UserError
+from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
+from tune_ssim.run_trial import Trial, TrialPlan
+from tune_ssim.tasks.fundus_sr import FundusSR
+
+ALL: tuple[Guard, ...] = (NormRatio(), SmokeTest(at=(0, 10, 20)), NonFinite())
+STEPS = 40
+
+
+def trial(role: str = "search", baseline: Baseline | None = None, guards: tuple[Guard, ...] = ALL, **config: Any) -> Trial:
+    plan = {key: config.pop(key) for key in ("keep", "report_every") if key in config}
+    made = Trial(SmallTask(), TrialPlan(steps=STEPS, guards=guards, **plan))
+    made.start({"steps": STEPS, **config}, role=role, baseline=baseline, searched=config.pop("searched", ()))
+    return made
+
+
+@pytest.fixture(scope="module")
+def baseline() -> Baseline:
+    made = trial("baseline")
+    made.advance()
+    assert made.verdict is not None and made.verdict.verdict == "safe", made.verdict
+    return Baseline((made.baseline_run("baseline-0"),))
+
+
+def test_a_harmless_setting_is_safe_and_says_how_far(baseline: Baseline) -> None:
+    made = trial(baseline=baseline, ssim_loss_weight=1.0)
+    records = made.advance()
+    assert made.verdict is not None and made.verdict.verdict == "safe"
+    assert [record.step for record in records] == list(range(STEPS + 1))
+    assert made.horizon()["steps"] == STEPS and made.horizon()["lr"] == 0.1
+    assert {"ssim", "psnr", "delta_ssim", "delta_psnr", "norm_ratio_max"} <= set(made.summary_metrics())
+    assert made.harm() <= 0
+    assert made.advance() == []
+
+
+def test_a_violent_setting_is_pruned_with_evidence(baseline: Baseline) -> None:
+    made = trial(baseline=baseline, ssim_loss_weight=300.0)
+    records = made.advance()
+    verdict = made.verdict
+    assert verdict is not None and verdict.verdict == "pruned" and verdict.violation is not None
+    evidence = verdict.violation.evidence()
+    assert evidence["guard"] == "norm_ratio" and evidence["value"] > evidence["limit"] == 10
+    assert evidence["step"] == 11 == records[-1].step == made.step  # ten active steps make a window, patience 2
+    assert made.harm() > 0
+
+
+def test_without_the_norm_guard_the_smoke_test_prunes(baseline: Baseline) -> None:
+    made = trial(baseline=baseline, guards=ALL[1:2], ssim_loss_weight=300.0)
+    made.advance()
+    assert made.verdict is not None and made.verdict.violation is not None
+    assert (made.verdict.violation.guard, made.step) == ("smoke_test", 20)
+
+
+@pytest.mark.parametrize("report_every", [1, 7, 40])
+def test_batched_reports_give_the_same_step_and_discard_what_came_later(baseline: Baseline, report_every: int) -> None:
+    made = trial(baseline=baseline, report_every=report_every, ssim_loss_weight=300.0, guards=ALL[:1])
+    records = made.advance()
+    assert made.verdict is not None and made.verdict.violation is not None
+    assert made.verdict.violation.step == 11 and records[-1].step == 11 and made.step == 11
+
+
+def test_clipping_turns_the_prune_into_a_probe(baseline: Baseline) -> None:
+    clipped = trial("baseline", max_grad_norm=0.05)
+    clipped.advance()
+    reference = Baseline((clipped.baseline_run(),))
+    made = trial(baseline=reference, ssim_loss_weight=300.0, max_grad_norm=0.05, guards=(NormRatio(), SmokeTest(at=(0,))))
+    made.advance()
+    assert made.warnings and made.warnings[0].action == "probe"
+    assert made.verdict is not None and made.verdict.verdict == "safe"  # a high norm, clipped, has done no harm
+
+
+def test_non_finite_and_exceptions_of_the_training(baseline: Baseline) -> None:
+    made = trial(baseline=baseline, fault="nan_at_5")
+    made.advance()
+    assert made.verdict is not None and made.verdict.violation is not None
+    assert (made.verdict.violation.guard, made.verdict.violation.step) == ("non_finite", 5)
+    with pytest.raises(RuntimeError, match="the training broke"):
+        trial(baseline=baseline, fault="raise_at_5").advance()
+
+
+def test_a_ruined_start_is_a_bad_setup_not_a_setting(baseline: Baseline) -> None:
+    made = trial(baseline=baseline, fault="ruined_start", ssim_loss_weight=1.0)
+    records = made.advance()
+    assert made.verdict is not None and made.verdict.verdict == "bad_setup"
+    assert [record.step for record in records] == [0]
+
+
+def test_a_parameter_that_does_not_arrive_is_a_bad_setup(baseline: Baseline) -> None:
+    made = trial(baseline=baseline, fault="drops_weight", ssim_loss_weight=1.0)
+    made.advance()
+    assert made.verdict is not None and made.verdict.verdict == "bad_setup"
+    assert "ssim_loss_weight was set to 1.0 but 0.0 is in force" in made.verdict.reason
+
+
+def test_a_missing_metric_is_an_error_never_a_pass(baseline: Baseline) -> None:
+    made = trial(baseline=baseline, fault="no_norm")
+    made.advance()
+    assert made.verdict is not None and made.verdict.verdict == "error"
+    assert "guard 'norm_ratio': metric 'total_norm' absent from the first 20 records; saw" in made.verdict.reason
+
+
+def test_another_training_is_not_comparable(baseline: Baseline) -> None:
+    made = trial(baseline=baseline, lr=0.05)
+    made.advance()
+    assert made.verdict is not None and made.verdict.verdict == "bad_setup" and "lr is 0.05 here" in made.verdict.reason
+    searched = Trial(SmallTask(), TrialPlan(steps=STEPS, guards=ALL))
+    searched.start({"steps": STEPS, "lr": 0.05, "ssim_loss_weight": 300.0}, baseline=baseline, searched=["lr", "ssim_loss_weight"])
+    searched.advance()
+    assert searched.verdict is not None and "unpaired" in searched.verdict.reason
+
+
+def test_worse_than_the_margin_is_degraded(baseline: Baseline) -> None:
+    made = trial(baseline=baseline, ssim_loss_weight=20.0, keep=(KeepRule("psnr", min_delta=1e6),))
+    made.advance()
+    assert made.verdict is not None and made.verdict.verdict == "degraded"
+    assert made.verdict.violation is not None and made.verdict.violation.metric == "psnr"
+    assert made.harm() > 0
+
+
+@pytest.mark.parametrize("at", [0, 3, 11, 39])
+def test_resuming_anywhere_changes_nothing(baseline: Baseline, tmp_path: Path, at: int) -> None:
+    straight = trial(baseline=baseline, ssim_loss_weight=40.0)
+    whole = straight.advance()
+    first = trial(baseline=baseline, ssim_loss_weight=40.0)
+    early = first.advance(at)
+    first.save(tmp_path / "c")
+    second = trial(baseline=baseline, ssim_loss_weight=40.0)
+    second.load(tmp_path / "c")
+    late = second.advance()
+    assert early + late == whole
+    assert second.verdict == straight.verdict and second.summary_metrics() == straight.summary_metrics()
+
+
+def test_a_checkpoint_of_another_trial_is_refused(baseline: Baseline, tmp_path: Path) -> None:
+    first = trial(baseline=baseline, ssim_loss_weight=40.0)
+    first.advance(5)
+    first.save(tmp_path / "c")
+    for other in (trial(baseline=baseline, ssim_loss_weight=41.0), trial("baseline", ssim_loss_weight=40.0)):
+        with pytest.raises(UserError, match="checkpoint"):
+            other.load(tmp_path / "c")
+
+
+# -- the decisive ones, on the real task: harmful settings are caught, harmless ones are not. Limits and steps are the defaults.
+
+
+def fundus(seed: int, baseline: Baseline | None = None, guards: tuple[Guard, ...] | None = None, **config: Any) -> Trial:
+    made = Trial(FundusSR(), TrialPlan(steps=60, guards=guards or (NormRatio(), SmokeTest(), NonFinite())))
+    base = {"steps": 60, "pixel_loss_weight": 0.0}
+    made.start({**base, **config}, seed=seed, role="search" if baseline else "baseline", baseline=baseline, device="cpu")
+    made.advance()
+    return made
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_fundus_gain_30_survives_and_gain_1000_does_not(seed: int) -> None:
+    reference = fundus(seed, pixel_loss_weight=0.05)
+    assert reference.verdict is not None and reference.verdict.verdict == "safe"
+    baseline = Baseline((reference.baseline_run(),))
+    for gain, verdict, guard in ((0.1, "safe", None), (30.0, "safe", None), (1000.0, "pruned", "norm_ratio")):
+        made = fundus(seed, baseline, ssim_loss_weight=gain, ssim_loss_max_t=0.3)
+        assert made.verdict is not None and made.verdict.verdict == verdict, (gain, made.verdict)
+        assert (made.verdict.violation.guard if made.verdict.violation else None) == guard
+    blind = fundus(seed, baseline, (SmokeTest(), NonFinite()), ssim_loss_weight=1000.0, ssim_loss_max_t=0.3)
+    assert blind.verdict is not None and blind.verdict.violation is not None
+    assert blind.verdict.violation.guard == "smoke_test"
