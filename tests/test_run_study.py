@@ -1,0 +1,210 @@
+"""Studies through the real Ray, the real MLflow and the real command line, on a task small enough for many trials."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.guards import Baseline
+from tune_ssim.orchestration.run_study import run
+from tune_ssim.study import Study, load_study
+from tune_ssim.study_folder import StudyFolder
+
+TESTS = Path(__file__).parent
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "task": "small_task:SmallTask",
+    "import_path": str(TESTS),
+    "task_config": {"steps": 40},
+    "baseline": {"seeds": 2},
+    "space": {
+        "name": "inline",
+        "parameters": {"gain": {"log_uniform": [0.01, 3000]}},
+        "fixed": {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 0.3},
+        "points": [
+            {"ssim_loss_weight": 1000.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0},
+            {"ssim_loss_weight": 1.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0},
+        ],
+    },
+    "search": {"trials": 8, "seed": 0, "concurrency": 2},
+    "guards": {"smoke_test": {"at": [0, 10, 20]}},
+    "objective": {"keep": {"psnr": {"min_delta": -100}}},
+    "tracking": None,
+}
+
+
+def small(**changes: Any) -> Study:
+    return load_study({**SMALL, **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One local Ray for the module; `run` uses a connection that is there."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def done(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    return run(small(), storage=tmp_path_factory.mktemp("storage"))
+
+
+def test_baselines_first_then_verdicts_with_reasons(done: StudyFolder) -> None:
+    trials = done.trials()
+    assert [trial["role"] for trial in trials[:2]] == ["baseline", "baseline"] and len(trials) == 10
+    by_name = {trial["trial_id"]: trial for trial in trials}
+    violent, mild = by_name["trial-00"], by_name["trial-01"]
+    assert violent["verdict"] == "pruned" and violent["evidence"] is not None
+    assert violent["evidence"]["guard"] == "norm_ratio" and violent["evidence"]["value"] > 10
+    assert violent["steps"] == violent["evidence"]["step"] < 20
+    assert mild["verdict"] == "safe" and mild["evidence"] is None and mild["steps"] == 40
+    assert {"ssim", "delta_ssim", "psnr", "norm_ratio_max"} <= set(mild["metrics"])
+    for trial in trials:
+        assert {"ssim_loss_weight", "ssim_grad_scale"} <= set(trial["config"]) and "gain" not in trial["config"]
+
+
+def test_the_folder_holds_the_truth(done: StudyFolder) -> None:
+    assert load_study(done.study_file) == load_study(done.study_file).__class__(**vars(load_study(done.study_file)))
+    (baseline_file,) = (done.path / "baseline").glob("*.json")
+    baseline = Baseline.read(baseline_file, baseline_file.stem)
+    assert [run.seed for run in baseline.runs] == [0, 1]
+    assert sorted(baseline.runs[0].series["total_norm"]) == list(range(1, 41))
+    events = list(done.events())
+    assert events[0]["event"] == "study" and events[-1]["event"] == "end"
+    steps: dict[str, list[int]] = {}
+    for event in events:
+        if event["event"] == "records":
+            steps.setdefault(event["trial_id"], []).extend(step for step, _ in event["records"])
+    assert steps["trial-01"] == list(range(41))  # every record, once, in order
+    images = {path.relative_to(done.path / "images").as_posix() for path in (done.path / "images").rglob("*.png")}
+    assert {"trial-01/smoke_000000.png", "trial-01/smoke_000040.png", "baseline-0/smoke_000010.png"} <= images
+
+
+def test_same_seed_same_study_whichever_trial_ends_first(done: StudyFolder, tmp_path: Path) -> None:
+    again = run(small(task_config={"steps": 40}), storage=tmp_path)
+
+    def outcome(folder: StudyFolder) -> dict[str, Any]:
+        return {trial["trial_id"]: (trial["config"], trial["verdict"], trial["evidence"]) for trial in folder.trials()}
+
+    assert outcome(again) == outcome(done)
+
+
+def test_a_taken_name_gets_a_suffix(done: StudyFolder) -> None:
+    second = run(small(search={"trials": 2}), storage=done.path.parent)
+    assert second.path == done.path.parent / "small-2"
+    assert len(done.trials()) == 10
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        ("ruined_start", BadSetup, "ruined before its first update"),
+        ("no_norm", UserError, "metric 'total_norm' absent from"),
+        ("raise_at_5", UserError, "RuntimeError: the training broke"),
+        ("nan_at_5", BadSetup, "loss is nan at step 5"),
+        ("drops_weight", BadSetup, "ssim_loss_weight was set to"),
+    ],
+)
+def test_faults_of_the_set_up_end_the_study_with_their_reason(
+    tmp_path: Path, fault: str, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        run(small(name=fault, task_config={"steps": 40, "fault": fault}), storage=tmp_path)
+    verdicts = {trial["verdict"] for trial in StudyFolder(tmp_path / fault).trials()}
+    assert verdicts & {"bad_setup", "error"}
+    assert len(StudyFolder(tmp_path / fault).trials()) <= 6  # not the whole search
+
+
+def test_a_missing_task_is_known_before_anything_starts(tmp_path: Path) -> None:
+    for task, words in (("nowhere.train:Task", "no module 'nowhere'"), ("small_task:Other", "has no class 'Other'")):
+        with pytest.raises(UserError, match=words):
+            run(small(task=task), storage=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_asha_stops_trials_but_never_a_baseline(tmp_path: Path) -> None:
+    study = small(name="asha", scheduler={"asha": {"max_steps": 40, "grace_steps": 10, "reduction_factor": 2}}, result_every=5)
+    trials = run(study, storage=tmp_path).trials()
+    assert {trial["verdict"] for trial in trials if trial["role"] == "baseline"} == {"safe"}
+    stopped = [trial for trial in trials if trial["verdict"] == "stopped"]
+    assert stopped and all(0 < trial["steps"] < 40 for trial in stopped)
+
+
+def test_a_route_runs_its_stages_in_order(tmp_path: Path) -> None:
+    # The small task has no max_t in its gradient; the route's ranges are far too small to matter here, so it runs whole.
+    study = small(name="route", space="note_v2", search={"trials": 4}, objective={"keep": {}})
+    trials = [trial for trial in run(study, storage=tmp_path).trials() if trial["role"] == "search"]
+    assert 1 <= len(trials) <= 4
+    assert all(trial["config"]["ssim_grad_scale"] == 0.1 for trial in trials)
+
+
+def command(storage: Path, study: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "tune_ssim", "run", str(study), "--storage-path", str(storage), *more]
+
+
+def test_killed_in_the_middle_and_resumed(tmp_path: Path) -> None:
+    """kill -9 of the driver; `--resume` finishes the study: every slot once, same settings as an undisturbed one."""
+    study_file = tmp_path / "small.yaml"
+    study = small(name="killed", task_config={"steps": 4000}, search={"trials": 4}, tracking={"uri": None})
+    study_file.write_text(study.to_yaml())
+    environment = {**os.environ, "TUNE_GLOBAL_CHECKPOINT_S": "1", "OMP_NUM_THREADS": "1"}
+    log = (tmp_path / "log").open("wb")
+    driver = subprocess.Popen(command(tmp_path, study_file), env=environment, stdout=log, stderr=log, start_new_session=True)
+    folder = StudyFolder(tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while len(folder.trials()) < 3 and time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.2)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert 3 <= len(folder.trials()) < 6, (tmp_path / "log").read_text()
+    resumed = subprocess.run(
+        command(tmp_path, study_file, "--name", "killed", "--resume"), env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    trials = folder.trials()
+    assert sorted(trial["trial_id"] for trial in trials) == ["baseline-0", "baseline-1", *(f"trial-{k:02d}" for k in range(4))]
+    assert {trial["verdict"] for trial in trials if trial["role"] == "baseline"} == {"safe"}
+
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    runs = client.search_runs([experiment.experiment_id])
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(runs) - len(children) == 1
+    assert sorted(run.data.tags["tune_ssim.trial_id"] for run in children) == sorted(trial["trial_id"] for trial in trials)
+    listed = subprocess.run(
+        [sys.executable, "-m", "tune_ssim", "trials", "killed", "--json", "--storage-path", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert {trial["run_id"] for trial in json.loads(listed.stdout)} == {run.info.run_id for run in children}
+
+
+def test_a_dead_tracking_server_neither_stops_nor_fails_a_study(tmp_path: Path) -> None:
+    study_file = tmp_path / "small.yaml"
+    study_file.write_text(small(name="dead", search={"trials": 2}, tracking={"uri": "http://127.0.0.1:9"}).to_yaml())
+    ran = subprocess.run(command(tmp_path, study_file), capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "mirror dead" in ran.stdout + ran.stderr
+    assert len(StudyFolder(tmp_path / "dead").trials()) == 4
