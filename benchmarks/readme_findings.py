@@ -1,4 +1,4 @@
-"""What the README says about the loss, measured: `python benchmarks/readme_findings.py [--out FOLDER]` (about 4 minutes on two cores).
+"""What the README says about the loss, measured: `python benchmarks/readme_findings.py [--out FOLDER]` (4 minutes).
 
 Trains the bundled task at fixed gains with the guards only looking on, folds what was recorded through the default guards, and
 writes a table (stdout), `benchmarks/results/findings.json` and `docs/images/safe_and_ruined.png`. Nothing is prepared.

@@ -16,7 +16,8 @@ from tune_ssim.guards import NonFinite, NormRatio, SmokeTest
 from tune_ssim.orchestration import BaselineFirst, GuardedOptunaSearch, MLflowTracking, param_space
 
 
-def main(trials: int = 4, steps: int = 60, storage: Path = Path("own_tuner_results").absolute()) -> None:
+def main(trials: int = 4, steps: int = 60, storage: Path | None = None) -> None:
+    storage = (storage or Path("own_tuner_results")).absolute()
     trainable = make_trainable(
         "tune_ssim.tasks.fundus_sr:FundusSR",
         guards=[NormRatio(limit=10), SmokeTest(at=(0, 25, 50)), NonFinite()],

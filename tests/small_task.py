@@ -37,9 +37,8 @@ class SmallTask:
         self.target = torch.nn.functional.interpolate(
             torch.rand(1, 3, 4, 4, generator=generator), size=16, mode="bilinear", align_corners=True
         )
-        start = torch.rand(1, 3, 16, 16, generator=generator) * 0.1 - 0.05
         self.x = (
-            torch.randn(1, 3, 16, 16, generator=generator) * 3 if self.fault == "ruined_start" else self.target + start
+            torch.randn(1, 3, 16, 16, generator=generator) * 3 if self.fault == "ruined_start" else self.target + 0.05
         ).clone()
 
     def step(self) -> dict[str, float | torch.Tensor]:

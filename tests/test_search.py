@@ -133,13 +133,11 @@ def test_state_survives_a_restart_in_the_middle(tmp_path: Path) -> None:
 
 def route(outcome: Any, trials: int = 8) -> tuple[StagedSearch, list[str]]:
     searcher, stages = StagedSearch(load_space("note_v3"), trials, effective_above=0.001, concurrency=1), []
-    for k in itertools.count():
-        suggestion = searcher.suggest(f"t{k}")
-        if suggestion == Searcher.FINISHED or suggestion is None:
-            return searcher, stages
-        assert isinstance(suggestion, dict)
+    while isinstance(suggestion := searcher.suggest(f"t{len(stages)}"), dict):
         stages.append(suggestion[CONTEXT]["stage"])
-        searcher.on_trial_complete(f"t{k}", outcome(stages[-1]))
+        searcher.on_trial_complete(f"t{len(stages) - 1}", outcome(stages[-1]))
+    assert suggestion == Searcher.FINISHED
+    return searcher, stages
 
 
 def test_a_route_is_relaxed_only_while_it_is_stable_and_ineffective() -> None:

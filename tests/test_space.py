@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (tables: one case a line)
 """Search spaces: the notes' numbers, what belongs to a space, and one clear line for every mistake in a file."""
 
 from __future__ import annotations

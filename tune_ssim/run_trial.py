@@ -61,7 +61,7 @@ class Verdict:
 
 
 class Trial:
-    """`start`, then `advance` until `verdict` is there. `save`/`load` at any step: the rest is the same, to the bit on one device."""
+    """`start`, then `advance` until `verdict` is there. `save`/`load` at any step: what follows is the same, to the bit."""
 
     def __init__(self, task: Task, plan: TrialPlan) -> None:
         self.task, self.plan = task, plan
@@ -83,7 +83,7 @@ class Trial:
         self.config, self.seed, self.role, self.baseline = dict(config), seed, role, baseline
         self.task.setup(config, seed, device)
         self.effective = dict(self.task.effective())
-        self.step = 0
+        self.step, self.paired = 0, True
         self.verdict = self._check_effective() or self._check_baseline(searched)
         self.series: dict[str, dict[int, float]] = {}
         self.warnings: list[Violation] = []
@@ -171,7 +171,7 @@ class Trial:
         self.task.load_state_dict(state["task"])
         self.watch.load_state_dict(trial["watch"])
         self.warnings = [Violation(**warning) for warning in trial["warnings"]]
-        self.series = {name: {step: value for step, value in points} for name, points in trial["series"].items()}
+        self.series = {name: dict(points) for name, points in trial["series"].items()}
         self.step = trial["step"]
 
     # -- judging
@@ -203,7 +203,6 @@ class Trial:
     def _check_baseline(self, searched: Collection[str]) -> Verdict | None:
         """The baseline must be the same training but for the auxiliary loss. Where a searched key of the optimiser differs,
         the comparison goes on unpaired."""
-        self.paired = True
         if self.baseline is None:
             return None
         reference = self.baseline.reference(self.seed).effective
@@ -302,7 +301,9 @@ class Trial:
                 violation = Violation("objective", self.step, name, value, limit, "warn", words)
                 self.verdict = Verdict("degraded", words, violation, metrics)
                 return
-        self.verdict = Verdict("safe", f"safe {horizon}: no guard fired, nothing worse than the margins", metrics=metrics)
+        how = "" if self.paired else " (unpaired: a searched key of the optimiser differs from the baseline's)"
+        words = f"safe {horizon}: no guard fired, nothing worse than the margins{how}"
+        self.verdict = Verdict("safe", words, metrics=metrics)
 
 
 def statistics_of(sample: Sample) -> dict[str, float]:

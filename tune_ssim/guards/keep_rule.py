@@ -13,7 +13,7 @@ SHOWN_NAMES = {"psnr": "PSNR", "ssim": "SSIM"}
 class KeepRule:
     """A held-out metric (or a family, `flow_loss_bins` for `flow_loss_bins/0` …) that may not get worse than this.
 
-    Exactly one limit, relative to the baseline: a difference (`min_delta`, `max_delta`) or a quotient (`min_ratio`, `max_ratio`)."""
+    Exactly one limit, against the baseline: a difference (`min_delta`, `max_delta`) or a quotient (`min_ratio`, `max_ratio`)."""
 
     metric: str
     min_delta: float | None = None

@@ -15,6 +15,8 @@ JUDGED = frozenset({"non_finite_fraction", "consistency_psnr", "consistency_corr
     "std_ratio", "entropy_bits", "flow_loss_top_bin", "undecodable_fraction",
 }  # fmt: skip
 
+NO_CORRELATION = 0.1  # of a start with less the correlation tells nothing: the images are flatter than the input's noise
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -30,6 +32,7 @@ class Finding:
 class SmokeTest:
     """Reads the statistics that `probes.collapse` makes of a `Sample`; what a task does not have is not judged.
 
+    The first samples are judged against the autoencoder's reconstructions where there are any, later ones against the first.
     Defaults are FACTS' (32 fundus crops, healthy against ruined): each lies between the two clouds.
     Two failures in a row are needed, since single ones recover; at step 0 one is enough, and means a bad set-up.
     """
@@ -78,14 +81,14 @@ class SmokeTest:
         first = _with_prefix(record, SMOKE)
         if not first or record.step <= state["last_step"]:
             return state, None
-        start = state["start"] if state["start"] is not None else first
+        start = state["start"] if state["start"] is not None else _ideal(first)
         findings = self.findings(first, start)
         again = _with_prefix(record, SMOKE_AGAIN)
         confirmed = bool(findings and again and self.findings(again, start))  # it failed with the second noise as well
         failures = 0 if not findings or (again and not confirmed) else state["failures"] + 1 + confirmed
         state = {
             # Samples that fail are no start to be judged against; a NaN among them would pass everything later.
-            "start": state["start"] if findings else start,
+            "start": state["start"] if findings or state["start"] is not None else first,
             "failures": failures,
             "last_step": record.step,
             "last": findings[0].words if failures else None,
@@ -120,18 +123,25 @@ class SmokeTest:
         judge("non_finite_fraction", 0.0, above, broken)
         floor_db = _from_start(start, "consistency_psnr", lambda db: db - self.max_consistency_drop_db)
         judge("consistency_psnr", floor_db, below, "agreement with the input {value:.1f} dB (floor {limit:.1f} dB)")
-        floor = _from_start(start, "consistency_correlation", lambda r: self.min_correlation_ratio * r)
+        floor = _from_start(
+            start, "consistency_correlation", lambda r: self.min_correlation_ratio * r if r >= NO_CORRELATION else None
+        )
         judge("consistency_correlation", floor, below, "correlation with the input {value:.2f} (floor {limit:.2f})")
         noisy = "high-frequency energy {value:.2f}x the reference's (limit {limit:g}: noise)"
         judge("high_frequency", self.max_high_frequency, above, noisy)
         flat = "high-frequency energy {value:.2f}x the reference's (floor {limit:g}: flat)"
         judge("high_frequency", self.min_high_frequency, below, flat)
         judge("std_ratio", self.min_std_ratio, below, "contrast {value:.2f}x the reference's (floor {limit:g})")
-        judge("entropy_bits", self.min_entropy_bits, below, "histogram entropy {value:.2f} bit (floor {limit:g})")
+        # Images that are nearly flat by themselves have little entropy even when they are perfect.
+        least = min(self.min_entropy_bits, 0.5 * now.get("ideal_entropy_bits", math.inf))
+        judge("entropy_bits", least, below, "histogram entropy {value:.2f} bit (floor {limit:.2f})")
         ceiling = _from_start(start, "flow_loss_top_bin", lambda loss: self.max_flow_loss_ratio * loss)
         judge("flow_loss_top_bin", ceiling, above, "flow loss at the noisiest t {value:.3g} (limit {limit:.3g})")
         judge("undecodable_fraction", 0.0, above, "{value:.1%} of the generated token ids cannot be decoded")
         return found
+
+    def _correlation_floor(self, start: float) -> float | None:
+        return self.min_correlation_ratio * start if start >= NO_CORRELATION else None
 
     def unjudged(self, state: State) -> str | None:
         if state["failures"]:
@@ -154,7 +164,15 @@ def _with_prefix(record: Record, prefix: str) -> dict[str, float]:
     return {key[len(prefix) :]: value for key, value in record.values.items() if key.startswith(prefix)}
 
 
-def _from_start(start: dict[str, float], metric: str, rule: Callable[[float], float]) -> float | None:
+def _ideal(first: dict[str, float]) -> dict[str, float]:
+    """What the first samples are judged against: they are their own start, except that they must agree with the input nearly as
+    well as the reconstructions do. Only the correlation has a scale of its own: healthy starts have 0.98-1.02 of the
+    reconstructions', random or half-loaded weights at most 0.24 (bundled task; four sets of weights)."""
+    correlation = first.get("ideal_consistency_correlation")
+    return first if correlation is None else first | {"consistency_correlation": correlation}
+
+
+def _from_start(start: dict[str, float], metric: str, rule: Callable[[float], float | None]) -> float | None:
     value = start.get(metric)
     return None if value is None else rule(value)
 

@@ -152,7 +152,7 @@ class GuardedTrainable(tune.Trainable):
         self.__dict__.pop("trial", None)
 
     def _quietly(self, action: Any) -> None:
-        """Runs `action`; an exception of the user's code becomes the verdict `error` with its place, and a traceback in the result."""
+        """Runs `action`; an exception becomes the verdict `error` with its place, and a traceback in the result."""
         try:
             action()
         except UserError as error:

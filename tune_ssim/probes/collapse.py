@@ -28,7 +28,9 @@ def collapse_statistics(
     high_frequency: energy of `x - box_blur(x)` (3 x 3), over the reconstruction's (else the reference's).
     std_ratio: contrast (standard deviation within an image), over the same.
     entropy_bits: of the grey-level histogram, 64 bins over [0, 1]; at most 6.
-    non_finite_fraction: of the pixels. One non-finite pixel makes every other statistic non-finite: nothing is hidden.
+    ideal_consistency_correlation, ideal_entropy_bits: of the reconstructions (else the references): what the best possible
+    sample would have.
+    non_finite_fraction: of the pixels. One non-finite pixel makes every statistic of the samples non-finite: nothing is hidden.
     """
     images = images.float()
     statistics = {"non_finite_fraction": (~torch.isfinite(images)).float().mean()}
@@ -41,6 +43,10 @@ def collapse_statistics(
         statistics["consistency_correlation"] = _correlation(down, inputs).mean()
     if ideal is not None:
         ideal = ideal.float()
+        if inputs is not None:
+            ideal_down = functional.adaptive_avg_pool2d(ideal, (inputs.shape[-2], inputs.shape[-1]))
+            statistics["ideal_consistency_correlation"] = _correlation(ideal_down, inputs).mean()
+        statistics["ideal_entropy_bits"] = _entropy_bits(ideal)
         statistics["high_frequency"] = _high_frequency(images) / _high_frequency(ideal).clamp(min=1e-12)
         contrast = images.std(dim=(1, 2, 3)).mean()
         statistics["std_ratio"] = contrast / ideal.std(dim=(1, 2, 3)).mean().clamp(min=1e-6)
