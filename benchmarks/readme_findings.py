@@ -30,9 +30,9 @@ from tune_ssim.tasks.fundus_sr import FundusSR
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 200
-SAFE, RUINED = ("sgd", 30.0, 0.3), ("sgd", 1000.0, 0.3)
+UNTOUCHED, SAFE, RUINED = ("sgd", 0.001, 0.3), ("sgd", 30.0, 0.3), ("sgd", 2000.0, 0.3)
 RUNS = [
-    *(("sgd", gain, 0.3) for gain in (0.001, 1.0, 10.0, 30.0, 100.0, 200.0, 500.0, 1000.0)),
+    *(("sgd", gain, 0.3) for gain in (0.001, 1.0, 10.0, 30.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)),
     ("sgd", 16.0, 1.0),
     ("sgd", 1e4, 0.1),
     ("adamw_clip", 30.0, 0.3),
@@ -57,7 +57,7 @@ def train(preset: str, gain: float | None, max_t: float, baseline: Baseline | No
         "records": [record.to_json() for record in records],
         "metrics": found,
         "clipped": trial.effective["max_grad_norm"] is not None,
-        "images": trial.task.sample().images[:6],
+        "images": trial.task.sample().images[:32:4],
         "baseline": Baseline((trial.baseline_run(),)).to_bytes() if gain is None else None,
     }
 
@@ -146,26 +146,29 @@ def draw(path: Path, runs: dict[tuple[str, float, float], dict[str, Any]], basel
     import matplotlib.pyplot as plt
 
     colours = {SAFE: "#2a7fb8", RUINED: "#c0392b"}
-    figure = plt.figure(figsize=(12, 5.4), layout="constrained")
-    grid = figure.add_gridspec(2, 3, width_ratios=[1.15, 1.15, 1])
+    figure = plt.figure(figsize=(13, 5), layout="constrained")
+    grid = figure.add_gridspec(2, 3, width_ratios=[1.1, 1.1, 1.2])
     curves, norms = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 1])
+    untouched = {step: values[LOSS_SSIM] for step, values in runs[UNTOUCHED]["records"] if LOSS_SSIM in values}
     for row, name in enumerate((SAFE, RUINED)):
         run, label = runs[name], f"gain {name[1]:g}, max_t {name[2]:g}"
-        points = [(step, values[LOSS_SSIM]) for step, values in run["records"] if LOSS_SSIM in values]
-        smooth = [(points[i][0], median(value for _, value in points[max(0, i - 20) : i + 1])) for i in range(10, len(points))]
-        curves.plot(*zip(*points, strict=True), ".", color=colours[name], alpha=0.15)
+        points = [(s, values[LOSS_SSIM] - untouched[s]) for s, values in run["records"] if LOSS_SSIM in values and s in untouched]
+        smooth = [(points[i][0], median(value for _, value in points[max(0, i - 20) : i + 1])) for i in range(5, len(points))]
+        curves.plot(*zip(*points, strict=True), ".", color=colours[name], alpha=0.2)
         curves.plot(*zip(*smooth, strict=True), color=colours[name], label=label)
         norms.semilogy(*zip(*norm_ratios(run, baseline), strict=True), ".-", ms=3, lw=0.8, color=colours[name], label=label)
         picture = figure.add_subplot(grid[row, 2])
         images = run["images"].clamp(0, 1)
-        rows = [torch.cat(list(images[i : i + 3]), dim=2) for i in (0, 3)]
+        rows = [torch.cat(list(images[i : i + 4]), dim=2) for i in (0, 4)]
         picture.imshow(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())
         delta = run["metrics"]
-        picture.set_title(f"{label}: ΔSSIM {delta['delta_ssim']:+.3f}, PSNR {delta['delta_psnr']:+.1f} dB", fontsize=10)
+        picture.set_title(f"samples, {label}\nSSIM {delta['delta_ssim']:+.3f}, PSNR {delta['delta_psnr']:+.1f} dB", fontsize=10)
         picture.axis("off")
-    curves.set(title="SSIM loss on the training batches", xlabel="step", ylabel="1 - SSIM (median of 20 steps)")
+    curves.axhline(0, color="black", lw=0.8)
+    curves.set(title="SSIM loss falls in both runs", xlabel="step", ylim=(-0.02, 0.04))
+    curves.set_ylabel("1 - SSIM, minus the same batch without an SSIM loss")
     norms.axhline(10, color="black", lw=0.8, ls="--")
-    norms.text(STEPS, 10.6, "limit", ha="right", fontsize=9)
+    norms.text(0, 10, " limit of the norm guard", fontsize=9, va="center", backgroundcolor="white")
     norms.set(title="gradient norm over the pixel-loss baseline's", xlabel="step", ylabel="norm ratio")
     curves.legend(frameon=False), norms.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

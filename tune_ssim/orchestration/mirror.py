@@ -112,6 +112,11 @@ class MLflowMirror:
             self._problem = f"the mirror's process ended with code {code}; see {log}"
         return code == 0
 
+    def reached(self) -> bool:
+        """Whether MLflow has taken anything of this study, or at least not refused to answer."""
+        state = read_state(self.folder, self.uri)
+        return state["events"] > 0 or state["error"] is None
+
     def status(self) -> str:
         """In one line: how much of it MLflow has, and what is in the way."""
         state = read_state(self.folder, self.uri)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 RAY_RUN = "run"  # name of Ray's experiment inside the study's folder
 DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; what is left over is mirrored later
+UNREACHED_TIMEOUT_S = 10.0  # the same, if it has not taken a single event during the study
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # trials side by side: contended threads are slower than one thread each
 PROCESS_FAILURES = 2  # a trial whose process died goes on from its checkpoint; exceptions of the training are verdicts
 
@@ -190,7 +191,7 @@ def _trainable(study: Study, cluster: dict[str, float]) -> Any:
 
 
 def _tuner(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int) -> Tuner:
-    search = {
+    search: dict[str, Any] = {
         "seed": study.search.seed,
         "concurrency": concurrency,
         "deterministic": study.search.deterministic and study.scheduler is None,
@@ -302,7 +303,7 @@ def _mirror(study: Study, folder: StudyFolder, uri: str | None) -> Any:
 
 
 def _drain(mirror: Any, folder: StudyFolder, console: Console | None) -> None:
-    if not mirror.drain(DRAIN_TIMEOUT_S) and console is not None:
+    if not mirror.drain(DRAIN_TIMEOUT_S if mirror.reached() else UNREACHED_TIMEOUT_S) and console is not None:
         words = f"MLflow: {mirror.status()}; nothing is lost, `tune-ssim mirror {folder.name}` goes on when it is there"
         console.print(words, markup=False, highlight=False)
 

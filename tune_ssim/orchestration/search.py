@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -298,8 +299,9 @@ class BaselineFirst(Searcher):
         result = result or {}
         verdict, reason = result.get("verdict"), str(result.get("reason") or "the trial's process died")
         if verdict in ("bad_setup", "error"):
-            self._setup_errors[reason] = self._setup_errors.get(reason, 0) + 1
-            if self._setup_errors[reason] >= 2 and not self.failure:
+            kind = re.sub(r"[-+.\de]*\d", "#", reason)  # alike but for the numbers, which are the trials' own
+            self._setup_errors[kind] = self._setup_errors.get(kind, 0) + 1
+            if self._setup_errors[kind] >= 2 and not self.failure:
                 self.failure = f"two trials failed alike: {reason}"
         if trial_id not in self._baseline_trials:
             self.searcher.on_trial_complete(trial_id, result, error)

@@ -108,11 +108,11 @@ class GuardedTrainable(tune.Trainable):
         violation = verdict.violation
         objective = float(metrics.get(OBJECTIVE, math.nan))
         effective = dict(trial.effective) if trial else {}
-        summary = {
+        summary: dict[str, Any] = {
             "trial_id": self.trial_name_in_study,
             "run_id": None,
             "role": self.role,
-            "config": {**{name: effective[name] for name in REPORTED if name in effective}, **self.settings},
+            "config": {**WITHOUT_SSIM, **{name: effective[name] for name in REPORTED if name in effective}, **self.settings},
             "verdict": verdict.verdict,
             "reason": verdict.reason,
             "horizon": trial.horizon() if trial else {},
@@ -164,6 +164,7 @@ class GuardedTrainable(tune.Trainable):
             self.failure = Verdict("error", f"{type(error).__name__}: {error} ({where})")
 
 
+WITHOUT_SSIM = {"ssim_loss_weight": 0.0, "ssim_loss_max_t": None, "ssim_grad_scale": 1.0}  # the three are always there
 REPORTED = ("ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t")
 
 

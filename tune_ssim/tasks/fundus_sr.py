@@ -131,11 +131,8 @@ class FundusSR:
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"fundus_sr: {error}") from None
-        parameters = self.model.parameters()
-        if self.config.optimizer == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=self.config.lr)
-        else:
-            self.optimizer = torch.optim.AdamW(parameters, lr=self.config.lr)
+        optimizers: dict[str | None, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+        self.optimizer = optimizers[self.config.optimizer](self.model.parameters(), lr=self.config.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
 
     def step(self) -> dict[str, Number]:
@@ -285,7 +282,7 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
     sums = path.parent / "SHA256SUMS"
     try:
         if sums.exists():
-            recorded = dict(reversed(line.split()) for line in sums.read_text().splitlines())
+            recorded = {name: digest for digest, name in map(str.split, sums.read_text().splitlines())}
             found = hashlib.sha256(path.read_bytes()).hexdigest()
             if recorded.get(path.name, found) != found:
                 raise UserError(f"{path}: hash {found[:12]}… is not the recorded {recorded[path.name][:12]}…; reinstall")

@@ -1,0 +1,159 @@
+"""What the README tells people to type, typed. The bundled study is run once, for real, and judged by what it must show."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+LINES = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e "
+
+
+def argv(line: str) -> list[str]:
+    """A README line as this environment runs it."""
+    words = shlex.split(line)
+    if words[0] == ".venv/bin/tune-ssim":
+        return [sys.executable, "-m", "tune_ssim", *words[1:]]
+    assert words[0] == ".venv/bin/python", line
+    return [sys.executable, *(str(ROOT / word) if word.startswith("examples/") else word for word in words[1:])]
+
+
+def call(line: str, folder: Path, timeout_s: int = 900) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(argv(line), cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The main job, as pasted, less its installation (which is how this test came to run)."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    (line,) = [line for line in LINES if line.startswith(INSTALL) and line.endswith("tune-ssim run")]
+    ran = call(line.removeprefix(f"{INSTALL}. && "), folder)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "Traceback" not in ran.stdout + ran.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trials(study: Path) -> list[dict[str, Any]]:
+    listed = call(".venv/bin/tune-ssim trials --json", study)
+    assert listed.returncode == 0, listed.stderr
+    found: list[dict[str, Any]] = json.loads(listed.stdout)
+    return found
+
+
+def test_every_command_of_the_readme_is_known_here() -> None:
+    assert len(LINES) == len(set(LINES)) >= 10
+    verbs = {words[1] for line in LINES if (words := shlex.split(line))[0].endswith("tune-ssim")}
+    assert verbs == {"trials", "export", "spaces", "run", "ui", "mirror"}
+
+
+def test_the_study_shows_what_it_is_for(trials: list[dict[str, Any]]) -> None:
+    roles = [trial["role"] for trial in trials]
+    assert roles.count("baseline") == 2 and roles.count("search") >= 12
+    assert all(trial["verdict"] == "safe" for trial in trials if trial["role"] == "baseline")
+    pruned = [trial for trial in trials if trial["verdict"] == "pruned"]
+    assert any(trial["evidence"]["guard"] == "norm_ratio" for trial in pruned)
+    for trial in pruned:
+        assert trial["evidence"]["value"] > trial["evidence"]["limit"] and trial["steps"] == trial["evidence"]["step"]
+    better = [t for t in trials if t["verdict"] == "safe" and t["role"] == "search" and t["metrics"]["delta_ssim"] > 0]
+    assert any(trial["metrics"]["delta_psnr"] >= -0.3 for trial in better)
+    for trial in trials:
+        gain = trial["config"]["ssim_loss_weight"] * trial["config"]["ssim_grad_scale"]
+        if trial["config"]["ssim_loss_max_t"] == 0.3 and trial["role"] == "search":
+            assert gain > 30 or trial["verdict"] == "safe"
+            assert gain < 500 or trial["verdict"] != "safe"
+    written = [(1.0, 0.3, 1.0), (0.1, 0.1, 0.1), (0.1, 0.1, 0.01)]  # v1, v2, v3 of the notes
+    configs = [trial["config"] for trial in sorted(trials, key=lambda t: t["trial_id"]) if trial["role"] == "search"]
+    assert [(c["ssim_loss_weight"], c["ssim_loss_max_t"], c["ssim_grad_scale"]) for c in configs[:3]] == written
+
+
+def test_the_exported_setting_beats_the_baseline_on_new_seeds(study: Path, trials: list[dict[str, Any]]) -> None:
+    lines = [line for line in LINES if "export" in line]
+    assert len(lines) == 3
+    environment = call(lines[0], study)
+    values = dict(line.split("=", 1) for line in environment.stdout.split())
+    assert set(values) == {"SSIM_LOSS_WEIGHT", "SSIM_LOSS_MAX_T", "SSIM_GRAD_SCALE", "EXP_NAME"}
+    assert call(lines[1], study).returncode == 0
+    exported = json.loads((study / "best.json").read_text())
+    assert exported["config"]["ssim_loss_weight"] == float(values["SSIM_LOSS_WEIGHT"])
+    assert exported["trial_id"] in {trial["trial_id"] for trial in trials if trial["verdict"] == "safe"}
+    trained = call(lines[2], study)
+    gains = re.findall(r"seed \d+: SSIM ([-+.\d]+), PSNR ([-+.\d]+)", trained.stdout)
+    assert len(gains) == 2, trained.stderr
+    assert all(float(by_ssim) > 0 and float(by_psnr) > -0.3 for by_ssim, by_psnr in gains), trained.stdout
+
+
+def test_mlflow_shows_the_study_to_its_own_client(study: Path, trials: list[dict[str, Any]]) -> None:
+    import mlflow
+
+    assert call(".venv/bin/tune-ssim mirror", study).returncode == 0
+    client = mlflow.MlflowClient(f"sqlite:///{study / 'tune_ssim_results' / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.data.tags["tune_ssim.trial_id"]: run for run in runs if run is not parent}
+    assert set(children) == {trial["trial_id"] for trial in trials}
+    status = {"pruned": "KILLED", "safe": "FINISHED", "degraded": "FINISHED"}
+    for trial in trials:
+        run = children[trial["trial_id"]]
+        assert run.info.run_id == trial["run_id"]
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert (run.info.status, run.data.tags["verdict"]) == (status[trial["verdict"]], trial["verdict"])
+        assert run.data.tags["reason"] == trial["reason"]
+        norms = client.get_metric_history(run.info.run_id, "total_norm")
+        assert [metric.step for metric in norms] == list(range(1, trial["steps"] + 1))
+    assert any("smoke" in artifact.path for artifact in client.list_artifacts(children["baseline-0"].info.run_id))
+    assert "norm_ratio" in parent.data.tags["mlflow.note.content"]
+
+
+def test_the_ui_prints_a_link_that_answers_on_loopback(study: Path) -> None:
+    line = next(line for line in LINES if line.endswith("tune-ssim ui"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    server = subprocess.Popen(
+        argv(line), cwd=study, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    try:
+        assert server.stdout is not None
+        link = next(found for text in server.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+/#\S+", text)))
+        address = link.group().split("#")[0]
+        with urllib.request.urlopen(f"{address}health", timeout=30) as answer:
+            assert answer.status == 200
+    finally:
+        os.kill(server.pid, signal.SIGINT)
+        assert server.wait(30) == 0
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if re.search(r"tune-ssim (trials|spaces|run .*--dry-run)", line)])
+def test_the_other_lines_answer(study: Path, line: str) -> None:
+    ran = call(line, study)
+    assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr
+
+
+@pytest.fixture(scope="module")
+def own_tuner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.CompletedProcess[str]]]:
+    folder = tmp_path_factory.mktemp("own")
+    (line,) = [line for line in LINES if "own_tuner" in line]
+    yield folder, call(f"{line} 2 40", folder)
+
+
+def test_every_piece_works_in_a_tuner_of_ones_own(own_tuner: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, ran = own_tuner
+    assert ran.returncode == 0, ran.stderr
+    verdicts = re.findall(r"^(safe|degraded|pruned) ", ran.stdout, re.M)
+    assert len(verdicts) == 4, ran.stdout + ran.stderr
+    (baseline,) = (folder / "own_tuner_results" / "baseline").glob("*.json")
+    assert json.loads(baseline.read_text())["runs"][0]["seed"] == 0
