@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from tune_ssim.losses.flow import (
     TimeLaw,
     euler_sample,
-    expected_active_fraction,
     flow_loss,
     noisy_latent,
-    sample_t,
     velocity_target,
     z0_from_velocity,
 )
@@ -72,28 +70,26 @@ def test_flow_loss_is_the_mean_square_of_each_sample():
     ],
 )
 def test_expected_active_fraction(law, max_t, fraction, digits):
-    assert expected_active_fraction(law, max_t) == pytest.approx(fraction, abs=digits)
+    assert law.active_fraction(max_t) == pytest.approx(fraction, abs=digits)
 
 
 @pytest.mark.parametrize("law", [UNIFORM, TimeLaw("uniform", shift=3.0), BAGEL, BAGEL_SHIFT_3])
 @pytest.mark.parametrize("max_t", [0.1, 0.3, 0.7])
 def test_samples_follow_the_closed_form(law, max_t):
     n = 200_000
-    t = sample_t(law, n, torch.Generator().manual_seed(7))
+    t = law.sample(n, torch.Generator().manual_seed(7))
     assert t.shape == (n,)
     assert t.min() >= 0
     assert t.max() <= 1
-    p = expected_active_fraction(law, max_t)
+    p = law.active_fraction(max_t)
     seen = ((t > 0) & (t <= max_t)).double().mean().item()
     assert abs(seen - p) < 4.5 * math.sqrt(p * (1 - p) / n)
 
 
 def test_sampling_is_reproducible_and_needs_no_global_state():
     before = torch.get_rng_state()
-    a, b = (sample_t(BAGEL, 5, torch.Generator().manual_seed(3)) for _ in range(2))
+    a, b = (BAGEL.sample(5, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b)
-    assert torch.equal(a, BAGEL.sample(5, generator=torch.Generator().manual_seed(3)))
-    assert BAGEL.active_fraction(0.1) == expected_active_fraction(BAGEL, 0.1)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -103,8 +99,8 @@ def test_fraction_grows_with_max_t_and_falls_with_shift(shift, a, b):
     low, high = sorted((a, b))
     for name in ("uniform", "shifted_sigmoid_normal"):
         law = TimeLaw(name, shift)
-        assert 0 <= expected_active_fraction(law, low) <= expected_active_fraction(law, high) <= 1
-        assert expected_active_fraction(TimeLaw(name, shift * 2), high) <= expected_active_fraction(law, high)
+        assert 0 <= law.active_fraction(low) <= law.active_fraction(high) <= 1
+        assert TimeLaw(name, shift * 2).active_fraction(high) <= law.active_fraction(high)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 12])
@@ -139,8 +135,8 @@ def test_euler_converges_at_first_order_and_keeps_no_graph():
         (lambda: TimeLaw("lognormal"), "'lognormal'; expected 'uniform'"),
         (lambda: TimeLaw("uniform", shift=0.0), "shift=0.0"),
         (lambda: TimeLaw("uniform", shift=math.inf), "shift=inf"),
-        (lambda: expected_active_fraction(UNIFORM, 1.5), "max_t=1.5"),
-        (lambda: expected_active_fraction(UNIFORM, math.nan), "max_t=nan"),
+        (lambda: UNIFORM.active_fraction(1.5), "max_t=1.5"),
+        (lambda: UNIFORM.active_fraction(math.nan), "max_t=nan"),
         (lambda: euler_sample(lambda z, t: z, torch.zeros(1, 1), 0), "steps=0"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tune_ssim.checkpoint import load_checkpoint, save_checkpoint
-from tune_ssim.errors import UserError
+from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import SmokeTest
 from tune_ssim.records import Record
 from tune_ssim.run_trial import statistics_of
@@ -140,8 +140,8 @@ def test_random_weights_fail_the_smoke_test_at_step_0(seed: int) -> None:
         ({"preset": "adam"}, "preset 'adam'; valid: sgd"),
         ({"precision": "int8"}, "precision 'int8'"),
         ({"t_law": "beta"}, "t_law 'beta'"),
-        ({"lr": 0}, "lr must be a finite number > 0, got 0"),
-        ({"lr": "fast"}, "lr must be a finite number > 0"),
+        ({"lr": -1e-3}, "lr must be a finite number >= 0, got -0.001"),
+        ({"lr": "fast"}, "lr must be a finite number >= 0"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1"),
         ({"ssim_loss_weight": -1.0}, "ssim_loss_weight"),
         ({"ssim_loss_max_t": 0}, "ssim_loss_max_t"),
@@ -158,11 +158,11 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "torn.safetensors").write_bytes((WEIGHTS / "fundus_vae.safetensors").read_bytes()[:5000])
     save_file(Denoiser().state_dict(), tmp_path / "other.safetensors")
     for name in ("torn", "other"):
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(BadSetup, match=name):
             load_weights(VAE(), tmp_path / f"{name}.safetensors")
     (tmp_path / "fundus_vae.safetensors").write_bytes((WEIGHTS / "fundus_vae.safetensors").read_bytes())
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  fundus_vae.safetensors\n")
-    with pytest.raises(UserError, match="is not the recorded"):
+    with pytest.raises(BadSetup, match="is not the recorded"):
         load_weights(VAE(), tmp_path / "fundus_vae.safetensors")
 
 
@@ -172,3 +172,56 @@ def test_law_of_t() -> None:
     assert 0.2 < float((uniform <= 0.3).float().mean()) < 0.4
     assert float((shifted <= 0.3).float().mean()) < 0.1  # expected: 2.6 %
     assert fundus_sr.FLOW_BINS == 5
+
+
+def test_the_forward_pass_is_the_one_of_the_step() -> None:
+    setting = {"ssim_loss_weight": 30.0, "ssim_loss_max_t": 1.0}
+    watched, stepped = made(**setting), made(**setting)
+    forward = watched.forward(1)
+    auxiliary = forward.auxiliary()
+    recorded = stepped.step()
+    assert float(recorded["loss_flow"]) == pytest.approx(forward.main.item(), rel=1e-6)
+    assert float(recorded["loss_ssim"]) == pytest.approx(auxiliary.loss_ssim.item(), rel=1e-6)
+    assert float(recorded["loss"]) == pytest.approx((forward.main + auxiliary.total).item(), rel=1e-6)
+
+
+def test_a_learning_rate_of_zero_leaves_the_weights() -> None:
+    still = made(lr=0)
+    before = {name: value.clone() for name, value in still.model.state_dict().items()}
+    assert float(still.step()["total_norm"]) > 0
+    assert all(torch.equal(value, before[name]) for name, value in still.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("image", "crop"), [("immunohistochemistry", 32), ("microaneurysms", 24), ("coffee", 64)])
+def test_other_images_and_crops(image: str, crop: int) -> None:
+    task = made(image=image, crop=crop, batch_size=2)
+    assert task.step()["loss_flow"] > 0
+    assert task.sample().images.shape[1:] == (3, crop, crop)
+    assert task.training_images(1).shape == (2, 3, crop, crop)
+
+
+def test_averaged_weights(tmp_path: Path) -> None:
+    task = made(ema_decay=0.9)
+    task.step()
+    raw, averaged = task.model.conv_in.weight, task.ema.conv_in.weight
+    assert not torch.equal(raw, averaged)
+    again = made(ema_decay=0.9)
+    again.load_state_dict(task.state_dict())
+    assert torch.equal(again.ema.conv_in.weight, averaged)
+    assert set(task.parts()) == {"vae", "denoiser", "denoiser_ema"}
+    for name in ("fundus_vae", "fundus_denoiser"):
+        (tmp_path / f"{name}.safetensors").write_bytes((WEIGHTS / f"{name}.safetensors").read_bytes())
+    save_file(task.ema.state_dict(), tmp_path / "fundus_denoiser_ema.safetensors")
+    from_ema = made(weights=str(tmp_path), finetune_from_ema=True)
+    assert torch.equal(from_ema.model.conv_in.weight, averaged)
+    assert from_ema.parts()["denoiser"].weights == tmp_path / "fundus_denoiser_ema.safetensors"
+
+
+def test_fingerprints_change_with_the_data() -> None:
+    mine, other = made(), made()
+    assert mine.fingerprints() == other.fingerprints()
+    other.images = fundus_images.FundusImages(
+        mine.images.train, mine.images.held_out + 1 / 255, mine.images.train_origins, mine.images.held_out_origins
+    )
+    changed = {name for name, digest in other.fingerprints().items() if digest != mine.fingerprints()[name]}
+    assert changed == {"data/held_out"}

@@ -311,6 +311,10 @@ def statistics_of(sample: Sample) -> dict[str, float]:
     found = collapse_statistics(
         sample.images, references=sample.references, inputs=sample.inputs, reconstructions=sample.reconstructions
     )
+    if sample.token_ids is not None and sample.vocabulary_size is not None:
+        ids = sample.token_ids
+        outside = (ids < 0) | (ids >= sample.vocabulary_size)  # SEEDS B1: such an id decodes to None
+        found["undecodable_fraction"] = outside.double().mean().item() if ids.numel() else 0.0
     return {**found, **sample.statistics}
 
 

@@ -4,10 +4,8 @@ from tune_ssim.losses.decoded import DecodedLoss, DecodedLossResult, clamp_gradi
 from tune_ssim.losses.flow import (
     TimeLaw,
     euler_sample,
-    expected_active_fraction,
     flow_loss,
     noisy_latent,
-    sample_t,
     velocity_target,
     z0_from_velocity,
 )
@@ -19,10 +17,8 @@ __all__ = [
     "TimeLaw",
     "clamp_gradient",
     "euler_sample",
-    "expected_active_fraction",
     "flow_loss",
     "noisy_latent",
-    "sample_t",
     "scale_gradient",
     "ssim",
     "ssim_loss",

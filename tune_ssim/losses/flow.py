@@ -33,13 +33,37 @@ class TimeLaw:
         if not (math.isfinite(self.shift) and self.shift > 0):
             raise ValueError(f"timestep law: shift={self.shift!r}; expected a finite number > 0")
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`sample_t` of this law."""
-        return sample_t(self, n, generator)
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """`n` times, `[n]` in [0, 1]. `device` is the generator's unless given."""
+        if device is None and generator is not None:
+            device = generator.device
+        if self.name == "uniform":
+            t = torch.rand(n, generator=generator, device=device, dtype=dtype)
+        else:
+            t = torch.randn(n, generator=generator, device=device, dtype=dtype).sigmoid()
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
     def active_fraction(self, max_t: float) -> float:
-        """`expected_active_fraction` of this law."""
-        return expected_active_fraction(self, max_t)
+        """`P(0 < t ≤ max_t)`: the share of generation targets that an auxiliary loss with this gate sees.
+
+        uniform: `u`; shifted_sigmoid_normal: `Φ(logit u)`, with `u = max_t / (s − (s − 1)·max_t)` undoing the shift s.
+        BAGEL's law at 0.1 gives 1.4 %, and with shift 3 only 0.05 %.
+        """
+        if not 0 <= max_t <= 1:
+            raise ValueError(f"timestep law: max_t={max_t!r}; expected a number in [0, 1]")
+        if max_t in (0, 1):
+            return float(max_t)
+        u = max_t / (self.shift - (self.shift - 1) * max_t)
+        if self.name == "uniform":
+            return u
+        return 0.5 * math.erfc(-math.log(u / (1 - u)) / math.sqrt(2))
 
 
 def noisy_latent(z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -70,40 +94,6 @@ def flow_loss(velocity: Tensor, z0: Tensor, noise: Tensor) -> Tensor:
     dtype = torch.promote_types(velocity.dtype, torch.float32)
     error = velocity.to(dtype) - velocity_target(z0.to(dtype), noise.to(dtype))
     return error.square().flatten(1).mean(1)
-
-
-def sample_t(
-    law: TimeLaw,
-    n: int,
-    generator: torch.Generator | None = None,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """`n` times from `law`, `[n]` in [0, 1]. `device` is the generator's unless given."""
-    if device is None and generator is not None:
-        device = generator.device
-    if law.name == "uniform":
-        t = torch.rand(n, generator=generator, device=device, dtype=dtype)
-    else:
-        t = torch.randn(n, generator=generator, device=device, dtype=dtype).sigmoid()
-    return law.shift * t / (1 + (law.shift - 1) * t)
-
-
-def expected_active_fraction(law: TimeLaw, max_t: float) -> float:
-    """`P(0 < t ≤ max_t)` under `law`: the share of generation targets that an auxiliary loss with this gate sees.
-
-    uniform: `u`; shifted_sigmoid_normal: `Φ(logit u)`, with `u = max_t / (s − (s − 1)·max_t)` undoing the shift s.
-    BAGEL's law at 0.1 gives 1.4 %, and with shift 3 only 0.05 %.
-    """
-    if not 0 <= max_t <= 1:
-        raise ValueError(f"expected_active_fraction: max_t={max_t!r}; expected a number in [0, 1]")
-    if max_t in (0, 1):
-        return float(max_t)
-    u = max_t / (law.shift - (law.shift - 1) * max_t)
-    if law.name == "uniform":
-        return u
-    return 0.5 * math.erfc(-math.log(u / (1 - u)) / math.sqrt(2))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import tune
 
-from tune_ssim.errors import UserError
+from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
 from tune_ssim.run_trial import Trial, TrialPlan, Verdict
 from tune_ssim.space import resolve_settings
@@ -157,6 +157,8 @@ class GuardedTrainable(tune.Trainable):
             action()
         except UserError as error:
             self.failure = Verdict("error", str(error))
+        except BadSetup as finding:
+            self.failure = Verdict("bad_setup", str(finding))
         except Exception as error:
             self.traceback = traceback.format_exc()
             place = traceback.extract_tb(error.__traceback__)[-1]

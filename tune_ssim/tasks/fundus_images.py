@@ -1,7 +1,8 @@
-"""Fundus crops: one real colour photograph, cut into a training part and a spatially separate held-out part.
+"""Crops of one real photograph, cut into a training part and a spatially separate held-out part.
 
-The image is `skimage.data.retina()` (1411 x 1411 RGB, CC0, inside the scikit-image wheel: no download).
-It is halved by area averaging to 705 x 705. The top 70 % of the rows train; the bottom 30 % are held out.
+The study's image is `skimage.data.retina()` (1411 x 1411 RGB, CC0, inside the scikit-image wheel: no download), halved
+by area averaging to 705 x 705. The top 70 % of the rows train; the bottom 30 % are held out. Other images of the same
+wheel stand in for somebody else's data.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from tune_ssim.errors import UserError
+
 CROP = 48  # pixels; 12 x 12 latents behind an f = 4 autoencoder
+IMAGES = ("retina", "immunohistochemistry", "microaneurysms", "astronaut", "coffee", "chelsea")  # all inside the wheel
 FACTOR = 4  # super-resolution factor: the low-resolution input is CROP / FACTOR wide
 LOW_RES_NOISE = 0.03  # standard deviation added to the low-resolution input, on the [0, 1] scale
 TRAIN_ROWS = 0.7
@@ -23,30 +27,32 @@ MAX_BACKGROUND = 0.05  # share of such pixels that a crop may have
 
 @dataclass(frozen=True)
 class FundusImages:
-    """`train`, `held_out`: `[3, H, W]` float32 in [0, 1]; `*_origins`: `[n, 2]` valid top-left (row, column) of crops."""
+    """`train`, `held_out`: `[3, H, W]` float32 in [0, 1]; `*_origins`: `[n, 2]` valid top-left (row, column) of crops.
+    `crop`: their size in pixels."""
 
     train: torch.Tensor
     held_out: torch.Tensor
     train_origins: torch.Tensor
     held_out_origins: torch.Tensor
+    crop: int = CROP
 
     def train_crops(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """`[count, 3, CROP, CROP]` in [0, 1], drawn uniformly with replacement, flipped at random."""
+        """`[count, 3, crop, crop]` in [0, 1], drawn uniformly with replacement, flipped at random."""
         rows = torch.randint(len(self.train_origins), (count,), generator=generator)
-        crops = cut(self.train, self.train_origins[rows])
+        crops = cut(self.train, self.train_origins[rows], self.crop)
         flip = torch.rand(count, 2, generator=generator) < 0.5
         crops = torch.where(flip[:, 0, None, None, None], crops.flip(-1), crops)
         return torch.where(flip[:, 1, None, None, None], crops.flip(-2), crops)
 
     def held_out_crops(self, count: int) -> torch.Tensor:
-        """`[count, 3, CROP, CROP]`: always the same crops, spread evenly over the held-out part."""
+        """`[count, 3, crop, crop]`: always the same crops, spread evenly over the held-out part."""
         rows = torch.linspace(0, len(self.held_out_origins) - 1, count).round().long()
-        return cut(self.held_out, self.held_out_origins[rows])
+        return cut(self.held_out, self.held_out_origins[rows], self.crop)
 
 
-def cut(image: torch.Tensor, origins: torch.Tensor) -> torch.Tensor:
-    """Crops of `image` `[3, H, W]` at `origins` `[n, 2]` → `[n, 3, CROP, CROP]`."""
-    return torch.stack([image[:, r : r + CROP, c : c + CROP] for r, c in origins.tolist()])
+def cut(image: torch.Tensor, origins: torch.Tensor, crop: int) -> torch.Tensor:
+    """Crops of `image` `[3, H, W]` at `origins` `[n, 2]` → `[n, 3, crop, crop]`."""
+    return torch.stack([image[:, r : r + crop, c : c + crop] for r, c in origins.tolist()])
 
 
 def low_resolution(images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -55,19 +61,24 @@ def low_resolution(images: torch.Tensor, noise: torch.Tensor | None = None) -> t
     return pooled if noise is None else pooled + LOW_RES_NOISE * noise
 
 
-def _origins(image: torch.Tensor) -> torch.Tensor:
+def _origins(image: torch.Tensor, crop: int) -> torch.Tensor:
     outside = (image.amax(dim=0, keepdim=True) < BACKGROUND).float()
-    share = functional.avg_pool2d(outside[None], CROP, stride=1)[0, 0]
+    share = functional.avg_pool2d(outside[None], crop, stride=1)[0, 0]
     return (share <= MAX_BACKGROUND).nonzero()
 
 
-@lru_cache(maxsize=1)
-def load_fundus_images() -> FundusImages:
-    """The bundled photograph, decoded once a process (0.2 s)."""
+@lru_cache(maxsize=2)
+def load_fundus_images(image: str = "retina", crop: int = CROP) -> FundusImages:
+    """One of `IMAGES`, decoded once a process (0.2 s). Raises UserError if it is too small for crops of this size."""
     from skimage import data
 
-    photo = torch.from_numpy(np.ascontiguousarray(data.retina())).permute(2, 0, 1).float() / 255
-    photo = functional.avg_pool2d(photo[None], 2)[0]  # 1411 -> 705
+    pixels = np.asarray(getattr(data, image)())
+    photo = torch.from_numpy(np.ascontiguousarray(pixels)).float() / 255
+    photo = photo[None].expand(3, -1, -1).contiguous() if photo.ndim == 2 else photo.permute(2, 0, 1)
+    if image == "retina":
+        photo = functional.avg_pool2d(photo[None], 2)[0]  # 1411 -> 705
     split = int(TRAIN_ROWS * photo.shape[1])
     train, held_out = photo[:, :split].contiguous(), photo[:, split:].contiguous()
-    return FundusImages(train, held_out, _origins(train), _origins(held_out))
+    if min(held_out.shape[1:]) < crop:
+        raise UserError(f"fundus_sr: image {image!r} holds out {held_out.shape[1]} x {held_out.shape[2]} pixels; crop is {crop}")
+    return FundusImages(train, held_out, _origins(train, crop), _origins(held_out, crop), crop)

@@ -10,6 +10,7 @@ t = 0 is clean, t = 1 is noise. Small enough for a CPU, real enough to collapse.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -22,23 +23,15 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from tune_ssim.errors import UserError
-from tune_ssim.losses import (
-    DecodedLoss,
-    TimeLaw,
-    euler_sample,
-    noisy_latent,
-    sample_t,
-    ssim,
-    velocity_target,
-    z0_from_velocity,
-)
+from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.losses import DecodedLoss, TimeLaw, euler_sample, noisy_latent, ssim, velocity_target, z0_from_velocity
 from tune_ssim.probes import total_norm
-from tune_ssim.tasks.fundus_images import CROP, FACTOR, load_fundus_images, low_resolution
+from tune_ssim.tasks.fundus_images import CROP, FACTOR, IMAGES, load_fundus_images, low_resolution
 from tune_ssim.tasks.fundus_networks import LATENT_CHANNELS, VAE, Denoiser
-from tune_ssim.tasks.task import Number, Sample
+from tune_ssim.tasks.task import Forward, Number, Part, Sample
 
 WEIGHTS = Path(__file__).parent / "weights"
+VAE_FILE, DENOISER_FILE, EMA_FILE = "fundus_vae.safetensors", "fundus_denoiser.safetensors", "fundus_denoiser_ema.safetensors"
 PRESETS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "lr": 0.005, "max_grad_norm": None},  # collapses for real within 200 CPU steps
     "adamw_clip": {"optimizer": "adamw", "lr": 2e-4, "max_grad_norm": 1.0},  # closest to note 001 §4.3 (clip 1.0)
@@ -56,10 +49,13 @@ class FundusConfig:
 
     preset: str = "sgd"  # fills optimizer, lr and max_grad_norm where they are not given
     optimizer: str | None = None  # sgd | adamw
-    lr: float | None = None
+    lr: float | None = None  # 0 switches the update off
     max_grad_norm: float | None = None  # gradient clipping; None: the preset's
     steps: int = 200  # optimiser steps of a trial; read by the trial, not here
     batch_size: int = 8
+    image: str = "retina"  # see fundus_images.IMAGES
+    crop: int = CROP  # pixels, a multiple of 8
+    width: int = 48  # channels of the denoiser; the bundled weights have 48
     t_law: str = "uniform"  # uniform | shifted_sigmoid_normal (BAGEL)
     timestep_shift: float = 1.0  # of the second law
     precision: str = "float32"  # float32 | bf16 | fp16: autocast of the denoiser; the SSIM is float32 always
@@ -72,7 +68,9 @@ class FundusConfig:
     decode_chunk: int = 8  # latents decoded at once
     measure_main_norm: bool = False  # one more backward pass a step: the norm of the flow loss alone
     pretrained: bool = True  # False: start from random weights
-    weights: str | None = None  # folder with fundus_vae.safetensors and fundus_denoiser.safetensors; None: bundled
+    weights: str | None = None  # folder with the two files of the bundled one, and fundus_denoiser_ema.safetensors if there is one
+    finetune_from_ema: bool = False  # start from that third file
+    ema_decay: float | None = None  # average the denoiser's weights while training; None: no average
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> FundusConfig:
@@ -91,20 +89,25 @@ class FundusConfig:
             "optimizer": ("sgd", "adamw"),
             "precision": ("float32", "bf16", "fp16"),
             "t_law": ("uniform", "shifted_sigmoid_normal"),
+            "image": IMAGES,
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise UserError(f"fundus_sr: {name} {getattr(self, name)!r}; valid: {', '.join(valid)}")
-        for name in ("steps", "batch_size", "decode_chunk"):
+        for name, unit in (("steps", 1), ("batch_size", 1), ("decode_chunk", 1), ("crop", 8), ("width", 8)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"fundus_sr: {name} must be an integer >= 1, got {value!r}")
-        for name in ("lr", "timestep_shift", "max_grad_norm"):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % unit:
+                words = "an integer >= 1" if unit == 1 else f"a positive multiple of {unit}"
+                raise UserError(f"fundus_sr: {name} must be {words}, got {value!r}")
+        for name in ("lr", "timestep_shift", "max_grad_norm", "ema_decay"):
             value = getattr(self, name)
-            if value is None and name == "max_grad_norm":
+            if value is None and name in ("max_grad_norm", "ema_decay"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise UserError(f"fundus_sr: {name} must be a finite number > 0, got {value!r}")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < float("inf") or (value == 0 and name != "lr"):
+                raise UserError(f"fundus_sr: {name} must be a finite number {'>=' if name == 'lr' else '>'} 0, got {value!r}")
+        if self.ema_decay is not None and self.ema_decay >= 1:
+            raise UserError(f"fundus_sr: ema_decay must be below 1, got {self.ema_decay!r}")
 
 
 class FundusSR:
@@ -114,12 +117,12 @@ class FundusSR:
         self.config = FundusConfig.from_mapping(config)
         self.seed, self.step_count = seed, 0
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.images = load_fundus_images()
+        self.images = load_fundus_images(self.config.image, self.config.crop)
         self.fixed: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}  # what inference starts from, by (count, noise)
         torch.manual_seed(seed)  # only for random initial weights
-        self.vae, self.model = self._load_networks()
+        self.vae, self.model, self.ema = self._load_networks()
         try:
-            self.law = TimeLaw(self.config.t_law, self.config.timestep_shift)  # type: ignore[arg-type]
+            self.time_law = TimeLaw(self.config.t_law, self.config.timestep_shift)  # type: ignore[arg-type]
             self.loss = DecodedLoss(
                 ssim_loss_weight=self.config.ssim_loss_weight,
                 ssim_loss_max_t=self.config.ssim_loss_max_t,
@@ -138,20 +141,14 @@ class FundusSR:
     def step(self) -> dict[str, Number]:
         self.step_count += 1
         self.model.train()
-        x0, low, z0, noise, t_host = self._batch(self.step_count)
-        t = t_host.to(self.device)
-        z_t = noisy_latent(z0, noise, t)
-        with self._autocast():
-            velocity = self.model(z_t, t, low)
-        velocity = velocity.float()
-        loss_flow = functional.mse_loss(velocity, velocity_target(z0, noise))
-        auxiliary = self.loss(z0_from_velocity(z_t, velocity, t), t_host, x0, decode=self.vae.decode)
-        loss = loss_flow + auxiliary.total
+        forward = self.forward(self.step_count)
+        auxiliary = forward.auxiliary()
+        loss = forward.main + auxiliary.total
 
         self.optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, Number] = {}
         if self.config.measure_main_norm:
-            self.scaler.scale(loss_flow).backward(retain_graph=True)
+            self.scaler.scale(forward.main).backward(retain_graph=True)
             metrics["total_norm_main"] = total_norm(self.model.parameters()) / self.scaler.get_scale()
             self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -163,34 +160,56 @@ class FundusSR:
         self.scaler.update()
         if self.scaler.is_enabled():
             metrics["step_skipped"] = (~torch.isfinite(norm)).float()
+        if self.ema is not None and self.config.ema_decay is not None:
+            for average, parameter in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+                average.lerp_(parameter.detach(), 1 - self.config.ema_decay)
 
-        metrics |= {"loss": loss.detach(), "loss_flow": loss_flow.detach(), "total_norm": norm}
+        metrics |= {"loss": loss.detach(), "loss_flow": forward.main.detach(), "total_norm": norm}
         return {**metrics, **auxiliary.metrics()}
 
+    def forward(self, n: int) -> Forward:
+        """Of step `n`: what the losses are made from."""
+        x0, low, z0, noise, t_host = self._batch(n)
+        t = t_host.to(self.device)
+        z_t, target = noisy_latent(z0, noise, t), velocity_target(z0, noise)
+        with self._autocast():
+            velocity = self.model(z_t, t, low)
+        velocity = velocity.float()
+        z0_predicted = z0_from_velocity(z_t, velocity, t)
+        return Forward(functional.mse_loss(velocity, target), z0_predicted, t_host, x0, self.loss, self.vae.decode, target)
+
     def sample(self, noise: int = 0) -> Sample:
+        return self._sample(self.model, noise)
+
+    def sample_ema(self, noise: int = 0) -> Sample | None:
+        return None if self.ema is None else self._sample(self.ema, noise)
+
+    def _sample(self, model: Denoiser, noise: int) -> Sample:
         target, low, z0, initial = self._fixed(SMOKE_CROPS, noise)
         t = torch.full((len(z0),), 1 - 0.5 / FLOW_BINS, device=self.device)  # middle of the noisiest bin
         with self._inference():
-            flow = self._flow_loss(z0, initial, t, low)
-            images = self._generate(initial, low)
+            flow = self._flow_loss(model, z0, initial, t, low)
+            images = self._generate(model, initial, low)
             reconstructions = (self.vae.decode(z0) * 0.5 + 0.5).clamp(0, 1)
         return Sample(images, target, (low + 1) / 2, reconstructions, {"flow_loss_top_bin": flow.item()})
 
     def evaluate(self) -> dict[str, float]:
         target, low, z0, initial = self._fixed(EVALUATION_CROPS, 0)
         with self._inference():
-            images = self._generate(initial, low)
+            images = self._generate(self.model, initial, low)
             error = (images - target).square().mean(dim=(1, 2, 3))
             metrics = {"ssim": ssim(images, target).mean(), "psnr": (-10 * torch.log10(error.clamp(min=1e-10))).mean()}
             for i in range(FLOW_BINS):
                 t = torch.full((len(z0),), (i + 0.5) / FLOW_BINS, device=self.device)
-                metrics[f"flow_loss_bins/{i}"] = self._flow_loss(z0, initial, t, low)
+                metrics[f"flow_loss_bins/{i}"] = self._flow_loss(self.model, z0, initial, t, low)
         names = list(metrics)
         return dict(zip(names, torch.stack([metrics[name].double() for name in names]).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
+        averaged = {} if self.ema is None else {"ema": self.ema.state_dict()}
         return {
             "model": self.model.state_dict(),
+            **averaged,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step_count": self.step_count,
@@ -198,6 +217,8 @@ class FundusSR:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step_count = state["step_count"]
@@ -212,17 +233,49 @@ class FundusSR:
             "device": self.device.type,
         }
 
+    # -- what preflight and calibration look at
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.model.parameters())
+
+    def parts(self) -> dict[str, Part]:
+        files = {"vae": VAE_FILE, "denoiser": EMA_FILE if self.config.finetune_from_ema else DENOISER_FILE}
+        folder = self._weights_folder()
+        pretrained = folder if self.config.pretrained else None
+        parts = {
+            "vae": Part(self.vae, trains=False, weights=folder / files["vae"]),
+            "denoiser": Part(self.model, trains=True, weights=pretrained and pretrained / files["denoiser"]),
+        }
+        if self.ema is not None:
+            file = pretrained and pretrained / EMA_FILE
+            parts["denoiser_ema"] = Part(self.ema, trains=False, weights=file if file and file.exists() else None, kind="ema")
+        return parts
+
+    def training_images(self, n: int) -> torch.Tensor:
+        """`[batch, 3, crop, crop]` in [0, 1]."""
+        return self.images.train_crops(self.config.batch_size, self._generator(n, IMAGE_STREAM))
+
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of every pixel and place of the two parts of the image, and of what inference starts from."""
+        images = self.images
+        parts = {
+            "data/train": (images.train, images.train_origins),
+            "data/held_out": (images.held_out, images.held_out_origins),
+            "data/evaluation": tuple(x for noise in (0, 1) for x in self._fixed_inputs(EVALUATION_CROPS, noise)),
+        }
+        return {name: hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest() for name, tensors in parts.items()}
+
     # -- the parts of a step
 
     def _batch(self, n: int) -> tuple[torch.Tensor, ...]:
         """Batch n, from (seed, n) alone: crops in [0, 1], low-resolution inputs in [-1, 1], clean latents, noise, and t
         on the host, where the gate decides."""
         size = self.config.batch_size
-        crops = self.images.train_crops(size, self._generator(n, IMAGE_STREAM))
-        blur_noise = torch.randn(size, 3, CROP // FACTOR, CROP // FACTOR, generator=self._generator(n, LOW_RES_STREAM))
+        crops, side = self.training_images(n), self.config.crop // FACTOR
+        blur_noise = torch.randn(size, 3, side, side, generator=self._generator(n, LOW_RES_STREAM))
         generator = self._generator(n, NOISE_STREAM)
-        t = sample_t(self.law, size, generator)
-        noise = torch.randn(size, LATENT_CHANNELS, CROP // FACTOR, CROP // FACTOR, generator=generator)
+        t = self.time_law.sample(size, generator)
+        noise = torch.randn(size, LATENT_CHANNELS, side, side, generator=generator)
         crops, blur_noise, noise = (x.to(self.device) for x in (crops, blur_noise, noise))
         with torch.no_grad():
             z0 = self.vae.encode(2 * crops - 1)
@@ -232,27 +285,32 @@ class FundusSR:
         state = np.random.SeedSequence([self.seed, n, rank, stream]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]))
 
-    def _generate(self, noise: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    def _generate(self, model: Denoiser, noise: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """Samples in [0, 1]; clipped, but a non-finite pixel stays non-finite."""
 
         def velocity(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             with self._autocast():
-                return self.model(z, t, low).float()
+                return model(z, t, low).float()  # type: ignore[no-any-return]
 
         return (self.vae.decode(euler_sample(velocity, noise, EULER_STEPS)) * 0.5 + 0.5).clamp(0, 1)
 
-    def _flow_loss(self, z0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    def _flow_loss(
+        self, model: Denoiser, z0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, low: torch.Tensor
+    ) -> torch.Tensor:
         with self._autocast():
-            velocity = self.model(noisy_latent(z0, noise, t), t, low)
+            velocity = model(noisy_latent(z0, noise, t), t, low)
         return functional.mse_loss(velocity.float(), velocity_target(z0, noise))
 
     def _fixed(self, count: int, noise: int) -> tuple[torch.Tensor, ...]:
         """Held-out crops, inputs, latents and initial noise: the same in every trial, whatever its seed."""
         if (count, noise) not in self.fixed:
-            crops, low, initial = (x.to(self.device) for x in _fixed_inputs(count, noise))
+            crops, low, initial = (x.to(self.device) for x in self._fixed_inputs(count, noise))
             with torch.no_grad():
                 self.fixed[count, noise] = crops, 2 * low - 1, self.vae.encode(2 * crops - 1), initial
         return self.fixed[count, noise]
+
+    def _fixed_inputs(self, count: int, noise: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return _fixed_inputs(self.config.image, self.config.crop, count, noise)
 
     @contextlib.contextmanager
     def _inference(self) -> Any:
@@ -268,42 +326,55 @@ class FundusSR:
         dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
-    def _load_networks(self) -> tuple[VAE, Denoiser]:
-        folder = Path(self.config.weights) if self.config.weights else WEIGHTS
-        vae, model = VAE(), Denoiser()
-        load_weights(vae, folder / "fundus_vae.safetensors")
+    def _weights_folder(self) -> Path:
+        return Path(self.config.weights) if self.config.weights else WEIGHTS
+
+    def _load_networks(self) -> tuple[VAE, Denoiser, Denoiser | None]:
+        folder = self._weights_folder()
+        vae, model = VAE(), Denoiser(self.config.width)
+        load_weights(vae, folder / VAE_FILE)
         if self.config.pretrained:
-            load_weights(model, folder / "fundus_denoiser.safetensors")
-        return vae.to(self.device).requires_grad_(False).eval(), model.to(self.device)
+            load_weights(model, folder / (EMA_FILE if self.config.finetune_from_ema else DENOISER_FILE))
+        ema = None
+        if self.config.pretrained and (folder / EMA_FILE).exists():
+            ema = Denoiser(self.config.width)
+            load_weights(ema, folder / EMA_FILE)
+        elif self.config.ema_decay is not None:
+            ema = copy.deepcopy(model)
+        if ema is not None:
+            ema = ema.to(self.device).requires_grad_(False).eval()
+        return vae.to(self.device).requires_grad_(False).eval(), model.to(self.device), ema
 
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
-    """All tensors of `path`, strictly; a bundled file must have its recorded hash. Raises UserError in one line."""
+    """All tensors of `path`, strictly; a bundled file must have its recorded hash.
+
+    Raises UserError where there is no such file, and BadSetup for one that holds something else than `module` needs."""
     sums = path.parent / "SHA256SUMS"
     try:
         if sums.exists():
             recorded = {name: digest for digest, name in map(str.split, sums.read_text().splitlines())}
             found = hashlib.sha256(path.read_bytes()).hexdigest()
             if recorded.get(path.name, found) != found:
-                raise UserError(f"{path}: hash {found[:12]}… is not the recorded {recorded[path.name][:12]}…; reinstall")
+                raise BadSetup(f"{path}: hash {found[:12]}… is not the recorded {recorded[path.name][:12]}…; reinstall")
         tensors = load_file(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except UserError:
+    except BadSetup:
         raise
     except Exception as error:  # safetensors raises its own type for anything malformed
-        raise UserError(f"{path}: not a safetensors file ({error})") from None
+        raise BadSetup(f"{path}: not a safetensors file ({error})") from None
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())[:400]}") from None
+        raise BadSetup(f"{path}: not the weights of this network: {' '.join(str(error).split())[:400]}") from None
 
 
 @lru_cache(maxsize=8)
-def _fixed_inputs(count: int, noise: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fixed_inputs(image: str, crop: int, count: int, noise: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Held-out crops in [0, 1], their degraded inputs in [0, 1] and initial latents, on the CPU."""
-    crops = load_fundus_images().held_out_crops(count)
+    crops, side = load_fundus_images(image, crop).held_out_crops(count), crop // FACTOR
     generator = torch.Generator().manual_seed(20_251_122)  # one draw for the degradation, whichever `noise`
-    low = low_resolution(crops, torch.randn(count, 3, CROP // FACTOR, CROP // FACTOR, generator=generator))
+    low = low_resolution(crops, torch.randn(count, 3, side, side, generator=generator))
     generator.manual_seed(1 + noise)
-    return crops, low, torch.randn(count, LATENT_CHANNELS, CROP // FACTOR, CROP // FACTOR, generator=generator)
+    return crops, low, torch.randn(count, LATENT_CHANNELS, side, side, generator=generator)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from tune_ssim.errors import UserError
+from tune_ssim.losses import DecodedLoss, DecodedLossResult
 
 Number = float | torch.Tensor  # 0-d tensors may stay on the device: the trial resolves them every `report_every` steps
 
@@ -23,7 +25,8 @@ class Sample:
     references: `[n, 3, H, W]`, what they should look like (ground truth), or None.
     inputs: `[n, 3, h, w]`, a low-resolution input that the sample should agree with after down-sampling, or None.
     reconstructions: `[n, 3, H, W]`, the references through the frozen autoencoder: the best a sample can be, or None.
-    statistics: further numbers to be judged, e.g. `flow_loss_top_bin`, `undecodable_fraction`.
+    statistics: further numbers to be judged, e.g. `flow_loss_top_bin`.
+    token_ids: integers of any shape, as generated where the task makes text; vocabulary_size: ids must lie in [0, this).
     """
 
     images: torch.Tensor
@@ -31,12 +34,66 @@ class Sample:
     inputs: torch.Tensor | None = None
     reconstructions: torch.Tensor | None = None
     statistics: Mapping[str, float] = field(default_factory=dict)
+    token_ids: torch.Tensor | None = None
+    vocabulary_size: int | None = None
+
+
+@dataclass
+class Part:
+    """A network of the task, as it is in memory.
+
+    trains: False for a frozen one. weights: the safetensors file that it must have been loaded from; None: it starts fresh
+    on purpose. kind: `raw` or `ema`.
+    """
+
+    module: torch.nn.Module
+    trains: bool
+    weights: Path | None = None
+    kind: str = "raw"
+
+
+@dataclass
+class Forward:
+    """The forward pass of one training step, on the autograd graph: everything up to the losses, nothing updated.
+
+    main: 0-d, the main loss. z0: `[batch, ...]`, the prediction of the clean latent. t: `[batch]`, on the host.
+    targets: `[batch, 3, H, W]` in [0, 1]. loss, decode: the very objects that the training step uses.
+    velocity_target: what the network should have predicted, for comparison with a predictor that knows nothing.
+    is_target, sizes: see `DecodedLoss`.
+    """
+
+    main: torch.Tensor
+    z0: torch.Tensor
+    t: torch.Tensor
+    targets: torch.Tensor
+    loss: DecodedLoss
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    velocity_target: torch.Tensor | None = None
+    is_target: torch.Tensor | None = None
+    sizes: Sequence[tuple[int, int]] | None = None
+
+    def auxiliary(self, loss: DecodedLoss | None = None, is_target: torch.Tensor | None = None) -> DecodedLossResult:
+        """The auxiliary losses with the parameters in force, or of another `loss` or part of the batch."""
+        chosen = self.is_target if is_target is None else is_target
+        return (loss or self.loss)(self.z0, self.t, self.targets, self.decode, is_target=chosen, sizes=self.sizes)
 
 
 @runtime_checkable
 class Task(Protocol):
     """The random numbers of step n come from (seed, n, rank), never from the configuration: trials and baseline see
-    identical batches and noise, and resuming needs no generator state."""
+    identical batches and noise, and resuming needs no generator state.
+
+    These seven are the contract. A task that has more of the following is seen deeper by preflight and calibration, and what
+    a task lacks they call `unknown`:
+
+    - `forward(n) -> Forward` of training step n with the weights as they are; `trainable_parameters()`; `time_law: TimeLaw`
+    - `parts() -> Mapping[str, Part]`: its networks, by name
+    - `training_images(n) -> [batch, 3, H, W]`: the images of step n, in [0, 1]
+    - `sample_ema(noise) -> Sample | None`: the same inference with averaged weights, where there are any
+    - `fingerprints() -> Mapping[str, str]`: a hash for each part of its data, e.g. `data/train`, `data/held_out`
+
+    A learning rate of 0 in its configuration must leave the weights as they are: that is how an update is switched off.
+    """
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         """Builds model, data and optimiser afresh; `device` None means cuda if there, else cpu. `config` always has `steps`,
