@@ -1,6 +1,7 @@
 """One thread a process, as in a trial; quiet libraries. Nothing here catches or hides a fault."""
 
 import os
+import signal
 
 # Before any test module imports torch, ray or mlflow: they read these once, and worker processes inherit them.
 os.environ["OMP_NUM_THREADS"] = "1"  # torch takes its number of threads from it
@@ -9,3 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; unset, it warns at each start
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+# A shell that starts this in the background has SIGINT ignored, and children inherit that: Ctrl-C could not be tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

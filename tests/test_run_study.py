@@ -20,6 +20,7 @@ from tune_ssim.guards import Baseline
 from tune_ssim.orchestration.run_study import run
 from tune_ssim.study import Study, load_study
 from tune_ssim.study_folder import StudyFolder
+from tune_ssim.winner import best_safe, confirmations, proof_of
 
 TESTS = Path(__file__).parent
 SMALL: dict[str, Any] = {
@@ -40,6 +41,8 @@ SMALL: dict[str, Any] = {
     "search": {"trials": 8, "seed": 0, "concurrency": 2},
     "guards": {"smoke_test": {"at": [0, 10, 20]}},
     "objective": {"keep": {"psnr": {"min_delta": -100}}},
+    "preflight": None,
+    "confirm": None,
     "tracking": None,
 }
 
@@ -208,3 +211,34 @@ def test_a_dead_tracking_server_neither_stops_nor_fails_a_study(tmp_path: Path) 
     assert ran.returncode == 0, ran.stderr
     assert "mirror dead" in ran.stdout + ran.stderr
     assert len(StudyFolder(tmp_path / "dead").trials()) == 4
+
+
+@pytest.fixture(scope="module")
+def confirmed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    study = small(name="confirmed", confirm={"seeds": 3, "steps": 60, "finalists": 2}, search={**SMALL["search"], "trials": 4})
+    return run(study, storage=tmp_path_factory.mktemp("confirmed"))
+
+
+def test_confirm_runs_the_best_and_the_baseline_again_with_new_seeds(confirmed: StudyFolder) -> None:
+    trials = confirmed.trials()
+    best = best_safe(confirmed)
+    again = [trial for trial in trials if trial["role"] == "confirm"]
+    baselines = [trial for trial in trials if trial["trial_id"].startswith("confirm-baseline")]
+    assert [trial.get("seed") for trial in baselines] == [2, 3, 4]
+    mine = confirmations(best, trials)
+    assert sorted(trial.get("seed", -1) for trial in mine) == [2, 3, 4] and len(again) in (3, 6)
+    assert {trial["steps"] for trial in (*mine, *baselines)} == {60}
+    for trial in mine:  # compared with the baseline of the same seed, at the same horizon
+        reference = next(b for b in baselines if b.get("seed") == trial.get("seed"))
+        assert trial["metrics"]["delta_ssim"] == pytest.approx(trial["metrics"]["ssim"] - reference["metrics"]["ssim"])
+    proof = proof_of(best, confirmed)
+    assert proof["unproven"] == [] and proof["horizon"]["steps"] == 60
+    found = proof["comparison"]["delta_ssim"]
+    low, high = found["interval"]
+    assert found["n"] == 3 and low < found["mean"] < high
+    assert 0 < proof["margins"]["norm_ratio_max"]["worst"] < proof["margins"]["norm_ratio_max"]["limit"] == 10
+    assert any(name.startswith("code/small_task") for name in proof["provenance"])
+
+
+def test_a_study_without_a_confirm_phase_is_unproven(done: StudyFolder) -> None:
+    assert proof_of(best_safe(done), done)["unproven"] == ["it was not confirmed with further seeds"]

@@ -24,7 +24,9 @@ from tune_ssim.winner import NoSafeTrial, best_safe, experiment_name, exported_c
         (USUAL, "00004"),
         # the baseline is safe and may be the best; it is not a setting of the search
         ((trial("a", delta_ssim=0.001), trial("b", delta_ssim=0.9, role="baseline")), "a"),
-        ((trial("a", delta_ssim=0.001), trial("b", delta_ssim=0.002, role="confirm", config={"lr": 1})), "b"),
+        # confirmed under two further seeds, and a better one that was not
+        ((trial("a", delta_ssim=0.9), trial("b", delta_ssim=0.1, config={"ssim_loss_weight": 3}),
+          *(trial(f"c{seed}", role="confirm", config={"ssim_loss_weight": 3}) for seed in (2, 3))), "b"),
         # every verdict but safe, however good its number
         ([trial(v, v, 0.9) for v in ("degraded", "pruned", "bad_setup", "stopped", "error")]
          + [trial("a", delta_ssim=1e-6, config={"ssim_loss_weight": 1.0})], "a"),
@@ -32,8 +34,11 @@ from tune_ssim.winner import NoSafeTrial, best_safe, experiment_name, exported_c
         ((trial("a", delta_ssim="NaN"), trial("b", delta_ssim="Infinity"), trial("c", metrics={}),
           trial("d", delta_ssim=None), trial("e", delta_ssim=0.1)), "e"),
         # a setting that was ruined under another seed, or by another name of the same gain
-        ((trial("a", delta_ssim=0.9), trial("b", "pruned", "NaN", role="confirm"),
+        ((trial("a", delta_ssim=0.9), trial("b", "pruned", "NaN"),
           trial("c", delta_ssim=0.1, config={"ssim_loss_weight": 3})), "c"),
+        ((trial("a", delta_ssim=0.9), trial("b", "pruned", "NaN", role="confirm"),
+          trial("c", delta_ssim=0.1, config={"ssim_loss_weight": 3}),
+          *(trial(f"d{seed}", role="confirm", config={"ssim_loss_weight": 30, "ssim_grad_scale": 0.1}) for seed in (2, 3))), "c"),
         ((trial("a", delta_ssim=0.9), trial("b", "degraded", config={"ssim_loss_weight": 300, "ssim_grad_scale": 0.1}),
           trial("c", delta_ssim=0.1, config={"ssim_loss_weight": 3})), "c"),
         # an error of the machine says nothing about the setting
@@ -58,8 +63,20 @@ def test_best_safe(tmp_path: Path, trials: Any, winner: str) -> None:
         ),
         ((trial("a", "pruned", "NaN", steps=3), trial("b", "pruned", "NaN", steps=9)), "nearest miss b"),
         ((trial("a", delta_ssim="NaN"),), "1 safe; the safe ones have no finite delta_ssim"),
-        ((trial("a", delta_ssim=-0.001), trial("b", delta_ssim=-0.2)), "no setting beats the baseline: the best of 2"),
+        (
+            (trial("a", delta_ssim=-0.001), trial("b", delta_ssim=-0.2, config={"lr": 1})),
+            "no setting beats the baseline: the best of 2",
+        ),
         ((trial("a", delta_ssim=0.0),), "no setting beats the baseline"),
+        (
+            (trial("a"), trial("b", role="confirm"), trial("c", "pruned", "NaN", role="confirm", seed=3)),
+            "no finalist held in the confirm phase: a with seed 3 is pruned: total_norm is 32",
+        ),
+        (
+            (trial("a"), trial("b", role="confirm", delta_ssim=-0.02), trial("c", role="confirm", delta_ssim=0.01)),
+            "a has delta_ssim -0.005 over 2 seeds",
+        ),
+        ((trial("a"), trial("b", role="confirm")), "a has delta_ssim +0.005 over 1 seeds"),
     ],
 )
 def test_nothing_to_export(trials: Any, said: str) -> None:
@@ -88,12 +105,17 @@ def test_exported_config(tmp_path: Path) -> None:
     exported = exported_config(best_safe(folder), folder)
     assert exported["config"] == SETTING
     assert exported["gain"] == 30.0
-    assert exported["proof"] == {"confirmed": False, "note": "not re-run with further seeds"}
+    assert exported["proof"]["confirmed"] is False and len(exported["proof"]["unproven"]) == 2
     assert [entry["trial_id"] for entry in exported["baseline"]] == ["baseline-0", "baseline-1"]
     json.dumps(exported, allow_nan=False)
 
-    folder.add_trial(trial("00009", role="confirm"))
-    assert exported_config(folder.trials()[4], folder)["proof"]["confirmed"] is True
+    for seed in (2, 3):
+        folder.add_trial(trial(f"confirm-{seed}", role="confirm", seed=seed, delta_ssim=0.001 * seed))
+    (folder.path / "provenance.json").write_text('{"code/a.py": "0123"}')
+    proof = exported_config(best_safe(folder), folder)["proof"]
+    assert proof["confirmed"] is True and proof["unproven"] == []
+    assert proof["comparison"]["delta_ssim"]["by_seed"] == {"2": 0.002, "3": 0.003}
+    assert proof["provenance"] == {"code/a.py": "0123"} and proof["setting"] == exported["config"]
 
 
 def test_settings_are_what_a_script_must_be_given() -> None:

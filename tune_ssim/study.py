@@ -123,6 +123,18 @@ class Resources(_Section):
         raise ValueError(f"must be a number >= 0 or auto, got {kind_of(value)}")
 
 
+class Preflight(_Section):
+    """Before anything is launched: is the set-up sound? No options yet; `preflight: null` switches it off."""
+
+
+class Confirm(_Section):
+    """Before anything is exported: the best settings and the baseline again, with further seeds and for longer."""
+
+    finalists: Annotated[int, Field(ge=1)] = 3  # tried in their order until one holds
+    seeds: Annotated[int, Field(ge=2)] = 3  # an interval needs two; FACTS §6: the noise between seeds is as large as the gain
+    steps: Annotated[int, Field(ge=1)] | None = None  # of a trial; None: ten times the search's (SEEDS A9)
+
+
 class Tracking(_Section):
     """MLflow; uri None: SQLite in the storage path."""
 
@@ -148,6 +160,8 @@ class Study:
     guards: Mapping[str, Guard] = field(default_factory=default_guards)  # by the guard's name; absent = off
     objective: Objective = field(default_factory=Objective)
     resources: Resources = field(default_factory=Resources)
+    preflight: Preflight | None = field(default_factory=Preflight)  # None: off, and the proof says so
+    confirm: Confirm | None = field(default_factory=Confirm)  # None: off; then nothing is exported without --unproven
     report_every: int = 1  # steps between transfers from the device, and so between verdicts; 1 on CPU (DESIGN)
     result_every: int = 10  # steps per result that Ray sees: a result costs it milliseconds (FACTS §3)
     checkpoint_every: int = 50  # steps; DESIGN
@@ -202,6 +216,8 @@ class Study:
             "guards": guards,
             "objective": {"maximize": self.objective.maximize, "keep": keep},
             "resources": self.resources.model_dump(),
+            "preflight": None if self.preflight is None else self.preflight.model_dump(),
+            "confirm": None if self.confirm is None else self.confirm.model_dump(),
             "report_every": self.report_every,
             "result_every": self.result_every,
             "checkpoint_every": self.checkpoint_every,
@@ -307,8 +323,9 @@ def _parse(source: Source, folder: Path) -> Study:
     found["scheduler"] = _scheduler(problems, data.get("scheduler"), found["task_config"]["steps"])
     found["guards"] = _guards(problems, data.get("guards", {}))
     found["objective"] = _objective(problems, data.get("objective") or {})
-    tracking = data.get("tracking", {})
-    found["tracking"] = None if tracking is None else _section(problems, ("tracking",), tracking, Tracking)
+    for key, model in (("tracking", Tracking), ("preflight", Preflight), ("confirm", Confirm)):
+        given = data.get(key, {})
+        found[key] = None if given is None else _section(problems, (key,), given, model)
     found["import_path"] = _import_path(problems, data, folder if source.lines else None, found["task"])
     for loc, message in _problems(SimpleNamespace(**found)):
         problems.add(loc, message)
@@ -541,6 +558,9 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
                 ("search", "trials"),
                 f"a route of {stages} stages needs at least {stages} trials, got {study.search.trials}",
             )
+    confirm = study.confirm
+    if confirm is not None and confirm.steps is not None and _is_count(steps) and confirm.steps < steps:
+        yield ("confirm", "steps"), f"must be at least the trial's {steps} steps, got {confirm.steps}"
     asha = study.scheduler
     if asha is not None and _is_count(steps):
         if asha.max_steps > steps:

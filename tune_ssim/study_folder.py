@@ -29,13 +29,20 @@ DEFAULT_STORAGE = "tune_ssim_results"
 STORAGE_VARIABLE = "TUNE_SSIM_STORAGE"
 
 
-class TrialSummary(TypedDict):
+class _Later(TypedDict, total=False):
+    """Keys that the first studies did not write."""
+
+    seed: int
+
+
+class TrialSummary(_Later):
     """One line of `trials.jsonl` and one object of `tune-ssim trials --json`. A stable schema.
 
     role: baseline, search or confirm. verdict: safe, degraded, pruned, bad_setup, stopped or error.
     config: the settings of this trial; always the three numbers ssim_loss_weight, ssim_loss_max_t, ssim_grad_scale.
     horizon: how far the verdict reaches, e.g. {"steps": 200, "batch_size": 8, "lr": 0.005}.
     evidence: {guard, step, metric, value, limit} of the violation that ended the trial, else None.
+    seed: of the training's random numbers; 0 for trials of before there was a confirm phase.
     metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are the strings
     "NaN", "Infinity", "-Infinity", since JSON has no others.
     """

@@ -9,13 +9,16 @@ import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tune_ssim import __version__
 from tune_ssim.errors import UserError
+from tune_ssim.guards import KeepRule
+from tune_ssim.proof import CALIBRATION, PREFLIGHT, comparison, digest, margins, read_json, read_provenance
 from tune_ssim.space import gain_of
 from tune_ssim.study_folder import StudyFolder, TrialSummary, jsonable
 from tune_ssim.trial_text import metric_of
@@ -39,12 +42,11 @@ class NoSafeTrial(UserError):
 def best_safe(
     study: StudyFolder | Path | str | Iterable[TrialSummary], *, objective: str | None = None, where: str = "this study"
 ) -> TrialSummary:
-    """The safe trial with the largest objective.
+    """The safe trial with the largest objective that the confirm phase has not refuted.
 
     `study`: a study's folder, its path, or summaries. `objective`: a metric's name; without it `objective.maximize` of
-    the folder's study.yaml, else `delta_ssim`. A trial qualifies if its verdict is `safe` (the margins of
-    `objective.keep` are part of the verdict: a trial beyond them is `degraded`), its role is search or confirm, its
-    objective is finite, and no other trial of the same setting was pruned or degraded. Of equals the earlier one wins.
+    the folder's study.yaml, else `delta_ssim`. What qualifies: see `ranked`. Where there was a confirm phase, only a
+    setting that held there does: all its trials safe, and a mean objective above zero. Of equals the earlier one wins.
 
     Raises NoSafeTrial if nothing qualifies, and also if the best delta is not above zero: a setting that does not
     beat the baseline is no winner.
@@ -57,23 +59,71 @@ def best_safe(
     else:
         summaries, objective = list(study), objective or OBJECTIVE
     tried = [summary for summary in summaries if summary["role"] in EXPORTED_ROLES]
-    refuted = {setting_key(summary["config"]) for summary in tried if summary["verdict"] in EVIDENCE_AGAINST}
-    candidates = [
-        summary
-        for summary in tried
-        if summary["verdict"] == "safe"
-        and math.isfinite(metric_of(summary, objective))
-        and setting_key(summary["config"]) not in refuted
-    ]
+    candidates = _safe(summaries, objective)
     if not candidates:
         raise NoSafeTrial(f"{where}: no safe trial to export: {_why_none(tried, objective)}")
-    best = max(candidates, key=lambda summary: metric_of(summary, objective))
+    best = candidates[0]
     if objective.startswith("delta_") and metric_of(best, objective) <= 0:
         raise NoSafeTrial(
             f"{where}: no setting beats the baseline: the best of {len(candidates)} safe trials, {best['trial_id']}, "
             f"has {objective} {metric_of(best, objective):+.4g}; search larger gains, or keep the pixel loss"
         )
-    return best
+    if not any(summary["role"] == "confirm" for summary in summaries):
+        return best
+    held = [summary for summary in ranked(summaries, objective) if holds(confirmations(summary, summaries), objective)]
+    if not held:
+        words = "; ".join(
+            _why_not_held(summary, summaries, objective) for summary in candidates if confirmations(summary, summaries)
+        )
+        raise NoSafeTrial(f"{where}: no finalist held in the confirm phase: {words}")
+    return held[0]
+
+
+def ranked(summaries: Iterable[TrialSummary], objective: str = OBJECTIVE) -> list[TrialSummary]:
+    """Trials of the search that may win, the best first, each setting once.
+
+    A trial qualifies if its verdict is `safe` (the margins of `objective.keep` are part of the verdict: a trial beyond
+    them is `degraded`), its objective is finite and, where it is a difference to the baseline, above zero, and no other
+    trial of the same setting was pruned or degraded."""
+    return [
+        summary
+        for summary in _safe(summaries, objective)
+        if metric_of(summary, objective) > 0 or not objective.startswith("delta_")
+    ]
+
+
+def _safe(summaries: Iterable[TrialSummary], objective: str) -> list[TrialSummary]:
+    tried = [summary for summary in summaries if summary["role"] in EXPORTED_ROLES]
+    searched = [summary for summary in tried if summary["role"] == "search"] or tried
+    refuted = {setting_key(summary["config"]) for summary in searched if summary["verdict"] in EVIDENCE_AGAINST}
+    found: dict[str, TrialSummary] = {}
+    for summary in sorted(searched, key=lambda s: -metric_of(s, objective) if math.isfinite(metric_of(s, objective)) else math.inf):
+        key = setting_key(summary["config"])
+        if summary["verdict"] == "safe" and math.isfinite(metric_of(summary, objective)) and key not in refuted:
+            found.setdefault(key, summary)
+    return list(found.values())
+
+
+def confirmations(summary: TrialSummary, summaries: Iterable[TrialSummary]) -> list[TrialSummary]:
+    """The trials of the confirm phase that ran `summary`'s setting."""
+    key = setting_key(summary["config"])
+    return [other for other in summaries if other["role"] == "confirm" and setting_key(other["config"]) == key]
+
+
+def holds(confirmed: Sequence[TrialSummary], objective: str = OBJECTIVE) -> bool:
+    """Whether at least two further trials of a setting were all safe and beat the baseline on average."""
+    if len(confirmed) < 2 or any(trial["verdict"] != "safe" for trial in confirmed):
+        return False
+    return not objective.startswith("delta_") or fmean(metric_of(trial, objective) for trial in confirmed) > 0
+
+
+def _why_not_held(summary: TrialSummary, summaries: Iterable[TrialSummary], objective: str) -> str:
+    confirmed = confirmations(summary, summaries)
+    failed = next((trial for trial in confirmed if trial["verdict"] != "safe"), None)
+    if failed is not None:
+        return f"{summary['trial_id']} with seed {failed.get('seed')} is {failed['verdict']}: {failed['reason']}"
+    mean = fmean(metric_of(trial, objective) for trial in confirmed)
+    return f"{summary['trial_id']} has {objective} {mean:+.4g} over {len(confirmed)} seeds"
 
 
 def objective_of(folder: StudyFolder) -> str:
@@ -93,6 +143,12 @@ def study_value(folder: StudyFolder, *keys: str) -> Any:
         return value
     except (OSError, YAMLError, KeyError, TypeError, UnicodeDecodeError):
         return None
+
+
+def study_mapping(folder: StudyFolder) -> dict[str, Any]:
+    """The study.yaml as resolved; empty if it cannot be read."""
+    found = study_value(folder)
+    return found if isinstance(found, dict) else {}
 
 
 def setting_key(config: Mapping[str, Any]) -> str:
@@ -117,17 +173,10 @@ def experiment_name(summary: TrialSummary, study_name: str) -> str:
 
 
 def exported_config(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
-    """What `tune-ssim export` writes: plain JSON values, the three numbers at the top level of `config`."""
+    """What `tune-ssim export` writes: plain JSON values, the three numbers at the top level of `config`, and the proof."""
     trials = folder.trials()
     baselines = [trial for trial in trials if trial["role"] == "baseline"]
-    confirmed = [
-        trial
-        for trial in trials
-        if trial["role"] == "confirm"
-        and trial["verdict"] == "safe"
-        and setting_key(trial["config"]) == setting_key(summary["config"])
-    ]
-    return jsonable(
+    exported: dict[str, Any] = jsonable(
         {
             "study": folder.name,
             "trial_id": summary["trial_id"],
@@ -140,15 +189,45 @@ def exported_config(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any
             "steps": summary["steps"],
             "metrics": summary["metrics"],
             "baseline": [{"trial_id": trial["trial_id"], "metrics": trial["metrics"]} for trial in baselines],
-            "proof": {
-                "confirmed": bool(confirmed),
-                "note": f"re-run as {', '.join(trial['trial_id'] for trial in confirmed)}"
-                if confirmed
-                else "not re-run with further seeds",
-            },
+            "proof": proof_of(summary, folder),
             "exported_with": {"tune-ssim": __version__} | {name: _version(name) for name in ("torch", "ray", "optuna")},
         }
     )
+    return exported
+
+
+def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
+    """What the setting of `summary` rests on. `unproven` says what is missing; nothing there means that it is proven."""
+    trials = folder.trials()
+    confirmed = confirmations(summary, trials)
+    baselines = [trial for trial in trials if trial["role"] == "baseline"]
+    provenance = read_provenance(folder)
+    study = study_mapping(folder)
+    objective = objective_of(folder)
+    unproven = []
+    if not holds(confirmed, objective):
+        unproven.append("it was not confirmed with further seeds")
+    if provenance is None:
+        unproven.append("the study recorded no hashes of its code, weights and data")
+    guards = study.get("guards") or {}
+    limits = {"norm_ratio_max": (guards.get("norm_ratio") or {}).get("limit"), "smoke_used_max": 1.0}
+    rules = [KeepRule(metric, **limit) for metric, limit in ((study.get("objective") or {}).get("keep") or {}).items()]
+    return {
+        "confirmed": not unproven,
+        "unproven": unproven,
+        "trials": [trial["trial_id"] for trial in confirmed],
+        "seeds": [trial.get("seed") for trial in confirmed],
+        "horizon": confirmed[0]["horizon"] if confirmed else None,
+        "objective": objective,
+        "comparison": comparison(confirmed),
+        "margins": margins(confirmed, baselines, {name: limit for name, limit in limits.items() if limit}, rules),
+        "preflight": read_json(folder.path / PREFLIGHT),
+        "calibration": read_json(folder.path / CALIBRATION),
+        "setting": settings_of(summary),
+        "setting_sha256": digest(settings_of(summary)),
+        "study": study,
+        "provenance": provenance,
+    }
 
 
 def format_export(exported: Mapping[str, Any], form: str) -> str:
@@ -206,7 +285,9 @@ def _env_lines(exported: Mapping[str, Any]) -> str:
             raise UserError(f"parameter {key!r}: the shell variable {name} is taken; use --format args, json or yaml")
         lines[name] = _word(key, value)
     lines["EXP_NAME"] = exported["exp_name"]
-    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in lines.items())
+    missing = exported.get("proof", {}).get("unproven") or []
+    head = f"# UNPROVEN: {'; '.join(missing)}\n" if missing else ""
+    return head + "".join(f"{name}={shlex.quote(value)}\n" for name, value in lines.items())
 
 
 def _arguments(config: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 SHOWN_NAMES = {"psnr": "PSNR", "ssim": "SSIM"}
@@ -23,20 +23,29 @@ class KeepRule:
 
     def broken_by(self, found: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[str, float, float, str] | None:
         """(metric, value, limit, sentence) of the first breach; NaN is a breach."""
-        for name, value in found.items():
-            if name != self.metric and not name.startswith(self.metric + "/"):
-                continue
-            if name not in baseline:
-                continue
-            reference = baseline[name]
-            delta, ratio = value - reference, value / reference if reference else math.inf
-            for limit, measured, is_lower, words in (
-                (self.min_delta, delta, True, "{name} {delta:+.4g} against the baseline (at least {limit:+g})"),
-                (self.max_delta, delta, False, "{name} {delta:+.4g} against the baseline (at most {limit:+g})"),
-                (self.min_ratio, ratio, True, "{name} {ratio:.3g}x the baseline's (at least {limit:g}x)"),
-                (self.max_ratio, ratio, False, "{name} {ratio:.3g}x the baseline's (at most {limit:g}x)"),
-            ):
-                if limit is not None and not (measured >= limit if is_lower else measured <= limit):
-                    shown = SHOWN_NAMES.get(name, name)
-                    return name, measured, limit, words.format(name=shown, delta=delta, ratio=ratio, limit=limit)
+        for name, measured, limit, is_floor in self.measured(found, baseline):
+            if not (measured >= limit if is_floor else measured <= limit):
+                shown, bound = SHOWN_NAMES.get(name, name), "at least" if is_floor else "at most"
+                is_delta = self.min_delta is not None or self.max_delta is not None
+                how = (
+                    f"{measured:+.4g} against the baseline ({bound} {limit:+g})"
+                    if is_delta
+                    else f"{measured:.3g}x the baseline's ({bound} {limit:g}x)"
+                )
+                return name, measured, limit, f"{shown} {how}"
         return None
+
+    def measured(self, found: Mapping[str, float], baseline: Mapping[str, float]) -> Iterator[tuple[str, float, float, bool]]:
+        """(metric, difference or quotient, limit, whether the limit is a floor) of every metric that the rule is about."""
+        for name, value in found.items():
+            if (name != self.metric and not name.startswith(self.metric + "/")) or name not in baseline:
+                continue
+            delta, ratio = value - baseline[name], value / baseline[name] if baseline[name] else math.inf
+            for limit, number, is_floor in (
+                (self.min_delta, delta, True),
+                (self.max_delta, delta, False),
+                (self.min_ratio, ratio, True),
+                (self.max_ratio, ratio, False),
+            ):
+                if limit is not None:
+                    yield name, number, limit, is_floor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class SmokeTest:
         return step in self.at or step == last_step
 
     def init(self) -> State:
-        return {"start": None, "failures": 0, "last_step": -1, "last": None}
+        return {"start": None, "failures": 0, "last_step": -1, "last": None, "used": None}
 
     def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
         first = _with_prefix(record, SMOKE)
@@ -92,6 +92,7 @@ class SmokeTest:
             "failures": failures,
             "last_step": record.step,
             "last": findings[0].words if failures else None,
+            "used": state["used"] if record.step == 0 else max(state["used"] or 0.0, self.used(first, start)[0]),
         }
         if not failures:
             return state, None
@@ -109,36 +110,43 @@ class SmokeTest:
     def findings(self, now: dict[str, float], start: dict[str, float]) -> list[Finding]:
         """The statistics of one smoke test that are on the wrong side, most telling first."""
         found: list[Finding] = []
-
-        def judge(metric: str, limit: float | None, bad: Callable[[float, float], bool], words: str) -> None:
+        for metric, limit, is_floor, words in self._limits(now, start):
             value = now.get(metric)
             if value is None or limit is None:
-                return
-            if not math.isfinite(value) or bad(value, limit):
+                continue
+            if not math.isfinite(value) or (value < limit if is_floor else value > limit):
                 found.append(Finding(SMOKE + metric, value, limit, words.format(value=value, limit=limit)))
+        return found
 
+    def used(self, now: dict[str, float], start: dict[str, float]) -> tuple[float, str]:
+        """How much of the way from the start to a limit is gone, of the statistic that is nearest to its own: 0 at the start,
+        1 at the limit; and its name."""
+        worst = (0.0, "")
+        for metric, limit, _, _ in self._limits(now, start):
+            value, first = now.get(metric), start.get(metric)
+            if value is None or first is None or limit is None or first == limit:
+                continue
+            worst = max(worst, ((value - first) / (limit - first), metric))
+        return worst
+
+    def _limits(self, now: dict[str, float], start: dict[str, float]) -> Iterator[tuple[str, float | None, bool, str]]:
+        """(statistic, limit, whether the limit is a floor, sentence)."""
         # One such pixel makes every other statistic NaN, so it is said first.
-        broken = "{value:.1%} of the sampled pixels are not finite"
-        below, above = (lambda value, limit: value < limit), (lambda value, limit: value > limit)
-        judge("non_finite_fraction", 0.0, above, broken)
+        yield "non_finite_fraction", 0.0, False, "{value:.1%} of the sampled pixels are not finite"
         floor_db = _from_start(start, "consistency_psnr", lambda db: db - self.max_consistency_drop_db)
-        judge("consistency_psnr", floor_db, below, "agreement with the input {value:.1f} dB (floor {limit:.1f} dB)")
-        floor = _from_start(
-            start, "consistency_correlation", lambda r: self.min_correlation_ratio * r if r >= NO_CORRELATION else None
-        )
-        judge("consistency_correlation", floor, below, "correlation with the input {value:.2f} (floor {limit:.2f})")
-        noisy = "high-frequency energy {value:.2f}x the reference's (limit {limit:g}: noise)"
-        judge("high_frequency", self.max_high_frequency, above, noisy)
-        flat = "high-frequency energy {value:.2f}x the reference's (floor {limit:g}: flat)"
-        judge("high_frequency", self.min_high_frequency, below, flat)
-        judge("std_ratio", self.min_std_ratio, below, "contrast {value:.2f}x the reference's (floor {limit:g})")
+        yield "consistency_psnr", floor_db, True, "agreement with the input {value:.1f} dB (floor {limit:.1f} dB)"
+        floor = _from_start(start, "consistency_correlation", self._correlation_floor)
+        yield "consistency_correlation", floor, True, "correlation with the input {value:.2f} (floor {limit:.2f})"
+        energy = "high-frequency energy {value:.2f}x the reference's "
+        yield "high_frequency", self.max_high_frequency, False, energy + "(limit {limit:g}: noise)"
+        yield "high_frequency", self.min_high_frequency, True, energy + "(floor {limit:g}: flat)"
+        yield "std_ratio", self.min_std_ratio, True, "contrast {value:.2f}x the reference's (floor {limit:g})"
         # Images that are nearly flat by themselves have little entropy even when they are perfect.
         least = min(self.min_entropy_bits, 0.5 * now.get("ideal_entropy_bits", math.inf))
-        judge("entropy_bits", least, below, "histogram entropy {value:.2f} bit (floor {limit:.2f})")
+        yield "entropy_bits", least, True, "histogram entropy {value:.2f} bit (floor {limit:.2f})"
         ceiling = _from_start(start, "flow_loss_top_bin", lambda loss: self.max_flow_loss_ratio * loss)
-        judge("flow_loss_top_bin", ceiling, above, "flow loss at the noisiest t {value:.3g} (limit {limit:.3g})")
-        judge("undecodable_fraction", 0.0, above, "{value:.1%} of the generated token ids cannot be decoded")
-        return found
+        yield "flow_loss_top_bin", ceiling, False, "flow loss at the noisiest t {value:.3g} (limit {limit:.3g})"
+        yield "undecodable_fraction", 0.0, False, "{value:.1%} of the generated token ids cannot be decoded"
 
     def _correlation_floor(self, start: float) -> float | None:
         return self.min_correlation_ratio * start if start >= NO_CORRELATION else None
@@ -154,7 +162,9 @@ class SmokeTest:
         return None
 
     def summary(self, state: State) -> dict[str, float]:
-        return {"smoke_failures": float(state["failures"])}
+        """`smoke_failures`: in a row, at the end. `smoke_used_max`: see `used`; 1 is the limit."""
+        used = {} if state["used"] is None else {"smoke_used_max": state["used"]}
+        return {"smoke_failures": float(state["failures"])} | used
 
     def _violation(self, step: int, worst: Finding, action: Any, sentence: str, remedy: str) -> Violation:
         return Violation(self.name, step, worst.metric, worst.value, worst.limit, action, sentence, remedy)

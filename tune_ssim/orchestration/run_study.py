@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,13 @@ import ray
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.guards import Guard
+from tune_ssim.orchestration.before_launch import before_launch
+from tune_ssim.orchestration.confirm import PREFIX, ConfirmSearch, confirm_seeds, confirm_steps, longer
 from tune_ssim.orchestration.events import EventWriter
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch
@@ -26,13 +30,14 @@ from tune_ssim.orchestration.study_callback import LIVE_TABLES, StudyCallback
 from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable, make_trainable
 from tune_ssim.study_folder import StudyFolder, TrialSummary, check_name, write_atomically
 from tune_ssim.tasks.task import load_task
+from tune_ssim.winner import ranked, settings_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tune_ssim.study import Study
 
-RAY_RUN = "run"  # name of Ray's experiment inside the study's folder
+SEARCH, CONFIRM = "run", "confirm"  # phases that are Ray experiments, by their folder below the study's `ray/`
 DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; what is left over is mirrored later
 UNREACHED_TIMEOUT_S = 10.0  # the same, if it has not taken a single event during the study
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # trials side by side: contended threads are slower than one thread each
@@ -70,11 +75,13 @@ def run(
         try:
             with LiveTable(total, console) as table:
                 LIVE_TABLES[str(folder.path)] = table
-                table.phase(
-                    f"{folder.name}: {study.baseline_seeds} baselines, then {study.search.trials} trials, {concurrency} at a time"
-                )
-                tuner = _restored(study, folder, cluster) if resume else _tuner(study, folder, cluster, concurrency)
-                tuner.fit()
+                before_launch(study, folder, writer, table, _gpus(study, cluster))
+                if not _begun(folder, CONFIRM):
+                    plan = f"{study.baseline_seeds} baselines, then {study.search.trials} trials, {concurrency} at a time"
+                    table.phase(f"{folder.name}: {plan}")
+                    _search(study, folder, cluster, concurrency)
+                if not _failure(folder.trials()) and not _unfinished(folder):
+                    _confirm(study, folder, cluster, concurrency, table)
         finally:
             LIVE_TABLES.pop(str(folder.path), None)
             for path in sorted((folder.path / "baseline").glob("*.json")):
@@ -96,7 +103,7 @@ def _folder(study: Study, storage: Path, name: str | None, resume: bool) -> Stud
     wanted = check_name(name or study.name)
     path = storage / wanted
     if resume:
-        if not (path / "ray" / RAY_RUN / "tuner.pkl").exists():
+        if not (path / "study.yaml").exists():
             raise UserError(f"--resume: no study {wanted!r} that was started in {storage}")
         return StudyFolder(path)
     number = 2
@@ -173,13 +180,30 @@ def _concurrency(study: Study, cluster: dict[str, float]) -> int:
     return fits if wanted == "auto" else min(int(wanted), fits)
 
 
-def _trainable(study: Study, cluster: dict[str, float]) -> Any:
-    asha = study.scheduler
+def _begun(folder: StudyFolder, phase: str) -> bool:
+    return (folder.ray_folder / phase / "tuner.pkl").exists()
+
+
+def _fit(
+    study: Study,
+    folder: StudyFolder,
+    phase: str,
+    cluster: dict[str, float],
+    searcher: Searcher,
+    *,
+    samples: int,
+    concurrency: int,
+    steps: int,
+    guards: Sequence[Guard],
+    scheduler: TrialScheduler | None = None,
+) -> None:
+    """One phase, from its start or, if it has begun already, from Ray's snapshot, which may be some seconds old."""
+    asha = study.scheduler if scheduler is not None else None
     trainable: type[GuardedTrainable] = make_trainable(
         study.task_path,
-        study.guard_list,
-        task_config=study.task_config,
-        steps=study.steps,
+        guards,
+        task_config={**study.task_config, "steps": steps},
+        steps=steps,
         keep=study.objective.rules,
         report_every=study.report_every,
         result_every=study.result_every,
@@ -187,10 +211,37 @@ def _trainable(study: Study, cluster: dict[str, float]) -> Any:
         evaluate_every=asha.grace_steps if asha else None,
         import_path=study.import_path,
     )
-    return tune.with_resources(trainable, {"cpu": study.resources.cpus, "gpu": _gpus(study, cluster)})
+    with_resources = tune.with_resources(trainable, {"cpu": study.resources.cpus, "gpu": _gpus(study, cluster)})
+    if _begun(folder, phase):
+        path = str(folder.ray_folder / phase)
+        # Trials, searcher and callbacks come back as they were.
+        Tuner.restore(path, trainable=with_resources, resume_unfinished=True, restart_errored=True).fit()
+        return
+    frequency = max(1, round(study.checkpoint_every / study.result_every))
+    Tuner(
+        with_resources,
+        tune_config=TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=samples,
+            max_concurrent_trials=concurrency,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=RunConfig(
+            name=phase,
+            storage_path=str(folder.ray_folder),
+            callbacks=[StudyCallback(folder, steps)],
+            stop=BaselineStopper(),
+            failure_config=FailureConfig(max_failures=PROCESS_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_frequency=frequency, checkpoint_at_end=True),
+            verbose=0,
+        ),
+    ).fit()
 
 
-def _tuner(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int) -> Tuner:
+def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int) -> None:
     search: dict[str, Any] = {
         "seed": study.search.seed,
         "concurrency": concurrency,
@@ -204,35 +255,49 @@ def _tuner(study: Study, folder: StudyFolder, cluster: dict[str, float], concurr
         n_latin = min(6, max(0, study.search.trials - len(stage.points)))
         inner = GuardedOptunaSearch(stage, n_latin=n_latin, **search)
     seeds = [study.search.seed + index for index in range(study.baseline_seeds)]
-    searcher = BaselineFirst(inner, study.baseline_settings, folder=folder.path / "baseline", seeds=seeds)
-    frequency = max(1, round(study.checkpoint_every / study.result_every))
-    return Tuner(
-        _trainable(study, cluster),
-        tune_config=TuneConfig(
-            search_alg=searcher,
-            scheduler=_scheduler(study),
-            num_samples=study.search.trials + len(seeds),
-            max_concurrent_trials=concurrency,
-            reuse_actors=True,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-        ),
-        run_config=RunConfig(
-            name=RAY_RUN,
-            storage_path=str(folder.ray_folder),
-            callbacks=[StudyCallback(folder, study.steps)],
-            stop=BaselineStopper(),
-            failure_config=FailureConfig(max_failures=PROCESS_FAILURES),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_frequency=frequency, checkpoint_at_end=True),
-            verbose=0,
-        ),
+    _fit(
+        study,
+        folder,
+        SEARCH,
+        cluster,
+        BaselineFirst(inner, study.baseline_settings, folder=folder.path / "baseline", seeds=seeds),
+        samples=study.search.trials + len(seeds),
+        concurrency=concurrency,
+        steps=study.steps,
+        guards=study.guard_list,
+        scheduler=_scheduler(study),
     )
 
 
-def _restored(study: Study, folder: StudyFolder, cluster: dict[str, float]) -> Tuner:
-    """Trials, searcher and callbacks come back from Ray's snapshot, which may be some seconds old."""
-    path = str(folder.ray_folder / RAY_RUN)
-    return Tuner.restore(path, trainable=_trainable(study, cluster), resume_unfinished=True, restart_errored=True)
+def _confirm(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int, table: LiveTable) -> None:
+    """The finalists and the baseline again, with further seeds and for longer."""
+    if study.confirm is None:
+        return
+    finalists = ranked(folder.trials(), study.objective.maximize)[: study.confirm.finalists]
+    if not finalists:
+        return
+    seeds, steps = confirm_seeds(study), confirm_steps(study)
+    table.phase(f"confirm: the baseline and up to {len(finalists)} finalists, {len(seeds)} new seeds, {steps} steps")
+    table.total = None  # how many finalists it takes is not known
+    settings = [(trial["trial_id"], {k: v for k, v in settings_of(trial).items() if v is not None}) for trial in finalists]
+    searcher = BaselineFirst(
+        ConfirmSearch(settings, seeds),
+        study.baseline_settings,
+        folder=folder.path / "baseline",
+        seeds=seeds,
+        prefix=PREFIX,
+    )
+    _fit(
+        study,
+        folder,
+        CONFIRM,
+        cluster,
+        searcher,
+        samples=len(seeds) * (1 + len(finalists)),
+        concurrency=concurrency,
+        steps=steps,
+        guards=longer(study.guard_list, steps),
+    )
 
 
 def _trial_name(trial: Any) -> str:

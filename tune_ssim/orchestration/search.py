@@ -234,8 +234,9 @@ class BaselineFirst(Searcher):
     """Hands out the baseline (one trial a seed, side by side), waits for it, then gives every later trial its path and digest.
 
     baseline_config: settings of the baseline; a key that the space searches must be in it. seeds[0] is the study's own: later
-    trials run with it and see the same batches. folder: where the file goes; every node must reach it under that path.
-    If a baseline fails, or two trials report the same set-up error, the search is over and `failure` says why.
+    trials run with it and see the same batches. prefix: of the baselines' names. folder: where the file goes; every node must
+    reach it under that path. If a baseline fails, or two trials report the same set-up error, the search is over and
+    `failure` says why.
     """
 
     def __init__(
@@ -247,13 +248,14 @@ class BaselineFirst(Searcher):
         seeds: Sequence[int] = (0, 1),
         baseline: Baseline | None = None,
         searched: Sequence[str] = (),
+        prefix: str = "",
     ) -> None:
         super().__init__(metric=searcher.metric, mode=searcher.mode)
         if baseline is None and not seeds:
             raise ValueError("a baseline needs at least one seed")
         self.searcher = searcher
         self.baseline_config, self.seeds, self.folder = dict(baseline_config), list(seeds), str(folder)
-        self.searched = list(searched)
+        self.searched, self.prefix = list(searched), prefix
         self.failure = ""
         self._baseline_trials: list[str] = []
         self._runs: dict[str, str] = {}  # trial id → Baseline of one run, as JSON
@@ -274,7 +276,7 @@ class BaselineFirst(Searcher):
             if index >= len(self.seeds):
                 return None  # the others wait for the baseline
             self._baseline_trials.append(trial_id)
-            context = {"trial_id": f"baseline-{index}", "role": "baseline", "seed": self.seeds[index], "slot": index}
+            context = {"trial_id": f"{self.prefix}baseline-{index}", "role": "baseline", "seed": self.seeds[index], "slot": index}
             return {**self.baseline_config, CONTEXT: context}
         suggestion = self.searcher.suggest(trial_id)
         if suggestion is None or suggestion == Searcher.FINISHED:

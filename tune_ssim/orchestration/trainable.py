@@ -50,7 +50,7 @@ class GuardedTrainable(tune.Trainable):
         context = dict(new_config.get(CONTEXT) or {})
         self.trial_name_in_study = str(context.get("trial_id") or self.trial_id)
         self.role = str(context.get("role", "search"))
-        self.slot = context.get("slot")
+        self.seed = int(context.get("seed", new_config.get("seed", 0)))
         self.searched = tuple(context.get("searched") or ())
         self.settings: dict[str, Any] = {}
         self.failure: Verdict | None = None
@@ -68,7 +68,7 @@ class GuardedTrainable(tune.Trainable):
         self.trial = Trial(load_task(self.spec.task, self.spec.import_path)(), self.spec.plan)
         self.trial.start(
             config,
-            seed=int(context.get("seed", new_config.get("seed", 0))),
+            seed=self.seed,
             role=self.role,
             baseline=Baseline.read(baseline["path"], baseline["sha256"]) if baseline else None,
             searched=self.searched,
@@ -112,6 +112,7 @@ class GuardedTrainable(tune.Trainable):
             "trial_id": self.trial_name_in_study,
             "run_id": None,
             "role": self.role,
+            "seed": self.seed,
             "config": {**WITHOUT_SSIM, **{name: effective[name] for name in REPORTED if name in effective}, **self.settings},
             "verdict": verdict.verdict,
             "reason": verdict.reason,
