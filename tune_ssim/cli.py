@@ -148,7 +148,8 @@ def run(
         return
 
     from tune_ssim.orchestration.run_study import run as run_study
-    from tune_ssim.winner import NoSafeTrial, best_safe
+    from tune_ssim.trial_text import proof_line
+    from tune_ssim.winner import NoSafeTrial, best_safe, proof_of
 
     console = _console(outlive_reader=True)
     started_s = time.time()
@@ -172,8 +173,11 @@ def run(
         console.print(_readable(str(reason), console), markup=False)
         say_next("trials", folder.name, why="has every reason")
     else:
+        proof = proof_of(best, folder)
         console.print(_readable(f"best safe: {best['trial_id']}: {best['reason']}", console), markup=False)
-        say_next("export", folder.name, "--format", "env", why="prints it for a training script")
+        console.print(_readable(proof_line(proof), console), markup=False)
+        option = ["--unproven"] if proof["unproven"] else []
+        say_next("export", folder.name, "--format", "env", *option, why="prints it for a training script")
     say_next("ui", folder.name, why="browses the study in MLflow")
 
 
@@ -207,30 +211,65 @@ def trials(name: str | None, as_json: bool, storage: Path) -> None:
 @click.argument("name", required=False)
 @click.option("--format", "form", type=click.Choice(["yaml", "json", "env", "args"]), default="yaml", show_default=True)
 @click.option("-o", "--output", metavar="FILE", help="Write there, whole or not at all, instead of to stdout.")
+@click.option("--unproven", is_flag=True, help="Also a setting that no confirm phase has confirmed; the file says so.")
 @storage_option
-def export(name: str | None, form: str, output: str | None, storage: Path) -> None:
+def export(name: str | None, form: str, output: str | None, unproven: bool, storage: Path) -> None:
     """Print the best safe setting of a study.
 
-    Only a trial with the verdict `safe` that beats the baseline is exported, and none whose setting was ruinous in
-    another trial. If there is none, the exit code is 2 and the reason is said.
+    Only a setting that was `safe`, beat the baseline, and held in the confirm phase with further seeds; never one that
+    was ruinous in another trial. If there is none, the exit code is 2 and the reason is said.
 
     \b
       env    SSIM_LOSS_WEIGHT=… lines, to be sourced by a shell; EXP_NAME is new for every setting
       args   --ssim_loss_weight … in one line, for a torchrun script
-      json, yaml   the setting with its verdict, horizon and metrics
+      json, yaml   the setting with its verdict, horizon, metrics and proof: `tune-ssim verify` checks it again
     """
     from tune_ssim.study_folder import find_study, write_atomically
     from tune_ssim.winner import best_safe, exported_config, format_export
 
     target = _output_file(output)
     folder = find_study(storage, name)
-    text = format_export(exported_config(best_safe(folder), folder), form)
+    exported = exported_config(best_safe(folder), folder)
+    if missing := exported["proof"]["unproven"]:
+        words = f"{folder.name}: {exported['trial_id']} is unproven: {'; '.join(missing)}"
+        if not unproven:
+            raise UserError(f"{words}; `--unproven` exports it all the same and says so in the file")
+        click.echo(f"warning: {words}", err=True)
+    text = format_export(exported, form)
     if target is None:
         _print_exactly(text)
     else:
         write_atomically(target, text.encode())
         click.echo(f"wrote {target}")
     say_next("ui", folder.name, why="shows what it was chosen from", to_stderr=target is None)
+
+
+@cli.command()
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--address", help="A running Ray cluster (`auto`, HOST:PORT).  [default: a local one]")
+@click.option("--json", "as_json", is_flag=True, help="What was found, as one object.")
+def verify(file: Path, address: str | None, as_json: bool) -> None:
+    """Check an export again: same code, weights, data and setting, and does it still hold?
+
+    FILE: written by `tune-ssim export --format json` or yaml. Compares the hashes in it with what is here, then runs the
+    confirmation again. If anything differs the exit code is 3 and every difference is said.
+    """
+    from tune_ssim.orchestration.verify import read_export
+    from tune_ssim.orchestration.verify import verify as verify_export
+
+    exported = read_export(file)
+    found, trials = verify_export(exported, address=address, console=_console(to_stderr=as_json))
+    if as_json:
+        import json
+
+        from tune_ssim.study_folder import jsonable
+
+        report = {"file": str(file), "holds": not found, "differences": found, "trials": trials}
+        _print_exactly(json.dumps(jsonable(report), indent=2, allow_nan=False) + "\n")
+    if found:
+        raise BadSetup("\n".join(f"{file}: {line}" for line in found))
+    confirmed = ", ".join(trial["trial_id"] for trial in trials if trial["role"] == "confirm")
+    click.echo(f"{file}: code, weights, data and setting are the ones it was proven with; {confirmed} hold", err=as_json)
 
 
 @cli.command()
@@ -441,7 +480,7 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
     )
 
 
-def _console(outlive_reader: bool = False) -> Console:
+def _console(outlive_reader: bool = False, to_stderr: bool = False) -> Console:
     """stdout with rich: NO_COLOR is honoured, a pipe gets wide lines, and a letter that the encoding lacks is a `?`.
 
     When nobody reads the pipe any more, a listing ends; a study goes on in silence (`outlive_reader`).
@@ -456,9 +495,9 @@ def _console(outlive_reader: bool = False) -> Console:
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    console = Output(highlight=False)
+    console = Output(highlight=False, stderr=to_stderr)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Output(highlight=False, width=200)
+        console = Output(highlight=False, stderr=to_stderr, width=200)
     return console
 
 

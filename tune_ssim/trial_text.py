@@ -46,6 +46,19 @@ def verdict_line(summary: TrialSummary, ascii_only: bool = False) -> Text:
     )
 
 
+def proof_line(proof: Mapping[str, Any]) -> str:
+    """confirmed with 3 new seeds, 400 steps each: ΔSSIM +0.0042 [+0.0031, +0.0053] (95 %)"""
+    if proof["unproven"]:
+        return f"unproven: {'; '.join(proof['unproven'])}"
+    found = proof["comparison"].get(proof["objective"])
+    text = f"confirmed with {len(proof['seeds'])} new seeds, {proof['horizon']['steps']} steps each"
+    if found and found["interval"]:
+        name = {"delta_ssim": "ΔSSIM", "delta_psnr": "ΔPSNR"}.get(proof["objective"], proof["objective"])
+        low, high = found["interval"]
+        text += f": {name} {found['mean']:+.4f} [{low:+.4f}, {high:+.4f}] ({100 * found['level']:.0f} %)"
+    return text
+
+
 def setting_text(config: Mapping[str, Any]) -> str:
     """gain 30 @ 0.3"""
     return f"gain {number_text(gain_of(config))} @ {number_text(config.get('ssim_loss_max_t'))}"

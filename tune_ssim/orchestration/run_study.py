@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,14 @@ from ray.tune.stopper import Stopper
 
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Guard
-from tune_ssim.orchestration.before_launch import before_launch
+from tune_ssim.orchestration.before_launch import before_launch, inspect
 from tune_ssim.orchestration.confirm import PREFIX, ConfirmSearch, confirm_seeds, confirm_steps, longer
 from tune_ssim.orchestration.events import EventWriter
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch
 from tune_ssim.orchestration.study_callback import LIVE_TABLES, StudyCallback
 from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable, make_trainable
+from tune_ssim.proof import differences
 from tune_ssim.study_folder import StudyFolder, TrialSummary, check_name, write_atomically
 from tune_ssim.tasks.task import load_task
 from tune_ssim.winner import ranked, settings_of
@@ -72,6 +73,7 @@ def run(
         writer.file("study.yaml")
         mirror = _mirror(study, folder, tracking_uri)
         total = study.search.trials + study.baseline_seeds
+        unsound = ""
         try:
             with LiveTable(total, console) as table:
                 LIVE_TABLES[str(folder.path)] = table
@@ -82,13 +84,16 @@ def run(
                     _search(study, folder, cluster, concurrency)
                 if not _failure(folder.trials()) and not _unfinished(folder):
                     _confirm(study, folder, cluster, concurrency, table)
+        except (BadSetup, UserError) as error:
+            unsound = str(error)
+            raise
         finally:
             LIVE_TABLES.pop(str(folder.path), None)
             for path in sorted((folder.path / "baseline").glob("*.json")):
                 writer.file(f"baseline/{path.name}", "baseline")
             trials = folder.trials()
             reason = _failure(trials)
-            writer.study_ended(reason or "done")
+            writer.study_ended(unsound or reason or "done")
             if mirror is not None:
                 _drain(mirror, folder, console)
     if reason:
@@ -279,14 +284,22 @@ def _confirm(study: Study, folder: StudyFolder, cluster: dict[str, float], concu
     seeds, steps = confirm_seeds(study), confirm_steps(study)
     table.phase(f"confirm: the baseline and up to {len(finalists)} finalists, {len(seeds)} new seeds, {steps} steps")
     table.total = None  # how many finalists it takes is not known
-    settings = [(trial["trial_id"], {k: v for k, v in settings_of(trial).items() if v is not None}) for trial in finalists]
-    searcher = BaselineFirst(
-        ConfirmSearch(settings, seeds),
-        study.baseline_settings,
-        folder=folder.path / "baseline",
-        seeds=seeds,
-        prefix=PREFIX,
-    )
+    settings = [(trial["trial_id"], settings_of(trial)) for trial in finalists]
+    _fit_confirmation(study, folder, cluster, concurrency, settings, seeds, steps)
+
+
+def _fit_confirmation(
+    study: Study,
+    folder: StudyFolder,
+    cluster: dict[str, float],
+    concurrency: int,
+    finalists: Sequence[tuple[str, Mapping[str, Any]]],
+    seeds: Sequence[int],
+    steps: int,
+) -> None:
+    settings = [(name, {key: value for key, value in setting.items() if value is not None}) for name, setting in finalists]
+    inner = ConfirmSearch(settings, seeds, study.objective.maximize)
+    searcher = BaselineFirst(inner, study.baseline_settings, folder=folder.path / "baseline", seeds=seeds, prefix=PREFIX)
     _fit(
         study,
         folder,
@@ -298,6 +311,39 @@ def _confirm(study: Study, folder: StudyFolder, cluster: dict[str, float], concu
         steps=steps,
         guards=longer(study.guard_list, steps),
     )
+
+
+def confirm_again(
+    study: Study,
+    setting: Mapping[str, Any],
+    name: str,
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    recorded: Mapping[str, str],
+    storage: Path,
+    address: str | None = None,
+    console: Console | None = None,
+) -> tuple[dict[str, str], list[TrialSummary]]:
+    """One setting through the confirm phase, for `tune-ssim verify`: (hashes of code, weights and data as they are now, trials).
+
+    recorded: the hashes that are expected; if they differ there are no trials, since they would prove something else."""
+    folder = StudyFolder(storage / study.name).create()
+    write_atomically(folder.study_file, study.to_yaml().encode())
+    with _ray(study, address) as cluster:
+        found = inspect(study, _gpus(study, cluster), preflight=False, calibration=False, provenance=True)["provenance"]
+        if differences(recorded, found):
+            return found, []
+        with LiveTable(None, console) as table:
+            LIVE_TABLES[str(folder.path)] = table
+            try:
+                table.phase(f"confirming {name} again: {len(seeds)} seeds, {steps} steps")
+                _fit_confirmation(study, folder, cluster, _concurrency(study, cluster), [(name, setting)], seeds, steps)
+            finally:
+                LIVE_TABLES.pop(str(folder.path), None)
+    if _unfinished(folder):
+        raise KeyboardInterrupt
+    return found, folder.trials()
 
 
 def _trial_name(trial: Any) -> str:

@@ -1,0 +1,110 @@
+"""An export, checked again: are code, weights, data and setting the ones it was proven with, and does it still hold?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from tune_ssim.errors import UserError
+from tune_ssim.orchestration.run_study import confirm_again
+from tune_ssim.proof import comparison, differences, digest
+from tune_ssim.study import Study, load_study
+from tune_ssim.winner import holds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tune_ssim.study_folder import TrialSummary
+
+PARTS = ("setting", "setting_sha256", "study", "provenance", "seeds", "horizon", "objective", "comparison")  # of a proof
+
+
+def read_export(path: Path) -> dict[str, Any]:
+    """An export in JSON or YAML that carries a complete proof. Raises UserError for any other file."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        exported = json.loads(text) if text.lstrip().startswith("{") else YAML(typ="safe", pure=True).load(text)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, YAMLError) as error:
+        raise UserError(f"{path}: neither JSON nor YAML: {str(error).splitlines()[0]}") from None
+    proof = exported.get("proof") if isinstance(exported, dict) else None
+    if not isinstance(proof, dict) or not isinstance(exported.get("config"), dict):
+        raise UserError(f"{path}: not an export of `tune-ssim export --format json` (or yaml): it has no proof")
+    if proof.get("unproven"):
+        raise UserError(f"{path}: nothing to verify, it was exported as unproven: {'; '.join(map(str, proof['unproven']))}")
+    missing = [
+        key for key in ("setting", "setting_sha256", "study", "provenance", "seeds", "horizon", "comparison") if not proof.get(key)
+    ]
+    if missing:
+        raise UserError(f"{path}: its proof has no {', '.join(missing)}")
+    return dict(exported)
+
+
+def setting_differences(exported: Mapping[str, Any]) -> list[str]:
+    """Numbers of the setting that are not the ones that were confirmed."""
+    config, proof = exported["config"], exported["proof"]
+    confirmed = proof["setting"]
+    lines = [
+        f"setting: {key} is {config.get(key)!r}, {confirmed.get(key)!r} was confirmed"
+        for key in sorted({*config, *confirmed})
+        if config.get(key) != confirmed.get(key)
+    ]
+    if digest(confirmed) != proof["setting_sha256"]:
+        lines.append("setting: the proof's own copy does not have its recorded hash")
+    return lines
+
+
+def verify(
+    exported: Mapping[str, Any], *, address: str | None = None, console: Console | None = None
+) -> tuple[list[str], list[TrialSummary]]:
+    """What differs from what was proven, a line each, and the trials of the confirmation that was run again.
+
+    Where anything differs before it, the confirmation is not run: it would prove something else."""
+    lines = setting_differences(exported)
+    if lines:
+        return lines, []
+    proof = exported["proof"]
+    study = _study(proof)
+    with TemporaryDirectory(prefix="tune-ssim-verify-") as folder:
+        found, trials = confirm_again(
+            study,
+            proof["setting"],
+            exported["trial_id"],
+            seeds=proof["seeds"],
+            steps=proof["horizon"]["steps"],
+            recorded=proof["provenance"],
+            storage=Path(folder),
+            address=address,
+            console=console,
+        )
+    lines = differences(proof["provenance"], found)
+    return (lines, trials) if lines else (_result_differences(proof, trials), trials)
+
+
+def _study(proof: Mapping[str, Any]) -> Study:
+    try:
+        return load_study({**proof["study"], "tracking": None})
+    except UserError as error:
+        raise UserError(f"the study in the proof cannot be read by this version: {error}") from None
+
+
+def _result_differences(proof: Mapping[str, Any], trials: list[TrialSummary]) -> list[str]:
+    confirmed = [trial for trial in trials if trial["role"] == "confirm"]
+    lines = [f"{trial['trial_id']} is {trial['verdict']}: {trial['reason']}" for trial in trials if trial["verdict"] != "safe"]
+    if lines:
+        return lines
+    objective = proof["objective"]
+    if not holds(confirmed, objective):
+        return [f"{objective} no longer beats the baseline"]
+    recorded, again = proof["comparison"][objective], comparison(confirmed)[objective]
+    low, high = recorded["interval"]
+    if not low <= again["mean"] <= high:
+        return [f"{objective} is {again['mean']:+.4f} now, outside the interval [{low:+.4f}, {high:+.4f}] that was recorded"]
+    return []
