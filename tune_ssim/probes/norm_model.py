@@ -1,0 +1,345 @@
+"""How long the gradient will be under any setting of the auxiliary losses, known before anything is launched.
+
+    gradient = g_main + pixel_weight · g_pixel + gain · g_ssim(max_t),   gain = ssim_loss_weight · ssim_grad_scale
+    total_norm² = vᵀ Q v,   v = (1, pixel_weight, gain)
+
+Q holds the dot products of the three gradients on one fixed batch. It is measured with the update switched off, so what
+follows from it is exact at step 0 and a forecast after that. Q comes from the gradients themselves (`gram`) or from a
+fit to ordinary total_norm readings (`readings`), which any launcher and any sharding gives. NumPy only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+MAIN, PIXEL, SSIM = 0, 1, 2  # rows and columns of Q
+QUANTILES = (0.1, 0.9)
+SCAN_DECADES, SCAN_POINTS = 16, 641  # gains looked through for the rising branch: 40 a decade
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one setting, over the calibrated batches in which at least one sample is active. NaN where there is none.
+
+    ratio: median total_norm over the baseline's median on the same batches, as the norm guard forms it. ratio_main: the
+    same over the main loss alone. auxiliary_share: median of gain · |g_ssim| / total_norm; above 1 where the gradients
+    partly cancel. cosine: median, between the main and the SSIM gradient. between: the calibrated max_t on either side
+    where this one was not calibrated itself; twice the nearest one beyond the grid.
+    """
+
+    gain: float
+    max_t: float
+    pixel_weight: float
+    total_norm_mean: float
+    total_norm_median: float
+    total_norm_p10: float
+    total_norm_p90: float
+    ratio: float
+    ratio_main: float
+    auxiliary_share: float
+    cosine: float
+    active_batches: int
+    clamped: bool = False  # ssim_grad_clamp cuts in at this gain: the numbers are those without it
+    between: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class NormModel:
+    """Q of every `max_ts[i]` and batch, and the baseline's total_norm on the same batches.
+
+    q: `[max_t, batch, 3, 3]`, rows and columns main, pixel, SSIM; NaN in the pixel's where it was not measured.
+    active: `[max_t, batch]`, whether any sample passes that gate. baseline: `[batch]`. batches: their step numbers.
+    held: what a setting has that does not say otherwise, e.g. `pixel_loss_weight`; the pixel loss's gate is always this one.
+    clamp_gain: `[max_t]`, the gain from which `ssim_grad_clamp` cuts in; infinite without one.
+    """
+
+    max_ts: tuple[float, ...]
+    q: Array = field(repr=False)
+    active: NDArray[np.bool_] = field(repr=False)
+    baseline: Array = field(repr=False)
+    batches: tuple[int, ...]
+    method: str
+    held: Mapping[str, float] = field(default_factory=dict)
+    clamp_gain: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        n, b = len(self.max_ts), len(self.batches)
+        if not n or list(self.max_ts) != sorted(set(self.max_ts)):
+            raise ValueError(f"norm model: max_ts must rise, got {list(self.max_ts)}")
+        object.__setattr__(self, "batches", tuple(self.batches))
+        object.__setattr__(self, "q", np.asarray(self.q, dtype=np.float64))
+        object.__setattr__(self, "active", np.asarray(self.active, dtype=bool))
+        object.__setattr__(self, "baseline", np.asarray(self.baseline, dtype=np.float64))
+        object.__setattr__(self, "clamp_gain", tuple(self.clamp_gain) or (math.inf,) * n)
+        shapes = (self.q.shape, self.active.shape, self.baseline.shape, len(self.clamp_gain))
+        if shapes != ((n, b, 3, 3), (n, b), (b,), n):
+            raise ValueError(f"norm model: {n} max_t and {b} batches, but arrays of {shapes}")
+
+    # -- forward: what a setting will do
+
+    def predict(self, weight: float, max_t: float, grad_scale: float = 1.0, pixel_weight: float = 0.0) -> Prediction:
+        """Raises ValueError for a pixel_weight above 0 where the pixel loss was not measured."""
+        return self.predict_gain(weight * grad_scale, max_t, pixel_weight)
+
+    def predict_gain(self, gain: float, max_t: float, pixel_weight: float = 0.0) -> Prediction:
+        lower, upper, _ = self._between(max_t)
+        numbers = {name: float(values[0]) for name, values in self.curve([gain], max_t, pixel_weight).items()}
+        return Prediction(
+            gain=gain,
+            max_t=max_t,
+            pixel_weight=pixel_weight,
+            **numbers,
+            active_batches=int(min(self.active[i].sum() for i in (lower, upper))),
+            clamped=gain > min(self.clamp_gain[i] for i in (lower, upper)),
+            between=None if self.is_calibrated(max_t) else (self.max_ts[lower], self.max_ts[upper]),
+        )
+
+    def predict_setting(self, setting: Mapping[str, Any]) -> Prediction:
+        """Of a setting as a task takes it; what it leaves out is `held`.
+
+        Raises ValueError where it opens the pixel loss's gate otherwise than it was calibrated."""
+        full = {"ssim_loss_weight": 0.0, "ssim_grad_scale": 1.0, "pixel_loss_weight": 0.0, **self.held, **setting}
+        gate = self.held.get("pixel_loss_max_t", full.get("pixel_loss_max_t"))
+        if full["pixel_loss_weight"] and gate is not None and not math.isclose(full.get("pixel_loss_max_t", gate), gate):
+            raise ValueError(f"calibrated with pixel_loss_max_t={gate:g}; this setting has {full['pixel_loss_max_t']:g}")
+        gain = full["gain"] if "gain" in full else full["ssim_loss_weight"] * full["ssim_grad_scale"]
+        return self.predict_gain(float(gain), float(full["ssim_loss_max_t"]), float(full["pixel_loss_weight"]))
+
+    def curve(self, gains: ArrayLike, max_t: float, pixel_weight: float = 0.0) -> dict[str, Array]:
+        """The numbers of a `Prediction` for many gains `[n]` at once, each `[n]`.
+
+        Between two calibrated max_t norms and ratios are interpolated in log-log, shares and cosines linearly."""
+        wanted = np.asarray(gains, dtype=np.float64)
+        lower, upper, share = self._between(max_t)
+        one = self._statistics(lower, wanted, pixel_weight)
+        if lower == upper:
+            return one
+        other = self._statistics(upper, wanted, pixel_weight)
+        with np.errstate(divide="ignore"):  # log 0 is −∞, and its exponential 0 again
+            return {
+                name: one[name] * (1 - share) + other[name] * share
+                if name in ("auxiliary_share", "cosine")
+                else np.exp(np.log(one[name]) * (1 - share) + np.log(other[name]) * share)
+                for name in one
+            }
+
+    def ratios(self, gains: ArrayLike, max_t: float, pixel_weight: float = 0.0) -> Array:
+        """The ratios of `curve` alone, at a tenth of the time."""
+        wanted = np.asarray(gains, dtype=np.float64)
+        lower, upper, share = self._between(max_t)
+        one = self._ratio(lower, wanted, pixel_weight)
+        if lower == upper:
+            return one
+        with np.errstate(divide="ignore"):
+            return np.exp(np.log(one) * (1 - share) + np.log(self._ratio(upper, wanted, pixel_weight)) * share)
+
+    # -- backward: which gain does it take
+
+    def gain_for(self, ratio: float, max_t: float, pixel_weight: float = 0.0) -> float:
+        """The gain on the rising branch at which the norm is `ratio` times the baseline's.
+
+        The two gradients may partly cancel, so a small gain can shorten the sum; the rising branch is what lies beyond.
+        Raises ValueError where no gain on it has that ratio, and where no calibrated batch is active."""
+        if not (math.isfinite(ratio) and ratio > 0):
+            raise ValueError(f"a norm ratio is a finite number > 0, got {ratio!r}")
+        lower, upper, _ = self._between(max_t)
+        if not (self.active[lower].any() and self.active[upper].any()):
+            raise ValueError(self.inactive_words(max_t))
+        scale = self._natural_gain(lower, upper)
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"the SSIM loss sends no gradient at max_t={max_t:g}: no gain changes the norm")
+        top = scale * max(1.0, ratio * float(np.max(self.baseline)) / self._main_norm())
+        while self.ratios([top], max_t, pixel_weight)[0] <= ratio:
+            top *= 10
+        gains = np.concatenate([[0.0], np.geomspace(top * 10.0**-SCAN_DECADES, top, SCAN_POINTS)])
+        found = self.ratios(gains, max_t, pixel_weight)
+        below = np.flatnonzero(found <= ratio)
+        if not below.size:
+            raise ValueError(f"no gain has a norm ratio of {ratio:.6g} at max_t={max_t:g}: the smallest there is {found.min():.6g}")
+        under, over = float(gains[below[-1]]), float(gains[below[-1] + 1])
+        for _ in range(200):
+            middle = (under + over) / 2
+            if not under < middle < over:
+                break
+            under, over = (middle, over) if self.ratios([middle], max_t, pixel_weight)[0] <= ratio else (under, middle)
+        return under
+
+    # -- what was measured
+
+    @property
+    def baseline_ratio_main(self) -> float:
+        """Median norm of the baseline over the main loss's: how hard the baseline itself pushes."""
+        return float(np.median(self.baseline)) / self._main_norm()
+
+    def is_calibrated(self, max_t: float) -> bool:
+        return any(_equal(max_t, own) for own in self.max_ts)
+
+    def inactive_words(self, max_t: float) -> str:
+        return (
+            f"no sample of the {len(self.batches)} calibrated batches has 0 < t <= {max_t:g}: "
+            "raise calibration.batches, the batch size or ssim_loss_max_t"
+        )
+
+    def _between(self, max_t: float) -> tuple[int, int, float]:
+        """Indices on either side and how far it is to the upper one, in log max_t. A gate that no calibrated sample passes
+        is skipped unless it is asked for exactly: its neighbour knows more."""
+        for index, own in enumerate(self.max_ts):
+            if _equal(own, max_t):
+                return index, index, 0.0
+        grid = np.asarray(self.max_ts)
+        usable = np.flatnonzero(self.active.any(axis=1))
+        usable = usable if usable.size else np.arange(len(grid))
+        under, over = usable[grid[usable] < max_t], usable[grid[usable] > max_t]
+        if not under.size or not over.size:
+            nearest = int((under[-1:] if under.size else over[:1])[0])
+            return nearest, nearest, 0.0
+        lower, upper = int(under[-1]), int(over[0])
+        return lower, upper, math.log(max_t / grid[lower]) / math.log(grid[upper] / grid[lower])
+
+    def _ratio(self, index: int, gains: Array, pixel_weight: float) -> Array:
+        chosen = self.active[index]
+        if not chosen.any():
+            return np.full(gains.shape, np.nan)
+        norms = np.sqrt(_squares(self.q[index][chosen], gains, pixel_weight))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio: Array = np.median(norms, axis=1) / np.median(self.baseline[chosen])
+        return ratio
+
+    def _statistics(self, index: int, gains: Array, pixel_weight: float) -> dict[str, Array]:
+        chosen = self.active[index]
+        q, baseline = self.q[index][chosen], self.baseline[chosen]
+        names = ("total_norm_mean", "total_norm_median", "total_norm_p10", "total_norm_p90")
+        if not chosen.any():
+            return {name: np.full(gains.shape, np.nan) for name in (*names, "ratio", "ratio_main", "auxiliary_share", "cosine")}
+        norms = np.sqrt(_squares(q, gains, pixel_weight))  # [gain, batch]
+        median = np.median(norms, axis=1)
+        low, high = np.quantile(norms, QUANTILES, axis=1)
+        main, ssim = np.sqrt(q[:, MAIN, MAIN]), np.sqrt(q[:, SSIM, SSIM])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cosine = np.full(gains.shape, np.median(q[:, MAIN, SSIM] / (main * ssim)))
+            share = np.median(gains[:, None] * ssim / norms, axis=1)
+            ratios = [median / np.median(baseline), median / np.median(main)]
+        numbers = (norms.mean(axis=1), median, low, high, *ratios, share, cosine)
+        return dict(zip((*names, "ratio", "ratio_main", "auxiliary_share", "cosine"), numbers, strict=True))
+
+    def _main_norm(self) -> float:
+        return float(np.median(np.sqrt(self.q[-1, :, MAIN, MAIN])))
+
+    def _natural_gain(self, lower: int, upper: int) -> float:
+        """At which the SSIM gradient is about as long as the main one."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gains = [
+                np.median(np.sqrt(self.q[i, self.active[i], MAIN, MAIN] / self.q[i, self.active[i], SSIM, SSIM]))
+                for i in (lower, upper)
+            ]
+        return float(max(gains))
+
+    # -- as JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        places = {"main_main": (0, 0), "main_pixel": (0, 1), "pixel_pixel": (1, 1)}
+        places |= {"main_ssim": (0, 2), "pixel_ssim": (1, 2), "ssim_ssim": (2, 2)}
+        products = [
+            {
+                "max_t": max_t,
+                "clamp_gain": self.clamp_gain[i],
+                "active": self.active[i].tolist(),
+                **{name: self.q[i, :, row, column].tolist() for name, (row, column) in places.items()},
+            }
+            for i, max_t in enumerate(self.max_ts)
+        ]
+        return {
+            "format": FORMAT,
+            "method": self.method,
+            "batches": list(self.batches),
+            "held": dict(self.held),
+            "baseline_total_norm": self.baseline.tolist(),
+            "dot_products": products,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> NormModel:
+        """Raises ValueError for something else. Non-finite numbers may be JSON's strings "NaN" and "Infinity"."""
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else data
+            raise ValueError(f"norm model format {found!r} is not known (this version reads {FORMAT})")
+        try:
+            q = []
+            for part in data["dot_products"]:
+                mm, mp, pp, ms, ps, ss = (
+                    np.asarray([float(x) for x in part[name]])
+                    for name in ("main_main", "main_pixel", "pixel_pixel", "main_ssim", "pixel_ssim", "ssim_ssim")
+                )
+                q.append(np.stack([mm, mp, ms, mp, pp, ps, ms, ps, ss], axis=-1).reshape(-1, 3, 3))
+            return cls(
+                max_ts=tuple(float(part["max_t"]) for part in data["dot_products"]),
+                q=np.stack(q),
+                active=np.asarray([part["active"] for part in data["dot_products"]], dtype=bool),
+                baseline=np.asarray([float(x) for x in data["baseline_total_norm"]]),
+                batches=tuple(int(n) for n in data["batches"]),
+                method=str(data["method"]),
+                held={name: float(value) for name, value in data["held"].items()},
+                clamp_gain=tuple(float(part["clamp_gain"]) for part in data["dot_products"]),
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"not a norm model ({type(error).__name__}: {error})") from None
+
+
+def fit(settings: Sequence[tuple[float, float]], norms: ArrayLike) -> Array:
+    """Q of every batch from total_norm readings: `settings` [k] of (pixel_weight, gain), `norms` `[k, batch]` → `[batch, 3, 3]`.
+
+    Least squares of the relative error of N² = A + 2Bg + Cg² (and the pixel terms where some pixel_weight is above 0; else
+    they are NaN). Rounding may leave C below B²/A, which no gradient has; it is raised to that.
+    Raises ValueError with fewer readings than unknowns."""
+    pixel, gain = np.asarray(settings, dtype=np.float64).T
+    readings = np.asarray(norms, dtype=np.float64)
+    features = {
+        (MAIN, MAIN): np.ones_like(gain),
+        (MAIN, PIXEL): 2 * pixel,
+        (MAIN, SSIM): 2 * gain,
+        (PIXEL, PIXEL): pixel**2,
+        (PIXEL, SSIM): 2 * pixel * gain,
+        (SSIM, SSIM): gain**2,
+    }
+    silent = ({PIXEL} if not pixel.any() else set()) | ({SSIM} if not gain.any() else set())
+    known = {place: column for place, column in features.items() if not silent & set(place)}
+    matrix = np.stack(list(known.values()), axis=1)
+    scale = np.maximum(np.abs(matrix).max(axis=0), np.finfo(float).tiny)  # columns differ by gain²: the small ones would drown
+    if np.linalg.matrix_rank(matrix / scale) < matrix.shape[1]:
+        raise ValueError(f"{matrix.shape[1]} unknowns need as many different settings, got {len(settings)}: {list(settings)}")
+    q = np.full((readings.shape[1], 3, 3), np.nan)
+    for batch, squares in enumerate((readings**2).T):
+        row = 1 / np.where(squares > 0, squares, 1.0)
+        solution = np.linalg.lstsq(matrix / scale * row[:, None], squares * row, rcond=None)[0] / scale
+        for (i, j), value in zip(known, solution, strict=True):
+            q[batch, i, j] = q[batch, j, i] = value
+    q[:, SSIM, SSIM] = np.maximum(q[:, SSIM, SSIM], q[:, MAIN, SSIM] ** 2 / q[:, MAIN, MAIN])
+    return q
+
+
+def _equal(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-9)
+
+
+def _squares(q: Array, gains: Array, pixel_weight: float) -> Array:
+    """vᵀQv for every gain and batch; the pixel entries are only touched where they count."""
+    main, cross, ssim = q[:, MAIN, MAIN], q[:, MAIN, SSIM], q[:, SSIM, SSIM]
+    if pixel_weight:
+        if np.isnan(q[:, PIXEL, PIXEL]).all():
+            raise ValueError(f"pixel_loss_weight {pixel_weight:g}: calibrated without the pixel loss")
+        main = main + 2 * pixel_weight * q[:, MAIN, PIXEL] + pixel_weight**2 * q[:, PIXEL, PIXEL]
+        cross = cross + pixel_weight * q[:, PIXEL, SSIM]
+    g = gains[:, None]
+    return np.maximum(main + 2 * g * cross + g**2 * ssim, 0.0)
