@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,16 @@ from typing import Any
 
 import pytest
 import ray
+from safetensors.torch import save_file
 
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline
 from tune_ssim.orchestration.run_study import run
+from tune_ssim.probes import tensor_contents
+from tune_ssim.quarantine import Ledger
 from tune_ssim.study import Study, load_study
 from tune_ssim.study_folder import StudyFolder
+from tune_ssim.tasks.fundus_sr import WEIGHTS, FundusSR
 from tune_ssim.winner import best_safe, confirmations, proof_of
 
 TESTS = Path(__file__).parent
@@ -42,6 +47,7 @@ SMALL: dict[str, Any] = {
     "guards": {"smoke_test": {"at": [0, 10, 20]}},
     "objective": {"keep": {"psnr": {"min_delta": -100}}},
     "preflight": None,
+    "calibration": None,
     "confirm": None,
     "tracking": None,
 }
@@ -242,3 +248,39 @@ def test_confirm_runs_the_best_and_the_baseline_again_with_new_seeds(confirmed: 
 
 def test_a_study_without_a_confirm_phase_is_unproven(done: StudyFolder) -> None:
     assert proof_of(best_safe(done), done)["unproven"] == ["it was not confirmed with further seeds"]
+
+
+def test_checkpoints_of_ruined_trials_are_quarantined(done: StudyFolder) -> None:
+    ledger = Ledger(done.path.parent)
+    ruined = {trial["trial_id"]: trial for trial in done.trials() if trial["verdict"] == "pruned"}
+    assert ruined and {entry.trial_id for entry in ledger.entries()} == set(ruined)
+    left = {trial_id: sorted((done.ray_folder / "run" / trial_id).glob("checkpoint_*")) for trial_id in ruined}
+    for trial_id, folders in left.items():
+        assert ruined[trial_id].get("quarantined")
+        for folder in folders:
+            refusal = ledger.check(folder)
+            assert refusal is not None and refusal.entry.trial_id == trial_id
+    assert any(left.values())
+    safe = next(trial["trial_id"] for trial in done.trials() if trial["verdict"] == "safe" and trial["role"] == "search")
+    assert ledger.check(sorted((done.ray_folder / "run" / safe).glob("checkpoint_*"))[-1]) is None
+
+
+def test_a_study_does_not_start_from_ruined_weights(cluster: None, tmp_path: Path) -> None:
+    start, ruined = FundusSR(), FundusSR()
+    start.setup({}, 0, "cpu")
+    ruined.setup({"ssim_loss_weight": 5000.0, "ssim_loss_max_t": 1.0}, 0, "cpu")
+    ruined.step()
+    ledger = Ledger(tmp_path / "storage")
+    sound = [tensor_contents(start.model.state_dict())]
+    contents = tensor_contents(ruined.model.state_dict())
+    ledger.add(contents, sound=sound, study="old", trial_id="trial-07", step=1, reason="norm too high")
+    weights = tmp_path / "renamed"
+    weights.mkdir()
+    shutil.copy(WEIGHTS / "fundus_vae.safetensors", weights)
+    save_file(
+        {f"{name}": tensor.clone() for name, tensor in ruined.model.state_dict().items()}, weights / "fundus_denoiser.safetensors"
+    )
+    study = {"name": "from-ruined", "task_config": {"steps": 20, "weights": str(weights)}, "preflight": None, "calibration": None}
+    with pytest.raises(BadSetup, match=r"quarantined: .*trial trial-07 of study old"):
+        run(load_study(study), storage=tmp_path / "storage")
+    assert not (tmp_path / "storage" / "from-ruined" / "trials.jsonl").exists()

@@ -359,6 +359,68 @@ def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
     say_next("ui", folder.name, *(["--tracking-uri", tracking_uri] if tracking_uri else []), why="browses it")
 
 
+@cli.group(cls=Verbs)
+def quarantine() -> None:
+    """Checkpoints of ruined trials: nothing is trained on from them.
+
+    They are known by the content of their tensors, whatever their name.
+    """
+
+
+@quarantine.command("list")
+@click.option("--json", "as_json", is_flag=True, help="A list of objects.")
+@storage_option
+def quarantine_list(as_json: bool, storage: Path) -> None:
+    """List what is in quarantine."""
+    from dataclasses import asdict
+
+    from tune_ssim.quarantine import Ledger
+
+    entries = Ledger(storage).entries()
+    if as_json:
+        import json
+
+        _print_exactly(json.dumps([asdict(entry) for entry in entries], indent=2) + "\n")
+        return
+    console = _console()
+    if not entries:
+        console.print("nothing is in quarantine", markup=False)
+        return
+    from tune_ssim.report import quarantine_table
+
+    console.print(quarantine_table(entries, console.options.ascii_only))
+    say_next("quarantine why", entries[-1].id[:12], why="says more; a file or folder may be given too")
+
+
+@quarantine.command("why")
+@click.argument("what", metavar="FILE|FOLDER|ID")
+@storage_option
+def quarantine_why(what: str, storage: Path) -> None:
+    """Say why a file, a checkpoint folder or an id is in quarantine, or that it is not."""
+    from tune_ssim.quarantine import Ledger
+
+    ledger = Ledger(storage)
+    lines = ledger.why(what)
+    console = _console()
+    for line in lines:
+        console.print(_readable(f"{line.time}  {line.id[:12]}  {line}", console), markup=False)
+    if Path(what).exists():
+        refusal = ledger.check(what)
+        console.print(_readable(str(refusal) if refusal else f"{what}: not in quarantine", console), markup=False)
+
+
+@quarantine.command("release")
+@click.argument("id")
+@click.option("--reason", required=True, help="Why it may be used after all; kept in the ledger.")
+@storage_option
+def quarantine_release(id: str, reason: str, storage: Path) -> None:
+    """Lift a quarantine, for a reason that is kept."""
+    from tune_ssim.quarantine import Ledger
+
+    released = Ledger(storage).release(id, reason)
+    click.echo(f"{released.id[:12]} released: {released.reason}")
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point of the console script."""
     sys.exit(exit_code(sys.argv[1:] if arguments is None else list(arguments)))

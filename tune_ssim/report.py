@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from tune_ssim.quarantine import Entry
 from tune_ssim.space import Space, gain_of
 from tune_ssim.study_folder import TrialSummary
 from tune_ssim.trial_text import STYLES, metric_of, number_text, readable
@@ -93,6 +94,18 @@ def best_first(summaries: Iterable[TrialSummary], objective: str = OBJECTIVE) ->
         return ORDER.index(verdict) if verdict in ORDER else len(ORDER), math.inf if math.isnan(value) else -value
 
     return sorted(summaries, key=key)
+
+
+def quarantine_table(entries: Iterable[Entry], ascii_only: bool = False) -> Table:
+    """One row a ruined checkpoint."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for column in ("id", "study", "trial", "step"):
+        table.add_column(column, no_wrap=True, justify="right" if column == "step" else "left")
+    table.add_column("why", overflow="fold", min_width=20)
+    for entry in entries:
+        cells = (entry.id[:12], entry.study, entry.trial_id, str(entry.step), entry.reason)
+        table.add_row(*(Text(readable(cell, ascii_only)) for cell in cells))
+    return table
 
 
 def spaces_table(spaces: Iterable[Space], ascii_only: bool = False) -> Table:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tune_ssim.checkpoint import load_checkpoint, save_checkpoint
+from tune_ssim.checkpoint import load_checkpoint, save_checkpoint, tensors_of
 from tune_ssim.errors import UserError
 from tune_ssim.guards import (
     Baseline,
@@ -23,10 +23,11 @@ from tune_ssim.guards import (
     Violation,
     Watch,
 )
-from tune_ssim.probes import collapse_statistics
-from tune_ssim.records import NORM_RATIO, SMOKE, SMOKE_AGAIN, TOTAL_NORM, TOTAL_NORM_MAIN, Record, merge
+from tune_ssim.probes import collapse_statistics, tensor_contents
+from tune_ssim.records import ACTIVE_FRACTION, NORM_RATIO, SMOKE, SMOKE_AGAIN, TOTAL_NORM, TOTAL_NORM_MAIN, Record, merge
 from tune_ssim.sample_grid import sample_grid
 from tune_ssim.tasks.task import Number, Sample, Task
+from tune_ssim.tensor_file import TensorFile
 
 LEAST_HARM = 0.05  # of a trial that got as far as the end: above zero, below the grade of any early prune
 # Keys in which a trial may always differ from the baseline: the auxiliary losses' own, and what only measures.
@@ -88,6 +89,9 @@ class Trial:
         self.series: dict[str, dict[int, float]] = {}
         self.warnings: list[Violation] = []
         self.images: dict[int, bytes] = {}
+        self.wrote: list[dict[str, Any]] = []  # contents of checkpoints, for the ledger of ruined ones
+        self.first_active: int | None = None  # until then a trial is the baseline, to the bit
+        self.parents = ancestry(self.task)
         self.watch = Watch(self._bound_guards())
 
     def advance(self, steps: int | None = None) -> list[Record]:
@@ -155,8 +159,16 @@ class Trial:
             "watch": self.watch.state_dict(), "warnings": [asdict(warning) for warning in self.warnings],
             "baseline": None if self.baseline is None else self.baseline.sha256,
             "series": {name: [[step, value] for step, value in points.items()] for name, points in self.series.items()},
+            "first_active": self.first_active,
         }  # fmt: skip
-        save_checkpoint(folder, {"task": self.task.state_dict(), "trial": trial})
+        save_checkpoint(folder, {"task": self.task.state_dict(), "trial": trial}, self.parents)
+        self.note_contents(folder)
+
+    def note_contents(self, folder: Path | None = None) -> None:
+        """Adds the state as it is to `wrote`: by content, so that a ruined checkpoint is known under any other name."""
+        if self.first_active is not None:
+            contents = tensor_contents(tensors_of(self.task.state_dict()))
+            self.wrote.append({"step": self.step, "path": folder and str(folder), "contents": asdict(contents)})
 
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint of a trial with the same configuration, after `start`."""
@@ -172,7 +184,9 @@ class Trial:
         self.watch.load_state_dict(trial["watch"])
         self.warnings = [Violation(**warning) for warning in trial["warnings"]]
         self.series = {name: dict(points) for name, points in trial["series"].items()}
+        self.first_active = trial["first_active"]
         self.step = trial["step"]
+        self.note_contents(folder)
 
     # -- judging
 
@@ -227,6 +241,8 @@ class Trial:
             ratio = self.norm_ratio() if TOTAL_NORM in record.values else None
             made.append(record if ratio is None else Record(record.step, {**record.values, NORM_RATIO: ratio}))
             self._keep_series(record)
+            if self.first_active is None and TOTAL_NORM in record.values and record.values.get(ACTIVE_FRACTION, 1.0) > 0:
+                self.first_active = record.step
             for violation in violations:
                 if violation.action == "probe":
                     self.warnings.append(violation)
@@ -316,6 +332,13 @@ def statistics_of(sample: Sample) -> dict[str, float]:
         outside = (ids < 0) | (ids >= sample.vocabulary_size)  # SEEDS B1: such an id decodes to None
         found["undecodable_fraction"] = outside.double().mean().item() if ids.numel() else 0.0
     return {**found, **sample.statistics}
+
+
+def ancestry(task: Task) -> tuple[str, ...]:
+    """Content ids of the files that the task was loaded from, and of all that these were made from."""
+    parts = task.parts().values() if hasattr(task, "parts") else ()
+    files = [part.weights for part in parts if part.weights is not None]
+    return tuple(dict.fromkeys(parent for path in files for parent in TensorFile.open(path).ancestry()))
 
 
 def _resolve(pending: Sequence[tuple[int, Mapping[str, Number]]]) -> list[Record]:

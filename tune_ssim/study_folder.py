@@ -33,6 +33,7 @@ class _Later(TypedDict, total=False):
     """Keys that the first studies did not write."""
 
     seed: int
+    quarantined: list[str]
 
 
 class TrialSummary(_Later):
@@ -42,7 +43,7 @@ class TrialSummary(_Later):
     config: the settings of this trial; always the three numbers ssim_loss_weight, ssim_loss_max_t, ssim_grad_scale.
     horizon: how far the verdict reaches, e.g. {"steps": 200, "batch_size": 8, "lr": 0.005}.
     evidence: {guard, step, metric, value, limit} of the violation that ended the trial, else None.
-    seed: of the training's random numbers; 0 for trials of before there was a confirm phase.
+    seed: of the training's random numbers. quarantined: content ids of the checkpoints that a ruined trial wrote.
     metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are the strings
     "NaN", "Infinity", "-Infinity", since JSON has no others.
     """
@@ -100,6 +101,13 @@ class StudyFolder:
 
     def events(self) -> Iterator[dict[str, Any]]:
         return read_lines(self.events_file)
+
+    def add_checkpoint(self, trial_id: str, checkpoint: Mapping[str, Any]) -> None:
+        """That a trial wrote one: its step, its path and its contents as hashes."""
+        append_line(self.path / "checkpoints.jsonl", {"trial_id": trial_id, **checkpoint})
+
+    def checkpoints(self, trial_id: str) -> list[dict[str, Any]]:
+        return [line for line in read_lines(self.path / "checkpoints.jsonl") if line["trial_id"] == trial_id]
 
     def add_trial(self, summary: TrialSummary) -> None:
         append_line(self.path / "trials.jsonl", summary)

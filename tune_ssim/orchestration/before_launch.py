@@ -6,16 +6,22 @@ from __future__ import annotations
 
 import json
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from tune_ssim.checkpoint import tensors_of
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.orchestration.events import EventWriter
-from tune_ssim.proof import CALIBRATION, PREFLIGHT, PROVENANCE
+from tune_ssim.probes import tensor_contents
+from tune_ssim.proof import CALIBRATION, PREFLIGHT, PROVENANCE, START
+from tune_ssim.quarantine import Ledger
+from tune_ssim.run_trial import ancestry
 from tune_ssim.study_folder import StudyFolder, jsonable, write_atomically
-from tune_ssim.tasks.task import load_task
+from tune_ssim.tasks.task import Task, load_task
+from tune_ssim.tensor_file import Contents
 
 if TYPE_CHECKING:
     from tune_ssim.orchestration.live_table import LiveTable
@@ -27,7 +33,11 @@ def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, table:
     if (folder.path / PROVENANCE).exists():
         return
     found = inspect(study, gpus, preflight=False, calibration=False, provenance=True)
-    for name in (PREFLIGHT, CALIBRATION, PROVENANCE):
+    ledger = Ledger(folder.path.parent)
+    for contents in found["start"]:
+        if refusal := ledger.check_hashes(contents["hashes"], found["parents"], "the weights that the study starts from"):
+            raise BadSetup(str(refusal))
+    for name in (PREFLIGHT, CALIBRATION, START, PROVENANCE):
         subject = name.removesuffix(".json")
         if subject in found:
             write_json(folder.path / name, found[subject])
@@ -68,6 +78,8 @@ def _inspect(study: Study, preflight: bool, calibration: bool, provenance: bool)
             task = task_class()
             task.setup({**study.task_config, **study.baseline_settings}, study.search.seed)
             found["provenance"] = fingerprints(task, study.import_path)
+            found["start"] = [asdict(contents) for contents in _starting_contents(task)]
+            found["parents"] = list(ancestry(task))
     except (UserError, BadSetup) as error:
         return {"failed": type(error).__name__, "message": str(error)}
     except Exception as error:
@@ -75,6 +87,12 @@ def _inspect(study: Study, preflight: bool, calibration: bool, provenance: bool)
         where = f"{Path(place.filename).name}:{place.lineno}"
         return {"failed": "UserError", "message": f"{type(error).__name__}: {error} ({where})"}
     return found
+
+
+def _starting_contents(task: Task) -> list[Contents]:
+    """Of the state before the first step and of every part: what a trial has not made itself."""
+    parts = task.parts().values() if hasattr(task, "parts") else ()
+    return [tensor_contents(tensors) for tensors in (tensors_of(task.state_dict()), *(part.module.state_dict() for part in parts))]
 
 
 def write_json(path: Path, value: Any) -> None:

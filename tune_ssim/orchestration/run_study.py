@@ -265,7 +265,7 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         folder,
         SEARCH,
         cluster,
-        BaselineFirst(inner, study.baseline_settings, folder=folder.path / "baseline", seeds=seeds),
+        BaselineFirst(inner, study.baseline_settings, folder=folder.path / "baseline", seeds=seeds, storage=folder.path.parent),
         samples=study.search.trials + len(seeds),
         concurrency=concurrency,
         steps=study.steps,
@@ -299,7 +299,14 @@ def _fit_confirmation(
 ) -> None:
     settings = [(name, {key: value for key, value in setting.items() if value is not None}) for name, setting in finalists]
     inner = ConfirmSearch(settings, seeds, study.objective.maximize)
-    searcher = BaselineFirst(inner, study.baseline_settings, folder=folder.path / "baseline", seeds=seeds, prefix=PREFIX)
+    searcher = BaselineFirst(
+        inner,
+        study.baseline_settings,
+        folder=folder.path / "baseline",
+        seeds=seeds,
+        prefix=PREFIX,
+        storage=folder.path.parent,
+    )
     _fit(
         study,
         folder,

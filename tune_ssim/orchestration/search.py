@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,24 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from scipy.stats import qmc
 
+from tune_ssim.errors import UserError
+from tune_ssim.forecast import forecast, gain_at, skip_sentence
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.orchestration.trainable import CONTEXT, OBJECTIVE
-from tune_ssim.space import Choice, LogUniform, Space, Stage, Uniform, gain_of, resolve_settings
+from tune_ssim.probes.norm_model import NormModel
+from tune_ssim.space import GAIN, Choice, LogUniform, Space, Stage, Uniform, gain_of, resolve_settings
 from tune_ssim.study_folder import write_atomically
 
 HARM = "harm"  # the constraint's name in Optuna; feasible <= 0
+MAX_SKIPPED_IN_A_ROW = 200  # less than a second of suggestions (TPE takes 3 ms, FACTS §3)
 
 
-def param_space(space: Space | Stage) -> dict[str, Any]:
-    """A space as Ray domains, for `tune.Tuner(param_space=…)`: trainables made by `make_trainable` understand `gain`."""
+def param_space(space: Space | Stage, model: NormModel | None = None) -> dict[str, Any]:
+    """A space as Ray domains, for `tune.Tuner(param_space=…)`: trainables made by `make_trainable` understand `gain`.
+
+    A gain with `unit: norm_ratio` needs a calibrated `model`. It is then a function of the other domains, which Ray's own random
+    search resolves; a searcher with distributions of its own needs `GuardedOptunaSearch(stage, model=model)` instead.
+    Raises ValueError for a route of several stages, UserError without a model that is needed."""
     stages = space.stages if isinstance(space, Space) else (space,)
     if len(stages) != 1:
         raise ValueError(f"a route of {len(stages)} stages is not one space: pick a stage, or use StagedSearch")
@@ -38,7 +47,36 @@ def param_space(space: Space | Stage) -> dict[str, Any]:
             domains[name] = tune.uniform(parameter.lower, parameter.upper)
         else:
             domains[name] = tune.choice(list(parameter.values))
+    if stages[0].is_relative:
+        domains[GAIN] = tune.sample_from(_GainFromRatio(_needed(model, stages[0]), domains[GAIN]))
     return domains
+
+
+class _GainFromRatio:
+    """The gain that gives the other settings of a configuration a sampled norm ratio."""
+
+    def __init__(self, model: NormModel, ratio: Any) -> None:
+        self.model, self.ratio = model, ratio
+
+    def __call__(self, config: Mapping[str, Any]) -> float:
+        names = ("ssim_loss_max_t", "pixel_loss_weight")
+        return gain_at(self.model, self.ratio.sample(), {name: config[name] for name in names if name in config})
+
+
+def _needed(model: NormModel | None, stage: Stage) -> NormModel:
+    if model is None:
+        raise UserError(f"stage {stage.name!r} gives its gain as a norm ratio: calibrate first and pass the norm model")
+    return model
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A suggestion that was not launched: what it was, the norm ratio predicted or wanted, and why."""
+
+    stage: str
+    config: Mapping[str, Any]
+    predicted_ratio: float
+    sentence: str
 
 
 def _distribution(parameter: LogUniform | Uniform | Choice) -> optuna.distributions.BaseDistribution:
@@ -58,6 +96,11 @@ class GuardedOptunaSearch(OptunaSearch):
     trials by wall-clock order.
 
     `stage` None: the distributions come from the Tuner's `param_space`, as with Ray's own OptunaSearch.
+
+    model: what a calibration measured. It turns norm ratios into gains where the stage gives them so, and with `skip_above`
+    (`limit` is the norm guard's) settings that are predicted beyond are put on the list `skipped` instead of being launched:
+    the sampler is told that they are harmful, and asked again. They do not count as trials. If nothing but such settings comes,
+    the search ends and `reason` says so. Raises UserError where a stage holds nothing that could be launched.
     """
 
     def __init__(
@@ -71,6 +114,9 @@ class GuardedOptunaSearch(OptunaSearch):
         n_latin: int = 6,  # with the bundled space's three points: one under Optuna's ten start-up trials of TPE
         concurrency: int = 1,
         deterministic: bool = True,
+        model: NormModel | None = None,
+        limit: float | None = None,
+        skip_above: float | None = None,
     ) -> None:
         if sampler is None:
             # After the points and the Latin hypercube TPE takes over; its own random start-up would only repeat them.
@@ -78,6 +124,11 @@ class GuardedOptunaSearch(OptunaSearch):
         distributions = {name: _distribution(p) for name, p in stage.parameters.items()} if stage else None
         self.stage = stage
         self.concurrency, self.deterministic = concurrency, deterministic
+        self.model, self.limit, self.skip_above = model, limit, skip_above
+        self.skipped: list[Skipped] = []
+        self.reason = ""  # why the search ended by itself
+        if stage is not None:
+            self._check_stage(stage)
         self._slots: list[str] = []  # trial ids in the order of their suggestion
         self._waiting: dict[str, dict[str, Any]] = {}  # results that are not told yet
         self._told = 0  # slots told so far (deterministic)
@@ -85,21 +136,84 @@ class GuardedOptunaSearch(OptunaSearch):
         super().__init__(space=distributions, metric=metric, mode=mode, sampler=sampler)
         if stage and distributions:
             for point in stage.points:
-                self._ot_study.enqueue_trial(_in_space(point, stage), user_attrs={"as_written": dict(point)}, skip_if_exists=False)
+                place = self._in_space(point, stage)
+                self._ot_study.enqueue_trial(place, user_attrs={"as_written": dict(point)}, skip_if_exists=False)
             for point in _latin_hypercube(stage, n_latin, seed):
                 self._ot_study.enqueue_trial(point)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.deterministic and not self._tell_in_order(len(self._slots) - 2 * self.concurrency):
             return None  # Ray asks again
-        suggestion = super().suggest(trial_id)
-        if suggestion is None:
-            return None
-        self._slots.append(trial_id)
+        for _ in range(MAX_SKIPPED_IN_A_ROW):
+            suggestion = super().suggest(trial_id)
+            if suggestion is None:
+                return None
+            config = self._launchable(trial_id, suggestion)
+            if config is not None:
+                self._slots.append(trial_id)
+                return config
+        self.reason = f"{MAX_SKIPPED_IN_A_ROW} suggestions in a row were not launched; the last: {self.skipped[-1].sentence}"
+        return str(Searcher.FINISHED)
+
+    def _launchable(self, trial_id: str, suggestion: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The suggestion as a task takes it; None if it is skipped."""
         if self.stage is None:
-            return dict(suggestion)
-        written = self._ot_trials[trial_id].user_attrs.get("as_written")
-        return resolve_settings({**self.stage.fixed, **(written if written is not None else suggestion)})
+            config = dict(suggestion)
+        else:
+            written = self._ot_trials[trial_id].user_attrs.get("as_written")
+            sampled = {**self.stage.fixed, **(written if written is not None else suggestion)}
+            if written is None and self.stage.is_relative:
+                ratio = float(sampled[GAIN])
+                try:
+                    sampled[GAIN] = gain_at(_needed(self.model, self.stage), ratio, sampled)
+                except ValueError as error:
+                    self._skip(trial_id, sampled, ratio, f"not launched: {error}")
+                    return None
+            config = resolve_settings(sampled)
+        if self.model is None or self.skip_above is None or self.limit is None:
+            return config
+        prediction = self.model.predict_setting(config)
+        if not prediction.ratio > self.skip_above:  # a NaN is no evidence against it
+            return config
+        sentence = skip_sentence(prediction, self.skip_above, self.limit)
+        self._skip(trial_id, config, prediction.ratio, sentence, harm=math.log10(prediction.ratio / self.limit))
+        return None
+
+    def _skip(self, trial_id: str, config: dict[str, Any], ratio: float, sentence: str, harm: float | None = None) -> None:
+        trial = self._ot_trials.pop(trial_id)
+        if harm is None:
+            self._ot_study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            trial.set_constraint(HARM, harm)
+            self._ot_study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        self.skipped.append(Skipped(self.stage.name if self.stage else "", config, ratio, sentence))
+
+    def _check_stage(self, stage: Stage) -> None:
+        """Raises UserError unless something in the stage can be launched."""
+        if stage.is_relative:
+            model, problems = _needed(self.model, stage), []
+            domain = stage.parameters[GAIN]
+            top = max(domain.values) if isinstance(domain, Choice) else domain.upper
+            gates = stage.parameters.get("ssim_loss_max_t")
+            for gate in gates.values if isinstance(gates, Choice) else [None]:
+                setting = stage.fixed if gate is None else {**stage.fixed, "ssim_loss_max_t": gate}
+                if gate is None and gates is not None:  # a range of gates: its widest end
+                    setting = {**stage.fixed, "ssim_loss_max_t": gates.upper}  # type: ignore[union-attr]
+                try:
+                    gain_at(model, float(top), setting)
+                    break
+                except ValueError as error:
+                    problems.append(str(error))
+            else:
+                raise UserError(f"stage {stage.name!r}: no setting can be launched: {problems[-1]}")
+        if self.model is not None and self.skip_above is not None and self.limit is not None:
+            least = forecast(self.model, Space(stage.name, (stage,)), self.limit, self.skip_above).widest[0]
+            if least > self.skip_above:
+                raise UserError(
+                    f"stage {stage.name!r}: every setting is predicted beyond {self.skip_above:g} "
+                    f"({self.skip_above / self.limit:g}x the norm guard's limit): the mildest has {least:.3g}x the baseline's "
+                    "total_norm; lower the gain, use `unit: norm_ratio`, or set search.skip_beyond: null"
+                )
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: what a sampler learns must not depend on how far other trials happen to be."""
@@ -138,10 +252,16 @@ class GuardedOptunaSearch(OptunaSearch):
         else:  # pruned by a guard, or stopped by a scheduler
             self._ot_study.tell(trial, state=optuna.trial.TrialState.PRUNED)
 
-
-def _in_space(point: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
-    """A full triple in the coordinates that the stage searches."""
-    return {name: gain_of(point) if name == "gain" else point[name] for name in stage.parameters}
+    def _in_space(self, point: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+        """A full triple in the coordinates that the stage searches. Raises UserError if its norm ratio lies outside."""
+        place = {name: gain_of(point) if name == GAIN else point[name] for name in stage.parameters}
+        if not stage.is_relative:
+            return place
+        ratio, domain = _needed(self.model, stage).predict_setting({**stage.fixed, **point}).ratio, stage.parameters[GAIN]
+        if ratio not in domain:
+            where = f"stage {stage.name!r}: the point gain {gain_of(point):g} @ {point['ssim_loss_max_t']:g}"
+            raise UserError(f"{where} has a predicted norm ratio of {ratio:.4g}, outside the space: {domain}")
+        return {**place, GAIN: ratio if isinstance(domain, Choice) else min(max(ratio, domain.lower), domain.upper)}
 
 
 def _latin_hypercube(stage: Stage, count: int, seed: int) -> list[dict[str, Any]]:
@@ -179,6 +299,7 @@ class StagedSearch(Searcher):
         self.budgets = [share + (index < more) for index in range(len(space.stages))]
         self.search = dict(search)
         self.stage_index = 0
+        self._skipped_before: list[Skipped] = []
         self.reason = ""  # why the route ended before its last stage
         self._searcher = self._make()
         self._suggested: list[str] = []
@@ -189,6 +310,11 @@ class StagedSearch(Searcher):
         n_latin = max(0, min(self.search.get("n_latin", 6), self.budgets[self.stage_index] - len(stage.points)))
         return GuardedOptunaSearch(stage, **{**self.search, "n_latin": n_latin})
 
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Of all stages so far: suggestions that were not launched."""
+        return [*self._skipped_before, *self._searcher.skipped]
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if len(self._suggested) == self.budgets[self.stage_index]:
             if len(self._results) < len(self._suggested):
@@ -196,9 +322,19 @@ class StagedSearch(Searcher):
             self.reason = self._reason_to_stop()
             if self.reason or self.stage_index + 1 == len(self.space.stages):
                 return Searcher.FINISHED
+            skipped = self.skipped
             self.stage_index += 1
-            self._searcher, self._suggested, self._results = self._make(), [], {}
+            try:
+                searcher = self._make()
+            except UserError as error:  # nothing in it can be launched
+                self.reason = str(error)
+                return Searcher.FINISHED
+            self._skipped_before = skipped
+            self._searcher, self._suggested, self._results = searcher, [], {}
         suggestion = self._searcher.suggest(trial_id)
+        if isinstance(suggestion, str):
+            self.reason = f"stage {self.space.stages[self.stage_index].name!r}: {self._searcher.reason}"
+            return suggestion
         if suggestion is None:
             return None
         self._suggested.append(trial_id)
@@ -235,8 +371,8 @@ class BaselineFirst(Searcher):
 
     baseline_config: settings of the baseline; a key that the space searches must be in it. seeds[0] is the study's own: later
     trials run with it and see the same batches. prefix: of the baselines' names. folder: where the file goes; every node must
-    reach it under that path. If a baseline fails, or two trials report the same set-up error, the search is over and
-    `failure` says why.
+    reach it under that path. storage: where the ledger of ruined checkpoints is. If a baseline fails, or two trials report
+    the same set-up error, the search is over and `failure` says why.
     """
 
     def __init__(
@@ -249,6 +385,7 @@ class BaselineFirst(Searcher):
         baseline: Baseline | None = None,
         searched: Sequence[str] = (),
         prefix: str = "",
+        storage: str | Path | None = None,
     ) -> None:
         super().__init__(metric=searcher.metric, mode=searcher.mode)
         if baseline is None and not seeds:
@@ -256,6 +393,7 @@ class BaselineFirst(Searcher):
         self.searcher = searcher
         self.baseline_config, self.seeds, self.folder = dict(baseline_config), list(seeds), str(folder)
         self.searched, self.prefix = list(searched), prefix
+        self.shared = {} if storage is None else {"storage": str(storage)}
         self.failure = ""
         self._baseline_trials: list[str] = []
         self._runs: dict[str, str] = {}  # trial id → Baseline of one run, as JSON
@@ -276,7 +414,8 @@ class BaselineFirst(Searcher):
             if index >= len(self.seeds):
                 return None  # the others wait for the baseline
             self._baseline_trials.append(trial_id)
-            context = {"trial_id": f"{self.prefix}baseline-{index}", "role": "baseline", "seed": self.seeds[index], "slot": index}
+            name, seed = f"{self.prefix}baseline-{index}", self.seeds[index]
+            context = {"trial_id": name, "role": "baseline", "seed": seed, "slot": index, **self.shared}
             return {**self.baseline_config, CONTEXT: context}
         suggestion = self.searcher.suggest(trial_id)
         if suggestion is None or suggestion == Searcher.FINISHED:
@@ -289,6 +428,7 @@ class BaselineFirst(Searcher):
             "seed": self.seeds[0] if self.seeds else 0,
             "slot": slot,
             "baseline": self._pointer,
+            **self.shared,
             "searched": self.searched or [key for key in suggestion if key != CONTEXT],
         }
         return {**suggestion, CONTEXT: {**context, **suggestion.get(CONTEXT, {})}}
@@ -323,6 +463,11 @@ class BaselineFirst(Searcher):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, baseline.to_bytes())
         self._pointer = {"path": str(path), "sha256": baseline.sha256}
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Suggestions that were not launched."""
+        return list(getattr(self.searcher, "skipped", []))
 
     @property
     def baseline(self) -> Baseline | None:

@@ -10,8 +10,11 @@ from ray.tune import Callback
 from tune_ssim.orchestration.events import EventWriter
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.trainable import CONTEXT
+from tune_ssim.proof import START, read_json
+from tune_ssim.quarantine import Ledger
 from tune_ssim.space import resolve_settings
 from tune_ssim.study_folder import StudyFolder, TrialSummary
+from tune_ssim.tensor_file import Contents
 
 # Ray pickles callbacks and makes them again when a study is resumed; what they draw on cannot travel, so it is looked up.
 LIVE_TABLES: dict[str, LiveTable] = {}
@@ -53,9 +56,11 @@ class StudyCallback(Callback):
             errors = self.folder.path / "errors"
             errors.mkdir(exist_ok=True)
             (errors / f"{name}.txt").write_text(result["traceback"])
+        for checkpoint in result.get("wrote") or []:
+            self.folder.add_checkpoint(name, checkpoint)
         if isinstance(result.get("summary"), str):
             self._end(name, json.loads(result["summary"]), json.loads(result.get("effective") or "{}"))
-        for key in ("records", "images", "effective", "traceback"):
+        for key in ("records", "images", "effective", "traceback", "wrote"):
             result.pop(key, None)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -72,10 +77,37 @@ class StudyCallback(Callback):
 
     def _end(self, name: str, summary: TrialSummary, effective: dict[str, Any]) -> None:
         self.ended.add(name)
+        if summary["verdict"] == "pruned" and (ids := quarantine(self.folder, summary)):
+            summary["quarantined"] = ids
         self.folder.add_trial(summary)
         self.writer.verdict(name, summary, effective)
         if self.table:
             self.table.trial_ended(summary)
+
+
+def quarantine(folder: StudyFolder, summary: TrialSummary) -> list[str]:
+    """Enters every checkpoint that a ruined trial wrote into the storage path's ledger; returns their ids.
+
+    Without the contents of the starting weights nothing is entered: they must never be."""
+    sound = [Contents(**contents) for contents in read_json(folder.path / START) or []]
+    if not sound:
+        return []
+    ledger, evidence, ids = Ledger(folder.path.parent), summary["evidence"] or {}, []
+    for checkpoint in folder.checkpoints(summary["trial_id"]):
+        entered = ledger.add(
+            Contents(**checkpoint["contents"]),
+            sound=sound,
+            study=folder.name,
+            trial_id=summary["trial_id"],
+            step=checkpoint["step"],
+            reason=summary["reason"],
+            guard=evidence.get("guard"),
+            parents=[contents.id for contents in sound],
+            path=checkpoint["path"],
+        )
+        if entered.entry is not None and entered.entry.id not in ids:
+            ids.append(entered.entry.id)
+    return ids
 
 
 def _who(trial: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -238,6 +238,8 @@ class Replay:
         }
         if summary["verdict"] == "pruned":
             tags["pruned_by"] = str(evidence.get("guard") or "")
+        if summary.get("quarantined"):
+            tags["quarantined"] = " ".join(summary["quarantined"])
         if evidence:
             tags["evidence"] = json.dumps(evidence, ensure_ascii=False)
         self._log(run_id, tags=tags)

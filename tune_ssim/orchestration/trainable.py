@@ -15,6 +15,7 @@ from ray import tune
 
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
+from tune_ssim.quarantine import Ledger
 from tune_ssim.run_trial import Trial, TrialPlan, Verdict
 from tune_ssim.space import resolve_settings
 from tune_ssim.study_folder import jsonable
@@ -50,6 +51,7 @@ class GuardedTrainable(tune.Trainable):
         context = dict(new_config.get(CONTEXT) or {})
         self.trial_name_in_study = str(context.get("trial_id") or self.trial_id)
         self.role = str(context.get("role", "search"))
+        self.storage = context.get("storage")  # where the ledger of ruined checkpoints is
         self.seed = int(context.get("seed", new_config.get("seed", 0)))
         self.searched = tuple(context.get("searched") or ())
         self.settings: dict[str, Any] = {}
@@ -81,17 +83,23 @@ class GuardedTrainable(tune.Trainable):
         verdict = self.failure or self.trial.verdict
         if verdict is not None:
             result |= self._final(verdict)
+            if verdict.verdict == "pruned":
+                # Ray saves the state once more after this result: that checkpoint is known before it is written.
+                self._quietly(lambda: self.trial.note_contents())
+                result["wrote"] = [*result.get("wrote", []), *self.trial.wrote]
         return result
 
     def _advance(self) -> dict[str, Any]:
         trial, spec = self.trial, self.spec
         records = trial.advance(spec.result_every)
         images, trial.images = trial.images, {}
+        wrote, trial.wrote = trial.wrote, []
         last = records[-1].values if records else {}
         result: dict[str, Any] = {
             "step": trial.step,
             "records": [record.to_json() for record in records],
             "images": images,
+            "wrote": wrote,
             "norm_ratio": trial.norm_ratio(),
             OBJECTIVE: math.nan,  # until the end; Ray insists that every result has the searcher's metric
             **{name: last[name] for name in ("loss", "total_norm") if name in last},
@@ -147,7 +155,12 @@ class GuardedTrainable(tune.Trainable):
     def load_checkpoint(self, checkpoint_dir: str | dict[str, Any]) -> None:
         assert isinstance(checkpoint_dir, str)
         if self.failure is None:
-            self.trial.load(Path(checkpoint_dir))
+            self._quietly(lambda: self._load(Path(checkpoint_dir)))
+
+    def _load(self, folder: Path) -> None:
+        if self.storage:
+            Ledger(self.storage).require_clean(folder)
+        self.trial.load(folder)
 
     def cleanup(self) -> None:
         self.__dict__.pop("trial", None)
