@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def parse(text: str | bytes) -> Space:
 
 
 def test_the_bundled_spaces_are_these() -> None:
-    assert bundled_spaces() == ["note_v2", "note_v3", "wide"]
+    assert bundled_spaces() == ["aggressive", "assertive", "conservative", "moderate", "note_v2", "note_v3", "wide"]
 
 
 def test_wide_begins_with_the_settings_of_the_notes() -> None:
@@ -81,7 +82,18 @@ def test_a_route_moves_weight_first_then_the_gate_and_never_the_scale(name: str,
     assert firsts[1][0] > firsts[0][0] and firsts[1][1] == firsts[0][1]
 
 
-@pytest.mark.parametrize("name", ["note_v2", "note_v3", "wide"])
+def test_the_relative_spaces_follow_upon_each_other() -> None:
+    """The same initial push on every model, from hardly any to the limit of the norm guard (note 000 §5.2)."""
+    stages = [load_space(name).stages[0] for name in STAGES]
+    gains = [stage.parameters["gain"] for stage in stages]
+    assert [gain.upper for gain in gains] == [1.1, 1.5, 3, 10]
+    assert all(before.upper == after.lower for before, after in pairwise(gains)) and gains[0].lower > 1
+    assert all(gain.unit == "norm_ratio" for gain in gains)
+    assert all(stage.is_relative and stage.fixed == {"ssim_grad_scale": 1.0, "pixel_loss_weight": 0.0} for stage in stages)
+    assert not load_space("wide").is_relative
+
+
+@pytest.mark.parametrize("name", bundled_spaces())
 def test_every_bundled_space_describes_itself_and_cites_its_numbers(name: str) -> None:
     space = load_space(name)
     assert space.name == name and space.description
@@ -165,6 +177,17 @@ def load_space_once(cache: list[Space] = []) -> tuple[Stage, ...]:  # noqa: B006
     return cache[0].stages
 
 
+def test_a_gain_by_what_it_does_leaves_its_points_to_the_calibration() -> None:
+    text = HEAD + "  gain: {unit: norm_ratio, log_uniform: [1.1, 3]}\n  ssim_loss_max_t: {choice: [0.1]}\npoints:\n"
+    space = parse(text + "  - {ssim_loss_weight: 900, ssim_loss_max_t: 0.1, ssim_grad_scale: 1}\n")
+    (stage,) = space.stages
+    assert space.is_relative and str(stage.parameters["gain"]) == "predicted norm ratio, log-uniform in [1.1, 3]"
+    assert stage.coordinates({**stage.point_configs()[0], "norm_ratio": 1.1}) == {"gain": 1.1, "ssim_loss_max_t": 0.1}
+    assert stage.config({"gain": 7.0, "ssim_loss_max_t": 0.1})["ssim_loss_weight"] == 7.0
+    with pytest.raises(UserError, match=r"ssim_loss_max_t: 0\.2 is outside the space"):  # the rest is known already
+        parse(text + "  - {ssim_loss_weight: 900, ssim_loss_max_t: 0.2, ssim_grad_scale: 1}\n")
+
+
 # ---- mistakes: file text → what the one line must hold ----
 
 HEAD = "name: s\nparameters:\n"
@@ -181,7 +204,13 @@ BAD = [
     (HEAD + "  gain: {log_uniform: [1]}", "s.yaml:3: gain: log_uniform must be [lower, upper], got [1] (a list)"),
     (HEAD + "  gain: {log_uniform: 3}", "s.yaml:3: gain: log_uniform must be [lower, upper], got 3"),
     (HEAD + "  gain: {loguniform: [1, 2]}", "s.yaml:3: gain: unknown key 'loguniform'; did you mean 'log_uniform'?"),
-    (HEAD + "  gain:\n    unit: norm_ratio\n    log_uniform: [1, 2]", "s.yaml:4: gain: `unit` is not available yet"),
+    (HEAD + "  gain:\n    unit: x\n    log_uniform: [1, 2]", "s.yaml:4: gain: `unit` must be norm_ratio, or left out, got 'x'"),
+    (HEAD + "  gain: {unit: norm_ratio}", "s.yaml:3: gain: must have exactly one of log_uniform, uniform, choice; got none"),
+    (HEAD + "  gain: {unit: norm_ratio, log_uniform: [0, 2]}", "s.yaml:3: gain: lower must be > 0"),
+    (HEAD + "  gain: {unit: norm_ratio, choice: [0, 2]}", "s.yaml:3: gain: must be a finite number > 0, got 0"),
+    (HEAD + "  gain: {unit: [1], log_uniform: [1, 2]}", "s.yaml:3: gain: `unit` must be norm_ratio, or left out, got [1]"),
+    (HEAD + "  ssim_loss_weight: {unit: norm_ratio, choice: [1]}", "s.yaml:3: ssim_loss_weight: `unit: norm_ratio` is for gain"),
+    (HEAD + "  gain: {units: norm_ratio, choice: [1]}", "s.yaml:3: gain: unknown key 'units'; did you mean 'unit'?"),
     (HEAD + "  gain: {uniform: [1, 2], choice: [1]}", "s.yaml:3: gain: must have exactly one of"),
     (HEAD + "  gain: {}", "s.yaml:3: gain: must have exactly one of"),
     (HEAD + "  gain: [1, 2]", "s.yaml:3: gain: must say how to search it"),
@@ -307,10 +336,13 @@ def test_aliases_are_written_out_but_not_without_end() -> None:
     ("name", "says"),
     [
         ("wid", "unknown space 'wid'; did you mean 'wide'?"),
-        ("zzz", "unknown space 'zzz'; valid: note_v2, note_v3, wide"),
+        ("zzz", "unknown space 'zzz'; valid: aggressive, assertive, conservative, moderate, note_v2, note_v3, wide"),
         ("note_v3:conservativ", "has no stage 'conservativ'; did you mean 'conservative'?"),
         ("note_v3:", "no stage after ':'"),
-        ("nowhere.yaml", "nowhere.yaml: no such file; bundled spaces: note_v2, note_v3, wide"),
+        (
+            "nowhere.yaml",
+            "nowhere.yaml: no such file; bundled spaces: aggressive, assertive, conservative, moderate, note_v2, note_v3, wide",
+        ),
         ("", "a name, a path or a mapping"),
         ("x" * 5000, "unknown space"),
         ("a\0b.yaml", "no such file"),
@@ -391,6 +423,8 @@ def stages(draw: st.DrawFn, name: str) -> Stage:
     for known in ("gain", "ssim_loss_weight"):
         if known in parameters and isinstance(parameters[known], Choice):
             parameters[known] = Choice((0.1, 1))
+    if "gain" in parameters and draw(st.booleans()):
+        parameters["gain"] = replace(parameters["gain"], unit="norm_ratio")
     fixed = draw(st.dictionaries(st.sampled_from(["momentum", "note", "ssim_loss_max_t"]), SCALARS | st.none(), max_size=3))
     if "ssim_loss_max_t" in fixed:
         fixed["ssim_loss_max_t"] = 0.3

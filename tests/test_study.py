@@ -19,6 +19,7 @@ from tune_ssim.space import load_space
 from tune_ssim.study import (
     Asha,
     BaselineRuns,
+    CalibrationOptions,
     Keep,
     Objective,
     Resources,
@@ -65,7 +66,9 @@ def test_the_bundled_study() -> None:
     }
     assert study.baseline_seeds == 2
     assert study.space == load_space("wide")
-    assert study.search == Search(strategy="optuna", trials=12, seed=0, concurrency=2, deterministic=True)
+    # It shows the guards at work, also on settings that are known to ruin the model.
+    assert study.search == Search(strategy="optuna", trials=12, seed=0, concurrency=2, deterministic=True, skip_beyond=None)
+    assert study.calibration == CalibrationOptions(batches=24, disable_update={"lr": 0.0})
     assert study.guard_list == (NormRatio(), SmokeTest(), NonFinite())
     assert study.objective.keep["psnr"].limit == {"min_delta": -0.3}
     assert study.tracking == Tracking(uri=None) and study.scheduler is None
@@ -82,6 +85,22 @@ def test_bundled_studies_differ_in_their_preset(name: str, preset: str) -> None:
 def test_what_is_left_out_has_a_default(written: Any) -> None:
     study = load_study(written("task: fundus_sr\n", "my_study.yaml"))
     assert study == Study("my-study", load_space("wide"))
+
+
+def test_settings_beyond_twice_the_limit_are_not_launched_unless_told(written: Any) -> None:
+    assert load_study(written("task: fundus_sr")).search.skip_beyond == 2
+    assert load_study(written("search: {skip_beyond: null}")).search.skip_beyond is None
+    assert load_study(written("search: {skip_beyond: 5}")).search.skip_beyond == 5
+
+
+def test_a_gain_in_relative_units_needs_the_calibration(written: Any) -> None:
+    inline = "space:\n  parameters:\n    gain: {unit: norm_ratio, log_uniform: [1.1, 3]}\n    ssim_loss_max_t: {choice: [0.1]}\n"
+    assert load_study(written(inline)).space.is_relative
+    assert load_study(written("calibration: null\n")).calibration is None
+    with pytest.raises(UserError, match=r"s\.yaml:1: calibration: is null, but the space 'inline' gives its gain as a norm ratio"):
+        load_study(written("calibration: null\n" + inline))
+    with pytest.raises(UserError, match="the space 'moderate' gives its gain as a norm ratio"):
+        load_study(written("calibration: null"), {"space": "moderate"})
 
 
 def test_an_objective_keeps_its_default_margins_unless_told(written: Any) -> None:
@@ -159,6 +178,15 @@ def test_the_resolved_study_is_the_same_study(name: str, space: str, tmp_path: P
         seed=st.integers(0, 2**32 - 1),
         concurrency=st.integers(1, 99) | st.just("auto"),
         deterministic=st.booleans(),
+        skip_beyond=st.none() | st.floats(0.1, 100),
+    ),
+    calibration=st.none()
+    | st.builds(
+        CalibrationOptions,
+        batches=st.integers(1, 99),
+        grid=st.none() | st.lists(st.floats(0.01, 1), min_size=1, unique=True),
+        disable_update=st.sampled_from([{}, {"lr": 0}, {"optimizer": "none", "lr": 0.0}]),
+        method=st.sampled_from(["auto", "gram", "readings"]),
     ),
     guards=st.lists(
         st.sampled_from(
@@ -279,7 +307,7 @@ BAD = [
     ("baseline: {pixel_loss_weight: -1}", "s.yaml:1: baseline.pixel_loss_weight: must be a finite number >= 0, got -1"),
     ("baseline: {ssim_loss_weight: 0.1}", "s.yaml:1: baseline.ssim_loss_weight: the baseline has no SSIM loss, got 0.1"),
     ("space: wid", "s.yaml:1: space: unknown space 'wid'; did you mean 'wide'?"),
-    ("space: gone.yaml", "gone.yaml: no such file; bundled spaces: note_v2, note_v3, wide"),
+    ("space: gone.yaml", "gone.yaml: no such file; bundled spaces: aggressive, assertive, conservative, moderate, note_v2, note_v3, wide"),
     ("space: [wide]", "s.yaml:1: space: must be a name, a path or a mapping, got ['wide'] (a list)"),
     ("space: null", "s.yaml:1: space: must be a name, a path or a mapping, got nothing (null)"),
     ("name: s\nspace:\n  parameters:\n    gain: {log_uniform: [3, 1]}", "s.yaml:4: gain: lower (3) must be below upper (1)"),
@@ -331,7 +359,22 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "says"), BAD)
+BAD_CALIBRATION = [
+    ("search: {skip_beyond: 0}", "s.yaml:1: search.skip_beyond: must be > 0, got 0"),
+    ("search: {skip_beyond: .inf}", "s.yaml:1: search.skip_beyond: must be a finite number"),
+    ("calibration: {batches: 0}", "s.yaml:1: calibration.batches: must be >= 1, got 0"),
+    ("calibration: {grid: [0.1, 0.1]}", "s.yaml:1: calibration.grid: must be different values of max_t above 0 and at most 1, got"),
+    ("calibration: {grid: [0, 0.1]}", "s.yaml:1: calibration.grid: must be different values of max_t"),
+    ("calibration: {grid: []}", "s.yaml:1: calibration.grid: must not be empty, got [] (a list)"),
+    ("calibration: {grid: 0.1}", "s.yaml:1: calibration.grid: must be a list, got 0.1"),
+    ("calibration: {method: exact}", "s.yaml:1: calibration.method: must be one of 'auto', 'gram', 'readings', got 'exact'"),
+    ("calibration: {disable_update: 0}", "s.yaml:1: calibration.disable_update: must be a mapping, got 0"),
+    ("calibration: {batch: 3}", "s.yaml:1: calibration: unknown key 'batch'; did you mean 'batches'?"),
+    ("calibration: 3", "s.yaml:1: calibration: must be a mapping, got 3"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), BAD + BAD_CALIBRATION)
 def test_a_mistake_is_one_line_that_says_where(written: Any, tmp_path: Path, text: str | bytes, says: str) -> None:
     with pytest.raises(UserError) as error:
         load_study(written(text))

@@ -5,7 +5,8 @@ The SSIM gradient reaches the parameters only through the decoder's output, so `
 
     gradient = g_main + gain · g_ssim(max_t),   gain = ssim_loss_weight · ssim_grad_scale
 
-A space may therefore search `gain` with a pinned `ssim_grad_scale`; a task always gets the three numbers.
+A space may therefore search `gain` with a pinned `ssim_grad_scale`; a task always gets the three numbers. With
+`unit: norm_ratio` the gain is given by what it does: the predicted total_norm over the baseline's (probes.norm_model).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, kind_of, 
 
 WEIGHT, MAX_T, GRAD_SCALE, GAIN = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "gain"
 TRIPLE = (WEIGHT, MAX_T, GRAD_SCALE)
+NORM_RATIO = "norm_ratio"  # the one unit besides plain numbers
 TOLERANCE = 1e-9  # relative: 0.1 · 0.1 must count as 0.01, and 1e-9 is far below any difference that training shows
 
 _AT_LEAST_0 = ("a finite number >= 0", lambda x: 0 <= x < math.inf)
@@ -47,6 +49,7 @@ class LogUniform:
 
     lower: float
     upper: float
+    unit: str | None = None  # norm_ratio, of a gain
     kind: ClassVar[str] = "log_uniform"
 
     def __post_init__(self) -> None:
@@ -58,10 +61,10 @@ class LogUniform:
         return _is_number(value) and _between(value, self.lower, self.upper)
 
     def to_yaml(self) -> dict[str, Any]:
-        return {self.kind: [self.lower, self.upper]}
+        return {**_unit_yaml(self.unit), self.kind: [self.lower, self.upper]}
 
     def __str__(self) -> str:
-        return f"log-uniform in [{self.lower:g}, {self.upper:g}]"
+        return f"{_unit_words(self.unit)}log-uniform in [{self.lower:g}, {self.upper:g}]"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Uniform:
 
     lower: float
     upper: float
+    unit: str | None = None
     kind: ClassVar[str] = "uniform"
 
     def __post_init__(self) -> None:
@@ -79,10 +83,10 @@ class Uniform:
         return _is_number(value) and _between(value, self.lower, self.upper)
 
     def to_yaml(self) -> dict[str, Any]:
-        return {self.kind: [self.lower, self.upper]}
+        return {**_unit_yaml(self.unit), self.kind: [self.lower, self.upper]}
 
     def __str__(self) -> str:
-        return f"uniform in [{self.lower:g}, {self.upper:g}]"
+        return f"{_unit_words(self.unit)}uniform in [{self.lower:g}, {self.upper:g}]"
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,11 @@ class Choice:
     """One of `values`: numbers, text, true or false; no value twice."""
 
     values: tuple[Any, ...]
+    unit: str | None = None
     kind: ClassVar[str] = "choice"
 
     def __post_init__(self) -> None:
+        _check_unit(self.unit)
         if isinstance(self.values, str) or not isinstance(self.values, (list, tuple)):
             raise ValueError(f"choice must be a list of values, got {kind_of(self.values)}")
         object.__setattr__(self, "values", tuple(self.values))
@@ -107,16 +113,18 @@ class Choice:
         return any(_same(value, own) for own in self.values)
 
     def to_yaml(self) -> dict[str, Any]:
-        return {self.kind: list(self.values)}
+        return {**_unit_yaml(self.unit), self.kind: list(self.values)}
 
     def __str__(self) -> str:
-        return "one of " + ", ".join(_text(value) for value in self.values)
+        return f"{_unit_words(self.unit)}one of " + ", ".join(_text(value) for value in self.values)
 
 
 Domain = LogUniform | Uniform | Choice
 DOMAINS: dict[str, type[LogUniform] | type[Uniform] | type[Choice]] = {
     domain.kind: domain for domain in (LogUniform, Uniform, Choice)
 }
+# A gain by what it does: the predicted total_norm over the baseline's.
+UNITS = (NORM_RATIO,)
 FORMS = "log_uniform: [lower, upper], uniform: [lower, upper] or choice: [value, …]"
 
 
@@ -145,19 +153,27 @@ class Stage:
         for loc, message in _problems(self):
             raise ValueError(f"stage {self.name!r}: {'.'.join(map(str, loc))}: {message}")
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether its gain is given as a predicted norm ratio, so that a norm model must turn it into a number."""
+        return GAIN in self.parameters and self.parameters[GAIN].unit is not None
+
     def point_configs(self) -> list[dict[str, Any]]:
         """The points as a task takes them: what is fixed, then the point's own numbers."""
         return [{**self.fixed, **point} for point in self.points]
 
     def config(self, sampled: Mapping[str, Any]) -> dict[str, Any]:
-        """What a task takes for sampled values of `parameters`."""
+        """What a task takes for sampled values of `parameters`; a gain is a plain number here."""
         return resolve_settings({**self.fixed, **sampled})
 
     def coordinates(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The inverse of `config`: where a resolved setting lies in `parameters`, rounding put back within bounds."""
+        """The inverse of `config`: where a resolved setting lies in `parameters`, rounding put back within bounds.
+
+        In a relative stage `config` must hold the norm ratio that its gain gives, as `norm_ratio`."""
         found: dict[str, Any] = {}
         for name, domain in self.parameters.items():
-            value = gain_of(config) if name == GAIN else config[name]
+            of_gain = config[NORM_RATIO] if domain.unit else gain_of(config)
+            value = of_gain if name == GAIN else config[name]
             if value not in domain:
                 raise ValueError(f"{name}: {value!r} is outside the stage {self.name!r}: {domain}")
             if isinstance(domain, Choice):
@@ -195,6 +211,11 @@ class Space:
     def parameter_names(self) -> list[str]:
         """Everything that any stage searches."""
         return list(_ordered({name: None for stage in self.stages for name in stage.parameters}))
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether any stage gives its gain as a predicted norm ratio."""
+        return any(stage.is_relative for stage in self.stages)
 
     def stage(self, name: str) -> Stage:
         """Raises UserError naming the stages there are."""
@@ -411,21 +432,23 @@ def _domain(problems: Problems, loc: Loc, name: str, value: Any) -> Domain | Non
         if not isinstance(value, Mapping):
             raise ValueError(f"must say how to search it, {FORMS}; got {kind_of(value)}")
         for key in value:
-            if key not in DOMAINS:
+            if key not in (*DOMAINS, "unit"):
                 at = (*loc, key)
-                if key == "unit":
-                    raise ValueError("`unit` is not available yet: bounds are plain numbers")
-                raise ValueError(f"unknown key {shown(key)}{did_you_mean(key, DOMAINS)}")
-        if len(value) != 1:
-            raise ValueError(f"must have exactly one of {', '.join(DOMAINS)}; got {', '.join(value) or 'none'}")
-        kind, given = next(iter(value.items()))
-        at = (*loc, kind)
+                raise ValueError(f"unknown key {shown(key)}{did_you_mean(key, [*DOMAINS, 'unit'])}")
+        kinds = [key for key in value if key != "unit"]
+        if len(kinds) != 1:
+            raise ValueError(f"must have exactly one of {', '.join(DOMAINS)}; got {', '.join(kinds) or 'none'}")
+        unit = value.get("unit")
+        at = (*loc, "unit")
+        _check_unit(unit)
+        (kind,) = kinds
+        given, at = value[kind], (*loc, kind)
         is_list = isinstance(given, (list, tuple))
         if kind == Choice.kind:
-            return Choice(tuple(_as_number(name, item) for item in given) if is_list else given)
+            return Choice(tuple(_as_number(name, item) for item in given) if is_list else given, unit)
         if not is_list or len(given) != 2:
             raise ValueError(f"{kind} must be [lower, upper], got {kind_of(given)}")
-        return (LogUniform if kind == LogUniform.kind else Uniform)(given[0], given[1])
+        return (LogUniform if kind == LogUniform.kind else Uniform)(given[0], given[1], unit)
     except ValueError as error:
         problems.add(at, str(error), subject=name)
         return None
@@ -478,6 +501,8 @@ def _problems(stage: Any) -> Iterator[tuple[Loc, str]]:
         found = [message for message in (setting_problem(name, value) for value in values) if message]
         if found:
             yield loc, found[0]
+        if domain.unit is not None and name != GAIN:
+            yield loc, f"`unit: {domain.unit}` is for {GAIN} only: the norm ratio that a gain gives"
         if name in fixed:
             yield ("fixed", name), "is searched and fixed at once"
     if not parameters:
@@ -524,7 +549,8 @@ def _point_problems(
             yield (name,), message
     if wrong:
         return
-    if GAIN in parameters and gain_of(point) not in parameters[GAIN]:
+    # A point's norm ratio is known once the model is calibrated; the searcher checks it then.
+    if GAIN in parameters and parameters[GAIN].unit is None and gain_of(point) not in parameters[GAIN]:
         yield (), f"gain {gain_of(point):g} (= {WEIGHT} x {GRAD_SCALE}) is outside the space: {parameters[GAIN]}"
     for name, value in point.items():
         if name in parameters and value not in parameters[name]:
@@ -553,7 +579,21 @@ def _float(value: float) -> float:
         return math.inf
 
 
+def _check_unit(unit: Any) -> None:
+    if unit is not None and unit not in UNITS:
+        raise ValueError(f"`unit` must be {' or '.join(UNITS)}, or left out, got {kind_of(unit)}")
+
+
+def _unit_yaml(unit: str | None) -> dict[str, Any]:
+    return {} if unit is None else {"unit": unit}
+
+
+def _unit_words(unit: str | None) -> str:
+    return "" if unit is None else "predicted norm ratio, "
+
+
 def _check_bounds(domain: Any) -> None:
+    _check_unit(domain.unit)
     for side in ("lower", "upper"):
         value = getattr(domain, side)
         if not _is_number(value):

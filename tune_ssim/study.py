@@ -48,6 +48,9 @@ class Search(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's range
     concurrency: int | Literal["auto"] = 2  # trials at a time; auto: as many as the cluster's resources admit
     deterministic: bool = True  # DESIGN "Order": the same suggestions whichever trial ends first
+    # Times the norm guard's limit: settings predicted beyond are listed, not launched; None launches everything. The prediction
+    # over-estimates about twofold (FACTS §1), so what is left out would have been pruned.
+    skip_beyond: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 2.0
 
     @field_validator("concurrency", mode="plain")
     @classmethod
@@ -127,6 +130,24 @@ class Preflight(_Section):
     """Before anything is launched: is the set-up sound? No options yet; `preflight: null` switches it off."""
 
 
+class CalibrationOptions(_Section):
+    """Before anything is launched: how hard does each setting push? Measured with the update switched off."""
+
+    batches: Annotated[int, Field(ge=1)] = 24  # medians of >= 10 active steps (FACTS §1), also behind gates that half of them pass
+    grid: Annotated[list[float], Field(min_length=1)] | None = None  # of max_t; None: what the space can take
+    # What leaves the weights as they are; for any launcher (FACTS §1).
+    disable_update: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.0})
+    # gram: from the gradients themselves; readings: from total_norm alone, as any training reports it; auto: gram where it fits.
+    method: Literal["auto", "gram", "readings"] = "auto"
+
+    @field_validator("grid")
+    @classmethod
+    def _grid(cls, grid: list[float] | None) -> list[float] | None:
+        if grid is not None and (len(set(grid)) < len(grid) or not all(0 < max_t <= 1 for max_t in grid)):
+            raise ValueError(f"must be different values of max_t above 0 and at most 1, got {grid}")
+        return grid
+
+
 class Confirm(_Section):
     """Before anything is exported: the best settings and the baseline again, with further seeds and for longer."""
 
@@ -161,6 +182,7 @@ class Study:
     objective: Objective = field(default_factory=Objective)
     resources: Resources = field(default_factory=Resources)
     preflight: Preflight | None = field(default_factory=Preflight)  # None: off, and the proof says so
+    calibration: CalibrationOptions | None = field(default_factory=CalibrationOptions)  # None: off; then nothing is predicted
     confirm: Confirm | None = field(default_factory=Confirm)  # None: off; then nothing is exported without --unproven
     report_every: int = 1  # steps between transfers from the device, and so between verdicts; 1 on CPU (DESIGN)
     result_every: int = 10  # steps per result that Ray sees: a result costs it milliseconds (FACTS §3)
@@ -217,6 +239,7 @@ class Study:
             "objective": {"maximize": self.objective.maximize, "keep": keep},
             "resources": self.resources.model_dump(),
             "preflight": None if self.preflight is None else self.preflight.model_dump(),
+            "calibration": None if self.calibration is None else self.calibration.model_dump(),
             "confirm": None if self.confirm is None else self.confirm.model_dump(),
             "report_every": self.report_every,
             "result_every": self.result_every,
@@ -323,9 +346,10 @@ def _parse(source: Source, folder: Path) -> Study:
     found["scheduler"] = _scheduler(problems, data.get("scheduler"), found["task_config"]["steps"])
     found["guards"] = _guards(problems, data.get("guards", {}))
     found["objective"] = _objective(problems, data.get("objective") or {})
-    for key, model in (("tracking", Tracking), ("preflight", Preflight), ("confirm", Confirm)):
+    optional = {"tracking": Tracking, "preflight": Preflight, "calibration": CalibrationOptions, "confirm": Confirm}
+    for key, section in optional.items():
         given = data.get(key, {})
-        found[key] = None if given is None else _section(problems, (key,), given, model)
+        found[key] = None if given is None else _section(problems, (key,), given, section)
     found["import_path"] = _import_path(problems, data, folder if source.lines else None, found["task"])
     for loc, message in _problems(SimpleNamespace(**found)):
         problems.add(loc, message)
@@ -505,6 +529,8 @@ def _words(detail: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Loc, st
         "string_type": "must be text",
         "string_too_short": "must not be empty",
         "tuple_type": "must be a list",
+        "list_type": "must be a list",
+        "too_short": "must not be empty",
         "dict_type": "must be a mapping",
     }
     if kind == "literal_error":
@@ -558,6 +584,8 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
                 ("search", "trials"),
                 f"a route of {stages} stages needs at least {stages} trials, got {study.search.trials}",
             )
+        if study.space.is_relative and study.calibration is None:
+            yield ("calibration",), f"is null, but the space {study.space.name!r} gives its gain as a norm ratio, which needs it"
     confirm = study.confirm
     if confirm is not None and confirm.steps is not None and _is_count(steps) and confirm.steps < steps:
         yield ("confirm", "steps"), f"must be at least the trial's {steps} steps, got {confirm.steps}"
