@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,37 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tune_ssim.errors import UserError
+from tune_ssim.tensor_file import parents_metadata
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 DIGEST = "state_sha256"  # in the metadata of the tensors: which state.json they belong to
 
 
-def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+def save_checkpoint(folder: Path, state: Mapping[str, Any], parents: Iterable[str] = ()) -> None:
     """`state`: nested dicts, lists and tuples of tensors and JSON values; keys may be integers (optimisers have such).
+    `parents`: content ids of all that the state was made from, kept in the file (`TensorFile.parents` reads them).
 
-    Raises TypeError, naming the place, for anything else."""
-    tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps(_take_apart(state, "", tensors)).encode()
+    Raises TypeError, naming the place, for anything else; ValueError for a parent that is no content id."""
+    taken: dict[str, torch.Tensor] = {}
+    text = json.dumps(_take_apart(state, "", taken)).encode()
+    metadata = {"format": "pt", DIGEST: hashlib.sha256(text).hexdigest(), **parents_metadata(parents)}
+    # A copy: tensors that share memory (tied weights) cannot be stored as they are.
+    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in taken.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # Each file is replaced as a whole; the digest tells when a kill fell between the two replacements.
-    save_file(tensors, folder / f".{TENSORS}", metadata={"format": "pt", DIGEST: hashlib.sha256(text).hexdigest()})
+    save_file(tensors, folder / f".{TENSORS}", metadata=metadata)
     (folder / f".{STATE}").write_bytes(text)
     for name in (TENSORS, STATE):
         (folder / f".{name}").replace(folder / name)
+
+
+def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors that `save_checkpoint` would store, under the same names; where they are, not copied.
+
+    `probes.tensor_contents(tensors_of(state))` is what the ledger of ruined checkpoints knows the saved file by."""
+    tensors: dict[str, torch.Tensor] = {}
+    _take_apart(state, "", tensors)
+    return tensors
 
 
 def load_checkpoint(folder: Path) -> Any:
@@ -52,8 +66,7 @@ def _take_apart(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         while name in tensors:  # the keys 1 and "1", or "a/b" and "a" → "b", read the same
             name += "'"
-        # A copy: tensors that share memory (tied weights) cannot be stored as they are.
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = value.detach()
         return {"tensor": name}
     if isinstance(value, Mapping):
         for key in value:
