@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tune_ssim.checkpoint import DIGEST, STATE, TENSORS, load_checkpoint, save_checkpoint
+from tune_ssim.checkpoint import DIGEST, STATE, TENSORS, load_checkpoint, save_checkpoint, tensors_of
 from tune_ssim.errors import UserError
+from tune_ssim.probes import tensor_hashes
+from tune_ssim.tensor_file import TensorFile
 
 
 def same(one: Any, other: Any) -> bool:
@@ -166,6 +168,42 @@ def test_a_view_is_stored_without_the_rest_of_its_memory(tmp_path: Path) -> None
 def test_what_cannot_be_stored_is_named(tmp_path: Path, state: Any, place: str) -> None:
     with pytest.raises(TypeError, match=place):
         save_checkpoint(tmp_path / "new", state)
+    assert not (tmp_path / "new").exists()
+
+
+# ---- what the ledger of ruined checkpoints knows a checkpoint by
+
+
+def test_the_tensors_of_a_state_are_those_of_its_file(tmp_path: Path) -> None:
+    model, optimizer, scaler = training()
+    train(model, optimizer, scaler, range(2))
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    state = {
+        **{name: part.state_dict() for name, part in parts.items()},
+        "view": torch.arange(12.0).reshape(3, 4).T,
+        1: [torch.ones(())],
+    }
+    save_checkpoint(tmp_path, state)
+    tensors = tensors_of(state)
+    assert same(tensors, {name: load_file(tmp_path / TENSORS)[name] for name in tensors})
+    assert tensor_hashes(tensors) == TensorFile.open(tmp_path / TENSORS).hashes()
+    assert tensors["/model/first.weight"].data_ptr() == model.first.weight.data_ptr()  # not a copy
+
+
+def test_parents_are_kept_in_the_file(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "first", {"x": torch.zeros(3)})
+    first = TensorFile.open(tmp_path / "first" / TENSORS)
+    assert first.parents() == ()
+    save_checkpoint(tmp_path / "second", {"x": torch.ones(3), "step": 1}, parents=first.ancestry())
+    second = TensorFile.open(tmp_path / "second" / TENSORS)
+    assert second.parents() == first.ancestry()
+    assert len(second.ancestry()) == 2
+    assert load_checkpoint(tmp_path / "second")["step"] == 1
+
+
+def test_a_parent_that_is_no_content_id(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="content ids"):
+        save_checkpoint(tmp_path / "new", {"x": torch.zeros(3)}, parents=["fundus_denoiser.safetensors"])
     assert not (tmp_path / "new").exists()
 
 

@@ -2,5 +2,14 @@
 
 from tune_ssim.probes.collapse import collapse_statistics
 from tune_ssim.probes.gradients import total_norm
+from tune_ssim.probes.weights import WeightComparison, compare_with_file, content_id, tensor_contents, tensor_hashes
 
-__all__ = ["collapse_statistics", "total_norm"]
+__all__ = [
+    "WeightComparison",
+    "collapse_statistics",
+    "compare_with_file",
+    "content_id",
+    "tensor_contents",
+    "tensor_hashes",
+    "total_norm",
+]
