@@ -9,13 +9,18 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+from ray import tune
 from ray.tune.search import Searcher
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from tune_ssim.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space
 from tune_ssim.orchestration.trainable import CONTEXT
+from tune_ssim.probes import norm_model
 from tune_ssim.space import gain_of, load_space
 
 WIDE = load_space("wide").stages[0]
@@ -202,3 +207,148 @@ def test_a_space_as_ray_domains() -> None:
     assert 0.001 <= domains["gain"].sample() <= 3000
     with pytest.raises(ValueError, match="4 stages"):
         param_space(load_space("note_v2"))
+
+
+# ---- with a norm model ----
+
+
+def model_of(natural_gains: dict[float, float]) -> norm_model.NormModel:
+    """Main and SSIM gradient of one length at these gains, by max_t, and at right angles: ratio = sqrt(1 + (gain / natural)²)."""
+    q = np.zeros((len(natural_gains), 4, 3, 3))
+    q[..., 0, 0] = 1
+    for index, natural in enumerate(natural_gains.values()):
+        q[index, :, 2, 2] = natural**-2.0
+    active = np.isfinite(q[..., 2, 2]) & (q[..., 2, 2] > 0)
+    return norm_model.NormModel(tuple(natural_gains), q, active, np.ones(4), (1, 2, 3, 4), "gram", {"ssim_grad_scale": 1.0})
+
+
+MODEL = model_of({0.1: 40.0, 0.2: 25.0, 0.3: 15.0, 1.0: 8.0})
+GUARD: dict[str, Any] = {"limit": 10.0, "skip_above": 20.0}
+
+
+@pytest.mark.parametrize("name", ["conservative", "moderate", "assertive", "aggressive"])
+def test_a_relative_space_hands_out_gains_of_the_predicted_ratio(name: str) -> None:
+    (stage,) = load_space(name).stages
+    searcher = GuardedOptunaSearch(stage, model=MODEL, seed=3, **GUARD)
+    gates = set()
+    for k in range(20):
+        config = searcher.suggest(f"t{k}")
+        assert isinstance(config, dict) and set(config) == {
+            "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight"
+        }  # fmt: skip
+        gates.add(config["ssim_loss_max_t"])
+        asked = searcher._ot_trials[f"t{k}"].params["gain"]
+        said = MODEL.predict_setting(config).ratio
+        assert asked in stage.parameters["gain"] and said == pytest.approx(asked, rel=1e-9)
+        searcher.on_trial_complete(f"t{k}", result_of(config))
+    assert gates == {0.1, 0.2, 0.3, 1.0} and not searcher.skipped
+    assert "gain" not in str(config)  # three numbers reach the task
+
+
+def test_a_relative_space_without_a_model() -> None:
+    space = load_space("moderate")
+    for make in (GuardedOptunaSearch, param_space):
+        with pytest.raises(UserError, match="stage 'moderate' gives its gain as a norm ratio: calibrate first"):
+            make(space.stages[0])
+
+
+def test_settings_predicted_beyond_are_listed_and_not_launched() -> None:
+    searcher = GuardedOptunaSearch(WIDE, model=MODEL, concurrency=2, **GUARD)
+    launched: list[dict[str, Any]] = []
+    for k in range(24):
+        config = searcher.suggest(f"t{k}")
+        assert isinstance(config, dict)  # a skipped one costs no trial
+        launched.append(config)
+        searcher.on_trial_complete(f"t{k}", result_of(config))
+    assert all(MODEL.predict_setting(config).ratio <= 20 for config in launched)
+    assert searcher.skipped and all(skipped.predicted_ratio > 20 for skipped in searcher.skipped)
+    skipped = searcher.skipped[0]
+    assert MODEL.predict_setting(skipped.config).ratio == skipped.predicted_ratio
+    assert f"predicted {skipped.predicted_ratio:.3g}x the baseline's" in skipped.sentence and "limit 10" in skipped.sentence
+    told = [trial for trial in searcher._ot_study.get_trials() if trial.state.name == "PRUNED"]
+    harms = {round(math.log10(s.predicted_ratio / 10), 9) for s in searcher.skipped}
+    assert harms <= {round(trial.constraints["harm"], 9) for trial in told}  # the sampler learns from what was not launched
+
+
+def test_a_model_alone_changes_no_suggestion() -> None:
+    assert search(None, model=MODEL) == search(None)
+    assert search(None, model=MODEL, limit=10.0) == search(None)
+    mild = model_of(dict.fromkeys((0.1, 0.2, 0.3, 1.0), 1e6))
+    assert search(None, model=mild, **GUARD) == search(None)  # nothing in the space is beyond
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 4])
+def test_skipping_keeps_the_order_deterministic(concurrency: int) -> None:
+    orders = [search(random.Random(k) if k else None, concurrency=concurrency, model=MODEL, **GUARD) for k in range(4)]
+    assert all(other == orders[0] for other in orders[1:])
+    assert orders[0] != search(None, concurrency=concurrency)
+
+
+def test_a_space_wholly_beyond_the_limit_ends_with_a_message() -> None:
+    deadly = model_of(dict.fromkeys((0.1, 0.2, 0.3, 1.0), 1e-6))
+    with pytest.raises(UserError, match=r"stage 'wide': every setting is predicted beyond 20 \(2x .*the mildest has 1e\+03x"):
+        GuardedOptunaSearch(WIDE, model=deadly, **GUARD)
+    narrow = model_of({0.1: 1e-5, 0.2: 1e-5, 0.3: 1e-5, 1.0: 5.01e-5})  # one gain in ten thousand is left
+    searcher = GuardedOptunaSearch(WIDE, model=narrow, **GUARD)
+    assert isinstance(searcher.suggest("t0"), dict)  # the graded constraint leads TPE there
+    searcher = GuardedOptunaSearch(WIDE, model=narrow, sampler=optuna.samplers.RandomSampler(seed=0), **GUARD)
+    assert searcher.suggest("t0") == Searcher.FINISHED  # it does not look for ever
+    assert len(searcher.skipped) == 200 and "200 suggestions in a row were not launched" in searcher.reason
+
+
+def test_a_gate_that_was_not_calibrated_is_listed_too() -> None:
+    gates = dict.fromkeys((0.2, 0.3, 1.0), 10.0)
+    idle = model_of({0.1: math.inf, **gates})
+    (stage,) = load_space("moderate").stages
+    searcher = GuardedOptunaSearch(stage, model=idle, deterministic=False, **GUARD)
+    launched = [searcher.suggest(f"t{k}") for k in range(16)]
+    assert {config["ssim_loss_max_t"] for config in launched if isinstance(config, dict)} == set(gates)
+    assert searcher.skipped and "no sample of the 4 calibrated batches has 0 < t <= 0.1" in searcher.skipped[0].sentence
+    with pytest.raises(UserError, match="no setting can be launched: no sample of the 4"):
+        GuardedOptunaSearch(stage, model=model_of(dict.fromkeys((0.1, 0.2, 0.3, 1.0), math.inf)))
+
+
+def test_points_of_a_relative_space_are_checked_when_it_is_calibrated() -> None:
+    text = {"parameters": {"gain": {"unit": "norm_ratio", "log_uniform": [1.1, 3]}, "ssim_loss_max_t": {"choice": [0.1]}}}
+    point = {"ssim_loss_weight": 40.0, "ssim_loss_max_t": 0.1, "ssim_grad_scale": 1.0}
+    (stage,) = load_space({**text, "points": [point]}).stages
+    config = GuardedOptunaSearch(stage, model=MODEL).suggest("t0")
+    assert isinstance(config, dict) and config["ssim_loss_weight"] == 40.0  # as written
+    (stage,) = load_space({**text, "points": [{**point, "ssim_grad_scale": 0.1}]}).stages
+    with pytest.raises(UserError, match=r"point gain 4 @ 0\.1 has a predicted norm ratio of 1\.005, outside the space: predicted"):
+        GuardedOptunaSearch(stage, model=MODEL)
+
+
+def test_a_route_skips_too_and_ends_where_nothing_is_left() -> None:
+    space = load_space("note_v3")
+    hot = model_of({0.1: 0.001, 0.15: 1e-5, 0.2: 1e-6, 1.0: 1e-6})  # gains of 0.001 to 0.01: from assertive on it is too much
+    searcher = StagedSearch(space, 8, concurrency=1, model=hot, limit=10.0, skip_above=4.9)
+    stages = []
+    while isinstance(suggestion := searcher.suggest(f"t{len(stages)}"), dict):
+        stages.append(suggestion[CONTEXT]["stage"])
+        searcher.on_trial_complete(f"t{len(stages) - 1}", {"verdict": "safe", "harm": 0.0, "delta_ssim": 0.0})
+    assert suggestion == Searcher.FINISHED and stages[:2] == ["conservative"] * 2 and stages[-1] != "aggressive"
+    assert "aggressive" in searcher.reason and "every setting is predicted beyond" in searcher.reason
+    assert {skipped.stage for skipped in searcher.skipped} <= {"moderate", "assertive"} and searcher.skipped
+
+
+def test_skipped_settings_survive_a_restart(tmp_path: Path) -> None:
+    searcher = BaselineFirst(GuardedOptunaSearch(WIDE, model=MODEL, deterministic=False, **GUARD), {}, folder=tmp_path, seeds=(0,))
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", {"verdict": "safe", "baseline_run": baseline_bytes(0)})
+    for k in range(9):
+        searcher.suggest(f"t{k}")
+    assert searcher.skipped
+    searcher.save(str(tmp_path / "s"))
+    again = BaselineFirst(GuardedOptunaSearch(WIDE, model=MODEL, **GUARD), {}, folder=tmp_path)
+    again.restore(str(tmp_path / "s"))
+    assert again.skipped == searcher.skipped
+
+
+def test_a_relative_space_as_ray_domains() -> None:
+    domains = param_space(load_space("moderate"), MODEL)
+    generator = BasicVariantGenerator(random_state=1)
+    generator.add_configurations([tune.Experiment("e", lambda config: None, config=domains, num_samples=20)])
+    for _ in range(20):
+        ratio = MODEL.predict_setting(generator.next_trial().config).ratio
+        assert 1.1 * (1 - 1e-9) <= ratio <= 1.5 * (1 + 1e-9)

@@ -52,15 +52,25 @@ def param_space(space: Space | Stage, model: NormModel | None = None) -> dict[st
     return domains
 
 
+def _least_ratio(model: NormModel, stage: Stage) -> float:
+    """The mildest that the stage has, as predicted."""
+    if stage.is_relative:
+        domain = stage.parameters[GAIN]
+        return float(min(domain.values) if isinstance(domain, Choice) else domain.lower)
+    return forecast(model, Space(stage.name, (stage,))).widest[0]
+
+
 class _GainFromRatio:
     """The gain that gives the other settings of a configuration a sampled norm ratio."""
 
     def __init__(self, model: NormModel, ratio: Any) -> None:
         self.model, self.ratio = model, ratio
 
-    def __call__(self, config: Mapping[str, Any]) -> float:
+    def __call__(self, spec: Any) -> float:
+        config = spec.config if "config" in spec else spec
         names = ("ssim_loss_max_t", "pixel_loss_weight")
-        return gain_at(self.model, self.ratio.sample(), {name: config[name] for name in names if name in config})
+        # As attributes: only so does Ray see that it must draw them first.
+        return gain_at(self.model, self.ratio.sample(), {name: getattr(config, name) for name in names if name in config})
 
 
 def _needed(model: NormModel | None, stage: Stage) -> NormModel:
@@ -207,7 +217,7 @@ class GuardedOptunaSearch(OptunaSearch):
             else:
                 raise UserError(f"stage {stage.name!r}: no setting can be launched: {problems[-1]}")
         if self.model is not None and self.skip_above is not None and self.limit is not None:
-            least = forecast(self.model, Space(stage.name, (stage,)), self.limit, self.skip_above).widest[0]
+            least = _least_ratio(self.model, stage)
             if least > self.skip_above:
                 raise UserError(
                     f"stage {stage.name!r}: every setting is predicted beyond {self.skip_above:g} "

@@ -169,11 +169,12 @@ class NormModel:
         if not below.size:
             raise ValueError(f"no gain has a norm ratio of {ratio:.6g} at max_t={max_t:g}: the smallest there is {found.min():.6g}")
         under, over = float(gains[below[-1]]), float(gains[below[-1] + 1])
-        for _ in range(200):
-            middle = (under + over) / 2
-            if not under < middle < over:
+        for _ in range(12):  # each time 64 parts of the interval: float64 has no finer one after nine
+            gains = np.linspace(under, over, 65)
+            last = int(np.flatnonzero(self.ratios(gains, max_t, pixel_weight) <= ratio)[-1])
+            if last == 64 or not gains[last] < gains[last + 1]:
                 break
-            under, over = (middle, over) if self.ratios([middle], max_t, pixel_weight)[0] <= ratio else (under, middle)
+            under, over = float(gains[last]), float(gains[last + 1])
         return under
 
     # -- what was measured
