@@ -35,7 +35,7 @@ FLOORS: list[set[str]] = [
     {"study", "sample_grid", "trial_text", "quarantine", "forecast"},
     {"proof"},
     {"run_trial", "winner", "provenance"},
-    {"preflight", "calibrate"},
+    {"preflight", "calibrate", "heat_map"},
     {"orchestration"},
     {"report", "testing"},
     {"cli"},

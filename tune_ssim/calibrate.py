@@ -101,6 +101,10 @@ def calibrate(study: Study, *, device: str | None = None) -> Calibration:
     batch in which the loss is active; UserError for a task that cannot be measured."""
     if study.calibration is None:
         raise UserError("calibration: null in the study switches it off")
+    if not study.has_ssim:
+        raise UserError(
+            f"calibration: neither task_config nor the space {study.space.name!r} has an SSIM loss whose push could vary"
+        )
     started = time.perf_counter()
     probe = _Probe(study, device)
     measured = probe.gram() if probe.why_not_gram is None else probe.readings()
@@ -179,7 +183,14 @@ class _Probe:
 
     def set_up(self, config: Mapping[str, Any]) -> Task:
         task: Task = self.task_class()
-        task.setup(config, self.study.search.seed, self.device)
+        try:
+            task.setup(config, self.study.search.seed, self.device)
+        except ValueError as error:
+            off = ", ".join(f"{name}: {value}" for name, value in self.options.disable_update.items())
+            raise UserError(
+                f"calibration: the task refuses to be set up ({error}); say in calibration.disable_update (now {{{off}}}) "
+                "how its update is switched off, or leave the calibration out with `calibration: null`"
+            ) from None
         return task
 
     @property

@@ -124,6 +124,17 @@ def gain_at(model: NormModel, ratio: float, setting: Mapping[str, Any]) -> float
     return model.gain_for(ratio, float(full[MAX_T]), float(full["pixel_loss_weight"]))
 
 
+def inert_below(model: NormModel, max_t: float, pixel_weight: float = 0.0) -> float | None:
+    """The smallest gain that changes total_norm by 0.1 % behind a gate, longer or shorter; None where none does so."""
+    try:
+        top = model.gain_for(3 * model.predict_gain(0.0, max_t, pixel_weight).ratio, max_t, pixel_weight)
+    except ValueError:
+        return None
+    gains = np.geomspace(top * 1e-8, top, 801)  # 100 a decade: where it is to a few percent
+    changes = model.ratios(gains, max_t, pixel_weight) / model.ratios([0.0], max_t, pixel_weight)[0] - 1
+    return float(gains[np.flatnonzero(np.abs(changes) >= INERT)[0]])
+
+
 # -- a space seen through the model
 
 
@@ -140,18 +151,21 @@ class Scan:
     share: float  # of the stage, for each gain
 
 
-def _scans(model: NormModel, stage: Stage) -> Iterator[Scan]:
-    gates = [gate for gate in _values(stage, model, MAX_T) if gate is not None]
-    for max_t in gates:
-        if not model.predict_gain(0.0, max_t).active_batches:
+def gains_of(model: NormModel, stage: Stage) -> Iterator[tuple[float, float, Array]]:
+    """(max_t, pixel weight, gains) of every gate of a stage that a calibrated sample passes."""
+    for max_t in _values(stage, model, MAX_T):
+        if max_t is None or not model.predict_gain(0.0, max_t).active_batches:
             continue
         for pixel_weight in _values(stage, model, "pixel_loss_weight"):
-            gains = _gains(model, stage, max_t, pixel_weight or 0.0)
-            if not gains.size:
-                continue
-            ratios = model.ratios(gains, max_t, pixel_weight or 0.0)
-            alone = model.ratios([0.0], max_t, pixel_weight or 0.0)[0]
-            yield Scan(stage.name, max_t, pixel_weight or 0.0, gains, ratios, ratios / alone - 1, 1 / len(gains))
+            yield max_t, pixel_weight or 0.0, _gains(model, stage, max_t, pixel_weight or 0.0)
+
+
+def _scans(model: NormModel, stage: Stage) -> Iterator[Scan]:
+    for max_t, pixel_weight, gains in gains_of(model, stage):
+        if gains.size:
+            ratios = model.ratios(gains, max_t, pixel_weight)
+            alone = model.ratios([0.0], max_t, pixel_weight)[0]
+            yield Scan(stage.name, max_t, pixel_weight, gains, ratios, ratios / alone - 1, 1 / len(gains))
 
 
 def _values(stage: Stage, model: NormModel, name: str) -> list[float | None]:
@@ -199,8 +213,7 @@ def _points(domain: Domain) -> Array:
 def _landmarks(model: NormModel, max_t: float, limit: float | None) -> Landmarks:
     at_rest = model.predict_gain(0.0, max_t, model.held.get("pixel_loss_weight", 0.0))
     wanted = [*LANDMARKS, *([limit] if limit is not None else [])]
-    # The rest ratio is not 1 where the baseline's pixel loss already pushes: "no change" is measured from there.
-    inert = _gain_or_none(model, at_rest.ratio * (1 + INERT), at_rest)
+    inert = inert_below(model, max_t, at_rest.pixel_weight)
     gains = {f"{ratio:g}": _gain_or_none(model, ratio, at_rest) for ratio in wanted}
     return Landmarks(max_t, at_rest.active_batches, at_rest.cosine, inert, gains)
 

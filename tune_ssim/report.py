@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tune_ssim.quarantine import Entry
 from tune_ssim.space import Space, gain_of
-from tune_ssim.study_folder import TrialSummary
+from tune_ssim.study_folder import TrialSummary, number
 from tune_ssim.trial_text import STYLES, metric_of, number_text, readable
 from tune_ssim.winner import OBJECTIVE
 
@@ -136,6 +136,78 @@ def stages_table(space: Space, ascii_only: bool = False) -> Table:
             cells = ("" if index else stage.name, *row)
             table.add_row(*(Text(readable(text, ascii_only)) for text in cells), end_section=index == len(rows) - 1)
     return table
+
+
+def gains_table(calibration: Mapping[str, Any], ascii_only: bool = False) -> Table:
+    """One row a gate of `Calibration.to_dict()`: the gains at which total_norm is so many times the baseline's."""
+    gates = calibration["by_max_t"]
+    ratios = list(gates[0]["gain_for"])
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", title_justify="left", title_style="bold"
+    )
+    table.title = "gain that gives a predicted norm ratio of"
+    limit = calibration["limit"]
+    marked = [f"{ratio}× (limit)" if limit is not None and float(ratio) == limit else f"{ratio}×" for ratio in ratios]
+    for heading in ("max_t", "active", "inert below", *marked, "cosine"):
+        table.add_column(readable(heading, ascii_only), justify="right", no_wrap=True)
+    batches = len(calibration["model"]["batches"])
+    for gate in gates:
+        gains = [gate["inert_below"], *gate["gain_for"].values()]
+        cells = [f"{gate['max_t']:g}", f"{gate['active_batches']}/{batches}"]
+        cells += [number_text(gain, ".3g") for gain in gains] + [_measured(gate["cosine"], "+.2f")]
+        table.add_row(*(Text(readable(cell, ascii_only)) for cell in cells))
+    return table
+
+
+def predictions_table(calibration: Mapping[str, Any], ascii_only: bool = False) -> Table:
+    """One row a named setting of `Calibration.to_dict()`: the notes' versions and the space's points, and what each will do."""
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", title_justify="left", title_style="bold"
+    )
+    table.title = "what will happen at step 0"
+    table.add_column("setting", no_wrap=True)
+    for heading in ("gain", "max_t", "norm ratio", "to main loss", "SSIM share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("prospects", overflow="fold")
+    for named in calibration["settings"]:
+        said = named["prediction"]
+        shares = [_measured(said["ratio"], ".4g"), _measured(said["ratio_main"], ".4g"), _measured(said["auxiliary_share"], ".2%")]
+        cells = [named["name"], f"{said['gain']:.4g}", f"{said['max_t']:g}", *shares, named["judgement"]]
+        table.add_row(*(Text(readable(cell, ascii_only)) for cell in cells))
+    return table
+
+
+def calibration_words(calibration: Mapping[str, Any]) -> list[str]:
+    """The rest of `Calibration.to_dict()` in sentences, what matters most first."""
+    low, high = (number(ratio) for ratio in calibration["ratios"])
+    shares = {name: number(share) for name, share in calibration["shares"].items()}
+    words = [f"{f['sentence']}; {f['remedy']}" if f["remedy"] else f["sentence"] for f in calibration["findings"]]
+    space = f"the space pushes {low:.3g} to {high:.3g} times the baseline's total_norm: {shares['inert']:.0%} of it is inert"
+    if calibration["limit"] is not None:
+        space += f", {shares['beyond_limit']:.0%} beyond the norm guard's limit {calibration['limit']:g}"
+    if calibration["skip_above"] is not None:
+        space += f", {shares['skipped']:.0%} beyond {calibration['skip_above']:g} and not launched"
+    words += [space, f"the baseline itself pushes {calibration['baseline_ratio_main']:.3g} times the main loss"]
+    seen = calibration["gradient_at_decoder"] or {}
+    if {"ssim", "pixel"} <= set(seen):
+        ssim, pixel = ({name: number(value) for name, value in seen[loss].items()} for loss in ("ssim", "pixel"))
+        words.append(
+            f"at the decoder's output the SSIM gradient is {ssim['rms'] / pixel['rms']:.3g} times the pixel loss's; "
+            f"its peak is {ssim['peak_over_rms']:.3g} rms (pixel {pixel['peak_over_rms']:.3g}), and 1 % of the elements carry "
+            f"{ssim['top_share']:.0%} of its squared norm (pixel {pixel['top_share']:.0%})"
+        )
+    check, error = calibration["check"], number(calibration["check"]["relative_error"])
+    how = f"{calibration['method']}: {calibration['why']}"
+    words.append(f"{len(check['steps'])} training steps checked it: off by at most {error:.1g} ({how})")
+    if calibration["dropped_batches"]:
+        words.append(f"batches left out, since a norm is not finite: {', '.join(map(str, calibration['dropped_batches']))}")
+    words.append(f"took {calibration['wall_s']:.1f} s, {calibration['share_of_study']:.1%} of what the search's training takes")
+    return words
+
+
+def _measured(value: Any, form: str) -> str:
+    """A number that may not have been measured, and then is NaN, as JSON or not."""
+    return number_text(None if math.isnan(number(value)) else number(value), form)
 
 
 def _value_text(value: Any) -> str:

@@ -216,8 +216,18 @@ class Study:
     @property
     def baseline_settings(self) -> dict[str, Any]:
         """What a baseline sets on top of `task_config`: no SSIM loss, where the study has one at all."""
+        return {**({WEIGHT: 0.0} if self.has_ssim else {}), **self.baseline.overrides}
+
+    @property
+    def has_ssim(self) -> bool:
+        """Whether the study says anything about the weight of an SSIM loss."""
         named = {name for stage in self.space.stages for name in (*stage.parameters, *stage.fixed)} | set(self.task_config)
-        return {**({WEIGHT: 0.0} if {GAIN, WEIGHT} & named else {}), **self.baseline.overrides}
+        return bool({GAIN, WEIGHT} & named)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the calibration is on and has something to measure."""
+        return self.calibration is not None and self.has_ssim
 
     def to_dict(self) -> dict[str, Any]:
         """As in a file, with everything explicit."""
