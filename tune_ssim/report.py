@@ -205,6 +205,23 @@ def calibration_words(calibration: Mapping[str, Any]) -> list[str]:
     return words
 
 
+CHECK_STYLES = {"ok": "green", "unknown": "dim", "warn": "yellow", "bad_setup": "bold magenta"}
+
+
+def preflight_table(report: Mapping[str, Any], ascii_only: bool = False) -> Table:
+    """One row a check of `guards.preflight.Report.to_dict()`; what is not well has its remedy below it."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("check", no_wrap=True, overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("what was measured", overflow="fold", ratio=1)
+    for check in report["checks"]:
+        said = readable(check["sentence"], ascii_only)
+        if check["remedy"] and check["status"] in ("warn", "bad_setup"):
+            said += f"\n{readable(check['remedy'], ascii_only)}"
+        table.add_row(Text(readable(check["name"], ascii_only)), Text(check["status"], CHECK_STYLES[check["status"]]), Text(said))
+    return table
+
+
 def _measured(value: Any, form: str) -> str:
     """A number that may not have been measured, and then is NaN, as JSON or not."""
     return number_text(None if math.isnan(number(value)) else number(value), form)

@@ -1,0 +1,214 @@
+"""The images: their range, who belongs to whom, and whether what is held out is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tune_ssim.guards import preflight as rules
+from tune_ssim.guards.preflight import Check
+from tune_ssim.preflight.plain import unit
+from tune_ssim.preflight.subject import Unavailable, call, forwards
+from tune_ssim.tasks.task import Sample
+
+SAMPLES = 64  # training samples whose predictions are looked at
+MAX_FORWARDS = 32  # forward passes made for them
+LOW_T = 0.3  # up to here the prediction of the clean image is close to it whatever the network says: its error shrinks with t
+SMALL_SIDE = 12  # pixels; detail that an autoencoder does not keep is averaged away before images are compared
+PIXEL_BUDGET = 4_000_000  # training pixels looked at: 1700 crops of 48 x 48
+PATCH = 8  # pixels; what is common to training and held-out images must hold such a square
+STRIDE = 4  # of the patches of the training images; those of the held-out images lie everywhere
+MAX_HELD_OUT_SIDE = 64  # pixels; of larger held-out images the middle is looked at
+MIN_TEXTURE = 2.0  # standard deviation of a patch in grey levels of 255: flat ones are alike by nature
+
+
+@dataclass
+class Seen:
+    """What the forward passes of the first steps showed."""
+
+    main: float  # main loss, mean over the passes
+    trivial: float | None  # the same of the best constant velocity
+    t: Tensor
+    decoded: Tensor  # [n, 3, H, W] in [0, 1], of the samples with t <= LOW_T
+    targets: Tensor  # of the same samples
+    all_targets: Tensor
+
+
+def look(task: Any) -> Seen:
+    main, trivial, times, decoded, targets, everything = [], [], [], [], [], []
+    for forward in forwards(task, MAX_FORWARDS):
+        main.append(forward.main.item())
+        if forward.velocity_target is not None:
+            trivial.append(forward.velocity_target.float().var(unbiased=False).item())
+        t = forward.t.cpu()
+        times.append(t)
+        everything.append(forward.targets.cpu())
+        low = (t <= LOW_T) & (t > 0)
+        if low.any():
+            images = unit(forward.decode(forward.z0[low]).float(), forward.loss.image_range)
+            decoded.append(images.cpu())
+            targets.append(forward.targets[low].float().cpu())
+        if sum(map(len, times)) >= SAMPLES:
+            break
+    empty = everything[0][:0].float()
+    return Seen(
+        main=sum(main) / len(main),
+        trivial=sum(trivial) / len(trivial) if trivial else None,
+        t=torch.cat(times),
+        decoded=torch.cat(decoded) if decoded else empty,
+        targets=torch.cat(targets) if targets else empty,
+        all_targets=torch.cat(everything),
+    )
+
+
+def check_losses(seen: Seen | None) -> Iterator[Check]:
+    if seen is None:
+        raise Unavailable("the task has no forward()")
+    if seen.trivial is None:
+        yield rules.unknown("loss/main", "the forward pass does not say what the network should predict")
+    else:
+        yield rules.main_loss(seen.main, seen.trivial)
+
+
+def check_pairs(sample: Sample, seen: Seen | None) -> Iterator[Check]:
+    """Images that must show the same: decoded and target, reconstruction and reference, input and reference."""
+    if seen is not None:
+        yield _range("targets", seen.all_targets)
+    if sample.references is not None:
+        yield _range("references", sample.references)
+    pairs: list[tuple[str, str, Tensor | None, Tensor | None]] = [
+        ("inputs", "inputs and references", sample.inputs, sample.references),
+        ("reconstructions", "reconstructions and references", sample.reconstructions, sample.references),
+    ]
+    if seen is not None:
+        pairs.append(("predictions", "predictions at low t and targets", seen.decoded, seen.targets))
+    for name, what, images, targets in pairs:
+        if images is None or targets is None or not len(images):
+            yield rules.unknown(f"data/{name}", "there are none to compare")
+            continue
+        x, y = _small(images, targets)
+        if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+            yield rules.image_range(name, float("nan"), float("nan"), int((~torch.isfinite(x)).flatten(1).any(1).sum()), len(x))
+            continue
+        yield rules.mapping(name, what, *_mappings(x, y))
+        yield rules.own_partner(f"{name}_order", what, _own_partner(x, y), len(x))
+    if seen is not None and sample.reconstructions is not None and sample.references is not None:
+        predictions = _unexplained(*_small(seen.decoded, seen.targets))
+        yield rules.prediction_error(
+            predictions, _unexplained(*_small(sample.reconstructions, sample.references)), len(seen.decoded)
+        )
+    if sample.reconstructions is not None and sample.references is not None:
+        yield rules.autoencoder(*_quality(sample.reconstructions.float().cpu(), sample.references.float().cpu()))
+
+
+def check_training_images(task: Any, steps: int, sample: Sample, seen: Seen | None) -> Iterator[Check]:
+    """As many training images as the trial will see, or as fit into the budget."""
+    batches, pixels = [], 0
+    for n in range(1, steps + 1):
+        batch = call(task, "training_images", n).float().cpu()
+        batches.append(batch)
+        pixels += batch[:, 0].numel()
+        if pixels >= PIXEL_BUDGET:
+            break
+    images = torch.cat(batches)
+    yield _range("training_images", images)
+    finite = images[torch.isfinite(images).flatten(1).all(1)]
+    spread = finite.amax(dim=(2, 3)) - finite.amin(dim=(2, 3))
+    yield rules.constant_images(int((spread.amax(dim=1) < 1 / 255).sum()), len(images))
+    if seen is not None and len(seen.all_targets) <= len(images) and seen.all_targets.shape[1:] == images.shape[1:]:
+        x, y = _small(images[: len(seen.all_targets)], seen.all_targets)
+        yield rules.mapping("targets_are_training_images", "targets and training images", *_mappings(x, y))
+        yield rules.own_partner("targets_are_training_images_order", "targets and training images", _own_partner(x, y), len(x))
+    if sample.references is None:
+        raise Unavailable("the samples have no references to look for")
+    yield rules.overlap(*shared_patches(finite, sample.references.float().cpu()), len(images), len(sample.references))
+
+
+def _range(name: str, images: Tensor) -> Check:
+    bad = (~torch.isfinite(images)).flatten(1).any(1)
+    good = images[~bad]
+    lowest, highest = (good.min().item(), good.max().item()) if len(good) else (float("nan"), float("nan"))
+    return rules.image_range(name, lowest, highest, int(bad.sum()), len(images))
+
+
+def _small(*images: Tensor) -> list[Tensor]:
+    """All averaged down to one size."""
+    side = min(SMALL_SIDE, *(size for image in images for size in image.shape[-2:]))
+    return [functional.adaptive_avg_pool2d(image.detach().float().cpu(), side) for image in images]
+
+
+def _mappings(x: Tensor, y: Tensor) -> tuple[float, dict[str, float]]:
+    """Mean square between `x` and `y`, and between `x` and what known mix-ups make of `y`."""
+    mixed = {
+        "half": y * 0.5 + 0.5,
+        "double": (2 * y - 1).clamp(0, 1),
+        "inverted": 1 - y,
+        "channels": y.flip(1),
+        "mirrored": y.flip(3),
+        "upside_down": y.flip(2),
+    }
+    return (x - y).square().mean().item(), {name: (x - image).square().mean().item() for name, image in mixed.items()}
+
+
+def _own_partner(x: Tensor, y: Tensor) -> float:
+    """Share of the comparisons in which `x[i]` is more like `y[i]` than like `y[j]`; NaN where all images are alike. Likeness:
+    correlation after removing the mean image, so that what all have in common says nothing."""
+    a, b = ((image - image.mean(dim=0)).flatten(1) for image in (x, y))
+    n = len(a)
+    if n < 2 or b.abs().mean() < 1 / 255:
+        return float("nan")
+    likeness = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T
+    others = likeness[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
+    return (likeness.diagonal()[:, None] > others).double().mean().item()
+
+
+def _unexplained(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean square of `x - y`, and its share of the variance of `y`."""
+    error = (x - y).square().mean().item()
+    return error, error / max(y.var(unbiased=False).item(), 1e-12)
+
+
+def _quality(x: Tensor, y: Tensor) -> tuple[float, float, float]:
+    """PSNR in dB; share of the variance within images that is explained; correlation, channel means removed."""
+    error = (x - y).square().mean().item()
+    a, b = ((image - image.mean(dim=(2, 3), keepdim=True)).flatten(1) for image in (x, y))
+    explained = 1 - error / b.square().mean().clamp(min=1e-12).item()
+    correlation = ((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)).item()
+    return -10 * torch.log10(torch.tensor(max(error, 1e-10))).item(), explained, correlation
+
+
+def shared_patches(training: Tensor, held_out: Tensor) -> tuple[int, int]:
+    """How many textured patches of the training images the held-out ones contain, in any of the eight orientations, and how
+    many were looked for. Both `[n, c, H, W]` in [0, 1], compared in 255 grey levels."""
+    if min(*training.shape[-2:], *held_out.shape[-2:]) < PATCH or not len(training):
+        return 0, 0
+    top, left = ((size - min(size, MAX_HELD_OUT_SIDE)) // 2 for size in held_out.shape[-2:])
+    held_out = held_out[..., top : top + MAX_HELD_OUT_SIDE, left : left + MAX_HELD_OUT_SIDE]
+    oriented: list[Tensor] = []
+    for turned in (held_out, held_out.transpose(-1, -2)):
+        oriented += [turned, turned.flip(-1), turned.flip(-2), turned.flip(-1, -2)]
+    known = torch.cat([_patch_hashes(images, 1) for images in oriented]).unique()
+    found = _patch_hashes(training, STRIDE)
+    return int(torch.isin(found, known).sum()), len(found)
+
+
+def _patch_hashes(images: Tensor, stride: int) -> Tensor:
+    """Of every textured `PATCH` x `PATCH` square at multiples of `stride`: `[m]` int64."""
+    levels = (images * 255).round().clamp(0, 255)
+    channels = levels.shape[1]
+    generator = torch.Generator().manual_seed(255)
+    # Integers so small that every sum is exact in float32: 255 · 64 · 64 · 3 < 2^24.
+    kernels = torch.randint(-64, 65, (4, channels, PATCH, PATCH), generator=generator).float()
+    hashes, textures = [], []
+    for chunk in levels.split(128):
+        sums = functional.conv2d(chunk, kernels, stride=stride).long()
+        hashes.append(((sums[:, 0] * 1_000_003 + sums[:, 1]) * 1_000_003 + sums[:, 2]) * 1_000_003 + sums[:, 3])
+        grey = chunk.mean(1, keepdim=True)
+        mean, power = functional.avg_pool2d(grey, PATCH, stride), functional.avg_pool2d(grey * grey, PATCH, stride)
+        textures.append((power - mean * mean).clamp(min=0).sqrt()[:, 0])
+    return torch.cat([h.flatten() for h in hashes])[torch.cat([t.flatten() for t in textures]) >= MIN_TEXTURE]

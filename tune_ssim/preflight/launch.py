@@ -1,0 +1,99 @@
+"""What is about to be launched: will the guards have enough to judge by, and is the baseline a yardstick?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from tune_ssim.guards import Guard, NormRatio
+from tune_ssim.guards import preflight as rules
+from tune_ssim.guards.preflight import Check
+from tune_ssim.losses import TimeLaw
+from tune_ssim.preflight.images import Seen
+from tune_ssim.preflight.subject import Subject, Unavailable, attribute, call, numbers
+from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
+from tune_ssim.space import GAIN, MAX_T, Choice, Space
+
+BASELINE_STEPS = 6  # the median of their norms
+
+
+def settings_of(space: Space) -> list[dict[str, Any]]:
+    """What a space may launch, as far as preflight needs it: its points, and the ends of every parameter but the gain's."""
+    settings: list[dict[str, Any]] = []
+    for stage in space.stages:
+        settings += stage.point_configs()
+        for name, domain in stage.parameters.items():
+            if name == GAIN:
+                continue  # may be given as a norm ratio, which only calibration can turn into a number
+            ends = domain.values if isinstance(domain, Choice) else (domain.lower, domain.upper)
+            settings += [{**stage.fixed, name: end} for end in ends]
+    return settings
+
+
+def check_gates(task: Any, settings: Sequence[Mapping[str, Any]], steps: int, guards: Sequence[Guard]) -> Iterator[Check]:
+    """Expected active steps for every gate that may be launched."""
+    law: TimeLaw = attribute(task, "time_law")
+    effective = call(task, "effective")
+    batch = len(call(task, "forward", 1).t) if hasattr(task, "forward") else effective.get("batch_size")
+    if not isinstance(batch, int):
+        yield rules.unknown("gate", "neither forward() nor effective() says how large a batch is")
+        return
+    gates = {float(setting[MAX_T]) for setting in settings if MAX_T in setting}
+    if not gates:
+        yield rules.unknown("gate", f"nothing that is launched sets {MAX_T}")
+        return
+    needed = next((guard.window + guard.patience - 1 for guard in guards if isinstance(guard, NormRatio)), 1)
+    yield rules.gates({gate: 1 - (1 - law.active_fraction(gate)) ** batch for gate in gates}, steps, needed)
+
+
+def check_law(task: Any, seen: Seen | None) -> Iterator[Check]:
+    """The Kolmogorov-Smirnov distance between the times drawn and the declared law."""
+    law: TimeLaw = attribute(task, "time_law")
+    if seen is None:
+        raise Unavailable("the task has no forward()")
+    ordered = sorted(min(max(t, 0.0), 1.0) for t in seen.t.tolist())
+    n = len(ordered)
+    distance = max(max((i + 1) / n - law.active_fraction(t), law.active_fraction(t) - i / n) for i, t in enumerate(ordered))
+    yield rules.law_of_t(distance, n)
+
+
+def check_baseline(subject: Subject, baseline: Mapping[str, Any], limit: float) -> Iterator[Check]:
+    """On the same steps, with nothing updated."""
+    names = [name for name in ("ssim_loss_weight", "pixel_loss_weight") if name in call(subject.make(baseline), "effective")]
+    if not names:
+        yield rules.unknown("baseline/norm", "effective() names no auxiliary weight")
+        return
+    with_loss = _norms(subject, baseline)
+    active = [step.get("pixel_active_fraction", 1.0) > 0 for step in with_loss]
+    chosen = [i for i, is_active in enumerate(active) if is_active] or list(range(BASELINE_STEPS))
+    if all(TOTAL_NORM_MAIN in step for step in with_loss):
+        main = [step[TOTAL_NORM_MAIN] for step in with_loss]
+    else:
+        main = [step[TOTAL_NORM] for step in _norms(subject, {**baseline, **dict.fromkeys(names, 0.0)})]
+    yield rules.baseline_push(median(with_loss[i][TOTAL_NORM] for i in chosen), median(main[i] for i in chosen), limit)
+
+
+def _norms(subject: Subject, settings: Mapping[str, Any]) -> list[dict[str, float]]:
+    task = subject.unmoved(settings)
+    steps = [numbers(call(task, "step")) for _ in range(BASELINE_STEPS)]
+    if any(TOTAL_NORM not in step for step in steps):
+        raise Unavailable(f"step() records no {TOTAL_NORM}")
+    return steps
+
+
+def check_text(sample: Any, metrics: Mapping[str, float]) -> Iterator[Check]:
+    """Generated token ids, the first cross-entropy and the mask of the labels, where the task has text."""
+    if sample.token_ids is not None and sample.vocabulary_size is not None and sample.token_ids.numel():
+        ids = sample.token_ids
+        yield rules.tokens(
+            ids.numel(),
+            int((ids < 0).sum()),
+            int((ids >= sample.vocabulary_size).sum()),
+            int(ids.min()),
+            int(ids.max()),
+            sample.vocabulary_size,
+        )
+    if rules.LOSS_CE in metrics:
+        yield rules.caption_loss(metrics[rules.LOSS_CE], sample.vocabulary_size, metrics.get(rules.LABEL_FRACTION))
+    yield from rules.fingerprints(metrics)
