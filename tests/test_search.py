@@ -9,9 +9,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
+from norm_models import at_right_angles
 from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -20,7 +20,6 @@ from tune_ssim.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space
 from tune_ssim.orchestration.trainable import CONTEXT
-from tune_ssim.probes import norm_model
 from tune_ssim.space import gain_of, load_space
 
 WIDE = load_space("wide").stages[0]
@@ -212,17 +211,7 @@ def test_a_space_as_ray_domains() -> None:
 # ---- with a norm model ----
 
 
-def model_of(natural_gains: dict[float, float]) -> norm_model.NormModel:
-    """Main and SSIM gradient of one length at these gains, by max_t, and at right angles: ratio = sqrt(1 + (gain / natural)²)."""
-    q = np.zeros((len(natural_gains), 4, 3, 3))
-    q[..., 0, 0] = 1
-    for index, natural in enumerate(natural_gains.values()):
-        q[index, :, 2, 2] = natural**-2.0
-    active = np.isfinite(q[..., 2, 2]) & (q[..., 2, 2] > 0)
-    return norm_model.NormModel(tuple(natural_gains), q, active, np.ones(4), (1, 2, 3, 4), "gram", {"ssim_grad_scale": 1.0})
-
-
-MODEL = model_of({0.1: 40.0, 0.2: 25.0, 0.3: 15.0, 1.0: 8.0})
+MODEL = at_right_angles({0.1: 40.0, 0.2: 25.0, 0.3: 15.0, 1.0: 8.0})
 GUARD: dict[str, Any] = {"limit": 10.0, "skip_above": 20.0}
 
 
@@ -273,7 +262,7 @@ def test_settings_predicted_beyond_are_listed_and_not_launched() -> None:
 def test_a_model_alone_changes_no_suggestion() -> None:
     assert search(None, model=MODEL) == search(None)
     assert search(None, model=MODEL, limit=10.0) == search(None)
-    mild = model_of(dict.fromkeys((0.1, 0.2, 0.3, 1.0), 1e6))
+    mild = at_right_angles(dict.fromkeys((0.1, 0.2, 0.3, 1.0), 1e6))
     assert search(None, model=mild, **GUARD) == search(None)  # nothing in the space is beyond
 
 
@@ -285,10 +274,10 @@ def test_skipping_keeps_the_order_deterministic(concurrency: int) -> None:
 
 
 def test_a_space_wholly_beyond_the_limit_ends_with_a_message() -> None:
-    deadly = model_of(dict.fromkeys((0.1, 0.2, 0.3, 1.0), 1e-6))
+    deadly = at_right_angles(dict.fromkeys((0.1, 0.2, 0.3, 1.0), 1e-6))
     with pytest.raises(UserError, match=r"stage 'wide': every setting is predicted beyond 20 \(2x .*the mildest has 1e\+03x"):
         GuardedOptunaSearch(WIDE, model=deadly, **GUARD)
-    narrow = model_of({0.1: 1e-5, 0.2: 1e-5, 0.3: 1e-5, 1.0: 5.01e-5})  # one gain in ten thousand is left
+    narrow = at_right_angles({0.1: 1e-5, 0.2: 1e-5, 0.3: 1e-5, 1.0: 5.01e-5})  # one gain in ten thousand is left
     searcher = GuardedOptunaSearch(WIDE, model=narrow, **GUARD)
     assert isinstance(searcher.suggest("t0"), dict)  # the graded constraint leads TPE there
     searcher = GuardedOptunaSearch(WIDE, model=narrow, sampler=optuna.samplers.RandomSampler(seed=0), **GUARD)
@@ -298,14 +287,14 @@ def test_a_space_wholly_beyond_the_limit_ends_with_a_message() -> None:
 
 def test_a_gate_that_was_not_calibrated_is_listed_too() -> None:
     gates = dict.fromkeys((0.2, 0.3, 1.0), 10.0)
-    idle = model_of({0.1: math.inf, **gates})
+    idle = at_right_angles({0.1: math.inf, **gates})
     (stage,) = load_space("moderate").stages
     searcher = GuardedOptunaSearch(stage, model=idle, deterministic=False, **GUARD)
     launched = [searcher.suggest(f"t{k}") for k in range(16)]
     assert {config["ssim_loss_max_t"] for config in launched if isinstance(config, dict)} == set(gates)
     assert searcher.skipped and "no sample of the 4 calibrated batches has 0 < t <= 0.1" in searcher.skipped[0].sentence
     with pytest.raises(UserError, match="no setting can be launched: no sample of the 4"):
-        GuardedOptunaSearch(stage, model=model_of(dict.fromkeys((0.1, 0.2, 0.3, 1.0), math.inf)))
+        GuardedOptunaSearch(stage, model=at_right_angles(dict.fromkeys((0.1, 0.2, 0.3, 1.0), math.inf)))
 
 
 def test_points_of_a_relative_space_are_checked_when_it_is_calibrated() -> None:
@@ -321,7 +310,9 @@ def test_points_of_a_relative_space_are_checked_when_it_is_calibrated() -> None:
 
 def test_a_route_skips_too_and_ends_where_nothing_is_left() -> None:
     space = load_space("note_v3")
-    hot = model_of({0.1: 0.001, 0.15: 1e-5, 0.2: 1e-6, 1.0: 1e-6})  # gains of 0.001 to 0.01: from assertive on it is too much
+    hot = at_right_angles(
+        {0.1: 0.001, 0.15: 1e-5, 0.2: 1e-6, 1.0: 1e-6}
+    )  # gains of 0.001 to 0.01: from assertive on it is too much
     searcher = StagedSearch(space, 8, concurrency=1, model=hot, limit=10.0, skip_above=4.9)
     stages = []
     while isinstance(suggestion := searcher.suggest(f"t{len(stages)}"), dict):

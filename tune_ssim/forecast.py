@@ -161,7 +161,9 @@ def gains_of(model: NormModel, stage: Stage) -> Iterator[tuple[float, float, Arr
 
 
 def _scans(model: NormModel, stage: Stage) -> Iterator[Scan]:
+    """Without the gains at which a clamp cuts in: of those nothing is known."""
     for max_t, pixel_weight, gains in gains_of(model, stage):
+        gains = gains[[not model.predict_gain(float(gain), max_t).clamped for gain in gains]] if model.has_clamp else gains
         if gains.size:
             ratios = model.ratios(gains, max_t, pixel_weight)
             alone = model.ratios([0.0], max_t, pixel_weight)[0]
@@ -258,7 +260,7 @@ def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | 
     if scans:
         strongest = max(scans, key=lambda scan: np.abs(scan.changes).max())
         change = float(np.abs(strongest.changes).max())
-        if change < INERT:
+        if change < INERT and not model.has_clamp:
             gain = strongest.gains[np.abs(strongest.changes).argmax()]
             start = _gain_or_none(model, 1.1, model.predict_gain(0.0, strongest.max_t, strongest.pixel_weight))
             yield Finding(
@@ -271,7 +273,7 @@ def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | 
             )
         weakest = min(scans, key=lambda scan: scan.ratios.min())
         least = float(weakest.ratios.min())
-        if limit is not None and least > limit:
+        if limit is not None and least > limit and not model.has_clamp:
             gain = weakest.gains[weakest.ratios.argmin()]
             yield Finding(
                 "deadly",
@@ -300,7 +302,7 @@ def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | 
 def _aliases(model: NormModel, space: Space) -> Iterator[Finding]:
     """Settings that differ only in how their gain is split. A clamp at the decoder's output is not proportional to its
     gradient, so with one in force nothing is called an alias."""
-    if any(math.isfinite(gain) for gain in model.clamp_gain):
+    if model.has_clamp:
         return
     for stage in space.stages:
         if WEIGHT in stage.parameters and GRAD_SCALE in stage.parameters:
@@ -323,8 +325,8 @@ def _aliases(model: NormModel, space: Space) -> Iterator[Finding]:
 
 
 def _clamp(model: NormModel) -> Iterator[Finding]:
-    first = min(model.clamp_gain)
-    if math.isfinite(first):
+    if model.has_clamp:
+        first = min(model.clamp_gain)
         where = model.max_ts[model.clamp_gain.index(first)]
         yield Finding(
             "clamp",

@@ -135,7 +135,7 @@ def _inert_zone(axes: Axes, model: NormModel, gains: Array, gates: Array, pixel_
     edge = np.exp(np.interp(np.log(gates), np.log(usable), np.log(edges)))
     axes.fill_betweenx(gates, gains[0], edge, facecolor="none", edgecolor="#bcc7d1", hatch="///", linewidth=0)
     axes.plot(edge, gates, color="#7d8b99", lw=1, ls=":")
-    place = (float(np.sqrt(gains[0] * np.median(edges))), float(np.sqrt(gates[0] * gates[-1])) * 1.5)
+    place = (float(np.sqrt(gains[0] * np.median(edges))), float(gates[int(0.66 * len(gates))]))
     box = {"facecolor": PAPER[0][1], "edgecolor": "none", "pad": 2.5}
     axes.text(*place, "inert\n< 0.1 %", ha="center", va="center", fontsize=9, color="#51606f", bbox=box)
 

@@ -183,7 +183,7 @@ class GuardedOptunaSearch(OptunaSearch):
         if self.model is None or self.skip_above is None or self.limit is None:
             return config
         prediction = self.model.predict_setting(config)
-        if not prediction.ratio > self.skip_above:  # a NaN is no evidence against it
+        if prediction.clamped or not prediction.ratio > self.skip_above:  # a NaN is no evidence against it
             return config
         sentence = skip_sentence(prediction, self.skip_above, self.limit)
         self._skip(trial_id, config, prediction.ratio, sentence, harm=math.log10(prediction.ratio / self.limit))

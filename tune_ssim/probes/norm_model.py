@@ -151,7 +151,7 @@ class NormModel:
         """The gain on the rising branch at which the norm is `ratio` times the baseline's.
 
         The two gradients may partly cancel, so a small gain can shorten the sum; the rising branch is what lies beyond.
-        Raises ValueError where no gain on it has that ratio, and where no calibrated batch is active."""
+        Raises ValueError where no gain on it has that ratio, where a clamp cuts in, and where no calibrated batch is active."""
         if not (math.isfinite(ratio) and ratio > 0):
             raise ValueError(f"a norm ratio is a finite number > 0, got {ratio!r}")
         lower, upper, _ = self._between(max_t)
@@ -175,6 +175,10 @@ class NormModel:
             if last == 64 or not gains[last] < gains[last + 1]:
                 break
             under, over = float(gains[last]), float(gains[last + 1])
+        if under > (cut := min(self.clamp_gain[i] for i in (lower, upper))):
+            raise ValueError(
+                f"ssim_grad_clamp cuts in from gain {cut:.3g} on at max_t={max_t:g}: a ratio of {ratio:g} cannot be promised"
+            )
         return under
 
     # -- what was measured
@@ -183,6 +187,10 @@ class NormModel:
     def baseline_ratio_main(self) -> float:
         """Median norm of the baseline over the main loss's: how hard the baseline itself pushes."""
         return float(np.median(self.baseline)) / self._main_norm()
+
+    @property
+    def has_clamp(self) -> bool:
+        return any(math.isfinite(gain) for gain in self.clamp_gain)
 
     def is_calibrated(self, max_t: float) -> bool:
         return any(_equal(max_t, own) for own in self.max_ts)
