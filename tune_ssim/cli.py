@@ -181,6 +181,100 @@ def run(
     say_next("ui", folder.name, why="browses the study in MLflow")
 
 
+def study_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Of the verbs that look at a study before it is launched."""
+    for option in (
+        click.option("--address", help="Measure on a running Ray cluster, with a trial's resources.  [default: here]"),
+        click.option("--seed", type=click.IntRange(min=0), help="Seed of the search."),
+        click.option("--space", help="A search space by name, name:stage or path, in place of the study's."),
+        click.argument("study", required=False),
+    ):
+        verb = option(verb)
+    return verb
+
+
+@cli.command()
+@study_options
+@click.option("--json", "as_json", is_flag=True, help="Every check with its evidence, as one object.")
+def preflight(study: str | None, space: str | None, seed: int | None, address: str | None, as_json: bool) -> None:
+    """Is the set-up sound? Seconds, before anything is launched.
+
+    Tests what the training does, not what its configuration says: weights, parameters that must reach the loss, frozen
+    networks, images, the precision of the SSIM, the baseline. STUDY as for `run`. Exit code 3 for a bad set-up.
+    """
+    from tune_ssim.orchestration.before_launch import bad_lines
+    from tune_ssim.study import load_study
+
+    resolved = load_study(study, {"space": space, "seed": seed})
+    report = _measured(resolved, address, "preflight")
+    if as_json:
+        import json
+
+        _print_exactly(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    else:
+        from tune_ssim.report import preflight_table
+
+        console = _console()
+        console.print(preflight_table(report, console.options.ascii_only))
+    if report["status"] == "bad_setup":
+        raise BadSetup("\n".join(bad_lines(report)))
+    say_next("calibrate", *([study] if study else []), why="says how hard each setting pushes", to_stderr=as_json)
+
+
+@cli.command()
+@study_options
+@click.option("--json", "as_json", is_flag=True, help="Everything that was measured and predicted, as one object.")
+@click.option("--picture", metavar="FILE", help="Write the heat map there as PNG.  [default: <study>_calibration.png, here]")
+def calibrate(
+    study: str | None, space: str | None, seed: int | None, address: str | None, as_json: bool, picture: str | None
+) -> None:
+    """How hard does each setting push? Seconds, with the update switched off.
+
+    Predicts total_norm against the pixel-loss baseline for the whole space, names what is inert and what is deadly, and
+    draws a heat map. STUDY as for `run`.
+    """
+    from tune_ssim.heat_map import draw_heat_map
+    from tune_ssim.study import load_study
+    from tune_ssim.study_folder import write_atomically
+
+    resolved = load_study(study, {"space": space, "seed": seed})
+    target = _output_file(picture or f"{resolved.name}_calibration.png")
+    calibration = _measured(resolved, address, "calibration")
+    if as_json:
+        import json
+
+        _print_exactly(json.dumps(calibration, indent=2, allow_nan=False) + "\n")
+    else:
+        from tune_ssim.report import calibration_words, gains_table, predictions_table
+
+        console = _console()
+        for table in (gains_table, predictions_table):
+            console.print(table(calibration, console.options.ascii_only))
+        for line in calibration_words(calibration):
+            console.print(_readable(line, console), markup=False)
+    assert target is not None
+    write_atomically(target, draw_heat_map(calibration, resolved.space, resolved.name))
+    click.echo(f"wrote {target}", err=as_json)
+    say_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
+
+
+def _measured(study: Any, address: str | None, phase: str) -> dict[str, Any]:
+    """One phase before launch as plain data: in this process, or with a trial's resources on a cluster."""
+    from tune_ssim.study_folder import jsonable
+
+    wanted = {"preflight": phase == "preflight", "calibration": phase == "calibration", "provenance": False}
+    with _console(to_stderr=True).status(f"{phase} of {study.name}"):
+        if address is None:
+            from tune_ssim.orchestration.before_launch import inspect_here
+
+            found = inspect_here(study, **wanted)
+        else:
+            from tune_ssim.orchestration.run_study import inspect_on
+
+            found = inspect_on(study, address=address, **wanted)
+    return dict(jsonable(found[phase]))
+
+
 @cli.command()
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="A stable list of objects: docs/trials_schema.md.")
@@ -389,7 +483,7 @@ def quarantine_list(as_json: bool, storage: Path) -> None:
     from tune_ssim.report import quarantine_table
 
     console.print(quarantine_table(entries, console.options.ascii_only))
-    say_next("quarantine why", entries[-1].id[:12], why="says more; a file or folder may be given too")
+    say_next("quarantine", "why", entries[-1].id[:12], why="says more; a file or folder may be given too")
 
 
 @quarantine.command("why")

@@ -168,7 +168,9 @@ class Trial:
         """Adds the state as it is to `wrote`: by content, so that a ruined checkpoint is known under any other name."""
         if self.first_active is not None:
             contents = tensor_contents(tensors_of(self.task.state_dict()))
-            self.wrote.append({"step": self.step, "path": folder and str(folder), "contents": asdict(contents)})
+            self.wrote.append(
+                {"step": self.step, "path": folder and str(folder), "contents": asdict(contents), "parents": list(self.parents)}
+            )
 
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint of a trial with the same configuration, after `start`."""

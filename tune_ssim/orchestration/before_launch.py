@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import traceback
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from tune_ssim.checkpoint import tensors_of
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.orchestration.events import EventWriter
 from tune_ssim.probes import tensor_contents
-from tune_ssim.proof import CALIBRATION, PREFLIGHT, PROVENANCE, START
+from tune_ssim.probes.norm_model import NormModel
+from tune_ssim.proof import CALIBRATION, PREFLIGHT, PROVENANCE, START, read_json
 from tune_ssim.quarantine import Ledger
 from tune_ssim.run_trial import ancestry
 from tune_ssim.study_folder import StudyFolder, jsonable, write_atomically
@@ -27,21 +29,74 @@ if TYPE_CHECKING:
     from tune_ssim.orchestration.live_table import LiveTable
     from tune_ssim.study import Study
 
+HEAT_MAP = "calibration.png"
+
 
 def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, table: LiveTable, gpus: float) -> None:
     """The phases before the first trial; a study that is resumed has them behind it. Raises BadSetup for an unsound one."""
     if (folder.path / PROVENANCE).exists():
+        _require_clean(folder, read_json(folder.path / START) or {})
         return
-    found = inspect(study, gpus, preflight=False, calibration=False, provenance=True)
-    ledger = Ledger(folder.path.parent)
-    for contents in found["start"]:
-        if refusal := ledger.check_hashes(contents["hashes"], found["parents"], "the weights that the study starts from"):
-            raise BadSetup(str(refusal))
+    phases = [name for name, wanted in (("preflight", study.preflight), ("calibration", study.calibration)) if wanted is not None]
+    if phases:
+        table.phase(" and ".join(phases))
+    found = inspect(study, gpus, preflight=study.preflight is not None, calibration=study.calibration is not None, provenance=True)
+    if (picture := found.pop("heat_map", None)) is not None:
+        write_atomically(folder.path / HEAT_MAP, picture)
+        writer.file(HEAT_MAP, "before_launch")
     for name in (PREFLIGHT, CALIBRATION, START, PROVENANCE):
         subject = name.removesuffix(".json")
         if subject in found:
             write_json(folder.path / name, found[subject])
             writer.file(name, "before_launch")
+    for line in (*preflight_lines(found.get("preflight")), *calibration_lines(found.get("calibration"))):
+        table.say(line)
+    if found.get("preflight", {}).get("status") == "bad_setup":
+        raise BadSetup("\n".join(bad_lines(found["preflight"])))
+    _require_clean(folder, found[START.removesuffix(".json")])
+
+
+def _require_clean(folder: StudyFolder, start: dict[str, Any]) -> None:
+    """Raises BadSetup where a study starts from weights that are, or have become, quarantined."""
+    ledger = Ledger(folder.path.parent)
+    for contents in start.get("contents", []):
+        if refusal := ledger.check_hashes(contents["hashes"], start["parents"], "the weights that the study starts from"):
+            raise BadSetup(str(refusal))
+
+
+def preflight_lines(report: dict[str, Any] | None) -> list[str]:
+    """A summary and every warning, for people."""
+    if report is None:
+        return []
+    counts = Counter(check["status"] for check in report["checks"])
+    told = ", ".join(f"{counts[status]} {status}" for status in ("ok", "warn", "bad_setup", "unknown") if counts[status])
+    warnings = [check for check in report["checks"] if check["status"] == "warn"]
+    return [f"preflight: {told} ({report['seconds']:.0f} s)"] + [f"  warn  {c['name']}: {c['sentence']}" for c in warnings]
+
+
+def bad_lines(report: dict[str, Any]) -> list[str]:
+    """What makes a set-up unsound, each with its remedy."""
+    return [
+        f"{check['name']}: {check['sentence']}; {check['remedy']}" if check["remedy"] else f"{check['name']}: {check['sentence']}"
+        for check in report["checks"]
+        if check["status"] == "bad_setup"
+    ]
+
+
+def calibration_lines(calibration: dict[str, Any] | None) -> list[str]:
+    if calibration is None:
+        return []
+    low, high = calibration["ratios"]
+    head = f"calibration: the space pushes {low:.3g} to {high:.3g} times the baseline's norm ({calibration['wall_s']:.0f} s)"
+    return [head] + [f"  {finding['name']}: {finding['sentence']}" for finding in calibration["findings"]]
+
+
+def norm_model(folder: StudyFolder) -> tuple[NormModel | None, float | None, float | None]:
+    """(model, the norm guard's limit, the predicted ratio beyond which nothing is launched) of a calibrated study."""
+    calibration = read_json(folder.path / CALIBRATION)
+    if calibration is None:
+        return None, None, None
+    return NormModel.from_dict(calibration["model"]), calibration["limit"], calibration["skip_above"]
 
 
 def inspect(study: Study, gpus: float, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
@@ -49,11 +104,19 @@ def inspect(study: Study, gpus: float, *, preflight: bool, calibration: bool, pr
 
     After a bad set-up nothing further is measured. Raises UserError for a task that cannot be set up with this study."""
     remote = ray.remote(num_cpus=study.resources.cpus, num_gpus=gpus, max_retries=1)(_inspect)
-    found = ray.get(remote.remote(study, preflight, calibration, provenance))
+    return _or_raise(ray.get(remote.remote(study, preflight, calibration, provenance)))
+
+
+def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
+    """The same in this process, without Ray."""
+    return _or_raise(_inspect(study, preflight, calibration, provenance))
+
+
+def _or_raise(found: dict[str, Any]) -> dict[str, Any]:
     kind = found.pop("failed", None)
     if kind is not None:
         raise (BadSetup if kind == "BadSetup" else UserError)(found["message"])
-    return dict(found)
+    return found
 
 
 def _inspect(study: Study, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
@@ -67,19 +130,21 @@ def _inspect(study: Study, preflight: bool, calibration: bool, provenance: bool)
             report = check(study)
             found["preflight"] = report.to_dict()
             if report.status == "bad_setup":
-                return found
+                return jsonable(found)  # type: ignore[no-any-return]
         if calibration:
             from tune_ssim.calibrate import calibrate
+            from tune_ssim.heat_map import draw_heat_map
 
             found["calibration"] = calibrate(study).to_dict()
+            found["heat_map"] = draw_heat_map(jsonable(found["calibration"]), study.space, study.name)
         if provenance:
             from tune_ssim.provenance import fingerprints
 
             task = task_class()
             task.setup({**study.task_config, **study.baseline_settings}, study.search.seed)
             found["provenance"] = fingerprints(task, study.import_path)
-            found["start"] = [asdict(contents) for contents in _starting_contents(task)]
-            found["parents"] = list(ancestry(task))
+            contents = [asdict(contents) for contents in _starting_contents(task)]
+            found["start"] = {"contents": contents, "parents": list(ancestry(task))}
     except (UserError, BadSetup) as error:
         return {"failed": type(error).__name__, "message": str(error)}
     except Exception as error:

@@ -76,6 +76,10 @@ class LiveTable:
             self._phase = readable(text, self._ascii)
         self._print(Text(self._phase, "bold"))
 
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._print(Text(readable(line, self._ascii)))
+
     def trial_started(self, trial_id: str, config: Mapping[str, Any] | str) -> None:
         """`config`: the trial's settings, or a word such as "baseline"."""
         label = config if isinstance(config, str) else setting_text(config)

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +22,17 @@ from ray.tune.stopper import Stopper
 
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Guard
-from tune_ssim.orchestration.before_launch import before_launch, inspect
+from tune_ssim.orchestration.before_launch import before_launch, inspect, norm_model, write_json
 from tune_ssim.orchestration.confirm import PREFIX, ConfirmSearch, confirm_seeds, confirm_steps, longer
 from tune_ssim.orchestration.events import EventWriter
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch
 from tune_ssim.orchestration.study_callback import LIVE_TABLES, StudyCallback
 from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable, make_trainable
-from tune_ssim.proof import differences
+from tune_ssim.proof import SKIPPED, differences
 from tune_ssim.study_folder import StudyFolder, TrialSummary, check_name, write_atomically
 from tune_ssim.tasks.task import load_task
+from tune_ssim.trial_text import setting_text
 from tune_ssim.winner import ranked, settings_of
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ def run(
                 if not _begun(folder, CONFIRM):
                     plan = f"{study.baseline_seeds} baselines, then {study.search.trials} trials, {concurrency} at a time"
                     table.phase(f"{folder.name}: {plan}")
-                    _search(study, folder, cluster, concurrency)
+                    _search(study, folder, cluster, concurrency, table)
                 if not _failure(folder.trials()) and not _unfinished(folder):
                     _confirm(study, folder, cluster, concurrency, table)
         except (BadSetup, UserError) as error:
@@ -246,8 +248,12 @@ def _fit(
     ).fit()
 
 
-def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int) -> None:
+def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int, table: LiveTable) -> None:
+    model, limit, skip_above = norm_model(folder)
     search: dict[str, Any] = {
+        "model": model,
+        "limit": limit,
+        "skip_above": skip_above,
         "seed": study.search.seed,
         "concurrency": concurrency,
         "deterministic": study.search.deterministic and study.scheduler is None,
@@ -272,6 +278,11 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         guards=study.guard_list,
         scheduler=_scheduler(study),
     )
+    write_json(folder.path / SKIPPED, [asdict(skipped) for skipped in inner.skipped])
+    for skipped in inner.skipped:
+        table.say(f"not launched: {setting_text(skipped.config)}: {skipped.sentence}")
+    if inner.reason:
+        table.say(f"the search ended early: {inner.reason}")
 
 
 def _confirm(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int, table: LiveTable) -> None:
@@ -318,6 +329,12 @@ def _fit_confirmation(
         steps=steps,
         guards=longer(study.guard_list, steps),
     )
+
+
+def inspect_on(study: Study, *, address: str, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
+    """`inspect` with a connection of its own, for the verbs that look at a study before it is launched."""
+    with _ray(study, address) as cluster:
+        return inspect(study, _gpus(study, cluster), preflight=preflight, calibration=calibration, provenance=provenance)
 
 
 def confirm_again(

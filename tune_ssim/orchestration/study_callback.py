@@ -89,7 +89,7 @@ def quarantine(folder: StudyFolder, summary: TrialSummary) -> list[str]:
     """Enters every checkpoint that a ruined trial wrote into the storage path's ledger; returns their ids.
 
     Without the contents of the starting weights nothing is entered: they must never be."""
-    sound = [Contents(**contents) for contents in read_json(folder.path / START) or []]
+    sound = [Contents(**contents) for contents in (read_json(folder.path / START) or {}).get("contents", [])]
     if not sound:
         return []
     ledger, evidence, ids = Ledger(folder.path.parent), summary["evidence"] or {}, []
@@ -102,7 +102,7 @@ def quarantine(folder: StudyFolder, summary: TrialSummary) -> list[str]:
             step=checkpoint["step"],
             reason=summary["reason"],
             guard=evidence.get("guard"),
-            parents=[contents.id for contents in sound],
+            parents=checkpoint["parents"],
             path=checkpoint["path"],
         )
         if entered.entry is not None and entered.entry.id not in ids:

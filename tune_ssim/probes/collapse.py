@@ -24,6 +24,7 @@ def collapse_statistics(
     `inputs`: `[n, 3, h, w]`, what each image was made from. Other numbers of channels will do as well.
 
     consistency_psnr: dB, of the sample, averaged down to the input's size, against its own input.
+    reference_psnr: dB, of the sample against the ground truth.
     consistency_correlation: of the same pair, each image's mean colour removed; 0 where one of them is constant.
     high_frequency: energy of `x - box_blur(x)` (3 x 3), over the reconstruction's (else the reference's).
     std_ratio: contrast (standard deviation within an image), over the same.
@@ -35,6 +36,9 @@ def collapse_statistics(
     images = images.float()
     statistics = {"non_finite_fraction": (~torch.isfinite(images)).float().mean()}
     ideal = reconstructions if reconstructions is not None else references
+    if references is not None:
+        wrong = (images - references.float()).square().mean(dim=(1, 2, 3))
+        statistics["reference_psnr"] = (-10 * torch.log10(wrong.clamp(min=1e-10))).mean()
     if inputs is not None:
         inputs = inputs.float()
         down = functional.adaptive_avg_pool2d(images, (inputs.shape[-2], inputs.shape[-1]))
