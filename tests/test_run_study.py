@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline
 from tune_ssim.orchestration.run_study import run
+from tune_ssim.orchestration.verify import read_export, verify
 from tune_ssim.probes import tensor_contents
 from tune_ssim.quarantine import Ledger
 from tune_ssim.study import Study, load_study
 from tune_ssim.study_folder import StudyFolder
 from tune_ssim.tasks.fundus_sr import WEIGHTS, FundusSR
-from tune_ssim.winner import best_safe, confirmations, proof_of
+from tune_ssim.winner import best_safe, confirmations, exported_config, format_export, proof_of
 
 TESTS = Path(__file__).parent
 SMALL: dict[str, Any] = {
@@ -221,7 +222,16 @@ def test_a_dead_tracking_server_neither_stops_nor_fails_a_study(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def confirmed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
-    study = small(name="confirmed", confirm={"seeds": 3, "steps": 60, "finalists": 2}, search={**SMALL["search"], "trials": 4})
+    """Of a task whose code may be changed afterwards."""
+    code = tmp_path_factory.mktemp("code")
+    shutil.copy(TESTS / "small_task.py", code / "copied_task.py")
+    study = small(
+        name="confirmed",
+        task="copied_task:SmallTask",
+        import_path=str(code),
+        confirm={"seeds": 3, "steps": 60, "finalists": 2},
+        search={**SMALL["search"], "trials": 4},
+    )
     return run(study, storage=tmp_path_factory.mktemp("confirmed"))
 
 
@@ -243,7 +253,7 @@ def test_confirm_runs_the_best_and_the_baseline_again_with_new_seeds(confirmed: 
     low, high = found["interval"]
     assert found["n"] == 3 and low < found["mean"] < high
     assert 0 < proof["margins"]["norm_ratio_max"]["worst"] < proof["margins"]["norm_ratio_max"]["limit"] == 10
-    assert any(name.startswith("code/small_task") for name in proof["provenance"])
+    assert "code/copied_task.py" in proof["provenance"]
 
 
 def test_a_study_without_a_confirm_phase_is_unproven(done: StudyFolder) -> None:
@@ -284,3 +294,45 @@ def test_a_study_does_not_start_from_ruined_weights(cluster: None, tmp_path: Pat
     with pytest.raises(BadSetup, match=r"quarantined: .*trial trial-07 of study old"):
         run(load_study(study), storage=tmp_path / "storage")
     assert not (tmp_path / "storage" / "from-ruined" / "trials.jsonl").exists()
+
+
+def test_verify_passes_on_an_untouched_export_and_names_what_changed(confirmed: StudyFolder, tmp_path: Path) -> None:
+    exported = exported_config(best_safe(confirmed), confirmed)
+    (tmp_path / "best.yaml").write_text(format_export(exported, "yaml"))
+    again = read_export(tmp_path / "best.yaml")
+    found, trials = verify(again)
+    assert found == []
+    repeated = {trial["trial_id"]: trial["metrics"]["delta_ssim"] for trial in trials if trial["role"] == "confirm"}
+    assert list(repeated.values()) == pytest.approx(list(exported["proof"]["comparison"]["delta_ssim"]["by_seed"].values()))
+
+    other = json.loads(json.dumps(again))
+    other["config"]["ssim_loss_weight"] *= 1.01
+    assert [line.split(" is ")[0] for line in verify(other)[0]] == ["setting: ssim_loss_weight"]
+
+    code = Path(exported["proof"]["study"]["import_path"]) / "copied_task.py"
+    before = code.read_text()
+    code.write_text(before.replace("self.gain * 0.1", "self.gain * 0.100001"))
+    found, trials = verify(again)
+    code.write_text(before)
+    assert [line.split(" has ")[0] for line in found] == ["code/copied_task.py"] and trials == []
+
+
+def test_an_unsound_set_up_stops_the_study_before_any_trial(cluster: None, tmp_path: Path) -> None:
+    study = load_study({"name": "unsound", "task_config": {"steps": 20, "pretrained": False}, "tracking": None})
+    with pytest.raises(BadSetup, match="smoke"):
+        run(study, storage=tmp_path)
+    folder = StudyFolder(tmp_path / "unsound")
+    assert folder.trials() == []
+    report = json.loads((folder.path / "preflight.json").read_text())
+    assert report["status"] == "bad_setup"
+    assert any(event["event"] == "end" and "smoke" in event["reason"] for event in folder.events())
+
+
+def test_settings_predicted_beyond_the_limit_are_listed_and_not_launched(cluster: None, tmp_path: Path) -> None:
+    space = {**SMALL["space"], "points": [{"ssim_loss_weight": 2500.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0}]}
+    study = small(name="skips", space=space, calibration={"batches": 12}, search={**SMALL["search"], "trials": 3})
+    folder = run(study, storage=tmp_path)
+    skipped = json.loads((folder.path / "skipped.json").read_text())
+    assert skipped[0]["config"]["ssim_loss_weight"] == 2500.0 and skipped[0]["predicted_ratio"] > 20
+    launched = [trial["config"]["ssim_loss_weight"] for trial in folder.trials() if trial["role"] == "search"]
+    assert len(launched) == 3 and 2500.0 not in launched
