@@ -219,6 +219,26 @@ def _(folder: Path) -> Case:
     return Case(after_loading(change), folder_with(folder, ema=shifted), blamed=("weights/denoiser",))
 
 
+@defect("the EMA is of another model that samples as well")
+def _(folder: Path) -> Case:
+    return Case(config=folder_with(folder, ema=shuffled_channels(bundled(DENOISER_FILE))), blamed=("weights/denoiser_ema~",))
+
+
+def shuffled_channels(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same function from other weights: hidden channels change places within the groups of their normalisation."""
+    generator, found = torch.Generator().manual_seed(9), dict(tensors)
+    for block in ("down", "middle_in", "middle_out", "up"):
+        width = len(tensors[f"{block}.norm_out.weight"])
+        group = width // 8
+        order = torch.cat([start + torch.randperm(group, generator=generator) for start in range(0, width, group)])
+        for name in ("conv_in.weight", "conv_in.bias", "norm_out.weight", "norm_out.bias"):
+            found[f"{block}.{name}"] = tensors[f"{block}.{name}"][order]
+        for name in ("film.weight", "film.bias"):
+            found[f"{block}.{name}"] = tensors[f"{block}.{name}"][torch.cat([order, width + order])]
+        found[f"{block}.conv_out.weight"] = tensors[f"{block}.conv_out.weight"][:, order].contiguous()
+    return found
+
+
 @defect("one layer is random in memory")
 def _(folder: Path) -> Case:
     return Case(after_loading(lambda task: task.model.middle_in.conv_in.reset_parameters()), blamed=("weights/denoiser",))
@@ -228,7 +248,7 @@ def _(folder: Path) -> Case:
 def _(folder: Path) -> Case:
     model = fresh()
     random = {k: v.clone() for k, v in model.state_dict().items() if k.startswith("up.conv_in")}
-    return Case(config=folder_with(folder, denoiser={**bundled(DENOISER_FILE), **random}), blamed=("smoke/raw", "loss/main"))
+    return Case(config=folder_with(folder, denoiser={**bundled(DENOISER_FILE), **random}), blamed=("weights/denoiser",))
 
 
 @defect("the autoencoder is random")
@@ -797,6 +817,16 @@ def _(folder: Path) -> Case:
     return Case(writing(lambda size: torch.arange(9), mse=2.0, ce=11.5), blamed=("loss/mse", "loss/ce"))
 
 
+@defect("the space holds a value that the task refuses")
+def _(folder: Path) -> Case:
+    return Case(settings=[*GATES, {"optimizer": "adam"}], blamed=("parameter/optimizer",))
+
+
+@defect("a searched setting is dropped")
+def _(folder: Path) -> Case:
+    return Case(losing("optimizer", echo=False), settings=[*GATES, {"optimizer": "adamw"}], blamed=("parameter/optimizer",))
+
+
 @defect("the learning rate ruins the baseline")
 def _(folder: Path) -> Case:
     return Case(config={"lr": 50.0}, blamed=("baseline/smoke",))
@@ -827,6 +857,7 @@ for _precision in ("bf16", "fp16"):
     _healthy(f"autocast {_precision}", {"precision": _precision})
 _healthy("bf16, AdamW, clipped", {"precision": "bf16", "preset": "adamw_clip"})
 _healthy("weights averaged while training", {"ema_decay": 0.99})
+_healthy("adamw_hot and averaged", {"preset": "adamw_hot", "ema_decay": 0.9})
 for _image in ("immunohistochemistry", "astronaut", "coffee", "chelsea"):
     _healthy(f"image {_image}", {"image": _image})
 _healthy("image astronaut, crop 32, batch 4", {"image": "astronaut", "crop": 32, "batch_size": 4})
@@ -838,5 +869,30 @@ _healthy("a clamp on the gradient", {"ssim_grad_clamp": 1e-6})
 _healthy("decoded one at a time", {"decode_chunk": 1})
 _healthy("lr of the notes", {"lr": 2.5e-6, "max_grad_norm": 1.0})
 _healthy("no baseline settings", baseline={})
+
+
+def _with_dropout(task: FundusSR) -> None:
+    """As a hook: the network has the same tensors as before."""
+    task.model.up.register_forward_hook(lambda module, inputs, output: nn.functional.dropout(output, 0.1, module.training))
+
+
+def _only_the_last_block(task: FundusSR) -> None:
+    task.model.requires_grad_(False)
+    task.model.up.requires_grad_(True)
+
+
+def _partly_conditioning(self: FundusSR, n: int) -> Forward:
+    found = FundusSR.forward(self, n)
+    return replace(found, is_target=torch.arange(len(found.t)) % 4 != 3)
+
+
+HEALTHY["dropout in the trained network"] = Case(after_loading(_with_dropout))
+HEALTHY["only the last block is trained"] = Case(
+    variant(
+        setup=after_loading(_only_the_last_block).setup,
+        trainable_parameters=lambda self: [p for p in self.model.parameters() if p.requires_grad],
+    )
+)
+HEALTHY["a quarter of the batch is conditioning"] = Case(variant(forward=_partly_conditioning))
 HEALTHY["SSIM of one's own in float32"] = Case(stepping())
 HEALTHY["text as it should be"] = Case(writing(lambda size: torch.arange(size), loss_ce=1.7, label_fraction=0.4, mse=0.41, ce=0.55))

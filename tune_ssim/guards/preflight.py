@@ -344,6 +344,10 @@ def prediction_error(predictions: tuple[float, float], reconstructions: tuple[fl
     return Check("data/latents", "ok", words, evidence)
 
 
+MIN_RECONSTRUCTION_CORRELATION = 0.3
+MIN_EXPLAINED = 0.0
+
+
 def autoencoder(psnr: float, explained: float, correlation: float) -> Check:
     """How well the frozen autoencoder gives the held-out images back. explained: share of the variance within images."""
     evidence = {"psnr": psnr, "explained_variance": explained, "correlation": correlation}
@@ -359,20 +363,26 @@ def autoencoder(psnr: float, explained: float, correlation: float) -> Check:
     return Check("data/autoencoder", "ok", words, evidence)
 
 
-MIN_RECONSTRUCTION_CORRELATION = 0.1
-MIN_EXPLAINED = 0.0
+WATERMARK_IMAGES, WATERMARK_SHARE = 0.5, 0.5
 
 
-def overlap(shared: int, patches: int, training: int, held_out: int) -> Check:
-    """shared: of `patches` textured patches of the training images, those that a held-out image has too."""
-    evidence = {"shared": shared, "patches": patches, "training_images": training, "held_out_images": held_out}
-    words = f"{shared} of {patches} textured patches of {training} training images"
-    if shared:
-        sentence = f"{words} are also in the {held_out} held-out images: what is held out is trained on"
-        return Check("data/overlap", "bad_setup", sentence, evidence, "split before cropping, by image or by a gap of one crop")
-    if not patches:
+def overlap(shared: Sequence[int], patches: Sequence[int], held_out: int) -> Check:
+    """For each training image, how many of its textured `patches` are `shared` with the held-out images."""
+    images = sum(1 for count in shared if count)
+    most = max((count / of for count, of in zip(shared, patches, strict=True) if of), default=0.0)
+    evidence = {
+        "shared_patches": sum(shared), "patches": sum(patches), "images_that_share": images, "largest_share": most,
+        "training_images": len(shared), "held_out_images": held_out,
+    }  # fmt: skip
+    if not sum(patches):
         return Check("data/overlap", "unknown", "the training images have no texture by which they could be found again", evidence)
-    return Check("data/overlap", "ok", f"{words} are in the {held_out} held-out images", evidence)
+    words = f"{images} of {len(shared)} training images have textured patches in common with the {held_out} held-out images"
+    if images > WATERMARK_IMAGES * len(shared) and most < WATERMARK_SHARE:
+        return Check("data/overlap", "warn", f"{words}, each a few: a watermark or a frame?", evidence, "crop it away")
+    if images:
+        sentence = f"{words}, up to {most:.0%} of their patches: what is held out is trained on"
+        return Check("data/overlap", "bad_setup", sentence, evidence, "split before cropping, by image or with a gap of one crop")
+    return Check("data/overlap", "ok", words, evidence)
 
 
 # -- what a training step really does
@@ -403,13 +413,17 @@ def ssim_precision(where: str, *, cosine: float, factor: float, error: float, pe
     return Check("ssim/precision", "ok", f"SSIM's value and gradient are those of float64 (cosine {cosine:.7f})", evidence)
 
 
-def step_gradient(part: str, measured: float, expected: float, cosine: float | None) -> Check:
-    """total_norm of a real step against the gradient of its own forward pass."""
+def step_gradient(part: str, measured: float, expected: float, cosine: float | None, *, random: bool = False) -> Check:
+    """total_norm of a real step against the gradient of its own forward pass. random: that pass comes out otherwise each time."""
     name = f"gradient/{part}"
     factor = measured / expected if expected > 0 else math.inf
     evidence = {"total_norm": measured, "expected": expected, "factor": factor}
     if cosine is not None:
         evidence["cosine"] = cosine
+    if random and not near(factor):
+        return Check(
+            name, "unknown", f"forward() is random beyond (seed, n): a step's {part} gradient cannot be expected", evidence
+        )
     if cosine is not None and not cosine >= MIN_STEP_COSINE:
         measures = f"a cosine of {cosine:.3f} to that of its forward pass in float32 and {factor:.3g}x its norm"
         half = "compute SSIM in float32, outside autocast: half precision does this"
@@ -532,6 +546,20 @@ def same_batches(differences: Mapping[str, float]) -> Check:
         sentence = f"with {worst} step 1 has another batch (main loss {largest:.1%} apart): trials cannot be compared"
         return Check("batches", "bad_setup", sentence, evidence, "draw the random numbers of step n from (seed, n) alone")
     return Check("batches", "ok", f"step 1 has the same batch under {len(differences)} settings", evidence)
+
+
+def other_seed(same_batch: bool) -> Check:
+    if same_batch:
+        sentence = "another seed gives the same batch: repeating a trial with other seeds says nothing about the noise"
+        return Check("seeds", "warn", sentence, {}, "draw the random numbers of step n from (seed, n)")
+    return Check("seeds", "ok", "another seed gives another batch")
+
+
+def misspelt_key(accepted: bool, key: str) -> Check:
+    if accepted:
+        sentence = f"the task accepts the unknown setting {key!r}: a misspelt parameter would be lost without a word"
+        return Check("parameter/unknown", "warn", sentence, {}, "refuse unknown keys in setup() with a ValueError")
+    return Check("parameter/unknown", "ok", "the task refuses a setting that it does not know")
 
 
 # -- can the guards judge?

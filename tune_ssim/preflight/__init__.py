@@ -76,6 +76,8 @@ def _checks(
         yield setup_failed(str(failure))
         return
     yield from _guarded("parameter", lambda: readings.check_parameters(subject, baseline))
+    yield from _guarded("parameter/searched", lambda: launch.check_settings(subject, baseline, settings))
+    yield from _guarded("seeds", lambda: launch.check_seeds(subject, baseline))
     yield from _guarded("trained", lambda: learning.check_learning(subject, baseline, smoke_test))
     yield from _guarded("baseline/norm", lambda: launch.check_baseline(subject, baseline, limit))
 
@@ -88,13 +90,13 @@ def _start(
     yield from _guarded("weights", lambda: networks.check_weights(task))
     sample, seen = call(task, "sample", 0), images.look(task) if hasattr(task, "forward") else None
     yield from _guarded("smoke", lambda: networks.check_samples(task, smoke_test, sample))
+    yield from _guarded("frozen/decoder", lambda: learning.check_decoder(task))
     yield from _guarded("data/pairs", lambda: images.check_pairs(sample, seen))
     yield from _guarded("data/training_images", lambda: images.check_training_images(task, steps, sample, seen))
     yield from _guarded("loss/main", lambda: images.check_losses(seen))
     yield from _guarded("ssim/precision", lambda: readings.check_ssim(task))
-    yield from _guarded("frozen/decoder", lambda: learning.check_decoder(task))
     yield from _guarded("time_law", lambda: launch.check_law(task, seen))
-    yield from _guarded("gate", lambda: launch.check_gates(task, settings, steps, guards))
+    yield from _guarded("gate", lambda: launch.check_gates(task, seen, settings, steps, guards))
     yield from _guarded("text", lambda: launch.check_text(sample, numbers(call(task, "step"))))
 
 

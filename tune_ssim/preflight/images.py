@@ -37,10 +37,12 @@ class Seen:
     decoded: Tensor  # [n, 3, H, W] in [0, 1], of the samples with t <= LOW_T
     targets: Tensor  # of the same samples
     all_targets: Tensor
+    eligible: float  # share of the samples that are generation targets
+    batch_size: int
 
 
 def look(task: Any) -> Seen:
-    main, trivial, times, decoded, targets, everything = [], [], [], [], [], []
+    main, trivial, times, decoded, targets, everything, eligible = [], [], [], [], [], [], []
     for forward in forwards(task, MAX_FORWARDS):
         main.append(forward.main.item())
         if forward.velocity_target is not None:
@@ -48,6 +50,7 @@ def look(task: Any) -> Seen:
         t = forward.t.cpu()
         times.append(t)
         everything.append(forward.targets.cpu())
+        eligible.append(1.0 if forward.is_target is None else forward.is_target.float().mean().item())
         low = (t <= LOW_T) & (t > 0)
         if low.any():
             images = unit(forward.decode(forward.z0[low]).float(), forward.loss.image_range)
@@ -63,6 +66,8 @@ def look(task: Any) -> Seen:
         decoded=torch.cat(decoded) if decoded else empty,
         targets=torch.cat(targets) if targets else empty,
         all_targets=torch.cat(everything),
+        eligible=sum(eligible) / len(eligible),
+        batch_size=len(times[0]),
     )
 
 
@@ -122,11 +127,11 @@ def check_training_images(task: Any, steps: int, sample: Sample, seen: Seen | No
     yield rules.constant_images(int((spread.amax(dim=1) < 1 / 255).sum()), len(images))
     if seen is not None and len(seen.all_targets) <= len(images) and seen.all_targets.shape[1:] == images.shape[1:]:
         x, y = _small(images[: len(seen.all_targets)], seen.all_targets)
-        yield rules.mapping("targets_are_training_images", "targets and training images", *_mappings(x, y))
-        yield rules.own_partner("targets_are_training_images_order", "targets and training images", _own_partner(x, y), len(x))
+        yield rules.mapping("batch", "training images and targets", *_mappings(x, y))
+        yield rules.own_partner("batch_order", "training images and targets", _own_partner(x, y), len(x))
     if sample.references is None:
         raise Unavailable("the samples have no references to look for")
-    yield rules.overlap(*shared_patches(finite, sample.references.float().cpu()), len(images), len(sample.references))
+    yield rules.overlap(*shared_patches(finite, sample.references.float().cpu()), len(sample.references))
 
 
 def _range(name: str, images: Tensor) -> Check:
@@ -182,33 +187,34 @@ def _quality(x: Tensor, y: Tensor) -> tuple[float, float, float]:
     return -10 * torch.log10(torch.tensor(max(error, 1e-10))).item(), explained, correlation
 
 
-def shared_patches(training: Tensor, held_out: Tensor) -> tuple[int, int]:
-    """How many textured patches of the training images the held-out ones contain, in any of the eight orientations, and how
-    many were looked for. Both `[n, c, H, W]` in [0, 1], compared in 255 grey levels."""
-    if min(*training.shape[-2:], *held_out.shape[-2:]) < PATCH or not len(training):
-        return 0, 0
+def shared_patches(training: Tensor, held_out: Tensor) -> tuple[list[int], list[int]]:
+    """For each training image: how many of its textured patches the held-out images contain, in any of the eight orientations,
+    and how many it has. Both `[n, c, H, W]` in [0, 1], compared in 255 grey levels."""
+    if min(*training.shape[-2:], *held_out.shape[-2:]) < PATCH:
+        return [0] * len(training), [0] * len(training)
     top, left = ((size - min(size, MAX_HELD_OUT_SIDE)) // 2 for size in held_out.shape[-2:])
     held_out = held_out[..., top : top + MAX_HELD_OUT_SIDE, left : left + MAX_HELD_OUT_SIDE]
-    oriented: list[Tensor] = []
+    known = []
     for turned in (held_out, held_out.transpose(-1, -2)):
-        oriented += [turned, turned.flip(-1), turned.flip(-2), turned.flip(-1, -2)]
-    known = torch.cat([_patch_hashes(images, 1) for images in oriented]).unique()
-    found = _patch_hashes(training, STRIDE)
-    return int(torch.isin(found, known).sum()), len(found)
+        for images in (turned, turned.flip(-1), turned.flip(-2), turned.flip(-1, -2)):
+            hashes, textured = _patch_hashes(images, 1)
+            known.append(hashes[textured].unique())
+    hashes, textured = _patch_hashes(training, STRIDE)
+    shared = torch.isin(hashes, torch.cat(known)) & textured
+    return shared.sum(dim=1).tolist(), textured.sum(dim=1).tolist()
 
 
-def _patch_hashes(images: Tensor, stride: int) -> Tensor:
-    """Of every textured `PATCH` x `PATCH` square at multiples of `stride`: `[m]` int64."""
+def _patch_hashes(images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Of every `PATCH` x `PATCH` square at multiples of `stride`: its hash, `[n, squares]` int64, and whether it has texture."""
     levels = (images * 255).round().clamp(0, 255)
-    channels = levels.shape[1]
     generator = torch.Generator().manual_seed(255)
-    # Integers so small that every sum is exact in float32: 255 · 64 · 64 · 3 < 2^24.
-    kernels = torch.randint(-64, 65, (4, channels, PATCH, PATCH), generator=generator).float()
-    hashes, textures = [], []
-    for chunk in levels.split(128):
+    # Integers so small that every sum is exact in float32: 255 · 64 · 8 · 8 · 3 < 2^24.
+    kernels = torch.randint(-64, 65, (4, levels.shape[1], PATCH, PATCH), generator=generator).float()
+    hashes, textured = [], []
+    for chunk in levels.split(128):  # bounds the working memory
         sums = functional.conv2d(chunk, kernels, stride=stride).long()
         hashes.append(((sums[:, 0] * 1_000_003 + sums[:, 1]) * 1_000_003 + sums[:, 2]) * 1_000_003 + sums[:, 3])
         grey = chunk.mean(1, keepdim=True)
         mean, power = functional.avg_pool2d(grey, PATCH, stride), functional.avg_pool2d(grey * grey, PATCH, stride)
-        textures.append((power - mean * mean).clamp(min=0).sqrt()[:, 0])
-    return torch.cat([h.flatten() for h in hashes])[torch.cat([t.flatten() for t in textures]) >= MIN_TEXTURE]
+        textured.append((power - mean * mean)[:, 0] >= MIN_TEXTURE**2)
+    return torch.cat(hashes).flatten(1), torch.cat(textured).flatten(1)

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+import torch
+
+from tune_ssim.errors import UserError
 from tune_ssim.guards import Guard, NormRatio
 from tune_ssim.guards import preflight as rules
 from tune_ssim.guards.preflight import Check
@@ -13,7 +16,7 @@ from tune_ssim.losses import TimeLaw
 from tune_ssim.preflight.images import Seen
 from tune_ssim.preflight.subject import Subject, Unavailable, attribute, call, numbers
 from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
-from tune_ssim.space import GAIN, MAX_T, Choice, Space
+from tune_ssim.space import GAIN, KNOWN, MAX_T, Choice, Space
 
 BASELINE_STEPS = 6  # the median of their norms
 
@@ -31,20 +34,21 @@ def settings_of(space: Space) -> list[dict[str, Any]]:
     return settings
 
 
-def check_gates(task: Any, settings: Sequence[Mapping[str, Any]], steps: int, guards: Sequence[Guard]) -> Iterator[Check]:
+def check_gates(
+    task: Any, seen: Seen | None, settings: Sequence[Mapping[str, Any]], steps: int, guards: Sequence[Guard]
+) -> Iterator[Check]:
     """Expected active steps for every gate that may be launched."""
     law: TimeLaw = attribute(task, "time_law")
-    effective = call(task, "effective")
-    batch = len(call(task, "forward", 1).t) if hasattr(task, "forward") else effective.get("batch_size")
+    batch = seen.batch_size if seen is not None else call(task, "effective").get("batch_size")
     if not isinstance(batch, int):
-        yield rules.unknown("gate", "neither forward() nor effective() says how large a batch is")
-        return
+        raise Unavailable("neither forward() nor effective() says how large a batch is")
+    targets = batch * (1.0 if seen is None else seen.eligible)
     gates = {float(setting[MAX_T]) for setting in settings if MAX_T in setting}
     if not gates:
         yield rules.unknown("gate", f"nothing that is launched sets {MAX_T}")
         return
     needed = next((guard.window + guard.patience - 1 for guard in guards if isinstance(guard, NormRatio)), 1)
-    yield rules.gates({gate: 1 - (1 - law.active_fraction(gate)) ** batch for gate in gates}, steps, needed)
+    yield rules.gates({gate: 1 - (1 - law.active_fraction(gate)) ** targets for gate in gates}, steps, needed)
 
 
 def check_law(task: Any, seen: Seen | None) -> Iterator[Check]:
@@ -56,6 +60,33 @@ def check_law(task: Any, seen: Seen | None) -> Iterator[Check]:
     n = len(ordered)
     distance = max(max((i + 1) / n - law.active_fraction(t), law.active_fraction(t) - i / n) for i, t in enumerate(ordered))
     yield rules.law_of_t(distance, n)
+
+
+def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """Settings that a space varies besides the auxiliary losses': each must be accepted, and be in force afterwards."""
+    in_force = call(subject.make(base), "effective")
+    asked = {name: value for setting in settings for name, value in setting.items() if name not in KNOWN}
+    for name, value in asked.items():
+        try:
+            said = call(subject.make({**base, name: value}), "effective")
+        except UserError as error:
+            yield Check(f"parameter/{name}", "bad_setup", f"the space sets {name} to {value!r}: {error}", {}, "change the space")
+            continue
+        if not rules.same(value, said.get(name)):
+            yield rules.parameter(name, value, said.get(name))
+    misspelt = next(name for name in ("ssim_los_weight", "ssim_los_weight_") if name not in in_force)
+    try:
+        subject.make({**base, misspelt: 1.0})
+        accepted = True
+    except UserError:
+        accepted = False
+    yield rules.misspelt_key(accepted, misspelt)
+
+
+def check_seeds(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
+    """The batch of step 1 must be another one with another seed."""
+    first, other = (call(subject.make(base, seed), "training_images", 1) for seed in (subject.seed, subject.seed + 1))
+    yield rules.other_seed(first.shape == other.shape and torch.equal(first, other))
 
 
 def check_baseline(subject: Subject, baseline: Mapping[str, Any], limit: float) -> Iterator[Check]:

@@ -12,7 +12,7 @@ from tune_ssim.errors import BadSetup
 from tune_ssim.guards import SmokeTest
 from tune_ssim.guards import preflight as rules
 from tune_ssim.guards.preflight import Check
-from tune_ssim.preflight.subject import Failure, Unavailable, call
+from tune_ssim.preflight.subject import Unavailable, call
 from tune_ssim.probes import compare_with_file
 from tune_ssim.records import SMOKE, Record
 from tune_ssim.run_trial import statistics_of
@@ -31,7 +31,8 @@ def check_weights(task: Any) -> Iterator[Check]:
         try:
             found = compare_with_file(part.module, part.weights)
         except BadSetup as error:
-            raise Failure(str(error)) from None
+            yield Check(f"weights/{name}", "bad_setup", str(error))
+            continue
         yield rules.weights(
             name,
             part.weights.name,
@@ -70,7 +71,9 @@ def fresh_layers(module: torch.nn.Module) -> list[str]:
 def _holds(part: Part, parts: dict[str, Part]) -> str | None:
     """The file of another part that this one equals: raw and averaged weights are easily exchanged."""
     for other in parts.values():
-        if other.weights is not None and other.weights != part.weights and compare_with_file(part.module, other.weights).equal:
+        if other.weights is None or other.weights == part.weights or not other.weights.exists():
+            continue
+        if compare_with_file(part.module, other.weights).equal:
             return other.weights.name
     return None
 

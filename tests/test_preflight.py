@@ -1,0 +1,382 @@
+"""Preflight tells broken set-ups from sound ones. The whole matrix of defects is `benchmarks/preflight.py`; here each
+measurement meets the faults that it exists for, and a set-up without them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fundus_defects import BASELINE, DEFECTS, Case, case, variant
+from references import ssim_reference
+from rich.console import Console
+from small_task import SmallTask
+from torch import Tensor
+
+from tune_ssim.errors import UserError
+from tune_ssim.guards import NormRatio, SmokeTest
+from tune_ssim.guards import preflight as rules
+from tune_ssim.guards.preflight import Check, Report
+from tune_ssim.losses import DecodedLoss
+from tune_ssim.preflight import images, launch, learning, networks, preflight_task, settings_of, steps
+from tune_ssim.preflight.plain import Setting, cosine, expected, plain_ssim
+from tune_ssim.preflight.subject import Subject
+from tune_ssim.report import preflight_table
+from tune_ssim.space import load_space
+from tune_ssim.tasks.fundus_networks import VAE, Denoiser
+from tune_ssim.tasks.fundus_sr import FundusSR
+from tune_ssim.tasks.task import Forward
+
+SMALL = {"crop": 32, "batch_size": 4}  # a quarter of the work
+
+
+def subject_of(found: Case) -> Subject:
+    return Subject(found.task, {"steps": found.steps, **SMALL, **found.config}, 0, "cpu", {"lr": 0.0})
+
+
+def made(found: Case) -> Any:
+    return subject_of(found).make(found.baseline)
+
+
+def bad(checks: Iterator[Check]) -> list[str]:
+    return [check.name for check in checks if check.status == "bad_setup"]
+
+
+# -- the report and its rules
+
+
+def test_a_report_has_the_worst_status_and_survives_json() -> None:
+    checks = (
+        Check("setup", "ok", "fine"),
+        rules.unknown("gate", "nothing known"),
+        Check("loss/main", "bad_setup", "too large", {"loss": math.inf, "ratio": math.nan}, "load the weights"),
+        Check("smoke/raw", "bad_setup", "noise"),
+    )
+    report = Report(checks, 1.5)
+    assert report.status == "bad_setup" and report.reason == "loss/main: too large"
+    text = json.dumps(report.to_dict()).replace("NaN", '"NaN"').replace("Infinity", '"Infinity"')  # as the study's folder writes it
+    again = Report.from_dict(json.loads(text))
+    assert again.status == report.status and again.checks[1] == checks[1]
+    assert again.checks[2].evidence["loss"] == math.inf and math.isnan(again.checks[2].evidence["ratio"])
+    assert Report(checks[:2]).status == "ok" and Report(checks[:2]).reason == ""
+    assert Report((checks[1],)).status == "unknown"
+    assert Report((Check("a", "warn", "hm"), checks[0])).status == "warn"
+
+
+@pytest.mark.parametrize(
+    ("check", "status"),
+    [
+        (rules.main_loss(0.27, 1.0), "ok"),
+        (rules.main_loss(1.01, 1.0), "bad_setup"),
+        (rules.main_loss(math.nan, 1.0), "bad_setup"),
+        (rules.caption_loss(1.7, 152_064, 0.4), "ok"),
+        (rules.caption_loss(11.5, 152_064, None), "bad_setup"),  # FACTS §5: near ln V
+        (rules.caption_loss(0.05, 152_064, None), "bad_setup"),  # SEEDS D2
+        (rules.caption_loss(2.0, None, 1.0), "bad_setup"),
+        (rules.caption_loss(2.0, None, 0.0), "bad_setup"),
+        (rules.caption_loss(math.nan, None, None), "bad_setup"),
+        (rules.image_range("targets", 0.0, 1.0, 0, 8), "ok"),
+        (rules.image_range("targets", -0.005, 1.005, 0, 8), "ok"),
+        (rules.image_range("targets", -1.0, 1.0, 0, 8), "bad_setup"),
+        (rules.image_range("targets", 0.0, 255.0, 0, 8), "bad_setup"),
+        (rules.image_range("targets", 0.0, 1.0, 1, 8), "bad_setup"),
+        (rules.constant_images(0, 8), "ok"),
+        (rules.constant_images(1, 8), "warn"),
+        (rules.constant_images(6, 8), "bad_setup"),
+        (rules.own_partner("x", "images", 0.9, 20), "ok"),
+        (rules.own_partner("x", "images", 0.5, 20), "bad_setup"),
+        (rules.own_partner("x", "images", 0.5, 3), "unknown"),
+        (rules.own_partner("x", "images", math.nan, 20), "unknown"),
+        (rules.overlap([0, 0], [9, 9], 4), "ok"),
+        (rules.overlap([0, 7], [9, 9], 4), "bad_setup"),
+        (rules.overlap([2, 2], [9, 9], 4), "warn"),
+        (rules.overlap([0, 0], [0, 0], 4), "unknown"),
+        (rules.step_gradient("ssim", 1.0, 1.0, 1.0), "ok"),
+        (rules.step_gradient("ssim", 8.0, 1.0, 1.0), "bad_setup"),
+        (rules.step_gradient("ssim", 8.0, 1.0, 1.0, random=True), "unknown"),
+        (rules.step_gradient("ssim", 1.0, 1.0, 0.4), "bad_setup"),
+        (rules.step_gradient("ssim", 1.0, 1.0, math.nan), "bad_setup"),
+        (rules.parameter("lr", 0.1, 0.1, 1.0), "ok"),
+        (rules.parameter("lr", 0.1, 0.2, 1.0), "bad_setup"),
+        (rules.parameter("lr", 0.1, None), "bad_setup"),
+        (rules.parameter("lr", 0.1, 0.1, 10.0), "bad_setup"),
+        (rules.parameter("lr", 0.1, 0.1, math.nan), "bad_setup"),
+        (rules.parameter("lr", 0.1, 0.1), "unknown"),
+        (rules.clipping(None, 30.0, 30.0, 30.0), "ok"),
+        (rules.clipping(1.0, 30.0, 1.0, 30.0), "ok"),
+        (rules.clipping(1.0, 0.4, 0.4, 0.4), "ok"),
+        (rules.clipping(1.0, 30.0, 30.0, 30.0), "bad_setup"),
+        (rules.clipping(None, 30.0, 1.0, 30.0), "bad_setup"),
+        (rules.clipping(1.0, 1.0, 1.0, 30.0), "bad_setup"),
+        (rules.ema_distance("ema", "raw", 0.02), "ok"),
+        (rules.ema_distance("ema", "raw", 0.99), "bad_setup"),
+        (rules.ema_distance("ema", "raw", math.nan), "bad_setup"),
+        (rules.law_of_t(0.1, 64), "ok"),
+        (rules.law_of_t(0.5, 64), "bad_setup"),
+        (rules.baseline_push(1.0, 1.0, 10.0), "ok"),
+        (rules.baseline_push(17.6, 1.0, 10.0), "warn"),  # FACTS §1: note 001's own baseline
+        (rules.tokens(9, 0, 0, 0, 8, 9), "ok"),
+        (rules.tokens(9, 0, 1, 0, 9, 9), "bad_setup"),
+    ],
+)
+def test_rules(check: Check, status: str) -> None:
+    assert check.status == status
+    assert check.sentence and (check.remedy or status != "bad_setup")
+
+
+def test_known_fingerprints_are_judged_only_where_all_their_metrics_are() -> None:
+    assert rules.fingerprints({"mse": 2.0}) == []
+    healthy = rules.fingerprints({"mse": 0.41, "ce": 0.55})
+    ruined = rules.fingerprints({"mse": 2.0, "ce": 11.9})
+    assert [check.status for check in healthy] == ["ok", "ok"] and [check.status for check in ruined] == ["bad_setup"] * 2
+
+
+@pytest.mark.parametrize(("p", "steps", "needed"), [(0.1, 30, 5), (0.57, 20, 11), (0.999, 12, 11), (0.0, 5, 1), (1.0, 5, 5)])
+def test_chance_of_enough_active_steps(p: float, steps: int, needed: int) -> None:
+    draws = np.random.default_rng(0).random((20_000, steps)) < p
+    assert rules.chance_of_at_least(needed, steps, p) == pytest.approx((draws.sum(1) >= needed).mean(), abs=0.015)
+
+
+def test_gates_are_bad_only_if_no_setting_can_be_judged() -> None:
+    assert rules.gates({0.3: 0.9, 0.1: 0.5}, 200, 11).status == "ok"
+    assert rules.gates({0.3: 0.9, 0.01: 0.001}, 200, 11).status == "warn"
+    assert rules.gates({0.02: 0.002, 0.01: 0.001}, 200, 11).status == "bad_setup"
+    assert rules.gates({0.1: 11.5 / 20}, 20, 11).status == "warn"  # just enough on average
+
+
+# -- the reference that steps are held against
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[torch.nn.Module]:
+    torch.manual_seed(0)
+    yield VAE().requires_grad_(False).eval()
+
+
+def forward_of(decoder: torch.nn.Module, loss: DecodedLoss, **others: Any) -> tuple[Forward, list[torch.nn.Parameter]]:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(4, 4, generator=generator))
+    noise = torch.randn(5, 4, 6, 6, generator=generator)
+    z0 = torch.einsum("ij,njhw->nihw", weight, noise)
+    targets = torch.rand(5, 3, 24, 24, generator=generator)
+    t = torch.tensor([0.0, 0.1, 0.25, 0.6, 0.9])
+    return Forward(z0.square().mean(), z0, t, targets, loss, decoder.decode, **others), [weight]
+
+
+@pytest.mark.parametrize(
+    ("setting", "others"),
+    [
+        (Setting(ssim_loss_weight=3.0, ssim_loss_max_t=0.3, ssim_grad_scale=0.1), {}),
+        (Setting(ssim_loss_weight=1.0, pixel_loss_weight=20.0, pixel_loss_max_t=0.6), {}),
+        (Setting(ssim_loss_weight=1.0, ssim_grad_clamp=1e-5), {}),
+        (Setting(ssim_loss_weight=1.0), {"is_target": torch.tensor([True, True, False, True, True])}),
+        (Setting(ssim_loss_weight=1.0), {"sizes": [(24, 24), (20, 24), (24, 16), (12, 12), (24, 24)]}),
+        (Setting(), {}),
+    ],
+)
+def test_the_expected_gradient_is_the_losss_own(decoder: torch.nn.Module, setting: Setting, others: dict[str, Any]) -> None:
+    loss = DecodedLoss(**{name: getattr(setting, name) for name in Setting.__dataclass_fields__})
+    forward, parameters = forward_of(decoder, loss, **others)
+    found = expected(forward, setting, parameters)
+    result = forward.auxiliary()
+    (mine,) = torch.autograd.grad(forward.main + result.total, parameters)
+    assert found.total_norm == pytest.approx(mine.norm().item(), rel=1e-5)
+    assert cosine([mine], found.gradients) == pytest.approx(1, abs=1e-7)
+    assert found.active_fraction == result.ssim_active_fraction
+    if result.loss_ssim is not None:
+        assert found.loss_ssim == pytest.approx(result.loss_ssim.item(), rel=1e-5)
+
+
+def test_plain_ssim_is_the_definition() -> None:
+    x, y = np.random.default_rng(0).random((2, 3, 16, 20))
+    assert plain_ssim(torch.from_numpy(x)[None], torch.from_numpy(y)[None]).item() == pytest.approx(ssim_reference(x, y), abs=1e-12)
+
+
+# -- measurements, each on the bundled task and on faults of its own
+
+
+def weights(found: Case) -> Iterator[Check]:
+    return networks.check_weights(made(found))
+
+
+def samples(found: Case) -> Iterator[Check]:
+    task = made(found)
+    return networks.check_samples(task, SmokeTest(), task.sample(0))
+
+
+def pairs(found: Case) -> Iterator[Check]:
+    task = made(found)
+    return images.check_pairs(task.sample(0), images.look(task))
+
+
+def training_images(found: Case) -> Iterator[Check]:
+    task = made(found)
+    return images.check_training_images(task, 60, task.sample(0), None)
+
+
+def losses(found: Case) -> Iterator[Check]:
+    return images.check_losses(images.look(made(found)))
+
+
+def decoding(found: Case) -> Iterator[Check]:
+    return learning.check_decoder(made(found))
+
+
+def precision(found: Case) -> Iterator[Check]:
+    return steps.check_ssim(made(found))
+
+
+def parameters(found: Case) -> Iterator[Check]:
+    return steps.check_parameters(subject_of(found), found.baseline)
+
+
+def learning_steps(found: Case) -> Iterator[Check]:
+    return learning.check_learning(subject_of(found), found.baseline, SmokeTest())
+
+
+def gates(found: Case) -> Iterator[Check]:
+    task = made(found)
+    return launch.check_gates(task, None, found.settings, found.steps, [NormRatio()])
+
+
+FAULTS: list[tuple[Callable[[Case], Iterator[Check]], list[str]]] = [
+    (
+        weights,
+        ["half the tensors missing, tolerant loader", "the EMA was loaded for the raw weights", "one layer is random in the file"],
+    ),
+    (samples, ["the EMA is noise on the raw weights"]),
+    (losses, ["low-resolution inputs are exchanged in training"]),
+    (decoding, ["functional dropout in decode()"]),
+    (precision, ["SSIM in bfloat16, inside the loss", "images rounded to bfloat16 before SSIM"]),
+    (pairs, ["the loss takes [-1, 1] for [0, 1]", "targets are shuffled within the batch"]),
+    (training_images, ["training reaches over all the held-out part", "training sees the held-out part mirrored"]),
+    (
+        parameters,
+        ["grad_scale is echoed but not applied", "ssim_loss_max_t is dropped, and echoed", "SSIM in bfloat16, inside the step"],
+    ),
+    (learning_steps, ["the autoencoder is trained", "part of the denoiser is frozen"]),
+    (gates, ["max_t so small that no step is active"]),
+]
+
+
+@pytest.mark.parametrize(("measure", "name"), [(measure, name) for measure, names in FAULTS for name in names])
+def test_a_fault_is_blamed_on_its_cause(measure: Callable[[Case], Iterator[Check]], name: str, tmp_path: Path) -> None:
+    with case(name, tmp_path) as broken:
+        found = bad(measure(broken))
+    assert any(name.startswith(cause) for name in found for cause in broken.blamed), found
+
+
+@pytest.mark.parametrize("measure", [measure for measure, _ in FAULTS])
+def test_the_bundled_task_has_no_fault(measure: Callable[[Case], Iterator[Check]]) -> None:
+    found = list(measure(Case()))
+    assert {check.status for check in found} <= {"ok", "unknown"}, [check for check in found if check.status != "ok"]
+    assert any(check.status == "ok" for check in found)
+
+
+def test_every_defect_that_the_issue_lists_is_in_the_matrix() -> None:
+    assert sum(listed for listed, _ in DEFECTS.values()) >= 12 and len(DEFECTS) >= 80
+    assert {name for _, names in FAULTS for name in names} <= DEFECTS.keys()
+
+
+def test_fresh_layers_are_those_that_were_never_trained() -> None:
+    task = made(Case())
+    assert networks.fresh_layers(task.model) == networks.fresh_layers(task.vae) == []
+    untouched = Denoiser()
+    layers = [m for m in untouched.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    assert len(networks.fresh_layers(untouched)) == len(layers)
+
+
+@pytest.mark.parametrize(
+    "turned", [lambda x: x, lambda x: x.flip(-1), lambda x: x.transpose(-1, -2), lambda x: x.flip(-2).transpose(-1, -2)]
+)
+def test_shared_patches_are_found_at_any_place_and_in_any_orientation(turned: Callable[[Tensor], Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    photo = torch.rand(1, 3, 80, 80, generator=generator)
+    held_out, apart = photo[..., 30:62, 5:37], torch.rand(2, 3, 40, 40, generator=generator)
+    training = turned(photo[..., 20:60, 0:40])  # 12 rows and columns beyond, so off every grid
+    assert images.shared_patches(training, held_out)[0][0] > 0
+    assert images.shared_patches(apart, held_out)[0] == [0, 0]
+    assert images.shared_patches(torch.full((2, 3, 40, 40), 0.5), torch.full((1, 3, 40, 40), 0.5)) == ([0, 0], [0, 0])
+
+
+# -- whole reports
+
+
+def test_the_bundled_set_up_is_sound_and_wholly_known() -> None:
+    report = preflight_task(FundusSR, SMALL, settings=Case().settings, baseline=BASELINE, device="cpu")
+    assert report.status == "ok", report.reason
+    assert not report.of("unknown")
+
+
+def test_the_table_says_every_check_and_every_remedy() -> None:
+    report = Report((Check("setup", "ok", "it sets up"), rules.tokens(9, 0, 1, 0, 9, 9), rules.unknown("gate", "no law of t")))
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(preflight_table(report.to_dict(), ascii_only=True))
+    text = " ".join(console.export_text().split())
+    for check in report.checks:
+        assert check.name in text and check.status in text and check.sentence in text and check.remedy in text
+
+
+def test_a_task_without_hooks_gets_unknown_and_never_a_false_ok() -> None:
+    report = preflight_task(SmallTask, {}, settings=[{"ssim_loss_max_t": 0.3}], baseline={"ssim_loss_weight": 0.0}, device="cpu")
+    assert report.status == "ok", report.reason
+    status = {check.name: check.status for check in report.checks}
+    assert status["setup"] == status["smoke/raw"] == status["parameter/unknown"] == "ok"
+    for name in ("weights", "loss/main", "ssim/precision", "gate", "time_law", "trained", "frozen/decoder"):
+        assert status[name] == "unknown", name
+
+
+@pytest.mark.parametrize(
+    ("fault", "blamed"),
+    [("ruined_start", "smoke/raw"), ("drops_weight", "parameter/ssim_loss_weight")],
+)
+def test_what_a_task_without_hooks_shows_is_judged(fault: str, blamed: str) -> None:
+    report = preflight_task(SmallTask, {"fault": fault}, baseline={"ssim_loss_weight": 0.0}, device="cpu")
+    assert report.status == "bad_setup" and blamed in [check.name for check in report.of("bad_setup")]
+
+
+class Deaf(SmallTask):
+    """Says that the weight is in force, and does not use it."""
+
+    def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
+        super().setup(config, seed, device)
+        self.gain = 0.0
+
+
+def test_a_dropped_weight_is_seen_without_a_forward_pass() -> None:
+    report = preflight_task(Deaf, {}, baseline={"ssim_loss_weight": 0.0}, device="cpu")
+    assert "parameter/ssim_loss_weight" in [check.name for check in report.of("bad_setup")]
+
+
+def test_failures_inside_the_task_are_findings_and_mistakes_are_not() -> None:
+    def failing(self: FundusSR) -> Any:
+        raise RuntimeError("CUDA error: out of memory")
+
+    report = preflight_task(variant(step=failing), SMALL, baseline=BASELINE, device="cpu")
+    assert (
+        report.status == "bad_setup"
+        and "step() failed: RuntimeError: CUDA error: out of memory" in report.of("bad_setup")[-1].sentence
+    )
+
+    def broken(self: FundusSR, *_: Any) -> None:
+        raise KeyError("vae")
+
+    report = preflight_task(variant(setup=broken), {}, device="cpu")
+    assert report.checks == (rules.setup_failed("setup() failed: KeyError: 'vae'"),)
+    with pytest.raises(UserError, match="unknown key 'presett'"):
+        preflight_task(FundusSR, {"presett": "sgd"}, device="cpu")
+
+
+def test_what_a_space_may_launch() -> None:
+    settings = settings_of(load_space("wide"))
+    assert {setting["ssim_loss_max_t"] for setting in settings if "ssim_loss_max_t" in setting} == {0.1, 0.2, 0.3, 1.0}
+    relative = load_space(
+        {"name": "r", "parameters": {"gain": {"unit": "norm_ratio", "log_uniform": [1.0, 1.5]}, "lr": {"uniform": [0.001, 0.01]}}}
+    )
+    assert [setting.get("lr") for setting in settings_of(relative)] == [0.001, 0.01]
