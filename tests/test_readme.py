@@ -58,12 +58,12 @@ def trials(study: Path) -> list[dict[str, Any]]:
 def test_every_command_of_the_readme_is_known_here() -> None:
     assert len(LINES) == len(set(LINES)) >= 10
     verbs = {words[1] for line in LINES if (words := shlex.split(line))[0].endswith("tune-ssim")}
-    assert verbs == {"trials", "export", "spaces", "run", "ui", "mirror"}
+    assert verbs == {"trials", "export", "verify", "preflight", "calibrate", "spaces", "run", "quarantine", "ui", "mirror"}
 
 
 def test_the_study_shows_what_it_is_for(trials: list[dict[str, Any]]) -> None:
     roles = [trial["role"] for trial in trials]
-    assert roles.count("baseline") == 2 and roles.count("search") >= 12
+    assert roles.count("baseline") == 5 and roles.count("search") >= 12 and roles.count("confirm") >= 3
     assert all(trial["verdict"] == "safe" for trial in trials if trial["role"] == "baseline")
     pruned = [trial for trial in trials if trial["verdict"] == "pruned"]
     assert any(trial["evidence"]["guard"] == "norm_ratio" for trial in pruned)
@@ -95,6 +95,17 @@ def test_the_exported_setting_beats_the_baseline_on_new_seeds(study: Path, trial
     gains = re.findall(r"seed \d+: SSIM ([-+.\d]+), PSNR ([-+.\d]+)", trained.stdout)
     assert len(gains) == 2, trained.stderr
     assert all(float(by_ssim) > 0 and float(by_psnr) > -0.3 for by_ssim, by_psnr in gains), trained.stdout
+
+
+def test_the_export_is_proven_and_can_be_verified(study: Path) -> None:
+    (line,) = [line for line in LINES if "verify" in line]
+    proof = json.loads((study / "best.json").read_text())["proof"]
+    assert proof["unproven"] == [] and proof["preflight"]["status"] == "ok" and proof["calibration"]["ratios"]
+    low, _ = proof["comparison"]["delta_ssim"]["interval"]
+    assert low > 0
+    verified = call(line, study)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert "hold" in verified.stdout
 
 
 def test_mlflow_shows_the_study_to_its_own_client(study: Path, trials: list[dict[str, Any]]) -> None:
@@ -137,7 +148,7 @@ def test_the_ui_prints_a_link_that_answers_on_loopback(study: Path) -> None:
         assert server.wait(30) == 0
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if re.search(r"tune-ssim (trials|spaces|run .*--dry-run)", line)])
+@pytest.mark.parametrize("line", [line for line in LINES if re.search(r"tune-ssim (trials|spaces|preflight|calibrate|quarantine|run .*--dry-run)", line)])
 def test_the_other_lines_answer(study: Path, line: str) -> None:
     ran = call(line, study)
     assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr
