@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_task import SmallTask
 
 from tune_ssim.calibrate import CHECK_TOLERANCE, Calibration, calibrate, gates_of
 from tune_ssim.errors import BadSetup, UserError
@@ -241,12 +242,47 @@ def test_the_gates_of_a_study() -> None:
 
 def test_a_task_that_only_trains_is_read() -> None:
     """No forward(), no trainable_parameters(), no pixel loss; every step is active."""
-    space = {"parameters": {"gain": {"log_uniform": [0.1, 100]}}}
-    tiny = replace(study("small_task:SmallTask", space, grid=None), task_config={"steps": 20})
-    tiny = replace(tiny, baseline=BaselineRuns(overrides={"pixel_loss_weight": 0.0}))
-    found = calibrate(tiny)
+    found = calibrate_small()
     assert found.model.method == "readings" and "no forward()" in found.why and found.check.relative_error < 1e-5
     assert found.model.max_ts == (1.0,)
+
+
+class Plain(SmallTask):
+    """Knows a weight and nothing else, and does not say when its loss is active."""
+
+    def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
+        if unknown := set(config) - {"lr", "steps", "ssim_loss_weight"}:
+            raise UserError(f"unknown {sorted(unknown)}")
+        super().setup(config, seed, device)
+
+    def step(self) -> dict[str, Any]:
+        metrics = super().step()
+        return {name: metrics[name] for name in ("loss", "total_norm")}
+
+
+def test_a_task_that_has_a_weight_and_nothing_else() -> None:
+    space = {"parameters": {"ssim_loss_weight": {"log_uniform": [0.1, 100]}}}
+    plain = replace(study(Plain, space, grid=None), task_config={"steps": 20}, baseline=BaselineRuns(overrides={}))
+    found = calibrate(plain)
+    assert found.model.active.all() and found.check.relative_error < 1e-5
+    assert found.model.predict(3.0, 1.0) == calibrate_small().model.predict(3.0, 1.0)
+
+
+def calibrate_small() -> Calibration:
+    space = {"parameters": {"gain": {"log_uniform": [0.1, 100]}}}
+    tiny = replace(study("small_task:SmallTask", space, grid=None), task_config={"steps": 20})
+    return calibrate(replace(tiny, baseline=BaselineRuns(overrides={"pixel_loss_weight": 0.0})))
+
+
+class Quiet(FundusSR):
+    def step(self) -> dict[str, Any]:
+        return {name: value for name, value in super().step().items() if name != "ssim_active_fraction"}
+
+
+def test_which_batches_are_active_is_read_from_the_norm_where_nothing_else_says_it() -> None:
+    quiet = calibrate(study(Quiet, method="readings", grid=[0.1], batches=3)).model
+    gram = calibrate(study(grid=[0.1], batches=3)).model
+    assert 0 < gram.active.sum() < 3 and (quiet.active == gram.active).all()
 
 
 # ---- what is broken ----

@@ -23,7 +23,7 @@ from tune_ssim.guards import NormRatio
 from tune_ssim.losses import DecodedLoss
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel, fit
 from tune_ssim.records import ACTIVE_FRACTION, TOTAL_NORM
-from tune_ssim.space import GRAD_SCALE, MAX_T, WEIGHT, Choice, Stage
+from tune_ssim.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice
 from tune_ssim.study import Study
 from tune_ssim.tasks.task import Forward, Task, load_task
 
@@ -35,6 +35,7 @@ CHECK_STEPS = 3  # training steps that the model is checked with
 # Of the check. Healthy: float32 4e-7 and less, bf16 autocast 6e-4 by gram and 3e-3 by readings. Faulty: a clamp that cuts in 1.2,
 # a grad_scale that does not arrive 5.8 (tests/test_calibrate.py).
 CHECK_TOLERANCE = 0.03
+UNTOUCHED = 1e-5  # relative change of N²: float32 rounding is 1e-6, and at the gains that are read an active batch shows 1e-2
 TOP_SHARE = 0.01  # of the gradient's elements
 
 
@@ -178,15 +179,19 @@ class _Probe:
         baseline = study.baseline_settings
         others = {key: value for key, value in baseline.items() if not key.startswith((*AUXILIARY, "measure_"))}
         # A trial as the search would launch it, but for the auxiliary loss: that is set for each reading.
-        self.base = {**study.task_config, **others, **_first_stage(study).fixed, **self.options.disable_update}
+        self.base = {**study.task_config, **others, **study.space.stages[0].fixed, **self.options.disable_update}
         self.baseline_config = {**study.task_config, **baseline, **self.options.disable_update}
         self.step_s = 0.0
-        self.task = self.set_up({**self.base, WEIGHT: 1.0, **_fallback(MAX_T, self.base, 1.0)})
-        effective = self.task.effective()
-        self.held = {name: float(effective[name]) for name in HELD if effective.get(name) is not None}
-        self.clamp = effective.get("ssim_grad_clamp")
-        self.clips = effective.get("max_grad_norm") is not None
+        named = {name for stage in study.space.stages for name in (*stage.parameters, *stage.fixed)} | set(self.base)
+        gate = {MAX_T: 1.0} if MAX_T in named and MAX_T not in self.base else {}
+        self.task: Task | None = self.set_up({**self.base, **gate, WEIGHT: 1.0})
+        self.effective = dict(self.task.effective())
+        self.known = named | set(self.effective) | ({GRAD_SCALE} if GAIN in named else set())  # other settings it may refuse
+        self.held = {name: float(self.effective[name]) for name in HELD if self.effective.get(name) is not None}
+        self.why_not_gram = self._why_not_gram(self.task)
         self.max_ts = gates_of(study, for_picture=self.why_not_gram is None) or (self.held.get(MAX_T, 1.0),)
+        if self.why_not_gram is not None:
+            self.task = None  # one at a time in memory
 
     def set_up(self, config: Mapping[str, Any]) -> Task:
         task: Task = self.task_class()
@@ -200,12 +205,11 @@ class _Probe:
             ) from None
         return task
 
-    @property
-    def why_not_gram(self) -> str | None:
+    def _why_not_gram(self, task: Task) -> str | None:
         """None: the gradients themselves are read."""
         if self.options.method == "readings":
             return "calibration.method says so"
-        reason = _no_gram(self.task, len(GATES) + 2)
+        reason = _no_gram(task, len(GATES) + 2)
         if self.options.method == "gram" and reason is not None:
             raise UserError(f"calibration.method: gram: {reason}")
         return reason
@@ -213,7 +217,7 @@ class _Probe:
     # -- readings: what any training reports
 
     def read(self, config: Mapping[str, Any], steps: int | None = None) -> tuple[Array, Array]:
-        """total_norm and ssim_active_fraction of the first steps at `config`, each `[step]`."""
+        """total_norm and ssim_active_fraction (NaN where it is not reported) of the first steps at `config`, each `[step]`."""
         task = self.set_up(config)
         before = _weights_of(task)
         norms, active = [], []
@@ -225,7 +229,7 @@ class _Probe:
             norms.append(float(metrics[TOTAL_NORM]))
             if before is not None and not math.isfinite(norms[-1]):
                 _restore(task, before)  # a learning rate of 0 times a gradient of NaN is a weight of NaN
-            active.append(float(metrics.get(ACTIVE_FRACTION, 1.0)))
+            active.append(float(metrics.get(ACTIVE_FRACTION, math.nan)))
         self.step_s = (time.perf_counter() - started) / len(norms)
         if before is not None and any(not torch.equal(a, b) for a, b in zip(before, _weights_of(task) or [], strict=True)):
             words = f"with {self.options.disable_update} the training still changed the weights"
@@ -235,8 +239,7 @@ class _Probe:
     def baseline(self, q: Array | None = None) -> Array:
         """total_norm of the baseline on every batch. With the gradients at hand, and a baseline that differs in its auxiliary
         loss alone, it follows from them: a second of training steps saved."""
-        effective = self.set_up(self.baseline_config).effective()
-        mine = self.task.effective()
+        effective, mine = self.set_up(self.baseline_config).effective(), self.effective
         others = {name for name in {*effective, *mine} if not name.startswith((*AUXILIARY, "measure_"))}
         alike = all(effective.get(name) == mine.get(name) for name in others)
         gate = effective.get("pixel_loss_max_t") == mine.get("pixel_loss_max_t") and effective.get(WEIGHT) == 0
@@ -247,10 +250,10 @@ class _Probe:
         return norms
 
     def at(self, gain: float, max_t: float, pixel_weight: float = 0.0, grad_scale: float | None = None) -> dict[str, Any]:
+        """A configuration; settings that the task does not have are left out."""
         scale = grad_scale or self.held.get(GRAD_SCALE, 1.0) or 1.0
-        setting = {WEIGHT: gain / scale, MAX_T: max_t, GRAD_SCALE: scale, "pixel_loss_weight": pixel_weight}
-        known = {"pixel_loss_weight": pixel_weight} if pixel_weight or "pixel_loss_weight" in self.held else {}
-        return {**self.base, **{key: value for key, value in setting.items() if key != "pixel_loss_weight"}, **known}
+        setting = {MAX_T: max_t, GRAD_SCALE: scale, "pixel_loss_weight": pixel_weight}
+        return {**self.base, WEIGHT: gain / scale, **{name: value for name, value in setting.items() if name in self.known}}
 
     def readings(self) -> Measured:
         """One reading without auxiliary loss, two behind each gate, one more for each wherever the pixel loss takes part."""
@@ -265,8 +268,8 @@ class _Probe:
         q, active = [], []
         gain = 1.0
         for max_t in reversed(self.max_ts):  # from the widest gate, where most batches are active
-            taken, fraction, gain = self._two_gains(max_t, alone, gain)
-            active.append(fraction > 0)
+            taken, acts, gain = self._two_gains(max_t, alone, gain)
+            active.append(acts)
             if not taken:
                 q.append(_without_ssim(alone))
                 continue
@@ -277,32 +280,34 @@ class _Probe:
             q.append(fit([*settings, *(s for s, _ in own)], np.stack([*norms, *(n for _, n in own)])))
         return Measured(self.max_ts, np.stack(q[::-1]), np.stack(active[::-1]), self.baseline())
 
-    def _two_gains(self, max_t: float, alone: Array, gain: float) -> tuple[dict[float, Array], Array, float]:
-        """Readings at a gain that adds about as much to N² as there was, and at four times it; looked for from `gain` on. No
-        readings where no gain up to 1e12 changes anything."""
-        for _ in range(10):
-            norms, active = self.read(self.at(gain, max_t))
+    def _two_gains(self, max_t: float, alone: Array, gain: float) -> tuple[dict[float, Array], Any, float]:
+        """Readings at a gain that adds about as much to N² as there was, and at four times it, looked for from `gain` on; which
+        batches are active; the gain. No readings where no gain up to 1e12 changes anything.
+
+        A batch is active if its reported fraction says so. Where none is reported, or only one process's own, the norm says it:
+        every process then comes to the same conclusions."""
+        while True:
+            norms, fraction = self.read(self.at(gain, max_t))
             with np.errstate(invalid="ignore", divide="ignore"):
-                added = (norms**2 / alone**2 - 1)[(active > 0) & np.isfinite(alone)]
-            if not added.size:
-                return {}, active, 1.0
-            typical = float(np.median(np.nan_to_num(np.abs(added), nan=math.inf)))
-            if typical > 1e4:
-                gain /= 100
-            elif typical < 1e-2:
-                gain *= min(1e3, math.sqrt(1 / max(typical, 1e-7)))
-            else:
+                added = np.nan_to_num(np.abs(norms**2 / alone**2 - 1), nan=math.inf)
+            active = added > UNTOUCHED if _spread() or np.isnan(fraction).any() else fraction > 0
+            typical = float(np.median(added[active])) if active.any() else 0.0
+            if 1e-2 <= typical <= 1e4:
                 break
-            if gain > 1e12:
+            if not active.any() and not (_spread() or np.isnan(fraction).any()):
                 return {}, active, 1.0
-        further, _ = self.read(self.at(4 * gain, max_t))
-        return {gain: norms, 4 * gain: further}, active, gain
+            gain = gain / 100 if typical > 1e4 else gain * min(1e3, math.sqrt(1 / max(typical, 1e-7)))
+            if not 1e-12 < gain < 1e12:
+                return {}, active, 1.0
+        return {gain: norms, 4 * gain: self.read(self.at(4 * gain, max_t))[0]}, active, gain
 
     # -- gram: the gradients themselves
 
     def gram(self) -> Measured:
-        parameters = [p for p in self.task.trainable_parameters() if p.requires_grad]  # type: ignore[attr-defined]
-        shown = [_gram_of(self.task.forward(n), parameters, self.max_ts) for n in self.batches]  # type: ignore[attr-defined]
+        task: Any = self.task
+        parameters = [p for p in task.trainable_parameters() if p.requires_grad]
+        shown = [_gram_of(task.forward(n), parameters, self.max_ts) for n in self.batches]
+        self.task = task = None
         outliers = {
             name: Outliers(*(float(np.median(column)) for column in zip(*found, strict=True)))
             for name in ("ssim", "pixel")
@@ -327,6 +332,8 @@ class _Probe:
         i = model.max_ts.index(widest)
         gain = float(np.median(np.sqrt(model.q[i, model.active[i], MAIN, MAIN] / model.q[i, model.active[i], SSIM, SSIM])))
         scale = 0.1 if self.held.get(GRAD_SCALE, 1.0) != 0.1 else 1.0
+        if GRAD_SCALE not in self.known:
+            scale, gain = 1.0, 3 * gain
         positions = [k for k in range(len(model.batches)) if model.active[i, k]][:CHECK_STEPS]
         last = model.batches[positions[-1]]
         norms, _ = self.read(self.at(gain, widest, grad_scale=scale), steps=last)
@@ -363,10 +370,10 @@ def _model(probe: _Probe, measured: Measured) -> NormModel:
     if not (measured.q[active][:, SSIM, SSIM] > 0).any():
         raise BadSetup("calibration: the SSIM loss sends no gradient to the trainable parameters; is its path to them detached?")
     clamp_gain: tuple[float, ...] = ()
-    if probe.clamp is not None:
+    if (clamp := probe.effective.get("ssim_grad_clamp")) is not None:
         # Where no peak was read the clamp may cut in anywhere.
         peaks = measured.peaks if measured.peaks is not None else np.full(len(measured.max_ts), math.inf)
-        clamp_gain = tuple(float(probe.clamp) / float(peak) if peak > 0 else math.inf for peak in peaks)
+        clamp_gain = tuple(float(clamp) / float(peak) if peak > 0 else math.inf for peak in peaks)
     return NormModel(
         max_ts=measured.max_ts,
         q=measured.q[:, usable],
@@ -397,7 +404,7 @@ def _limits(study: Study, probe: _Probe, findings: list[Finding]) -> tuple[float
     factor = study.search.skip_beyond
     if factor is None or findings:
         return guard.limit, None
-    if replace(guard, clipped=probe.clips).action != "prune":
+    if replace(guard, clipped=probe.effective.get("max_grad_norm") is not None).action != "prune":
         sentence = "a norm beyond the limit ends no trial here (gradient clipping, or on_excess): nothing is skipped for it"
         findings.append(Finding("clipped", sentence))
         return guard.limit, None
@@ -500,7 +507,7 @@ def _outliers(elements: torch.Tensor) -> tuple[float, float, float]:
 def _no_gram(task: Any, gradients: int) -> str | None:
     if not callable(getattr(task, "forward", None)) or not callable(getattr(task, "trainable_parameters", None)):
         return "the task has no forward() and trainable_parameters()"
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if _spread():
         return "the gradient is spread over several processes"
     size = sum(p.numel() * p.element_size() for p in task.trainable_parameters() if p.requires_grad)
     if size * gradients > GRAM_BYTES:
@@ -508,10 +515,16 @@ def _no_gram(task: Any, gradients: int) -> str | None:
     return None
 
 
+def _spread() -> bool:
+    """Whether this is one of several processes of a training."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def _weights_of(task: Any) -> list[torch.Tensor] | None:
-    """A copy, to see whether they moved; None where the task does not show them."""
+    """A copy on the host, to see whether they moved; None where the task does not show them."""
     shown: Callable[[], Sequence[torch.nn.Parameter]] | None = getattr(task, "trainable_parameters", None)
-    return [p.detach().clone() for p in shown()] if callable(shown) else None
+    return [p.detach().cpu().clone() for p in shown()] if callable(shown) else None
 
 
 def _restore(task: Any, weights: Sequence[torch.Tensor]) -> None:
@@ -524,14 +537,6 @@ def _without_ssim(main_norms: Array) -> Array:
     q = np.full((len(main_norms), 3, 3), np.nan)
     q[:, MAIN, MAIN], q[:, MAIN, SSIM], q[:, SSIM, MAIN], q[:, SSIM, SSIM] = main_norms**2, 0, 0, 0
     return q
-
-
-def _first_stage(study: Study) -> Stage:
-    return study.space.stages[0]
-
-
-def _fallback(name: str, config: Mapping[str, Any], value: Any) -> dict[str, Any]:
-    return {} if name in config else {name: value}
 
 
 def _pixel_weights(study: Study, held: Mapping[str, float]) -> list[float]:
