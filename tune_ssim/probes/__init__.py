@@ -2,9 +2,12 @@
 
 from tune_ssim.probes.collapse import collapse_statistics
 from tune_ssim.probes.gradients import total_norm
+from tune_ssim.probes.norm_model import NormModel, Prediction
 from tune_ssim.probes.weights import WeightComparison, compare_with_file, content_id, tensor_contents, tensor_hashes
 
 __all__ = [
+    "NormModel",
+    "Prediction",
     "WeightComparison",
     "collapse_statistics",
     "compare_with_file",
