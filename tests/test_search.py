@@ -18,7 +18,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from tune_ssim.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun
-from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space
+from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space, read_skipped
 from tune_ssim.orchestration.trainable import CONTEXT
 from tune_ssim.space import gain_of, load_space
 
@@ -324,7 +324,9 @@ def test_a_route_skips_too_and_ends_where_nothing_is_left() -> None:
 
 
 def test_skipped_settings_survive_a_restart(tmp_path: Path) -> None:
-    searcher = BaselineFirst(GuardedOptunaSearch(WIDE, model=MODEL, deterministic=False, **GUARD), {}, folder=tmp_path, seeds=(0,))
+    log = tmp_path / "skipped.jsonl"
+    inner = GuardedOptunaSearch(WIDE, model=MODEL, deterministic=False, skip_log=log, **GUARD)
+    searcher = BaselineFirst(inner, {}, folder=tmp_path, seeds=(0,))
     searcher.suggest("a")
     searcher.on_trial_complete("a", {"verdict": "safe", "baseline_run": baseline_bytes(0)})
     for k in range(9):
@@ -333,7 +335,9 @@ def test_skipped_settings_survive_a_restart(tmp_path: Path) -> None:
     searcher.save(str(tmp_path / "s"))
     again = BaselineFirst(GuardedOptunaSearch(WIDE, model=MODEL, **GUARD), {}, folder=tmp_path)
     again.restore(str(tmp_path / "s"))
-    assert again.skipped == searcher.skipped
+    assert again.skipped == searcher.skipped == read_skipped(log)
+    log.write_text(log.read_text() * 2 + '{"stage": "wi')  # repeated after a restart, torn by a kill
+    assert read_skipped(log) == searcher.skipped and read_skipped(tmp_path / "none") == []
 
 
 def test_a_relative_space_as_ray_domains() -> None:

@@ -80,7 +80,12 @@ class Calibration:
     findings: tuple[Finding, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data with stable keys; `NormModel.from_dict` reads `model` again."""
+        """Plain data with stable keys: the fields above (`check` with its `relative_error`), of the forecast
+
+        - `limit`, `skip_above`, `shares`, `ratios` (of the space, smallest and largest), `baseline_ratio_main`
+        - `by_max_t`: `Landmarks` of every gate; `settings`: `Named`, each with its `prediction`
+
+        and `model`, which `NormModel.from_dict` reads again. Non-finite numbers are left to `study_folder.jsonable`."""
         told = self.forecast.to_dict()
         return {
             "method": self.model.method,

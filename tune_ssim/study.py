@@ -48,8 +48,8 @@ class Search(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's range
     concurrency: int | Literal["auto"] = 2  # trials at a time; auto: as many as the cluster's resources admit
     deterministic: bool = True  # DESIGN "Order": the same suggestions whichever trial ends first
-    # Times the norm guard's limit: settings predicted beyond are listed, not launched; None launches everything. The prediction
-    # over-estimates about twofold (FACTS §1), so what is left out would have been pruned.
+    # Times the norm guard's limit: settings predicted beyond are listed, not launched; None launches everything. Over steps 25-75
+    # the norm is 0.5 to 1.1 times the prediction (FACTS §1, benchmarks/calibration.py), so what is left out would be pruned.
     skip_beyond: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 2.0
 
     @field_validator("concurrency", mode="plain")

@@ -8,7 +8,7 @@ import math
 import pickle
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,20 @@ def _least_ratio(model: NormModel, stage: Stage) -> float:
         domain = stage.parameters[GAIN]
         return float(min(domain.values) if isinstance(domain, Choice) else domain.lower)
     return forecast(model, Space(stage.name, (stage,))).widest[0]
+
+
+def read_skipped(log: str | Path) -> list[Skipped]:
+    """What was written to a `skip_log`, each suggestion once: a search that is restored from an older snapshot repeats some."""
+    path = Path(log)
+    found: list[Skipped] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            one = Skipped(**json.loads(line))
+        except (TypeError, ValueError):  # torn by a kill
+            continue
+        if one not in found:
+            found.append(one)
+    return found
 
 
 class _GainFromRatio:
@@ -110,7 +124,8 @@ class GuardedOptunaSearch(OptunaSearch):
     model: what a calibration measured. It turns norm ratios into gains where the stage gives them so, and with `skip_above`
     (`limit` is the norm guard's) settings that are predicted beyond are put on the list `skipped` instead of being launched:
     the sampler is told that they are harmful, and asked again. They do not count as trials. If nothing but such settings comes,
-    the search ends and `reason` says so. Raises UserError where a stage holds nothing that could be launched.
+    the search ends and `reason` says so. skip_log: a file to which each of them is appended at once, for `read_skipped`: the list
+    of a search that Ray restores is out of reach. Raises UserError where a stage holds nothing that could be launched.
     """
 
     def __init__(
@@ -127,6 +142,7 @@ class GuardedOptunaSearch(OptunaSearch):
         model: NormModel | None = None,
         limit: float | None = None,
         skip_above: float | None = None,
+        skip_log: str | Path | None = None,
     ) -> None:
         if sampler is None:
             # After the points and the Latin hypercube TPE takes over; its own random start-up would only repeat them.
@@ -134,7 +150,7 @@ class GuardedOptunaSearch(OptunaSearch):
         distributions = {name: _distribution(p) for name, p in stage.parameters.items()} if stage else None
         self.stage = stage
         self.concurrency, self.deterministic = concurrency, deterministic
-        self.model, self.limit, self.skip_above = model, limit, skip_above
+        self.model, self.limit, self.skip_above, self.skip_log = model, limit, skip_above, skip_log
         self.skipped: list[Skipped] = []
         self.reason = ""  # why the search ended by itself
         if stage is not None:
@@ -177,7 +193,8 @@ class GuardedOptunaSearch(OptunaSearch):
                 try:
                     sampled[GAIN] = gain_at(_needed(self.model, self.stage), ratio, sampled)
                 except ValueError as error:
-                    self._skip(trial_id, sampled, ratio, f"not launched: {error}")
+                    without = {name: value for name, value in sampled.items() if name != GAIN}  # it is a ratio still
+                    self._skip(trial_id, without, ratio, f"not launched: {error}")
                     return None
             config = resolve_settings(sampled)
         if self.model is None or self.skip_above is None or self.limit is None:
@@ -196,7 +213,11 @@ class GuardedOptunaSearch(OptunaSearch):
         else:
             trial.set_constraint(HARM, harm)
             self._ot_study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        self.skipped.append(Skipped(self.stage.name if self.stage else "", config, ratio, sentence))
+        skipped = Skipped(self.stage.name if self.stage else "", config, ratio, sentence)
+        self.skipped.append(skipped)
+        if self.skip_log is not None:
+            with Path(self.skip_log).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(skipped)) + "\n")
 
     def _check_stage(self, stage: Stage) -> None:
         """Raises UserError unless something in the stage can be launched."""
