@@ -148,7 +148,10 @@ def test_the_ui_prints_a_link_that_answers_on_loopback(study: Path) -> None:
         assert server.wait(30) == 0
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if re.search(r"tune-ssim (trials|spaces|preflight|calibrate|quarantine|run .*--dry-run)", line)])
+OTHERS = r"tune-ssim (trials|spaces|preflight|calibrate|quarantine|run .*--dry-run)"
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if re.search(OTHERS, line)])
 def test_the_other_lines_answer(study: Path, line: str) -> None:
     ran = call(line, study)
     assert ran.returncode == 0 and ran.stdout.strip(), ran.stderr
