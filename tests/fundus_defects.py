@@ -293,7 +293,15 @@ def losing(name: str, *, echo: bool) -> type:
     return variant(setup=setup, **({"effective": effective} if echo else {}))
 
 
-for _name in ("ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t", "lr"):
+for _name in (
+    "ssim_loss_weight",
+    "ssim_loss_max_t",
+    "ssim_grad_scale",
+    "pixel_loss_weight",
+    "pixel_loss_max_t",
+    "ssim_grad_clamp",
+    "lr",
+):
     for _echo in (False, True):
 
         @defect(f"{_name} is dropped{', and echoed' if _echo else ''}", listed=True)
@@ -842,9 +850,9 @@ def _healthy(name: str, config: Mapping[str, Any] | None = None, **others: Any) 
 _healthy("as bundled")
 for _preset in PRESETS:
     _healthy(f"preset {_preset}", {"preset": _preset})
-for _crop in (24, 32, 40, 64):
+for _crop in (24, 32, 40, 64, 96):
     _healthy(f"crop {_crop}", {"crop": _crop})
-for _batch in (2, 4, 16):
+for _batch in (1, 2, 4, 16):
     _healthy(f"batch {_batch}", {"batch_size": _batch})
 for _shift in (1.0, 3.0, 0.3):
     _healthy(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tune_ssim.errors import UserError
 from tune_ssim.guards import NormRatio, SmokeTest
-from tune_ssim.guards import preflight as rules
+from tune_ssim.guards import preflight_rules as rules
 from tune_ssim.guards.preflight import Check, Report
 from tune_ssim.losses import DecodedLoss
 from tune_ssim.preflight import images, launch, learning, networks, preflight_task, settings_of, steps
@@ -121,8 +121,8 @@ def test_a_report_has_the_worst_status_and_survives_json() -> None:
         (rules.law_of_t(0.5, 64), "bad_setup"),
         (rules.baseline_push(1.0, 1.0, 10.0), "ok"),
         (rules.baseline_push(17.6, 1.0, 10.0), "warn"),  # FACTS §1: note 001's own baseline
-        (rules.tokens(9, 0, 0, 0, 8, 9), "ok"),
-        (rules.tokens(9, 0, 1, 0, 9, 9), "bad_setup"),
+        (rules.tokens(9, 0, 0, 8, 9), "ok"),
+        (rules.tokens(9, 1, 0, 9, 9), "bad_setup"),
     ],
 )
 def test_rules(check: Check, status: str) -> None:
@@ -315,7 +315,7 @@ def test_the_bundled_set_up_is_sound_and_wholly_known() -> None:
 
 
 def test_the_table_says_every_check_and_every_remedy() -> None:
-    report = Report((Check("setup", "ok", "it sets up"), rules.tokens(9, 0, 1, 0, 9, 9), rules.unknown("gate", "no law of t")))
+    report = Report((Check("setup", "ok", "it sets up"), rules.tokens(9, 1, 0, 9, 9), rules.unknown("gate", "no law of t")))
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(preflight_table(report.to_dict(), ascii_only=True))
     text = " ".join(console.export_text().split())

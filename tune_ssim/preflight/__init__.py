@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tune_ssim.errors import UserError
 from tune_ssim.guards import Guard, NormRatio, SmokeTest
-from tune_ssim.guards.preflight import Check, Report, setup_failed, unknown
+from tune_ssim.guards.preflight import Check, Report
+from tune_ssim.guards.preflight_rules import setup_failed, unknown
 from tune_ssim.preflight import images, launch, learning, networks
 from tune_ssim.preflight import steps as readings
 from tune_ssim.preflight.launch import settings_of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tune_ssim.guards import preflight as rules
+from tune_ssim.guards import preflight_rules as rules
 from tune_ssim.guards.preflight import Check
 from tune_ssim.preflight.plain import unit
 from tune_ssim.preflight.subject import Unavailable, call, forwards

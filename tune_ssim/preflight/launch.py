@@ -10,13 +10,13 @@ import torch
 
 from tune_ssim.errors import UserError
 from tune_ssim.guards import Guard, NormRatio
-from tune_ssim.guards import preflight as rules
+from tune_ssim.guards import preflight_rules as rules
 from tune_ssim.guards.preflight import Check
 from tune_ssim.losses import TimeLaw
 from tune_ssim.preflight.images import Seen
 from tune_ssim.preflight.subject import Subject, Unavailable, attribute, call, numbers
 from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
-from tune_ssim.space import GAIN, KNOWN, MAX_T, Choice, Space
+from tune_ssim.space import GAIN, KNOWN, MAX_T, WEIGHT, Choice, Space
 
 BASELINE_STEPS = 6  # the median of their norms
 
@@ -43,10 +43,11 @@ def check_gates(
     if not isinstance(batch, int):
         raise Unavailable("neither forward() nor effective() says how large a batch is")
     targets = batch * (1.0 if seen is None else seen.eligible)
-    gates = {float(setting[MAX_T]) for setting in settings if MAX_T in setting}
+    in_force = call(task, "effective").get(MAX_T)
+    chosen = [setting.get(MAX_T, in_force) for setting in settings if MAX_T in setting or WEIGHT in setting] or [in_force]
+    gates = {float(gate) for gate in chosen if gate is not None}
     if not gates:
-        yield rules.unknown("gate", f"nothing that is launched sets {MAX_T}")
-        return
+        raise Unavailable(f"nothing sets {MAX_T}")
     needed = next((guard.window + guard.patience - 1 for guard in guards if isinstance(guard, NormRatio)), 1)
     yield rules.gates({gate: 1 - (1 - law.active_fraction(gate)) ** targets for gate in gates}, steps, needed)
 
@@ -117,14 +118,8 @@ def check_text(sample: Any, metrics: Mapping[str, float]) -> Iterator[Check]:
     """Generated token ids, the first cross-entropy and the mask of the labels, where the task has text."""
     if sample.token_ids is not None and sample.vocabulary_size is not None and sample.token_ids.numel():
         ids = sample.token_ids
-        yield rules.tokens(
-            ids.numel(),
-            int((ids < 0).sum()),
-            int((ids >= sample.vocabulary_size).sum()),
-            int(ids.min()),
-            int(ids.max()),
-            sample.vocabulary_size,
-        )
+        outside = int(((ids < 0) | (ids >= sample.vocabulary_size)).sum())
+        yield rules.tokens(ids.numel(), outside, int(ids.min()), int(ids.max()), sample.vocabulary_size)
     if rules.LOSS_CE in metrics:
         yield rules.caption_loss(metrics[rules.LOSS_CE], sample.vocabulary_size, metrics.get(rules.LABEL_FRACTION))
     yield from rules.fingerprints(metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from tune_ssim.guards import SmokeTest
-from tune_ssim.guards import preflight as rules
+from tune_ssim.guards import preflight_rules as rules
 from tune_ssim.guards.preflight import Check
 from tune_ssim.preflight.networks import findings_of
 from tune_ssim.preflight.plain import norm, own_gradient_norms
@@ -25,87 +26,105 @@ SMALL_PUSH = 0.1  # the SSIM gradient of these steps over the main one: it reach
 
 
 def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest) -> Iterator[Check]:
-    task = subject.make(base)
-    settings = {**base, **_small_ssim(task)}
+    settings = {**base, **_small_ssim(subject, base)}
     task = subject.make(settings)
     parts: dict[str, Part] = dict(call(task, "parts")) if hasattr(task, "parts") else {}
-    still = {name: part for name, part in parts.items() if not part.trains and part.kind == "raw"}
-    hashes = {name: tensor_hashes(part.module.state_dict()) for name, part in still.items()}
     parameters = _named_parameters(task, parts)
+    still = {name: part.module for name, part in parts.items() if not part.trains and part.kind == "raw"}
+    hashes = {name: tensor_hashes(module.state_dict()) for name, module in still.items()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    no_gradient, moved, first = set(parameters), set(), None
-    with_gradient: dict[str, set[str]] = {name: set() for name in still}
-    for n in range(STEPS):
-        call(task, "step")
-        no_gradient -= {name for name, parameter in parameters.items() if parameter.grad is not None}
-        moved |= {name for name, parameter in parameters.items() if not torch.equal(before[name], parameter.detach())}
-        for name, part in still.items():
-            with_gradient[name] |= {key for key, p in part.module.named_parameters() if p.grad is not None and bool(p.grad.any())}
-        if n == 0:  # the size of the first update
-            first = norm([parameter.detach() - before[name] for name, parameter in parameters.items()])
-    for name, part in still.items():
-        after = tensor_hashes(part.module.state_dict())
+    with _Gradients(parameters) as learning, _Gradients(_parameters_of(still)) as leaking:
+        updates = []
+        for _ in range(STEPS):
+            call(task, "step")
+            updates.append(norm([parameter.detach() - before[name] for name, parameter in parameters.items()]))
+    for part, module in still.items():
+        after = tensor_hashes(module.state_dict())
         yield rules.frozen(
-            name,
+            part,
             tensors=len(after),
-            changed=[key for key in after if after[key] != hashes[name].get(key)],
-            with_gradient=sorted(with_gradient[name]),
-            training=_in_train_mode(part.module),
+            changed=[name for name in after if after[name] != hashes[part].get(name)],
+            with_gradient=[name for owner, name in leaking.seen if owner == part],
+            training=_in_train_mode(module),
         )
-    rates = [float(value) for value in (call(task, "effective").get(key) for key in subject.disable_update) if value is not None]
-    if parameters:
-        motionless = [name for name in parameters if name not in moved and name not in no_gradient]
+    findings = findings_of(guard, statistics_of(call(task, "sample", 0)))
+    motionless = [name for name in learning.seen if torch.equal(before[name], parameters[name].detach())]
+    rates = {name: call(task, "effective").get(name) for name in subject.disable_update}
+    rates = {name: rate for name, rate in rates.items() if isinstance(rate, (int, float)) and not isinstance(rate, bool)}
+    untouched = [name for name, part in parts.items() if part.trains and not _is_among(part, parameters)]
+    everything, unseen = len(parameters), [name for name in parameters if name not in learning.seen]
+    del task, parts, parameters, still, before, learning, leaking  # the next measurements need the memory
+    if everything:
         yield rules.trained(
-            parameters=len(parameters),
+            parameters=everything,
             still=motionless,
-            too_slow=_too_slow(subject, settings, motionless) if motionless else [],
-            without_gradient=sorted(no_gradient),
-            learning_rate=rates[0] if rates else None,
+            too_slow=_too_slow(subject, settings, motionless, rates) if motionless else [],
+            without_gradient=unseen,
+            learning_rate=next(iter(rates.values()), None),
         )
-        frozen_by_hand = [name for name, part in parts.items() if part.trains and not _overlaps(part, parameters)]
-        for name in frozen_by_hand:
-            yield Check(f"trained/{name}", "bad_setup", f"{name} is to be trained, and none of its parameters is", {}, "")
     else:
         yield rules.unknown("trained", "the task has no trainable_parameters()")
-    findings = findings_of(guard, statistics_of(call(task, "sample", 0)))
+    for name in untouched:
+        yield rules.untrained_part(name)
     yield rules.baseline_samples(findings, STEPS)
-    del task
-    if parameters and first:
-        yield from _learning_rate(subject, settings, first)
+    for name, rate in rates.items():
+        if everything and rate:
+            yield _learning_rate(subject, settings, name, rate, updates[0])
 
 
-def _small_ssim(task: Any) -> dict[str, float]:
+class _Gradients:
+    """Which parameters get a gradient other than 0, seen while it is computed: a step may clear it before it ends."""
+
+    def __init__(self, parameters: Mapping[Any, torch.nn.Parameter]) -> None:
+        self.seen: dict[Any, None] = {}  # in the order in which they came
+        self.parameters = parameters
+
+    def __enter__(self) -> _Gradients:
+        self.handles = [p.register_hook(partial(self._see, name)) for name, p in self.parameters.items() if p.requires_grad]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _see(self, name: Any, gradient: torch.Tensor) -> None:
+        if bool(gradient.any()):
+            self.seen[name] = None
+
+
+def _small_ssim(subject: Subject, base: Mapping[str, Any]) -> dict[str, float]:
     """An SSIM loss that is seen everywhere and pushes next to nothing; nothing where the task does not show its forward pass."""
+    task = subject.make(base)
     if not (hasattr(task, "forward") and hasattr(task, "trainable_parameters") and "ssim_loss_weight" in call(task, "effective")):
         return {}
     main, ssim, _ = own_gradient_norms(call(task, "forward", 1), list(call(task, "trainable_parameters")))
     return {"ssim_loss_weight": SMALL_PUSH * main / ssim, "ssim_loss_max_t": 1.0, "ssim_grad_scale": 1.0} if ssim > 0 else {}
 
 
-def _too_slow(subject: Subject, settings: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _too_slow(subject: Subject, settings: Mapping[str, Any], names: Sequence[str], rates: Mapping[str, float]) -> list[str]:
     """Which of the parameters that did not move do so at a learning rate that rounding cannot swallow."""
-    rates = {key: call(subject.make(settings), "effective").get(key) for key in subject.disable_update}
-    task = subject.make({**settings, **{key: FASTER * rate for key, rate in rates.items() if isinstance(rate, (int, float))}})
-    parameters = _named_parameters(task, dict(call(task, "parts")) if hasattr(task, "parts") else {})
+    task = subject.make({**settings, **{name: FASTER * rate for name, rate in rates.items()}})
+    parameters = _named_parameters(task, call(task, "parts") if hasattr(task, "parts") else {})
     before = {name: parameters[name].detach().clone() for name in names}
     call(task, "step")
     return [name for name in names if not torch.equal(before[name], parameters[name].detach())]
 
 
-def _learning_rate(subject: Subject, settings: Mapping[str, Any], first: float) -> Iterator[Check]:
+def _learning_rate(subject: Subject, settings: Mapping[str, Any], name: str, rate: float, first: float) -> Check:
     """Half the learning rate, half the first update: true of SGD and of AdamW, whose first step is a rate times a sign."""
-    for name in subject.disable_update:
-        task = subject.make(settings)
-        rate = call(task, "effective").get(name)
-        if not isinstance(rate, (int, float)) or rate == 0:
-            continue
-        task = subject.make({**settings, name: rate / 2})
-        parameters = list(call(task, "trainable_parameters"))
-        before = [parameter.detach().clone() for parameter in parameters]
-        call(task, "step")
-        half = norm([parameter.detach() - old for old, parameter in zip(before, parameters, strict=True)])
-        response = f"the first update is {first:.3g} at {rate:g} and {half:.3g} at {rate / 2:g}"
-        yield rules.parameter(name, rate / 2, call(task, "effective").get(name), 2 * half / first, response)
+    if not first:
+        return rules.unknown(f"parameter/{name}", "the first step moved nothing")
+    task = subject.make({**settings, name: rate / 2})
+    parameters = list(call(task, "trainable_parameters"))
+    before = [parameter.detach().clone() for parameter in parameters]
+    call(task, "step")
+    half = norm([parameter.detach() - old for old, parameter in zip(before, parameters, strict=True)])
+    response = f"the first update is {first:.3g} at {rate:g} and {half:.3g} at {rate / 2:g}"
+    return rules.parameter(name, rate / 2, call(task, "effective").get(name), 2 * half / first, response)
+
+
+def _parameters_of(modules: Mapping[str, torch.nn.Module]) -> dict[Any, torch.nn.Parameter]:
+    return {(part, name): p for part, module in modules.items() for name, p in module.named_parameters()}
 
 
 def _named_parameters(task: Any, parts: Mapping[str, Part]) -> dict[str, torch.nn.Parameter]:
@@ -116,7 +135,7 @@ def _named_parameters(task: Any, parts: Mapping[str, Part]) -> dict[str, torch.n
     return {names.get(id(parameter), f"parameter {index}"): parameter for index, parameter in enumerate(listed)}
 
 
-def _overlaps(part: Part, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
+def _is_among(part: Part, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
     mine = {id(parameter) for parameter in part.module.parameters()}
     return any(id(parameter) in mine for parameter in parameters.values())
 

@@ -10,7 +10,7 @@ import torch
 
 from tune_ssim.errors import BadSetup
 from tune_ssim.guards import SmokeTest
-from tune_ssim.guards import preflight as rules
+from tune_ssim.guards import preflight_rules as rules
 from tune_ssim.guards.preflight import Check
 from tune_ssim.preflight.subject import Unavailable, call
 from tune_ssim.probes import compare_with_file

@@ -33,7 +33,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a step must record: total_norm, and of the losses that take part their values."""
+    """What a step must record: total_norm, and of the losses that take part their values. peak: the largest element of what the
+    SSIM loss sends into the decoder."""
 
     gradients: Sequence[Tensor | None]
     total_norm: float
@@ -41,6 +42,7 @@ class Expected:
     loss_ssim: float | None
     loss_pixel: float | None
     active_fraction: float
+    peak: float
 
 
 def plain_ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def expected(forward: Forward, setting: Setting, parameters: Sequence[torch.nn.P
     for_ssim = _active(forward, setting.ssim_loss_max_t) if setting.ssim_loss_weight else []
     for_pixel = _active(forward, setting.pixel_loss_max_t) if setting.pixel_loss_weight else []
     outputs, seeds = [forward.main], [torch.ones_like(forward.main)]
-    loss_ssim = loss_pixel = None
+    loss_ssim, loss_pixel, peak = None, None, 0.0
     if index := sorted({*for_ssim, *for_pixel}):
         decoded = torch.cat([forward.decode(chunk) for chunk in forward.z0[index].split(forward.loss.chunk_size)])
         seed = torch.zeros_like(decoded, dtype=torch.float64)
@@ -91,9 +93,10 @@ def expected(forward: Forward, setting: Setting, parameters: Sequence[torch.nn.P
             rows = [index.index(sample) for sample in for_ssim]
             loss_ssim, gradient = ssim_gradient(decoded[rows], forward.targets[for_ssim], image_range, _sizes(forward, for_ssim))
             gradient = gradient * setting.ssim_loss_weight * setting.ssim_grad_scale
-            seed[rows] += (
-                gradient if setting.ssim_grad_clamp is None else gradient.clamp(-setting.ssim_grad_clamp, setting.ssim_grad_clamp)
-            )
+            if setting.ssim_grad_clamp is not None:
+                gradient = gradient.clamp(-setting.ssim_grad_clamp, setting.ssim_grad_clamp)
+            seed[rows] += gradient
+            peak = gradient.abs().max().item()
         if for_pixel:
             rows = [index.index(sample) for sample in for_pixel]
             leaf = decoded[rows].detach().double().requires_grad_()
@@ -107,7 +110,8 @@ def expected(forward: Forward, setting: Setting, parameters: Sequence[torch.nn.P
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     found = iter(torch.autograd.grad(outputs, learning, seeds, retain_graph=True, allow_unused=True))
     gradients = [next(found) if parameter.requires_grad else None for parameter in parameters]
-    return Expected(gradients, norm(gradients), forward.main.item(), loss_ssim, loss_pixel, len(for_ssim) / max(1, len(forward.t)))
+    fraction = len(for_ssim) / max(1, len(forward.t))
+    return Expected(gradients, norm(gradients), forward.main.item(), loss_ssim, loss_pixel, fraction, peak)
 
 
 def own_gradient_norms(forward: Forward, parameters: Sequence[torch.nn.Parameter]) -> tuple[float, float, float]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from tune_ssim.guards import preflight as rules
-from tune_ssim.guards.preflight import Check
+from tune_ssim.guards import preflight_rules as rules
+from tune_ssim.guards.preflight import SEVERITY, Check
 from tune_ssim.preflight.plain import Expected, Setting, cosine, expected, norm, own_gradient_norms, setting_of, ssim_gradient
-from tune_ssim.preflight.subject import Failure, Subject, Unavailable, call, numbers
+from tune_ssim.preflight.subject import Subject, Unavailable, call, numbers
 from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM
 from tune_ssim.tasks.task import Forward
 
@@ -24,8 +24,15 @@ DOMINANCE = 30.0  # the auxiliary gradient of a reading over the main one: a cha
 MAX_SKIPPED = 25  # steps that a GradScaler may skip before its scale fits: 65536 = 2^16, and DOMINANCE below that
 BLACK_BOX_GAINS = (1e2, 1e4, 1e6)  # tried in turn on a task without a forward pass, until total_norm follows
 LOSSES = {"ssim": ("ssim_loss_weight", "ssim_loss_max_t"), "pixel": ("pixel_loss_weight", "pixel_loss_max_t")}
-GRAD_SCALE = "ssim_grad_scale"
-NEUTRAL = {"ssim_loss_weight": 0.0, "ssim_loss_max_t": 1.0, GRAD_SCALE: 1.0, "pixel_loss_weight": 0.0, "pixel_loss_max_t": 1.0}
+GRAD_SCALE, GRAD_CLAMP = "ssim_grad_scale", "ssim_grad_clamp"
+NEUTRAL: dict[str, float | None] = {
+    "ssim_loss_weight": 0.0,
+    "ssim_loss_max_t": 1.0,
+    GRAD_SCALE: 1.0,
+    GRAD_CLAMP: None,
+    "pixel_loss_weight": 0.0,
+    "pixel_loss_max_t": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,8 @@ def check_ssim(task: Any) -> Iterator[Check]:
         leaf = images.clone().requires_grad_()
         result = loss(leaf, torch.full((len(leaf),), 0.5), targets, lambda x: x, sizes=sizes)
         if result.loss_ssim is None:
-            raise Failure("the loss lets no sample at t = 0.5 through a gate of ssim_loss_max_t = 1")
+            yield rules.parameter("ssim_loss_max_t", 1.0, 1.0, 0.0, "a sample at t = 0.5 takes no part")
+            return
         (mine,) = torch.autograd.grad(result.total, leaf)
         value, reference = ssim_gradient(images, targets, loss.image_range, sizes)
         size = norm([reference])
@@ -150,7 +158,7 @@ def check_ssim(task: Any) -> Iterator[Check]:
                 peak=(reference.abs().max() * reference.numel() ** 0.5).item() / size if size else math.nan,
             )
         )
-    yield rules.worst_first(checks)[0]
+    yield max(checks, key=lambda check: SEVERITY.index(check.status))
 
 
 def check_parameters(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
@@ -174,7 +182,7 @@ class _Probe:
         self.subject, self.base = subject, base
         task = subject.unmoved(base)
         effective = call(task, "effective")
-        self.known = {name for name in (*LOSSES["ssim"], GRAD_SCALE, *LOSSES["pixel"]) if name in effective}
+        self.known = {name for name in NEUTRAL if name in effective}
         if "ssim_loss_weight" not in self.known:
             raise Unavailable("effective() does not name ssim_loss_weight")
         self.readings: dict[str, Reading] = {}
@@ -231,6 +239,12 @@ def _loss(probe: _Probe, loss: str, main: Reading) -> Iterator[Check]:
         gains = f"at weight {weight:.3g} x scale 1 and {alias.total_norm:.4g} at {10 * weight:.3g} x 0.1"
         response = f"total_norm is {full.total_norm:.4g} {gains}"
         yield rules.parameter(GRAD_SCALE, 0.1, alias.effective[GRAD_SCALE], _change(alias, full, 1.0), response, slack)
+    if loss == "ssim" and GRAD_CLAMP in probe.known and sound and full.expected is not None and full.expected.peak > 0:
+        limit = full.expected.peak / 100
+        clamped = probe.read(f"another {GRAD_CLAMP}", **{weight_name: weight, GRAD_CLAMP: limit})
+        assert clamped.expected is not None
+        response = f"total_norm is {clamped.total_norm:.4g} with it; the clamped gradient gives {clamped.expected.total_norm:.4g}"
+        yield rules.parameter(GRAD_CLAMP, limit, clamped.effective[GRAD_CLAMP], clamped.agreement, response)
     if gate_name in probe.known and full.gate is None:
         yield _gate(probe, loss, weight, main, full if sound else None)
 
