@@ -319,9 +319,19 @@ class DetachedSSIM(Shown):
         return replace(forward, z0=forward.z0.detach().requires_grad_())
 
 
+class BlindDecoder(Shown):
+    def change(self, n: int, forward: Forward) -> Forward:
+        return replace(forward, decode=lambda z: self.vae.decode(z).detach())
+
+
 class DetachedMain(Shown):
     def change(self, n: int, forward: Forward) -> Forward:
-        return replace(forward, main=(forward.main * 0))
+        return replace(forward, main=forward.main.detach())
+
+
+class SilentMain(Shown):
+    def change(self, n: int, forward: Forward) -> Forward:
+        return replace(forward, main=forward.main * 0)
 
 
 class AlwaysNaN(Shown):
@@ -352,7 +362,8 @@ class Fastidious(FundusSR):
         (DetachedSSIM, "gram", BadSetup, "the SSIM loss sends no gradient to the trainable parameters"),
         (DetachedSSIM, "readings", BadSetup, "the SSIM loss sends no gradient to the trainable parameters"),
         (DetachedMain, "gram", BadSetup, "the main loss sends no gradient to the trainable parameters"),
-        (DetachedMain, "readings", BadSetup, "the main loss sends no gradient to the trainable parameters"),
+        (BlindDecoder, "gram", BadSetup, "the SSIM loss sends no gradient to the trainable parameters"),
+        (SilentMain, "readings", BadSetup, "the main loss sends no gradient to the trainable parameters"),
         (AlwaysNaN, "gram", BadSetup, "total_norm of the main loss is not finite on any of 2 batches"),
         (AlwaysNaN, "readings", BadSetup, "total_norm of the main loss is not finite on any of 2 batches"),
         (MovesOn, "auto", BadSetup, r"with \{'lr': 0.0\} the training still changed the weights"),

@@ -437,12 +437,14 @@ def _gram_of(forward: Forward, parameters: Sequence[torch.nn.Parameter], max_ts:
     counts = np.asarray([int(mask.sum()) for mask in bins])
     gradients = [_gradient(forward.main, parameters)]
     elements: dict[str, list[torch.Tensor]] = {"ssim": [], "pixel": []}
+    largest: list[float] = []  # of each occupied bin, in one sample's own gradient
 
     def auxiliary(name: str, loss: DecodedLoss, mask: torch.Tensor | None) -> None:
         result = forward.auxiliary(loss, is_target=mask)
-        if result.decoded is not None:
+        acts = result.decoded is not None and result.decoded.requires_grad
+        if result.decoded is not None and acts:
             result.decoded.retain_grad()
-        gradients.append(_gradient(result.total, parameters))
+        gradients.append(_gradient(result.total, parameters) if acts else [None] * len(parameters))
         if result.decoded is not None and result.decoded.grad is not None:
             # A mean over the samples that take part: times their number it is one sample's own gradient.
             elements[name].append(result.decoded.grad.detach().float().flatten() * len(result.decoded_index))
@@ -451,6 +453,7 @@ def _gram_of(forward: Forward, parameters: Sequence[torch.nn.Parameter], max_ts:
     occupied = [k for k, count in enumerate(counts) if count]
     for k in occupied:
         auxiliary("ssim", ssim_alone, bins[k])
+        largest.append(float(elements["ssim"][-1].abs().max()) if elements["ssim"] else 0.0)
     products = _dot_products(gradients)
 
     n = len(max_ts)
@@ -462,7 +465,7 @@ def _gram_of(forward: Forward, parameters: Sequence[torch.nn.Parameter], max_ts:
         if total:
             for position, k in enumerate(occupied):
                 weights[2, 2 + position] = counts[k] / total if k <= i else 0
-            peaks[i] = max(float(elements["ssim"][p].abs().max()) for p, k in enumerate(occupied) if k <= i) / total
+            peaks[i] = max(peak for peak, k in zip(largest, occupied, strict=True) if k <= i) / total
         q[i], active[i] = weights @ products @ weights.T, total > 0
     return _Shown(q, active, peaks, {name: _outliers(torch.cat(parts)) for name, parts in elements.items() if parts})
 
@@ -483,7 +486,8 @@ def _gradient(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> l
     """By an ordinary backward pass, which works through activation checkpointing and hooks; leaves no gradient behind."""
     for parameter in parameters:
         parameter.grad = None
-    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    if loss.requires_grad:
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     found = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None

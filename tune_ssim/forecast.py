@@ -113,7 +113,7 @@ def judgement(model: NormModel, prediction: Prediction, limit: float | None, ski
 def skip_sentence(prediction: Prediction, skip_above: float, limit: float) -> str:
     """Why a setting was not launched."""
     return (
-        f"not launched: total_norm predicted {prediction.ratio:.3g}x the baseline's at step 0, "
+        f"total_norm predicted {prediction.ratio:.3g}x the baseline's at step 0, "
         f"beyond {skip_above:g} ({skip_above / limit:g}x the norm guard's limit {limit:g})"
     )
 

@@ -194,7 +194,7 @@ class GuardedOptunaSearch(OptunaSearch):
                     sampled[GAIN] = gain_at(_needed(self.model, self.stage), ratio, sampled)
                 except ValueError as error:
                     without = {name: value for name, value in sampled.items() if name != GAIN}  # it is a ratio still
-                    self._skip(trial_id, without, ratio, f"not launched: {error}")
+                    self._skip(trial_id, without, ratio, str(error))
                     return None
             config = resolve_settings(sampled)
         if self.model is None or self.skip_above is None or self.limit is None:
