@@ -87,9 +87,9 @@ def _start(
     task: Any, steps: int, settings: Sequence[Mapping[str, Any]], guards: Sequence[Guard], smoke_test: SmokeTest
 ) -> Iterator[Check]:
     """Of the task as it is after its set-up. The one step that it takes comes last."""
-    yield Check("setup", "ok", "the task sets up")
-    yield from _guarded("weights", lambda: networks.check_weights(task))
     sample, seen = call(task, "sample", 0), images.look(task) if hasattr(task, "forward") else None
+    yield Check("setup", "ok", "the task sets up, samples and runs forward" if seen else "the task sets up and samples")
+    yield from _guarded("weights", lambda: networks.check_weights(task))
     yield from _guarded("smoke", lambda: networks.check_samples(task, smoke_test, sample))
     yield from _guarded("frozen/decoder", lambda: learning.check_decoder(task))
     yield from _guarded("data/pairs", lambda: images.check_pairs(sample, seen))

@@ -13,8 +13,8 @@ from torch.nn import functional
 from tune_ssim.guards import preflight_rules as rules
 from tune_ssim.guards.preflight import Check
 from tune_ssim.preflight.plain import unit
-from tune_ssim.preflight.subject import Unavailable, call, forwards
-from tune_ssim.tasks.task import Sample
+from tune_ssim.preflight.subject import Unavailable, call
+from tune_ssim.tasks.task import Forward, Sample
 
 SAMPLES = 64  # training samples whose predictions are looked at
 MAX_FORWARDS = 32  # forward passes made for them
@@ -33,41 +33,44 @@ class Seen:
 
     main: float  # main loss, mean over the passes
     trivial: float | None  # the same of the best constant velocity
-    t: Tensor
-    decoded: Tensor  # [n, 3, H, W] in [0, 1], of the samples with t <= LOW_T
+    t: Tensor  # [n], of the generation targets
+    decoded: Tensor  # [m, 3, H, W] in [0, 1]: their predictions at t <= LOW_T
     targets: Tensor  # of the same samples
-    all_targets: Tensor
-    eligible: float  # share of the samples that are generation targets
+    all_targets: Tensor  # of all samples
     batch_size: int
+    eligible: float  # share of the samples that are generation targets
 
 
 def look(task: Any) -> Seen:
-    main, trivial, times, decoded, targets, everything, eligible = [], [], [], [], [], [], []
-    for forward in forwards(task, MAX_FORWARDS):
-        main.append(forward.main.item())
-        if forward.velocity_target is not None:
-            trivial.append(forward.velocity_target.float().var(unbiased=False).item())
-        t = forward.t.cpu()
-        times.append(t)
-        everything.append(forward.targets.cpu())
-        eligible.append(1.0 if forward.is_target is None else forward.is_target.float().mean().item())
-        low = (t <= LOW_T) & (t > 0)
-        if low.any():
-            images = unit(forward.decode(forward.z0[low]).float(), forward.loss.image_range)
-            decoded.append(images.cpu())
-            targets.append(forward.targets[low].float().cpu())
-        if sum(map(len, times)) >= SAMPLES:
-            break
-    empty = everything[0][:0].float()
+    main, trivial, times, decoded, targets, everything = [], [], [], [], [], []
+    batch_size = samples = 0
+    with torch.no_grad():
+        for n in range(1, MAX_FORWARDS + 1):
+            forward: Forward = call(task, "forward", n)
+            t, is_target = forward.t.cpu(), torch.ones(len(forward.t), dtype=torch.bool)
+            if forward.is_target is not None:
+                is_target = forward.is_target.cpu()
+            main.append(forward.main.item())
+            if forward.velocity_target is not None:
+                trivial.append(forward.velocity_target.float().var(unbiased=False).item())
+            times.append(t[is_target])
+            everything.append(forward.targets.float().cpu())
+            low = (t <= LOW_T) & (t > 0) & is_target
+            if low.any():
+                decoded.append(unit(forward.decode(forward.z0[low]).float(), forward.loss.image_range).cpu())
+                targets.append(everything[-1][low])
+            batch_size, samples = len(t), samples + len(t)
+            if samples >= SAMPLES:
+                break
     return Seen(
         main=sum(main) / len(main),
         trivial=sum(trivial) / len(trivial) if trivial else None,
         t=torch.cat(times),
-        decoded=torch.cat(decoded) if decoded else empty,
-        targets=torch.cat(targets) if targets else empty,
+        decoded=torch.cat(decoded) if decoded else everything[0][:0],
+        targets=torch.cat(targets) if targets else everything[0][:0],
         all_targets=torch.cat(everything),
-        eligible=sum(eligible) / len(eligible),
-        batch_size=len(times[0]),
+        batch_size=batch_size,
+        eligible=len(torch.cat(times)) / samples,
     )
 
 

@@ -59,6 +59,8 @@ def check_law(task: Any, seen: Seen | None) -> Iterator[Check]:
         raise Unavailable("the task has no forward()")
     ordered = sorted(min(max(t, 0.0), 1.0) for t in seen.t.tolist())
     n = len(ordered)
+    if not n:
+        raise Unavailable("no sample of the first steps is a generation target")
     distance = max(max((i + 1) / n - law.active_fraction(t), law.active_fraction(t) - i / n) for i, t in enumerate(ordered))
     yield rules.law_of_t(distance, n)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -48,8 +49,8 @@ def check_weights(task: Any) -> Iterator[Check]:
             holds=None if found.equal else _holds(part, parts),
         )
     for name, part in parts.items():
-        if part.kind == "ema":
-            yield from _distances(name, part, parts)
+        if part.kind == "ema" and (nearest := _nearest(part.module, parts)) is not None:
+            yield rules.ema_distance(name, *nearest)
 
 
 def fresh_layers(module: torch.nn.Module) -> list[str]:
@@ -78,16 +79,18 @@ def _holds(part: Part, parts: dict[str, Part]) -> str | None:
     return None
 
 
-def _distances(name: str, average: Part, parts: dict[str, Part]) -> Iterator[Check]:
-    mine = dict(average.module.named_parameters())
-    for other, part in parts.items():
+def _nearest(average: torch.nn.Module, parts: dict[str, Part]) -> tuple[str, float] | None:
+    """The raw part of the same architecture that an average is nearest to, and the distance over the norm of its weights."""
+    mine, distances = dict(average.named_parameters()), {}
+    for name, part in parts.items():
         theirs = dict(part.module.named_parameters())
         if part.kind != "raw" or {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in mine.items()}:
             continue
         with torch.no_grad():
             apart = sum((mine[key].double() - value.double()).square().sum().item() for key, value in theirs.items())
             size = sum(value.double().square().sum().item() for value in theirs.values())
-        yield rules.ema_distance(name, other, (apart / size) ** 0.5 if size else float("nan"))
+        distances[name] = (apart / size) ** 0.5 if size else math.nan
+    return min(distances.items(), key=lambda item: item[1], default=None)
 
 
 def check_samples(task: Any, guard: SmokeTest, raw: Sample) -> Iterator[Check]:

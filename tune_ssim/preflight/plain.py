@@ -6,7 +6,7 @@ as `losses.DecodedLoss` documents them. Slow and short: a check that called the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from tune_ssim.tasks.task import Forward
 
+Sizes = Sequence[tuple[int, int]]  # true (height, width) of each padded image
 WINDOW, SIGMA, C1, C2 = 11, 1.5, 0.01**2, 0.03**2  # Wang et al. 2004, and what a DecodedLoss uses
 
 
@@ -67,16 +68,29 @@ def unit(images: Tensor, image_range: str) -> Tensor:
     return (images * 0.5 + 0.5 if image_range == "[-1,1]" else images).clamp(0, 1)
 
 
-def ssim_gradient(
-    decoded: Tensor, targets: Tensor, image_range: str, sizes: Sequence[tuple[int, int]] | None = None
-) -> tuple[float, Tensor]:
+def ssim_gradient(decoded: Tensor, targets: Tensor, image_range: str, sizes: Sizes | None = None) -> tuple[float, Tensor]:
     """Mean of 1 − SSIM over the samples, in float64, and its gradient at `decoded`."""
-    leaf = decoded.detach().double().requires_grad_()
-    with torch.enable_grad():
-        values = [1 - plain_ssim(unit(x, image_range), y.double()) for x, y in _pairs(leaf, targets, sizes)]
-        loss = torch.cat(values).mean()
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return loss.item(), gradient
+    return _gradient(decoded, targets, image_range, sizes, lambda x, y: 1 - plain_ssim(x, y))
+
+
+def pixel_gradient(decoded: Tensor, targets: Tensor, image_range: str, sizes: Sizes | None = None) -> tuple[float, Tensor]:
+    """Mean square over the samples, in float64, and its gradient at `decoded`."""
+    return _gradient(decoded, targets, image_range, sizes, lambda x, y: (x - y).square().flatten(1).mean(1))
+
+
+def _gradient(
+    decoded: Tensor, targets: Tensor, image_range: str, sizes: Sizes | None, loss: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[float, Tensor]:
+    """Sample by sample: float64 and autograd's intermediate maps of a whole batch of large images would not fit."""
+    total, gradient = 0.0, torch.zeros_like(decoded, dtype=torch.float64)
+    for i in range(len(decoded)):
+        height, width = decoded.shape[-2:] if sizes is None else sizes[i]
+        leaf = decoded[i : i + 1, :, :height, :width].detach().double().requires_grad_()
+        with torch.enable_grad():
+            value = loss(unit(leaf, image_range), targets[i : i + 1, :, :height, :width].double()).sum() / len(decoded)
+        (gradient[i : i + 1, :, :height, :width],) = torch.autograd.grad(value, leaf)
+        total += value.item()
+    return total, gradient
 
 
 def expected(forward: Forward, setting: Setting, parameters: Sequence[torch.nn.Parameter]) -> Expected:
@@ -99,12 +113,10 @@ def expected(forward: Forward, setting: Setting, parameters: Sequence[torch.nn.P
             peak = gradient.abs().max().item()
         if for_pixel:
             rows = [index.index(sample) for sample in for_pixel]
-            leaf = decoded[rows].detach().double().requires_grad_()
-            pairs = _pairs(leaf, forward.targets[for_pixel], _sizes(forward, for_pixel))
-            loss = torch.cat([(unit(x, image_range) - y.double()).square().flatten(1).mean(1) for x, y in pairs]).mean()
-            (gradient,) = torch.autograd.grad(loss, leaf)
+            loss_pixel, gradient = pixel_gradient(
+                decoded[rows], forward.targets[for_pixel], image_range, _sizes(forward, for_pixel)
+            )
             seed[rows] += gradient * setting.pixel_loss_weight
-            loss_pixel = loss.item()
         outputs.append(decoded)
         seeds.append(seed.to(decoded.dtype))
     learning = [parameter for parameter in parameters if parameter.requires_grad]
@@ -149,11 +161,5 @@ def _active(forward: Forward, max_t: float) -> list[int]:
     return [int(sample) for sample in active.nonzero().flatten()]
 
 
-def _sizes(forward: Forward, samples: list[int]) -> list[tuple[int, int]] | None:
+def _sizes(forward: Forward, samples: list[int]) -> Sizes | None:
     return None if forward.sizes is None else [forward.sizes[sample] for sample in samples]
-
-
-def _pairs(x: Tensor, y: Tensor, sizes: Sequence[tuple[int, int]] | None) -> list[tuple[Tensor, Tensor]]:
-    if sizes is None:
-        return [(x, y)]
-    return [(x[i : i + 1, :, :h, :w], y[i : i + 1, :, :h, :w]) for i, (h, w) in enumerate(sizes)]

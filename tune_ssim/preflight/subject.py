@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from tune_ssim.errors import BadSetup, UserError
-
-Result = TypeVar("Result")
 
 
 class Failure(Exception):
@@ -70,13 +66,6 @@ def attribute(task: Any, name: str) -> Any:
     if found is None:
         raise Unavailable(f"the task has no {name}")
     return found
-
-
-def forwards(task: Any, count: int) -> Iterator[Any]:
-    """`forward(n)` of the first steps, one at a time, without a graph."""
-    for n in range(1, count + 1):
-        with torch.no_grad():
-            yield call(task, "forward", n)
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
