@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tune_ssim.errors import UserError
 from tune_ssim.orchestration.run_study import confirm_again
@@ -19,7 +21,33 @@ if TYPE_CHECKING:
 
     from tune_ssim.study_folder import TrialSummary
 
-PARTS = ("setting", "setting_sha256", "study", "provenance", "seeds", "horizon", "objective", "comparison")  # of a proof
+
+class _Horizon(BaseModel):
+    steps: Annotated[int, Field(ge=1)]
+
+
+class _Comparison(BaseModel):
+    mean: float
+    interval: tuple[float, float]
+
+
+class _Proof(BaseModel):
+    """What a proof must hold to be checked again; it may hold more."""
+
+    setting: dict[str, Any]
+    setting_sha256: str
+    study: dict[str, Any]
+    provenance: Annotated[dict[str, str], Field(min_length=1)]
+    seeds: Annotated[list[int], Field(min_length=2)]
+    horizon: _Horizon
+    objective: str
+    comparison: dict[str, _Comparison]
+
+    @model_validator(mode="after")
+    def _objective_was_compared(self) -> _Proof:
+        if self.objective not in self.comparison:
+            raise ValueError(f"comparison has no {self.objective!r}")
+        return self
 
 
 def read_export(path: Path) -> dict[str, Any]:
@@ -39,11 +67,12 @@ def read_export(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not an export of `tune-ssim export --format json` (or yaml): it has no proof")
     if proof.get("unproven"):
         raise UserError(f"{path}: nothing to verify, it was exported as unproven: {'; '.join(map(str, proof['unproven']))}")
-    missing = [
-        key for key in ("setting", "setting_sha256", "study", "provenance", "seeds", "horizon", "comparison") if not proof.get(key)
-    ]
-    if missing:
-        raise UserError(f"{path}: its proof has no {', '.join(missing)}")
+    try:
+        _Proof.model_validate(proof)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("proof", *first["loc"])))
+        raise UserError(f"{path}: {place}: {first['msg'].removeprefix('Value error, ')}") from None
     return dict(exported)
 
 
