@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline
-from tune_ssim.orchestration.run_study import run
+from tune_ssim.orchestration.run_study import _where, run
 from tune_ssim.orchestration.verify import read_export, verify
 from tune_ssim.probes import tensor_contents
 from tune_ssim.quarantine import Ledger
@@ -254,6 +254,10 @@ def test_confirm_runs_the_best_and_the_baseline_again_with_new_seeds(confirmed: 
     assert found["n"] == 3 and low < found["mean"] < high
     assert 0 < proof["margins"]["norm_ratio_max"]["worst"] < proof["margins"]["norm_ratio_max"]["limit"] == 10
     assert "code/copied_task.py" in proof["provenance"]
+
+
+def test_it_is_said_whether_rays_fence_is_up(cluster: None) -> None:
+    assert _where(ray.cluster_resources()) == "Ray: 2 CPUs, no GPU; token authentication is on"
 
 
 def test_a_study_without_a_confirm_phase_is_unproven(done: StudyFolder) -> None:

@@ -79,6 +79,7 @@ def run(
         try:
             with LiveTable(total, console) as table:
                 LIVE_TABLES[str(folder.path)] = table
+                table.say(_where(cluster))
                 before_launch(study, folder, writer, table, _gpus(study, cluster))
                 if not _begun(folder, CONFIRM):
                     plan = f"{study.baseline_seeds} baselines, then {study.search.trials} trials, {concurrency} at a time"
@@ -152,6 +153,20 @@ def _ray(study: Study, address: str | None) -> Iterator[dict[str, float]]:
     finally:
         if mine:
             ray.shutdown()
+
+
+def _where(cluster: dict[str, float]) -> str:
+    """Ray's ports listen on every interface, whatever one asks for: the token is the fence, so it is said whether it is on."""
+    try:
+        from ray._private.authentication.authentication_utils import is_token_auth_enabled
+    except ImportError:  # not a public name
+        fence = "whether token authentication is on is not known"
+    else:
+        fence = "token authentication is on"
+        if not is_token_auth_enabled():
+            fence = "token authentication is OFF: whoever reaches Ray's ports can run code here (RAY_AUTH_MODE=token)"
+    gpus = f"{cluster['GPU']:g} GPUs" if cluster.get("GPU") else "no GPU"
+    return f"Ray: {cluster.get('CPU', 0):g} CPUs, {gpus}; {fence}"
 
 
 def _quiet() -> None:
