@@ -32,7 +32,7 @@ FLOORS: list[set[str]] = [
     {"records", "losses", "checkpoint", "yaml_source"},
     {"sources", "probes", "guards"},
     {"tasks", "space", "study_folder"},
-    {"study", "sample_grid", "trial_text", "quarantine", "forecast"},
+    {"study", "sample_grid", "trial_text", "quarantine", "forecast", "batch_gradients"},
     {"proof"},
     {"run_trial", "winner", "provenance"},
     {"preflight", "calibrate", "heat_map"},

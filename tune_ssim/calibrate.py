@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from tune_ssim.batch_gradients import gradients_of
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.forecast import Finding, Forecast, forecast
 from tune_ssim.guards import NormRatio
-from tune_ssim.losses import DecodedLoss
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel, fit
 from tune_ssim.records import ACTIVE_FRACTION, TOTAL_NORM
 from tune_ssim.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice
 from tune_ssim.study import Study
-from tune_ssim.tasks.task import Forward, Task, load_task
+from tune_ssim.tasks.task import Task, load_task
 
 AUXILIARY = ("ssim_", "pixel_")
 HELD = ("ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t")
@@ -36,7 +36,6 @@ CHECK_STEPS = 3  # training steps that the model is checked with
 # a grad_scale that does not arrive 5.8 (tests/test_calibrate.py).
 CHECK_TOLERANCE = 0.03
 UNTOUCHED = 1e-5  # relative change of N²: float32 rounding is 1e-6, and at the gains that are read an active batch shows 1e-2
-TOP_SHARE = 0.01  # of the gradient's elements
 
 
 @dataclass(frozen=True)
@@ -311,7 +310,7 @@ class _Probe:
     def gram(self) -> Measured:
         task: Any = self.task
         parameters = [p for p in task.trainable_parameters() if p.requires_grad]
-        shown = [_gram_of(task.forward(n), parameters, self.max_ts) for n in self.batches]
+        shown = [gradients_of(task.forward(n), parameters, self.max_ts) for n in self.batches]
         self.task = task = None
         outliers = {
             name: Outliers(*(float(np.median(column)) for column in zip(*found, strict=True)))
@@ -416,101 +415,7 @@ def _limits(study: Study, probe: _Probe, findings: list[Finding]) -> tuple[float
     return guard.limit, factor * guard.limit
 
 
-# -- the gradients of one batch
-
-
-@dataclass
-class _Shown:
-    q: Array  # [max_t, 3, 3]
-    active: Any  # [max_t]
-    peaks: Array  # [max_t]
-    outliers: dict[str, tuple[float, float, float]]
-
-
-def _gram_of(forward: Forward, parameters: Sequence[torch.nn.Parameter], max_ts: Sequence[float]) -> _Shown:
-    """Q behind each gate from one backward pass for main, one for pixel and one for each t-bin that has samples."""
-    ssim_alone = replace(
-        forward.loss, ssim_loss_weight=1.0, ssim_loss_max_t=1.0, ssim_grad_scale=1.0, ssim_grad_clamp=None, pixel_loss_weight=0.0
-    )
-    pixel_alone = replace(forward.loss, ssim_loss_weight=0.0, pixel_loss_weight=1.0)
-    bins = _bins(forward, max_ts)
-    counts = np.asarray([int(mask.sum()) for mask in bins])
-    gradients = [_gradient(forward.main, parameters)]
-    elements: dict[str, list[torch.Tensor]] = {"ssim": [], "pixel": []}
-    largest: list[float] = []  # of each occupied bin, in one sample's own gradient
-
-    def auxiliary(name: str, loss: DecodedLoss, mask: torch.Tensor | None) -> None:
-        result = forward.auxiliary(loss, is_target=mask)
-        acts = result.decoded is not None and result.decoded.requires_grad
-        if result.decoded is not None and acts:
-            result.decoded.retain_grad()
-        gradients.append(_gradient(result.total, parameters) if acts else [None] * len(parameters))
-        if result.decoded is not None and result.decoded.grad is not None:
-            # A mean over the samples that take part: times their number it is one sample's own gradient.
-            elements[name].append(result.decoded.grad.detach().float().flatten() * len(result.decoded_index))
-
-    auxiliary("pixel", pixel_alone, None)
-    occupied = [k for k, count in enumerate(counts) if count]
-    for k in occupied:
-        auxiliary("ssim", ssim_alone, bins[k])
-        largest.append(float(elements["ssim"][-1].abs().max()) if elements["ssim"] else 0.0)
-    products = _dot_products(gradients)
-
-    n = len(max_ts)
-    q, active, peaks = np.zeros((n, 3, 3)), np.zeros(n, dtype=bool), np.zeros(n)
-    for i in range(n):
-        weights = np.zeros((3, len(gradients)))
-        weights[0, 0] = weights[1, 1] = 1
-        total = counts[: i + 1].sum()
-        if total:
-            for position, k in enumerate(occupied):
-                weights[2, 2 + position] = counts[k] / total if k <= i else 0
-            peaks[i] = max(peak for peak, k in zip(largest, occupied, strict=True) if k <= i) / total
-        q[i], active[i] = weights @ products @ weights.T, total > 0
-    return _Shown(q, active, peaks, {name: _outliers(torch.cat(parts)) for name, parts in elements.items() if parts})
-
-
-def _bins(forward: Forward, max_ts: Sequence[float]) -> list[torch.Tensor]:
-    """For each gate the samples that it lets through and the narrower ones do not; compared in t's own precision, as the
-    loss does."""
-    t = forward.t.detach().cpu()
-    edges = torch.tensor(max_ts, dtype=t.dtype)
-    member = t > 0
-    if forward.is_target is not None:
-        member &= forward.is_target.cpu()
-    place = torch.bucketize(t, edges)  # edges[k − 1] < t <= edges[k]
-    return [member & (place == k) for k in range(len(max_ts))]
-
-
-def _gradient(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor | None]:
-    """By an ordinary backward pass, which works through activation checkpointing and hooks; leaves no gradient behind."""
-    for parameter in parameters:
-        parameter.grad = None
-    if loss.requires_grad:
-        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-    found = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    return found
-
-
-def _dot_products(gradients: Sequence[Sequence[torch.Tensor | None]]) -> Array:
-    """`[k, k]` of k gradients, summed in float64."""
-    total = np.zeros((len(gradients), len(gradients)))
-    for column in zip(*gradients, strict=True):
-        present = [k for k, gradient in enumerate(column) if gradient is not None]
-        if present:
-            rows = torch.stack([gradient.detach().flatten() for gradient in column if gradient is not None]).double()
-            total[np.ix_(present, present)] += (rows @ rows.T).cpu().numpy()
-    return total
-
-
-def _outliers(elements: torch.Tensor) -> tuple[float, float, float]:
-    """rms, peak / rms, and the share of the squared norm in the largest 1 % of `elements`."""
-    squares = elements.square()
-    mean = squares.mean()
-    top = squares.topk(max(1, round(TOP_SHARE * squares.numel()))).values.sum()
-    return float(mean.sqrt()), float((squares.max() / mean).sqrt()), float(top / squares.sum())
+# -- the task
 
 
 def _no_gram(task: Any, gradients: int) -> str | None:
