@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline
 from tune_ssim.orchestration.run_study import _where, run
+from tune_ssim.orchestration.search import read_skipped
 from tune_ssim.orchestration.verify import read_export, verify
 from tune_ssim.probes import tensor_contents
 from tune_ssim.quarantine import Ledger
@@ -336,7 +337,7 @@ def test_settings_predicted_beyond_the_limit_are_listed_and_not_launched(cluster
     space = {**SMALL["space"], "points": [{"ssim_loss_weight": 2500.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0}]}
     study = small(name="skips", space=space, calibration={"batches": 12}, search={**SMALL["search"], "trials": 3})
     folder = run(study, storage=tmp_path)
-    skipped = json.loads((folder.path / "skipped.json").read_text())
-    assert skipped[0]["config"]["ssim_loss_weight"] == 2500.0 and skipped[0]["predicted_ratio"] > 20
+    skipped = read_skipped(folder.path / "skipped.jsonl")
+    assert skipped[0].config["ssim_loss_weight"] == 2500.0 and skipped[0].predicted_ratio > 20
     launched = [trial["config"]["ssim_loss_weight"] for trial in folder.trials() if trial["role"] == "search"]
     assert len(launched) == 3 and 2500.0 not in launched

@@ -17,7 +17,7 @@ from tune_ssim.trial_text import metric_of
 LEVEL = 0.95  # of the confidence intervals
 # In the study's folder. The first: subject → sha256, as they were when the study ran.
 PROVENANCE, PREFLIGHT, CALIBRATION = "provenance.json", "preflight.json", "calibration.json"
-SKIPPED = "skipped.json"  # settings that were predicted to be ruinous and not launched
+SKIPPED = "skipped.jsonl"  # settings that were predicted to be ruinous and not launched
 START = "start.json"  # contents of everything that a trial starts from, as hashes: never to be quarantined
 
 

@@ -21,7 +21,7 @@ from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.proof import CALIBRATION, PREFLIGHT, PROVENANCE, START, read_json
 from tune_ssim.quarantine import Ledger
 from tune_ssim.run_trial import ancestry
-from tune_ssim.study_folder import StudyFolder, jsonable, write_atomically
+from tune_ssim.study_folder import StudyFolder, jsonable, number, write_atomically
 from tune_ssim.tasks.task import Task, load_task
 from tune_ssim.tensor_file import Contents
 
@@ -37,10 +37,10 @@ def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, table:
     if (folder.path / PROVENANCE).exists():
         _require_clean(folder, read_json(folder.path / START) or {})
         return
-    phases = [name for name, wanted in (("preflight", study.preflight), ("calibration", study.calibration)) if wanted is not None]
+    phases = [name for name, wanted in (("preflight", study.preflight is not None), ("calibration", study.calibrates)) if wanted]
     if phases:
         table.phase(" and ".join(phases))
-    found = inspect(study, gpus, preflight=study.preflight is not None, calibration=study.calibration is not None, provenance=True)
+    found = inspect(study, gpus, preflight=study.preflight is not None, calibration=study.calibrates, provenance=True)
     if (picture := found.pop("heat_map", None)) is not None:
         write_atomically(folder.path / HEAT_MAP, picture)
         writer.file(HEAT_MAP, "before_launch")
@@ -86,7 +86,7 @@ def bad_lines(report: dict[str, Any]) -> list[str]:
 def calibration_lines(calibration: dict[str, Any] | None) -> list[str]:
     if calibration is None:
         return []
-    low, high = calibration["ratios"]
+    low, high = (number(ratio) for ratio in calibration["ratios"])
     head = f"calibration: the space pushes {low:.3g} to {high:.3g} times the baseline's norm ({calibration['wall_s']:.0f} s)"
     return [head] + [f"  {finding['name']}: {finding['sentence']}" for finding in calibration["findings"]]
 

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,11 @@ from ray.tune.stopper import Stopper
 
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Guard
-from tune_ssim.orchestration.before_launch import before_launch, inspect, norm_model, write_json
+from tune_ssim.orchestration.before_launch import before_launch, inspect, norm_model
 from tune_ssim.orchestration.confirm import PREFIX, ConfirmSearch, confirm_seeds, confirm_steps, longer
 from tune_ssim.orchestration.events import EventWriter
 from tune_ssim.orchestration.live_table import LiveTable
-from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch
+from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, read_skipped
 from tune_ssim.orchestration.study_callback import LIVE_TABLES, StudyCallback
 from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable, make_trainable
 from tune_ssim.proof import SKIPPED, differences
@@ -269,6 +268,7 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         "model": model,
         "limit": limit,
         "skip_above": skip_above,
+        "skip_log": folder.path / SKIPPED,
         "seed": study.search.seed,
         "concurrency": concurrency,
         "deterministic": study.search.deterministic and study.scheduler is None,
@@ -293,8 +293,7 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         guards=study.guard_list,
         scheduler=_scheduler(study),
     )
-    write_json(folder.path / SKIPPED, [asdict(skipped) for skipped in inner.skipped])
-    for skipped in inner.skipped:
+    for skipped in read_skipped(folder.path / SKIPPED):
         table.say(f"not launched: {setting_text(skipped.config)}: {skipped.sentence}")
     if inner.reason:
         table.say(f"the search ended early: {inner.reason}")
