@@ -614,7 +614,10 @@ def _say_how_to_resume(storage: Path, started_s: float, resumed: bool) -> None:
 
 
 def _show_trials(folder: StudyFolder, console: Console) -> None:
+    from tune_ssim.proof import SKIPPED
     from tune_ssim.report import trials_table
+    from tune_ssim.study_folder import read_lines
+    from tune_ssim.trial_text import setting_text
     from tune_ssim.winner import NoSafeTrial, best_safe, objective_of
 
     summaries = folder.trials()
@@ -634,6 +637,8 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
             winner=winner,
         )
     )
+    for line in read_lines(folder.path / SKIPPED):
+        console.print(_readable(f"not launched: {setting_text(line['config'])}: {line['sentence']}", console), markup=False)
 
 
 def _console(outlive_reader: bool = False, to_stderr: bool = False) -> Console:
