@@ -172,14 +172,18 @@ def test_no_color(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["yaml", "json"])
 def test_export_of_a_document(tmp_path: Path, form: str) -> None:
     study(tmp_path, *USUAL)
-    done = tune_ssim("export", "--format", form, cwd=tmp_path)
+    mistake(tune_ssim("export", "--format", form, "-o", "best", cwd=tmp_path), "00004 is unproven: it was not confirmed")
+    assert not (tmp_path / "best").exists()
+    done = tune_ssim("export", "--format", form, "--unproven", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     exported = YAML(typ="safe", pure=True).load(done.stdout) if form == "yaml" else json.loads(done.stdout)
     assert exported["config"] == SETTING
     assert exported["trial_id"] == "00004"
-    assert done.stderr.startswith("next: tune-ssim ")
+    assert len(exported["proof"]["unproven"]) == 2 and exported["proof"]["confirmed"] is False
+    warning, following = done.stderr.splitlines()
+    assert warning.startswith("warning: ") and following.startswith("next: tune-ssim ")
 
-    written = tune_ssim("export", "fundus-ssim", "--format", form, "-o", "best", cwd=tmp_path)
+    written = tune_ssim("export", "fundus-ssim", "--format", form, "--unproven", "-o", "best", cwd=tmp_path)
     assert written.returncode == 0, written.stderr
     assert (tmp_path / "best").read_text(encoding="utf-8") == done.stdout
     assert written.stdout.startswith("wrote best\nnext: tune-ssim ")
@@ -187,11 +191,12 @@ def test_export_of_a_document(tmp_path: Path, form: str) -> None:
 
 def test_export_env_and_args(tmp_path: Path) -> None:
     study(tmp_path, *USUAL)
-    env = tune_ssim("export", "--format", "env", cwd=tmp_path).stdout.splitlines()
+    comment, *env = tune_ssim("export", "--format", "env", "--unproven", cwd=tmp_path).stdout.splitlines()
+    assert comment.startswith("# UNPROVEN: it was not confirmed")
     assert env[:3] == ["SSIM_LOSS_WEIGHT=30.0", "SSIM_LOSS_MAX_T=0.3", "SSIM_GRAD_SCALE=1.0"]
     assert env[3].startswith("EXP_NAME=fundus-ssim-00004-")
     assert len(env) == 4
-    args = tune_ssim("export", "--format", "args", cwd=tmp_path).stdout
+    args = tune_ssim("export", "--format", "args", "--unproven", cwd=tmp_path).stdout
     assert args == "--ssim_loss_weight 30.0 --ssim_loss_max_t 0.3 --ssim_grad_scale 1.0\n"
 
 

@@ -163,6 +163,7 @@ def test_what_cannot_be_measured_is_absent(crops: torch.Tensor) -> None:
     assert set(collapse_statistics(crops)) == {"non_finite_fraction", "entropy_bits"}
     assert set(collapse_statistics(crops, references=crops)) - set(collapse_statistics(crops)) == {
         "high_frequency",
+        "reference_psnr",
         "std_ratio",
         "ideal_entropy_bits",
     }

@@ -268,6 +268,7 @@ def test_norm_ratio_refuses(wrong: dict[str, Any]) -> None:
 
 HEALTHY = {
     "non_finite_fraction": 0.0,
+    "reference_psnr": 31.0,
     "consistency_psnr": 28.5,
     "consistency_correlation": 0.67,
     "high_frequency": 0.8,
@@ -321,6 +322,7 @@ def test_smoke_test(tests: Any, consecutive: int, fired: list[tuple[int, str]]) 
     ("statistic", "healthy", "ruined"),
     [
         ("consistency_psnr", 25.5, 25.4),
+        ("reference_psnr", 28.0, 27.9),
         ("consistency_correlation", 0.44, 0.43),
         ("high_frequency", 1.6, 1.61),
         ("high_frequency", 0.1, 0.09),
