@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline
-from tune_ssim.orchestration.run_study import _where, run
+from tune_ssim.orchestration.run_study import _require_reachable, _where, run
 from tune_ssim.orchestration.search import read_skipped
 from tune_ssim.orchestration.verify import read_export, verify
 from tune_ssim.probes import tensor_contents
@@ -314,6 +315,10 @@ def test_verify_passes_on_an_untouched_export_and_names_what_changed(confirmed: 
     other["config"]["ssim_loss_weight"] *= 1.01
     assert [line.split(" is ")[0] for line in verify(other)[0]] == ["setting: ssim_loss_weight"]
 
+    weakened = json.loads(json.dumps(again))
+    weakened["proof"]["study"]["guards"]["norm_ratio"]["limit"], weakened["metrics"]["ssim"] = 1e9, 0.99
+    assert verify(weakened) == (["metrics is not what was exported", "proof.study is not what was exported"], [])
+
     code = Path(exported["proof"]["study"]["import_path"]) / "copied_task.py"
     before = code.read_text()
     code.write_text(before.replace("self.gain * 0.1", "self.gain * 0.100001"))
@@ -341,3 +346,41 @@ def test_settings_predicted_beyond_the_limit_are_listed_and_not_launched(cluster
     assert skipped[0].config["ssim_loss_weight"] == 2500.0 and skipped[0].predicted_ratio > 20
     launched = [trial["config"]["ssim_loss_weight"] for trial in folder.trials() if trial["role"] == "search"]
     assert len(launched) == 3 and 2500.0 not in launched
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "it has no proof"),
+        ("[1, 2]", "it has no proof"),
+        ('{"proof": 3, "config": {}}', "it has no proof"),
+        ('{"proof": {"unproven": ["not confirmed"]}}', "nothing to verify, it was exported as unproven: not confirmed"),
+        ('{"proof": {"unproven": "hello"}}', "trial_id: Field required"),
+        ('{"proof": ', "neither JSON nor YAML"),
+        ('{"a":' * 100_000, "neither JSON nor YAML"),
+        ("a: 1\na: 2\n", "duplicate key"),
+        ("\x00", "neither JSON nor YAML"),
+    ],
+)
+def test_what_is_no_export_is_refused_in_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "best.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        read_export(tmp_path / "best.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"trial_id": "../x"}, {"trial_id": 3}, {"seals": []}, {"config": None}, {"exported_with": None}]
+)
+def test_a_malformed_export_is_refused_by_its_place(confirmed: StudyFolder, tmp_path: Path, change: dict[str, Any]) -> None:
+    exported = exported_config(best_safe(confirmed), confirmed) | change
+    (tmp_path / "best.json").write_text(json.dumps(exported))
+    with pytest.raises(UserError, match=f": {next(iter(change))}"):
+        read_export(tmp_path / "best.json")
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--address 127\.0\.0\.1:9: "):
+        _require_reachable("127.0.0.1:9")
+    with pytest.raises(UserError, match=r"--address ray://nohost\.invalid:6379: "):
+        _require_reachable("ray://nohost.invalid:6379")

@@ -238,7 +238,7 @@ def calibrate(
     from tune_ssim.study_folder import write_atomically
 
     resolved = load_study(study, {"space": space, "seed": seed})
-    target = _output_file(picture or f"{resolved.name}_calibration.png")
+    target = _output_file(f"{resolved.name}_calibration.png" if picture is None else picture, "--picture")
     calibration = _measured(resolved, address, "calibration")
     if as_json:
         import json
@@ -348,10 +348,12 @@ def verify(file: Path, address: str | None, as_json: bool) -> None:
     FILE: written by `tune-ssim export --format json` or yaml. Compares the hashes in it with what is here, then runs the
     confirmation again. If anything differs the exit code is 3 and every difference is said.
     """
-    from tune_ssim.orchestration.verify import read_export
+    from tune_ssim.orchestration.verify import read_export, version_notes
     from tune_ssim.orchestration.verify import verify as verify_export
 
     exported = read_export(file)
+    for line in version_notes(exported):
+        click.echo(f"note: {line}", err=True)
     found, trials = verify_export(exported, address=address, console=_console(to_stderr=as_json))
     if as_json:
         import json
@@ -493,13 +495,17 @@ def quarantine_why(what: str, storage: Path) -> None:
     """Say why a file, a checkpoint folder or an id is in quarantine, or that it is not."""
     from tune_ssim.quarantine import Ledger
 
-    ledger = Ledger(storage)
-    lines = ledger.why(what)
-    console = _console()
+    if not what.strip():
+        raise UserError("quarantine why: give a file, a checkpoint folder or an id")
+    ledger, console = Ledger(storage), _console()
+    try:
+        lines = ledger.why(what)
+        refusal = ledger.check(what) if Path(what).exists() else None
+    except BadSetup as error:  # here a file that is no checkpoint is a wrong argument
+        raise UserError(str(error)) from None
     for line in lines:
         console.print(_readable(f"{line.time}  {line.id[:12]}  {line}", console), markup=False)
     if Path(what).exists():
-        refusal = ledger.check(what)
         console.print(_readable(str(refusal) if refusal else f"{what}: not in quarantine", console), markup=False)
 
 
@@ -676,14 +682,18 @@ def _print_exactly(text: str) -> None:
     stream.flush()
 
 
-def _output_file(output: str | None) -> Path | None:
+def _output_file(output: str | None, option: str = "--output") -> Path | None:
     if output is None or output == "-":
         return None
     path = Path(output)
+    if not output.strip():
+        raise UserError(f"{option}: give a file's name")
     if path.is_dir():
-        raise UserError(f"--output {output}: a folder; name a file in it")
+        raise UserError(f"{option} {output}: a folder; name a file in it")
     if path.exists() and not path.is_file():
-        raise UserError(f"--output {output}: not a regular file")
+        raise UserError(f"{option} {output}: not a regular file")
     if not path.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {path.parent}")
+        raise UserError(f"{option} {output}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} {output}: {path.parent} may not be written")
     return path

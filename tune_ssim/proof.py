@@ -75,6 +75,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(jsonable(value), sort_keys=True).encode()).hexdigest()
 
 
+def seals(exported: Mapping[str, Any]) -> dict[str, str]:
+    """A digest of every part of an export, by its place, so that a change of the file itself can be named."""
+    parts = {name: value for name, value in exported.items() if name not in ("proof", "seals")}
+    return {name: digest(value) for name, value in (parts | {f"proof.{k}": v for k, v in exported["proof"].items()}).items()}
+
+
 def code_fingerprints(files: Mapping[str, Path]) -> dict[str, str]:
     return {f"code/{name}": hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(files.items())}
 

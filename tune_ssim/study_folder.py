@@ -121,7 +121,9 @@ class StudyFolder:
 
 
 def storage_path(given: str | Path | None) -> Path:
-    """`--storage-path`, else $TUNE_SSIM_STORAGE, else ./tune_ssim_results."""
+    """`--storage-path`, else $TUNE_SSIM_STORAGE, else ./tune_ssim_results. Raises UserError for an empty one."""
+    if given is not None and not str(given).strip():
+        raise UserError("storage path: empty; name a folder")
     return Path(given or os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE).expanduser().absolute()
 
 
@@ -148,7 +150,10 @@ def check_name(name: str) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """The file is either as before or complete, also after kill -9."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:  # said of the file that was meant, not of the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

@@ -18,7 +18,7 @@ from typing import Any
 from tune_ssim import __version__
 from tune_ssim.errors import UserError
 from tune_ssim.guards import KeepRule
-from tune_ssim.proof import CALIBRATION, PREFLIGHT, comparison, digest, margins, read_json, read_provenance
+from tune_ssim.proof import CALIBRATION, PREFLIGHT, comparison, margins, read_json, read_provenance, seals
 from tune_ssim.space import gain_of
 from tune_ssim.study_folder import StudyFolder, TrialSummary, jsonable
 from tune_ssim.trial_text import metric_of
@@ -188,12 +188,16 @@ def exported_config(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any
             "reason": summary["reason"],
             "steps": summary["steps"],
             "metrics": summary["metrics"],
-            "baseline": [{"trial_id": trial["trial_id"], "metrics": trial["metrics"]} for trial in baselines],
+            "baseline": [{key: trial.get(key) for key in ("trial_id", "seed", "steps", "metrics")} for trial in baselines],
             "proof": proof_of(summary, folder),
-            "exported_with": {"tune-ssim": __version__} | {name: _version(name) for name in ("torch", "ray", "optuna")},
+            "exported_with": versions(),
         }
     )
-    return exported
+    return exported | {"seals": seals(exported)}
+
+
+def versions() -> dict[str, str | None]:
+    return {"tune-ssim": __version__} | {name: _version(name) for name in ("torch", "ray", "optuna")}
 
 
 def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
@@ -224,7 +228,6 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
         "preflight": read_json(folder.path / PREFLIGHT),
         "calibration": read_json(folder.path / CALIBRATION),
         "setting": settings_of(summary),
-        "setting_sha256": digest(settings_of(summary)),
         "study": study,
         "provenance": provenance,
     }

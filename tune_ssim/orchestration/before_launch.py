@@ -147,10 +147,10 @@ def _inspect(study: Study, preflight: bool, calibration: bool, provenance: bool)
             found["start"] = {"contents": contents, "parents": list(ancestry(task))}
     except (UserError, BadSetup) as error:
         return {"failed": type(error).__name__, "message": str(error)}
-    except Exception as error:
+    except Exception as error:  # of the task's own code: what cannot be looked at is not sound
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
-        return {"failed": "UserError", "message": f"{type(error).__name__}: {error} ({where})"}
+        return {"failed": "BadSetup", "message": f"{type(error).__name__}: {' '.join(str(error).split())} ({where})"}
     return found
 
 

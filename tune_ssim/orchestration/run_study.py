@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ SEARCH, CONFIRM = "run", "confirm"  # phases that are Ray experiments, by their 
 DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; what is left over is mirrored later
 UNREACHED_TIMEOUT_S = 10.0  # the same, if it has not taken a single event during the study
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # trials side by side: contended threads are slower than one thread each
+CONNECT_TIMEOUT_S = 5.0  # what Ray itself grants a single attempt
 PROCESS_FAILURES = 2  # a trial whose process died goes on from its checkpoint; exceptions of the training are verdicts
 
 
@@ -139,6 +141,7 @@ def _ray(study: Study, address: str | None) -> Iterator[dict[str, float]]:
             cpus = study.resources.cpus * (study.search.concurrency if isinstance(study.search.concurrency, int) else 1)
             options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus))}
         else:
+            _require_reachable(address)
             options["address"] = address
             options.pop("include_dashboard")
         try:
@@ -152,6 +155,17 @@ def _ray(study: Study, address: str | None) -> Iterator[dict[str, float]]:
     finally:
         if mine:
             ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Raises UserError where nobody listens: Ray itself tries for minutes, and fills the screen."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and the like
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--address {address}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _where(cluster: dict[str, float]) -> str:

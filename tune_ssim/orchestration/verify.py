@@ -12,9 +12,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tune_ssim.errors import UserError
 from tune_ssim.orchestration.run_study import confirm_again
-from tune_ssim.proof import comparison, differences, digest
+from tune_ssim.proof import comparison, differences, seals
 from tune_ssim.study import Study, load_study
-from tune_ssim.winner import holds
+from tune_ssim.winner import holds, versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,19 +34,29 @@ class _Comparison(BaseModel):
 class _Proof(BaseModel):
     """What a proof must hold to be checked again; it may hold more."""
 
+    unproven: list[str]
     setting: dict[str, Any]
-    setting_sha256: str
-    study: dict[str, Any]
+    study: Annotated[dict[str, Any], Field(min_length=1)]
     provenance: Annotated[dict[str, str], Field(min_length=1)]
-    seeds: Annotated[list[int], Field(min_length=2)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
     horizon: _Horizon
     objective: str
     comparison: dict[str, _Comparison]
 
+
+class _Export(BaseModel):
+    trial_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
+    config: dict[str, Any]
+    exported_with: dict[str, Any]
+    seals: dict[str, str]
+    proof: _Proof
+
     @model_validator(mode="after")
-    def _objective_was_compared(self) -> _Proof:
-        if self.objective not in self.comparison:
-            raise ValueError(f"comparison has no {self.objective!r}")
+    def _objective_was_compared(self) -> _Export:
+        if not self.proof.unproven and self.proof.objective not in self.proof.comparison:
+            raise ValueError(f"proof.comparison has no {self.proof.objective!r}")
+        if len(set(self.proof.seeds)) < len(self.proof.seeds):
+            raise ValueError("proof.seeds has a seed twice")
         return self
 
 
@@ -60,34 +70,42 @@ def read_export(path: Path) -> dict[str, Any]:
         exported = json.loads(text) if text.lstrip().startswith("{") else YAML(typ="safe", pure=True).load(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, YAMLError) as error:
-        raise UserError(f"{path}: neither JSON nor YAML: {str(error).splitlines()[0]}") from None
-    proof = exported.get("proof") if isinstance(exported, dict) else None
-    if not isinstance(proof, dict) or not isinstance(exported.get("config"), dict):
+    except (ValueError, YAMLError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: neither JSON nor YAML: {said}") from None
+    if not isinstance(exported, dict) or not isinstance(exported.get("proof"), dict):
         raise UserError(f"{path}: not an export of `tune-ssim export --format json` (or yaml): it has no proof")
-    if proof.get("unproven"):
-        raise UserError(f"{path}: nothing to verify, it was exported as unproven: {'; '.join(map(str, proof['unproven']))}")
+    unproven = exported["proof"].get("unproven")
+    if isinstance(unproven, list) and unproven:
+        raise UserError(f"{path}: nothing to verify, it was exported as unproven: {'; '.join(map(str, unproven))}")
     try:
-        _Proof.model_validate(proof)
+        _Export.model_validate(exported)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, ("proof", *first["loc"])))
-        raise UserError(f"{path}: {place}: {first['msg'].removeprefix('Value error, ')}") from None
+        place = ".".join(map(str, first["loc"]))
+        words = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {place}: {words}" if place else f"{path}: {words}") from None
     return dict(exported)
 
 
-def setting_differences(exported: Mapping[str, Any]) -> list[str]:
-    """Numbers of the setting that are not the ones that were confirmed."""
-    config, proof = exported["config"], exported["proof"]
-    confirmed = proof["setting"]
+def file_differences(exported: Mapping[str, Any]) -> list[str]:
+    """What was changed in the file itself since it was exported: the setting by its numbers, everything else by its place."""
+    config, confirmed = exported["config"], exported["proof"]["setting"]
     lines = [
         f"setting: {key} is {config.get(key)!r}, {confirmed.get(key)!r} was confirmed"
         for key in sorted({*config, *confirmed})
         if config.get(key) != confirmed.get(key)
     ]
-    if digest(confirmed) != proof["setting_sha256"]:
-        lines.append("setting: the proof's own copy does not have its recorded hash")
-    return lines
+    changed = [line.split(" ")[0] for line in differences(exported["seals"], seals(exported))]
+    return lines + [f"{name} is not what was exported" for name in changed if not (lines and name in ("config", "proof.setting"))]
+
+
+def version_notes(exported: Mapping[str, Any]) -> list[str]:
+    """Libraries that are of another version here: no fault, but a reason to look where a result differs."""
+    here = versions()
+    return [
+        f"{name} was {was}, here it is {here.get(name)}" for name, was in exported["exported_with"].items() if here.get(name) != was
+    ]
 
 
 def verify(
@@ -96,7 +114,7 @@ def verify(
     """What differs from what was proven, a line each, and the trials of the confirmation that was run again.
 
     Where anything differs before it, the confirmation is not run: it would prove something else."""
-    lines = setting_differences(exported)
+    lines = file_differences(exported)
     if lines:
         return lines, []
     proof = exported["proof"]

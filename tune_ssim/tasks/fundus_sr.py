@@ -351,6 +351,8 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
 
     Raises UserError where there is no such file, and BadSetup for one that holds something else than `module` needs."""
     sums = path.parent / "SHA256SUMS"
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
     try:
         if sums.exists():
             recorded = {name: digest for digest, name in map(str.split, sums.read_text().splitlines())}
