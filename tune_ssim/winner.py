@@ -225,6 +225,7 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
         "objective": objective,
         "comparison": comparison(confirmed),
         "margins": margins(confirmed, baselines, {name: limit for name, limit in limits.items() if limit}, rules),
+        "switched_off": [name for name in ("preflight", "calibration", "confirm") if name in study and study[name] is None],
         "preflight": read_json(folder.path / PREFLIGHT),
         "calibration": read_json(folder.path / CALIBRATION),
         "setting": settings_of(summary),
