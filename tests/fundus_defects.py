@@ -374,7 +374,10 @@ def stepping(ssim: Callable[[Tensor, Tensor], Tensor] | None = None, **faults: A
         total, numbers = forward.main * faults.get("main", 1.0), {"ssim_active_fraction": len(active) / len(forward.t)}
         z0 = forward.z0.detach() if faults.get("detach") else forward.z0
         if loss.ssim_loss_weight and len(active):
-            x = decoded.scale_gradient(forward.decode(z0[active]), loss.ssim_grad_scale)
+            x = forward.decode(z0[active])
+            if loss.ssim_grad_clamp is not None:
+                x = decoded.clamp_gradient(x, loss.ssim_grad_clamp)
+            x = decoded.scale_gradient(x, loss.ssim_grad_scale)
             x = (x * 0.5 + 0.5).clamp(0, 1)
             similarity = (1 - (ssim or plain_ssim)(x, forward.targets[active])).mean()
             numbers["loss_ssim"] = similarity.detach()
@@ -679,6 +682,11 @@ def _(folder: Path) -> Case:
     return Case(variant(_fixed_inputs=fixed_inputs), blamed=("data/inputs",))
 
 
+@defect("latents are half as large in training")
+def _(folder: Path) -> Case:
+    return Case(batches(lambda self, crops, low, z0, noise, t: (crops, low, 0.5 * z0, noise, t)), blamed=("data/", "loss/main"))
+
+
 @defect("only the targets are mirrored")
 def _(folder: Path) -> Case:
     return Case(batches(lambda self, crops, low, z0, noise, t: (crops.flip(-1), low, z0, noise, t)), blamed=("data/",))
@@ -699,7 +707,7 @@ def _(folder: Path) -> Case:
         predicted = z0_from_velocity(z_t, velocity, t)
         return Forward(nn.functional.mse_loss(velocity, target), predicted, t_host, x0, self.loss, self.vae.decode, target)
 
-    return Case(variant(forward=forward), blamed=("loss/main", "data/predictions"))
+    return Case(variant(forward=forward), blamed=("loss/main", "data/"))
 
 
 def overlapping(rows: int | None, *, mirrored: bool = False) -> type:
@@ -832,7 +840,7 @@ def _(folder: Path) -> Case:
 
 @defect("a searched setting is dropped")
 def _(folder: Path) -> Case:
-    return Case(losing("optimizer", echo=False), settings=[*GATES, {"optimizer": "adamw"}], blamed=("parameter/optimizer",))
+    return Case(losing("decode_chunk", echo=False), settings=[*GATES, {"decode_chunk": 3}], blamed=("parameter/decode_chunk",))
 
 
 @defect("the learning rate ruins the baseline")

@@ -90,6 +90,7 @@ def _start(
     sample, seen = call(task, "sample", 0), images.look(task) if hasattr(task, "forward") else None
     yield Check("setup", "ok", "the task sets up, samples and runs forward" if seen else "the task sets up and samples")
     yield from _guarded("weights", lambda: networks.check_weights(task))
+    yield from _guarded("text/tokens", lambda: launch.check_tokens(sample))
     yield from _guarded("smoke", lambda: networks.check_samples(task, smoke_test, sample))
     yield from _guarded("frozen/decoder", lambda: learning.check_decoder(task))
     yield from _guarded("data/pairs", lambda: images.check_pairs(sample, seen))
@@ -98,7 +99,7 @@ def _start(
     yield from _guarded("ssim/precision", lambda: readings.check_ssim(task))
     yield from _guarded("time_law", lambda: launch.check_law(task, seen))
     yield from _guarded("gate", lambda: launch.check_gates(task, seen, settings, steps, guards))
-    yield from _guarded("text", lambda: launch.check_text(sample, numbers(call(task, "step"))))
+    yield from _guarded("loss/first_step", lambda: launch.check_first_step(sample, numbers(call(task, "step"))))
 
 
 def _guarded(name: str, measure: Callable[[], Iterator[Check]]) -> Iterator[Check]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from tune_ssim.tasks.task import Forward, Sample
 SAMPLES = 64  # training samples whose predictions are looked at
 MAX_FORWARDS = 32  # forward passes made for them
 LOW_T = 0.3  # up to here the prediction of the clean image is close to it whatever the network says: its error shrinks with t
+SCALES = (0.5, 2.0)  # of the latents: what a wrong scaling factor may have done to them
 SMALL_SIDE = 12  # pixels; detail that an autoencoder does not keep is averaged away before images are compared
 PIXEL_BUDGET = 4_000_000  # training pixels looked at: 1700 crops of 48 x 48
 PATCH = 8  # pixels; what is common to training and held-out images must hold such a square
@@ -35,6 +36,7 @@ class Seen:
     trivial: float | None  # the same of the best constant velocity
     t: Tensor  # [n], of the generation targets
     decoded: Tensor  # [m, 3, H, W] in [0, 1]: their predictions at t <= LOW_T
+    rescaled: Mapping[float, Tensor]  # the same, decoded from latents of SCALES times the size
     targets: Tensor  # of the same samples
     all_targets: Tensor  # of all samples
     batch_size: int
@@ -42,7 +44,8 @@ class Seen:
 
 
 def look(task: Any) -> Seen:
-    main, trivial, times, decoded, targets, everything = [], [], [], [], [], []
+    main, trivial, times, targets, everything = [], [], [], [], []
+    decoded: dict[float, list[Tensor]] = {scale: [] for scale in (1.0, *SCALES)}
     batch_size = samples = 0
     with torch.no_grad():
         for n in range(1, MAX_FORWARDS + 1):
@@ -57,17 +60,20 @@ def look(task: Any) -> Seen:
             everything.append(forward.targets.float().cpu())
             low = (t <= LOW_T) & (t > 0) & is_target
             if low.any():
-                decoded.append(unit(forward.decode(forward.z0[low]).float(), forward.loss.image_range).cpu())
+                for scale, images in decoded.items():
+                    images.append(unit(forward.decode(scale * forward.z0[low]).float(), forward.loss.image_range).cpu())
                 targets.append(everything[-1][low])
             batch_size, samples = len(t), samples + len(t)
             if samples >= SAMPLES:
                 break
+    empty = everything[0][:0]
     return Seen(
         main=sum(main) / len(main),
         trivial=sum(trivial) / len(trivial) if trivial else None,
         t=torch.cat(times),
-        decoded=torch.cat(decoded) if decoded else everything[0][:0],
-        targets=torch.cat(targets) if targets else everything[0][:0],
+        decoded=torch.cat([empty, *decoded[1.0]]),
+        rescaled={scale: torch.cat([empty, *decoded[scale]]) for scale in SCALES},
+        targets=torch.cat([empty, *targets]),
         all_targets=torch.cat(everything),
         batch_size=batch_size,
         eligible=len(torch.cat(times)) / samples,
@@ -105,13 +111,13 @@ def check_pairs(sample: Sample, seen: Seen | None) -> Iterator[Check]:
             continue
         yield rules.mapping(name, what, *_mappings(x, y))
         yield rules.own_partner(f"{name}_order", what, _own_partner(x, y), len(x))
-    if seen is not None and sample.reconstructions is not None and sample.references is not None:
-        predictions = _unexplained(*_small(seen.decoded, seen.targets))
-        yield rules.prediction_error(
-            predictions, _unexplained(*_small(sample.reconstructions, sample.references)), len(seen.decoded)
-        )
+    explained = None
     if sample.reconstructions is not None and sample.references is not None:
-        yield rules.autoencoder(*_quality(sample.reconstructions.float().cpu(), sample.references.float().cpu()))
+        psnr, explained, correlation = _quality(sample.reconstructions.float().cpu(), sample.references.float().cpu())
+        yield rules.autoencoder(psnr, explained, correlation)
+    if seen is not None and len(seen.targets):
+        errors = {scale: _mean_square(*_small(images, seen.targets)) for scale, images in seen.rescaled.items()}
+        yield rules.latent_scale(_mean_square(*_small(seen.decoded, seen.targets)), errors, explained, len(seen.targets))
 
 
 def check_training_images(task: Any, steps: int, sample: Sample, seen: Seen | None) -> Iterator[Check]:
@@ -160,7 +166,7 @@ def _mappings(x: Tensor, y: Tensor) -> tuple[float, dict[str, float]]:
         "mirrored": y.flip(3),
         "upside_down": y.flip(2),
     }
-    return (x - y).square().mean().item(), {name: (x - image).square().mean().item() for name, image in mixed.items()}
+    return _mean_square(x, y), {name: _mean_square(x, image) for name, image in mixed.items()}
 
 
 def _own_partner(x: Tensor, y: Tensor) -> float:
@@ -175,15 +181,13 @@ def _own_partner(x: Tensor, y: Tensor) -> float:
     return (likeness.diagonal()[:, None] > others).double().mean().item()
 
 
-def _unexplained(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Mean square of `x - y`, and its share of the variance of `y`."""
-    error = (x - y).square().mean().item()
-    return error, error / max(y.var(unbiased=False).item(), 1e-12)
+def _mean_square(x: Tensor, y: Tensor) -> float:
+    return (x - y).square().mean().item()
 
 
 def _quality(x: Tensor, y: Tensor) -> tuple[float, float, float]:
     """PSNR in dB; share of the variance within images that is explained; correlation, channel means removed."""
-    error = (x - y).square().mean().item()
+    error = _mean_square(x, y)
     a, b = ((image - image.mean(dim=(2, 3), keepdim=True)).flatten(1) for image in (x, y))
     explained = 1 - error / b.square().mean().clamp(min=1e-12).item()
     correlation = ((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)).item()

@@ -17,6 +17,7 @@ from tune_ssim.preflight.images import Seen
 from tune_ssim.preflight.subject import Subject, Unavailable, attribute, call, numbers
 from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
 from tune_ssim.space import GAIN, KNOWN, MAX_T, WEIGHT, Choice, Space
+from tune_ssim.tasks.task import Sample
 
 BASELINE_STEPS = 6  # the median of their norms
 
@@ -116,12 +117,16 @@ def _norms(subject: Subject, settings: Mapping[str, Any]) -> list[dict[str, floa
     return steps
 
 
-def check_text(sample: Any, metrics: Mapping[str, float]) -> Iterator[Check]:
-    """Generated token ids, the first cross-entropy and the mask of the labels, where the task has text."""
-    if sample.token_ids is not None and sample.vocabulary_size is not None and sample.token_ids.numel():
-        ids = sample.token_ids
-        outside = int(((ids < 0) | (ids >= sample.vocabulary_size)).sum())
-        yield rules.tokens(ids.numel(), outside, int(ids.min()), int(ids.max()), sample.vocabulary_size)
+def check_tokens(sample: Sample) -> Iterator[Check]:
+    """Generated token ids, where the task makes text."""
+    ids, size = sample.token_ids, sample.vocabulary_size
+    if ids is not None and size is not None and ids.numel():
+        outside = int(((ids < 0) | (ids >= size)).sum())
+        yield rules.tokens(ids.numel(), outside, int(ids.min()), int(ids.max()), size)
+
+
+def check_first_step(sample: Sample, metrics: Mapping[str, float]) -> Iterator[Check]:
+    """The first cross-entropy and the mask of the labels, where the task has text; the marks of known trainings."""
     if rules.LOSS_CE in metrics:
         yield rules.caption_loss(metrics[rules.LOSS_CE], sample.vocabulary_size, metrics.get(rules.LABEL_FRACTION))
     yield from rules.fingerprints(metrics)

@@ -74,6 +74,10 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
     if TOTAL_NORM not in metrics:
         raise Unavailable(f"step() records no {TOTAL_NORM}")
     moved = any(not torch.equal(old, new.detach()) for old, new in zip(before, parameters, strict=True))
+    if moved:  # by an update that is not switched off, or by a gradient that is not finite: 0 x NaN is NaN
+        with torch.no_grad():
+            for old, new in zip(before, parameters, strict=True):
+                new.copy_(old)
     gradients = [parameter.grad for parameter in parameters]
     are_there = any(gradient is not None for gradient in gradients)
     reading = Reading(
@@ -202,7 +206,7 @@ class _Probe:
 
 def _switched_off(main: Reading, subject: Subject) -> Iterator[Check]:
     if main.moved:
-        names = ", ".join(f"{name} = {value:g}" for name, value in subject.disable_update.items())
+        names = ", ".join(f"{name} = {value!r}" for name, value in subject.disable_update.items())
         name = next(iter(subject.disable_update))
         sentence = f"a step changes the weights although {names}: {name} does not reach the optimiser"
         yield Check(f"parameter/{name}", "bad_setup", sentence, {}, f"follow {name} from the configuration to the optimiser")
@@ -215,6 +219,8 @@ def _loss(probe: _Probe, loss: str, main: Reading) -> Iterator[Check]:
         return
     full = _strong(probe, loss, main)
     weight = full.settings[weight_name]
+    if _batches(probe).status == "bad_setup":
+        return  # nothing can be compared; said at the end
     if loss == "ssim":
         clipping = _clipping(full)
         yield clipping
