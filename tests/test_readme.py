@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1500)  # the first test runs the main job: five minutes on two quiet cores
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
 LINES = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -31,7 +32,7 @@ def argv(line: str) -> list[str]:
     return [sys.executable, *(str(ROOT / word) if word.startswith("examples/") else word for word in words[1:])]
 
 
-def call(line: str, folder: Path, timeout_s: int = 900) -> subprocess.CompletedProcess[str]:
+def call(line: str, folder: Path, timeout_s: int = 1400) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(argv(line), cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
