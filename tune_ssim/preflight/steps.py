@@ -94,7 +94,7 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
         return reading
     forward, setting = _seeded(task, "forward", n), setting_of({**subject.config, **settings})
     found = expected(forward, setting, parameters)
-    reading = replace(reading, expected=found, cosine=cosine(gradients, found.gradients) if are_there else None)
+    reading = replace(reading, expected=_numbers_of(found), cosine=cosine(gradients, found.gradients) if are_there else None)
     if not rules.near(reading.agreement):
         with torch.no_grad():
             again = _seeded(task, "forward", n, seed=1).main.item()
@@ -124,18 +124,23 @@ def _with_gate(
             alike = cosine(gradients, found.gradients) if gradients is not None else 1.0
             if rules.near(reading.total_norm / found.total_norm) and alike >= rules.MIN_STEP_COSINE:
                 middle = (t + times[below + 1]) / 2 if below + 1 < len(times) else t
-                return replace(reading, expected=found, cosine=alike, gate=middle)
+                return replace(reading, expected=_numbers_of(found), cosine=alike, gate=middle)
     return reading
+
+
+def _numbers_of(found: Expected) -> Expected:
+    """Without the gradients themselves: many readings are kept, and each would be as large as the model."""
+    return replace(found, gradients=())
 
 
 def check_ssim(task: Any) -> Iterator[Check]:
     """The loss object alone, on the step's own decoded images and on flat bright patches, where half precision cancels."""
-    forward: Forward = call(task, "forward", 1)
+    with torch.no_grad():
+        forward: Forward = call(task, "forward", 1)
+        decoded = forward.decode(forward.z0).float()
     loss = replace(
         forward.loss, ssim_loss_weight=1.0, ssim_loss_max_t=1.0, ssim_grad_scale=1.0, ssim_grad_clamp=None, pixel_loss_weight=0.0
     )
-    with torch.no_grad():
-        decoded = forward.decode(forward.z0).detach().float()
     bright = torch.full((2, *forward.targets.shape[1:]), 0.98)
     noisy = bright + 0.001 * torch.randn(bright.shape, generator=torch.Generator().manual_seed(0))
     flat = 2 * noisy - 1 if loss.image_range == "[-1,1]" else noisy
