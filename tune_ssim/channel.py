@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tune_ssim.study_folder import write_atomically
+from tune_ssim.atomic_file import write_atomically
 
 VARIABLE = "TUNE_SSIM_TRIAL"  # of the environment: the folder
 TAG = b"TUNE_SSIM "

@@ -6,8 +6,8 @@
             ...
             t.report(step=step, loss=loss, total_norm=norm)
 
-Works in a script that a study runs as a command, and in a function that a study names. The trial itself, with its guards, is another
-process: it reads what is reported from a folder, and its verdict is found there.
+Works in a script that a study runs as a command, and in a function that a study names. The trial itself, with its guards, is
+another process: it reads what is reported from a folder, and its verdict is found there.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class TrialPruned(Exception):
 
 
 def trial_context(**defaults: Any) -> TrialContext:
-    """For a `with`; see the module. `defaults`: the configuration where nothing is being tuned, and of every key that the study does
-    not set. Safe on every rank of a distributed training: all of them may report, the first one is heard."""
+    """For a `with`; see the module. `defaults`: the configuration where nothing is being tuned, and of every key that the study
+    does not set. Safe on every rank of a distributed training: all of them may report, the first one is heard."""
     folder = os.environ.get(VARIABLE)
     if not folder or not Path(folder).is_dir():  # on further nodes the folder may not be there; their rank is not 0 either
         return TrialContext(None, defaults)
@@ -42,12 +42,11 @@ def trial_context(**defaults: Any) -> TrialContext:
 
 
 class TrialContext:
-    """config: what to train with. seed: of the trial, 0 without a study. steps: how long, None without a study."""
+    """config: what to train with. steps: how long, None without a study."""
 
     def __init__(self, channel: TrainingEnd | None, defaults: Mapping[str, Any]) -> None:
         self._channel = channel
         self.config = _Settings({**defaults, **(channel.config if channel else {})})
-        self.seed = channel.seed if channel else 0
         self.steps = channel.steps if channel else None
         self._step, self._told_read = 0, -1
 
@@ -55,6 +54,12 @@ class TrialContext:
     def is_active(self) -> bool:
         """Whether a study is listening."""
         return self._channel is not None
+
+    @property
+    def seed(self) -> int:
+        """A loop that draws its batches and noise from it sees the same as the baseline: norms are then compared step by step."""
+        self.config.read.add("seed")
+        return self._channel.seed if self._channel else 0
 
     def report(self, *, step: int, **metrics: float | torch.Tensor) -> None:
         """The numbers of one optimiser step (1 is the first), under the standard names: loss, total_norm (before clipping),

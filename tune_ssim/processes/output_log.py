@@ -50,7 +50,9 @@ class OutputLog:
                     file.seek(max(0, path.stat().st_size - 64 * 1024))
                     text += file.read()
         plain = ANSI.sub("", text.decode(errors="replace")).replace("\r", "\n")
-        lines = ["".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line.rstrip()) for line in plain.split("\n")]
+        lines = [
+            "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line.rstrip()) for line in plain.split("\n")
+        ]
         return [line[:width] for line in lines if line.strip()][-count:]
 
     def _rotate(self) -> None:
