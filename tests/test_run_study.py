@@ -147,7 +147,7 @@ def test_faults_of_the_set_up_end_the_study_with_their_reason(
 
 
 def test_a_missing_task_is_known_before_anything_starts(tmp_path: Path) -> None:
-    for task, words in (("nowhere.train:Task", "no module 'nowhere'"), ("small_task:Other", "has no class 'Other'")):
+    for task, words in (("nowhere.train:Task", "no module 'nowhere'"), ("small_task:Other", "has no class or function 'Other'")):
         with pytest.raises(UserError, match=words):
             run(small(task=task), storage=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -292,7 +292,7 @@ BAD = [
     ("task: my_pkg.train", "s.yaml:1: task: unknown task 'my_pkg.train'; valid: fundus_sr (your own: my_pkg.train:MyTask, or a command)"),
     ("task: {command: torchrun}", "s.yaml:1: task.command: must be a list, got 'torchrun'"),
     ("task: {command: [python, '{lr}']}", "s.yaml:1: task.command.1: no setting 'lr' for the braces in '{lr}'; there are"),
-    ("task: {command: [a, '{steps!r}']}", "s.yaml:1: task.command.1: '{steps!r}': {steps} is not the name of a setting"),
+    ("task: {command: [a, '{steps!r}']}", "s.yaml:1: task: command: '{steps!r}': the braces hold no name of a setting"),
     ("task: {comand: [a]}", "s.yaml:1: task: unknown key 'comand'"),
     ("task: 3", "s.yaml:1: task: unknown task 3"),
     ("import_path: 3", "s.yaml:1: import_path: must be a folder, got 3"),

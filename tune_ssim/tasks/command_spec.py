@@ -107,6 +107,15 @@ class CommandSpec(_Section):
     first_record_s: Seconds = 1800.0  # a model of many GB is loaded by then
     silence_s: Seconds = 1800.0  # the collectives' own timeout in PyTorch is 10 to 30 minutes
 
+    @model_validator(mode="after")
+    def _readable(self) -> CommandSpec:
+        for place, template, _ in self.templates():
+            try:
+                placeholders(template)
+            except ValueError as error:
+                raise ValueError(f"{place[0]}: {template!r}: {error}; a brace as such is written twice") from None
+        return self
+
     def templates(self) -> Iterator[tuple[tuple[str | int, ...], str, bool]]:
         """(place, template, whether it is of a smoke test, an evaluation or a resumption) of all text with placeholders."""
         yield from ((("command", index), word, False) for index, word in enumerate(self.command))
@@ -131,11 +140,7 @@ class CommandSpec(_Section):
         own = sorted(set(settings))
         for place, template, in_smoke in self.templates():
             valid = [*own, *ALWAYS, *(IN_SMOKE if in_smoke else ())]
-            try:
-                unknown = [name for name in placeholders(template) if name not in valid]
-            except ValueError as error:
-                yield place, f"{template!r}: {error}; a brace as such is written twice"
-                continue
+            unknown = [name for name in placeholders(template) if name not in valid]
             if unknown:
                 yield place, f"no setting {unknown[0]!r} for the braces in {template!r}; there are {', '.join(valid)}"
 
@@ -152,7 +157,7 @@ def placeholders(template: str) -> list[str]:
         if name is None:
             continue
         if not name.isidentifier() or conversion or "{" in (format_spec or ""):
-            raise ValueError(f"{{{name}}} is not the name of a setting")
+            raise ValueError(f"the braces hold no name of a setting: {name!r}")
         names.append(name)
     return names
 
