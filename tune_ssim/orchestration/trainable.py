@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pyarrow.fs import FileSelector, FileType
 from ray import tune
+from ray.exceptions import RayActorError
 
 from tune_ssim.checkpoint import load_checkpoint
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
+from tune_ssim.orchestration.nodes import NodesProcess
+from tune_ssim.orchestration.workers import WorkersTask
 from tune_ssim.quarantine import Ledger
 from tune_ssim.run_trial import Trial, TrialPlan, Verdict
 from tune_ssim.space import resolve_settings
@@ -29,6 +34,24 @@ WORK = "work"  # in a study's folder: what the trainings themselves leave behind
 
 
 @dataclass(frozen=True)
+class Parts:
+    """A trial over `workers` processes, or a command on `nodes`, each with `cpus` and `gpus`; neither: one process."""
+
+    workers: int = 1
+    nodes: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    def resources(self) -> tune.PlacementGroupFactory:
+        """What Ray reserves for a trial, all or nothing. The process that judges several parts only waits: it takes none."""
+        bundle = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        if self.workers * self.nodes == 1:
+            return tune.PlacementGroupFactory([bundle])
+        strategy = "STRICT_SPREAD" if self.nodes > 1 else "PACK"
+        return tune.PlacementGroupFactory([{}, *[bundle] * (self.workers * self.nodes)], strategy=strategy)
+
+
+@dataclass(frozen=True)
 class TrialSpec:
     """Everything about a trial but its settings; travels to the workers with the class."""
 
@@ -38,6 +61,15 @@ class TrialSpec:
     result_every: int = 10  # training steps per result that Ray sees: a result costs Ray milliseconds, a step may not
     evaluate_every: int | None = None  # training steps between held-out evaluations for a scheduler; None: at the end only
     import_path: str | None = None  # put in front of sys.path on the workers, for a task beside the study file
+    parts: Parts = Parts()
+
+    def make_task(self) -> Any:
+        if self.parts.workers > 1:
+            return WorkersTask(self.task, self.import_path, self.parts.workers, self.parts.cpus, self.parts.gpus)
+        task = load_task(self.task, self.import_path)()
+        if self.parts.nodes > 1:
+            task.launch = partial(NodesProcess, self.parts.nodes, self.parts.cpus, self.parts.gpus)
+        return task
 
 
 class GuardedTrainable(tune.Trainable):
@@ -72,17 +104,32 @@ class GuardedTrainable(tune.Trainable):
         self.settings = resolve_settings(given)
         config = {"steps": self.spec.plan.steps, **self.spec.task_config, **self.settings}
         baseline = context.get("baseline")
-        task = load_task(self.spec.task, self.spec.import_path)()
+        task = self.spec.make_task()
         if hasattr(task, "identify") and self.storage and self.study:
             task.identify(f"{self.study}-{self.trial_name_in_study}", Path(self.storage, self.study, WORK))
         self.trial = Trial(task, self.spec.plan)
-        self.trial.start(
+        start = partial(
+            self.trial.start,
             config,
             seed=self.seed,
             role=self.role,
             baseline=Baseline.read(baseline["path"], baseline["sha256"]) if baseline else None,
             searched=self.searched,
         )
+        start()
+        for checkpoint in self._of_earlier_starts():
+            try:
+                self._load(checkpoint)
+                break
+            except (OSError, UserError):  # cut short by a kill, or of another configuration
+                start()
+
+    def _of_earlier_starts(self) -> list[Path]:
+        """Checkpoints of this trial from before the study was interrupted, the newest first."""
+        if not self.storage or not self.study or not getattr(self.trial.task, "can_resume", True):
+            return []
+        found = Path(self.storage, self.study, "ray").glob(f"*/{glob.escape(self.trial_name_in_study)}/checkpoint_*")
+        return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
     def step(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -208,6 +255,8 @@ class GuardedTrainable(tune.Trainable):
             self.failure = Verdict("error", str(error))
         except BadSetup as finding:
             self.failure = Verdict("bad_setup", str(finding))
+        except RayActorError:  # a worker died: Ray starts the trial again, from its last checkpoint
+            raise
         except Exception as error:
             self.traceback = traceback.format_exc()
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -243,6 +292,7 @@ def make_trainable(
     checkpoint_every: int = 50,
     evaluate_every: int | None = None,
     import_path: str | None = None,
+    parts: Parts = Parts(),
 ) -> type[GuardedTrainable]:
     """A Trainable class for `tune.Tuner`. `task`: a class that keeps the contract of `tasks.task.Task`, or "module:Class"; or a
     function that reports through `trial_context`, as "module:function"; or a command, as a mapping for
@@ -259,5 +309,5 @@ def make_trainable(
         report_every=report_every,
         checkpoint_every=checkpoint_every,
     )
-    spec = TrialSpec(task, plan, dict(task_config or {}), result_every, evaluate_every, import_path)
+    spec = TrialSpec(task, plan, dict(task_config or {}), result_every, evaluate_every, import_path, parts)
     return type("GuardedTrial", (GuardedTrainable,), {"spec": spec})
