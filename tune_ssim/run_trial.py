@@ -132,8 +132,8 @@ class Trial:
                     self._smoke(made)
         if self.verdict is None and (ended or (self.step >= self.plan.steps and not self._is_process)):
             self._finish()
-        if self.verdict is not None and hasattr(self.task, "close"):
-            self.task.close(self.verdict.verdict, self.verdict.reason)
+        if self.verdict is not None and self._is_process:
+            self.task.close(self.verdict.verdict, self.verdict.reason)  # type: ignore[attr-defined]
         return merge(made)
 
     def summary_metrics(self) -> dict[str, float]:
