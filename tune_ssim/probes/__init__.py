@@ -3,6 +3,7 @@
 from tune_ssim.probes.collapse import collapse_statistics
 from tune_ssim.probes.gradients import loss_norms, total_norm, update_ratio
 from tune_ssim.probes.norm_model import NormModel, Prediction
+from tune_ssim.probes.shadow import shadow_terms
 from tune_ssim.probes.taps import GradientTaps
 from tune_ssim.probes.weights import WeightComparison, compare_with_file, content_id, tensor_contents, tensor_hashes
 
@@ -15,6 +16,7 @@ __all__ = [
     "compare_with_file",
     "content_id",
     "loss_norms",
+    "shadow_terms",
     "tensor_contents",
     "tensor_hashes",
     "total_norm",
