@@ -20,7 +20,7 @@ import torch
 from tapped_model import Branches, autograd_norms, batch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -121,6 +121,19 @@ def by_hand() -> dict[str, float]:
     return found
 
 
+def flat() -> str:
+    """What is said of FSDP1."""
+    model = Branches()
+    wrapped = FullyShardedDataParallel(LossOf(model), use_orig_params=True, device_id=torch.device("cpu"))
+    taps = GradientTaps(model.tags())
+    wrapped(batch(0)).backward()
+    try:
+        taps.read()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def main(rank: int, rendezvous: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -130,6 +143,7 @@ def main(rank: int, rendezvous: str) -> None:
         "fully_shard": sharded(reduce_always=False),
         "fully_shard, reduced in every pass": sharded(reduce_always=True),
         "by hand": by_hand(),
+        "flat": flat(),
     }
     print(json.dumps(told))
     distributed.destroy_process_group()
