@@ -309,7 +309,7 @@ def test_frozen_and_thawed_in_between():
 def test_a_layer_that_is_replaced():
     model = Branches()
     taps = GradientTaps(model.tags(), every=2)
-    taps.read()  # step 1; no hooks are left... but those of step 2
+    taps.read()  # step 1; the hooks of step 2 are set
     model.flow[2] = nn.Linear(9, 6, bias=False)
     model.loss(batch(0)).backward()
     reading = taps.read()
@@ -319,7 +319,7 @@ def test_a_layer_that_is_replaced():
     model.zero_grad()
     check(model, taps, [model.loss(batch(1))])
     model.flow[2].weight.data = torch.zeros(6, 12)  # and one whose tensor is exchanged before its update is looked at
-    assert "dbg/update_ratio/flow" in taps.read()
+    assert set(taps.read()) == {"dbg/update_ratio/backbone", "dbg/update_ratio/head"}
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -344,6 +344,7 @@ def test_a_gradient_penalty_is_one_backward_pass():
     check(model, taps, [model.loss(x) + slope.square().sum()])
 
 
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
 def test_a_backward_pass_through_a_backward_pass():
     model = Branches()
     taps = GradientTaps(model.tags(), accumulation=2)
