@@ -102,6 +102,15 @@ def test_a_resumed_training_reads_the_same_steps():
     assert read == [8, 12]
 
 
+def test_what_was_copied_before_a_jump_is_not_compared():
+    model = Branches()
+    taps = GradientTaps(model.tags(), every=4)
+    taps.read(4)
+    assert taps.read(9) == {}
+    taps.read(12)
+    assert set(taps.read(13)) == {f"dbg/update_ratio/{tag}" for tag in model.tags()}
+
+
 def test_nothing_waits_for_the_device():
     """A value of a meta tensor cannot be fetched, so whatever would wait for a GPU fails here."""
     with torch.device("meta"):
@@ -523,6 +532,7 @@ def test_shards_copies_and_plain_tensors_together(ranks):
     for found in (rank["by hand"] for rank in ranks):
         assert found["norm"] == found["missing"] == pytest.approx(found["expected"], rel=1e-6)
         assert found["update"] == pytest.approx(0.25, rel=1e-6) and found["refused"] == 1
+        assert found["real pass"] == pytest.approx(1, rel=1e-6) and found["coverage"] == 1
 
 
 def test_flat_parameters_are_refused(ranks):

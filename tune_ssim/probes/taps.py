@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -75,7 +76,7 @@ class GradientTaps:
         for tag, tagged in modules.items():
             self._tagged[tag] = _checked(tag, tagged)
         self._hooks: dict[Hashable, RemovableHandle] = {}
-        self._arrived: dict[int, list[int]] = {}  # id of the parameter → backward passes, and the number of the latest
+        self._arrived: dict[int, _Arrivals] = {}  # by the id of the parameter
         self._passes = _BackwardPasses()
         self._before: dict[str, tuple[list[torch.nn.Parameter], list[tuple[Tensor, Tensor]]]] = {}
         if self.due:
@@ -88,8 +89,12 @@ class GradientTaps:
 
     def read(self, step: int | None = None) -> dict[str, float | Tensor]:
         """Once an optimiser step, after its last backward pass and before `optimizer.step()`. Steps are counted from 1;
-        `step` overrules the count, for a training that was resumed."""
+        `step` overrules the count, for a training that was resumed.
+
+        Returns 0-d tensors and numbers, nothing in most steps. Raises UserError where gradients came and are gone."""
         due = self.due if step is None else step == 1 or step % self.every == 0
+        if step is not None and step != self.step + 1:
+            self._before = {}  # what was copied belongs to another step
         self.step = self.step + 1 if step is None else step
         found = self._update_ratios() if self._before else {}
         if due:
@@ -122,7 +127,7 @@ class GradientTaps:
         found[f"dbg/{tag}_trainable"] = float(len(trainable))
         if any(id(parameter) not in self._arrived for parameter in trainable):
             return found  # thawed or replaced since the hooks were set: the next reading counts
-        arrived = sum(self._arrived[id(parameter)][0] for parameter in trainable)
+        arrived = sum(self._arrived[id(parameter)].passes for parameter in trainable)
         if arrived and all(parameter.grad is None for parameter in trainable):
             raise UserError(
                 f"GradientTaps: gradients arrived at {tag!r} and are gone; call read() after the last backward() and before "
@@ -139,9 +144,8 @@ class GradientTaps:
             after = _sample(parameters, self.update_elements)
             owners, old, new = [p for p, _ in before], [part for _, part in before], [part for _, part in after]
             if [part.shape for part in old] == [part.shape for part in new]:  # else a parameter's data were exchanged
-                found[f"dbg/update_ratio/{tag}"] = joint_norm(owners, torch._foreach_sub(new, old)) / (
-                    joint_norm(owners, old) + EPS
-                )
+                moved = joint_norm(owners, torch._foreach_sub(new, old))
+                found[f"dbg/update_ratio/{tag}"] = moved / (joint_norm(owners, old) + EPS)
         self._before = {}
         return found
 
@@ -160,7 +164,7 @@ class GradientTaps:
         for tag, tagged in self._tagged.items():
             for parameter in self._parameters(tag):
                 if parameter.requires_grad and id(parameter) not in self._arrived:
-                    self._arrived[id(parameter)] = [0, 0]
+                    self._arrived[id(parameter)] = _Arrivals(parameter)
                     count = partial(self._count, id(parameter))
                     self._hooks[id(parameter)] = parameter.register_post_accumulate_grad_hook(count)
             if isinstance(tagged, torch.nn.Module) and "torch.distributed.tensor" in sys.modules:
@@ -178,9 +182,9 @@ class GradientTaps:
 
     def _count(self, key: int, _: Tensor) -> None:
         arrived, number = self._arrived[key], self._passes.number()
-        if arrived[1] != number:
-            arrived[0] += 1
-            arrived[1] = number
+        if arrived.latest != number:
+            arrived.passes += 1
+            arrived.latest = number
 
     def _follow(self, shards: Mapping[str, int], module: torch.nn.Module, _: Any) -> None:
         """`fully_shard` puts whole parameters in the place of the shards while a module runs. These get a gradient in every
@@ -191,6 +195,13 @@ class GradientTaps:
                 if key in self._hooks:
                     self._hooks.pop(key).remove()
                 self._hooks[id(parameter)] = parameter.register_post_accumulate_grad_hook(partial(self._count, key))
+
+
+@dataclass
+class _Arrivals:
+    parameter: torch.nn.Parameter  # held, so that no other can get its id
+    passes: int = 0  # in which a gradient arrived
+    latest: int = 0  # number of the latest
 
 
 class _BackwardPasses:
