@@ -146,7 +146,7 @@ def test_random_weights_fail_the_smoke_test_at_step_0(seed: int) -> None:
         ({"ssim_loss_weight": -1.0}, "ssim_loss_weight"),
         ({"ssim_loss_max_t": 0}, "ssim_loss_max_t"),
         ({"ssim_grad_scale": float("nan")}, "ssim_grad_scale"),
-        ({"weights": "/nowhere"}, "No such file"),
+        ({"weights": "/nowhere"}, "no such file"),
     ],
 )
 def test_bad_configurations_are_named(config: dict[str, object], words: str) -> None:
@@ -224,4 +224,4 @@ def test_fingerprints_change_with_the_data() -> None:
         mine.images.train, mine.images.held_out + 1 / 255, mine.images.train_origins, mine.images.held_out_origins
     )
     changed = {name for name, digest in other.fingerprints().items() if digest != mine.fingerprints()[name]}
-    assert changed == {"data/held_out"}
+    assert changed == {"data/held_out", "data/evaluation"}
