@@ -369,6 +369,8 @@ class FundusSR:
 
     def _load_networks(self) -> tuple[VAE | DiffusersVAE, Denoiser, Denoiser | None]:
         folder, config = self._weights_folder(), self.config
+        if config.vae is None and not (folder / VAE_FILE).exists() and (folder / DENOISER_FILE).exists():
+            raise UserError(f"fundus_sr: {folder} holds a denoiser and no {VAE_FILE}; say vae: which one it was trained with")
         vae = load_vae(config.vae or folder / VAE_FILE)
         if config.crop % (2 * vae.factor):
             raise UserError(f"fundus_sr: crop must be a multiple of {2 * vae.factor} with this VAE, got {config.crop}")

@@ -170,7 +170,7 @@ def _say(arguments: argparse.Namespace, vae: VAE | DiffusersVAE) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the safetensors files and SHA256SUMS: the study's weights"
+        "--out", type=Path, required=True, help="folder for the safetensors files: a study's `weights`"
     )
     parser.add_argument("--data", type=Path, help="folder of images, in place of the bundled photograph")
     parser.add_argument("--data-side", type=int, help="reduce the shorter side of larger images to this many pixels")
