@@ -169,9 +169,7 @@ def _say(arguments: argparse.Namespace, vae: VAE | DiffusersVAE) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the safetensors files: a study's `weights`"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the safetensors files: a study's `weights`")
     parser.add_argument("--data", type=Path, help="folder of images, in place of the bundled photograph")
     parser.add_argument("--data-side", type=int, help="reduce the shorter side of larger images to this many pixels")
     parser.add_argument("--vae", type=Path, help="train the denoiser on this VAE: a diffusers folder or a file of the bundled kind")
