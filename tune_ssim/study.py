@@ -425,9 +425,8 @@ def _with_paths(config: dict[str, Any], folder: Path, task: Any) -> dict[str, An
     def absolute(key: str, value: Any) -> Any:
         if not isinstance(value, str) or not value or "\0" in value:
             return value
-        if key not in named and (not value.startswith(("./", "../", "~/")) or named):
-            return value
-        return os.path.normpath((folder / Path(value).expanduser()).absolute())
+        is_path = key in named if named else value.startswith(("./", "../", "~/"))
+        return os.path.normpath((folder / Path(value).expanduser()).absolute()) if is_path else value
 
     return {key: absolute(key, value) for key, value in config.items()}
 
