@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_image_folder import folder_of
 
-from tune_ssim.sources import LineParser
+from tune_ssim.sources import LineParser, open_source
 from tune_ssim.study import load_study
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -79,12 +81,11 @@ def test_a_bagel_style_run_is_read_and_resumes_as_its_readme_says(bagel: Path) -
     assert {path.name for path in (checkpoints / "0000002").iterdir()} == {"model.safetensors", "ema.safetensors", "optimizer.pt"}
 
     # resumed: the same numbers; auto_resume: the newest checkpoint under the name wins over resume_from
-    again = records(
-        train(bagel, *setting, "--total_steps", 5, "--exp_name", "b", "--resume_from", checkpoints / "0000002", "--resume_model_only", "False")
-    )  # fmt: skip
+    resumed = ("--resume_from", checkpoints / "0000002", "--resume_model_only", "False")
+    again = records(train(bagel, *setting, "--total_steps", 5, "--exp_name", "b", *resumed))
     assert list(again) == [3, 4] and again[4]["total_norm"] == pytest.approx(whole[4]["total_norm"], rel=1e-4)
     trap = train(bagel, *setting, "--total_steps", 6, "--exp_name", "a", "--auto_resume", "True")
-    assert list(records(trap)) == [5] and f"{'a'}/checkpoints/0000004/model.safetensors" in trap
+    assert list(records(trap)) == [5] and "a/checkpoints/0000004/model.safetensors" in trap
 
 
 @pytest.mark.slow
@@ -93,8 +94,6 @@ def test_averaged_weights_only_with_model_only_and_two_ranks_see_two_batches(bag
     other = bagel / "data" / "other"
     shutil.copytree(bagel / "data" / "start", other)
     ruined = {name: torch.zeros_like(value) for name, value in start.items()}
-    from safetensors.torch import save_file
-
     save_file(ruined, other / "ema.safetensors", metadata={"format": "pt"})
     flags = ("--resume_from", other, "--total_steps", 1, "--finetune_from_ema", "True")
     averaged = records(train(bagel, *flags, "--exp_name", "c", ranks=2))
@@ -104,7 +103,36 @@ def test_averaged_weights_only_with_model_only_and_two_ranks_see_two_batches(bag
     assert one[0]["loss_flow"] != raw[0]["loss_flow"]
 
 
-@pytest.mark.parametrize("name", ["bagel_style"])
+@pytest.mark.slow
+def test_a_diffusers_training_runs_resumes_and_samples(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path / "diffusers_train"
+    shutil.copytree(EXAMPLES / "diffusers_train", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    folder_of(folder / "images", 6)
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    vae = diffusers.AutoencoderKL(block_out_channels=[8] * 3, norm_num_groups=4, layers_per_block=1, **blocks)
+    vae.save_pretrained(folder / "vae")
+    common = ("--pretrained_vae", "vae", "--train_data_dir", "images", "--resolution", 32)
+    flags = (*common, "--train_batch_size", 2, "--unet_channels", 16, 16, "--checkpointing_steps", 2)
+    flags += ("--ssim_loss_weight", 30, "--ssim_loss_max_t", 1.0)
+    echoed = json.loads(run(folder, "train.py", *flags, "--max_train_steps", 4).splitlines()[0])
+    assert (echoed["ssim_loss_weight"], echoed["ssim_loss_max_t"]) == (30, 1.0)
+    whole = {record.step: dict(record.values) for record in open_source(folder / "out" / "log.jsonl").finish()}
+    assert list(whole) == [1, 2, 3, 4]
+    assert whole[4].keys() >= {"loss", "loss_flow", "loss_ssim", "total_norm", "ssim_active_fraction"}
+    resumed = ("--resume_from_checkpoint", "out/checkpoint-2", "--output_dir", "again", "--max_train_steps", 4)
+    run(folder, "train.py", *flags, *resumed)
+    again = {record.step: dict(record.values) for record in open_source(folder / "again" / "log.jsonl").finish()}
+    assert list(again) == [3, 4] and again[4]["total_norm"] == pytest.approx(whole[4]["total_norm"], rel=1e-4)
+    unet = "out/checkpoint-4/unet"
+    last = run(folder, "sample.py", *common, "--unet", unet, "--out", "samples", "--references", "references", "--evaluate")
+    assert json.loads(last.splitlines()[-1]).keys() == {"ssim", "psnr"}
+    pictures = [sorted(path.name for path in (folder / name).iterdir()) for name in ("samples", "references")]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 16
+
+
+@pytest.mark.parametrize("name", ["bagel_style", "diffusers_train"])
 def test_the_studies_reach_every_setting(name: str) -> None:
     study = load_study(EXAMPLES / name / "study.yaml")
     assert not isinstance(study.task, str)
