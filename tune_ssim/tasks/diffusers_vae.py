@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tune_ssim.errors import BadSetup, UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+CHUNK = 8  # images, as a DecodedLoss has it
 PROBE = 64  # pixels of the image by which channels and reduction are found out
 
 
@@ -42,15 +44,25 @@ class DiffusersVAE(nn.Module):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """The posterior's mean where there is a posterior, standardised."""
-        return (self._moment(images) - self.latent_mean) / self.latent_std
+        return (_in_chunks(self._moment, images) - self.latent_mean) / self.latent_std
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Standardised latents → images in about [-1, 1] (not clipped)."""
-        return self.inner.decode(latents * self.latent_std + self.latent_mean).sample  # type: ignore[operator, no-any-return]
+        return _in_chunks(self._image, latents * self.latent_std + self.latent_mean)
+
+    def _image(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.inner.decode(latents).sample  # type: ignore[operator, no-any-return]
 
     def _moment(self, images: torch.Tensor) -> torch.Tensor:
         found: Any = self.inner.encode(images)  # type: ignore[operator]
         return found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents  # type: ignore[no-any-return]
+
+
+def _in_chunks(function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+    """Where no gradient is wanted, some at a time: an evaluation's 128 images of a real VAE would fill the memory."""
+    if torch.is_grad_enabled():
+        return function(batch)
+    return torch.cat([function(chunk) for chunk in batch.split(CHUNK)])
 
 
 def load_diffusers_vae(folder: str | Path) -> DiffusersVAE:
