@@ -166,9 +166,9 @@ def _split(
     every = images.get("", [])
     if len(every) < 2:
         raise UserError(f"data: {root}: {len(every)} different images that can be used; at least 2, one is held out{why}")
-    held_out = [image for image in every if int(image.sha256[:8], 16) / 2**32 < HELD_OUT] or every[:1]
-    train = [image for image in every if image not in held_out] or [held_out.pop()]
-    return tuple(train), tuple(held_out)
+    fractions = [int(image.sha256[:8], 16) / 2**32 for image in every]  # ascending, as the images are in the order of their hashes
+    first = min(max(sum(fraction < HELD_OUT for fraction in fractions), 1), len(every) - 1)
+    return tuple(every[first:]), tuple(every[:first])
 
 
 # -- files
