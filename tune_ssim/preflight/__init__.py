@@ -94,6 +94,7 @@ def _start(
     yield from _guarded("smoke", lambda: networks.check_samples(task, smoke_test, sample))
     yield from _guarded("frozen/decoder", lambda: learning.check_decoder(task))
     yield from _guarded("data/pairs", lambda: images.check_pairs(sample, seen))
+    yield from _guarded("data/files", lambda: images.check_data(task))
     yield from _guarded("data/training_images", lambda: images.check_training_images(task, steps, sample, seen))
     yield from _guarded("loss/main", lambda: images.check_losses(seen))
     yield from _guarded("ssim/precision", lambda: readings.check_ssim(task))
