@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,17 @@ __all__ = ["Finding", "TaskReport", "check_task"]
 
 STEPS_OF_A_TRIAL = 200  # said to setup(), as a study would (study.DEFAULT_STEPS); only a few of them are taken
 DISABLE_UPDATE = {"lr": 0.0}  # the contract: a learning rate of 0 leaves the weights as they are
-Check = Callable[[Subject, Run], Iterator[Finding]]
+CHECKS: dict[str, Callable[[Subject, Run], Iterator[Finding]]] = {
+    "random/repeatable": check_repeatable,
+    "still": check_still,
+    "step/total_norm/clipping": check_clipping,
+    "ssim_loss_weight": check_weight,
+    # From here on whole runs are compared.
+    "random/seed": check_seed,
+    "setup/afresh": check_afresh,
+    "state_dict/resume": check_resume,
+    "untouched": check_looking_on,
+}
 
 
 def check_task(
@@ -45,9 +56,9 @@ def check_task(
     before and after a checkpoint. What the task does wrong is a finding with its remedy, never an exception.
 
     config: small is quick; `steps` (the length of a trial) is added. device: as given to setup(). disable_update: the settings
-    that switch the update off. The global random generators are left as they were. Raises ValueError for `steps` below 2."""
-    if steps < 2:
-        raise ValueError(f"check_task: steps={steps!r}; expected at least 2, one before and one after the first update")
+    that switch the update off. The global random generators are left as they were. Raises ValueError for `steps` below 3."""
+    if steps < 3:
+        raise ValueError(f"check_task: steps={steps!r}; expected at least 3: something is looked at before each of the first five")
     started = time.perf_counter()
     with global_generators_kept():
         name = task if isinstance(task, str) else getattr(task, "__name__", type(task).__name__)
@@ -95,25 +106,23 @@ def _training(subject: Subject, steps: int) -> Iterator[Finding]:
             yield Finding("step", "broken", str(error), error.remedy)
             return
         yield from run.findings
-        repeatable = list(_guarded("random/repeatable", lambda: check_repeatable(subject, run)))
-        yield from repeatable
-        yield from _guarded("still", lambda: check_still(subject, run))
-        yield from _guarded("ssim_loss_weight", lambda: check_weight(subject, run))
-        yield from _guarded("step/total_norm/clipping", lambda: check_clipping(subject, run))
-        # The rest compares whole runs, and says nothing where the same run is not the same twice.
-        if any(finding.status == "broken" for finding in repeatable):
-            yield Finding(
-                "resume",
-                "unknown",
-                "whether a resumed run is the same run cannot be told, nor what looking at it changes",
-                "mend random/repeatable first",
-            )
+        if "step" in run.broken:
             return
-        yield from _guarded("random/seed", lambda: check_seed(subject, run))
-        yield from _guarded("setup/afresh", lambda: check_afresh(subject, run))
-        if "load_state_dict" not in subject.broken_methods:
-            yield from _guarded("state_dict/resume", lambda: check_resume(subject, run))
-        yield from _guarded("untouched", lambda: check_looking_on(subject, run))
+        # Every check adds to what is known to be broken, so that one fault is not said twice.
+        for name, check in CHECKS.items():
+            if name == "random/seed" and "random/repeatable" in run.broken:
+                yield Finding(
+                    "resume",
+                    "unknown",
+                    "whether a resumed run is the same run cannot be told, nor what looking at it changes",
+                    "mend random/repeatable first",
+                )
+                return
+            found = list(_guarded(name, partial(check, subject, run)))
+            run.findings.extend(found)
+            yield from found
+            if not run.comparable:
+                return
 
 
 def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

@@ -14,14 +14,7 @@ from tune_ssim.tasks.task import Forward, Part
 from tune_ssim.testing.findings import Finding
 from tune_ssim.testing.subject import Fault, Numbers, Subject
 
-OPTIONAL = {
-    "forward": "the gradient of every loss apart",
-    "trainable_parameters": "frozen, trained and clipped parameters",
-    "time_law": "how many steps carry an SSIM gradient",
-    "parts": "which weights are in memory",
-    "training_images": "whether held-out images are trained on",
-    "fingerprints": "whether the data of a proof is this data",
-}
+OPTIONAL = ("forward", "trainable_parameters", "time_law", "parts", "training_images", "fingerprints")
 
 
 def check_hooks(subject: Subject, task: Any, n: int, step: Numbers) -> Iterator[Finding]:
@@ -48,10 +41,8 @@ def check_hooks(subject: Subject, task: Any, n: int, step: Numbers) -> Iterator[
         if averaged is not None:
             yield from check_sample("sample_ema", averaged)
     if absent := [name for name in OPTIONAL if name not in present]:
-        told = "; ".join(f"{name}: {OPTIONAL[name]}" for name in absent)
-        yield Finding(
-            "optional", "unknown", f"not there, so preflight calls unknown {told}", "add them as tune_ssim.Task describes"
-        )
+        sentence = f"not there: {', '.join(absent)}; preflight calls unknown what they would show"
+        yield Finding("optional", "unknown", sentence, "add them as tune_ssim.Task describes them, if they are at hand")
 
 
 def _guarded(subject: Subject, name: str, check: Any) -> Iterator[Finding]:

@@ -18,19 +18,29 @@ GENERATORS = (
 )
 
 
+LOOKS = 5  # times that a run is looked at from outside, two steps apart: a change of the optimiser shows one step later
+
+
 class Run:
-    """A run of 2k steps with a checkpoint after k; `steps` are its numbers, `saved` is None where no checkpoint could be made."""
+    """A run with a checkpoint after k steps. steps: its numbers, at least 2k. saved: None where no checkpoint could be made.
+    comparable: another run of the same configuration and seed is the same run."""
 
     def __init__(self, subject: Subject, k: int, folder: Path) -> None:
         self.k, self.folder = k, folder
         self.findings: list[Finding] = []
+        self.comparable = True
         self.saved: dict[str, str] | None = None  # digests of the attributes at the checkpoint
         task = subject.make()
         first = subject.call(task, "step")
         self.findings.extend(check_metrics(first))
         self.steps: list[Numbers] = [as_numbers(first), *subject.steps(task, k - 1)]
         self.findings.extend(self._save(subject, task))
-        self.steps += subject.steps(task, k)
+        self.steps += subject.steps(task, max(k, 2 * LOOKS - k))
+
+    @property
+    def broken(self) -> set[str]:
+        """Names of what is wrong already: what follows from it need not be said."""
+        return {finding.name for finding in self.findings if finding.status == "broken"}
 
     def _save(self, subject: Subject, task: Any) -> Iterator[Finding]:
         if "state_dict" in subject.broken_methods:
@@ -42,7 +52,6 @@ class Run:
                 yield Finding("state_dict", "broken", f"state_dict() returned {kind}", "return a dict of tensors and JSON values")
                 return
             save_checkpoint(self.folder, state)
-            self.saved = attributes(task)
         except TypeError as error:
             yield Finding(
                 "state_dict",
@@ -58,6 +67,7 @@ class Run:
             return
         count = len(tensors_of(state))
         if count:
+            self.saved = attributes(task)
             yield Finding("state_dict", "ok", f"state_dict() holds {count} tensors and JSON values only")
         else:
             yield Finding(
@@ -75,6 +85,7 @@ def check_repeatable(subject: Subject, run: Run) -> Iterator[Finding]:
         return
     again = subject.difference(run.steps, subject.steps(subject.make(), run.k))
     if again:
+        run.comparable = False
         sentence = f"the same seed gives other numbers the second time ({again})"
         remedy = f"find what differs: time, unseeded generators, state kept on the class, threads of a loader; {GENERATORS}"
     else:
@@ -100,9 +111,8 @@ def check_seed(subject: Subject, run: Run) -> Iterator[Finding]:
 
 def check_resume(subject: Subject, run: Run) -> Iterator[Finding]:
     """A fresh instance that loads the checkpoint goes on as the run did."""
-    if run.saved is None:
-        yield Finding("state_dict/resume", "unknown", "there is no checkpoint to resume from", "mend state_dict() first")
-        return
+    if run.saved is None or "load_state_dict" in subject.broken_methods:
+        return  # said already
     task = subject.make(chance=2)
     try:
         subject.call(task, "load_state_dict", load_checkpoint(run.folder))

@@ -181,7 +181,8 @@ def check_weight(subject: Subject, run: Run) -> Iterator[Finding]:
                 f"setup() does not know {name}: the bundled spaces set it",
                 f"accept it, or leave it out of your own space: {'gates' if name == MAX_T else 'scales'} as DecodedLoss does",
             )
-    yield from _force(subject, off, still, count)
+    if not any(name.startswith(f"step/{TOTAL_NORM}") for name in run.broken):
+        yield from _force(subject, off, still, count)
 
 
 class _Probe:
@@ -202,8 +203,7 @@ def _same_batches(off: _Probe, tiny: _Probe, subject: Subject) -> Iterator[Findi
                 yield Finding(
                     "random/configuration",
                     "broken",
-                    f"step {n}: {name} is {a[name]:.6g} at {WEIGHT} 0 and "
-                    "{b[name]:.6g} at {TINY:g}: the "
+                    f"step {n}: {name} is {a[name]:.6g} at {WEIGHT} 0 and {b[name]:.6g} at {TINY:g}: the "
                     "configuration decides which random numbers are drawn, so trials and baseline see other batches",
                     f"{GENERATORS}, and none of the configuration; draw the same numbers whether or not a loss needs them",
                 )
@@ -237,11 +237,13 @@ def _force(subject: Subject, off: _Probe, still: Mapping[str, Any], count: int) 
             f"follow {WEIGHT} from setup() to the loss; effective() must read it where it is used",
         )
     if not any(step.get(ACTIVE_FRACTION, 1.0) > 0 for step in on.steps):
+        gated = MAX_T not in _open(subject)
         yield Finding(
             f"{WEIGHT}/felt",
-            "unknown",
-            f"no sample takes part in the first {len(on.steps)} steps ({ACTIVE_FRACTION} 0)",
-            "is the gate on t the right way round? t = 0 is clean, and 0 < t <= max_t takes part",
+            "unknown" if gated else "broken",
+            f"at {WEIGHT} {gain:g}{'' if gated else f' and {MAX_T} 1'} no sample takes part in {len(on.steps)} steps "
+            f"({ACTIVE_FRACTION} 0), whatever effective() says",
+            f"does {WEIGHT} reach the loss? is the gate the right way round? t = 0 is clean, and 0 < t <= max_t takes part",
         )
     elif at is None:
         yield Finding(
@@ -285,9 +287,8 @@ def check_clipping(subject: Subject, run: Run) -> Iterator[Finding]:
     """total_norm is read before clipping: it does not depend on the limit."""
     name = f"step/{TOTAL_NORM}/clipping"
     still, _ = _still(subject, run)
-    none = {CLIP: None} if _accepts(subject, {CLIP: None}) else {CLIP: 1e9}
     try:
-        free = _Probe(subject, {**still, **none}, 1)
+        free = _without_clipping(subject, still)
         norm = free.steps[0].get(TOTAL_NORM, math.nan)
         limit = norm / 10 if math.isfinite(norm) and norm > 0 else 1e-3
         clipped = _Probe(subject, {**still, CLIP: limit}, 1)
@@ -306,6 +307,14 @@ def check_clipping(subject: Subject, run: Run) -> Iterator[Finding]:
             f"{TOTAL_NORM} is {norm:.4g} without clipping and {found:.4g} with {CLIP} {limit:.3g}",
             "the first step must have the same gradient whatever the limit",
         )
+
+
+def _without_clipping(subject: Subject, still: Mapping[str, Any]) -> _Probe:
+    """None means no clipping; where a task does not know that, a limit that no norm reaches."""
+    try:
+        return _Probe(subject, {**still, CLIP: None}, 1)
+    except (Refused, Fault):
+        return _Probe(subject, {**still, CLIP: 1e9}, 1)
 
 
 def _fixed_clipping(subject: Subject, run: Run, name: str) -> Iterator[Finding]:

@@ -55,7 +55,8 @@ def check_methods(task_class: type) -> Iterator[Finding]:
     task = task_class()
     for name in CONTRACT:
         calls, reads = CALLS[name]
-        method = getattr(task, name, None)
+        written = inspect.getattr_static(task_class, name, None)
+        method = getattr(task, name, None) if not isinstance(written, property) else written
         if method is None or getattr(task_class, name, None) is getattr(Task, name):
             near = next((alias for alias in ALIASES[name] if callable(getattr(task, alias, None))), None)
             hint = f"rename {near}()" if near else "add it"

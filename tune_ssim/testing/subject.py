@@ -103,7 +103,7 @@ def as_numbers(metrics: Any) -> Numbers:
     found: Numbers = {}
     for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            found[str(name)] = float(value)
+            found[str(name)] = float(value.detach() if isinstance(value, torch.Tensor) else value)
     return found
 
 
