@@ -137,7 +137,7 @@ def _(folder: Path) -> Case:
 
 @defect("random weights in the file", listed=True)
 def _(folder: Path) -> Case:
-    return Case(config=folder_with(folder, denoiser=fresh().state_dict()), blamed=("smoke/raw", "loss/main"))
+    return Case(config=folder_with(folder, denoiser=fresh().state_dict()), blamed=("weights/denoiser", "smoke/raw", "loss/main"))
 
 
 @defect("weights of another architecture", listed=True)
@@ -198,7 +198,10 @@ def _(folder: Path) -> Case:
 
 @defect("the raw weights are random, the EMA is fine", listed=True)
 def _(folder: Path) -> Case:
-    return Case(config=folder_with(folder, denoiser=fresh().state_dict(), ema=bundled(DENOISER_FILE)), blamed=("smoke/raw",))
+    return Case(
+        config=folder_with(folder, denoiser=fresh().state_dict(), ema=bundled(DENOISER_FILE)),
+        blamed=("weights/denoiser", "smoke/raw"),
+    )
 
 
 @defect("the raw weights hold NaN")
@@ -260,7 +263,7 @@ def _(folder: Path) -> Case:
 def _(folder: Path) -> Case:
     torch.manual_seed(5)
     random = {**VAE().state_dict(), **{k: v for k, v in bundled(VAE_FILE).items() if k.startswith("latent")}}
-    return Case(config=folder_with(folder, vae=random), blamed=("data/autoencoder", "loss/main", "smoke/raw"))
+    return Case(config=folder_with(folder, vae=random), blamed=("weights/vae", "data/autoencoder", "loss/main"))
 
 
 @defect("the latents' standard deviation is 1 in memory")
@@ -306,7 +309,7 @@ for _name in (
 
         @defect(f"{_name} is dropped{', and echoed' if _echo else ''}", listed=True)
         def _(folder: Path, name: str = _name, echo: bool = _echo) -> Case:
-            return Case(losing(name, echo=echo), {"lr": 0.01}, blamed=(f"parameter/{name}", "parameter/others"))
+            return Case(losing(name, echo=echo), {"lr": 0.01, "ssim_grad_clamp": 0.01}, blamed=(f"parameter/{name}",))
 
 
 @defect("batch_size is dropped, and echoed")

@@ -160,7 +160,7 @@ def test_grey_images(crops: torch.Tensor) -> None:
 
 
 def test_what_cannot_be_measured_is_absent(crops: torch.Tensor) -> None:
-    assert set(collapse_statistics(crops)) == {"non_finite_fraction", "entropy_bits"}
+    assert set(collapse_statistics(crops)) == {"non_finite_fraction", "entropy_bits", "high_frequency_share", "diversity"}
     assert set(collapse_statistics(crops, references=crops)) - set(collapse_statistics(crops)) == {
         "high_frequency",
         "reference_psnr",
@@ -168,6 +168,19 @@ def test_what_cannot_be_measured_is_absent(crops: torch.Tensor) -> None:
         "ideal_entropy_bits",
     }
     assert "high_frequency" not in collapse_statistics(crops, inputs=low(crops))
+    assert set(collapse_statistics(crops, examples=crops)) - set(collapse_statistics(crops)) == {
+        "high_frequency",
+        "std_ratio",
+        "ideal_entropy_bits",
+    }
+
+
+def test_without_ground_truth_noise_and_sameness_are_seen(crops: torch.Tensor) -> None:
+    noise = (0.5 + 0.2 * torch.randn(crops.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    assert collapse_statistics(noise)["high_frequency_share"] == pytest.approx(8 / 9, abs=0.02)
+    assert collapse_statistics(crops)["high_frequency_share"] < 0.3
+    assert collapse_statistics(crops[:1].expand_as(crops))["diversity"] == pytest.approx(0, abs=1e-4)
+    assert collapse_statistics(crops)["diversity"] > 0.05
 
 
 def test_the_reconstruction_is_the_ideal_where_there_is_one(crops: torch.Tensor) -> None:

@@ -146,7 +146,7 @@ def test_random_weights_fail_the_smoke_test_at_step_0(seed: int) -> None:
         ({"ssim_loss_weight": -1.0}, "ssim_loss_weight"),
         ({"ssim_loss_max_t": 0}, "ssim_loss_max_t"),
         ({"ssim_grad_scale": float("nan")}, "ssim_grad_scale"),
-        ({"weights": "/nowhere"}, "No such file"),
+        ({"weights": "/nowhere"}, "no such file"),
     ],
 )
 def test_bad_configurations_are_named(config: dict[str, object], words: str) -> None:

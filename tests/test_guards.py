@@ -276,6 +276,8 @@ HEALTHY = {
     "entropy_bits": 3.5,
     "flow_loss_top_bin": 0.3,
     "undecodable_fraction": 0.0,
+    "high_frequency_share": 0.1,
+    "diversity": 0.3,
 }  # fmt: skip  (FACTS §2)
 LOST = {**HEALTHY, "consistency_psnr": 17.0}  # sharp images of something else
 NOISE = {**HEALTHY, "consistency_psnr": 17.0, "consistency_correlation": 0.1, "high_frequency": 9.0}
@@ -331,13 +333,18 @@ def test_smoke_test(tests: Any, consecutive: int, fired: list[tuple[int, str]]) 
         ("flow_loss_top_bin", 3.0, 3.01),
         ("non_finite_fraction", 0.0, 1e-6),
         ("undecodable_fraction", 0.0, 0.01),
+        ("high_frequency_share", 0.67, 0.68),
+        ("diversity", 0.03, 0.029),
         *((name, HEALTHY[name], value) for name in sorted(JUDGED) for value in (NAN, INF, -INF)),
     ],
 )
 def test_smoke_test_limits(statistic: str, healthy: float, ruined: float) -> None:
     guard = SmokeTest(consecutive=1)
-    assert fold(guard, smoke((0, HEALTHY), (1, {**HEALTHY, statistic: healthy})))[0] == []
-    violation = fold(guard, smoke((0, HEALTHY), (1, {**HEALTHY, statistic: ruined})))[0][0]
+    start = dict(HEALTHY)
+    if statistic == "high_frequency_share":  # judged where there is nothing to compare with
+        del start["high_frequency"]
+    assert fold(guard, smoke((0, start), (1, {**start, statistic: healthy})))[0] == []
+    violation = fold(guard, smoke((0, start), (1, {**start, statistic: ruined})))[0][0]
     assert violation.metric == SMOKE + statistic
     assert violation.value == ruined or math.isnan(ruined)
     assert "samples have collapsed" in violation.sentence

@@ -28,14 +28,14 @@ PACKAGE = ROOT / "tune_ssim"
 # A new module needs a place here; put it as low as its imports allow.
 FLOORS: list[set[str]] = [
     {"errors"},
-    {"tensor_file"},
+    {"tensor_file", "atomic_file", "processes"},
     {"records", "losses", "checkpoint", "yaml_source"},
-    {"sources", "probes", "guards"},
+    {"sources", "probes", "guards", "channel"},
     {"tasks", "space", "study_folder"},
     {"study", "sample_grid", "trial_text", "quarantine", "forecast", "batch_gradients"},
     {"proof"},
     {"run_trial", "winner", "provenance"},
-    {"preflight", "calibrate", "heat_map"},
+    {"preflight", "calibrate", "heat_map", "push"},
     {"orchestration"},
     {"report", "testing"},
     {"cli"},
@@ -46,7 +46,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # (modules under these names, libraries that importing them must not load)
 NO_TORCH = (
     *("errors", "records", "sources", "guards", "space", "study", "study_folder", "winner"),
-    *("yaml_source", "trial_text", "tensor_file", "quarantine"),
+    *("yaml_source", "trial_text", "tensor_file", "quarantine", "processes", "channel", "push"),
 )
 MUST_NOT_LOAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pure Python": (NO_TORCH, ("torch", "ray", "mlflow", "optuna")),

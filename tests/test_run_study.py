@@ -147,7 +147,7 @@ def test_faults_of_the_set_up_end_the_study_with_their_reason(
 
 
 def test_a_missing_task_is_known_before_anything_starts(tmp_path: Path) -> None:
-    for task, words in (("nowhere.train:Task", "no module 'nowhere'"), ("small_task:Other", "has no class 'Other'")):
+    for task, words in (("nowhere.train:Task", "no module 'nowhere'"), ("small_task:Other", "has no class or function 'Other'")):
         with pytest.raises(UserError, match=words):
             run(small(task=task), storage=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -242,7 +242,7 @@ def test_confirm_runs_the_best_and_the_baseline_again_with_new_seeds(confirmed: 
     best = best_safe(confirmed)
     again = [trial for trial in trials if trial["role"] == "confirm"]
     baselines = [trial for trial in trials if trial["trial_id"].startswith("confirm-baseline")]
-    assert [trial.get("seed") for trial in baselines] == [2, 3, 4]
+    assert sorted(trial.get("seed", -1) for trial in baselines) == [2, 3, 4]  # side by side: any may end first
     mine = confirmations(best, trials)
     assert sorted(trial.get("seed", -1) for trial in mine) == [2, 3, 4] and len(again) in (3, 6)
     assert {trial["steps"] for trial in (*mine, *baselines)} == {60}

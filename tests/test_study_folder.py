@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tune_ssim.atomic_file import write_atomically
 from tune_ssim.errors import UserError
 from tune_ssim.study_folder import (
     DEFAULT_STORAGE,
@@ -30,7 +31,6 @@ from tune_ssim.study_folder import (
     number,
     read_lines,
     storage_path,
-    write_atomically,
 )
 
 ROOT = Path(__file__).parents[1]

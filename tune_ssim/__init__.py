@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tune_ssim.orchestration.run_study import run
     from tune_ssim.orchestration.trainable import make_trainable
+    from tune_ssim.push import TrialPruned, trial_context
     from tune_ssim.records import Record
     from tune_ssim.run_trial import Trial
     from tune_ssim.space import load_space, resolve_settings
@@ -25,6 +26,7 @@ __all__ = [
     "Sample",
     "Task",
     "Trial",
+    "TrialPruned",
     "__version__",
     "best_safe",
     "load_space",
@@ -32,6 +34,7 @@ __all__ = [
     "make_trainable",
     "resolve_settings",
     "run",
+    "trial_context",
 ]
 
 # A name here must differ from every submodule of this package: importing `tune_ssim.x` binds `x` to the module.
@@ -40,12 +43,14 @@ _MODULE_OF = {
     "Sample": "tune_ssim.tasks.task",
     "Task": "tune_ssim.tasks.task",
     "Trial": "tune_ssim.run_trial",
+    "TrialPruned": "tune_ssim.push",
     "best_safe": "tune_ssim.winner",
     "load_space": "tune_ssim.space",
     "load_study": "tune_ssim.study",
     "make_trainable": "tune_ssim.orchestration.trainable",
     "resolve_settings": "tune_ssim.space",
     "run": "tune_ssim.orchestration.run_study",
+    "trial_context": "tune_ssim.push",
 }
 
 

@@ -83,9 +83,10 @@ class Trial:
         `searched`: keys in which the trial may differ from the baseline, besides the auxiliary losses'."""
         self.config, self.seed, self.role, self.baseline = dict(config), seed, role, baseline
         self.task.setup(config, seed, device)
+        self.searched = tuple(searched)
         self.effective = dict(self.task.effective())
-        self.step, self.paired = 0, True
-        self.verdict = self._check_effective() or self._check_baseline(searched)
+        self.step, self.unpaired = 0, ""
+        self.verdict = self._check_effective() or self._check_baseline()
         self.series: dict[str, dict[int, float]] = {}
         self.warnings: list[Violation] = []
         self.images: dict[int, bytes] = {}
@@ -93,6 +94,14 @@ class Trial:
         self.first_active: int | None = None  # until then a trial is the baseline, to the bit
         self.parents = ancestry(self.task)
         self.watch = Watch(self._bound_guards())
+        self._heard = False
+        if hasattr(self.task, "want_samples_at") and self.smoke_test is not None:
+            self.task.want_samples_at(self.smoke_test.at)
+
+    @property
+    def paired(self) -> bool:
+        """Whether the baseline saw the same batches, step by step."""
+        return not self.unpaired
 
     def advance(self, steps: int | None = None) -> list[Record]:
         """At most `steps` optimiser steps (None: to the end) → the records made. Sets `verdict` when the trial is over."""
@@ -100,21 +109,31 @@ class Trial:
             return []
         made: list[Record] = []
         end = self.plan.steps if steps is None else min(self.plan.steps, self.step + steps)
-        if self.step == 0 and self.smoke_test is not None and self.watch.state_of(SmokeTest.name)["start"] is None:
-            self._judge([self._smoke_record()], made)
+        if self.step == 0 and self._samples_itself is False and self.watch.state_of(SmokeTest.name)["start"] is None:
+            self._smoke(made)
         pending: list[tuple[int, Mapping[str, Number]]] = []
-        while self.verdict is None and self.step < end:
-            metrics = self.task.step()
-            self.step += 1
-            pending.append((self.step, metrics))
-            smoke_due = self.smoke_test is not None and self.smoke_test.due(self.step, self.plan.steps)
-            if smoke_due or len(pending) == self.plan.report_every or self.step == end:
+        ended = False
+        # A process of its own has more to say after its last step: samples, held-out numbers. It is heard until it ends.
+        while self.verdict is None and not ended and (self.step < end or (self._is_process and end == self.plan.steps)):
+            metrics, before = self.task.step(), self.step
+            at = before + 1 if metrics is None else int(metrics.get("step", before + 1))
+            if metrics is None or at > self.plan.steps:
+                ended = True
+            else:
+                if self._is_process and not self._heard:
+                    self._look_again()
+                self.step = max(before, at)
+                pending.append((at, {name: value for name, value in metrics.items() if name != "step"}))
+            smoke_due = self._samples_itself is False and not ended and self._due(before)
+            if smoke_due or len(pending) == self.plan.report_every or self.step >= end or ended:
                 self._judge(_resolve(pending), made)
                 pending = []
                 if smoke_due and self.verdict is None:
-                    self._judge([self._smoke_record()], made)
-        if self.verdict is None and self.step == self.plan.steps:
+                    self._smoke(made)
+        if self.verdict is None and (ended or (self.step >= self.plan.steps and not self._is_process)):
             self._finish()
+        if self.verdict is not None and hasattr(self.task, "close"):
+            self.task.close(self.verdict.verdict, self.verdict.reason)
         return merge(made)
 
     def summary_metrics(self) -> dict[str, float]:
@@ -160,14 +179,16 @@ class Trial:
             "baseline": None if self.baseline is None else self.baseline.sha256,
             "series": {name: [[step, value] for step, value in points.items()] for name, points in self.series.items()},
             "first_active": self.first_active,
+            "verdict": None if self.verdict is None else asdict(self.verdict),
         }  # fmt: skip
         save_checkpoint(folder, {"task": self.task.state_dict(), "trial": trial}, self.parents)
         self.note_contents(folder)
 
     def note_contents(self, folder: Path | None = None) -> None:
         """Adds the state as it is to `wrote`: by content, so that a ruined checkpoint is known under any other name."""
-        if self.first_active is not None:
-            contents = tensor_contents(tensors_of(self.task.state_dict()))
+        tensors = tensors_of(self.task.state_dict()) if self.first_active is not None else {}
+        if tensors:
+            contents = tensor_contents(tensors)
             self.wrote.append(
                 {"step": self.step, "path": folder and str(folder), "contents": asdict(contents), "parents": list(self.parents)}
             )
@@ -188,9 +209,34 @@ class Trial:
         self.series = {name: dict(points) for name, points in trial["series"].items()}
         self.first_active = trial["first_active"]
         self.step = trial["step"]
+        if (verdict := trial["verdict"]) is not None:  # saved after its end: there is nothing to go on with
+            violation = verdict["violation"]
+            self.verdict = Verdict(**{**verdict, "violation": violation and Violation(**violation)})
         self.note_contents(folder)
 
     # -- judging
+
+    @property
+    def _is_process(self) -> bool:
+        """Whether the training is a process of its own, and this task only its reader."""
+        return hasattr(self.task, "takes_samples")
+
+    def _look_again(self) -> None:
+        """What is in force and how far the batches are the baseline's, now that the training has spoken."""
+        self._heard = True
+        self.effective = dict(self.task.effective())
+        self.verdict = self._check_effective() or self._check_baseline()
+        self.watch.guards = self._bound_guards()
+
+    @property
+    def _samples_itself(self) -> bool | None:
+        """Whether samples come among the task's metrics; None where nobody judges samples."""
+        return None if self.smoke_test is None else self._is_process and not self.task.takes_samples  # type: ignore[attr-defined]
+
+    def _due(self, before: int) -> bool:
+        """Whether a smoke test was due after one of the steps since `before`."""
+        assert self.smoke_test is not None
+        return any(self.smoke_test.due(step, self.plan.steps) for step in range(before + 1, self.step + 1))
 
     @property
     def smoke_test(self) -> SmokeTest | None:
@@ -216,19 +262,22 @@ class Trial:
                 return Verdict("bad_setup", words)
         return None
 
-    def _check_baseline(self, searched: Collection[str]) -> Verdict | None:
+    def _check_baseline(self) -> Verdict | None:
         """The baseline must be the same training but for the auxiliary loss. Where a searched key of the optimiser differs,
         the comparison goes on unpaired."""
         if self.baseline is None:
             return None
+        self.unpaired = ""
         reference = self.baseline.reference(self.seed).effective
         for name in sorted(set(self.effective) & set(reference)):
             if name.startswith(AUXILIARY) or _same(self.effective[name], reference[name]):
                 continue
-            if name not in searched:
+            if name not in self.searched:
                 words = f"{name} is {self.effective[name]!r} here and {reference[name]!r} in the baseline: not comparable"
                 return Verdict("bad_setup", words)
-            self.paired = False
+            self.unpaired = "a searched key of the optimiser differs from the baseline's"
+        if not getattr(self.task, "is_paired", True):
+            self.unpaired = "the batches are the command's own: it is not told the seed"
         return None
 
     def _judge(self, records: Sequence[Record], made: list[Record]) -> None:
@@ -242,6 +291,7 @@ class Trial:
                 return
             ratio = self.norm_ratio() if TOTAL_NORM in record.values else None
             made.append(record if ratio is None else Record(record.step, {**record.values, NORM_RATIO: ratio}))
+            self._keep_image(record)
             self._keep_series(record)
             if self.first_active is None and TOTAL_NORM in record.values and record.values.get(ACTIVE_FRACTION, 1.0) > 0:
                 self.first_active = record.step
@@ -256,6 +306,13 @@ class Trial:
                 if self.verdict is not None:
                     return
 
+    def _keep_image(self, record: Record) -> None:
+        """Of samples that came with the metrics."""
+        if self._samples_itself and any(name.startswith(SMOKE) for name in record.values):
+            image = self.task.image(record.step) if hasattr(self.task, "image") else None
+            if image is not None:
+                self.images[record.step] = image
+
     def _keep_series(self, record: Record) -> None:
         """A baseline run keeps the norms that later trials are compared with."""
         if self.role == "baseline":
@@ -265,13 +322,21 @@ class Trial:
 
     def _probe(self, cause: Violation, made: list[Record]) -> None:
         """A smoke test at once: it fails with both noises, or the training goes on."""
-        if self.smoke_test is None:
+        if self._samples_itself is not False:  # nobody can be asked for samples now
             self._end_with(replace(cause, action="prune"))
             return
         record = self._smoke_record(again=True)
+        if record is None:
+            self._end_with(replace(cause, action="prune"))
+            return
         made.append(record)
         for violation in self.watch.update(record):
             self._end_with(replace(violation, sentence=f"{violation.sentence} (tested because {cause.sentence})"))
+
+    def _last_step_of_baseline(self) -> int:
+        assert self.baseline is not None
+        series = self.baseline.reference(self.seed).series
+        return max((max(points) for points in series.values() if points), default=0)
 
     def _end_with(self, violation: Violation) -> None:
         ruined = violation.action == "abort" or self.role == "baseline"
@@ -279,18 +344,30 @@ class Trial:
         self.step = violation.step
         self.verdict = Verdict("bad_setup" if ruined else "pruned", words, violation)
 
-    def _smoke_record(self, again: bool = False) -> Record:
-        """Statistics of fixed samples; at the last step, or if asked, a failure is tried again with the second noise."""
+    def _smoke(self, made: list[Record]) -> None:
+        record = self._smoke_record()
+        if record is not None:
+            self._judge([record], made)
+
+    def _smoke_record(self, again: bool = False) -> Record | None:
+        """Statistics of fixed samples; at the last step, or if asked, a failure is tried again with the second noise. None where
+        there is nothing to sample from yet."""
         guard = self.smoke_test
         assert guard is not None
         sample = self.task.sample(0)
+        if sample is None:
+            return None
         values = statistics_of(sample)
         if self.plan.image_grids:
             self.images[self.step] = sample_grid(sample)
         record = {SMOKE + name: value for name, value in values.items()}
         start = self.watch.state_of(guard.name)["start"] or values
-        if (again or self.step == self.plan.steps) and guard.findings(values, start):
-            record |= {SMOKE_AGAIN + name: value for name, value in statistics_of(self.task.sample(1)).items()}
+        if (
+            (again or self.step >= self.plan.steps)
+            and guard.findings(values, start)
+            and (second := self.task.sample(1)) is not None
+        ):
+            record |= {SMOKE_AGAIN + name: value for name, value in statistics_of(second).items()}
         return Record(self.step, record)
 
     def _finish(self) -> None:
@@ -298,6 +375,11 @@ class Trial:
             unjudged = self.watch.finish()
         except MissingMetric as error:
             self.verdict = Verdict("error", str(error))
+            return
+        if self.baseline is not None and self.step < (last := self._last_step_of_baseline()) and self.step < self.plan.steps:
+            self.verdict = Verdict(
+                "error", f"the training ended by itself at step {self.step}, the baseline's at {last}: not comparable"
+            )
             return
         found = dict(self.task.evaluate())
         horizon = f"to step {self.step}"
@@ -319,16 +401,22 @@ class Trial:
                 violation = Violation("objective", self.step, name, value, limit, "warn", words)
                 self.verdict = Verdict("degraded", words, violation, metrics)
                 return
-        how = "" if self.paired else " (unpaired: a searched key of the optimiser differs from the baseline's)"
+        how = f" (unpaired: {self.unpaired})" if self.unpaired else ""
         words = f"safe {horizon}: no guard fired, nothing worse than the margins{how}"
         self.verdict = Verdict("safe", words, metrics=metrics)
 
 
 def statistics_of(sample: Sample) -> dict[str, float]:
     """Everything by which a sample is judged: collapse statistics and the task's own."""
-    found = collapse_statistics(
-        sample.images, references=sample.references, inputs=sample.inputs, reconstructions=sample.reconstructions
-    )
+    found: dict[str, float] = {}
+    if len(sample.images):
+        found = collapse_statistics(
+            sample.images,
+            references=sample.references,
+            inputs=sample.inputs,
+            reconstructions=sample.reconstructions,
+            examples=sample.examples,
+        )
     if sample.token_ids is not None and sample.vocabulary_size is not None:
         ids = sample.token_ids
         outside = (ids < 0) | (ids >= sample.vocabulary_size)  # SEEDS B1: such an id decodes to None

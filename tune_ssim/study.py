@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from tune_ssim.errors import UserError
 from tune_ssim.guards import Guard, KeepRule, NonFinite, NormRatio, SmokeTest, Threshold
-from tune_ssim.space import GAIN, WEIGHT, Space, find_space, load_space, setting_problem
+from tune_ssim.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Space, find_space, load_space, setting_problem
 from tune_ssim.study_folder import check_name
+from tune_ssim.tasks.command_spec import CommandSpec
 from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, dump_yaml, kind_of, read_yaml, shown
 
 BUILT_IN_TASKS = {"fundus_sr": "tune_ssim.tasks.fundus_sr:FundusSR"}
@@ -173,7 +174,7 @@ class Study:
 
     name: str
     space: Space
-    task: str = "fundus_sr"  # a key of BUILT_IN_TASKS or module:Class
+    task: str | CommandSpec = "fundus_sr"  # a key of BUILT_IN_TASKS, module:Class, module:function, or a command
     task_config: Mapping[str, Any] = field(default_factory=lambda: {"steps": DEFAULT_STEPS})
     baseline: BaselineRuns = field(default_factory=BaselineRuns)
     search: Search = field(default_factory=Search)
@@ -201,9 +202,9 @@ class Study:
         return self.task_config["steps"]
 
     @property
-    def task_path(self) -> str:
-        """`module:Class`."""
-        return BUILT_IN_TASKS.get(self.task, self.task)
+    def task_path(self) -> str | dict[str, Any]:
+        """`module:Class` or `module:function`, or how the command is run."""
+        return self.task.model_dump() if isinstance(self.task, CommandSpec) else BUILT_IN_TASKS.get(self.task, self.task)
 
     @property
     def guard_list(self) -> tuple[Guard, ...]:
@@ -239,7 +240,7 @@ class Study:
         keep = {metric: rule.limit for metric, rule in self.objective.keep.items()}
         return {
             "name": self.name,
-            "task": self.task,
+            "task": self.task.model_dump() if isinstance(self.task, CommandSpec) else self.task,
             "task_config": dict(self.task_config),
             "baseline": {**self.baseline.overrides, "seeds": self.baseline.seeds},
             "space": self.space.to_yaml(),
@@ -348,9 +349,12 @@ def _parse(source: Source, folder: Path) -> Study:
     stem = Path(source.label).stem.replace("_", "-")
     found: dict[str, Any] = {**defaults, "name": stem if _is_name(stem) else "study"}
     found |= {key: data[key] for key in ("name", "task", "report_every", "result_every", "checkpoint_every") if key in data}
+    if isinstance(data.get("task"), Mapping):
+        spec = _section(problems, ("task",), data["task"], CommandSpec)
+        found["task"] = defaults["task"] if spec is None else spec  # what is wrong with it is on the list by now
     found["space"] = _space(problems, source, folder)
     found["task_config"] = {"steps": DEFAULT_STEPS, **_settings(problems, "task_config", data.get("task_config"))}
-    found["baseline"] = _baseline(problems, data)
+    found["baseline"] = _baseline(problems, data, found["task"])
     for key, model in (("search", Search), ("resources", Resources)):
         found[key] = _section(problems, (key,), data.get(key) or {}, model)
     found["scheduler"] = _scheduler(problems, data.get("scheduler"), found["task_config"]["steps"])
@@ -359,6 +363,10 @@ def _parse(source: Source, folder: Path) -> Study:
     optional = {"tracking": Tracking, "preflight": Preflight, "calibration": CalibrationOptions, "confirm": Confirm}
     for key, section in optional.items():
         given = data.get(key, {})
+        if isinstance(found["task"], CommandSpec) and key in ("preflight", "calibration"):
+            if data.get(key) is not None:
+                problems.add((key,), "looks into the task's own process; a command has another one: leave it out")
+            given = None
         found[key] = None if given is None else _section(problems, (key,), given, section)
     found["import_path"] = _import_path(problems, data, folder if source.lines else None, found["task"])
     for loc, message in _problems(SimpleNamespace(**found)):
@@ -406,9 +414,14 @@ def _settings(problems: Problems, key: str, value: Any) -> dict[str, Any]:
         return {}
 
 
-def _baseline(problems: Problems, data: Mapping[str, Any]) -> BaselineRuns | None:
+def _baseline(problems: Problems, data: Mapping[str, Any], task: Any) -> BaselineRuns | None:
     if "baseline" not in data:
-        return BaselineRuns()
+        usual = BaselineRuns()
+        if not isinstance(task, CommandSpec):
+            return usual
+        # A script that has no pixel loss has a baseline without any auxiliary loss.
+        told = {name: value for name, value in usual.overrides.items() if name in task.reached()}
+        return usual.model_copy(update={"overrides": told})
     if data["baseline"] is None:
         problems.add(("baseline",), "every verdict compares with a baseline; leave the key out for the pixel loss only")
         return None
@@ -478,7 +491,7 @@ def _import_path(problems: Problems, data: Mapping[str, Any], folder: Path | Non
     """Absolute, so that workers find it too; only a task of one's own, in a study with a file, has one by default."""
     given = data.get("import_path")
     if given is None:
-        return str(folder.absolute()) if folder is not None and isinstance(task, str) and task not in BUILT_IN_TASKS else None
+        return str(folder.absolute()) if folder is not None and not (isinstance(task, str) and task in BUILT_IN_TASKS) else None
     if not isinstance(given, str) or not given or "\0" in given:
         problems.add(("import_path",), f"must be a folder, got {kind_of(given)}")
         return None
@@ -559,14 +572,12 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
             ("name",),
             f"letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit; got {got}",
         )
-    if isinstance(study.task, Mapping):
-        yield (
-            ("task",),
-            f"a task run by a command is not available yet; valid: {', '.join(BUILT_IN_TASKS)} or module:Class",
-        )
+    if isinstance(study.task, CommandSpec):
+        for place, wrong in study.task.problems(_settings_of(study)):
+            yield ("task", *place), wrong
     elif not isinstance(study.task, str) or not (study.task in BUILT_IN_TASKS or _is_path(study.task)):
         guess = did_you_mean(study.task, BUILT_IN_TASKS) if isinstance(study.task, str) else ""
-        yield ("task",), f"unknown task {shown(study.task)}{guess} (your own: my_pkg.train:MyTask)"
+        yield ("task",), f"unknown task {shown(study.task)}{guess} (your own: my_pkg.train:MyTask, or a command)"
     for key in ("report_every", "result_every", "checkpoint_every"):
         if not _is_count(getattr(study, key)):
             yield (key,), f"must be an integer >= 1, got {kind_of(getattr(study, key))}"
@@ -606,6 +617,15 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
         if asha.grace_steps > asha.max_steps:
             got = f"got {asha.grace_steps}"
             yield ("scheduler", "asha", "grace_steps"), f"must be at most max_steps ({asha.max_steps}), {got}"
+
+
+def _settings_of(study: Any) -> set[str]:
+    """Every setting that a trial of the study has."""
+    named = {*study.task_config, *(study.baseline.overrides if study.baseline is not None else ())}
+    for stage in study.space.stages if study.space is not None else ():
+        named |= {*stage.parameters, *stage.fixed, *(name for point in stage.points for name in point)}
+        named |= {WEIGHT, GRAD_SCALE, MAX_T} if GAIN in stage.parameters else set()
+    return named - {GAIN}
 
 
 def _is_name(name: Any) -> bool:

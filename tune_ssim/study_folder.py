@@ -17,12 +17,12 @@ import math
 import numbers
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from tune_ssim.atomic_file import write_atomically
 from tune_ssim.errors import UserError
 
 DEFAULT_STORAGE = "tune_ssim_results"
@@ -146,24 +146,6 @@ def check_name(name: str) -> str:
         rule = "letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit"
         raise UserError(f"name {name!r}: {rule}")
     return name
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is either as before or complete, also after kill -9."""
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:  # said of the file that was meant, not of the temporary one
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,8 +43,8 @@ class Watch:
         """What the guards say about a record, the gravest first. Raises MissingMetric when a guard's metric is absent
         from the first records."""
         if record.step > self._last_step:
-            if self._records == GRACE_RECORDS:
-                self._require(f"the first {GRACE_RECORDS} records")
+            if self._records >= GRACE_RECORDS and not all(self._seen.values()):
+                self._require(f"the first {self._records} records", self._last_step)
             self._records, self._last_step = self._records + 1, record.step
         self._remember(record)
         violations = []
@@ -97,9 +98,10 @@ class Watch:
             if any(_has(metric, [name]) for metric in absent) or len(self._names) < SHOWN_NAMES:
                 self._names.append(name)
 
-    def _require(self, where: str) -> None:
+    def _require(self, where: str, step: float = math.inf) -> None:
+        """By this step. A guard whose metric comes rarely says `expected_by` when the first one is due."""
         for guard in self.guards:
-            if not self._seen[guard.name]:
+            if not self._seen[guard.name] and step > getattr(guard, "expected_by", -1):
                 absent = [metric for metric in guard.metrics if not _has(metric, self._names)]
                 saw = ", ".join(sorted(self._names)) or "no metric at all"
                 metric = f"metric '{absent[0]}'" if absent else "everything"

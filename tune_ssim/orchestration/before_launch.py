@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from tune_ssim.atomic_file import write_atomically
 from tune_ssim.checkpoint import tensors_of
 from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.guards.preflight import Report
+from tune_ssim.guards.preflight_rules import unknown
 from tune_ssim.orchestration.events import EventWriter
 from tune_ssim.probes import tensor_contents
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.proof import CALIBRATION, PREFLIGHT, PROVENANCE, START, read_json
 from tune_ssim.quarantine import Ledger
 from tune_ssim.run_trial import ancestry
-from tune_ssim.study_folder import StudyFolder, jsonable, number, write_atomically
+from tune_ssim.study_folder import StudyFolder, jsonable, number
 from tune_ssim.tasks.task import Task, load_task
 from tune_ssim.tensor_file import Contents
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from tune_ssim.study import Study
 
 HEAT_MAP = "calibration.png"
+OWN_PROCESS = "the training is a process of its own: what reaches it is checked when the baseline runs, its weights are not"
 
 
 def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, table: LiveTable, gpus: float) -> None:
@@ -124,6 +128,11 @@ def _inspect(study: Study, preflight: bool, calibration: bool, provenance: bool)
     found: dict[str, Any] = {}
     try:
         task_class = load_task(study.task_path, study.import_path)
+        if hasattr(task_class(), "takes_samples"):  # a process of its own
+            calibration = False
+            if preflight:
+                found["preflight"] = Report((unknown("setup", OWN_PROCESS),), 0.0).to_dict()
+                preflight = False
         if preflight:
             from tune_ssim.preflight import preflight as check
 
@@ -157,7 +166,8 @@ def _inspect(study: Study, preflight: bool, calibration: bool, provenance: bool)
 def _starting_contents(task: Task) -> list[Contents]:
     """Of the state before the first step and of every part: what a trial has not made itself."""
     parts = task.parts().values() if hasattr(task, "parts") else ()
-    return [tensor_contents(tensors) for tensors in (tensors_of(task.state_dict()), *(part.module.state_dict() for part in parts))]
+    all_tensors = (tensors_of(task.state_dict()), *(part.module.state_dict() for part in parts))
+    return [tensor_contents(tensors) for tensors in all_tensors if tensors]
 
 
 def write_json(path: Path, value: Any) -> None:

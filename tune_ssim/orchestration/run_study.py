@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import optuna
 import ray
 from ray import tune
-from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import CheckpointConfig, FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from tune_ssim.atomic_file import write_atomically
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Guard
 from tune_ssim.orchestration.before_launch import before_launch, inspect, norm_model
@@ -30,7 +31,7 @@ from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, S
 from tune_ssim.orchestration.study_callback import LIVE_TABLES, StudyCallback
 from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable, make_trainable
 from tune_ssim.proof import SKIPPED, differences
-from tune_ssim.study_folder import StudyFolder, TrialSummary, check_name, write_atomically
+from tune_ssim.study_folder import StudyFolder, TrialSummary, check_name
 from tune_ssim.tasks.task import load_task
 from tune_ssim.trial_text import setting_text
 from tune_ssim.winner import ranked, settings_of
@@ -250,10 +251,10 @@ def _fit(
     if _begun(folder, phase):
         path = str(folder.ray_folder / phase)
         # Trials, searcher and callbacks come back as they were.
-        Tuner.restore(path, trainable=with_resources, resume_unfinished=True, restart_errored=True).fit()
+        _check(Tuner.restore(path, trainable=with_resources, resume_unfinished=True, restart_errored=True).fit())
         return
     frequency = max(1, round(study.checkpoint_every / study.result_every))
-    Tuner(
+    tuner = Tuner(
         with_resources,
         tune_config=TuneConfig(
             search_alg=searcher,
@@ -273,7 +274,17 @@ def _fit(
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_frequency=frequency, checkpoint_at_end=True),
             verbose=0,
         ),
-    ).fit()
+    )
+    _check(tuner.fit())
+
+
+def _check(results: ResultGrid) -> None:
+    """A trial whose process died is a line in the table. Of a baseline it is the end: nothing can be compared."""
+    for result in results:
+        context = (result.config or {}).get(CONTEXT) or {}
+        if result.error is not None and context.get("role") == "baseline":
+            last = [line for line in str(result.error).splitlines() if line.strip()][-1].strip()
+            raise UserError(f"{context.get('trial_id')}: its process died: {last} (--resume tries again)")
 
 
 def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int, table: LiveTable) -> None:
@@ -300,7 +311,14 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         folder,
         SEARCH,
         cluster,
-        BaselineFirst(inner, study.baseline_settings, folder=folder.path / "baseline", seeds=seeds, storage=folder.path.parent),
+        BaselineFirst(
+            inner,
+            study.baseline_settings,
+            folder=folder.path / "baseline",
+            seeds=seeds,
+            storage=folder.path.parent,
+            study=folder.name,
+        ),
         samples=study.search.trials + len(seeds),
         concurrency=concurrency,
         steps=study.steps,
@@ -345,6 +363,7 @@ def _fit_confirmation(
         seeds=seeds,
         prefix=PREFIX,
         storage=folder.path.parent,
+        study=folder.name,
     )
     _fit(
         study,

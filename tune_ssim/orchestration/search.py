@@ -18,13 +18,13 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from scipy.stats import qmc
 
+from tune_ssim.atomic_file import write_atomically
 from tune_ssim.errors import UserError
 from tune_ssim.forecast import forecast, gain_at, skip_sentence
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.orchestration.trainable import CONTEXT, OBJECTIVE
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.space import GAIN, Choice, LogUniform, Space, Stage, Uniform, gain_of, resolve_settings
-from tune_ssim.study_folder import write_atomically
 
 HARM = "harm"  # the constraint's name in Optuna; feasible <= 0
 MAX_SKIPPED_IN_A_ROW = 200  # less than a second of suggestions (TPE takes 3 ms, FACTS §3)
@@ -402,8 +402,8 @@ class BaselineFirst(Searcher):
 
     baseline_config: settings of the baseline; a key that the space searches must be in it. seeds[0] is the study's own: later
     trials run with it and see the same batches. prefix: of the baselines' names. folder: where the file goes; every node must
-    reach it under that path. storage: where the ledger of ruined checkpoints is. If a baseline fails, or two trials report
-    the same set-up error, the search is over and `failure` says why.
+    reach it under that path. storage: where the ledger of ruined checkpoints is, and the study's folder, called `study`. If a
+    baseline fails, or two trials report the same set-up error, the search is over and `failure` says why.
     """
 
     def __init__(
@@ -417,6 +417,7 @@ class BaselineFirst(Searcher):
         searched: Sequence[str] = (),
         prefix: str = "",
         storage: str | Path | None = None,
+        study: str | None = None,
     ) -> None:
         super().__init__(metric=searcher.metric, mode=searcher.mode)
         if baseline is None and not seeds:
@@ -424,7 +425,8 @@ class BaselineFirst(Searcher):
         self.searcher = searcher
         self.baseline_config, self.seeds, self.folder = dict(baseline_config), list(seeds), str(folder)
         self.searched, self.prefix = list(searched), prefix
-        self.shared = {} if storage is None else {"storage": str(storage)}
+        named = {} if study is None else {"study": study}
+        self.shared = named if storage is None else {"storage": str(storage), **named}
         self.failure = ""
         self._baseline_trials: list[str] = []
         self._runs: dict[str, str] = {}  # trial id → Baseline of one run, as JSON

@@ -32,9 +32,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from tune_ssim.atomic_file import write_atomically
 from tune_ssim.orchestration import mirror
 from tune_ssim.orchestration.events import gain
-from tune_ssim.study_folder import StudyFolder, write_atomically
+from tune_ssim.study_folder import StudyFolder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

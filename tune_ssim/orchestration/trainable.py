@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyarrow.fs import FileSelector, FileType
 from ray import tune
 
+from tune_ssim.checkpoint import load_checkpoint
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
 from tune_ssim.quarantine import Ledger
@@ -23,13 +25,14 @@ from tune_ssim.tasks.task import load_task
 
 CONTEXT = "tune_ssim"  # key of a trial's config under which a study says who the trial is
 OBJECTIVE = "delta_ssim"
+WORK = "work"  # in a study's folder: what the trainings themselves leave behind, a folder a trial
 
 
 @dataclass(frozen=True)
 class TrialSpec:
     """Everything about a trial but its settings; travels to the workers with the class."""
 
-    task: str | type  # "my_pkg.train:MyTask" or the class itself
+    task: str | type | Mapping[str, Any]  # "my_pkg.train:MyTask", the class itself, or a command
     plan: TrialPlan
     task_config: Mapping[str, Any] = field(default_factory=dict)
     result_every: int = 10  # training steps per result that Ray sees: a result costs Ray milliseconds, a step may not
@@ -47,11 +50,13 @@ class GuardedTrainable(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Ray reuses the process for another trial: 0.25 s instead of 3.4 s with torch already imported."""
+        self._close()
         self._started = time.perf_counter()
         context = dict(new_config.get(CONTEXT) or {})
         self.trial_name_in_study = str(context.get("trial_id") or self.trial_id)
         self.role = str(context.get("role", "search"))
         self.storage = context.get("storage")  # where the ledger of ruined checkpoints is
+        self.study = context.get("study")  # its name; its folder is in the storage path
         self.seed = int(context.get("seed", new_config.get("seed", 0)))
         self.searched = tuple(context.get("searched") or ())
         self.settings: dict[str, Any] = {}
@@ -67,7 +72,10 @@ class GuardedTrainable(tune.Trainable):
         self.settings = resolve_settings(given)
         config = {"steps": self.spec.plan.steps, **self.spec.task_config, **self.settings}
         baseline = context.get("baseline")
-        self.trial = Trial(load_task(self.spec.task, self.spec.import_path)(), self.spec.plan)
+        task = load_task(self.spec.task, self.spec.import_path)()
+        if hasattr(task, "identify") and self.storage and self.study:
+            task.identify(f"{self.study}-{self.trial_name_in_study}", Path(self.storage, self.study, WORK))
+        self.trial = Trial(task, self.spec.plan)
         self.trial.start(
             config,
             seed=self.seed,
@@ -82,6 +90,7 @@ class GuardedTrainable(tune.Trainable):
             self._quietly(lambda: result.update(self._advance()))
         verdict = self.failure or self.trial.verdict
         if verdict is not None:
+            self._close()
             result |= self._final(verdict)
             if verdict.verdict == "pruned":
                 # Ray saves the state once more after this result: that checkpoint is known before it is written.
@@ -157,13 +166,39 @@ class GuardedTrainable(tune.Trainable):
         if self.failure is None:
             self._quietly(lambda: self._load(Path(checkpoint_dir)))
 
+    def restore(self, checkpoint_path: Any) -> None:
+        """From the checkpoint that Ray knows of, or from the newest that is there. After a kill Ray's snapshot may be older than
+        the last checkpoints, and of these it keeps one: the one that it remembers is then gone. Without any the trial begins
+        again."""
+        wanted = getattr(checkpoint_path, "checkpoint", checkpoint_path)
+        if not isinstance(wanted, tune.Checkpoint) or _exists(wanted):
+            super().restore(checkpoint_path)
+            return
+        for found in _beside(wanted):
+            try:
+                with found.as_directory() as folder:
+                    load_checkpoint(Path(folder))  # a kill may have cut it short
+            except (OSError, UserError):
+                continue
+            super().restore(found)
+            return
+
     def _load(self, folder: Path) -> None:
+        if not getattr(self.trial.task, "can_resume", True):
+            return  # it begins again
         if self.storage:
             Ledger(self.storage).require_clean(folder)
         self.trial.load(folder)
 
     def cleanup(self) -> None:
+        self._close()
         self.__dict__.pop("trial", None)
+
+    def _close(self) -> None:
+        """Ends what the task runs outside this process."""
+        task = self.trial.task if "trial" in self.__dict__ else None
+        if task is not None and hasattr(task, "close"):
+            task.close()
 
     def _quietly(self, action: Any) -> None:
         """Runs `action`; an exception becomes the verdict `error` with its place, and a traceback in the result."""
@@ -180,12 +215,24 @@ class GuardedTrainable(tune.Trainable):
             self.failure = Verdict("error", f"{type(error).__name__}: {error} ({where})")
 
 
+def _exists(checkpoint: tune.Checkpoint) -> bool:
+    return bool(checkpoint.filesystem.get_file_info(checkpoint.path).type != FileType.NotFound)
+
+
+def _beside(checkpoint: tune.Checkpoint) -> list[tune.Checkpoint]:
+    """Checkpoints of the same trial, the newest first."""
+    trial = checkpoint.path.rpartition("/")[0]
+    entries = checkpoint.filesystem.get_file_info(FileSelector(trial, allow_not_found=True))
+    names = sorted((entry.base_name for entry in entries if entry.base_name.startswith("checkpoint_")), reverse=True)
+    return [tune.Checkpoint(f"{trial}/{name}", checkpoint.filesystem) for name in names]
+
+
 WITHOUT_SSIM = {"ssim_loss_weight": 0.0, "ssim_loss_max_t": None, "ssim_grad_scale": 1.0}  # the three are always there
 REPORTED = ("ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t")
 
 
 def make_trainable(
-    task: str | type,
+    task: str | type | Mapping[str, Any],
     guards: Sequence[Guard] = (NormRatio(), SmokeTest(), NonFinite()),
     *,
     task_config: Mapping[str, Any] | None = None,
@@ -197,7 +244,9 @@ def make_trainable(
     evaluate_every: int | None = None,
     import_path: str | None = None,
 ) -> type[GuardedTrainable]:
-    """A Trainable class for `tune.Tuner`. `task`: a class that keeps the contract of `tasks.task.Task`, or "module:Class".
+    """A Trainable class for `tune.Tuner`. `task`: a class that keeps the contract of `tasks.task.Task`, or "module:Class"; or a
+    function that reports through `trial_context`, as "module:function"; or a command, as a mapping for
+    `tasks.command_spec.CommandSpec`.
 
     Its config: settings of the task, and `gain` as short for ssim_loss_weight = gain / ssim_grad_scale. Its last result has
     verdict, reason, pruned (0/1), pruned_by, harm (a graded constraint, feasible <= 0), delta_ssim and every held-out metric;

@@ -44,7 +44,7 @@ def preflight(study: Study, *, device: str | None = None) -> Report:
 
 
 def preflight_task(
-    task_class: type,
+    task_class: Callable[[], Any],
     config: Mapping[str, Any],
     seed: int = 0,
     *,

@@ -95,7 +95,7 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
     forward, setting = _seeded(task, "forward", n), setting_of({**subject.config, **settings})
     found = expected(forward, setting, parameters)
     reading = replace(reading, expected=_numbers_of(found), cosine=cosine(gradients, found.gradients) if are_there else None)
-    if not rules.near(reading.agreement):
+    if not rules.near(reading.agreement) or (reading.cosine is not None and not reading.cosine >= rules.MIN_STEP_COSINE):
         with torch.no_grad():
             again = _seeded(task, "forward", n, seed=1).main.item()
         if not rules.near(again / found.loss_main):
@@ -237,7 +237,7 @@ def _loss(probe: _Probe, loss: str, main: Reading) -> Iterator[Check]:
         return
     if full.gate is not None:
         response = f"total_norm is {full.total_norm:.4g}, as if it were {full.gate:.2g}"
-        yield rules.parameter(gate_name, 1.0, full.effective[gate_name], full.gate, response)
+        yield rules.parameter(gate_name, 1.0, full.effective[gate_name], 0.0, response)
     elif full.expected is not None:
         yield rules.step_gradient(loss, full.total_norm, full.expected.total_norm, full.cosine, random=full.random)
     sound = full.expected is None or (rules.near(full.agreement) and full.gate is None)
@@ -250,7 +250,8 @@ def _loss(probe: _Probe, loss: str, main: Reading) -> Iterator[Check]:
         gains = f"at weight {weight:.3g} x scale 1 and {alias.total_norm:.4g} at {10 * weight:.3g} x 0.1"
         response = f"total_norm is {full.total_norm:.4g} {gains}"
         yield rules.parameter(GRAD_SCALE, 0.1, alias.effective[GRAD_SCALE], _change(alias, full, 1.0), response, slack)
-    if loss == "ssim" and GRAD_CLAMP in probe.known and sound and full.expected is not None and full.expected.peak > 0:
+    is_clamped = {**probe.subject.config, **probe.base}.get(GRAD_CLAMP) is not None
+    if loss == "ssim" and is_clamped and sound and full.expected is not None and full.expected.peak > 0:
         limit = full.expected.peak / 100
         clamped = probe.read(f"another {GRAD_CLAMP}", **{weight_name: weight, GRAD_CLAMP: limit})
         assert clamped.expected is not None

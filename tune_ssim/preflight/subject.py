@@ -21,7 +21,7 @@ class Unavailable(Exception):
 class Subject:
     """A task's class and what it is set up with. One instance at a time: two copies of a model may not fit into memory."""
 
-    task_class: type
+    task_class: Callable[[], Any]
     config: Mapping[str, Any]
     seed: int
     device: str | None

@@ -17,17 +17,21 @@ def collapse_statistics(
     references: torch.Tensor | None = None,
     inputs: torch.Tensor | None = None,
     reconstructions: torch.Tensor | None = None,
+    examples: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Means over `images` `[n, 3, H, W]` in [0, 1]; what cannot be measured without `inputs` or `references` is absent.
 
     `references`: the ground truth. `reconstructions`: the same through the frozen autoencoder.
+    `examples`: `[m, 3, h, w]`, other real images of the kind, where there is neither.
     `inputs`: `[n, 3, h, w]`, what each image was made from. Other numbers of channels will do as well.
 
     consistency_psnr: dB, of the sample, averaged down to the input's size, against its own input.
     reference_psnr: dB, of the sample against the ground truth.
     consistency_correlation: of the same pair, each image's mean colour removed; 0 where one of them is constant.
+    high_frequency_share: energy of `x - box_blur(x)` (3 x 3) in the variance within an image: 8/9 of white noise, whatever its
+    strength. diversity: root mean square difference between the images, each averaged down to 8 x 8; 0 where all are alike.
     high_frequency: energy of `x - box_blur(x)` (3 x 3), over the reconstruction's (else the reference's).
-    std_ratio: contrast (standard deviation within an image), over the same.
+    std_ratio: contrast (standard deviation within an image), over the same. Without either both are over the examples'.
     entropy_bits: of the grey-level histogram, 64 bins over [0, 1]; at most 6.
     ideal_consistency_correlation, ideal_entropy_bits: of the reconstructions (else the references): what the best possible
     sample would have.
@@ -50,11 +54,17 @@ def collapse_statistics(
         if inputs is not None:
             ideal_down = functional.adaptive_avg_pool2d(ideal, (inputs.shape[-2], inputs.shape[-1]))
             statistics["ideal_consistency_correlation"] = _correlation(ideal_down, inputs).mean()
+    compared = ideal if ideal is not None else examples
+    if compared is not None:
+        ideal = compared.float()
         statistics["ideal_entropy_bits"] = _entropy_bits(ideal)
         statistics["high_frequency"] = _high_frequency(images) / _high_frequency(ideal).clamp(min=1e-12)
         contrast = images.std(dim=(1, 2, 3)).mean()
         statistics["std_ratio"] = contrast / ideal.std(dim=(1, 2, 3)).mean().clamp(min=1e-6)
     statistics["entropy_bits"] = _entropy_bits(images)
+    statistics["high_frequency_share"] = _high_frequency(images) / images.var(dim=(1, 2, 3)).mean().clamp(min=1e-12)
+    small = functional.adaptive_avg_pool2d(images, 8)
+    statistics["diversity"] = small.var(dim=0, correction=0).mean().mul(2).sqrt()
     names = list(statistics)
     values = torch.stack([statistics[name].double() for name in names]).tolist()  # one transfer from the device
     return dict(zip(names, values, strict=True))

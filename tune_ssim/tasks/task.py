@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +28,7 @@ class Sample:
     references: `[n, 3, H, W]`, what they should look like (ground truth), or None.
     inputs: `[n, 3, h, w]`, a low-resolution input that the sample should agree with after down-sampling, or None.
     reconstructions: `[n, 3, H, W]`, the references through the frozen autoencoder: the best a sample can be, or None.
+    examples: `[m, 3, h, w]`, other real images of the kind, where there is no truth: what energy and contrast compare with.
     statistics: further numbers to be judged, e.g. `flow_loss_top_bin`.
     token_ids: integers of any shape, as generated where the task makes text; vocabulary_size: ids must lie in [0, this).
     """
@@ -36,6 +40,7 @@ class Sample:
     statistics: Mapping[str, float] = field(default_factory=dict)
     token_ids: torch.Tensor | None = None
     vocabulary_size: int | None = None
+    examples: torch.Tensor | None = None
 
 
 @dataclass
@@ -93,6 +98,13 @@ class Task(Protocol):
     - `fingerprints() -> Mapping[str, str]`: a hash for each part of its data, e.g. `data/train`, `data/held_out`
     - where it has text: `token_ids` of its samples, and `loss_ce` and `label_fraction` among the metrics of a step
 
+    A task that reads a process of its own gives its metrics with their `step`, None from `step` when that process has ended well
+    and from `sample` while there is nothing to sample from, and has or may have the following; see `CommandTask`:
+
+    - `takes_samples`: False where samples come among the metrics, as `smoke/…`; `is_paired`: False where batches are its own;
+      `can_resume`: False where a state cannot be loaded
+    - `identify(name, folder)` before and `want_samples_at(steps)` after `setup`; `image(step)`: a picture of samples; `close()`
+
     A learning rate of 0 in its configuration must leave the weights as they are: that is how an update is switched off.
     """
 
@@ -129,10 +141,12 @@ class Task(Protocol):
 CONTRACT = ("setup", "step", "sample", "evaluate", "state_dict", "load_state_dict", "effective")
 
 
-def load_task(task: str | type, import_path: str | None = None) -> type:
-    """The class behind "module:Class". Raises UserError naming what is missing."""
+def load_task(task: str | type | Mapping[str, Any], import_path: str | None = None) -> Callable[[], Any]:
+    """What makes the task behind "module:Class", "module:function" or a command. Raises UserError naming what is missing."""
     if isinstance(task, type):
         return task
+    if isinstance(task, Mapping):
+        return _command(task, import_path)
     module_name, _, class_name = task.partition(":")
     if import_path and import_path not in sys.path:
         sys.path.insert(0, import_path)
@@ -141,9 +155,19 @@ def load_task(task: str | type, import_path: str | None = None) -> type:
     except ModuleNotFoundError as error:
         raise UserError(f"task {task!r}: no module {error.name!r} (looked in the study's folder and the environment)") from None
     found = getattr(module, class_name, None)
+    if isinstance(found, FunctionType):  # a loop that reports through `trial_context`: a process of its own
+        place = {"PYTHONPATH": os.pathsep.join(filter(None, (import_path, os.environ.get("PYTHONPATH"))))}
+        return _command({"command": ["{python}", "-m", "tune_ssim.tasks.call_function", task], "environment": place}, import_path)
     if not isinstance(found, type):
-        raise UserError(f"task {task!r}: module {module_name!r} has no class {class_name!r}")
+        raise UserError(f"task {task!r}: module {module_name!r} has no class or function {class_name!r}")
     missing = [name for name in CONTRACT if not callable(getattr(found, name, None))]
     if missing:
         raise UserError(f"task {task!r}: {class_name} has no {', '.join(missing)}; see tune_ssim.Task for the contract")
     return found
+
+
+def _command(spec: Mapping[str, Any], cwd: str | None) -> Callable[[], Any]:
+    from tune_ssim.tasks.command import CommandTask
+    from tune_ssim.tasks.command_spec import CommandSpec
+
+    return partial(CommandTask, CommandSpec.model_validate(dict(spec)), cwd)

@@ -1,0 +1,195 @@
+"""How an external training is run and read: the `task:` of a study that tunes somebody's script. No torch here."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# What can stand in braces besides the trial's own settings.
+ALWAYS = ("seed", "steps", "exp_name", "exp_dir", "python", "nodes", "node_rank", "master_addr", "master_port", "gpus")
+IN_SMOKE = ("checkpoint", "step", "noise", "out")
+NEUTRAL = {"ssim_grad_scale": 1.0, "ssim_loss_max_t": None, "pixel_loss_max_t": None}  # values that ask a training for nothing
+Words = Annotated[list[str], Field(min_length=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ConfigFile(_Section):
+    """A file with the trial's settings, written before the command starts. path: where, usually in `{exp_dir}`; `.json` or `.yaml`.
+    base: a file of the same kind to start from. set: dotted key → value; a value that is one placeholder keeps its type."""
+
+    path: Annotated[str, Field(min_length=1)]
+    base: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("path")
+    @classmethod
+    def _path(cls, path: str) -> str:
+        if not path.endswith((".json", ".yaml", ".yml")):
+            raise ValueError(f"must end in .json or .yaml, got {path!r}")
+        return path
+
+
+class RecordsFrom(_Section):
+    """Where the numbers of each step come from, if the training does not report them itself. Without `file` from what the command
+    prints. file: that it writes, of any format that `tune_ssim.sources` reads, or a folder of TensorBoard files. pattern: regular
+    expressions with named groups, one of them `step`, or the name of a built-in pattern. names: theirs → ours."""
+
+    file: Annotated[str, Field(min_length=1)] | None = None
+    format: str | None = None
+    pattern: str | list[str] | None = None
+    names: dict[str, str] = Field(default_factory=dict)
+
+
+class SmokeCommand(_Section):
+    """Inference by a second command: `{checkpoint}`, `{step}`, `{noise}` (0 or 1), and `{out}`, an empty folder for what it makes.
+
+    images: a glob in `{out}`; all of one size. references: a folder with the truth of each, under the same file names.
+    inputs: the same for what each was made from. examples: a folder with other real images of the kind, where there is no truth.
+    tokens: a file in `{out}` with a JSON list of lists of token ids, of a vocabulary of `vocabulary_size`. at_start: the
+    checkpoint that stands for step 0; without it the first samples are judged by themselves."""
+
+    command: Words
+    images: Annotated[str, Field(min_length=1)] | None = "*.png"
+    references: str | None = None
+    inputs: str | None = None
+    examples: str | None = None
+    tokens: str | None = None
+    vocabulary_size: Annotated[int, Field(ge=1)] | None = None
+    at_start: str | None = None
+    timeout_s: Seconds = 1800.0  # of a run; as long as a training may be silent
+
+    @model_validator(mode="after")
+    def _something(self) -> SmokeCommand:
+        if self.images is None and self.tokens is None:
+            raise ValueError("images must not be null where there are no tokens either")
+        if (self.tokens is None) != (self.vocabulary_size is None):
+            raise ValueError("tokens and vocabulary_size belong together")
+        return self
+
+
+class EvaluateCommand(_Section):
+    """Held-out numbers by a command: the last line of JSON that it prints, e.g. {"ssim": 0.91, "psnr": 31.2}."""
+
+    command: Words
+    timeout_s: Seconds = 1800.0
+
+
+class CommandSpec(_Section):
+    """command: program and arguments; no shell sees them. `{name}` stands for a setting of the trial, or for one of `seed steps
+    exp_name exp_dir python nodes node_rank master_addr master_port gpus`; `{name:.3e}` formats it, `{{` is a brace.
+
+    environment: variables besides those that are there; `EXP_NAME` is always set, and new for every trial.
+    cwd: default the study's folder. echo: parameters that the command prints (`name=value`, `name: value`, JSON) are compared with
+    what was asked for; `required`: one that is not printed stops the study. known: what is so in the script and not a setting,
+    e.g. `{max_grad_norm: 1.0, batch_size: 8}`. checkpoints: the path of the one of `{step}`. resume: further arguments that make
+    the command go on from `{checkpoint}`; without them a trial whose process died begins again, under a new name.
+    """
+
+    command: Words
+    environment: dict[str, str | int | float] = Field(default_factory=dict)
+    cwd: Annotated[str, Field(min_length=1)] | None = None
+    config_file: ConfigFile | None = None
+    records: RecordsFrom | None = None  # None: what it pushes, or prints behind the word TUNE_SSIM
+    echo: Literal["auto", "required", "off"] = "auto"
+    known: dict[str, Any] = Field(default_factory=dict)
+    checkpoints: Annotated[str, Field(min_length=1)] | None = None
+    smoke: SmokeCommand | None = None
+    evaluate: EvaluateCommand | None = None
+    resume: list[str] | None = None
+    grace_s: Seconds = 10.0  # between TERM and KILL
+    first_record_s: Seconds = 1800.0  # a model of many GB is loaded by then
+    silence_s: Seconds = 1800.0  # the collectives' own timeout in PyTorch is 10 to 30 minutes
+
+    @model_validator(mode="after")
+    def _readable(self) -> CommandSpec:
+        for place, template, _ in self.templates():
+            try:
+                placeholders(template)
+            except ValueError as error:
+                raise ValueError(f"{place[0]}: {template!r}: {error}; a brace as such is written twice") from None
+        return self
+
+    def templates(self) -> Iterator[tuple[tuple[str | int, ...], str, bool]]:
+        """(place, template, whether it is of a smoke test, an evaluation or a resumption) of all text with placeholders."""
+        yield from ((("command", index), word, False) for index, word in enumerate(self.command))
+        yield from ((("environment", name), value, False) for name, value in self.environment.items() if isinstance(value, str))
+        if self.config_file is not None:
+            yield ("config_file", "path"), self.config_file.path, False
+            yield from ((("config_file", "set", key), v, False) for key, v in self.config_file.set.items() if isinstance(v, str))
+        for name in ("cwd", "checkpoints"):
+            if getattr(self, name) is not None:
+                yield (name,), getattr(self, name), name == "checkpoints"
+        if self.records is not None and self.records.file is not None:
+            yield ("records", "file"), self.records.file, False
+        for name, words in (
+            ("smoke", self.smoke.command if self.smoke else ()),
+            ("evaluate", self.evaluate.command if self.evaluate else ()),
+        ):
+            yield from (((name, "command", index), word, True) for index, word in enumerate(words))
+        yield from ((("resume", index), word, True) for index, word in enumerate(self.resume or ()))
+
+    def problems(self, settings: Iterable[str]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """(place, what is wrong) with the placeholders, of a study whose trials have these settings."""
+        own = sorted(set(settings))
+        for place, template, in_smoke in self.templates():
+            valid = [*own, *ALWAYS, *(IN_SMOKE if in_smoke else ())]
+            unknown = [name for name in placeholders(template) if name not in valid]
+            if unknown:
+                yield place, f"no setting {unknown[0]!r} for the braces in {template!r}; there are {', '.join(valid)}"
+
+    def reached(self) -> set[str]:
+        """Names that the command is told: they stand in its arguments, its environment or its config file."""
+        told = (template for place, template, in_smoke in self.templates() if not in_smoke and place[0] not in ("cwd", "records"))
+        return {name for template in told for name in placeholders(template)}
+
+
+def placeholders(template: str) -> list[str]:
+    """Names in braces. Raises ValueError for braces that do not pair, and for more than a name and a format in them."""
+    names = []
+    for _, name, format_spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name.isidentifier() or conversion or "{" in (format_spec or ""):
+            raise ValueError(f"the braces hold no name of a setting: {name!r}")
+        names.append(name)
+    return names
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    return string.Formatter().vformat(template, (), {name: as_word(value) for name, value in values.items()})
+
+
+def fill_value(template: Any, values: Mapping[str, Any]) -> Any:
+    """A template that is one placeholder becomes the value itself, in its type."""
+    if not isinstance(template, str):
+        return template
+    names = placeholders(template)
+    return values[names[0]] if len(names) == 1 and template == f"{{{names[0]}}}" else fill(template, values)
+
+
+def fill_all(templates: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    return [fill(template, values) for template in templates]
+
+
+class _Word(str):
+    """Text that takes a number's format as well."""
+
+    value: Any
+
+    def __format__(self, format_spec: str) -> str:
+        return format(self.value, format_spec) if format_spec else str(self)
+
+
+def as_word(value: Any) -> _Word:
+    """A number as Python writes it, true and false as YAML does, None as nothing."""
+    text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    word = _Word(text)
+    word.value = value
+    return word
