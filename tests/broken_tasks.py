@@ -156,9 +156,14 @@ class OtherName(Honest):
         return Honest.sample(self, noise)
 
 
+NOT_INHERITED = ("evaluate", "__dict__", "__weakref__")
 # The `...` of the protocol are no methods.
 fault("method/evaluate", "there is no evaluate()")(
-    type("InheritsTheProtocol", (Task,), {name: part for name, part in vars(Honest).items() if name != "evaluate"})
+    type(
+        "InheritsTheProtocol",
+        (Task,),
+        {name: part for name, part in vars(Honest).items() if name not in ("evaluate", "__dict__", "__weakref__")},
+    )
 )
 
 

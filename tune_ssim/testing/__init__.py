@@ -73,10 +73,18 @@ def _findings(
     """In the order in which one would mend them: what is there, what it accepts, what it does."""
     if isinstance(task, str):
         try:
-            task = load_task(task)
+            loaded = load_task(task)
         except UserError as error:
             yield Finding("class", "broken", str(error), "give the class, or module:Class of an importable module")
             return
+        except Exception as error:  # of the user's module, while it is imported
+            yield Finding("class", "broken", f"{task.partition(':')[0]} cannot be imported: {short(error)}", "mend the module")
+            return
+        if not isinstance(loaded, type):
+            sentence = f"{task} is a function: it reports through trial_context(), and no class is to be checked"
+            yield Finding("class", "broken", sentence, "give module:Class; a function is tried out by a study of a few steps")
+            return
+        task = loaded
     found = list(check_class(task))
     yield from found
     if found[-1].status == "broken":
@@ -104,6 +112,11 @@ def _training(subject: Subject, steps: int) -> Iterator[Finding]:
             run = Run(subject, steps, Path(folder))
         except Fault as error:
             yield Finding("step", "broken", str(error), error.remedy)
+            return
+        except Exception as error:  # without a run nothing is known, and that is no pass
+            yield Finding(
+                "step", "broken", f"the steps cannot be looked at: {short(error)}", "see tune_ssim.Task for what is expected"
+            )
             return
         yield from run.findings
         if "step" in run.broken:

@@ -169,7 +169,7 @@ def digests(value: Any, name: str = "", depth: int = 0) -> dict[str, str]:
 def attributes(task: Any) -> dict[str, str]:
     """Digests of what an instance keeps, by the name of the attribute."""
     found = {}
-    for name, value in vars(task).items() if hasattr(task, "__dict__") else ():
+    for name, value in dict(getattr(task, "__dict__", {})).items():
         if parts := digests(value, name):
             found[name] = hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
     return found
