@@ -1,5 +1,5 @@
-"""The real trainers, one after the other, inside a trial's channel: what they report, that nothing of the training changes, and
-that a verdict ends them. Lightning comes with the `test` extra; transformers and accelerate are large and tested where installed."""
+"""The real trainers, one after the other, inside a trial's channel: what they report, that nothing of the training changes,
+and that a verdict ends them. Lightning comes with the `test` extra; the others are large, and tested where installed."""
 
 from __future__ import annotations
 
@@ -174,7 +174,9 @@ def with_accelerate(t: Any, folder: Path) -> Ended:
 
 
 Train = Callable[[Any, Path], Ended]
-TRAINERS = pytest.mark.parametrize("train", [with_lightning, with_transformers, with_accelerate], ids=lambda train: train.__name__[5:])
+TRAINERS = pytest.mark.parametrize(
+    "train", [with_lightning, with_transformers, with_accelerate], ids=lambda train: train.__name__[5:]
+)
 
 
 @pytest.fixture

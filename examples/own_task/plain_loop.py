@@ -1,6 +1,6 @@
-"""An ordinary training loop: a small diffusion model sharpens photographs. `python plain_loop.py [STEPS]`
+"""An ordinary training loop: a small diffusion model sharpens pixelated photographs. `python plain_loop.py [STEPS]`
 
-The network predicts the clean image from a noisy one, (1 - t) x + t noise, and from a blurred one: t = 0 is clean, t = 1 noise.
+The network predicts the clean image from a noisy one, (1 - t) x + t noise, and from a coarse one: t = 0 is clean, t = 1 noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)  # at which inference stops on its way from 
 
 
 class Network(nn.Module):
-    """(noisy `[n, 3, H, W]`, t `[n]`, blurred `[n, 3, H, W]`) → clean. What it adds to the blurred image is 0 at first."""
+    """(noisy `[n, 3, H, W]`, t `[n]`, coarse `[n, 3, H, W]`) → clean. What it adds to the coarse image is 0 at first."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -30,9 +30,9 @@ class Network(nn.Module):
         nn.init.zeros_(self.body[-1].weight)
         nn.init.zeros_(self.body[-1].bias)
 
-    def forward(self, noisy: Tensor, t: Tensor, blurred: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, t: Tensor, coarse: Tensor) -> Tensor:
         plane = t[:, None, None, None].expand(-1, 1, *noisy.shape[2:])
-        return blurred + self.body(torch.cat([noisy, plane, blurred], dim=1))
+        return coarse + self.body(torch.cat([noisy, plane, coarse], dim=1))
 
 
 def photographs() -> tuple[Tensor, Tensor]:
@@ -48,8 +48,8 @@ def cut(photograph: Tensor, count: int, generator: torch.Generator | None = None
     return torch.stack([photograph[:, r : r + CROP, c : c + CROP] for r, c in zip(rows, columns, strict=True)])
 
 
-def blur(images: Tensor) -> Tensor:
-    return functional.interpolate(halve(images), scale_factor=2, mode="bilinear")
+def pixelate(images: Tensor) -> Tensor:
+    return functional.interpolate(halve(images), scale_factor=2)
 
 
 def halve(images: Tensor) -> Tensor:
@@ -61,10 +61,10 @@ def mix(images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sharpen(network: Network, blurred: Tensor, noise: Tensor) -> Tensor:
+def sharpen(network: Network, coarse: Tensor, noise: Tensor) -> Tensor:
     x = noise
     for t, following in pairwise(TIMES):
-        clean = network(x, torch.full((len(x),), t), blurred)
+        clean = network(x, torch.full((len(x),), t), coarse)
         x = torch.lerp(clean, x, following / t)  # the same noise, less of it
     return x.clamp(0, 1)
 
@@ -77,7 +77,7 @@ def main(steps: int = 200, lr: float = 1e-3, batch_size: int = 8, seed: int = 0)
     for n in range(1, steps + 1):
         images = cut(photograph, batch_size)
         t, noise = torch.rand(batch_size), torch.randn_like(images)
-        predicted = network(mix(images, noise, t), t, blur(images))
+        predicted = network(mix(images, noise, t), t, pixelate(images))
         loss = functional.mse_loss(predicted, images)
 
         optimizer.zero_grad()
@@ -86,7 +86,7 @@ def main(steps: int = 200, lr: float = 1e-3, batch_size: int = 8, seed: int = 0)
         optimizer.step()
         if n % 50 == 0:
             print(f"step {n}: loss {loss.item():.5f}, gradient norm {norm.item():.3f}")
-    error = (sharpen(network, blur(held_out), torch.randn_like(held_out)) - held_out).square().mean(dim=(1, 2, 3))
+    error = (sharpen(network, pixelate(held_out), torch.randn_like(held_out)) - held_out).square().mean(dim=(1, 2, 3))
     print(f"held out: PSNR {-10 * error.log10().mean():.2f} dB")
 
 

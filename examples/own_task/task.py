@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from plain_loop import Network, blur, cut, halve, mix, photographs, sharpen
+from plain_loop import Network, cut, mix, photographs, pixelate, sharpen
 from torch import nn
 from torch.nn import functional
 
@@ -38,7 +38,7 @@ class MyTask:
         batch_size = self.config["batch_size"]
         images = cut(self.photograph, batch_size, generator)
         t, noise = torch.rand(batch_size, generator=generator), torch.randn(images.shape, generator=generator)
-        predicted = self.network(mix(images, noise, t), t, blur(images))
+        predicted = self.network(mix(images, noise, t), t, pixelate(images))
         main = functional.mse_loss(predicted, images)
         auxiliary = self.loss(predicted, t, images, decode=lambda x: x)  # a latent model gives its VAE's decode here
         loss = main + auxiliary.total
@@ -52,7 +52,7 @@ class MyTask:
 
     def sample(self, noise: int = 0) -> Sample:
         start = torch.randn(self.held_out.shape, generator=random_numbers(0, noise))
-        return Sample(sharpen(self.network, blur(self.held_out), start), self.held_out, halve(self.held_out))
+        return Sample(sharpen(self.network, pixelate(self.held_out), start), references=self.held_out)
 
     def evaluate(self) -> dict[str, float]:
         images = self.sample().images

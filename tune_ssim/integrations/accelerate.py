@@ -1,19 +1,19 @@
 """A loop of one's own with accelerate, as a trial.
 
-    with tune_ssim.trial_context(ssim_loss_weight=0.0) as t:
-        reporter = AcceleratedTrial(accelerator, t, samples=generate)
-        reporter.start(model)
-        for batch in loader:
-            with accelerator.accumulate(model):
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)   # as it was before clipping
-                optimizer.step()
-                optimizer.zero_grad()
+with tune_ssim.trial_context(ssim_loss_weight=0.0) as t:
+    reporter = AcceleratedTrial(accelerator, t, samples=generate)
+    reporter.start(model)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(loss)
             if accelerator.sync_gradients:
-                step += 1
-                if reporter.report(model, step=step, loss=loss, total_norm=norm):
-                    break
+                norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)   # as it was before clipping
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            step += 1
+            if reporter.report(model, step=step, loss=loss, total_norm=norm):
+                break
 """
 
 from __future__ import annotations

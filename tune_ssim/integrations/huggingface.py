@@ -1,10 +1,10 @@
 """A transformers.Trainer, or a loop with accelerate, as a trial.
 
-    with tune_ssim.trial_context(ssim_loss_weight=0.0) as t:
-        arguments = TrainingArguments(max_steps=t.steps or 10_000, max_grad_norm=1.0, …)
-        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[TrialCallback(t, samples=generate)])
-        trainer.train()
-        t.held_out(**evaluate(model))
+with tune_ssim.trial_context(ssim_loss_weight=0.0) as t:
+    arguments = TrainingArguments(max_steps=t.steps or 10_000, max_grad_norm=1.0, …)
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[TrialCallback(t, samples=generate)])
+    trainer.train()
+    t.held_out(**evaluate(model))
 """
 
 from __future__ import annotations

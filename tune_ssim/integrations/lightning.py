@@ -1,9 +1,9 @@
 """A Lightning training as a trial.
 
-    with tune_ssim.trial_context(ssim_loss_weight=0.0, lr=1e-4) as t:
-        trainer = Trainer(max_steps=t.steps or 10_000, callbacks=[TrialCallback(t, samples=generate)])
-        trainer.fit(MyModule(t.config), loader)
-        t.held_out(**evaluate(module))
+with tune_ssim.trial_context(ssim_loss_weight=0.0, lr=1e-4) as t:
+    trainer = Trainer(max_steps=t.steps or 10_000, callbacks=[TrialCallback(t, samples=generate)])
+    trainer.fit(MyModule(t.config), loader)
+    t.held_out(**evaluate(module))
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ __all__ = ["TrialCallback"]
 
 
 class TrialCallback(Callback):
-    """Reports every optimiser step: `loss`, `total_norm` of the whole gradient before clipping, `lr`, and what the module logs under
-    names without a slash (`self.log("ssim_active_fraction", …)`). When the trial is over, the fit ends as it does for early
-    stopping. Outside a study it does nothing.
+    """Reports every optimiser step: `loss`, `total_norm` of the whole gradient before clipping, `lr`, and what the module logs
+    under names without a slash (`self.log("ssim_active_fraction", …)`). When the trial is over, the fit ends as it does for
+    early stopping. Outside a study it does nothing.
 
     samples: given the module, images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a `tune_ssim.Sample`; called
     at the steps of the study's smoke test, in eval() mode and without gradients.
