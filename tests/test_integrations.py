@@ -4,6 +4,9 @@ and that a verdict ends them. Lightning comes with the `test` extra; the others 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ import tune_ssim
 from tune_ssim import Sample
 from tune_ssim.channel import VARIABLE, TrialEnd
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS, CLIP, LR, MICRO_BATCHES = 6, 0.05, 0.1, 2
 CONFIG = {"ssim_loss_weight": 0.5}
 
@@ -243,3 +247,32 @@ def test_outside_a_study_nothing_happens(train: Train, tmp_path: Path, monkeypat
     assert ended.steps == STEPS
     for name, weight in ended.model.state_dict().items():
         torch.testing.assert_close(weight, weights[name])
+
+
+def test_all_ranks_stop_at_the_same_step(trial: TrialEnd, tmp_path: Path) -> None:
+    """Two processes of which one alone sees the trial's folder, as on two machines: the other hears of the verdict from it."""
+    code = """
+import sys, torch
+from torch import distributed, nn
+from tune_ssim import trial_context
+from tune_ssim.integrations.reporting import Reporting
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=2)
+with trial_context() as t:
+    reporting, model, device = Reporting(t, None), nn.Linear(1, 1), torch.device("cpu")
+    assert not reporting.start(0, model, device)
+    print(t.is_active, next(n for n in range(1, 9) if reporting.send(n, {"loss": 1.0}, model, device)), reporting.pruned)
+"""
+    trial.close("pruned", "total_norm is 12x the baseline's")
+    alone = {name: value for name, value in os.environ.items() if name != VARIABLE} | {"GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(tmp_path / "rendezvous")],
+            cwd=ROOT,
+            env={**alone, **({VARIABLE: str(trial.folder)} if rank == 0 else {})},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=200)[0].strip() for process in ranks]
+    assert said == ["True 1 pruned: total_norm is 12x the baseline's", "False 1 the trial is over on another rank"]

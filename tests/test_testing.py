@@ -126,6 +126,11 @@ def test_the_example_keeps_the_contract(example: Path) -> None:
     assert report.ok and not report.of("warn"), str(report)
 
 
+def test_the_plain_loop_of_the_example_runs(example: Path) -> None:
+    ran = subprocess.run([sys.executable, "plain_loop.py", "50"], cwd=example, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and "step 50: loss" in ran.stdout and "held out: PSNR" in ran.stdout, ran.stdout + ran.stderr
+
+
 def test_the_example_runs_as_a_study(example: Path) -> None:
     """The study of the example, shorter, by the real command: baselines first, then settings up to a ruinous one."""
     study = example / "study.yaml"
