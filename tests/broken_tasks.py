@@ -17,7 +17,14 @@ from torch.nn import functional
 from tune_ssim.losses import DecodedLoss, TimeLaw, ssim
 from tune_ssim.tasks.task import Forward, Part, Sample, Task
 
-LOSS = {"ssim_loss_weight": 0.0, "ssim_loss_max_t": 0.5, "ssim_grad_scale": 1.0, "pixel_loss_weight": 0.0}
+LOSS = {
+    "ssim_loss_weight": 0.0,
+    "ssim_loss_max_t": 0.5,
+    "ssim_grad_scale": 1.0,
+    "ssim_grad_clamp": None,
+    "pixel_loss_weight": 0.0,
+    "pixel_loss_max_t": 0.5,
+}
 DEFAULTS = {"steps": 10, "lr": 0.05, "batch_size": 4, "max_grad_norm": None, **LOSS}
 SIZE = 12  # pixels; the SSIM's window has 11
 
@@ -599,6 +606,13 @@ class DetachedPrediction(Honest):
         found = Honest.forward(self, n)
         found.z0 = found.z0.detach()
         return found
+
+
+@fault("effective/settable", "says ssim_grad_clamp", status="warn")
+class RefusesWhatItSays(Honest):
+    def check_keys(self, config: Mapping[str, Any]) -> None:
+        if unknown := set(config) - set(DEFAULTS) | set(config) & {"ssim_grad_clamp"}:
+            raise ValueError(f"unknown key {sorted(unknown)[0]!r}")
 
 
 # -- the optional methods

@@ -16,7 +16,14 @@ from tune_ssim import Sample
 from tune_ssim.losses import DecodedLoss, ssim
 
 DEFAULTS = {"steps": 200, "lr": 1e-3, "batch_size": 8, "max_grad_norm": 1.0}
-LOSS = {"ssim_loss_weight": 0.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0, "pixel_loss_weight": 0.0, "pixel_loss_max_t": 0.3}
+LOSS = {
+    "ssim_loss_weight": 0.0,
+    "ssim_loss_max_t": 0.3,
+    "ssim_grad_scale": 1.0,
+    "ssim_grad_clamp": None,
+    "pixel_loss_weight": 0.0,
+    "pixel_loss_max_t": 0.3,
+}
 
 
 class MyTask:

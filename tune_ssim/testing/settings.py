@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tune_ssim.guards.preflight_rules import same
+from tune_ssim.preflight.steps import NEUTRAL
 from tune_ssim.records import ACTIVE_FRACTION, LOSS, LOSS_FLOW, LOSS_SSIM, TOTAL_NORM
 from tune_ssim.tasks.task import Sample
 from tune_ssim.testing.findings import Finding
@@ -97,6 +98,13 @@ def check_effective(subject: Subject) -> Iterator[Finding]:
             "broken",
             f"{name} was set to {asked!r} but effective() says {found[name]!r}",
             f"follow {name} from the configuration to where it is used",
+        )
+    if refused := [name for name, value in NEUTRAL.items() if name in found and not _accepts(subject, {name: value})]:
+        yield Finding(
+            "effective/settable",
+            "warn",
+            f"effective() says {', '.join(refused)}, which setup() refuses: preflight takes what is in force for what can be set",
+            "accept them in setup(), or leave them out of effective()",
         )
     if CLIP not in found:
         yield Finding(
