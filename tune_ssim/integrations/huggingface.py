@@ -48,6 +48,9 @@ class TrialCallback(TrainerCallback):
         if self.reporting.is_heard:
             args.logging_nan_inf_filter = False
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._added = {}  # of an evaluation, which calls compute_loss() too
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.reporting.is_heard:
             control.should_log = True

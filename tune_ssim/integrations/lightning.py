@@ -27,10 +27,13 @@ from tune_ssim.push import TrialContext
 __all__ = ["TrialCallback"]
 
 
+NOT_OF_A_STEP = ("val", "test")  # Lightning keeps the numbers of the last validation among those of every step
+
+
 class TrialCallback(Callback):
     """Reports every optimiser step: `loss`, `total_norm` of the whole gradient before clipping, `lr`, and what the module logs
-    under names without a slash (`self.log("ssim_active_fraction", …)`). When the trial is over, the fit ends as it does for
-    early stopping. Outside a study it does nothing.
+    for the step (`self.log("ssim_active_fraction", …)`; not what has a slash in its name or begins with val or test). When the
+    trial is over, the fit ends as it does for early stopping. Outside a study it does nothing.
 
     samples: given the module, images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a `tune_ssim.Sample`; called
     at the steps of the study's smoke test, in eval() mode and without gradients.
@@ -62,7 +65,8 @@ class TrialCallback(Callback):
             self._losses.append(loss.detach())
         if not self._squares:
             return  # a micro-batch: the optimiser has yet to step
-        metrics: dict[str, Any] = {name: value for name, value in trainer.callback_metrics.items() if "/" not in name}
+        logged = trainer.callback_metrics.items()
+        metrics: dict[str, Any] = {name: value for name, value in logged if "/" not in name and not name.startswith(NOT_OF_A_STEP)}
         if self._losses:
             # Lightning has divided each by the number of micro-batches already.
             metrics["loss"] = torch.stack(self._losses).sum()
