@@ -21,6 +21,7 @@ KNOWN = {
     "pixel_loss_weight",
     "fault",
     "max_grad_norm",
+    "mark",
 }
 
 
@@ -75,7 +76,7 @@ class SmallTask:
         found = {
             "lr": 0.1,
             "max_grad_norm": None,
-            **{name: value for name, value in self.config.items() if name != "fault"},
+            **{name: value for name, value in self.config.items() if name not in ("fault", "mark")},
         }
         if self.fault == "drops_weight":
             found["ssim_loss_weight"] = 0.0

@@ -132,8 +132,8 @@ class Trial:
                     self._smoke(made)
         if self.verdict is None and (ended or (self.step >= self.plan.steps and not self._is_process)):
             self._finish()
-        if self.verdict is not None and hasattr(self.task, "close"):
-            self.task.close(self.verdict.verdict, self.verdict.reason)
+        if self.verdict is not None and self._is_process:
+            self.task.close(self.verdict.verdict, self.verdict.reason)  # type: ignore[attr-defined]
         return merge(made)
 
     def summary_metrics(self) -> dict[str, float]:
@@ -163,14 +163,11 @@ class Trial:
         return BaselineRun(self.seed, self.series, self.verdict.metrics, self.effective, trial_id)
 
     def harm(self) -> float:
-        """For a constraint-aware sampler: <= 0 feasible, else how far beyond. A norm verdict grades by its excess in decades,
-        any other prune by the share of the training that was left."""
-        if self.verdict is None or self.verdict.verdict not in ("pruned", "degraded", "bad_setup"):
+        """See `harm_of`."""
+        if self.verdict is None:
             return 0.0
         violation = self.verdict.violation
-        if violation is not None and violation.guard == NormRatio.name and math.isfinite(violation.value):
-            return max(LEAST_HARM, math.log10(violation.value / violation.limit))
-        return max(LEAST_HARM, 1 - self.step / self.plan.steps)
+        return harm_of(self.verdict.verdict, violation.evidence() if violation else None, self.step, self.plan.steps)
 
     def save(self, folder: Path) -> None:
         trial = {
@@ -404,6 +401,16 @@ class Trial:
         how = f" (unpaired: {self.unpaired})" if self.unpaired else ""
         words = f"safe {horizon}: no guard fired, nothing worse than the margins{how}"
         self.verdict = Verdict("safe", words, metrics=metrics)
+
+
+def harm_of(verdict: str, evidence: Mapping[str, Any] | None, step: int, steps: int) -> float:
+    """For a constraint-aware sampler: <= 0 feasible, else how far beyond. A norm verdict grades by its excess in decades, any other
+    prune by the share of the training that was left."""
+    if verdict not in ("pruned", "degraded", "bad_setup"):
+        return 0.0
+    if evidence is not None and evidence["guard"] == NormRatio.name and math.isfinite(float(evidence["value"])):
+        return max(LEAST_HARM, math.log10(float(evidence["value"]) / float(evidence["limit"])))
+    return max(LEAST_HARM, 1 - step / steps)
 
 
 def statistics_of(sample: Sample) -> dict[str, float]:

@@ -113,8 +113,14 @@ class Objective(_Section):
 
 
 class Resources(_Section):
-    """Of one trial. gpus auto: one GPU where the cluster has them, else none; fractions share a GPU."""
+    """Of one trial. gpus auto: one GPU where the cluster has them, else none; fractions share a GPU.
 
+    workers: processes of one trial, as ranks of one torch process group; cpus and gpus are then those of each worker, and so is
+    gpus_per_worker, which goes before gpus. nodes: on how many of them a command is started; cpus and gpus are then of each."""
+
+    workers: Annotated[int, Field(ge=1)] = 1
+    nodes: Annotated[int, Field(ge=1)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # FACTS §2: one thread a process
     gpus: float | Literal["auto"] = "auto"
 
@@ -125,6 +131,11 @@ class Resources(_Section):
         if value == "auto" or (is_number and 0 <= value < math.inf):
             return float(value) if is_number else value
         raise ValueError(f"must be a number >= 0 or auto, got {kind_of(value)}")
+
+    @property
+    def parts(self) -> int:
+        """Bundles of `cpus` and `gpus` that a trial takes."""
+        return self.workers * self.nodes
 
 
 class Preflight(_Section):
@@ -573,7 +584,7 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
             f"letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit; got {got}",
         )
     if isinstance(study.task, CommandSpec):
-        for place, wrong in study.task.problems(_settings_of(study)):
+        for place, wrong in study.task.problems(_settings_of(study), _varied(study)):
             yield ("task", *place), wrong
     elif not isinstance(study.task, str) or not (study.task in BUILT_IN_TASKS or _is_path(study.task)):
         guess = did_you_mean(study.task, BUILT_IN_TASKS) if isinstance(study.task, str) else ""
@@ -607,6 +618,12 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
             )
         if study.space.is_relative and study.calibration is None:
             yield ("calibration",), f"is null, but the space {study.space.name!r} gives its gain as a norm ratio, which needs it"
+    if study.resources is not None and study.task is not None:
+        is_command = isinstance(study.task, CommandSpec)
+        if is_command and study.resources.workers > 1:
+            yield ("resources", "workers"), "a command starts its own workers, e.g. by torchrun; `nodes` is how often it is started"
+        if not is_command and study.resources.nodes > 1:
+            yield ("resources", "nodes"), "is for commands; a task in Python has `workers`"
     confirm = study.confirm
     if confirm is not None and confirm.steps is not None and _is_count(steps) and confirm.steps < steps:
         yield ("confirm", "steps"), f"must be at least the trial's {steps} steps, got {confirm.steps}"
@@ -626,6 +643,12 @@ def _settings_of(study: Any) -> set[str]:
         named |= {*stage.parameters, *stage.fixed, *(name for point in stage.points for name in point)}
         named |= {WEIGHT, GRAD_SCALE, MAX_T} if GAIN in stage.parameters else set()
     return named - {GAIN}
+
+
+def _varied(study: Any) -> set[str]:
+    """Settings that differ between its trials; a gain varies the weight."""
+    names = {name for stage in (study.space.stages if study.space is not None else ()) for name in stage.parameters}
+    return {WEIGHT if name == GAIN else name for name in names}
 
 
 def _is_name(name: Any) -> bool:

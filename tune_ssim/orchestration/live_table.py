@@ -46,7 +46,7 @@ class LiveTable:
         self._ascii = self.console.options.ascii_only
         self._lock = threading.RLock()
         self._running: dict[str, _Running] = {}
-        self._ended = 0
+        self.ended = 0  # trials, those of an earlier start included
         self._phase = ""
         self._started_s = time.monotonic()
         self._live: Live | None = None
@@ -101,8 +101,8 @@ class LiveTable:
     def trial_ended(self, summary: TrialSummary) -> None:
         with self._lock:
             self._running.pop(summary["trial_id"], None)
-            self._ended += 1
-            count = f"{self._ended:>2}/{self.total}" if self.total else f"{self._ended:>2}"
+            self.ended += 1
+            count = f"{self.ended:>2}/{self.total}" if self.total else f"{self.ended:>2}"
         self._print(Text(f"{count} ") + verdict_line(summary, self._ascii))
 
     def _print(self, line: Text) -> None:
@@ -112,7 +112,7 @@ class LiveTable:
     def _picture(self) -> Group:
         with self._lock:
             running = [(trial_id, _Running(**vars(trial))) for trial_id, trial in self._running.items()]
-            ended, phase = self._ended, self._phase
+            ended, phase = self.ended, self._phase
         minutes, seconds = divmod(int(time.monotonic() - self._started_s), 60)
         of_total = f" of {self.total}" if self.total else ""
         title = Text(f"{phase or 'starting'}: {ended}{of_total} trials done, {minutes}:{seconds:02d}", "bold")

@@ -22,16 +22,17 @@ from ray.tune.stopper import Stopper
 
 from tune_ssim.atomic_file import write_atomically
 from tune_ssim.errors import BadSetup, UserError
-from tune_ssim.guards import Guard
+from tune_ssim.guards import Baseline, Guard
 from tune_ssim.orchestration.before_launch import before_launch, inspect, norm_model
 from tune_ssim.orchestration.confirm import PREFIX, ConfirmSearch, confirm_seeds, confirm_steps, longer
 from tune_ssim.orchestration.events import EventWriter
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, read_skipped
-from tune_ssim.orchestration.study_callback import LIVE_TABLES, StudyCallback
-from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable, make_trainable
+from tune_ssim.orchestration.study_callback import LIVE_TABLES, PROCESS_DIED, StudyCallback
+from tune_ssim.orchestration.trainable import CONTEXT, OBJECTIVE, GuardedTrainable, Parts, make_trainable
 from tune_ssim.proof import SKIPPED, differences
-from tune_ssim.study_folder import StudyFolder, TrialSummary, check_name
+from tune_ssim.run_trial import harm_of
+from tune_ssim.study_folder import StudyFolder, TrialSummary, check_name, number
 from tune_ssim.tasks.task import load_task
 from tune_ssim.trial_text import setting_text
 from tune_ssim.winner import ranked, settings_of
@@ -197,19 +198,23 @@ def _quiet() -> None:
 
 
 def _gpus(study: Study, cluster: dict[str, float]) -> float:
+    """Of a trial, or of each of its workers or nodes."""
+    if study.resources.gpus_per_worker is not None:
+        return study.resources.gpus_per_worker
     gpus = study.resources.gpus
     return (1.0 if cluster.get("GPU") else 0.0) if gpus == "auto" else float(gpus)
 
 
 def _concurrency(study: Study, cluster: dict[str, float]) -> int:
     """Trials side by side; never more than the cluster can hold, so that none waits for ever."""
-    gpus = _gpus(study, cluster)
-    room = [cluster.get("CPU", 0.0) / study.resources.cpus] if study.resources.cpus else []
+    parts = study.resources.parts
+    cpus, gpus = parts * study.resources.cpus, parts * _gpus(study, cluster)
+    room = [cluster.get("CPU", 0.0) / cpus] if cpus else []
     room += [cluster.get("GPU", 0.0) / gpus] if gpus else []
     fits = int(min(room)) if room else 1
     if fits < 1:
         raise UserError(
-            f"resources: a trial needs {study.resources.cpus:g} CPUs and {gpus:g} GPUs, "
+            f"resources: a trial needs {cpus:g} CPUs and {gpus:g} GPUs, "
             f"the cluster has {cluster.get('CPU', 0):g} and {cluster.get('GPU', 0):g}"
         )
     wanted = study.search.concurrency
@@ -217,7 +222,49 @@ def _concurrency(study: Study, cluster: dict[str, float]) -> int:
 
 
 def _begun(folder: StudyFolder, phase: str) -> bool:
-    return (folder.ray_folder / phase / "tuner.pkl").exists()
+    return (folder.ray_folder / phase).exists()
+
+
+def _attempt(folder: StudyFolder, phase: str) -> str:
+    """The phase's name, numbered from its second start on."""
+    count = sum(1 for path in folder.ray_folder.glob(f"{phase}*") if path.is_dir())
+    return phase if count == 0 else f"{phase}-{count + 1}"
+
+
+def _past(folder: StudyFolder, steps: int) -> dict[str, dict[str, Any]]:
+    """How the trials of a study that is resumed ended, as a searcher wants to know it. One whose process died has no result."""
+    found: dict[str, dict[str, Any]] = {}
+    for trial in folder.trials():
+        if trial["verdict"] in ("error", "bad_setup") and trial["role"] != "search":
+            continue
+        if trial["reason"].startswith(PROCESS_DIED):
+            continue
+        metrics = {name: number(value) for name, value in trial["metrics"].items()}
+        reached = trial["verdict"] in ("safe", "degraded")
+        found[trial["trial_id"]] = {
+            **metrics,
+            OBJECTIVE: metrics.get(OBJECTIVE, math.nan) if reached else math.nan,
+            "verdict": trial["verdict"],
+            "reason": trial["reason"],
+            "config": trial["config"],
+            "role": trial["role"],
+            "harm": harm_of(trial["verdict"], trial["evidence"], trial["steps"], steps),
+        }
+    return found
+
+
+def _past_baseline(folder: StudyFolder, names: Sequence[str], past: Mapping[str, Any]) -> Baseline | None:
+    """The baseline of these runs, if all of them had ended and it was written."""
+    if not all(past.get(name, {}).get("verdict") == "safe" for name in names):
+        return None
+    for path in (folder.path / "baseline").glob("*.json"):
+        try:
+            baseline = Baseline.read(path, path.stem)
+        except ValueError:  # torn or changed
+            continue
+        if [run.trial_id for run in baseline.runs] == list(names):
+            return baseline
+    return None
 
 
 def _fit(
@@ -233,7 +280,9 @@ def _fit(
     guards: Sequence[Guard],
     scheduler: TrialScheduler | None = None,
 ) -> None:
-    """One phase, from its start or, if it has begun already, from Ray's snapshot, which may be some seconds old."""
+    """One phase, or what is left of it: nothing of Ray's own state is needed, which a kill may leave torn or out of date."""
+    if samples <= 0:
+        return
     asha = study.scheduler if scheduler is not None else None
     trainable: type[GuardedTrainable] = make_trainable(
         study.task_path,
@@ -246,13 +295,9 @@ def _fit(
         checkpoint_every=study.checkpoint_every,
         evaluate_every=asha.grace_steps if asha else None,
         import_path=study.import_path,
+        parts=Parts(study.resources.workers, study.resources.nodes, study.resources.cpus, _gpus(study, cluster)),
     )
-    with_resources = tune.with_resources(trainable, {"cpu": study.resources.cpus, "gpu": _gpus(study, cluster)})
-    if _begun(folder, phase):
-        path = str(folder.ray_folder / phase)
-        # Trials, searcher and callbacks come back as they were.
-        _check(Tuner.restore(path, trainable=with_resources, resume_unfinished=True, restart_errored=True).fit())
-        return
+    with_resources = tune.with_resources(trainable, trainable.spec.parts.resources())
     frequency = max(1, round(study.checkpoint_every / study.result_every))
     tuner = Tuner(
         with_resources,
@@ -266,7 +311,7 @@ def _fit(
             trial_dirname_creator=_trial_name,
         ),
         run_config=RunConfig(
-            name=phase,
+            name=_attempt(folder, phase),
             storage_path=str(folder.ray_folder),
             callbacks=[StudyCallback(folder, steps)],
             stop=BaselineStopper(),
@@ -306,6 +351,10 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         n_latin = min(6, max(0, study.search.trials - len(stage.points)))
         inner = GuardedOptunaSearch(stage, n_latin=n_latin, **search)
     seeds = [study.search.seed + index for index in range(study.baseline_seeds)]
+    past = _past(folder, study.steps)
+    baseline = _past_baseline(folder, [f"baseline-{index}" for index in range(len(seeds))], past)
+    past = {name: result for name, result in past.items() if result["role"] == "search" and baseline is not None}
+    table.ended = len(past) + (0 if baseline is None else len(seeds))
     _fit(
         study,
         folder,
@@ -316,10 +365,12 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
             study.baseline_settings,
             folder=folder.path / "baseline",
             seeds=seeds,
+            baseline=baseline,
             storage=folder.path.parent,
             study=folder.name,
+            past=past,
         ),
-        samples=study.search.trials + len(seeds),
+        samples=study.search.trials - len(past) + (len(seeds) if baseline is None else 0),
         concurrency=concurrency,
         steps=study.steps,
         guards=study.guard_list,
@@ -356,12 +407,17 @@ def _fit_confirmation(
 ) -> None:
     settings = [(name, {key: value for key, value in setting.items() if value is not None}) for name, setting in finalists]
     inner = ConfirmSearch(settings, seeds, study.objective.maximize)
+    past = _past(folder, steps)
+    baseline = _past_baseline(folder, [f"{PREFIX}baseline-{index}" for index in range(len(seeds))], past)
+    past = {name: result for name, result in past.items() if result["role"] == "confirm" and baseline is not None}
     searcher = BaselineFirst(
         inner,
         study.baseline_settings,
         folder=folder.path / "baseline",
         seeds=seeds,
+        baseline=baseline,
         prefix=PREFIX,
+        past=past,
         storage=folder.path.parent,
         study=folder.name,
     )
@@ -371,7 +427,7 @@ def _fit_confirmation(
         CONFIRM,
         cluster,
         searcher,
-        samples=len(seeds) * (1 + len(finalists)),
+        samples=len(seeds) * (len(finalists) + (baseline is None)) - len(past),
         concurrency=concurrency,
         steps=steps,
         guards=longer(study.guard_list, steps),

@@ -283,6 +283,18 @@ class GuardedOptunaSearch(OptunaSearch):
         else:  # pruned by a guard, or stopped by a scheduler
             self._ot_study.tell(trial, state=optuna.trial.TrialState.PRUNED)
 
+    def impose(self, trial_id: str, config: Mapping[str, Any]) -> bool:
+        """Another configuration in place of the latest suggestion, which is forgotten; False if it is outside the space."""
+        if self.stage is None or trial_id not in self._ot_trials:
+            return False
+        try:
+            place = self._in_space(config, self.stage)
+            self._ot_study.enqueue_trial(place)
+        except (KeyError, ValueError, UserError):
+            return False
+        self._ot_study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
+        return super().suggest(trial_id) is not None
+
     def _in_space(self, point: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
         """A full triple in the coordinates that the stage searches. Raises UserError if its norm ratio lies outside."""
         place = {name: gain_of(point) if name == GAIN else point[name] for name in stage.parameters}
@@ -371,6 +383,9 @@ class StagedSearch(Searcher):
         self._suggested.append(trial_id)
         return {**suggestion, CONTEXT: {"stage": self.space.stages[self.stage_index].name}}
 
+    def impose(self, trial_id: str, config: Mapping[str, Any]) -> bool:
+        return self._searcher.impose(trial_id, config)
+
     def _reason_to_stop(self) -> str:
         name = self.space.stages[self.stage_index].name
         verdicts = [result.get("verdict") for result in self._results.values()]
@@ -402,8 +417,9 @@ class BaselineFirst(Searcher):
 
     baseline_config: settings of the baseline; a key that the space searches must be in it. seeds[0] is the study's own: later
     trials run with it and see the same batches. prefix: of the baselines' names. folder: where the file goes; every node must
-    reach it under that path. storage: where the ledger of ruined checkpoints is, and the study's folder, called `study`. If a
-    baseline fails, or two trials report the same set-up error, the search is over and `failure` says why.
+    reach it under that path. storage: where the ledger of ruined checkpoints is, and the study's folder, called `study`. past: of
+    a study that is resumed, how its trials ended, by their names: the inner searcher is asked and told as it was then, and hands
+    out what is missing. If a baseline fails, or two trials report the same set-up error, the search is over and `failure` says why.
     """
 
     def __init__(
@@ -418,6 +434,7 @@ class BaselineFirst(Searcher):
         prefix: str = "",
         storage: str | Path | None = None,
         study: str | None = None,
+        past: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(metric=searcher.metric, mode=searcher.mode)
         if baseline is None and not seeds:
@@ -427,6 +444,8 @@ class BaselineFirst(Searcher):
         self.searched, self.prefix = list(searched), prefix
         named = {} if study is None else {"study": study}
         self.shared = named if storage is None else {"storage": str(storage), **named}
+        self.past = dict(past or {})
+        self._inner_ids: dict[str, str] = {}  # Ray's ids → those of the inner searcher
         self.failure = ""
         self._baseline_trials: list[str] = []
         self._runs: dict[str, str] = {}  # trial id → Baseline of one run, as JSON
@@ -450,13 +469,20 @@ class BaselineFirst(Searcher):
             name, seed = f"{self.prefix}baseline-{index}", self.seeds[index]
             context = {"trial_id": name, "role": "baseline", "seed": seed, "slot": index, **self.shared}
             return {**self.baseline_config, CONTEXT: context}
-        suggestion = self.searcher.suggest(trial_id)
-        if suggestion is None or suggestion == Searcher.FINISHED:
-            return suggestion
-        slot = self._n_suggested
-        self._n_suggested += 1
+        while True:
+            slot = self._n_suggested
+            inner_id = f"slot-{slot}"
+            suggestion = self.searcher.suggest(inner_id)
+            if suggestion is None or suggestion == Searcher.FINISHED:
+                return suggestion
+            self._n_suggested += 1
+            given = suggestion.get(CONTEXT, {})
+            name = given.get("trial_id", f"trial-{slot:02d}")
+            if not self._was_run(name, inner_id, suggestion):
+                break
+        self._inner_ids[trial_id] = inner_id
         context = {
-            "trial_id": f"trial-{slot:02d}",
+            "trial_id": name,
             "role": "search",
             "seed": self.seeds[0] if self.seeds else 0,
             "slot": slot,
@@ -464,11 +490,24 @@ class BaselineFirst(Searcher):
             **self.shared,
             "searched": self.searched or [key for key in suggestion if key != CONTEXT],
         }
-        return {**suggestion, CONTEXT: {**context, **suggestion.get(CONTEXT, {})}}
+        return {**suggestion, CONTEXT: {**context, **given}}
+
+    def _was_run(self, name: str, inner_id: str, suggestion: Mapping[str, Any]) -> bool:
+        """Whether the trial of this slot is among the past; then the inner searcher is told how it ended."""
+        past = self.past.get(name)
+        if past is None:
+            return False
+        asked = resolve_settings({key: value for key, value in suggestion.items() if key != CONTEXT})
+        same = all(_equal(value, past["config"].get(key)) for key, value in asked.items())
+        # Without a fixed order a sampler may come to other suggestions; what was run is still worth knowing.
+        if not same and not (hasattr(self.searcher, "impose") and self.searcher.impose(inner_id, past["config"])):
+            return False
+        self.searcher.on_trial_complete(inner_id, dict(past))
+        return True
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if trial_id not in self._baseline_trials:
-            self.searcher.on_trial_result(trial_id, result)
+        if trial_id in self._inner_ids:
+            self.searcher.on_trial_result(self._inner_ids[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         result = result or {}
@@ -479,7 +518,8 @@ class BaselineFirst(Searcher):
             if self._setup_errors[kind] >= 2 and not self.failure:
                 self.failure = f"two trials failed alike: {reason}"
         if trial_id not in self._baseline_trials:
-            self.searcher.on_trial_complete(trial_id, result, error)
+            if trial_id in self._inner_ids:
+                self.searcher.on_trial_complete(self._inner_ids[trial_id], result, error)
             return
         if error or "baseline_run" not in result:
             self.failure = reason
@@ -519,6 +559,12 @@ class BaselineFirst(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         self.searcher.restore(checkpoint_path)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return math.isclose(one, other, rel_tol=1e-9)
+    return bool(one == other)
 
 
 def read_summary(result: Mapping[str, Any]) -> dict[str, Any] | None:

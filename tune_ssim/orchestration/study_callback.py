@@ -16,6 +16,7 @@ from tune_ssim.space import resolve_settings
 from tune_ssim.study_folder import StudyFolder, TrialSummary
 from tune_ssim.tensor_file import Contents
 
+PROCESS_DIED = "the trial's process died"  # such a trial has no result: a study that is resumed runs it again
 # Ray pickles callbacks and makes them again when a study is resumed; what they draw on cannot travel, so it is looked up.
 LIVE_TABLES: dict[str, LiveTable] = {}
 
@@ -73,7 +74,7 @@ class StudyCallback(Callback):
         if name not in self.ended:
             lines = [line for line in str(getattr(trial, "error_msg", None) or "").splitlines() if line.strip()]
             reason = lines[-1].strip() if lines else "no message"
-            self._end(name, _without_verdict(trial, "error", f"the trial's process died: {reason}"), {})
+            self._end(name, _without_verdict(trial, "error", f"{PROCESS_DIED}: {reason}"), {})
 
     def _end(self, name: str, summary: TrialSummary, effective: dict[str, Any]) -> None:
         self.ended.add(name)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pyarrow.fs import FileSelector, FileType
 from ray import tune
+from ray.exceptions import RayActorError
 
 from tune_ssim.checkpoint import load_checkpoint
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
+from tune_ssim.orchestration.nodes import NodesProcess
+from tune_ssim.orchestration.workers import WorkersTask
 from tune_ssim.quarantine import Ledger
 from tune_ssim.run_trial import Trial, TrialPlan, Verdict
 from tune_ssim.space import resolve_settings
@@ -29,6 +34,24 @@ WORK = "work"  # in a study's folder: what the trainings themselves leave behind
 
 
 @dataclass(frozen=True)
+class Parts:
+    """A trial over `workers` processes, or a command on `nodes`, each with `cpus` and `gpus`; neither: one process."""
+
+    workers: int = 1
+    nodes: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    def resources(self) -> tune.PlacementGroupFactory:
+        """What Ray reserves for a trial, all or nothing. The process that judges several parts only waits: it takes none."""
+        bundle = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        if self.workers * self.nodes == 1:
+            return tune.PlacementGroupFactory([bundle])
+        strategy = "STRICT_SPREAD" if self.nodes > 1 else "PACK"
+        return tune.PlacementGroupFactory([{}, *[bundle] * (self.workers * self.nodes)], strategy=strategy)
+
+
+@dataclass(frozen=True)
 class TrialSpec:
     """Everything about a trial but its settings; travels to the workers with the class."""
 
@@ -38,6 +61,15 @@ class TrialSpec:
     result_every: int = 10  # training steps per result that Ray sees: a result costs Ray milliseconds, a step may not
     evaluate_every: int | None = None  # training steps between held-out evaluations for a scheduler; None: at the end only
     import_path: str | None = None  # put in front of sys.path on the workers, for a task beside the study file
+    parts: Parts = Parts()
+
+    def make_task(self) -> Any:
+        if self.parts.workers > 1:
+            return WorkersTask(self.task, self.import_path, self.parts.workers, self.parts.cpus, self.parts.gpus)
+        task = load_task(self.task, self.import_path)()
+        if self.parts.nodes > 1:
+            task.launch = partial(NodesProcess, self.parts.nodes, self.parts.cpus, self.parts.gpus)
+        return task
 
 
 class GuardedTrainable(tune.Trainable):
@@ -50,7 +82,7 @@ class GuardedTrainable(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Ray reuses the process for another trial: 0.25 s instead of 3.4 s with torch already imported."""
-        self._close()
+        self._leave()
         self._started = time.perf_counter()
         context = dict(new_config.get(CONTEXT) or {})
         self.trial_name_in_study = str(context.get("trial_id") or self.trial_id)
@@ -72,25 +104,42 @@ class GuardedTrainable(tune.Trainable):
         self.settings = resolve_settings(given)
         config = {"steps": self.spec.plan.steps, **self.spec.task_config, **self.settings}
         baseline = context.get("baseline")
-        task = load_task(self.spec.task, self.spec.import_path)()
+        task = self._workers or self.spec.make_task()
+        self._workers = task if isinstance(task, WorkersTask) else None
         if hasattr(task, "identify") and self.storage and self.study:
             task.identify(f"{self.study}-{self.trial_name_in_study}", Path(self.storage, self.study, WORK))
         self.trial = Trial(task, self.spec.plan)
-        self.trial.start(
+        start = partial(
+            self.trial.start,
             config,
             seed=self.seed,
             role=self.role,
             baseline=Baseline.read(baseline["path"], baseline["sha256"]) if baseline else None,
             searched=self.searched,
         )
+        start()
+        for checkpoint in self._of_earlier_starts():
+            try:
+                self._load(checkpoint)
+                break
+            except (OSError, UserError):  # cut short by a kill, or of another configuration
+                start()
+
+    def _of_earlier_starts(self) -> list[Path]:
+        """Checkpoints of this trial from before the study was interrupted, the newest first."""
+        if not self.storage or not self.study or not getattr(self.trial.task, "can_resume", True):
+            return []
+        found = Path(self.storage, self.study, "ray").glob(f"*/{glob.escape(self.trial_name_in_study)}/checkpoint_*")
+        return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
     def step(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
         if self.failure is None:
             self._quietly(lambda: result.update(self._advance()))
         verdict = self.failure or self.trial.verdict
+        if self.failure is not None:
+            self._leave()
         if verdict is not None:
-            self._close()
             result |= self._final(verdict)
             if verdict.verdict == "pruned":
                 # Ray saves the state once more after this result: that checkpoint is known before it is written.
@@ -191,13 +240,19 @@ class GuardedTrainable(tune.Trainable):
         self.trial.load(folder)
 
     def cleanup(self) -> None:
-        self._close()
+        self._leave(for_good=True)
         self.__dict__.pop("trial", None)
 
-    def _close(self) -> None:
-        """Ends what the task runs outside this process."""
+    _workers: WorkersTask | None = None  # of this process, for one trial after the other
+
+    def _leave(self, for_good: bool = False) -> None:
+        """Ends what the last trial runs outside this process. Workers stay for the next one, unless one of them failed."""
+        failed = self.__dict__.get("failure") is not None
+        if self._workers is not None and (for_good or failed):
+            self._workers.close()
+            self._workers = None
         task = self.trial.task if "trial" in self.__dict__ else None
-        if task is not None and hasattr(task, "close"):
+        if task is not None and not isinstance(task, WorkersTask) and hasattr(task, "close"):
             task.close()
 
     def _quietly(self, action: Any) -> None:
@@ -208,6 +263,8 @@ class GuardedTrainable(tune.Trainable):
             self.failure = Verdict("error", str(error))
         except BadSetup as finding:
             self.failure = Verdict("bad_setup", str(finding))
+        except RayActorError:  # a worker died: Ray starts the trial again, from its last checkpoint
+            raise
         except Exception as error:
             self.traceback = traceback.format_exc()
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -243,6 +300,7 @@ def make_trainable(
     checkpoint_every: int = 50,
     evaluate_every: int | None = None,
     import_path: str | None = None,
+    parts: Parts = Parts(),
 ) -> type[GuardedTrainable]:
     """A Trainable class for `tune.Tuner`. `task`: a class that keeps the contract of `tasks.task.Task`, or "module:Class"; or a
     function that reports through `trial_context`, as "module:function"; or a command, as a mapping for
@@ -259,5 +317,5 @@ def make_trainable(
         report_every=report_every,
         checkpoint_every=checkpoint_every,
     )
-    spec = TrialSpec(task, plan, dict(task_config or {}), result_every, evaluate_every, import_path)
+    spec = TrialSpec(task, plan, dict(task_config or {}), result_every, evaluate_every, import_path, parts)
     return type("GuardedTrial", (GuardedTrainable,), {"spec": spec})

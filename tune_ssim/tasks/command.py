@@ -51,7 +51,7 @@ class Process(Protocol):
 
 @dataclass(frozen=True)
 class Invocation:
-    """What to start: on each node the same but for the fields of the node."""
+    """What to start: on each node the same but for the fields of the node. environment: besides what is there."""
 
     argv: list[str]
     environment: dict[str, str]
@@ -66,7 +66,8 @@ Launch = Callable[[Callable[[Mapping[str, Any]], Invocation], Callable[[bytes], 
 def launch_here(render: Callable[[Mapping[str, Any]], Invocation], on_output: Callable[[bytes], None], folder: Path) -> Process:
     """On this machine alone."""
     what = render({"nodes": 1, "node_rank": 0, "master_addr": "127.0.0.1", "master_port": free_port("127.0.0.1")})
-    return SupervisedProcess(what.argv, on_output, environment=what.environment, cwd=what.cwd, grace_s=what.grace_s)
+    environment = {**os.environ, **what.environment}
+    return SupervisedProcess(what.argv, on_output, environment=environment, cwd=what.cwd, grace_s=what.grace_s)
 
 
 def free_port(host: str) -> int:
@@ -94,6 +95,7 @@ class CommandTask:
     def identify(self, name: str, folder: Path) -> None:
         """Called before `setup`: what the trial is called, and a folder for what it leaves behind."""
         self.name, self.folder = name, folder
+        folder.mkdir(parents=True, exist_ok=True)
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         self.close()
@@ -235,7 +237,6 @@ class CommandTask:
             argv += fill_all(self.spec.resume, {**fields, "checkpoint": str(self._resume_from), "step": self.step_now})
         own = {name: fill(str(value), fields) for name, value in self.spec.environment.items()}
         environment = {
-            **os.environ,
             "PYTHONUNBUFFERED": "1",  # lines arrive when they are printed, not when 8 KB are full
             "EXP_NAME": str(fields["exp_name"]),
             **own,
@@ -354,7 +355,7 @@ class CommandTask:
         """What the trial sets must be told to the command, or looked up by it, and be in force where the command says what is."""
         known = self.spec.reached() | (self._read or set()) | set(self._told) | {"steps"}
         for name, value in self.config.items():
-            if name not in known and not (name in NEUTRAL and value == NEUTRAL[name]):
+            if name not in known and value not in NEUTRAL.get(name, ()):
                 raise BadSetup(
                     f"{name} is set to {value!r} but does not reach the training: put {{{name}}} into the command, its "
                     f"environment or its config file, or read it with trial_context().config[{name!r}]"

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 # What can stand in braces besides the trial's own settings.
 ALWAYS = ("seed", "steps", "exp_name", "exp_dir", "python", "nodes", "node_rank", "master_addr", "master_port", "gpus")
 IN_SMOKE = ("checkpoint", "step", "noise", "out")
-NEUTRAL = {"ssim_grad_scale": 1.0, "ssim_loss_max_t": None, "pixel_loss_max_t": None}  # values that ask a training for nothing
+# Values that ask a training for nothing: no scaling, no gate.
+NEUTRAL = {"ssim_grad_scale": (1.0,), "ssim_loss_max_t": (None, 1.0), "pixel_loss_max_t": (None, 1.0)}
 Words = Annotated[list[str], Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -135,9 +136,12 @@ class CommandSpec(_Section):
             yield from (((name, "command", index), word, True) for index, word in enumerate(words))
         yield from ((("resume", index), word, True) for index, word in enumerate(self.resume or ()))
 
-    def problems(self, settings: Iterable[str]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """(place, what is wrong) with the placeholders, of a study whose trials have these settings."""
+    def problems(self, settings: Iterable[str], varied: Iterable[str]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """(place, what is wrong) with the placeholders, of a study whose trials have these settings and vary some of them."""
         own = sorted(set(settings))
+        untold = sorted(set(varied) - self.reached())
+        if untold and self.records is not None:  # else it may look them up by itself
+            yield ("command",), f"the space varies {untold[0]}, but the command is not told: put {{{untold[0]}}} where it belongs"
         for place, template, in_smoke in self.templates():
             valid = [*own, *ALWAYS, *(IN_SMOKE if in_smoke else ())]
             unknown = [name for name in placeholders(template) if name not in valid]

@@ -1,0 +1,34 @@
+"""The small task over ranks: each sees a part of the noise, gradients are averaged, as DDP does."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import distributed
+
+from small_task import SmallTask
+
+
+class RankedTask(SmallTask):
+    """`fault` besides SmallTask's: own_norm | die_at_5 (rank 1, once: `mark` names a file)."""
+
+    def step(self) -> dict[str, Any]:
+        if self.fault == "die_at_5" and self.n == 4 and rank() == 1 and not os.path.exists(self.config["mark"]):
+            with open(self.config["mark"], "w"):
+                os._exit(1)
+        before = self.x.clone()
+        found = super().step()
+        gradient = (before - self.x) / float(self.config.get("lr", 0.1))
+        if distributed.is_initialized():
+            distributed.all_reduce(gradient)
+            gradient /= distributed.get_world_size()
+        self.x = before - float(self.config.get("lr", 0.1)) * gradient
+        found["total_norm"] = gradient.norm() * (1 + rank() if self.fault == "own_norm" else 1)
+        found["rank"] = float(rank())
+        return found
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0

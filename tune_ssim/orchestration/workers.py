@@ -1,0 +1,169 @@
+"""One trial over several processes: a task on every rank, in lock step, judged as one.
+
+The workers are actors in the placement group of the trial itself, so what a trial needs it gets at once or not at all, and trials
+cannot wait for each other's workers. The trial's own process takes no resources; it calls the same method on every rank, and so a
+task may use collectives (DDP, FSDP) in each of them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.util import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from tune_ssim.errors import UserError
+from tune_ssim.records import STEP_SKIPPED, TOTAL_NORM
+from tune_ssim.tasks.command import free_port
+from tune_ssim.tasks.task import load_task
+
+SAME_NORM = 1e-3  # relative; ranks that reduce their gradients differ in the order of sums at most
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # PyTorch's own default for NCCL
+DEAD_WAIT_S = 5.0  # an actor's death is known later than the broken connection that it leaves to the others
+ANSWERED_BY_FIRST = ("sample", "evaluate", "state_dict", "effective", "fingerprints")
+
+
+class _Worker:
+    """One rank. Its task finds an initialised process group, and its rank in the usual variables of the environment."""
+
+    def address(self) -> tuple[str, int]:
+        host = ray.util.get_node_ip_address()
+        return host, free_port(host)
+
+    def join(self, rank: int, size: int, local_rank: int, local_size: int, host: str, port: int) -> None:
+        import torch
+        from torch import distributed
+
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(local_size),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+        }
+        backend = "nccl" if ray.get_gpu_ids() and torch.cuda.is_available() else "gloo"
+        if backend == "nccl":
+            torch.cuda.set_device(0)  # Ray shows a worker its own devices only
+        distributed.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+
+    def make(self, task: Any, import_path: str | None) -> None:
+        self.task = load_task(task, import_path)()
+
+    def call(self, method: str, arguments: Sequence[Any]) -> Any:
+        found = getattr(self.task, method)(*arguments)
+        if method == "step":
+            return {name: float(value) for name, value in found.items()}
+        is_first = os.environ["RANK"] == "0"
+        return found if is_first and method in ANSWERED_BY_FIRST else None
+
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class WorkersTask:
+    """A task over `workers` processes, as one: losses are means over the ranks, held-out numbers and samples the first rank's.
+
+    `total_norm` must be the norm of the reduced gradient, and so the same everywhere; it is an error if it is not."""
+
+    def __init__(self, task: Any, import_path: str | None, workers: int, cpus: float, gpus: float) -> None:
+        self._made_of = task, import_path
+        self._workers: list[Any] = []
+        group = get_current_placement_group()
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_Worker)
+        for index in range(workers):
+            where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index) if group else "DEFAULT"
+            self._workers.append(remote.options(scheduling_strategy=where).remote())
+        host, port = ray.get(self._workers[0].address.remote())
+        nodes = ray.get([worker.node.remote() for worker in self._workers])
+        local = [nodes[:rank].count(node) for rank, node in enumerate(nodes)]
+        self._all(
+            [
+                worker.join.remote(rank, workers, local[rank], nodes.count(nodes[rank]), host, port)
+                for rank, worker in enumerate(self._workers)
+            ]
+        )
+        self._all([worker.make.remote(*self._made_of) for worker in self._workers])
+
+    def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
+        self._call("setup", dict(config), seed, device)
+
+    def step(self) -> Mapping[str, float]:
+        return together(self._call("step"))
+
+    def sample(self, noise: int = 0) -> Any:
+        return self._call("sample", noise)[0]
+
+    def evaluate(self) -> Mapping[str, float]:
+        return dict(self._call("evaluate")[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._call("state_dict")[0])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._call("load_state_dict", state)
+
+    def effective(self) -> Mapping[str, Any]:
+        return {**self._call("effective")[0], "workers": len(self._workers)}
+
+    def close(self, *_: Any) -> None:
+        """Ends the workers."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            ray.kill(worker)
+
+    def pids(self) -> list[int]:
+        return list(ray.get([worker.pid.remote() for worker in self._workers]))
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        shared = ray.put(arguments)  # a state is sent once
+        return self._all([worker.call.remote(method, shared) for worker in self._workers])
+
+    def _all(self, calls: Sequence[Any]) -> list[Any]:
+        """Raises as soon as one rank fails: the others may be waiting for it. A death goes before what it led to."""
+        pending, failure = list(calls), None
+        while pending and failure is None:
+            done, pending = ray.wait(pending, num_returns=1)
+            failure = _failure_of(done)
+        deadline = time.monotonic() + DEAD_WAIT_S
+        while failure is not None and not isinstance(failure, RayActorError) and pending and time.monotonic() < deadline:
+            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            failure = next((found for found in (_failure_of(done),) if isinstance(found, RayActorError)), failure)
+        if failure is not None:
+            raise failure
+        return list(ray.get(list(calls)))
+
+
+def _failure_of(done: Sequence[Any]) -> Exception | None:
+    try:
+        ray.get(list(done))
+    except Exception as error:
+        return error
+    return None
+
+
+def together(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of all ranks as one. Raises UserError where they cannot be."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for one in metrics for name in one):
+        values = [one[name] for one in metrics if name in one]  # a loss in which no sample of a rank took part is absent there
+        if name == TOTAL_NORM:
+            finite = [value for value in values if math.isfinite(value)]
+            if finite and max(finite) - min(finite) > SAME_NORM * max(finite):
+                shown = ", ".join(f"{value:.4g}" for value in values)
+                raise UserError(
+                    f"{TOTAL_NORM} differs between the ranks ({shown}): measure it after the gradients were reduced, over all "
+                    "shards, so that it is the norm that the optimiser sees"
+                )
+        found[name] = max(values) if name == STEP_SKIPPED else sum(values) / len(values)
+    return found
