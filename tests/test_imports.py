@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,11 @@ FLOORS: list[set[str]] = [
     {"run_trial", "winner", "provenance"},
     {"preflight", "calibrate", "heat_map", "push"},
     {"orchestration"},
-    {"report", "testing"},
+    {"report", "testing", "integrations"},
     {"cli"},
     {"__main__"},
 ]
+INTEGRATIONS = {"lightning": "lightning", "huggingface": "transformers", "accelerate": "accelerate"}  # module → extra library
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # (modules under these names, libraries that importing them must not load)
@@ -72,6 +74,12 @@ def imported_names(source: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import"
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def importable(names: Iterable[str]) -> list[str]:
+    """Without the integrations whose library is not installed."""
+    wanted = {f"tune_ssim.integrations.{name}": library for name, library in INTEGRATIONS.items()}
+    return [name for name in names if name not in wanted or find_spec(wanted[name]) is not None]
 
 
 def top(module: str) -> str:
@@ -156,7 +164,7 @@ def test_only_these_files_name(library: str, allowed: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("rule", MUST_NOT_LOAD)
 def test_what_importing_loads(rule: str) -> None:
     places, libraries = MUST_NOT_LOAD[rule]
-    names = [module for module in modules() if top(module) in places]
+    names = importable(module for module in modules() if top(module) in places)
     assert names
     assert loaded_by(names, libraries) == {}
 
@@ -205,7 +213,7 @@ for name in names:
         assert not isinstance(value, types.ModuleType), f"{name}.{public} is a module"
         assert public in dir(module), f"{name}.{public} is not in dir()"
 """
-    in_fresh_interpreter(code, json.dumps([*modules()]))
+    in_fresh_interpreter(code, json.dumps(importable(modules())))
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -216,7 +224,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 @pytest.mark.parametrize("folder", ["tune_ssim", "tests"])
 def test_every_imported_library_is_declared(folder: str) -> None:
     # Read from pyproject.toml: the installed metadata may be older.
-    lines = declared("dependencies") + declared("diffusers") + (declared("test") if folder == "tests" else [])
+    extras = ("diffusers", "lightning", "transformers", *(("test",) if folder == "tests" else ()))
+    lines = [line for key in ("dependencies", *extras) for line in declared(key)]
     known = {canonicalize_name(Requirement(line).name) for line in lines}
     siblings = {file.stem for file in (ROOT / folder).glob("*.py")}  # tests/references.py is imported by its bare name
     distributions = packages_distributions()
@@ -225,6 +234,8 @@ def test_every_imported_library_is_declared(folder: str) -> None:
             library = name.split(".")[0]
             if library in {"tune_ssim", "tests"} | siblings or library in sys.stdlib_module_names:
                 continue
+            if library == "pytorch_lightning":
+                continue  # Lightning under its other name
             owners = {canonicalize_name(owner) for owner in distributions.get(library, [library])}
             assert owners & known, f"{file}:{line}: {library} comes from {sorted(owners)}: not in pyproject.toml"
 
