@@ -36,7 +36,10 @@ class Watch:
         if len(set(names)) != len(names):
             raise ValueError(f"guards must have different names, got {names}")
         self._states = {guard.name: guard.init() for guard in self.guards}
-        self._seen = {guard.name: False for guard in self.guards}
+        self._seen = {guard.name: not guard.metrics for guard in self.guards}
+        # What `update` needs at every record: a log of millions is folded at the speed of this loop.
+        self._folds = [(guard.name, guard.update) for guard in self.guards]
+        self._looked_at: frozenset[str] = frozenset()  # the names of the latest record that was searched for new ones
 
     def update(self, record: Record) -> list[Violation]:
         """What the guards say about a record, the gravest first. Raises MissingMetric when a guard's metric is absent
@@ -44,14 +47,18 @@ class Watch:
         if record.step > self._last_step:
             if self._records == GRACE_RECORDS:
                 self._require(f"the first {GRACE_RECORDS} records")
-            self._records, self._last_step = self._records + 1, record.step
-        self._remember(record)
-        violations = []
-        for guard in self.guards:
-            self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
-            self._states[guard.name], violation = guard.update(self._states[guard.name], record)
+            self._records += 1
+            self._last_step = record.step
+        if not record.values.keys() <= self._looked_at:
+            self._remember(record)
+        states = self._states
+        violations: list[Violation] | None = None
+        for name, fold in self._folds:
+            states[name], violation = fold(states[name], record)
             if violation is not None:
-                violations.append(violation)
+                violations = [violation] if violations is None else [*violations, violation]
+        if violations is None:
+            return []
         return sorted(violations, key=lambda violation: SEVERITY.index(violation.action))
 
     def fold(self, records: Iterable[Record]) -> list[Violation]:
@@ -89,6 +96,7 @@ class Watch:
         state = copy.deepcopy(state)
         self._states, self._seen = state["states"], state["seen"]
         self._records, self._last_step, self._names = state["records"], state["last_step"], state["names"]
+        self._looked_at = frozenset()
 
     def _remember(self, record: Record) -> None:
         """The names of metrics: every one that a guard needs, and of the others as many as a message can show."""
@@ -96,6 +104,9 @@ class Watch:
             absent = [m for guard in self.guards for m in guard.metrics if not _has(m, self._names)]
             if any(_has(metric, [name]) for metric in absent) or len(self._names) < SHOWN_NAMES:
                 self._names.append(name)
+        self._looked_at = frozenset(record.values).union(self._names)
+        for guard in self.guards:
+            self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
 
     def _require(self, where: str) -> None:
         for guard in self.guards:
