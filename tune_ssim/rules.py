@@ -35,11 +35,12 @@ TRENDS = ("rising", "not falling")
 @dataclass(frozen=True)
 class Branch:
     """A part of the loss and how to see that it works: its loss falls, its gradient is there, and all of its parameters get
-    one in every micro-batch (SEEDS C5). Names of metrics; empty: the pack does not say."""
+    one in every micro-batch (SEEDS C5). Names of metrics; empty: the pack does not say. Of `gradient`, the first that a log
+    has counts."""
 
     name: str
     loss: str
-    gradient: str = ""
+    gradient: tuple[str, ...] = ()
     has_grad: str = ""
     trainable: str = ""
 
@@ -61,7 +62,7 @@ class RulePack:
     def metrics(self) -> tuple[str, ...]:
         """Everything that the rules and branches look at."""
         of_rules = [metric for rule in self.rules for metric in rule.about]
-        of_branches = [name for b in self.branches for name in (b.loss, b.gradient, b.has_grad, b.trainable) if name]
+        of_branches = [name for b in self.branches for name in (b.loss, *b.gradient, b.has_grad, b.trainable) if name]
         return tuple(dict.fromkeys([*of_rules, *of_branches]))
 
 
@@ -121,10 +122,7 @@ class _Parser:
         if "/" in name or name != name.strip():
             problems.add(("name",), f"must be a plain name, got {shown(name)}")
         self.read_options(data.get("options"))
-        known_by = data.get("known_by", [])
-        if not isinstance(known_by, (list, tuple)) or not all(isinstance(metric, str) for metric in known_by):
-            problems.add(("known_by",), f"must be a list of metrics, got {kind_of(known_by)}")
-            known_by = []
+        known_by = self.names(("known_by",), data.get("known_by", []))
         branches = tuple(self.branches(data.get("branches", {})))
         rules = tuple(self.rules(name, data.get("rules")))
         problems.check()
@@ -165,7 +163,16 @@ class _Parser:
             elif ("has_grad" in metrics) != ("trainable" in metrics):
                 self.problems.add(loc, "has_grad and trainable go together: the coverage is their quotient")
             else:
-                yield Branch(name, **{key: self.text((*loc, key), metrics[key], 1) for key in BRANCH_KEYS if key in metrics})
+                texts = {key: self.text((*loc, key), metrics[key], 1) for key in BRANCH_KEYS if key in metrics and key != "gradient"}
+                yield Branch(name, gradient=tuple(self.names((*loc, "gradient"), metrics.get("gradient", []))), **texts)
+
+    def names(self, loc: Loc, value: Any) -> list[str]:
+        """One name or a list of them."""
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) and name for name in value):
+            self.problems.add(loc, f"must be a metric or a list of metrics, got {kind_of(value)}")
+            return []
+        return list(value)
 
     def rules(self, pack: str, data: Any) -> Iterator[Rule]:
         if not isinstance(data, Mapping) or not data:
