@@ -25,7 +25,7 @@ from tune_ssim.losses import ssim
 from tune_ssim.losses.latent import active_units, kl_to_standard_normal, reparameterise
 from tune_ssim.losses.schedules import Constant, CyclicalLinear, Linear, Schedule
 from tune_ssim.probes import total_norm
-from tune_ssim.tasks.photo_patches import PATCH, SUBJECTS, load_photo_patches
+from tune_ssim.tasks.photo_patches import PATCH, load_photo_patches
 from tune_ssim.tasks.task import Number, Part, Sample
 from tune_ssim.tasks.task_config import read_config
 
@@ -154,7 +154,8 @@ class VAEKL:
         generator = torch.Generator().manual_seed(20_250_318 + noise)
         drawn = torch.randn(SMOKE_PATCHES, LATENTS, generator=generator).to(self.device)
         with torch.no_grad():
-            images = self.decoder(reparameterise(*self.encoder(patches.to(self.device)), drawn)).sigmoid()
+            mu, log_var = self.encoder(patches.to(self.device))
+            images = self.decoder(reparameterise(mu, log_var, drawn)).sigmoid()
         return Sample(images.expand(-1, 3, -1, -1), patches.to(self.device).expand(-1, 3, -1, -1))
 
     def evaluate(self) -> dict[str, float]:
