@@ -63,11 +63,15 @@ class PhotoPatches:
 @lru_cache(maxsize=1)
 def load_photo_patches() -> PhotoPatches:
     """All of `PHOTOS`, decoded once a process (0.6 s)."""
-    parts = [_parts(name) for name in PHOTOS]
-    return PhotoPatches(tuple(train for train, _ in parts), tuple(held_out for _, held_out in parts))
+    parts = [load_photo(name) for name in PHOTOS]
+    return PhotoPatches(
+        tuple(_patches(train, TRAIN_STRIDE) for train, _ in parts),
+        tuple(_patches(held_out, HELD_OUT_STRIDE) for _, held_out in parts),
+    )
 
 
-def _parts(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def load_photo(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training rows and the held-out rows of one of `PHOTOS`: `[H, W]` in [0, 1]."""
     from skimage import data
 
     pixels = np.ascontiguousarray(getattr(data, name)())
@@ -77,7 +81,7 @@ def _parts(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     dark, bright = torch.quantile(photo.flatten(), torch.tensor(STRETCH))
     photo = ((photo - dark) / (bright - dark)).clamp(0, 1)
     split = int(TRAIN_ROWS * photo.shape[0])
-    return _patches(photo[:split], TRAIN_STRIDE), _patches(photo[split:], HELD_OUT_STRIDE)
+    return photo[:split], photo[split:]
 
 
 def _patches(photo: torch.Tensor, stride: int) -> torch.Tensor:
