@@ -23,6 +23,8 @@ from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, dump_yaml
 
 BUILT_IN_TASKS = {
     "fundus_sr": "tune_ssim.tasks.fundus_sr:FundusSR",
+    "flow_dino_kl": "tune_ssim.tasks.flow_dino_kl:FlowDinoKL",
+    "two_stage_vlm": "tune_ssim.tasks.two_stage_vlm:TwoStageVLM",
     "vae_kl": "tune_ssim.tasks.vae_kl:VAEKL",
 }
 DEFAULT_STUDY = "fundus_ssim"

@@ -33,7 +33,7 @@ from tune_ssim.tasks.task import Number, Part, Sample
 from tune_ssim.tasks.task_config import read_config
 
 PIXELS, COARSE, WIDTH = PATCH * PATCH, 4, 256
-GREY, CONTRAST = 0.5, 0.28  # mean and standard deviation of the training patches: x = (patch - GREY) / CONTRAST
+GREY, CONTRAST = 0.53, 0.3  # mean and standard deviation of the training patches: x = (patch - GREY) / CONTRAST
 EULER_STEPS = 8
 SMOKE_PATCHES, EVALUATION_PATCHES = 48, 240  # as many of each of the twelve photographs
 PATCH_STREAM, NOISE_STREAM = 0, 1  # independent random streams of one step
