@@ -31,13 +31,14 @@ FLOORS: list[set[str]] = [
     {"tensor_file"},
     {"records", "losses", "checkpoint", "yaml_source"},
     {"sources", "probes", "guards"},
-    {"tasks", "space", "study_folder"},
+    {"tasks", "space", "study_folder", "rules", "curves"},
     {"study", "sample_grid", "trial_text", "quarantine", "forecast", "batch_gradients"},
     {"proof"},
     {"run_trial", "winner", "provenance"},
     {"preflight", "calibrate", "heat_map"},
     {"orchestration"},
-    {"report", "testing"},
+    {"report", "testing", "check", "branch_report"},
+    {"check_text", "check_picture"},
     {"cli"},
     {"__main__"},
 ]
@@ -45,7 +46,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # (modules under these names, libraries that importing them must not load)
 NO_TORCH = (
-    *("errors", "records", "sources", "guards", "space", "study", "study_folder", "winner"),
+    *("errors", "records", "sources", "guards", "rules", "space", "study", "study_folder", "winner"),
     *("yaml_source", "trial_text", "tensor_file", "quarantine"),
 )
 MUST_NOT_LOAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

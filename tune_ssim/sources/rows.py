@@ -1,0 +1,53 @@
+"""A row of a log, as an object or as named texts, on its way to a record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tune_ssim.sources.steps import Steps
+from tune_ssim.sources.trouble import Trouble
+from tune_ssim.sources.values import MAX_STEP, Names, numbers_of, step_in
+
+FLOAT = {float}
+
+
+class Rows:
+    """What every format hands its rows to; `names`: their metric names → ours."""
+
+    def __init__(self, names: Mapping[str, str] | None = None) -> None:
+        self.trouble = Trouble()
+        self.names = Names(names)
+        self.steps = Steps(self.trouble)
+
+    def add_object(self, row: dict[str, Any], line: int, text: str) -> None:
+        """A JSON object, which is used up, and the text that it was read from. One without numbers is no row."""
+        step = None
+        for key in self.names.steps:
+            if key in row:
+                step = row.pop(key)
+                break
+        # The usual row is nothing but floats, and becomes the record's values as it is. "\\": an escape in a name.
+        values = row if set(map(type, row.values())) == FLOAT and "\\" not in text else numbers_of(row, self.names)
+        if self.names.given:
+            self.names.rename(values)
+        if values:
+            self.add(step, values, line, text)
+
+    def add(self, step: Any, values: dict[str, float], line: int, text: str = "") -> None:
+        """`step` as the log has it."""
+        if step is None or step == "":
+            self.steps.add(None, values, line, text)
+            return
+        whole = step if type(step) is int and 0 <= step <= MAX_STEP else step_in(step)
+        if whole is None:
+            self.trouble.skip(line, text, "its step is no whole number from 0 on")
+        else:
+            self.steps.add(whole, values, line, text)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"trouble": self.trouble.to_json(), "steps": self.steps.to_json()}
+
+    def load_json(self, data: Mapping[str, Any]) -> None:
+        self.trouble = self.steps.trouble = Trouble.from_json(data["trouble"])
+        self.steps.load_json(data["steps"])

@@ -1,0 +1,117 @@
+"""Rows of a log become records: those of one step are merged, and steps only grow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tune_ssim.records import Record
+from tune_ssim.sources.trouble import Trouble
+
+UNNUMBERED = 10  # rows without a step that are waited for before they are numbered: a config may be printed first
+
+
+class Steps:
+    """`add` rows, `take` records. The newest step is held back until a later one appears, since a trainer may log one
+    step in several rows.
+
+    A row of a step that was released already is passed over: the first value of a step stands, as it does when
+    a study is mirrored. So lines that come twice change nothing; a run that goes on from an older checkpoint is
+    heard again once it is past the step it had reached; and a trouble says so. A log without steps has its rows
+    numbered from 1."""
+
+    def __init__(self, trouble: Trouble) -> None:
+        self.trouble = trouble
+        self.last = -1  # newest step that was released
+        self._step = -1  # held back
+        self._values: dict[str, float] = {}
+        self._released: list[Record] = []
+        self._rows: int | None = None  # counted so far, of a log without steps; None: it has steps, or is not known yet
+        self._has_steps = False
+        self._waiting: list[tuple[dict[str, float], int, str]] = []  # rows without a step, while it is not known
+        self._heard_up_to = -1  # after the file began anew: what comes again is expected
+
+    def add(self, step: int | None, values: dict[str, float], line: int, text: str = "") -> None:
+        """A row in its order, with the `line` it came from. Keeps `values`, which may change later."""
+        if step is None:
+            self._without_step(values, line, text)
+        elif step == self._step:
+            self._values.update(values)
+        elif step > self._step:
+            if self._step >= 0:
+                self._release()
+            else:
+                self._knows_steps()
+            self._step, self._values = step, values
+        elif step > self._heard_up_to:
+            self.trouble.repeat(line, step, self._step)
+
+    def take(self) -> list[Record]:
+        """What is complete and was not taken yet."""
+        released, self._released = self._released, []
+        return released
+
+    def finish(self) -> list[Record]:
+        """The rest, with the step that was held back."""
+        if self._waiting:
+            self.number_rows()
+        if self._step > self.last:
+            self._release()
+        return self.take()
+
+    def number_rows(self) -> None:
+        """This log has no steps."""
+        if self._rows is not None:
+            return
+        self._rows = 0
+        self.trouble.note("no step column: the rows are numbered from 1")
+        waiting, self._waiting = self._waiting, []
+        for values, line, text in waiting:
+            self._without_step(values, line, text)
+
+    def begin_anew(self) -> None:
+        """The log starts again from its beginning; its rows up to here are known."""
+        self._heard_up_to = self._step
+        if self._rows is not None:
+            self._rows = 0
+
+    def _release(self) -> None:
+        if self._step > self.last:  # else it was released by finish()
+            self._released.append(Record(self._step, self._values))
+            self.last = self._step
+
+    def _without_step(self, values: dict[str, float], line: int, text: str) -> None:
+        if self._rows is not None:
+            self._rows += 1
+            self.add(self._rows, values, line)
+        elif self._has_steps:
+            self.trouble.skip(line, text, "no step")
+        else:
+            self._waiting.append((values, line, text[:100]))
+            if len(self._waiting) == UNNUMBERED:
+                self.number_rows()
+
+    def _knows_steps(self) -> None:
+        """A step has come; what came before without one was no row of the training."""
+        self._has_steps = True
+        for _, line, text in self._waiting:
+            self.trouble.skip(line, text, "no step")
+        self._waiting = []
+
+    def to_json(self) -> dict[str, Any]:
+        """For another `Steps` to go on. Records that were not taken yet are not in it."""
+        return {
+            "last": self.last,
+            "held": [self._step, dict(self._values)],
+            "rows": self._rows,
+            "has_steps": self._has_steps,
+            "waiting": [list(row) for row in self._waiting],
+            "heard_up_to": self._heard_up_to,
+        }
+
+    def load_json(self, data: Mapping[str, Any]) -> None:
+        self.last, (self._step, self._values) = data["last"], data["held"]
+        self._values = dict(self._values)
+        self._rows, self._has_steps = data["rows"], data["has_steps"]
+        self._waiting = [(dict(values), line, text) for values, line, text in data["waiting"]]
+        self._heard_up_to = data["heard_up_to"]

@@ -1,0 +1,211 @@
+"""Rows out of lines that were printed for people: by regular expressions of the user, or by built-in patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from tune_ssim.errors import UserError
+from tune_ssim.sources.rows import Rows
+from tune_ssim.sources.values import Names, text_number
+
+# A pattern sees this many characters of a line: the time of a bad one may grow with a power of the length.
+MAX_PATTERN_TEXT = 10_000
+
+HOW_A_PATTERN_LOOKS = r"a regular expression with named groups, one of them `step`, e.g. 'step (?P<step>\d+) .*loss (?P<loss>\S+)'"
+
+# A line → (its step or None, its numbers by their names); None if it is no row.
+Reader = Callable[[str], "tuple[str | None, dict[str, float]] | None"]
+
+NUMBER = r"[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
+# `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A unit behind the number (`0.3s`) makes it something else.
+# In lower case.
+PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.])")
+DICT = re.compile(r"\{\s{0,8}['\"]\w.*\}$")
+
+
+class PatternLines:
+    """Rows by the user's patterns; a line may be a row of several of them. A line that no pattern knows is no trouble."""
+
+    format = "text"
+
+    def __init__(self, rows: Rows, patterns: Iterable[str]) -> None:
+        self._rows = rows
+        self._patterns = [compiled(pattern) for pattern in patterns]
+
+    def take(self, lines: list[str], number: int) -> None:
+        """The lines `number`, `number` + 1, … of the log."""
+        lines = shortened(lines)
+        if len(self._patterns) == 1:
+            for at, found in enumerate(map(self._patterns[0].search, lines), number):
+                if found is not None:
+                    self._add(found, at)
+            return
+        for at, line in enumerate(lines, number):
+            for pattern in self._patterns:
+                found = pattern.search(line)
+                if found is not None:
+                    self._add(found, at)
+
+    def _add(self, found: re.Match[str], number: int) -> None:
+        names = self._rows.names
+        step, values = None, {}
+        for name, text in found.groupdict().items():
+            if text is None:
+                continue
+            if name == "step":
+                step = text
+                continue
+            try:
+                values[names[name]] = float(text)
+            except ValueError:
+                value = text_number(text.strip(" ,;|%()[]{}'\""))
+                if value is None:
+                    self._rows.trouble.skip(number, found.string, f"group '{name}' found {text!r}, which is no number")
+                    continue
+                values[names[name]] = value
+        if step is not None and values:
+            self._rows.add(step, names.rename(values) if names.given else values, number, found.string)
+
+    def to_json(self) -> dict[str, Any]:
+        return {}
+
+    def load_json(self, data: Mapping[str, Any]) -> None:
+        pass
+
+
+class PrintedLines:
+    """Rows by a built-in pattern: `name`, or the first of them that knows a line."""
+
+    format = "text"
+
+    def __init__(self, rows: Rows, name: str | None = None) -> None:
+        self._rows = rows
+        self._readers = {known: reader(rows.names) for known, reader in PRINTED.items()}
+        self.name = name
+
+    def recognises(self, line: str) -> bool:
+        """Whether a built-in pattern knows this line; the first that does is kept."""
+        line = line[:MAX_PATTERN_TEXT]
+        if self.name is None:
+            self.name = next((name for name, read in self._readers.items() if read(line) is not None), None)
+        return self.name is not None
+
+    def take(self, lines: list[str], number: int) -> None:
+        """The lines `number`, `number` + 1, … of the log."""
+        for at, line in enumerate(shortened(lines), number):
+            if self.name is None and not self.recognises(line):
+                continue
+            row = self._readers[self.name or ""](line)
+            if row is not None:
+                step, values = row
+                given = self._rows.names.given
+                self._rows.add(step, self._rows.names.rename(values) if given else values, at, line)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def load_json(self, data: Mapping[str, Any]) -> None:
+        self.name = data["name"]
+
+
+def shortened(lines: list[str]) -> list[str]:
+    if max(map(len, lines), default=0) <= MAX_PATTERN_TEXT:
+        return lines
+    return [line[:MAX_PATTERN_TEXT] for line in lines]
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """Raises UserError for what is no regular expression, or has no group `step`, or no other."""
+    if not isinstance(pattern, str) or not pattern:
+        raise UserError(f"pattern: must be {HOW_A_PATTERN_LOOKS}; got {pattern!r}")
+    try:
+        found = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"pattern {pattern!r}: {error}; valid is {HOW_A_PATTERN_LOOKS}") from None
+    if "step" not in found.groupindex or len(found.groupindex) < 2:
+        got = ", ".join(found.groupindex) or "none"
+        raise UserError(f"pattern {pattern!r}: named groups: {got}; valid is {HOW_A_PATTERN_LOOKS}")
+    return found
+
+
+def key_values(names: Names) -> Reader:
+    """`step 12 | loss 0.31 | grad_norm: 1.2`, `Step: 12, Loss=0.31`, and dictionaries as Hugging Face's Trainer prints
+    them. Names in lower case. A line needs a step, unless it is a dictionary."""
+    steps = "|".join(re.escape(name.lower()) for name in (*names.steps, "train_step", "global step"))
+    step_of = re.compile(rf"(?<![\w/])(?:{steps})['\"]?\s{{0,8}}[:=#\[( ]?\s{{0,8}}['\"]?(\d{{1,19}})(?![\d.])")
+    is_step = {name.lower() for name in names.steps} | {"train_step"}
+    marks = {"step", "iter", *(name.lower() for name, ours in names.given.items() if ours == "step")}
+
+    def read(line: str) -> tuple[str | None, dict[str, float]] | None:
+        lower = line.lower()
+        found = step_of.search(lower) if any([mark in lower for mark in marks]) else None  # noqa: C419  (faster)
+        if found is None and not ("{" in line and DICT.search(line.rstrip())):
+            return None
+        values = {name: float(text) for name, text in PAIR.findall(lower) if name not in is_step}
+        return (found.group(1) if found else None, values) if values else None
+
+    return read
+
+
+# `(step=0000120) Train Loss mse: 0.4123, Train Loss ce: 0.5511, Train Steps/Sec: 0.08, ` as BAGEL's
+# train/pretrain_unified_navit.py writes it, and the DiT family before it: `(step=0000500/epoch=0001) Train Loss: 0.1158`.
+BAGEL_STEP = re.compile(r"\(step=(\d{1,19})[^()]{0,80}\) ")
+BAGEL_NAMES = {"mse": "loss_flow", "ce": "loss_ce", "ssim": "loss_ssim", "pixel": "loss_pixel"}
+
+
+def bagel(names: Names) -> Reader:
+    """`Train Loss KEY` becomes KEY, under our name where BAGEL's is another (`mse` is the flow loss); `Train Loss`
+    becomes `loss`, `Train Steps/Sec` steps_per_sec."""
+    known: dict[str, str] = {}
+
+    def name_of(text: str) -> str:
+        name = text.strip().removeprefix("Train ")
+        if name.startswith("Loss "):
+            name = name.removeprefix("Loss ")
+            return name if name in names.given else BAGEL_NAMES.get(name, name)
+        return name.lower().replace("/", "_per_").replace(" ", "_")
+
+    def read(line: str) -> tuple[str | None, dict[str, float]] | None:
+        if "(step=" not in line:
+            return None
+        found = BAGEL_STEP.search(line)
+        if found is None:
+            return None
+        values = {}
+        for part in line[found.end() :].split(","):
+            text, colon, number = part.partition(": ")
+            if not colon:
+                continue
+            try:
+                value = float(number)
+            except ValueError:
+                continue
+            if text not in known:
+                if len(known) > 1000:
+                    known.clear()
+                known[text] = name_of(text)
+            values[known[text]] = value
+        return (found.group(1), values) if values else None
+
+    return read
+
+
+PRINTED: dict[str, Callable[[Names], Reader]] = {"bagel": bagel, "key_values": key_values}
+
+
+def text_format(rows: Rows, pattern: str | Sequence[str] | None) -> PatternLines | PrintedLines:
+    """Raises UserError."""
+    if pattern is None:
+        return PrintedLines(rows)
+    if isinstance(pattern, str):
+        if pattern in PRINTED:
+            return PrintedLines(rows, pattern)
+        return PatternLines(rows, [pattern])
+    patterns = list(pattern)
+    if not patterns or set(patterns) & set(PRINTED):
+        raise UserError(
+            f"pattern: must be one of {', '.join(PRINTED)}, or {HOW_A_PATTERN_LOOKS}, or a list of such; got {patterns}"
+        )
+    return PatternLines(rows, patterns)

@@ -1,0 +1,69 @@
+"""What a log held that could not be read, kept short enough to be shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SHOWN = 3  # first places that are kept with their text; more would not fit a message
+EXCERPT = 80  # characters of a line in a message
+
+
+@dataclass
+class Trouble:
+    """`lines` read so far (events of a TensorBoard file), how many of them could not be read (`unread`), the `first`
+    of these (place, text, reason), and `notes`: what was done that the numbers do not show."""
+
+    lines: int = 0
+    unread: int = 0
+    first: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unit: str = "line"
+    repeated: int = 0  # rows of a step that had come before
+    first_repeated: str = ""
+
+    def skip(self, line: int, text: str, reason: str) -> None:
+        """A line that should have been a row and is none."""
+        self.unread += 1
+        if len(self.first) < SHOWN:
+            self.first.append(f"{self.unit} {line}: {excerpt(text) + ': ' if text else ''}{reason}")
+
+    def repeat(self, line: int, step: int, last: int) -> None:
+        if not self.repeated:
+            self.first_repeated = f"{self.unit} {line}: step {step} after step {last}"
+        self.repeated += 1
+
+    def forget(self) -> None:
+        """What could not be read so far was not meant to be."""
+        self.unread, self.first = 0, []
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def sentence(self) -> str:
+        """All of it in one line; empty if there was none."""
+        parts = []
+        if self.unread:
+            parts.append(f"{self.unread} of {self.lines} {self.unit}s could not be read ({'; '.join(self.first)})")
+        if self.repeated:
+            rows = "row was" if self.repeated == 1 else "rows were"
+            parts.append(
+                f"{self.repeated} {rows} passed over, of steps that had come before ({self.first_repeated}; a restart, or lines"
+                " logged twice): the first values stand"
+            )
+        return "; ".join([*parts, *self.notes])
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "first": list(self.first), "notes": list(self.notes)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trouble:
+        return cls(**{**data, "first": list(data["first"]), "notes": list(data["notes"])})
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a line between quotes, on one line, without what a terminal would act on."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text[: EXCERPT + 1].strip())
+    return f"'{shown[:EXCERPT]}…'" if len(shown) > EXCERPT else f"'{shown}'"
