@@ -292,8 +292,10 @@ def require_known(packs: Sequence[RulePack], names: Sequence[str], baseline: Bas
     if known & set(names) or general_guards(names, baseline):
         return
     saw = ", ".join(sorted(names)[:SHOWN_NAMES]) + (", …" if len(names) > SHOWN_NAMES else "") or "no metric at all"
-    wanted = ", ".join(sorted(known)[:SHOWN_NAMES]) if packs else "; ".join(
-        f"{pack.name}: {', '.join(pack.known_by)}" for pack in map(load_rules, bundled_packs())
+    wanted = (
+        ", ".join(sorted(known)[:SHOWN_NAMES])
+        if packs
+        else "; ".join(f"{pack.name}: {', '.join(pack.known_by)}" for pack in map(load_rules, bundled_packs()))
     )
     raise UserError(f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames)")
 

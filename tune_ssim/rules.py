@@ -163,7 +163,9 @@ class _Parser:
             elif ("has_grad" in metrics) != ("trainable" in metrics):
                 self.problems.add(loc, "has_grad and trainable go together: the coverage is their quotient")
             else:
-                texts = {key: self.text((*loc, key), metrics[key], 1) for key in BRANCH_KEYS if key in metrics and key != "gradient"}
+                texts = {
+                    key: self.text((*loc, key), metrics[key], 1) for key in BRANCH_KEYS if key in metrics and key != "gradient"
+                }
                 yield Branch(name, gradient=tuple(self.names((*loc, "gradient"), metrics.get("gradient", []))), **texts)
 
     def names(self, loc: Loc, value: Any) -> list[str]:
@@ -206,7 +208,9 @@ class _Parser:
         elif isinstance(when, (list, tuple)) and when:
             conditions = [self.condition((*loc, "when", index), part, place) for index, part in enumerate(when)]
         else:
-            self.problems.add(loc, f"when must be a condition or a list of them, got {kind_of(when)}" if when else "when is missing")
+            self.problems.add(
+                loc, f"when must be a condition or a list of them, got {kind_of(when)}" if when else "when is missing"
+            )
             return
         action = data.get("action", "warn")
         if action not in ACTIONS:

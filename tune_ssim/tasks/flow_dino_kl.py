@@ -25,7 +25,7 @@ from torch.nn import functional
 from tune_ssim.losses import euler_sample, noisy_latent, velocity_target
 from tune_ssim.losses.latent import dino_alignment, kl_to_standard_normal, reparameterise
 from tune_ssim.losses.schedules import Constant, Schedule, WarmUp
-from tune_ssim.probes import total_norm
+from tune_ssim.probes import GradientTaps, total_norm
 from tune_ssim.tasks.fundus_sr import load_weights
 from tune_ssim.tasks.patch_features import FEATURES_FILE, WEIGHTS, PatchFeatures, load_named_network
 from tune_ssim.tasks.photo_patches import PATCH, SUBJECTS, load_photo_patches
@@ -38,6 +38,7 @@ EULER_STEPS = 8
 SMOKE_PATCHES, EVALUATION_PATCHES = 48, 240  # as many of each of the twelve photographs
 PATCH_STREAM, NOISE_STREAM = 0, 1  # independent random streams of one step
 BRANCHES = ("flow", "dino", "kl")
+TAGS = ("flow", "dino_t_head", "mu_head", "logvar_head")  # names of note 002 §0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class FlowConfig:
     dino_alpha: float = 0.1  # weight of the semantic target, once it is warm
     dino_warmup: float = 0.25  # share of the trial in which it rises from 0 (note 002 §1.1); 0: there from the first step
     dino_network: str | None = None  # module:function of a larger network; None: the bundled one
+    measure_every: int = 5  # steps between readings of the gradients of each part
     ablate: str | None = None  # flow | dino | kl: this branch is left out of the loss, and measured all the same
 
     @classmethod
@@ -63,7 +65,7 @@ class FlowConfig:
             "flow_dino_kl",
             config,
             choices={"ablate": (None, *BRANCHES)},
-            counts={"steps": 1, "batch_size": 2, "accumulation": 1},
+            counts={"steps": 1, "batch_size": 2, "accumulation": 1, "measure_every": 1},
             numbers={
                 "lr": (0, math.inf),
                 "max_grad_norm": (1e-12, math.inf),
@@ -124,6 +126,8 @@ class FlowDinoKL:
         self.networks = Networks(size).to(self.device)
         self.dino_alpha = self.config.dino_schedule()
         self.optimizer = torch.optim.AdamW(self.networks.parameters(), lr=self.config.lr)
+        tagged = {name: self.networks.get_submodule(name) for name in TAGS}
+        self.taps = GradientTaps(tagged, every=self.config.measure_every, accumulation=self.config.accumulation)
 
     def step(self) -> dict[str, Number]:
         self.step_count += 1
@@ -136,9 +140,10 @@ class FlowDinoKL:
         norm = total_norm(self.networks.parameters())
         if self.config.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.networks.parameters(), self.config.max_grad_norm, norm)
+        readings = self.taps.read(self.step_count)
         self.optimizer.step()
         means = {name: torch.stack([found[name] for found in seen]).mean() for name in seen[0]}
-        return {**means, "dino_alpha": self.dino_alpha(self.step_count), "total_norm": norm}
+        return {**means, "dino_alpha": self.dino_alpha(self.step_count), "total_norm": norm, **readings}
 
     def _losses(self, n: int, micro: int) -> dict[str, torch.Tensor]:
         """Of micro-batch `micro` of step n, on the graph."""
@@ -224,8 +229,7 @@ class FlowDinoKL:
 
     def parts(self) -> dict[str, Part]:
         bundled = WEIGHTS / FEATURES_FILE if self.config.dino_network is None else None
-        trained = ("encoder", "mu_head", "logvar_head", "flow", "dino_t_head")
-        parts = {name: Part(self.networks.get_submodule(name), trains=True) for name in trained}
+        parts = {name: Part(self.networks.get_submodule(name), trains=True) for name in ("encoder", *TAGS)}
         return {**parts, "dino": Part(self.features, trains=False, weights=bundled)}
 
     def training_images(self, n: int) -> torch.Tensor:

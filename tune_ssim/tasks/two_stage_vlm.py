@@ -24,7 +24,7 @@ from torch import nn
 
 from tune_ssim.checkpoint import STATE, TENSORS, load_checkpoint
 from tune_ssim.errors import BadSetup, UserError
-from tune_ssim.probes import total_norm
+from tune_ssim.probes import GradientTaps, total_norm
 from tune_ssim.quarantine import Ledger
 from tune_ssim.tasks.fundus_sr import load_weights
 from tune_ssim.tasks.patch_captions import (
@@ -64,6 +64,7 @@ class VLMConfig:
     stage1_lr: float = 1e-5  # of AdamW (note 003 §2); 1e-4 was its ruin
     lr: float = 1e-3  # of AdamW in stage 2; 0 switches both updates off. The note's 2e-5 is for a pretrained encoder
     max_grad_norm: float | None = None  # gradient clipping; None: off
+    measure_every: int = 5  # steps between readings of the gradients of each part
     vision_checkpoint: str | None = None  # what stage 2 starts from, where there is no stage 1 here; None: from scratch
     storage: str | None = None  # storage path whose ledger of ruined checkpoints is asked about `vision_checkpoint`
 
@@ -73,14 +74,12 @@ class VLMConfig:
             cls,
             "two_stage_vlm",
             config,
-            counts={"steps": 1, "stage1_steps": 0, "batch_size": 1},
+            counts={"steps": 1, "stage1_steps": 0, "batch_size": 1, "measure_every": 1},
             numbers={"stage1_lr": (0, math.inf), "lr": (0, math.inf), "max_grad_norm": (1e-12, math.inf)},
             optional=("max_grad_norm",),
         )
         if made.batch_size > TRAIN_PATCHES:
-            raise UserError(
-                f"two_stage_vlm: batch_size must be at most {TRAIN_PATCHES} patches, got {made.batch_size}"
-            )
+            raise UserError(f"two_stage_vlm: batch_size must be at most {TRAIN_PATCHES} patches, got {made.batch_size}")
         if made.vision_checkpoint is not None and made.stage1_steps:
             raise UserError("two_stage_vlm: vision_checkpoint is for stage 2 alone: set stage1_steps to 0")
         return made
@@ -121,6 +120,7 @@ class TwoStageVLM:
             self._load_stage1(Path(self.config.vision_checkpoint))
         self.epoch_losses: list[float] = []  # of the proxy, in the present epoch
         self.optimizer = self._optimizer(self.config.stage1_lr if self.stage == 1 else self.config.lr)
+        self.taps = GradientTaps({"vision": self.vision, "bridge": self.bridge}, every=self.config.measure_every)
         if self.stage == 2:
             self._require_frozen()
 
@@ -146,11 +146,12 @@ class TwoStageVLM:
         norm = total_norm(self.trainable_parameters())
         if self.config.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.trainable_parameters(), self.config.max_grad_norm, norm)
+        readings = self.taps.read(self.step_count)
         self.optimizer.step()
         if stage == 1:
             self._note_proxy(float(loss.detach()))
         trainable = sum(parameter.requires_grad for parameter in self.language.parameters())
-        return {"loss": loss.detach(), **metrics, "dbg/llm_trainable": trainable, "total_norm": norm}
+        return {"loss": loss.detach(), **metrics, "dbg/llm_trainable": trainable, "total_norm": norm, **readings}
 
     def sample(self, noise: int = 0) -> Sample:
         """What it says about held-out patches, to the first question or, with `noise` 1, the second. The images are the

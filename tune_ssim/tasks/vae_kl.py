@@ -24,7 +24,7 @@ from torch.nn import functional
 from tune_ssim.losses import ssim
 from tune_ssim.losses.latent import active_units, kl_to_standard_normal, reparameterise
 from tune_ssim.losses.schedules import Constant, CyclicalLinear, Linear, Schedule
-from tune_ssim.probes import total_norm
+from tune_ssim.probes import GradientTaps, total_norm
 from tune_ssim.tasks.photo_patches import PATCH, load_photo_patches
 from tune_ssim.tasks.task import Number, Part, Sample
 from tune_ssim.tasks.task_config import read_config
@@ -50,6 +50,7 @@ class VAEConfig:
     kl_alpha: float = 1e-3  # weight of the KL, at the end of its schedule
     kl_schedule: str = "constant"  # constant | linear | slow_linear | cyclical
     kl_max_variance: float | None = 10.0  # bound of exp(log_var) in the KL (note 004); None: off
+    measure_every: int = 5  # steps between readings of the gradients of each part
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> VAEConfig:
@@ -58,7 +59,7 @@ class VAEConfig:
             "vae_kl",
             config,
             choices={"kl_schedule": SCHEDULES},
-            counts={"steps": 1, "batch_size": 2},  # the variance over a batch needs two
+            counts={"steps": 1, "batch_size": 2, "measure_every": 1},  # the variance over a batch needs two
             numbers={
                 "lr": (0, math.inf),
                 "beta1": (0, 1 - 1e-9),
@@ -119,6 +120,13 @@ class VAEKL:
         self.alpha = self.config.schedule()
         betas = (self.config.beta1, 0.999)
         self.optimizer = torch.optim.Adam(self.trainable_parameters(), lr=self.config.lr, betas=betas)
+        tagged: dict[str, nn.Module] = {
+            "encoder": self.encoder.body,
+            "mu_head": self.encoder.mu_head,
+            "logvar_head": self.encoder.logvar_head,
+            "decoder": self.decoder,
+        }
+        self.taps = GradientTaps(tagged, every=self.config.measure_every)
 
     def step(self) -> dict[str, Number]:
         self.step_count += 1
@@ -135,6 +143,7 @@ class VAEKL:
         norm = total_norm(self.trainable_parameters())
         if self.config.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.trainable_parameters(), self.config.max_grad_norm, norm)
+        readings = self.taps.read(self.step_count)
         self.optimizer.step()
         return {
             "loss": loss.detach(),
@@ -146,6 +155,7 @@ class VAEKL:
             "z_init/mean": mu.detach().mean(),
             "z_init/var": (mu.detach().var(dim=0) + log_var.detach().exp().mean(dim=0)).mean(),
             "total_norm": norm,
+            **readings,
         }
 
     def sample(self, noise: int = 0) -> Sample:
