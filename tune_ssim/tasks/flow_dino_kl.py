@@ -70,7 +70,7 @@ class FlowConfig:
                 "lr": (0, math.inf),
                 "max_grad_norm": (1e-12, math.inf),
                 "kl_weight": (0, math.inf),
-                "kl_max_variance": (1 + 1e-9, math.inf),
+                "kl_max_variance": (1.001, math.inf),
                 "dino_alpha": (0, math.inf),
                 "dino_warmup": (0, 1),
             },

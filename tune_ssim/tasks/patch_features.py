@@ -41,7 +41,7 @@ def load_named_network(name: str) -> nn.Module:
     module_name, _, function = name.partition(":")
     try:
         made = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"flow_dino_kl: dino_network {name!r}: {error}; expected module:function") from None
     if not isinstance(made, nn.Module):
         raise UserError(f"flow_dino_kl: dino_network {name!r} gives a {type(made).__name__}; expected a torch.nn.Module")

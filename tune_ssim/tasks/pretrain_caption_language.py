@@ -1,7 +1,7 @@
 """Makes the language model of `two_stage_vlm` again from nothing: `python -m tune_ssim.tasks.pretrain_caption_language --out DIR`.
 
 It learns to answer the questions of `patch_captions` from a description in words: the three that matter, somewhere among
-fillers, where a vision-language model has its visual tokens. It never sees a patch. About two CPU minutes.
+fillers, where a vision-language model has its visual tokens. It never sees a patch. About a CPU minute.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tune_ssim.tasks.patch_captions import (
 )
 from tune_ssim.tasks.photo_patches import SUBJECTS
 
-STEPS, BATCH, LR = 2000, 32, 2e-3
+STEPS, BATCH, LR = 1000, 32, 3e-3
 
 
 def described(generator: torch.Generator) -> tuple[list[int], list[int]]:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from tune_ssim.tasks.patch_features import FEATURES, FEATURES_FILE, PatchFeatures
 from tune_ssim.tasks.photo_patches import PATCH, PHOTOS, load_photo, load_photo_patches
 
-STEPS, BATCH, LR = 3000, 96, 2e-3
+STEPS, BATCH, LR = 2500, 64, 2e-3
 PLACE = 24  # pixels: where both crops of 16 come from
 PROTOTYPES = 96
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04  # Caron et al. 2021

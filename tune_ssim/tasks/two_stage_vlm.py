@@ -89,12 +89,13 @@ class Vision(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.GELU(), nn.Conv2d(16, 64, 3, stride=2, padding=1), nn.GELU()
+            nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.GELU(), nn.Conv2d(16, WIDTH, 3, stride=2, padding=1), nn.GELU()
         )
+        self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """`[n, 1, 16, 16]` → `[n, 16, 64]`, a token for each place of a 4 x 4 grid."""
-        return self.body(4 * patches - 2).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        return self.norm(self.body(4 * patches - 2).flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
 
 
 class TwoStageVLM:

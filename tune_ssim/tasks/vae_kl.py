@@ -62,10 +62,10 @@ class VAEConfig:
             counts={"steps": 1, "batch_size": 2, "measure_every": 1},  # the variance over a batch needs two
             numbers={
                 "lr": (0, math.inf),
-                "beta1": (0, 1 - 1e-9),
+                "beta1": (0, 0.9999),
                 "max_grad_norm": (1e-12, math.inf),
                 "kl_alpha": (0, math.inf),
-                "kl_max_variance": (1 + 1e-9, math.inf),
+                "kl_max_variance": (1.001, math.inf),
             },
             optional=("max_grad_norm", "kl_max_variance"),
         )
