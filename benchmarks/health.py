@@ -1,7 +1,7 @@
 """Do the rule packs tell healthy trainings from ruined ones? Real runs of the three tasks `vae_kl`, `flow_dino_kl` and
 `two_stage_vlm`, sound and with one fault each, several seeds; each run's records go through the task's pack.
 
-    python benchmarks/health.py [--systems vae_kl …] [--seeds 5] [--only TEXT] [--streams DIR] [--output benchmarks/results/health.json]
+    python benchmarks/health.py [--systems vae_kl …] [--seeds 5] [--only TEXT] [--streams DIR] [--output FILE]
 
 A fault sits where it would in a user's code: in the configuration, in what is frozen or detached, in the labels. The records
 of every run are kept in `--streams` as JSON lines (`tune-ssim check` reads them too); a run that is there already is judged
@@ -147,9 +147,7 @@ CASES: dict[str, Case] = {
         "flow_dino_kl", {**SOUND_FLOW, "dino_alpha": 100.0, "dino_warmup": 0.0}, ("dino_stuck", "flow_stuck", "flow_unstable")
     ),
     "flow_dino_kl/KL too weak": Case("flow_dino_kl", {"kl_weight": 0.0}, ("kl_rising", "z_var_low", "z_var_high", "z_mean")),
-    "flow_dino_kl/KL too strong": Case(
-        "flow_dino_kl", {"kl_weight": 1.0}, ("z_var_low", "kl_vanished", "dino_stuck", "flow_stuck")
-    ),
+    "flow_dino_kl/KL too strong": Case("flow_dino_kl", {"kl_weight": 1.0}, ("z_var_low", "dino_stuck", "flow_stuck")),
     "flow_dino_kl/log_var unclamped": Case(
         "flow_dino_kl",
         {"kl_weight": 0.0, "kl_max_variance": None, "lr": 0.03},
@@ -164,9 +162,7 @@ CASES: dict[str, Case] = {
     "two_stage_vlm/LLM not frozen": Case("two_stage_vlm", STAGE_2, ("llm_not_frozen",), thaw_language),
     "two_stage_vlm/stage 2 from ruined stage 1": Case("two_stage_vlm", STAGE_2, ("refused",), starts_ruined=True),
     "two_stage_vlm/LR too small": Case("two_stage_vlm", {**STAGE_2, "lr": 1e-7}, ("caption_slow_5", "caption_stuck")),
-    "two_stage_vlm/LR too large": Case(
-        "two_stage_vlm", {**STAGE_2, "lr": 1.0}, ("caption_slow_5", "caption_unloaded", "caption_stuck")
-    ),
+    "two_stage_vlm/LR too large": Case("two_stage_vlm", {**STAGE_2, "lr": 1.0}, ("caption_slow_5", "caption_stuck")),
     "two_stage_vlm/frozen vision": Case(
         "two_stage_vlm", STAGE_2, ("coverage:vision", "no_update:vision"), freeze("vision.body", "vision.norm")
     ),
@@ -284,7 +280,8 @@ def by_case(runs: list[dict[str, Any]]) -> dict[str, Any]:
         firsts = [min(run["said"].values()) for run in mine if run["said"]]
         rules = sorted({rule for run in mine for rule in run["said"]})
         found[name] = {
-            "healthy": mine[0]["healthy"], "runs": len(mine), "alarms": len(firsts), "by_name": sum(bool(r["by_name"]) for r in mine),
+            "healthy": mine[0]["healthy"], "runs": len(mine), "alarms": len(firsts),
+            "by_name": sum(bool(run["by_name"]) for run in mine),
             "first_step": [min(firsts), max(firsts)] if firsts else None, "rules": rules,
         }  # fmt: skip
     return found
