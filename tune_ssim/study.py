@@ -21,7 +21,12 @@ from tune_ssim.space import GAIN, WEIGHT, Space, find_space, load_space, setting
 from tune_ssim.study_folder import check_name
 from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, dump_yaml, kind_of, read_yaml, shown
 
-BUILT_IN_TASKS = {"fundus_sr": "tune_ssim.tasks.fundus_sr:FundusSR"}
+BUILT_IN_TASKS = {
+    "fundus_sr": "tune_ssim.tasks.fundus_sr:FundusSR",
+    "flow_dino_kl": "tune_ssim.tasks.flow_dino_kl:FlowDinoKL",
+    "two_stage_vlm": "tune_ssim.tasks.two_stage_vlm:TwoStageVLM",
+    "vae_kl": "tune_ssim.tasks.vae_kl:VAEKL",
+}
 DEFAULT_STUDY = "fundus_ssim"
 DEFAULT_SPACE = "wide"
 DEFAULT_STEPS = 200  # FACTS §2: gains that ruin the model have done so by then, and safe ones show their gain

@@ -240,6 +240,7 @@ def _fit(
         task_config={**study.task_config, "steps": steps},
         steps=steps,
         keep=study.objective.rules,
+        objective=study.objective.maximize,
         report_every=study.report_every,
         result_every=study.result_every,
         checkpoint_every=study.checkpoint_every,
@@ -279,6 +280,7 @@ def _fit(
 def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int, table: LiveTable) -> None:
     model, limit, skip_above = norm_model(folder)
     search: dict[str, Any] = {
+        "metric": study.objective.maximize,
         "model": model,
         "limit": limit,
         "skip_above": skip_above,
@@ -444,7 +446,7 @@ def _scheduler(study: Study) -> Any:
         return None
     return GuardedASHA(
         time_attr="step",
-        metric="ssim_now",
+        metric="held_out_now",
         mode="max",
         max_t=asha.max_steps,
         grace_period=asha.grace_steps,
