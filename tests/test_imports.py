@@ -32,13 +32,14 @@ FLOORS: list[set[str]] = [
     {"tensor_file", "atomic_file", "processes"},
     {"records", "losses", "checkpoint", "yaml_source"},
     {"sources", "probes", "guards", "channel"},
-    {"tasks", "space", "study_folder"},
+    {"tasks", "space", "study_folder", "rules", "curves"},
     {"study", "sample_grid", "trial_text", "quarantine", "forecast", "batch_gradients"},
     {"proof"},
     {"run_trial", "winner", "provenance"},
     {"preflight", "calibrate", "heat_map", "push"},
     {"orchestration"},
-    {"report", "testing", "integrations"},
+    {"report", "testing", "integrations", "check", "branch_report"},
+    {"check_text", "check_picture"},
     {"cli"},
     {"__main__"},
 ]
@@ -47,7 +48,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # (modules under these names, libraries that importing them must not load)
 NO_TORCH = (
-    *("errors", "records", "sources", "guards", "space", "study", "study_folder", "winner"),
+    *("errors", "records", "sources", "guards", "rules", "space", "study", "study_folder", "winner"),
     *("yaml_source", "trial_text", "tensor_file", "quarantine", "processes", "channel", "push"),
 )
 MUST_NOT_LOAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
