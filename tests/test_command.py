@@ -1,0 +1,369 @@
+"""A training that is somebody's program: the same verdicts as any other, and a clear outcome for every way to go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.guards import Baseline, NonFinite, NormRatio, SmokeTest
+from tune_ssim.run_trial import Trial, TrialPlan
+from tune_ssim.study import load_study
+from tune_ssim.tasks.command import CommandTask
+from tune_ssim.tasks.command_spec import CommandSpec, fill, fill_value
+from tune_ssim.tasks.task import load_task
+
+TESTS = Path(__file__).parent
+FOREIGN = str(TESTS / "trainings" / "foreign.py")
+LOG = r"\(step=(?P<step>\d+)\) Train Loss: (?P<loss>[^,]+), Grad Norm: (?P<total_norm>[^,]+),"
+PLAN = TrialPlan(steps=40, guards=(NormRatio(), SmokeTest(at=(0, 10, 20)), NonFinite()))
+DOORS: dict[str, Any] = {
+    "python task": "small_task:SmallTask",
+    "pushed by a function": "pushed:main",
+    "pushed by a script": {
+        "command": ["{python}", str(TESTS / "trainings" / "pushed.py"), "--ssim_loss_weight", "{ssim_loss_weight}"]
+    },
+    "a script that knows nothing": {
+        "command": [
+            *("{python}", FOREIGN, "train", "--ssim_loss_weight", "{ssim_loss_weight}", "--steps", "{steps}"),
+            *("--seed", "{seed}", "--out", "{exp_dir}/ck"),
+        ],
+        "records": {"pattern": LOG},
+        "checkpoints": "{exp_dir}/ck/{step:05d}.safetensors",
+        "smoke": {
+            "command": ["{python}", FOREIGN, "sample", "--checkpoint", "{checkpoint}", "--out", "{out}"],
+            "at_start": "start",
+        },
+        "evaluate": {"command": ["{python}", FOREIGN, "evaluate", "--checkpoint", "{checkpoint}"]},
+        "resume": ["--resume", "{checkpoint}"],
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(TESTS), str(TESTS / "trainings"), str(TESTS.parent))))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.syspath_prepend(str(TESTS / "trainings"))
+
+
+def start(door: Any, folder: Path, weight: float, role: str = "search", baseline: Baseline | None = None) -> Trial:
+    task = load_task(door, str(TESTS / "trainings"))()
+    if hasattr(task, "identify"):
+        task.identify(f"study-{role}-{weight:g}", folder)
+    trial = Trial(task, PLAN)
+    trial.start({"steps": 40, "ssim_loss_weight": weight}, role=role, baseline=baseline)
+    return trial
+
+
+def finish(trial: Trial) -> Trial:
+    while trial.verdict is None:
+        trial.advance(10)
+    return trial
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_the_same_training_through_every_door(door: str, tmp_path: Path) -> None:
+    baseline = finish(start(DOORS[door], tmp_path, 0.0, "baseline"))
+    assert baseline.verdict and baseline.verdict.verdict == "safe", baseline.verdict
+    reference = Baseline((baseline.baseline_run("baseline-0"),))
+    good = finish(start(DOORS[door], tmp_path, 1.0, baseline=reference))
+    assert good.verdict and good.verdict.verdict == "safe" and good.step == 40
+    assert good.verdict.metrics["delta_ssim"] == pytest.approx(3.4775e-8, rel=1e-3)
+    assert sorted(good.images) == [0, 10, 20, 40]
+    ruined = finish(start(DOORS[door], tmp_path, 1000.0, baseline=reference))
+    assert ruined.verdict and ruined.verdict.verdict == "pruned" and ruined.step == 11
+    violation = ruined.verdict.violation
+    assert violation and violation.guard == "norm_ratio" and violation.value == pytest.approx(4.97e7, rel=1e-2)
+    # The log of the script does not say which steps were active, so nothing can be paired there.
+    assert ("unpaired" in violation.sentence) == (door == "a script that knows nothing")
+
+
+def test_a_command_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    whole = finish(start(DOORS["a script that knows nothing"], tmp_path / "whole", 1.0, "baseline"))
+    half = start(DOORS["a script that knows nothing"], tmp_path / "half", 1.0, "baseline")
+    while half.step < 20:
+        half.advance(1)
+    half.save(tmp_path / "checkpoint")
+    half.task.close()
+    again = start(DOORS["a script that knows nothing"], tmp_path / "half", 1.0, "baseline")
+    again.load(tmp_path / "checkpoint")
+    assert again.step == 20
+    finish(again)
+    assert again.series == whole.series and again.verdict == whole.verdict
+    assert sorted(path.name for path in (tmp_path / "half").iterdir() if "study" in path.name) == [
+        "study-baseline-1",
+        "study-baseline-1-try2",  # a new name: nothing that it could pick up by itself
+    ]
+
+
+# ---- scripts that go wrong
+
+
+def run(code: str, config: Mapping[str, Any] | None = None, **spec: Any) -> CommandTask:
+    given = {"command": ["{python}", "-c", code.replace("{", "{{").replace("}", "}}")], "grace_s": 0.5, **spec}
+    task = CommandTask(CommandSpec.model_validate(given))
+    task.setup({"steps": 40, **(config or {})}, 0)
+    return task
+
+
+def records(task: CommandTask, limit: int = 1000) -> list[Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = []
+    try:
+        while len(found) < limit and (record := task.step()) is not None:
+            found.append(record)
+    finally:
+        task.close()
+    return found
+
+
+GOOD = 'for n in range(1, 6): print(\'TUNE_SSIM {"step": %d, "loss": 0.5}\' % n)\n'
+
+
+@pytest.mark.parametrize(
+    ("code", "spec", "says"),
+    [
+        ("pass", {}, "ended without a record, exit code 0 (nothing was reported through tune_ssim.trial_context"),
+        ("pass", {"records": {"pattern": "bagel"}}, "(looked in its output"),
+        ("raise ValueError('the data is gone')", {}, "ended without a record, exit code 1"),
+        ("raise ValueError('the data is gone')", {}, "last: .*ValueError: the data is gone"),
+        (GOOD + "raise MemoryError('at 90 %')", {}, "ended after step 5, exit code 1.*MemoryError: at 90 %"),
+        ("import os; os.kill(os.getpid(), 9)", {}, "ended without a record, ended by SIGKILL"),
+        ("import time; time.sleep(60)", {"first_record_s": 0.3}, "gave no record for 0.3 s; .*(nothing)"),
+        ("while True: print('still loading')", {"first_record_s": 1.0}, "gave no record for 1 s.*last: still loading"),
+        (GOOD + "import time; time.sleep(60)", {"silence_s": 0.5}, "gave no record after step 5 for 0.5 s"),
+        ("import sys; sys.stdout.buffer.write(b'\\xff\\xfe bad\\n'); sys.exit(2)", {}, "exit code 2.*bad"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_is_said(code: str, spec: dict[str, Any], says: str) -> None:
+    import re
+
+    started = time.monotonic()
+    with pytest.raises(UserError) as error:
+        records(run(code, **spec))
+    assert re.search(says.replace("(", r"\(").replace(")", r"\)"), str(error.value)), error.value
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - started < 30
+
+
+def test_half_a_line_and_odd_ones_do_no_harm() -> None:
+    code = GOOD + (
+        "import sys\n"
+        'print(\'TUNE_SSIM {"step": 6, "lo\')\n'
+        'print(\'noise TUNE_SSIM {"step": 7, "loss": NaN, "note": "text"}\')\n'
+        "sys.stdout.buffer.write(b'\\xff\\xfe\\n'); sys.stdout.flush()\n"
+        'sys.stdout.write(\'TUNE_SSIM {"step": 8, "loss": 1}\')'
+    )
+    found = records(run(code))
+    assert [record["step"] for record in found] == [1, 2, 3, 4, 5, 7, 8]  # the last line has no end, and is one
+    assert set(found[5]) == {"step", "loss"}
+
+
+def test_a_flood_between_the_records_is_read(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfor n in range(1, 6):\n  sys.stdout.write('x' * 99 + '\\n')\n  sys.stdout.write(('y' * 99 + '\\n') * 200000)\n"
+    )
+    code += '  print(\'TUNE_SSIM {"step": %d, "loss": 0.5}\' % n)\n'
+    task = run(code)
+    task.identify("flood", tmp_path)
+    assert [record["step"] for record in records(task)] == [1, 2, 3, 4, 5]
+    assert sum(path.stat().st_size for path in (tmp_path / "flood").glob("output.log*")) <= 3 * 2**25
+
+
+@pytest.mark.parametrize("log", ["jsonl", "csv"])
+def test_records_from_a_file_that_it_writes(log: str, tmp_path: Path) -> None:
+    line = {"jsonl": "json.dumps({'step': n, 'grad': n / 10})", "csv": "f'{n},{n / 10}'"}[log]
+    head = {"jsonl": "", "csv": "f.write('step,grad\\n')\n"}[log]
+    code = f"import json, sys, time\nf = open(sys.argv[1], 'w')\n{head}"
+    code += f"for n in range(1, 9):\n  print({line}, file=f, flush=True); time.sleep(0.02)"
+    task = run(code, records={"file": "{exp_dir}/log." + log, "names": {"grad": "total_norm"}})
+    task.spec.command.append("{exp_dir}/log." + log)
+    task.identify("file", tmp_path)
+    assert records(task) == [{"step": n, "total_norm": n / 10} for n in range(1, 9)]
+
+
+# ---- what reaches it
+
+
+ECHO = "import os, sys, json\nprint('TUNE_SSIM ' + json.dumps({'held_out': {'words': len(sys.argv)}}))\n" + GOOD
+AWKWARD = "a b'\"$(touch x) `y`\n*"
+
+
+def test_settings_reach_it_by_flag_environment_and_file(tmp_path: Path) -> None:
+    code = (
+        "import json, os, sys\n"
+        "out = {'flag': sys.argv[1], 'env': os.environ['NAME'], 'exp': os.environ['EXP_NAME']}\n"
+        "out['file'] = json.load(open(sys.argv[2]))\n"
+        "json.dump(out, open(sys.argv[3], 'w'))\n" + GOOD
+    )
+    (tmp_path / "base.json").write_text('{"loss": {"ssim": {"weight": 9, "kept": true}}, "other": [1]}')
+    task = run(
+        code,
+        {"name": AWKWARD, "ssim_loss_weight": 1e-5, "flag": True},
+        environment={"NAME": "<{name}>"},
+        config_file={
+            "path": "{exp_dir}/config.json",
+            "base": str(tmp_path / "base.json"),
+            "set": {"loss.ssim.weight": "{ssim_loss_weight}", "tag": "w={ssim_loss_weight:.0e}", "loss.use": "{flag}"},
+        },
+    )
+    task.spec.command.extend(["{name}", "{exp_dir}/config.json", str(tmp_path / "out.json")])
+    task.identify("study-trial-00", tmp_path / "work")
+    assert len(records(task)) == 5
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert out["flag"] == AWKWARD and out["env"] == f"<{AWKWARD}>" and out["exp"] == "study-trial-00"
+    assert out["file"] == {"loss": {"ssim": {"weight": 1e-5, "kept": True}, "use": True}, "other": [1], "tag": "w=1e-05"}
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_setting_that_reaches_nothing_is_a_bad_setup() -> None:
+    with pytest.raises(BadSetup, match=r"ssim_loss_weight is set to 3\.0 but does not reach the training"):
+        records(run(GOOD, {"ssim_loss_weight": 3.0}))
+    assert records(run(GOOD, {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0}))  # they ask for nothing
+
+
+@pytest.mark.parametrize(
+    ("printed", "in_force"),
+    [
+        ("Namespace(ssim_loss_weight=0.1, steps=40)", 0.1),
+        ('{"ssim_loss_weight": 0.5}', 0.5),
+        ("  ssim_loss_weight: 3", 3.0),
+        ("args: --ssim_loss_weight=1e-3", 1e-3),
+        ("my_ssim_loss_weight=7", None),
+        ("ssim_loss_weight=unset", None),
+    ],
+)
+def test_what_it_prints_is_what_is_in_force(printed: str, in_force: float | None) -> None:
+    task = run(f"print({printed!r})\n" + GOOD, {"ssim_loss_weight": 3.0}, environment={"W": "{ssim_loss_weight}"})
+    records(task)
+    assert task.effective()["ssim_loss_weight"] == (3.0 if in_force is None else in_force)
+    assert ("ssim_loss_weight" in task.unverified()) == (in_force is None)
+
+
+def test_another_value_in_force_stops_the_trial(tmp_path: Path) -> None:
+    task = run("print('ssim_loss_weight=0.1')\n" + GOOD, environment={"W": "{ssim_loss_weight}"})
+    task.identify("x", tmp_path)
+    trial = Trial(task, TrialPlan(steps=5, guards=(NonFinite(),)))
+    trial.start({"steps": 5, "ssim_loss_weight": 3.0}, role="baseline")
+    trial.advance()
+    assert trial.verdict and trial.verdict.verdict == "bad_setup"
+    assert "ssim_loss_weight was set to 3.0 but 0.1 is in force" in trial.verdict.reason
+
+
+def test_a_required_echo_that_does_not_come(tmp_path: Path) -> None:
+    task = run(GOOD, {"ssim_loss_weight": 3.0}, environment={"W": "{ssim_loss_weight}"}, echo="required")
+    with pytest.raises(BadSetup, match="does not print ssim_loss_weight"):
+        records(task)
+
+
+# ---- samples
+
+
+def sampling(code: str, **smoke: Any) -> CommandTask:
+    command = ["{python}", "-c", code.replace("{", "{{").replace("}", "}}"), "{out}", "{step}", "{noise}", "{checkpoint}"]
+    return run(GOOD, smoke={"command": command, **smoke}, checkpoints="{exp_dir}/{step:03d}.pt")
+
+
+IMAGES = """
+import sys, numpy as np
+from PIL import Image
+for n in range(3):
+    Image.fromarray(np.full((8, 8, 3), 40 * n, dtype=np.uint8)).save(f"{sys.argv[1]}/{n}.png")
+"""
+
+
+def test_samples_of_the_newest_checkpoint_that_is_not_beyond(tmp_path: Path) -> None:
+    task = sampling(IMAGES + "open(sys.argv[1] + '/../seen', 'w').write(' '.join(sys.argv[2:]))", at_start="hub://start")
+    task.identify("s", tmp_path)
+    first = task.sample(0)
+    assert first is not None and first.images.shape == (3, 3, 8, 8) and first.images.max() == pytest.approx(80 / 255)
+    assert (tmp_path / "seen").read_text() == "0 0 hub://start"
+    while task.step_now < 4:
+        task.step()
+    assert task.sample(0) is None  # nothing there yet
+    for step in (2, 4, 5):
+        (tmp_path / "s" / f"{step:03d}.pt").touch()
+    task.sample(1)
+    assert (tmp_path / "seen").read_text() == f"4 1 {tmp_path}/s/004.pt"
+    task.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "smoke", "says"),
+    [
+        ("raise SystemExit('no weights')", {}, "the smoke test's command failed, exit code 1: no weights"),
+        ("pass", {}, "smoke: no images: "),
+        ("import time; time.sleep(60)", {"timeout_s": 0.5}, "not done after 0.5 s"),
+        (IMAGES + "Image.new('RGB', (4, 4)).save(sys.argv[1] + '/9.png')", {}, "of one size"),
+        ("import sys; open(sys.argv[1] + '/0.png', 'w').write('x')", {}, "0.png"),
+        (IMAGES, {"references": "/no/such/folder"}, "/no/such/folder"),
+        (IMAGES, {"tokens": "t.json", "vocabulary_size": 9}, "t.json: not a JSON list"),
+    ],
+)
+def test_a_failing_smoke_command_is_said(code: str, smoke: dict[str, Any], says: str, tmp_path: Path) -> None:
+    task = sampling(code, at_start="x", **smoke)
+    task.identify("s", tmp_path)
+    with pytest.raises(UserError, match=says):
+        task.sample(0)
+
+
+def test_tokens_outside_the_vocabulary_are_seen(tmp_path: Path) -> None:
+    from tune_ssim.run_trial import statistics_of
+
+    code = "import sys; open(sys.argv[1] + '/t.json', 'w').write('[[1, 2], [11, null]]')"
+    task = sampling(code, at_start="x", images=None, tokens="t.json", vocabulary_size=9)
+    task.identify("s", tmp_path)
+    sample = task.sample(0)
+    assert sample is not None and statistics_of(sample) == {"undecodable_fraction": 0.5}
+
+
+# ---- templates, and what a study says about them
+
+
+def test_templates() -> None:
+    values = {"a": 1e-5, "b": "x y", "c": True, "d": None}
+    assert fill("{a} {a:.1f} {b} {c} {d} {{a}}", values) == "1e-05 0.0 x y true  {a}"
+    assert fill_value("{a}", values) == 1e-5 and fill_value("{c}", values) is True and fill_value("{a}!", values) == "1e-05!"
+    assert fill_value(3, values) == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        ({"command": ["x", "{typo}"]}, "no setting 'typo'"),
+        ({"command": ["x", "{checkpoint}"]}, "no setting 'checkpoint'"),
+        ({"command": ["x"], "records": {"pattern": "bagel"}}, "the space varies ssim_loss_weight, but the command is not told"),
+        ({"command": []}, "must not be empty"),
+        ({"command": ["x"], "config_file": {"path": "a.toml"}}, "must end in .json or .yaml"),
+        ({"command": ["x"], "smoke": {"command": ["y"], "tokens": "t"}}, "tokens and vocabulary_size belong together"),
+    ],
+)
+def test_a_study_says_what_is_wrong_with_its_command(task: dict[str, Any], says: str) -> None:
+    space = {
+        "name": "s",
+        "parameters": {"gain": {"log_uniform": [1, 2]}},
+        "fixed": {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0},
+    }
+    with pytest.raises(UserError, match=says):
+        load_study({"name": "s", "task": task, "space": space})
+
+
+def test_a_study_with_a_command_is_what_it_was_after_yaml() -> None:
+    space = {
+        "name": "s",
+        "parameters": {"gain": {"log_uniform": [1, 2]}},
+        "fixed": {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0},
+    }
+    study = load_study({"name": "s", "task": DOORS["a script that knows nothing"], "space": space})
+    assert study.preflight is None and study.calibration is None and study.baseline.overrides == {}
+    from ruamel.yaml import YAML
+
+    assert load_study({**YAML(typ="safe").load(study.to_yaml())}).to_dict() == study.to_dict()
+    assert sys.executable not in study.to_yaml()  # it runs where it is launched
