@@ -8,8 +8,8 @@ import json
 import math
 import os
 import re
+import signal
 import struct
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from tune_ssim.errors import UserError
 from tune_ssim.records import Record, merge
-from tune_ssim.sources import FORMATS, LineParser, Source, open_source, read_all
+from tune_ssim.sources import FORMATS, LineParser, Source, bounded_search, open_source, read_all
+from tune_ssim.sources.bounded_search import MAX_PATTERN_TEXT
 from tune_ssim.sources.event_files import masked_crc32c
 from tune_ssim.sources.lines import MAX_LINE_BYTES
-from tune_ssim.sources.text_lines import MAX_PATTERN_TEXT
 
 # -- logs, in the very form in which their writers write them ---------------------------------------------------------
 
@@ -364,10 +364,20 @@ def test_a_line_without_an_end_is_skipped_in_bounded_memory() -> None:
 
 
 def test_a_pattern_sees_a_bounded_part_of_a_line() -> None:
-    slow = r"step (?P<step>\d+) (?P<loss>.*a.*b)"  # quadratic where it does not match
-    began = time.process_time()
-    assert parsed("step 1 " + "a" * 1_000_000 + "\nstep 2 " + "x" * MAX_PATTERN_TEXT + "b\n", pattern=slow) == []
-    assert time.process_time() - began < 20  # unbounded it would take hours
+    log = "step 1 " + "x" * MAX_PATTERN_TEXT + " loss 0.5\n" + "step 2 " + "x" * (MAX_PATTERN_TEXT - 20) + " loss 0.5\n"
+    assert steps_of(parsed(log, pattern=r"step (?P<step>\d+) .*loss (?P<loss>\S+)")) == [2]
+
+
+def test_a_pattern_that_would_take_years(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_search, "LINE_LIMIT_S", 0.05)
+    bad = "".join(f"step {step} " + "9" * 60 + "!\n" for step in range(5))
+    parser = LineParser(pattern=r"step (?P<step>\d+) (?P<loss>(\d+)+)$")
+    assert parser.feed(f"step 7 55\n{bad}step 8 55\n".encode()) == []
+    assert parser.finish() == [Record(7, {"loss": 55.0})]
+    assert parser.trouble.unread == bounded_search.SLOW_LINES
+    assert "was given up after 3 lines that took too long" in parser.trouble.sentence()
+    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
 def test_progress_bars_are_lines() -> None:
