@@ -56,24 +56,29 @@ class PatternLines:
         return found
 
     def _add(self, found: re.Match[str], number: int) -> None:
-        names = self._rows.names
-        step, values = None, {}
-        for name, text in found.groupdict().items():
+        names, texts = self._rows.names, found.groupdict()
+        step = texts.pop("step")
+        if step is None:
+            return
+        try:
+            values = {names[name]: float(text) for name, text in texts.items() if text is not None}
+        except ValueError:
+            values = self._odd_values(texts, found.string, number)
+        if values:
+            self._rows.add(step, names.rename(values) if names.given else values, number, found.string)
+
+    def _odd_values(self, texts: Mapping[str, str | None], line: str, number: int) -> dict[str, float]:
+        """Of groups that found more than a number."""
+        values = {}
+        for name, text in texts.items():
             if text is None:
                 continue
-            if name == "step":
-                step = text
-                continue
-            try:
-                values[names[name]] = float(text)
-            except ValueError:
-                value = text_number(text.strip(" ,;|%()[]{}'\""))
-                if value is None:
-                    self._rows.trouble.skip(number, found.string, f"group '{name}' found {text!r}, which is no number")
-                    continue
-                values[names[name]] = value
-        if step is not None and values:
-            self._rows.add(step, names.rename(values) if names.given else values, number, found.string)
+            value = text_number(text.strip(" ,;|%()[]{}'\""))
+            if value is None:
+                self._rows.trouble.skip(number, line, f"group '{name}' found {text!r}, which is no number")
+            else:
+                values[self._rows.names[name]] = value
+        return values
 
     def to_json(self) -> dict[str, Any]:
         return {}
