@@ -98,6 +98,8 @@ def _kind(path: Path, format: str | None, names: Mapping[str, str] | None) -> st
             if format is None:
                 require_one_run(path)
             return "tensorboard"
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: neither a file nor a folder; feed what comes from a pipe to a LineParser")
         start = _beginning(path, LOOKED_FIRST)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
