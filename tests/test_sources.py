@@ -614,6 +614,16 @@ def test_an_event_file_that_grows(tmp_path: Path) -> None:
     assert source.trouble.sentence() == ""
 
 
+def test_the_checksum() -> None:
+    def unmasked(data: bytes) -> int:
+        rotated = (masked_crc32c(data) - 0xA282EAD8) & 0xFFFFFFFF
+        return ((rotated << 15) | (rotated >> 17)) & 0xFFFFFFFF
+
+    assert unmasked(b"123456789") == 0xE3069283  # the check value of CRC-32/ISCSI in the catalogue of CRC algorithms
+    assert unmasked(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
+    assert unmasked(b"") == 0
+
+
 def test_a_broken_event_file(tmp_path: Path) -> None:
     data = bytearray(event_files_of(tmp_path / "run", range(6)).read_bytes())
     path = tmp_path / "events.out.tfevents.1.host"
