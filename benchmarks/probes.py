@@ -112,8 +112,8 @@ def transformer(width: int, layers: int, tokens: int, batch: int) -> Callable[[]
 
 
 MODELS = {
-    "bundled denoiser, batch 8": denoiser(8),
-    "transformer 6×256, 4×128 tokens": transformer(256, 6, 128, 4),
+    "bundled denoiser, batch 16": denoiser(16),
+    "transformer 4×192, 4×64 tokens": transformer(192, 4, 64, 4),
     "bundled denoiser, batch 1": denoiser(1),
     "transformer 2×64, 2×16 tokens": transformer(64, 2, 16, 2),
 }

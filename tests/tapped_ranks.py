@@ -43,7 +43,8 @@ class LossOf(nn.Module):
 
 def observe(wrapped: nn.Module, model: Branches, synchronise: Callable[[bool], Any], reference: Branches) -> dict[str, Any]:
     """Two optimiser steps; the readings of both, and what they had to be."""
-    taps = GradientTaps(model.tags(), every=1, accumulation=ACCUMULATION, update_elements=None)
+    tags = {**model.tags(), "all": model}  # modules within modules
+    taps = GradientTaps(tags, every=1, accumulation=ACCUMULATION, update_elements=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     result: dict[str, Any] = {"found": [], "norms": [], "updates": []}
     for step in range(2):

@@ -520,9 +520,9 @@ def ranks(tmp_path_factory):
 def test_over_ranks(ranks, setting):
     for told in (rank[setting] for rank in ranks):
         for found, expected in zip(told["found"], told["norms"], strict=True):
-            assert found["total"] == pytest.approx(expected.pop("total"), rel=1e-5)
+            assert found["total"] == found["dbg/grad_all"] == pytest.approx(expected.pop("total"), rel=1e-5)
             assert norms(found, expected) == pytest.approx(expected, rel=1e-5)
-            assert coverage(found) == {"backbone": 1, "flow": 1, "head": 1}
+            assert coverage(found, [*expected, "all"]) == dict.fromkeys([*expected, "all"], 1)
             assert found["dbg/backbone_has_grad"] == 12 and found["dbg/backbone_trainable"] == 4
         updates = {tag: told["found"][1][f"dbg/update_ratio/{tag}"] for tag in told["updates"][0]}
         assert updates == pytest.approx(told["updates"][0], rel=1e-5)

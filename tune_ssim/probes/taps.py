@@ -172,7 +172,7 @@ class GradientTaps:
                     shards = {
                         name: id(p) for name, p in module.named_parameters(recurse=False) if p.requires_grad and is_sharded(p)
                     }
-                    if shards:
+                    if shards and module not in self._hooks:
                         self._hooks[module] = module.register_forward_pre_hook(partial(self._follow, shards))
 
     def _disarm(self) -> None:
