@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,21 +32,23 @@ FLOORS: list[set[str]] = [
     {"tensor_file", "atomic_file", "processes"},
     {"records", "losses", "checkpoint", "yaml_source"},
     {"sources", "probes", "guards", "channel"},
-    {"tasks", "space", "study_folder"},
+    {"tasks", "space", "study_folder", "rules", "curves"},
     {"study", "sample_grid", "trial_text", "quarantine", "forecast", "batch_gradients"},
     {"proof"},
     {"run_trial", "winner", "provenance"},
     {"preflight", "calibrate", "heat_map", "push"},
     {"orchestration"},
-    {"report", "testing"},
+    {"report", "testing", "integrations", "check", "branch_report"},
+    {"check_text", "check_picture"},
     {"cli"},
     {"__main__"},
 ]
+INTEGRATIONS = {"lightning": "lightning", "huggingface": "transformers", "accelerate": "accelerate"}  # module → extra library
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # (modules under these names, libraries that importing them must not load)
 NO_TORCH = (
-    *("errors", "records", "sources", "guards", "space", "study", "study_folder", "winner"),
+    *("errors", "records", "sources", "guards", "rules", "space", "study", "study_folder", "winner"),
     *("yaml_source", "trial_text", "tensor_file", "quarantine", "processes", "channel", "push"),
 )
 MUST_NOT_LOAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -72,6 +75,12 @@ def imported_names(source: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import"
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def importable(names: Iterable[str]) -> list[str]:
+    """Without the integrations whose library is not installed."""
+    wanted = {f"tune_ssim.integrations.{name}": library for name, library in INTEGRATIONS.items()}
+    return [name for name in names if name not in wanted or find_spec(wanted[name]) is not None]
 
 
 def top(module: str) -> str:
@@ -141,9 +150,13 @@ def test_the_floor_check_sees_a_violation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "allowed"), [("ray", "tune_ssim.orchestration."), ("mlflow", "tune_ssim.orchestration.tracking")]
+    ("library", "allowed"),
+    [
+        ("ray", ("tune_ssim.orchestration.",)),
+        ("mlflow", ("tune_ssim.orchestration.tracking", "tune_ssim.orchestration.mlflow_source")),
+    ],
 )
-def test_only_these_files_name(library: str, allowed: str) -> None:
+def test_only_these_files_name(library: str, allowed: tuple[str, ...]) -> None:
     for module, file in modules().items():
         for line, name in imported_names(file.read_text(encoding="utf-8")):
             assert name.split(".")[0] != library or module.startswith(allowed), f"{file}:{line}: imports {name}"
@@ -152,7 +165,7 @@ def test_only_these_files_name(library: str, allowed: str) -> None:
 @pytest.mark.parametrize("rule", MUST_NOT_LOAD)
 def test_what_importing_loads(rule: str) -> None:
     places, libraries = MUST_NOT_LOAD[rule]
-    names = [module for module in modules() if top(module) in places]
+    names = importable(module for module in modules() if top(module) in places)
     assert names
     assert loaded_by(names, libraries) == {}
 
@@ -201,7 +214,7 @@ for name in names:
         assert not isinstance(value, types.ModuleType), f"{name}.{public} is a module"
         assert public in dir(module), f"{name}.{public} is not in dir()"
 """
-    in_fresh_interpreter(code, json.dumps([*modules()]))
+    in_fresh_interpreter(code, json.dumps(importable(modules())))
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -212,7 +225,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 @pytest.mark.parametrize("folder", ["tune_ssim", "tests"])
 def test_every_imported_library_is_declared(folder: str) -> None:
     # Read from pyproject.toml: the installed metadata may be older.
-    lines = declared("dependencies") + declared("diffusers") + (declared("test") if folder == "tests" else [])
+    extras = ("diffusers", "lightning", "transformers", *(("test",) if folder == "tests" else ()))
+    lines = [line for key in ("dependencies", *extras) for line in declared(key)]
     known = {canonicalize_name(Requirement(line).name) for line in lines}
     siblings = {file.stem for file in (ROOT / folder).glob("*.py")}  # tests/references.py is imported by its bare name
     distributions = packages_distributions()
@@ -221,6 +235,8 @@ def test_every_imported_library_is_declared(folder: str) -> None:
             library = name.split(".")[0]
             if library in {"tune_ssim", "tests"} | siblings or library in sys.stdlib_module_names:
                 continue
+            if library == "pytorch_lightning":
+                continue  # Lightning under its other name
             owners = {canonicalize_name(owner) for owner in distributions.get(library, [library])}
             assert owners & known, f"{file}:{line}: {library} comes from {sorted(owners)}: not in pyproject.toml"
 

@@ -23,7 +23,12 @@ from tune_ssim.study_folder import check_name
 from tune_ssim.tasks.command_spec import CommandSpec
 from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, dump_yaml, kind_of, read_yaml, shown
 
-BUILT_IN_TASKS = {"fundus_sr": "tune_ssim.tasks.fundus_sr:FundusSR"}
+BUILT_IN_TASKS = {
+    "fundus_sr": "tune_ssim.tasks.fundus_sr:FundusSR",
+    "flow_dino_kl": "tune_ssim.tasks.flow_dino_kl:FlowDinoKL",
+    "two_stage_vlm": "tune_ssim.tasks.two_stage_vlm:TwoStageVLM",
+    "vae_kl": "tune_ssim.tasks.vae_kl:VAEKL",
+}
 PATHS = {"fundus_sr": ("data", "vae", "weights")}  # keys of a built-in task's task_config that name a file or folder
 DEFAULT_STUDY = "fundus_ssim"
 DEFAULT_SPACE = "wide"

@@ -1,0 +1,91 @@
+"""What every integration does: numbers of a step go out, samples when they are due, and all ranks stop together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tune_ssim.push import TrialContext, TrialPruned
+from tune_ssim.tasks.task import Sample
+
+# Inference on fixed inputs and fixed noise: `[n, 3, H, W]` in [0, 1], or a Sample that has references or inputs too.
+MakeSamples = Callable[[Any], "Sample | torch.Tensor"]
+
+
+class Reporting:
+    """One trial as a trainer's callback sees it. pruned: why the trial is over, once it is."""
+
+    def __init__(self, trial: TrialContext, samples: MakeSamples | None) -> None:
+        self.trial, self.make_samples = trial, samples
+        self.pruned: TrialPruned | None = None
+        self.is_heard = trial.is_active  # on any rank: the folder of a trial may be there on the first node only
+
+    def start(self, step: int, model: Any, device: torch.device) -> bool:
+        """Before the training: samples of the weights as they are. Returns whether to stop already."""
+        self.is_heard = any_rank(self.trial.is_active, device)
+        return step == 0 and self._over(lambda: self._show(0, model), device)
+
+    def send(self, step: int, metrics: Mapping[str, Any], model: Any, device: torch.device) -> bool:
+        """The numbers of one optimiser step, and samples if they are due. Returns whether to stop: the same on every rank."""
+
+        def tell() -> None:
+            self.trial.report(step=step, **metrics)
+            self._show(step, model)
+
+        return self._over(tell, device)
+
+    def _over(self, tell: Callable[[], None], device: torch.device) -> bool:
+        if not self.is_heard:
+            return False
+        try:
+            tell()
+        except TrialPruned as reason:
+            self.pruned = reason
+        # A rank that leaves alone would leave the others waiting in their next collective.
+        if any_rank(self.pruned is not None, device) and self.pruned is None:
+            self.pruned = TrialPruned("the trial is over on another rank")
+        return self.pruned is not None
+
+    def _show(self, step: int, model: Any) -> None:
+        if self.make_samples is None or not self.trial.due(step):
+            return
+        with looking_on(model):
+            found = self.make_samples(model)
+        sample = found if isinstance(found, Sample) else Sample(found)
+        self.trial.samples(
+            sample.images,
+            step=step,
+            references=sample.references,
+            inputs=sample.inputs,
+            reconstructions=sample.reconstructions,
+            token_ids=sample.token_ids,
+            vocabulary_size=sample.vocabulary_size,
+            **sample.statistics,
+        )
+
+
+@contextmanager
+def looking_on(model: Any) -> Iterator[None]:
+    """Inference that leaves the training as it is: no gradients, eval() mode and back, the global generators as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on one rank at least; a collective where a training is distributed."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return flag
+    votes = torch.tensor(float(flag), device=device)
+    distributed.all_reduce(votes, op=distributed.ReduceOp.MAX)
+    return bool(votes.item())

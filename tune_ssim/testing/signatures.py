@@ -1,0 +1,97 @@
+"""Are the seven methods there, and can they be called as a trial calls them?"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from tune_ssim.tasks.task import CONTRACT, Task
+from tune_ssim.testing.findings import Finding
+from tune_ssim.testing.subject import short
+
+# How a trial calls each method, and how it should read.
+CALLS: dict[str, tuple[tuple[tuple[Any, ...], ...], str]] = {
+    "setup": ((({}, 0), ({}, 0, None)), "def setup(self, config, seed, device=None)"),
+    "step": (((),), "def step(self)"),
+    "sample": (((), (0,)), "def sample(self, noise=0)"),
+    "evaluate": (((),), "def evaluate(self)"),
+    "state_dict": (((),), "def state_dict(self)"),
+    "load_state_dict": ((({},),), "def load_state_dict(self, state)"),
+    "effective": (((),), "def effective(self)"),
+}
+ALIASES = {
+    "setup": ("set_up", "build", "init", "configure"),
+    "step": ("train_step", "training_step", "train", "update"),
+    "sample": ("generate", "samples", "infer", "inference"),
+    "evaluate": ("eval", "validate", "validation", "test"),
+    "state_dict": ("get_state", "save", "save_checkpoint", "state"),
+    "load_state_dict": ("set_state", "load", "load_checkpoint", "load_state"),
+    "effective": ("effective_config", "get_config", "config", "params"),
+}
+
+
+def check_class(task_class: Any) -> Iterator[Finding]:
+    if not isinstance(task_class, type):
+        kind = type(task_class).__name__
+        told = f"an object of {kind}" if not callable(task_class) or hasattr(task_class, "step") else f"a {kind}"
+        yield Finding("class", "broken", f"a task is a class, got {told}", f"pass the class: check_task({kind})")
+        return
+    try:
+        task_class()
+    except (Exception, SystemExit) as error:
+        yield Finding(
+            "class",
+            "broken",
+            f"{task_class.__name__}() failed: {short(error)}",
+            "a trial makes the task without arguments and calls setup(config, seed, device): move the building there",
+        )
+        return
+    yield Finding("class", "ok", f"{task_class.__name__}() can be made without arguments")
+
+
+def check_methods(task_class: type) -> Iterator[Finding]:
+    """A finding for each of the seven; its name is `method/NAME`."""
+    task = task_class()
+    for name in CONTRACT:
+        calls, reads = CALLS[name]
+        written = inspect.getattr_static(task_class, name, None)
+        method = getattr(task, name, None) if not isinstance(written, property) else written
+        if method is None or getattr(task_class, name, None) is getattr(Task, name):
+            near = next((alias for alias in ALIASES[name] if callable(getattr(task, alias, None))), None)
+            hint = f"rename {near}()" if near else "add it"
+            yield Finding(f"method/{name}", "broken", f"there is no {name}()", f"{hint}: {reads}; see tune_ssim.Task")
+        elif not callable(method):
+            yield Finding(f"method/{name}", "broken", f"{name} is a {type(method).__name__}, not a method", f"make it {reads}")
+        elif inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+            yield Finding(
+                f"method/{name}",
+                "broken",
+                f"{name}() is a generator or a coroutine: calling it does nothing",
+                f"make it an ordinary method that returns its result: {reads}",
+            )
+        elif refusal := _refusal(method, calls):
+            yield Finding(f"method/{name}", "broken", f"{name}{inspect.signature(method)}: {refusal}", f"make it {reads}")
+        else:
+            yield Finding(f"method/{name}", "ok", f"{name}{_signature(method)}")
+
+
+def _refusal(method: Any, calls: tuple[tuple[Any, ...], ...]) -> str:
+    """Why one of the calls does not fit; empty if all do, or nothing is known of the signature."""
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):
+        return ""
+    for arguments in calls:
+        try:
+            signature.bind(*arguments)
+        except TypeError as error:
+            return f"{error} when called with {len(arguments)} argument{'' if len(arguments) == 1 else 's'}"
+    return ""
+
+
+def _signature(method: Any) -> str:
+    try:
+        return str(inspect.signature(method))
+    except (TypeError, ValueError):
+        return "(…)"
