@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ from broken_tasks import FAULTS, Honest
 from small_task import SmallTask
 
 from tune_ssim.tasks.fundus_sr import FundusSR
+from tune_ssim.tasks.task import Sample
 from tune_ssim.testing import TaskReport, check_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +110,30 @@ def test_the_global_generators_are_left_alone() -> None:
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     check_task(FAULTS["GlobalNoise"].task)
     assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected
+
+
+class Junk:
+    def __float__(self) -> float:
+        raise RuntimeError("no number")
+
+    __repr__ = __str__ = __float__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("method", "value"),
+    [
+        ("step", {"loss": Junk()}),
+        ("sample", Sample(torch.rand(1, 3, 12, 12), references="x")),  # type: ignore[arg-type]
+        ("evaluate", {"ssim": math.nan, "psnr": Junk()}),
+        ("state_dict", [1]),
+        ("effective", {"lr": Junk()}),
+        ("trainable_parameters", 3),
+        ("parts", {"network": None}),
+    ],
+)
+def test_whatever_a_method_returns_the_suite_answers_in_words(method: str, value: object) -> None:
+    report = check_task(type("Odd", (Honest,), {method: lambda self, *arguments: value}))
+    assert any(finding.name.startswith(method) for finding in report.of("broken")), str(report)
 
 
 @pytest.fixture
