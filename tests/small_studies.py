@@ -8,6 +8,32 @@ from typing import Any, cast
 
 from tune_ssim.study_folder import StudyFolder, TrialSummary
 
+TESTS = Path(__file__).parent
+# A study of the small task, as a mapping: seconds a trial.
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "task": "small_task:SmallTask",
+    "import_path": str(TESTS),
+    "task_config": {"steps": 40},
+    "baseline": {"seeds": 2},
+    "space": {
+        "name": "inline",
+        "parameters": {"gain": {"log_uniform": [0.01, 3000]}},
+        "fixed": {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 0.3},
+        "points": [
+            {"ssim_loss_weight": 1000.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0},
+            {"ssim_loss_weight": 1.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0},
+        ],
+    },
+    "search": {"trials": 8, "seed": 0, "concurrency": 2},
+    "guards": {"smoke_test": {"at": [0, 10, 20]}},
+    "objective": {"keep": {"psnr": {"min_delta": -100}}},
+    "preflight": None,
+    "calibration": None,
+    "confirm": None,
+    "tracking": None,
+}
+
 SETTING = {"ssim_loss_weight": 30.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0}
 
 

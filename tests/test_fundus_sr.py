@@ -224,4 +224,4 @@ def test_fingerprints_change_with_the_data() -> None:
         mine.images.train, mine.images.held_out + 1 / 255, mine.images.train_origins, mine.images.held_out_origins
     )
     changed = {name for name, digest in other.fingerprints().items() if digest != mine.fingerprints()[name]}
-    assert changed == {"data/held_out"}
+    assert changed == {"data/held_out", "data/evaluation"}

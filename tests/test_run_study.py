@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import ray
 from safetensors.torch import save_file
+from small_studies import SMALL
 
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline
@@ -31,29 +32,6 @@ from tune_ssim.tasks.fundus_sr import WEIGHTS, FundusSR
 from tune_ssim.winner import best_safe, confirmations, exported_config, format_export, proof_of
 
 TESTS = Path(__file__).parent
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "task": "small_task:SmallTask",
-    "import_path": str(TESTS),
-    "task_config": {"steps": 40},
-    "baseline": {"seeds": 2},
-    "space": {
-        "name": "inline",
-        "parameters": {"gain": {"log_uniform": [0.01, 3000]}},
-        "fixed": {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 0.3},
-        "points": [
-            {"ssim_loss_weight": 1000.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0},
-            {"ssim_loss_weight": 1.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0},
-        ],
-    },
-    "search": {"trials": 8, "seed": 0, "concurrency": 2},
-    "guards": {"smoke_test": {"at": [0, 10, 20]}},
-    "objective": {"keep": {"psnr": {"min_delta": -100}}},
-    "preflight": None,
-    "calibration": None,
-    "confirm": None,
-    "tracking": None,
-}
 
 
 def small(**changes: Any) -> Study:

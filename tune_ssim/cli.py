@@ -36,7 +36,7 @@ EPILOG = f"""\b
 Exit codes:
   {DONE}    done
   {MISTAKE}    your mistake: one line says what is wrong. Also `export` when no trial is safe
-  {BAD_SETUP}    bad set-up: weights, data or baseline are not sound; no setting is to blame
+  {BAD_SETUP}    bad set-up: weights, data or baseline are not sound; no setting is to blame. Also `check` with alerts
   {OURS}    our bug: the traceback is in a file ({DEBUG_VARIABLE}=1 prints it)
   {INTERRUPTED}  interrupted: `tune-ssim run --resume` goes on
 """
@@ -336,6 +336,69 @@ def export(name: str | None, form: str, output: str | None, unproven: bool, stor
         write_atomically(target, text.encode())
         click.echo(f"wrote {target}")
     say_next("ui", folder.name, why="shows what it was chosen from", to_stderr=target is None)
+
+
+@cli.command()
+@click.argument("log")
+@click.option(
+    "--rules", "packs", multiple=True, metavar="PACK",
+    help="A bundled rule pack or a .yaml file; may be repeated.  [default: by the names of the metrics]",
+)  # fmt: skip
+@click.option("--set", "options", multiple=True, metavar="NAME=NUMBER", help="An option of a rule pack, such as ga=4.")
+@click.option("--baseline", metavar="LOG", help="The pixel-loss run's log: its gradient norm is compared with.")
+@click.option("--map", "names", multiple=True, metavar="THEIRS=OURS", help="A metric's name in the log and in the rules.")
+@click.option("--pattern", multiple=True, metavar="REGEX", help="How a line of a text log is read: docs/logs.md.")
+@click.option("--follow", is_flag=True, help="Watch a growing log until Ctrl-C, or until a rule would end the run.")
+@click.option("--json", "as_json", is_flag=True, help="A stable object: docs/check_schema.md.")
+@click.option("--picture", metavar="FILE", help="Draw the curves, with the alerts marked, as PNG.")
+def check(
+    log: str,
+    packs: tuple[str, ...],
+    options: tuple[str, ...],
+    baseline: str | None,
+    names: tuple[str, ...],
+    pattern: tuple[str, ...],
+    follow: bool,
+    as_json: bool,
+    picture: str | None,
+) -> None:
+    """Is every branch of the loss working? Reads the log of any training.
+
+    LOG: CSV, JSONL, JSON or text, a TensorBoard file or folder, or mlflow:RUN_ID. The guards of a live trial say what
+    works, what does not, the likely cause and what to try first. Exit code 3 when there are alerts.
+    """
+    from tune_ssim.check import baseline_of, check_log, open_log, pairs
+    from tune_ssim.check_text import alert_words, check_words
+
+    target = None if picture is None else _output_file(picture, "--picture")
+    renamed, console = pairs("--map", names), _console()
+    ascii_only = console.options.ascii_only
+    compared = None if baseline is None else baseline_of(open_log(baseline, renamed, pattern))
+    report = check_log(
+        open_log(log, renamed, pattern, follow=follow),
+        packs=packs,
+        options=pairs("--set", options, float),
+        baseline=compared,
+        follow=follow,
+        on_alert=(lambda alert: console.print(alert_words(alert, ascii_only))) if follow and not as_json else None,
+        label=log,
+    )
+    if as_json:
+        import json
+
+        from tune_ssim.study_folder import jsonable
+
+        _print_exactly(json.dumps(jsonable(report.to_json()), indent=2, allow_nan=False) + "\n")
+    else:
+        console.print(check_words(report, ascii_only, with_alerts=not follow))
+    if target is not None:
+        from tune_ssim.check_picture import draw_check
+        from tune_ssim.study_folder import write_atomically
+
+        write_atomically(target, draw_check(report))
+        click.echo(f"wrote {target}", err=as_json)
+    if report.alerts:
+        raise click.exceptions.Exit(BAD_SETUP)
 
 
 @cli.command()

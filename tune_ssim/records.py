@@ -17,6 +17,7 @@ NORM_RATIO = "norm_ratio"  # what the norm guard made of it: the latest window a
 ACTIVE_FRACTION = "ssim_active_fraction"  # share of the batch with 0 < t <= max_t
 STEP_SKIPPED = "step_skipped"  # 1 where a GradScaler skipped the update: an infinite norm is routine there
 LR = "lr"
+EPOCH = "epoch"  # whole, or a fraction of the way through it
 SMOKE = "smoke/"  # prefix: collapse statistics of the samples at this step
 SMOKE_AGAIN = "smoke_again/"  # the same with the second noise
 

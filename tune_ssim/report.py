@@ -11,17 +11,19 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_ssim.quarantine import Entry
-from tune_ssim.space import Space, gain_of
+from tune_ssim.space import WEIGHT, Space, gain_of
 from tune_ssim.study_folder import TrialSummary, number
-from tune_ssim.trial_text import STYLES, metric_of, number_text, readable
+from tune_ssim.trial_text import STYLES, metric_of, number_text, readable, setting_text, shown_metric
 from tune_ssim.winner import OBJECTIVE
 
 # What fits into so many columns and leaves room for the reason.
 COLUMNS = {
-    120: ("gain", "weight", "max_t", "grad_scale", "steps", "norm ratio", "ΔSSIM", "PSNR"),
-    72: ("gain", "max_t", "steps", "ratio", "ΔSSIM", "PSNR"),
-    0: ("gain", "ΔSSIM"),
+    120: ("gain", "weight", "max_t", "grad_scale", "steps", "norm ratio", "objective", "PSNR"),
+    72: ("gain", "max_t", "steps", "ratio", "objective", "PSNR"),
+    0: ("gain", "objective"),
 }
+# Of a task without an SSIM loss.
+OTHER_COLUMNS = {120: ("setting", "steps", "norm ratio", "objective"), 72: ("setting", "steps", "objective"), 0: ("objective",)}
 WIDE = 120  # from here on the reason has a column of its own
 ORDER = tuple(STYLES)  # of verdicts, best first
 
@@ -35,16 +37,18 @@ def trials_table(
     winner: str | None = None,
 ) -> Table:
     """One row a trial, the best first, for a terminal of `width` columns. `winner`: the trial_id to mark."""
-    wide = width >= WIDE
+    wide, summaries = width >= WIDE, list(summaries)
+    has_ssim = any(WEIGHT in summary["config"] for summary in summaries) or not summaries
 
     def show(text: str) -> str:
         return readable(text, ascii_only)
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("trial", no_wrap=True, overflow="fold")
-    names = next(names for least, names in COLUMNS.items() if width >= least)
+    names = next(names for least, names in (COLUMNS if has_ssim else OTHER_COLUMNS).items() if width >= least)
     for name in names:
-        table.add_column(show(name), justify="right", no_wrap=True)
+        heading = shown_metric(objective) if name == "objective" else name
+        table.add_column(show(heading), justify="left" if name == "setting" else "right", no_wrap=True)
     if wide:
         table.add_column("verdict", no_wrap=True)
         table.add_column("why", overflow="fold", min_width=20)
@@ -62,8 +66,9 @@ def trials_table(
             "grad_scale": number_text(config.get("ssim_grad_scale")),
             "steps": str(summary["steps"]),
             "norm ratio": number_text(metrics.get("norm_ratio_max"), ".3g"),
-            "ΔSSIM": number_text(metrics.get("delta_ssim"), "+.4f"),
+            "objective": number_text(metrics.get(objective), "+.4f"),
             "PSNR": number_text(metrics.get("psnr"), ".2f"),
+            "setting": setting_text(config),
         }
         cells["ratio"] = cells["norm ratio"]
         verdict = Text(summary["verdict"], STYLES.get(summary["verdict"], ""))

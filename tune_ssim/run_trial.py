@@ -31,7 +31,7 @@ from tune_ssim.tensor_file import TensorFile
 
 LEAST_HARM = 0.05  # of a trial that got as far as the end: above zero, below the grade of any early prune
 # Keys in which a trial may always differ from the baseline: the auxiliary losses' own, and what only measures.
-AUXILIARY = ("ssim_", "pixel_", "measure_")
+AUXILIARY = ("ssim_", "pixel_", "kl_", "dino_", "measure_")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class TrialPlan:
     steps: int  # optimiser steps
     guards: tuple[Guard, ...]
     keep: tuple[KeepRule, ...] = ()
+    objective: str = "delta_ssim"  # what the study maximises: a held-out metric, or `delta_` and its name
     report_every: int = 1  # steps between transfers from the device, and so between verdicts
     checkpoint_every: int = 50
     image_grids: bool = True
@@ -223,7 +224,7 @@ class Trial:
         self._heard = True
         self.effective = dict(self.task.effective())
         self.verdict = self._check_effective() or self._check_baseline()
-        self.watch.guards = self._bound_guards()
+        self.watch.rebind(self._bound_guards())
 
     @property
     def _samples_itself(self) -> bool | None:
@@ -384,9 +385,8 @@ class Trial:
             self.verdict = Verdict("safe", f"safe {horizon}", metrics=found)
             return
         reference = self.baseline.reference(self.seed).evaluation
-        deltas = {
-            f"delta_{name}": found[name] - reference[name] for name in ("ssim", "psnr") if name in found and name in reference
-        }
+        compared = dict.fromkeys(("ssim", "psnr", self.plan.objective.removeprefix("delta_")))
+        deltas = {f"delta_{name}": found[name] - reference[name] for name in compared if name in found and name in reference}
         metrics = found | deltas
         if unjudged:
             self.verdict = Verdict("error", "; ".join(unjudged), metrics=metrics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -22,7 +23,13 @@ from tune_ssim.study_folder import check_name
 from tune_ssim.tasks.command_spec import CommandSpec
 from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, dump_yaml, kind_of, read_yaml, shown
 
-BUILT_IN_TASKS = {"fundus_sr": "tune_ssim.tasks.fundus_sr:FundusSR"}
+BUILT_IN_TASKS = {
+    "fundus_sr": "tune_ssim.tasks.fundus_sr:FundusSR",
+    "flow_dino_kl": "tune_ssim.tasks.flow_dino_kl:FlowDinoKL",
+    "two_stage_vlm": "tune_ssim.tasks.two_stage_vlm:TwoStageVLM",
+    "vae_kl": "tune_ssim.tasks.vae_kl:VAEKL",
+}
+PATHS = {"fundus_sr": ("data", "vae", "weights")}  # keys of a built-in task's task_config that name a file or folder
 DEFAULT_STUDY = "fundus_ssim"
 DEFAULT_SPACE = "wide"
 DEFAULT_STEPS = 200  # FACTS §2: gains that ruin the model have done so by then, and safe ones show their gain
@@ -365,6 +372,7 @@ def _parse(source: Source, folder: Path) -> Study:
         found["task"] = defaults["task"] if spec is None else spec  # what is wrong with it is on the list by now
     found["space"] = _space(problems, source, folder)
     found["task_config"] = {"steps": DEFAULT_STEPS, **_settings(problems, "task_config", data.get("task_config"))}
+    found["task_config"] = _with_paths(found["task_config"], folder if source.lines else Path(), found["task"])
     found["baseline"] = _baseline(problems, data, found["task"])
     for key, model in (("search", Search), ("resources", Resources)):
         found[key] = _section(problems, (key,), data.get(key) or {}, model)
@@ -423,6 +431,20 @@ def _settings(problems: Problems, key: str, value: Any) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         problems.add((key,), f"must hold plain values: {error}")
         return {}
+
+
+def _with_paths(config: dict[str, Any], folder: Path, task: Any) -> dict[str, Any]:
+    """Files and folders as absolute paths, since workers run elsewhere. They are meant relative to the study file: the values of
+    PATHS, and for a task of one's own every value that begins with `./`, `../` or `~/`."""
+    named = PATHS.get(task, ()) if isinstance(task, str) else ()
+
+    def absolute(key: str, value: Any) -> Any:
+        if not isinstance(value, str) or not value or "\0" in value:
+            return value
+        is_path = key in named if named else value.startswith(("./", "../", "~/"))
+        return os.path.normpath((folder / Path(value).expanduser()).absolute()) if is_path else value
+
+    return {key: absolute(key, value) for key, value in config.items()}
 
 
 def _baseline(problems: Problems, data: Mapping[str, Any], task: Any) -> BaselineRuns | None:

@@ -33,6 +33,7 @@ class _Later(TypedDict, total=False):
     """Keys that the first studies did not write."""
 
     seed: int
+    objective: str
     quarantined: list[str]
 
 
@@ -40,9 +41,11 @@ class TrialSummary(_Later):
     """One line of `trials.jsonl` and one object of `tune-ssim trials --json`. A stable schema.
 
     role: baseline, search or confirm. verdict: safe, degraded, pruned, bad_setup, stopped or error.
-    config: the settings of this trial; always the three numbers ssim_loss_weight, ssim_loss_max_t, ssim_grad_scale.
+    config: the settings of this trial; where the task has an SSIM loss always its ssim_loss_weight,
+    ssim_loss_max_t and ssim_grad_scale.
     horizon: how far the verdict reaches, e.g. {"steps": 200, "batch_size": 8, "lr": 0.005}.
     evidence: {guard, step, metric, value, limit} of the violation that ended the trial, else None.
+    objective: the metric that the study maximises; delta_ssim where the key is absent.
     seed: of the training's random numbers. quarantined: content ids of the checkpoints that a ruined trial wrote.
     metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are the strings
     "NaN", "Infinity", "-Infinity", since JSON has no others.

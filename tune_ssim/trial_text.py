@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.text import Text
 
-from tune_ssim.space import gain_of
+from tune_ssim.guards.keep_rule import SHOWN_NAMES
+from tune_ssim.space import GAIN, WEIGHT, gain_of
 from tune_ssim.study_folder import TrialSummary, number
 
 # Best verdict first.
@@ -35,9 +36,10 @@ def metric_of(summary: TrialSummary, name: str) -> float:
 
 def verdict_line(summary: TrialSummary, ascii_only: bool = False) -> Text:
     """A trial that has ended, in one line."""
-    delta = metric_of(summary, "delta_ssim")
+    objective = summary.get("objective", "delta_ssim")
+    delta = metric_of(summary, objective)
     what = setting_text(summary["config"]) if summary["role"] == "search" else summary["role"]
-    found = f"  ΔSSIM {delta:+.4f}" if math.isfinite(delta) and summary["role"] != "baseline" else ""
+    found = f"  {shown_metric(objective)} {delta:+.4f}" if math.isfinite(delta) and summary["role"] != "baseline" else ""
     return Text.assemble(
         (f"{summary['verdict']:<9}", STYLES.get(summary["verdict"], "")),
         (f" {readable(summary['trial_id'], ascii_only)}", "bold"),
@@ -53,14 +55,22 @@ def proof_line(proof: Mapping[str, Any]) -> str:
     found = proof["comparison"].get(proof["objective"])
     text = f"confirmed with {len(proof['seeds'])} new seeds, {proof['horizon']['steps']} steps each"
     if found and found["interval"]:
-        name = {"delta_ssim": "ΔSSIM", "delta_psnr": "ΔPSNR"}.get(proof["objective"], proof["objective"])
+        name = shown_metric(proof["objective"])
         low, high = found["interval"]
         text += f": {name} {found['mean']:+.4f} [{low:+.4f}, {high:+.4f}] ({100 * found['level']:.0f} %)"
     return text
 
 
+def shown_metric(name: str) -> str:
+    """ΔSSIM for delta_ssim, Δelbo for delta_elbo"""
+    short = name.removeprefix("delta_")
+    return ("Δ" if short != name else "") + SHOWN_NAMES.get(short, short)
+
+
 def setting_text(config: Mapping[str, Any]) -> str:
-    """gain 30 @ 0.3"""
+    """gain 30 @ 0.3; of a task without an SSIM loss every setting by its name"""
+    if GAIN not in config and WEIGHT not in config:
+        return ", ".join(f"{name} {number_text(value)}" for name, value in config.items())
     return f"gain {number_text(gain_of(config))} @ {number_text(config.get('ssim_loss_max_t'))}"
 
 

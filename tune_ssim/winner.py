@@ -158,9 +158,9 @@ def setting_key(config: Mapping[str, Any]) -> str:
 
 
 def settings_of(summary: TrialSummary) -> dict[str, Any]:
-    """What a training script must be given: the three numbers, then whatever else the trial's configuration sets."""
+    """What a training script must be given: the three numbers of an SSIM loss, then whatever else the configuration sets."""
     config = summary["config"]
-    return {key: config[key] for key in SETTINGS} | {
+    return {key: config[key] for key in SETTINGS if key in config} | {
         key: value for key, value in config.items() if key not in (*SETTINGS, *DERIVED)
     }
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import distributed
-
 from small_task import SmallTask
+from torch import distributed
 
 
 class RankedTask(SmallTask):
     """`fault` besides SmallTask's: own_norm | die_at_5 (rank 1, once: `mark` names a file)."""
 
     def step(self) -> dict[str, Any]:
-        if self.fault == "die_at_5" and self.n == 4 and rank() == 1 and not os.path.exists(self.config["mark"]):
-            with open(self.config["mark"], "w"):
-                os._exit(1)
+        if self.fault == "die_at_5" and self.n == 4 and rank() == 1 and not Path(self.config["mark"]).exists():
+            Path(self.config["mark"]).touch()
+            os._exit(1)
         before = self.x.clone()
         found = super().step()
         gradient = (before - self.x) / float(self.config.get("lr", 0.1))

@@ -1,25 +1,33 @@
 """Rules over a stream of records: pure Python, no torch."""
 
 from tune_ssim.guards.baseline import Baseline, BaselineRun
+from tune_ssim.guards.epoch_mean import EpochMean
+from tune_ssim.guards.first_value import FirstValue
 from tune_ssim.guards.guard import Guard
 from tune_ssim.guards.keep_rule import KeepRule
 from tune_ssim.guards.non_finite import NonFinite
 from tune_ssim.guards.norm_ratio import NormRatio
+from tune_ssim.guards.rule import Rule
 from tune_ssim.guards.smoke_test import SmokeTest
 from tune_ssim.guards.threshold import Threshold
+from tune_ssim.guards.trend import Trend
 from tune_ssim.guards.violation import Violation
 from tune_ssim.guards.watch import MissingMetric, Watch
 
 __all__ = [
     "Baseline",
     "BaselineRun",
+    "EpochMean",
+    "FirstValue",
     "Guard",
     "KeepRule",
     "MissingMetric",
     "NonFinite",
     "NormRatio",
+    "Rule",
     "SmokeTest",
     "Threshold",
+    "Trend",
     "Violation",
     "Watch",
 ]

@@ -1,58 +1,91 @@
-"""A metric that must stay within bounds: the guard users write most."""
+"""A metric, or the ratio of two, that must stay within bounds: the guard users write most."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from tune_ssim.guards.guard import State
+from tune_ssim.guards.condition import band_words, check_action, check_band, check_count
+from tune_ssim.guards.guard import InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import Record
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """Fires after `patience` records in a row with `metric` outside [`lower`, `upper`]. NaN counts as outside."""
+class Threshold(InPlace):
+    """Fires after `patience` records in a row with `metric` outside [`lower`, `upper`]. NaN counts as outside.
+
+    `over`: another metric of the same record; what is judged is their quotient. `steps`: the records in a row must also
+    span that many training steps, however often the training logs. `after`: earlier steps are not judged.
+    """
 
     metric: str
     lower: float = -math.inf
     upper: float = math.inf
     patience: int = 1
     action: Action = "prune"
+    over: str | None = None
+    steps: int = 1
+    after: int = 0
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)
 
     def __post_init__(self) -> None:
-        if not self.lower < self.upper:
-            raise ValueError(f"lower ({self.lower}) must be below upper ({self.upper})")
-        if self.patience < 1:
-            raise ValueError(f"patience must be >= 1, got {self.patience}")
-        if self.action not in ("warn", "probe", "prune", "abort"):
-            raise ValueError(f"action must be warn, probe, prune or abort, got {self.action!r}")
+        check_band(self.lower, self.upper)
+        check_count("patience", self.patience)
+        check_action(self.action)
+        check_count("steps", self.steps)
+        check_count("after", self.after, least=0)
 
     @property
     def name(self) -> str:
-        return f"threshold:{self.metric}"
+        return f"threshold:{self._what}"
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return (self.metric,)
+        return (self.metric,) if self.over is None else (self.metric, self.over)
 
     def init(self) -> State:
-        return {"outside": 0, "last_step": -1}
+        """`value` is of the latest record outside, `since` the step of the first of those in a row."""
+        return {"outside": 0, "since": 0, "last_step": self.after - 1, "value": None, "holds": False}
 
-    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+    def advance(self, state: State, record: Record) -> Violation | None:
         value = record.values.get(self.metric)
-        if value is None or record.step <= state["last_step"]:
-            return state, None
-        inside = self.lower <= value <= self.upper
-        state = {"outside": 0 if inside else state["outside"] + 1, "last_step": record.step}
-        if state["outside"] != self.patience:
-            return state, None
-        limit = self.lower if value < self.lower else self.upper
-        bounds = f"[{self.lower:g}, {self.upper:g}]"
-        sentence = f"{self.metric} is {value:.4g}, outside {bounds}, {self.patience} records in a row"
-        return state, Violation(self.name, record.step, self.metric, value, limit, self.action, sentence)
+        step = record.step
+        if value is None or step <= state["last_step"]:
+            return None
+        if self.over is not None:
+            below = record.values.get(self.over)
+            if below is None:
+                return None
+            value = value / below if below else math.nan if not value else math.copysign(math.inf, value)
+        state["last_step"] = step
+        if self.lower <= value <= self.upper:
+            if state["outside"]:
+                state["outside"], state["holds"] = 0, False
+            return None
+        if not state["outside"]:
+            state["since"] = step
+        state["outside"] += 1
+        state["value"] = value
+        if state["holds"] or state["outside"] < self.patience or step - state["since"] + 1 < self.steps:
+            return None
+        state["holds"] = True
+        return self.finding(state)
+
+    def finding(self, state: State) -> Violation:
+        value = state["value"]
+        limit = self.lower if value < self.lower or self.upper == math.inf else self.upper
+        sentence = f"{self._what} is {value:.4g}, {band_words(self.lower, self.upper)}"
+        if self.steps > 1:
+            sentence += f", in every record of {state['last_step'] - state['since'] + 1} steps"
+        elif self.patience > 1:
+            sentence += f", {state['outside']} records in a row"
+        return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
 
     def unjudged(self, state: State) -> str | None:
         return None
+
+    @property
+    def _what(self) -> str:
+        return self.metric if self.over is None else f"{self.metric} / {self.over}"

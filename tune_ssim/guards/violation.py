@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Action = Literal["warn", "probe", "prune", "abort"]
 """`warn`: say it. `probe`: a smoke test at once decides. `prune`: end the trial. `abort`: bad set-up, end the study."""
+ACTIONS: tuple[str, ...] = get_args(Action)
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Violation:
     limit: float
     action: Action
     sentence: str
-    remedy: str = ""
+    remedy: str = ""  # what to try first
+    cause: str = ""  # what is likely behind it
 
     def evidence(self) -> dict[str, Any]:
         """`{guard, step, metric, value, limit}`, as written to `trials.jsonl`."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from tune_ssim.guards.guard import Guard
+from tune_ssim.guards.guard import Guard, InPlace
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import Record
 
@@ -23,9 +24,12 @@ class MissingMetric(ValueError):
 
 @dataclass
 class Watch:
-    """`update` takes records in the order of their steps and returns what the guards say; its state is plain JSON."""
+    """`update` takes records in the order of their steps and returns what the guards say; its state is plain JSON.
+
+    `strict` False: a metric that never appears is no error here; who watches must say what could not be judged."""
 
     guards: Sequence[Guard]
+    strict: bool = True
     _states: dict[str, Any] = field(init=False)
     _seen: dict[str, bool] = field(init=False)
     _records: int = field(init=False, default=0)  # of different steps: one logged twice, or in two parts, counts once
@@ -37,23 +41,27 @@ class Watch:
         if len(set(names)) != len(names):
             raise ValueError(f"guards must have different names, got {names}")
         self._states = {guard.name: guard.init() for guard in self.guards}
-        self._seen = {guard.name: False for guard in self.guards}
+        self._seen = {guard.name: not guard.metrics for guard in self.guards}
+        self._bind()
 
     def update(self, record: Record) -> list[Violation]:
         """What the guards say about a record, the gravest first. Raises MissingMetric when a guard's metric is absent
         from the first records."""
         if record.step > self._last_step:
-            if self._records >= GRACE_RECORDS and not all(self._seen.values()):
+            if self._records >= GRACE_RECORDS and self.strict and not self._found_all:
                 self._require(f"the first {self._records} records", self._last_step)
-            self._records, self._last_step = self._records + 1, record.step
-        self._remember(record)
+            self._records += 1
+            self._last_step = record.step
+        if not self._found_all:
+            self._remember(record)
         violations = []
-        for guard in self.guards:
-            self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
-            self._states[guard.name], violation = guard.update(self._states[guard.name], record)
+        for fold in self._folds:
+            violation = fold(record)
             if violation is not None:
                 violations.append(violation)
-        return sorted(violations, key=lambda violation: SEVERITY.index(violation.action))
+        if violations:
+            violations.sort(key=lambda violation: SEVERITY.index(violation.action))
+        return violations
 
     def fold(self, records: Iterable[Record]) -> list[Violation]:
         """Violations up to and with the first that ends the run; later records are not looked at."""
@@ -66,7 +74,8 @@ class Watch:
 
     def finish(self) -> list[str]:
         """At the end of a run: reasons why a guard could give no verdict. Raises MissingMetric."""
-        self._require(f"all {self._records} records")
+        if self.strict:
+            self._require(f"all {self._records} records")
         reasons = [guard.unjudged(self._states[guard.name]) for guard in self.guards]
         return [reason for reason in reasons if reason]
 
@@ -90,13 +99,40 @@ class Watch:
         state = copy.deepcopy(state)
         self._states, self._seen = state["states"], state["seen"]
         self._records, self._last_step, self._names = state["records"], state["last_step"], state["names"]
+        self._bind()
+
+    def rebind(self, guards: Sequence[Guard]) -> None:
+        """The same guards with other parameters; they go on from the states that are there. Raises ValueError for others."""
+        if [guard.name for guard in guards] != [guard.name for guard in self.guards]:
+            raise ValueError(f"guards {[guard.name for guard in guards]} are not {[guard.name for guard in self.guards]}")
+        self.guards = guards
+        self._bind()
+
+    def _bind(self) -> None:
+        """What `update` needs at every record: a log of millions is folded at the speed of that."""
+        self._looked_at: frozenset[str] = frozenset()  # names that were searched already
+        self._found_all = all(self._seen.values())  # from then on the names of metrics are of no use
+        self._folds: list[Callable[[Record], Violation | None]] = [
+            partial(guard.advance, self._states[guard.name]) if isinstance(guard, InPlace) else partial(self._replace, guard)
+            for guard in self.guards
+        ]
+
+    def _replace(self, guard: Guard, record: Record) -> Violation | None:
+        self._states[guard.name], violation = guard.update(self._states[guard.name], record)
+        return violation
 
     def _remember(self, record: Record) -> None:
         """The names of metrics: every one that a guard needs, and of the others as many as a message can show."""
+        if record.values.keys() <= self._looked_at:
+            return
         for name in sorted(set(record.values) - set(self._names)):
             absent = [m for guard in self.guards for m in guard.metrics if not _has(m, self._names)]
             if any(_has(metric, [name]) for metric in absent) or len(self._names) < SHOWN_NAMES:
                 self._names.append(name)
+        self._looked_at = frozenset(record.values).union(self._names)
+        for guard in self.guards:
+            self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
+        self._found_all = all(self._seen.values())
 
     def _require(self, where: str, step: float = math.inf) -> None:
         """By this step. A guard whose metric comes rarely says `expected_by` when the first one is due."""

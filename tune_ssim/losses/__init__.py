@@ -1,4 +1,6 @@
-"""What is optimised: SSIM, the gated decoded-image loss, rectified flow. Imports torch and nothing heavier."""
+"""What is optimised: SSIM, the gated decoded-image loss, rectified flow, terms on a latent, and how their weights change.
+
+Imports torch and nothing heavier."""
 
 from tune_ssim.losses.decoded import DecodedLoss, DecodedLossResult, clamp_gradient, scale_gradient
 from tune_ssim.losses.flow import (
@@ -9,17 +11,26 @@ from tune_ssim.losses.flow import (
     velocity_target,
     z0_from_velocity,
 )
+from tune_ssim.losses.latent import active_units, dino_alignment, kl_to_standard_normal, reparameterise
+from tune_ssim.losses.schedules import Schedule, parse_schedule, schedule_config
 from tune_ssim.losses.structural import ssim, ssim_loss
 
 __all__ = [
     "DecodedLoss",
     "DecodedLossResult",
+    "Schedule",
     "TimeLaw",
+    "active_units",
     "clamp_gradient",
+    "dino_alignment",
     "euler_sample",
     "flow_loss",
+    "kl_to_standard_normal",
     "noisy_latent",
+    "parse_schedule",
+    "reparameterise",
     "scale_gradient",
+    "schedule_config",
     "ssim",
     "ssim_loss",
     "velocity_target",

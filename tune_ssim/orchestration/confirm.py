@@ -56,7 +56,7 @@ class ConfirmSearch(Searcher):
         return result.get("verdict") != "safe"
 
     def _holds(self) -> bool:
-        values = [float(result.get(OBJECTIVE) or math.nan) for result in self._results.values()]
+        values = [float(result.get(self.metric) or math.nan) for result in self._results.values()]
         return not any(map(self._is_lost, self._results.values())) and fmean(values) > 0
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ class ConfirmSearch(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id in self._suggested:
-            self._results[trial_id] = {} if error else {key: (result or {}).get(key) for key in ("verdict", OBJECTIVE)}
+            self._results[trial_id] = {} if error else {key: (result or {}).get(key) for key in ("verdict", self.metric)}
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))

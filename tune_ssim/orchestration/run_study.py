@@ -29,7 +29,7 @@ from tune_ssim.orchestration.events import EventWriter
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, read_skipped
 from tune_ssim.orchestration.study_callback import LIVE_TABLES, PROCESS_DIED, StudyCallback
-from tune_ssim.orchestration.trainable import CONTEXT, OBJECTIVE, GuardedTrainable, Parts, make_trainable
+from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable, Parts, make_trainable
 from tune_ssim.proof import SKIPPED, differences
 from tune_ssim.run_trial import harm_of
 from tune_ssim.study_folder import StudyFolder, TrialSummary, check_name, number
@@ -231,7 +231,7 @@ def _attempt(folder: StudyFolder, phase: str) -> str:
     return phase if count == 0 else f"{phase}-{count + 1}"
 
 
-def _past(folder: StudyFolder, steps: int) -> dict[str, dict[str, Any]]:
+def _past(folder: StudyFolder, steps: int, objective: str) -> dict[str, dict[str, Any]]:
     """How the trials of a study that is resumed ended, as a searcher wants to know it. One whose process died has no result."""
     found: dict[str, dict[str, Any]] = {}
     for trial in folder.trials():
@@ -243,7 +243,7 @@ def _past(folder: StudyFolder, steps: int) -> dict[str, dict[str, Any]]:
         reached = trial["verdict"] in ("safe", "degraded")
         found[trial["trial_id"]] = {
             **metrics,
-            OBJECTIVE: metrics.get(OBJECTIVE, math.nan) if reached else math.nan,
+            objective: metrics.get(objective, math.nan) if reached else math.nan,
             "verdict": trial["verdict"],
             "reason": trial["reason"],
             "config": trial["config"],
@@ -290,6 +290,7 @@ def _fit(
         task_config={**study.task_config, "steps": steps},
         steps=steps,
         keep=study.objective.rules,
+        objective=study.objective.maximize,
         report_every=study.report_every,
         result_every=study.result_every,
         checkpoint_every=study.checkpoint_every,
@@ -335,6 +336,7 @@ def _check(results: ResultGrid) -> None:
 def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int, table: LiveTable) -> None:
     model, limit, skip_above = norm_model(folder)
     search: dict[str, Any] = {
+        "metric": study.objective.maximize,
         "model": model,
         "limit": limit,
         "skip_above": skip_above,
@@ -351,7 +353,7 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         n_latin = min(6, max(0, study.search.trials - len(stage.points)))
         inner = GuardedOptunaSearch(stage, n_latin=n_latin, **search)
     seeds = [study.search.seed + index for index in range(study.baseline_seeds)]
-    past = _past(folder, study.steps)
+    past = _past(folder, study.steps, study.objective.maximize)
     baseline = _past_baseline(folder, [f"baseline-{index}" for index in range(len(seeds))], past)
     past = {name: result for name, result in past.items() if result["role"] == "search" and baseline is not None}
     table.ended = len(past) + (0 if baseline is None else len(seeds))
@@ -407,7 +409,7 @@ def _fit_confirmation(
 ) -> None:
     settings = [(name, {key: value for key, value in setting.items() if value is not None}) for name, setting in finalists]
     inner = ConfirmSearch(settings, seeds, study.objective.maximize)
-    past = _past(folder, steps)
+    past = _past(folder, steps, study.objective.maximize)
     baseline = _past_baseline(folder, [f"{PREFIX}baseline-{index}" for index in range(len(seeds))], past)
     past = {name: result for name, result in past.items() if result["role"] == "confirm" and baseline is not None}
     searcher = BaselineFirst(
@@ -519,7 +521,7 @@ def _scheduler(study: Study) -> Any:
         return None
     return GuardedASHA(
         time_attr="step",
-        metric="ssim_now",
+        metric="held_out_now",
         mode="max",
         max_t=asha.max_steps,
         grace_period=asha.grace_steps,

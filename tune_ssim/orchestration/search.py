@@ -25,6 +25,7 @@ from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.orchestration.trainable import CONTEXT, OBJECTIVE
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.space import GAIN, Choice, LogUniform, Space, Stage, Uniform, gain_of, resolve_settings
+from tune_ssim.trial_text import shown_metric
 
 HARM = "harm"  # the constraint's name in Optuna; feasible <= 0
 MAX_SKIPPED_IN_A_ROW = 200  # less than a second of suggestions (TPE takes 3 ms, FACTS §3)
@@ -334,7 +335,7 @@ class StagedSearch(Searcher):
     """
 
     def __init__(self, space: Space, trials: int, *, effective_above: float = 0.0, **search: Any) -> None:
-        super().__init__(metric=OBJECTIVE, mode="max")
+        super().__init__(metric=search.get("metric", OBJECTIVE), mode="max")
         if trials < len(space.stages):
             raise ValueError(f"a route of {len(space.stages)} stages needs at least as many trials, got {trials}")
         self.space, self.effective_above = space, effective_above
@@ -391,9 +392,9 @@ class StagedSearch(Searcher):
         verdicts = [result.get("verdict") for result in self._results.values()]
         if any(verdict in ("pruned", "degraded") for verdict in verdicts):
             return f"stage {name!r} had a harmful trial: the route is not relaxed further"
-        best = max((result.get(OBJECTIVE) or -math.inf for result in self._results.values()), default=-math.inf)
+        best = max((result.get(self.metric) or -math.inf for result in self._results.values()), default=-math.inf)
         if math.isfinite(best) and best > self.effective_above:
-            return f"stage {name!r} is effective (ΔSSIM {best:+.4f}): no need to push harder"
+            return f"stage {name!r} is effective ({shown_metric(str(self.metric))} {best:+.4f}): no need to push harder"
         return ""
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -401,7 +402,7 @@ class StagedSearch(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id in self._suggested:
-            self._results[trial_id] = {key: (result or {}).get(key) for key in ("verdict", OBJECTIVE)}
+            self._results[trial_id] = {key: (result or {}).get(key) for key in ("verdict", self.metric)}
         self._searcher.on_trial_complete(trial_id, result, error)
 
     def save(self, checkpoint_path: str) -> None:

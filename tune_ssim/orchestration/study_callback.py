@@ -121,7 +121,7 @@ def _who(trial: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
 def _without_verdict(trial: Any, verdict: str, reason: str) -> TrialSummary:
     name, context, settings = _who(trial)
     last = trial.last_result or {}
-    metrics = {key: last[key] for key in ("norm_ratio", "ssim_now") if last.get(key) is not None}
+    metrics = {key: last[key] for key in ("norm_ratio", "held_out_now") if last.get(key) is not None}
     return {
         "trial_id": name,
         "run_id": None,

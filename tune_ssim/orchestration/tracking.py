@@ -1,4 +1,5 @@
-"""Replays a study's events into MLflow: a parent run a study, a child run a trial. The only file that imports mlflow.
+"""Replays a study's events into MLflow: a parent run a study, a child run a trial. Only this file and
+mlflow_source import mlflow.
 
 One mechanism serves the live mirror, the mirror made later (the server was down) and the resumed study: events are
 applied from the last acknowledged byte on, and applying one twice changes nothing, because
@@ -36,6 +37,7 @@ from tune_ssim.atomic_file import write_atomically
 from tune_ssim.orchestration import mirror
 from tune_ssim.orchestration.events import gain
 from tune_ssim.study_folder import StudyFolder
+from tune_ssim.trial_text import shown_metric
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -356,9 +358,9 @@ class Replay:
             if verdict == "pruned" and evidence.get("guard"):
                 verdict = f"pruned by {evidence['guard']} at {evidence.get('step')}"
             parts.append(verdict.replace("_", " ", 1) if verdict == "bad_setup" else verdict)
-            delta = _number(metrics.get("delta_ssim"))
+            delta = _number(metrics.get(_objective(summary)))
             if delta is not None and summary.get("role") != "baseline":
-                parts.append(f"ΔSSIM {_signed(delta)}")
+                parts.append(f"{shown_metric(_objective(summary))} {_signed(delta)}")
         return " · ".join(parts)[:KEY_LENGTH]
 
     def _parent_name(self) -> str:
@@ -369,10 +371,10 @@ class Replay:
         if best is None:
             return f"{self.name}: no safe gain {'found' if self._ended else 'yet'}"[:KEY_LENGTH]
         setting = _setting("search", best.get("config") or {})
-        return f"{self.name}: best {setting}, ΔSSIM {_signed(_delta(best))}"[:KEY_LENGTH]
+        return f"{self.name}: best {setting}, {shown_metric(_objective(best))} {_signed(_delta(best))}"[:KEY_LENGTH]
 
     def _ranked(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Best first: safe ones by ΔSSIM, then the degraded, …; baselines last."""
+        """Best first: safe ones by the objective, then the degraded, …; baselines last."""
         order = ["safe", "degraded", "stopped", "pruned", "bad_setup", "error"]
 
         def place(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, int, float]:
@@ -397,7 +399,11 @@ class Replay:
         head = [f"**{_cell(self._parent_name())}** ({told}). [All trials, best first]({view})", ""]
         if self._note:
             head += [self._note, ""]
-        head += ["| setting | verdict | reason | ΔSSIM | PSNR | norm ratio |", "|---|---|---|---|---|---|"]
+        objective = next((_objective(summary) for summary in self._verdicts.values()), "delta_ssim")
+        head += [
+            f"| setting | verdict | reason | {_cell(shown_metric(objective))} | PSNR | norm ratio |",
+            "|---|---|---|---|---|---|",
+        ]
         rows = []
         for trial_id, summary in self._ranked():
             metrics = summary.get("metrics") or {}
@@ -406,7 +412,7 @@ class Replay:
             link = f"[{_cell(setting)}]({pages}/{self.runs.get(trial_id, '')}{training})"
             numbers = [
                 _cell_number(metrics.get(name), form)
-                for name, form in (("delta_ssim", "+.4f"), ("psnr", ".2f"), ("norm_ratio_max", ".3g"))
+                for name, form in ((objective, "+.4f"), ("psnr", ".2f"), ("norm_ratio_max", ".3g"))
             ]
             reason = _cell(_short(str(summary.get("reason") or ""), 160))
             rows.append(f"| {' | '.join([link, summary['verdict'], reason, *numbers])} |")
@@ -571,8 +577,12 @@ def _setting(role: str, config: Mapping[str, Any]) -> str:
     return f"{role}: {setting} {seed}".strip() if role != "search" else setting
 
 
+def _objective(summary: Mapping[str, Any]) -> str:
+    return str(summary.get("objective") or "delta_ssim")
+
+
 def _delta(summary: Mapping[str, Any]) -> float:
-    delta = _number((summary.get("metrics") or {}).get("delta_ssim"))
+    delta = _number((summary.get("metrics") or {}).get(_objective(summary)))
     return -math.inf if delta is None or math.isnan(delta) else delta
 
 

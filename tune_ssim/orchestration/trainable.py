@@ -159,12 +159,12 @@ class GuardedTrainable(tune.Trainable):
             "images": images,
             "wrote": wrote,
             "norm_ratio": trial.norm_ratio(),
-            OBJECTIVE: math.nan,  # until the end; Ray insists that every result has the searcher's metric
+            spec.plan.objective: math.nan,  # until the end; Ray insists that every result has the searcher's metric
             **{name: last[name] for name in ("loss", "total_norm") if name in last},
         }
         every = spec.evaluate_every
         if every and trial.verdict is None and trial.step % every < spec.result_every and trial.step >= every:
-            result["ssim_now"] = trial.task.evaluate()["ssim"]
+            result["held_out_now"] = trial.task.evaluate()[spec.plan.objective.removeprefix("delta_")]
         return result
 
     def _final(self, verdict: Verdict) -> dict[str, Any]:
@@ -172,14 +172,16 @@ class GuardedTrainable(tune.Trainable):
         trial = None if self.failure else self.trial
         metrics = dict(trial.summary_metrics()) if trial else {}
         violation = verdict.violation
-        objective = float(metrics.get(OBJECTIVE, math.nan))
+        objective = float(metrics.get(self.spec.plan.objective, math.nan))
         effective = dict(trial.effective) if trial else {}
+        without_ssim = {} if effective and "ssim_loss_weight" not in effective else WITHOUT_SSIM
         summary: dict[str, Any] = {
             "trial_id": self.trial_name_in_study,
             "run_id": None,
             "role": self.role,
             "seed": self.seed,
-            "config": {**WITHOUT_SSIM, **{name: effective[name] for name in REPORTED if name in effective}, **self.settings},
+            "objective": self.spec.plan.objective,
+            "config": {**without_ssim, **{name: effective[name] for name in REPORTED if name in effective}, **self.settings},
             "verdict": verdict.verdict,
             "reason": verdict.reason,
             "horizon": trial.horizon() if trial else {},
@@ -197,7 +199,7 @@ class GuardedTrainable(tune.Trainable):
             "pruned_by": violation.guard if violation and verdict.verdict == "pruned" else "",
             "harm": trial.harm() if trial else 0.0,
             # A trial that did not reach its end has no objective: no sampler may take it for a result.
-            OBJECTIVE: objective if verdict.verdict in ("safe", "degraded") else math.nan,
+            self.spec.plan.objective: objective if verdict.verdict in ("safe", "degraded") else math.nan,
             "summary": json.dumps(jsonable(summary)),
             "effective": json.dumps(jsonable(effective)),
             "traceback": self.traceback,
@@ -284,7 +286,11 @@ def _beside(checkpoint: tune.Checkpoint) -> list[tune.Checkpoint]:
     return [tune.Checkpoint(f"{trial}/{name}", checkpoint.filesystem) for name in names]
 
 
-WITHOUT_SSIM = {"ssim_loss_weight": 0.0, "ssim_loss_max_t": None, "ssim_grad_scale": 1.0}  # the three are always there
+WITHOUT_SSIM = {
+    "ssim_loss_weight": 0.0,
+    "ssim_loss_max_t": None,
+    "ssim_grad_scale": 1.0,
+}  # where there is an SSIM loss, the three are always there
 REPORTED = ("ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t")
 
 
@@ -295,6 +301,7 @@ def make_trainable(
     task_config: Mapping[str, Any] | None = None,
     steps: int = 200,
     keep: Sequence[KeepRule] = (),
+    objective: str = OBJECTIVE,
     report_every: int = 1,
     result_every: int = 10,
     checkpoint_every: int = 50,
@@ -307,13 +314,14 @@ def make_trainable(
     `tasks.command_spec.CommandSpec`.
 
     Its config: settings of the task, and `gain` as short for ssim_loss_weight = gain / ssim_grad_scale. Its last result has
-    verdict, reason, pruned (0/1), pruned_by, harm (a graded constraint, feasible <= 0), delta_ssim and every held-out metric;
+    verdict, reason, pruned (0/1), pruned_by, harm (a graded constraint, feasible <= 0), the objective and every held-out metric;
     `records` and `images` are for callbacks. The norm guard needs a baseline: wrap the searcher in `BaselineFirst`.
     """
     plan = TrialPlan(
         steps=steps,
         guards=tuple(guards),
         keep=tuple(keep),
+        objective=objective,
         report_every=report_every,
         checkpoint_every=checkpoint_every,
     )

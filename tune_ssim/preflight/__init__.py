@@ -69,7 +69,7 @@ def _checks(
     subject: Subject, steps: int, settings: Sequence[Mapping[str, Any]], baseline: dict[str, Any], guards: Sequence[Guard]
 ) -> Iterator[Check]:
     """In the order in which one would look for a cause: what is there, what a step does, what is to be launched."""
-    smoke_test = next((guard for guard in guards if isinstance(guard, SmokeTest)), SmokeTest())
+    smoke_test = next((guard for guard in guards if isinstance(guard, SmokeTest)), None)
     limit = next((guard.limit for guard in guards if isinstance(guard, NormRatio)), NormRatio().limit)
     try:
         yield from _start(subject.make(baseline), steps, settings, guards, smoke_test)
@@ -84,16 +84,20 @@ def _checks(
 
 
 def _start(
-    task: Any, steps: int, settings: Sequence[Mapping[str, Any]], guards: Sequence[Guard], smoke_test: SmokeTest
+    task: Any, steps: int, settings: Sequence[Mapping[str, Any]], guards: Sequence[Guard], smoke_test: SmokeTest | None
 ) -> Iterator[Check]:
     """Of the task as it is after its set-up. The one step that it takes comes last."""
     sample, seen = call(task, "sample", 0), images.look(task) if hasattr(task, "forward") else None
     yield Check("setup", "ok", "the task sets up, samples and runs forward" if seen else "the task sets up and samples")
     yield from _guarded("weights", lambda: networks.check_weights(task))
     yield from _guarded("text/tokens", lambda: launch.check_tokens(sample))
-    yield from _guarded("smoke", lambda: networks.check_samples(task, smoke_test, sample))
+    if smoke_test is None:  # as in a training that starts from random weights
+        yield unknown("smoke", "the study has switched its smoke test off")
+    else:
+        yield from _guarded("smoke", lambda: networks.check_samples(task, smoke_test, sample))
     yield from _guarded("frozen/decoder", lambda: learning.check_decoder(task))
     yield from _guarded("data/pairs", lambda: images.check_pairs(sample, seen))
+    yield from _guarded("data/files", lambda: images.check_data(task))
     yield from _guarded("data/training_images", lambda: images.check_training_images(task, steps, sample, seen))
     yield from _guarded("loss/main", lambda: images.check_losses(seen))
     yield from _guarded("ssim/precision", lambda: readings.check_ssim(task))

@@ -120,6 +120,14 @@ def check_pairs(sample: Sample, seen: Seen | None) -> Iterator[Check]:
         yield rules.latent_scale(_mean_square(*_small(seen.decoded, seen.targets)), errors, explained, len(seen.targets))
 
 
+def check_data(task: Any) -> Iterator[Check]:
+    """What a task may say of its data: files that it left out, and the size of its latents."""
+    if hasattr(task, "left_out") and (files := call(task, "left_out")):
+        yield rules.left_out(files)
+    if hasattr(task, "latent_statistics"):
+        yield rules.latent_statistics(*call(task, "latent_statistics"))
+
+
 def check_training_images(task: Any, steps: int, sample: Sample, seen: Seen | None) -> Iterator[Check]:
     """As many training images as the trial will see, or as fit into the budget."""
     batches, pixels = [], 0

@@ -26,7 +26,7 @@ FASTER = 1000.0  # times the learning rate: more than float32's 24 bits swallow 
 SMALL_PUSH = 0.1  # the SSIM gradient of these steps over the main one: it reaches the decoder, and harms nothing
 
 
-def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest) -> Iterator[Check]:
+def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest | None) -> Iterator[Check]:
     settings = {**base, **_small_ssim(subject, base)}
     task = subject.make(settings)
     parts: dict[str, Part] = dict(call(task, "parts")) if hasattr(task, "parts") else {}
@@ -52,7 +52,7 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest) 
     rates = {name: call(task, "effective").get(name) for name in subject.disable_update}
     rates = {name: rate for name, rate in rates.items() if isinstance(rate, (int, float)) and not isinstance(rate, bool)}
     untouched = [name for name, part in parts.items() if part.trains and not _is_among(part, parameters)]
-    findings, taken = _samples_later(task, guard)
+    later = None if guard is None else _samples_later(task, guard)
     everything, unseen = len(parameters), [name for name in parameters if name not in learning.seen]
     del task, parts, parameters, still, before, learning, leaking  # the next measurements need the memory
     if everything:
@@ -67,7 +67,10 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest) 
         yield rules.unknown("trained", "the task has no trainable_parameters()")
     for name in untouched:
         yield rules.untrained_part(name)
-    yield rules.baseline_samples(findings, taken)
+    if later is None:
+        yield rules.unknown("baseline/smoke", "the study has switched its smoke test off")
+    else:
+        yield rules.baseline_samples(*later)
     for name, rate in rates.items():
         if everything and rate:
             yield _learning_rate(subject, settings, name, rate, updates[0])

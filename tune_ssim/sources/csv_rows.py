@@ -24,6 +24,7 @@ class CsvRows:
         self._delimiter = ","
         self._step: int | None = None  # index of the step's column
         self._names: list[tuple[int, str]] = []  # the other columns: (index, our name)
+        self._plain: list[str] = []  # our names of all columns, if they are all different: a row that is full is faster read
 
     def take(self, lines: list[str], number: int) -> None:
         """The lines `number`, `number` + 1, … of the log."""
@@ -37,14 +38,20 @@ class CsvRows:
                 continue
             fields = line.split(self._delimiter) if '"' not in line else split_fields(line, self._delimiter)
             if len(fields) != len(self._header):
-                if line.strip():
-                    reason = f"{len(fields)} fields, the header has {len(self._header)}"
-                    self._rows.trouble.skip(number, line, reason)
+                if self._is_new_header(fields):
+                    self._begin(fields)
+                elif line.strip():
+                    self._rows.trouble.skip(number, line, f"{len(fields)} fields, the header has {len(self._header)}")
                 continue
             try:
-                values = {name: float(fields[k]) for k, name in self._names if fields[k]}
+                if self._plain and "" not in fields:
+                    values = dict(zip(self._plain, map(float, fields), strict=True))
+                    if self._step is not None:
+                        del values[self._plain[self._step]]
+                else:
+                    values = {name: float(fields[k]) for k, name in self._names if fields[k]}
             except ValueError:
-                if is_header(fields) and set(self._header) & {field.strip() for field in fields}:
+                if self._is_new_header(fields):
                     self._begin(fields)
                     continue
                 values = self._odd_values(fields)
@@ -64,6 +71,12 @@ class CsvRows:
         columns = [(k, name) for k, name in enumerate(self._header) if k != self._step and name]
         given = [(k, names.given[name]) for k, name in columns if name in names.given]
         self._names = [(k, names[name]) for k, name in columns if name not in names.given] + given
+        ours = dict(self._names)
+        plain = [ours.get(k, name) for k, name in enumerate(self._header)]
+        self._plain = plain if len({*plain} - {""}) == len(plain) else []
+
+    def _is_new_header(self, fields: Sequence[str]) -> bool:
+        return is_header(fields) and bool(set(self._header) & {field.strip() for field in fields})
 
     def _odd_values(self, fields: Sequence[str]) -> dict[str, float]:
         """Of a row with texts among its numbers; a decimal comma is read where commas do not part the fields."""

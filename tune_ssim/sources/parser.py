@@ -16,7 +16,7 @@ from tune_ssim.sources.trouble import Trouble, excerpt
 from tune_ssim.sources.values import numbers_of
 
 LINE_FORMATS = ("jsonl", "csv", "text")
-FEED_BYTES = 1024 * 1024  # split at a time, so that a large piece needs no memory several times over
+FEED_BYTES = 256 * 1024  # split at a time, so that a large piece needs no memory several times over
 SHOWN_LINES = 3  # of a log that is nothing we know, in the message
 
 
@@ -135,14 +135,13 @@ class AnyLines:
 
     def take(self, lines: list[str], number: int) -> None:
         """The lines `number`, `number` + 1, … of the log."""
-        if not (isinstance(self._chosen, JsonLines) and self._chosen.tagged):
-            tagged = next((k for k, line in enumerate(lines) if TAG in line), None)
-            if tagged is not None:
-                self._take_untagged(lines[:tagged], number)
-                self._rows.trouble.forget()
-                self._chosen = JsonLines(self._rows)
-                self._chosen.tagged = True
-                lines, number = lines[tagged:], number + tagged
+        if not (isinstance(self._chosen, JsonLines) and self._chosen.tagged) and TAG in "\n".join(lines):
+            tagged = next(k for k, line in enumerate(lines) if TAG in line)
+            self._take_untagged(lines[:tagged], number)
+            self._rows.trouble.forget()
+            self._chosen = JsonLines(self._rows)
+            self._chosen.tagged = True
+            lines, number = lines[tagged:], number + tagged
         self._take_untagged(lines, number)
 
     def _take_untagged(self, lines: list[str], number: int) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 from tune_ssim.sources.steps import Steps
 from tune_ssim.sources.trouble import Trouble
-from tune_ssim.sources.values import Names, numbers_of, step_in
+from tune_ssim.sources.values import MAX_STEP, Names, numbers_of, step_in
+
+FLOAT = {float}
 
 
 class Rows:
@@ -18,14 +20,16 @@ class Rows:
         self.names = Names(names)
         self.steps = Steps(self.trouble)
 
-    def add_object(self, row: dict[str, Any], line: int, text: str = "") -> None:
-        """A JSON object; takes its step out of it. One without numbers is no row."""
+    def add_object(self, row: dict[str, Any], line: int, text: str, plain: bool = False) -> None:
+        """A JSON object, which is used up, and the text that it was read from; `plain`: without escapes in it. An object
+        without numbers is no row."""
         step = None
         for key in self.names.steps:
             if key in row:
                 step = row.pop(key)
                 break
-        values = numbers_of(row, self.names)
+        # The usual row is nothing but floats, and becomes the record's values as it is.
+        values = row if plain and set(map(type, row.values())) == FLOAT else numbers_of(row, self.names)
         if self.names.given:
             self.names.rename(values)
         if values:
@@ -36,7 +40,7 @@ class Rows:
         if step is None or step == "":
             self.steps.add(None, values, line, text)
             return
-        whole = step_in(step)
+        whole = step if type(step) is int and 0 <= step <= MAX_STEP else step_in(step)
         if whole is None:
             self.trouble.skip(line, text, "its step is no whole number from 0 on")
         else:

@@ -18,9 +18,10 @@ HOW_A_PATTERN_LOOKS = r"a regular expression with named groups, one of them `ste
 # A line → (its step or None, its numbers by their names); None if it is no row.
 Reader = Callable[[str], "tuple[str | None, dict[str, float]] | None"]
 
-NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf(?:inity)?)"
+NUMBER = r"[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
 # `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A unit behind the number (`0.3s`) makes it something else.
-PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.])", re.IGNORECASE)
+# In lower case.
+PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.])")
 DICT = re.compile(r"\{\s{0,8}['\"]\w.*\}$")
 
 
@@ -132,14 +133,14 @@ def compiled(pattern: str) -> re.Pattern[str]:
 def key_values(names: Names) -> Reader:
     """`step 12 | loss 0.31 | grad_norm: 1.2`, `Step: 12, Loss=0.31`, and dictionaries as Hugging Face's Trainer prints
     them. Names in lower case. A line needs a step, unless it is a dictionary."""
-    steps = "|".join(re.escape(name) for name in (*names.steps, "train_step", "global step"))
-    step_of = re.compile(rf"(?<![\w/])(?:{steps})['\"]?\s{{0,8}}[:=#\[( ]?\s{{0,8}}['\"]?(\d{{1,19}})(?![\d.])", re.IGNORECASE)
+    steps = "|".join(re.escape(name.lower()) for name in (*names.steps, "train_step", "global step"))
+    step_of = re.compile(rf"(?<![\w/])(?:{steps})['\"]?\s{{0,8}}[:=#\[( ]?\s{{0,8}}['\"]?(\d{{1,19}})(?![\d.])")
     is_step = {name.lower() for name in names.steps} | {"train_step"}
     marks = {"step", "iter", *(name.lower() for name, ours in names.given.items() if ours == "step")}
 
     def read(line: str) -> tuple[str | None, dict[str, float]] | None:
         lower = line.lower()
-        found = step_of.search(line) if any(mark in lower for mark in marks) else None
+        found = step_of.search(lower) if any([mark in lower for mark in marks]) else None  # noqa: C419  (faster)
         if found is None and not ("{" in line and DICT.search(line.rstrip())):
             return None
         values = {name: float(text) for name, text in PAIR.findall(lower) if name not in is_step}
@@ -151,7 +152,6 @@ def key_values(names: Names) -> Reader:
 # `(step=0000120) Train Loss mse: 0.4123, Train Loss ce: 0.5511, Train Steps/Sec: 0.08, ` as BAGEL's
 # train/pretrain_unified_navit.py writes it, and the DiT family before it: `(step=0000500/epoch=0001) Train Loss: 0.1158`.
 BAGEL_STEP = re.compile(r"\(step=(\d{1,19})[^()]{0,80}\) ")
-BAGEL_PAIR = re.compile(rf"([A-Za-z][\w /.-]{{0,60}})[:=] ?({NUMBER})(?![\w.])", re.IGNORECASE)
 BAGEL_NAMES = {"mse": "loss_flow", "ce": "loss_ce", "ssim": "loss_ssim", "pixel": "loss_pixel"}
 
 
@@ -174,12 +174,19 @@ def bagel(names: Names) -> Reader:
         if found is None:
             return None
         values = {}
-        for text, number in BAGEL_PAIR.findall(line, found.end()):
+        for part in line[found.end() :].split(","):
+            text, colon, number = part.partition(": ")
+            if not colon:
+                continue
+            try:
+                value = float(number)
+            except ValueError:
+                continue
             if text not in known:
                 if len(known) > 1000:
                     known.clear()
                 known[text] = name_of(text)
-            values[known[text]] = float(number)
+            values[known[text]] = value
         return (found.group(1), values) if values else None
 
     return read

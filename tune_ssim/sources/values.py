@@ -13,12 +13,11 @@ STEP_NAMES = ("step", "global_step", "iter", "iteration", "_step", "trainer/glob
 MAX_STEP = 2**63 - 1  # as TensorBoard and MLflow store it
 NESTED = 3  # levels of objects in a JSON row that are read, as "train/loss"
 KNOWN_NAMES = 10_000  # remembered; a log whose names never repeat must not fill the memory
-MAX_NAME = 250  # characters; MLflow's limit for a metric's name
 
 
 class Names(dict[str, str]):
-    """Their name → ours. `given` is what the user said, other names stay as they are (surrogates of a broken escape
-    and names beyond MAX_NAME excepted). Raises UserError for a `given` that is not names → names."""
+    """Their name → ours. `given` is what the user said, other names stay as they are (but for halves of
+    surrogate pairs, from a broken escape, which cannot be printed). Raises UserError for a `given` that is not names → names."""
 
     def __init__(self, given: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -31,7 +30,7 @@ class Names(dict[str, str]):
     def __missing__(self, theirs: str) -> str:
         if len(self) >= KNOWN_NAMES:
             self.clear()
-        ours = theirs.encode("utf-8", "replace").decode()[:MAX_NAME]
+        ours = theirs.encode("utf-8", "replace").decode()
         self[theirs] = ours
         return ours
 
@@ -68,7 +67,11 @@ def step_in(value: Any) -> int | None:
     """A whole number from zero on ("12", 12, 12.0), else None."""
     if type(value) is int:
         return value if 0 <= value <= MAX_STEP else None
-    if isinstance(value, str) and len(value) <= 40:
+    if isinstance(value, str):
+        if len(value) < 19 and value.isascii() and value.isdigit():
+            return int(value)
+        if len(value) > 40:
+            return None
         digits = value.strip()
         if digits.isascii() and digits.isdigit():
             return step_in(int(digits))

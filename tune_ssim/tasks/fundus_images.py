@@ -7,6 +7,7 @@ wheel stand in for somebody else's data.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -48,6 +49,11 @@ class FundusImages:
         """`[count, 3, crop, crop]`: always the same crops, spread evenly over the held-out part."""
         rows = torch.linspace(0, len(self.held_out_origins) - 1, count).round().long()
         return cut(self.held_out, self.held_out_origins[rows], self.crop)
+
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of every pixel and place of the two parts."""
+        parts = {"data/train": (self.train, self.train_origins), "data/held_out": (self.held_out, self.held_out_origins)}
+        return {name: hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest() for name, tensors in parts.items()}
 
 
 def cut(image: torch.Tensor, origins: torch.Tensor, crop: int) -> torch.Tensor:

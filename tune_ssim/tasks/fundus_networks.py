@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-LATENT_CHANNELS = 4
+LATENT_CHANNELS, VAE_FACTOR = 4, 4  # of the bundled VAE
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -37,6 +37,7 @@ class VAE(nn.Module):
 
     latent_mean: torch.Tensor
     latent_std: torch.Tensor
+    latent_channels, factor = LATENT_CHANNELS, VAE_FACTOR
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -98,25 +99,30 @@ def timestep_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class Denoiser(nn.Module):
-    """Velocity of the flow: `(z_t [n, 4, h, w], t [n], condition [n, 3, h, w] in [-1, 1])` → `[n, 4, h, w]`.
+    """Velocity of the flow: `(z_t [n, c, h, w], t [n], condition [n, 3, H, W] in [-1, 1])` → `[n, c, h, w]`; h, w even.
 
-    A two-level U-Net; the low-resolution image has the latent's size and enters by concatenation.
+    A two-level U-Net. The low-resolution image enters by concatenation: as it is where it has the latent's size, as with the
+    bundled VAE; behind a VAE that reduces more than the image was reduced, `shrink` x `shrink` of its pixels become channels;
+    where the latent is larger, its pixels are repeated.
     """
 
-    def __init__(self, width: int = 48, embedding: int = 64) -> None:
+    def __init__(self, width: int = 48, embedding: int = 64, latent_channels: int = LATENT_CHANNELS, shrink: int = 1) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.shrink = width, shrink
         self.time = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
-        self.conv_in = nn.Conv2d(LATENT_CHANNELS + 3, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(latent_channels + 3 * shrink**2, width, 3, padding=1)
         self.down = FilmBlock(width, width, embedding)
         self.middle_in = FilmBlock(width, 2 * width, embedding)
         self.middle_out = FilmBlock(2 * width, width, embedding)
         self.up = FilmBlock(2 * width, width, embedding)
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, LATENT_CHANNELS, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, latent_channels, 3, padding=1)
 
     def forward(self, z_t: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         embedding = self.time(timestep_embedding(t, self.width))
+        condition = functional.pixel_unshuffle(condition, self.shrink)
+        if condition.shape[-2:] != z_t.shape[-2:]:
+            condition = functional.interpolate(condition, size=z_t.shape[-2:], mode="nearest")
         fine = self.down(self.conv_in(torch.cat([z_t, condition], dim=1)), embedding)
         coarse = self.middle_in(functional.avg_pool2d(fine, 2), embedding)
         coarse = functional.interpolate(self.middle_out(coarse, embedding), scale_factor=2, mode="nearest")

@@ -14,7 +14,6 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,14 @@ from torch.nn import functional
 
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.losses import DecodedLoss, TimeLaw, euler_sample, noisy_latent, ssim, velocity_target, z0_from_velocity
-from tune_ssim.probes import total_norm
-from tune_ssim.tasks.fundus_images import CROP, FACTOR, IMAGES, load_fundus_images, low_resolution
-from tune_ssim.tasks.fundus_networks import LATENT_CHANNELS, VAE, Denoiser
+from tune_ssim.probes import content_id, tensor_hashes, total_norm
+from tune_ssim.tasks.diffusers_vae import WEIGHTS_FILE as DIFFUSERS_FILE
+from tune_ssim.tasks.diffusers_vae import DiffusersVAE, load_diffusers_vae
+from tune_ssim.tasks.fundus_images import CROP, FACTOR, IMAGES, FundusImages, load_fundus_images, low_resolution
+from tune_ssim.tasks.fundus_networks import VAE, Denoiser
+from tune_ssim.tasks.image_folder import FolderImages, load_folder_images
 from tune_ssim.tasks.task import Forward, Number, Part, Sample
+from tune_ssim.tensor_file import TensorFile
 
 WEIGHTS = Path(__file__).parent / "weights"
 VAE_FILE, DENOISER_FILE, EMA_FILE = "fundus_vae.safetensors", "fundus_denoiser.safetensors", "fundus_denoiser_ema.safetensors"
@@ -37,6 +40,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adamw_clip": {"optimizer": "adamw", "lr": 2e-4, "max_grad_norm": 1.0},  # closest to note 001 §4.3 (clip 1.0)
     "adamw_hot": {"optimizer": "adamw", "lr": 5e-3, "max_grad_norm": None},  # ruins while the norm looks harmless
 }
+MADE_FOR = "tune_ssim_vae"  # metadata of a denoiser's file: content id of the VAE whose latents it was trained on
+STATISTICS_CROPS = 64  # training crops by which the latents' mean and deviation are measured
 EULER_STEPS = 12  # fixed: two steps instead of twelve raise SSIM by 0.010
 SMOKE_CROPS, EVALUATION_CROPS = 32, 128
 FLOW_BINS = 5  # t-bins of the held-out flow loss
@@ -53,7 +58,10 @@ class FundusConfig:
     max_grad_norm: float | None = None  # gradient clipping; None: the preset's
     steps: int = 200  # optimiser steps of a trial; read by the trial, not here
     batch_size: int = 8
-    image: str = "retina"  # see fundus_images.IMAGES
+    image: str | None = None  # see fundus_images.IMAGES; retina where there is no `data`
+    data: str | None = None  # a folder of one's own images in its place; see image_folder
+    data_side: int | None = None  # pixels to which the shorter side of larger ones is reduced; None: they stay as they are
+    data_errors: str = "skip"  # skip | refuse: images that cannot be read or are smaller than a crop
     crop: int = CROP  # pixels, a multiple of 8
     width: int = 48  # channels of the denoiser; the bundled weights have 48
     t_law: str = "uniform"  # uniform | shifted_sigmoid_normal (BAGEL)
@@ -68,7 +76,8 @@ class FundusConfig:
     decode_chunk: int = 8  # latents decoded at once
     measure_main_norm: bool = False  # one more backward pass a step: the norm of the flow loss alone
     pretrained: bool = True  # False: start from random weights
-    weights: str | None = None  # folder with the two files of the bundled one, and fundus_denoiser_ema.safetensors if there is one
+    vae: str | None = None  # folder of a diffusers AutoencoderKL or AutoencoderTiny in place of the bundled VAE
+    weights: str | None = None  # folder with the files of the bundled one, and fundus_denoiser_ema.safetensors if there is one
     finetune_from_ema: bool = False  # start from that third file
     ema_decay: float | None = None  # average the denoiser's weights while training; None: no average
 
@@ -80,22 +89,34 @@ class FundusConfig:
         preset = config.get("preset", "sgd")
         if preset not in PRESETS:
             raise UserError(f"fundus_sr: preset {preset!r}; valid: {', '.join(PRESETS)}")
-        made = cls(**{**PRESETS[preset], **config})
+        image = {} if config.get("data") else {"image": "retina"}
+        made = cls(**{**PRESETS[preset], **image, **config})
         made._check()
         return made
 
     def _check(self) -> None:
+        if self.data is not None and self.image is not None:
+            raise UserError(f"fundus_sr: image {self.image!r} and data {self.data!r}; say one of them")
         choices = {
             "optimizer": ("sgd", "adamw"),
             "precision": ("float32", "bf16", "fp16"),
             "t_law": ("uniform", "shifted_sigmoid_normal"),
-            "image": IMAGES,
+            "data_errors": ("skip", "refuse"),
         }
+        if self.data is None:
+            choices["image"] = IMAGES
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise UserError(f"fundus_sr: {name} {getattr(self, name)!r}; valid: {', '.join(valid)}")
-        for name, unit in (("steps", 1), ("batch_size", 1), ("decode_chunk", 1), ("crop", 8), ("width", 8)):
+        for name in ("data", "vae", "weights"):
             value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value or "\0" in value):
+                raise UserError(f"fundus_sr: {name} must be a folder, got {value!r}")
+        units = {"steps": 1, "batch_size": 1, "decode_chunk": 1, "crop": 8, "width": 8, "data_side": 1}
+        for name, unit in units.items():
+            value = getattr(self, name)
+            if value is None and name == "data_side":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % unit:
                 words = "an integer >= 1" if unit == 1 else f"a positive multiple of {unit}"
                 raise UserError(f"fundus_sr: {name} must be {words}, got {value!r}")
@@ -117,7 +138,7 @@ class FundusSR:
         self.config = FundusConfig.from_mapping(config)
         self.seed, self.step_count = seed, 0
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.images = load_fundus_images(self.config.image, self.config.crop)
+        self.images = self._load_images()
         self.fixed: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}  # what inference starts from, by (count, noise)
         torch.manual_seed(seed)  # only for random initial weights
         self.vae, self.model, self.ema = self._load_networks()
@@ -239,13 +260,14 @@ class FundusSR:
         return list(self.model.parameters())
 
     def parts(self) -> dict[str, Part]:
-        files = {"vae": VAE_FILE, "denoiser": EMA_FILE if self.config.finetune_from_ema else DENOISER_FILE}
         folder = self._weights_folder()
         pretrained = folder if self.config.pretrained else None
-        parts = {
-            "vae": Part(self.vae, trains=False, weights=folder / files["vae"]),
-            "denoiser": Part(self.model, trains=True, weights=pretrained and pretrained / files["denoiser"]),
-        }
+        start = EMA_FILE if self.config.finetune_from_ema else DENOISER_FILE
+        if isinstance(self.vae, DiffusersVAE):
+            vae = Part(self.vae.inner, trains=False, weights=Path(str(self.config.vae)) / DIFFUSERS_FILE)
+        else:
+            vae = Part(self.vae, trains=False, weights=folder / VAE_FILE)
+        parts = {"vae": vae, "denoiser": Part(self.model, trains=True, weights=pretrained and pretrained / start)}
         if self.ema is not None:
             file = pretrained and pretrained / EMA_FILE
             parts["denoiser_ema"] = Part(self.ema, trains=False, weights=file if file and file.exists() else None, kind="ema")
@@ -255,15 +277,18 @@ class FundusSR:
         """`[batch, 3, crop, crop]` in [0, 1]."""
         return self.images.train_crops(self.config.batch_size, self._generator(n, IMAGE_STREAM))
 
+    def left_out(self) -> dict[str, str]:
+        """Files of the data that are not used, and why."""
+        return dict(self.images.left_out) if isinstance(self.images, FolderImages) else {}
+
+    def latent_statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel of the training images' latents."""
+        return measured_latents(self.vae, self.images, self.device)
+
     def fingerprints(self) -> dict[str, str]:
-        """sha256 of every pixel and place of the two parts of the image, and of what inference starts from."""
-        images = self.images
-        parts = {
-            "data/train": (images.train, images.train_origins),
-            "data/held_out": (images.held_out, images.held_out_origins),
-            "data/evaluation": tuple(x for noise in (0, 1) for x in self._fixed_inputs(EVALUATION_CROPS, noise)),
-        }
-        return {name: hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest() for name, tensors in parts.items()}
+        """sha256 of the two parts of the data, and of what inference starts from."""
+        start = b"".join(x.numpy().tobytes() for noise in (0, 1) for x in self._fixed_inputs(EVALUATION_CROPS, noise))
+        return {**self.images.fingerprints(), "data/evaluation": hashlib.sha256(start).hexdigest()}
 
     # -- the parts of a step
 
@@ -272,10 +297,11 @@ class FundusSR:
         on the host, where the gate decides."""
         size = self.config.batch_size
         crops, side = self.training_images(n), self.config.crop // FACTOR
+        latent_side = self.config.crop // self.vae.factor
         blur_noise = torch.randn(size, 3, side, side, generator=self._generator(n, LOW_RES_STREAM))
         generator = self._generator(n, NOISE_STREAM)
         t = self.time_law.sample(size, generator)
-        noise = torch.randn(size, LATENT_CHANNELS, side, side, generator=generator)
+        noise = torch.randn(size, self.vae.latent_channels, latent_side, latent_side, generator=generator)
         crops, blur_noise, noise = (x.to(self.device) for x in (crops, blur_noise, noise))
         with torch.no_grad():
             z0 = self.vae.encode(2 * crops - 1)
@@ -310,7 +336,13 @@ class FundusSR:
         return self.fixed[count, noise]
 
     def _fixed_inputs(self, count: int, noise: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return _fixed_inputs(self.config.image, self.config.crop, count, noise)
+        """Held-out crops in [0, 1], their degraded inputs in [0, 1] and initial latents, on the CPU."""
+        crops, side = self.images.held_out_crops(count), self.config.crop // FACTOR
+        generator = torch.Generator().manual_seed(20_251_122)  # one draw for the degradation, whichever `noise`
+        low = low_resolution(crops, torch.randn(count, 3, side, side, generator=generator))
+        generator.manual_seed(1 + noise)
+        latent_side = self.config.crop // self.vae.factor
+        return crops, low, torch.randn(count, self.vae.latent_channels, latent_side, latent_side, generator=generator)
 
     @contextlib.contextmanager
     def _inference(self) -> Any:
@@ -329,21 +361,79 @@ class FundusSR:
     def _weights_folder(self) -> Path:
         return Path(self.config.weights) if self.config.weights else WEIGHTS
 
-    def _load_networks(self) -> tuple[VAE, Denoiser, Denoiser | None]:
-        folder = self._weights_folder()
-        vae, model = VAE(), Denoiser(self.config.width)
-        load_weights(vae, folder / VAE_FILE)
-        if self.config.pretrained:
-            load_weights(model, folder / (EMA_FILE if self.config.finetune_from_ema else DENOISER_FILE))
+    def _load_images(self) -> FundusImages | FolderImages:
+        config = self.config
+        if config.data is None:
+            return load_fundus_images(str(config.image), config.crop)
+        return load_folder_images(config.data, config.crop, config.data_side, config.data_errors)
+
+    def _load_networks(self) -> tuple[VAE | DiffusersVAE, Denoiser, Denoiser | None]:
+        folder, config = self._weights_folder(), self.config
+        if config.vae is None and not (folder / VAE_FILE).exists() and (folder / DENOISER_FILE).exists():
+            raise UserError(f"fundus_sr: {folder} holds a denoiser and no {VAE_FILE}; say vae: which one it was trained with")
+        vae = load_vae(config.vae or folder / VAE_FILE)
+        if config.crop % (2 * vae.factor):
+            raise UserError(f"fundus_sr: crop must be a multiple of {2 * vae.factor} with this VAE, got {config.crop}")
+        if config.pretrained and config.vae and not config.weights:
+            raise UserError(f"fundus_sr: the bundled denoiser knows the bundled VAE's latents only; {_pretrain(config)}")
+        vae, model = vae.to(self.device), denoiser_for(vae, config.width)
+        if config.pretrained:
+            self._load_denoiser(model, vae, folder / (EMA_FILE if config.finetune_from_ema else DENOISER_FILE))
         ema = None
-        if self.config.pretrained and (folder / EMA_FILE).exists():
-            ema = Denoiser(self.config.width)
-            load_weights(ema, folder / EMA_FILE)
-        elif self.config.ema_decay is not None:
+        if config.pretrained and (folder / EMA_FILE).exists():
+            ema = denoiser_for(vae, config.width)
+            self._load_denoiser(ema, vae, folder / EMA_FILE)
+        elif config.ema_decay is not None:
             ema = copy.deepcopy(model)
         if ema is not None:
             ema = ema.to(self.device).requires_grad_(False).eval()
-        return vae.to(self.device).requires_grad_(False).eval(), model.to(self.device), ema
+        return vae.requires_grad_(False).eval(), model.to(self.device), ema
+
+    def _load_denoiser(self, model: Denoiser, vae: VAE | DiffusersVAE, path: Path) -> None:
+        if path.exists():
+            made_for = TensorFile.open(path).metadata.get(MADE_FOR)
+            if made_for is not None and made_for != vae_id(vae):
+                raise BadSetup(f"{path}: was trained on the latents of another VAE; {_pretrain(self.config)}")
+        load_weights(model, path)
+
+
+def _pretrain(config: FundusConfig) -> str:
+    """How to come by a denoiser that fits."""
+    said = {"data": config.data, "data-side": config.data_side, "vae": config.vae}
+    flags = "".join(f" --{name} {value}" for name, value in said.items() if value is not None)
+    return (
+        f"pretrain one with `python -m tune_ssim.tasks.pretrain_fundus{flags} --crop {config.crop} --width {config.width}"
+        f" --out FOLDER` and say weights: FOLDER"
+    )
+
+
+def load_vae(path: str | Path) -> VAE | DiffusersVAE:
+    """A folder in diffusers' layout, or a file of the bundled VAE's kind."""
+    if Path(path).suffix != ".safetensors":
+        return load_diffusers_vae(path)
+    vae = VAE()
+    load_weights(vae, Path(path))
+    return vae
+
+
+def denoiser_for(vae: VAE | DiffusersVAE, width: int) -> Denoiser:
+    """With fresh weights, for this VAE's latents."""
+    return Denoiser(width, latent_channels=vae.latent_channels, shrink=max(1, vae.factor // FACTOR))
+
+
+def vae_id(vae: VAE | DiffusersVAE) -> str:
+    """Content id of its tensors, those that standardise the latents included."""
+    return content_id(tensor_hashes(vae.state_dict()))
+
+
+def measured_latents(
+    vae: VAE | DiffusersVAE, images: FundusImages | FolderImages, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of the training images' latents, as the denoiser gets them."""
+    crops = images.train_crops(STATISTICS_CROPS, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(2 * chunk.to(device) - 1).cpu() for chunk in crops.split(8)])
+    return latents.mean(dim=(0, 2, 3)).tolist(), latents.std(dim=(0, 2, 3)).tolist()
 
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
@@ -370,13 +460,3 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise BadSetup(f"{path}: not the weights of this network: {' '.join(str(error).split())[:400]}") from None
-
-
-@lru_cache(maxsize=8)
-def _fixed_inputs(image: str, crop: int, count: int, noise: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Held-out crops in [0, 1], their degraded inputs in [0, 1] and initial latents, on the CPU."""
-    crops, side = load_fundus_images(image, crop).held_out_crops(count), crop // FACTOR
-    generator = torch.Generator().manual_seed(20_251_122)  # one draw for the degradation, whichever `noise`
-    low = low_resolution(crops, torch.randn(count, 3, side, side, generator=generator))
-    generator.manual_seed(1 + noise)
-    return crops, low, torch.randn(count, LATENT_CHANNELS, side, side, generator=generator)

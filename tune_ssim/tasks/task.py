@@ -96,6 +96,8 @@ class Task(Protocol):
     - `training_images(n) -> [batch, 3, H, W]`: the images of step n, in [0, 1]
     - `sample_ema(noise) -> Sample | None`: the same inference with averaged weights, where there are any
     - `fingerprints() -> Mapping[str, str]`: a hash for each part of its data, e.g. `data/train`, `data/held_out`
+    - `left_out() -> Mapping[str, str]`: files of its data that are not used, and why
+    - `latent_statistics() -> (means, standard deviations)` of each channel of its training images' latents
     - where it has text: `token_ids` of its samples, and `loss_ce` and `label_fraction` among the metrics of a step
 
     A task that reads a process of its own gives its metrics with their `step`, None from `step` when that process has ended well

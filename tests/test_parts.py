@@ -1,0 +1,149 @@
+"""Trials of several processes: ranks of a Python task, and torchrun on two nodes of a real cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from small_studies import SMALL
+
+from tune_ssim.errors import UserError
+from tune_ssim.orchestration.run_study import run
+from tune_ssim.orchestration.workers import together
+from tune_ssim.study import Study, load_study
+
+TESTS = Path(__file__).parent
+TRAININGS = TESTS / "trainings"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TRAININGS)))}
+SCRIPT = str(TRAININGS / "torchrun_script.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[Cluster]:
+    """Two nodes with two CPUs each."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    nodes.add_node(num_cpus=2)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": ENVIRONMENT})
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+def small(**changes: Any) -> Study:
+    return load_study({**SMALL, "import_path": str(TRAININGS), **changes})
+
+
+def test_two_workers_give_the_verdict_of_one_and_a_dead_one_is_replaced(tmp_path: Path) -> None:
+    """Rank 1 dies at step 5 of some trial; the trial goes on from its checkpoint with new workers."""
+    found = {}
+    for workers in (1, 2):
+        fault = {"fault": "die_at_5", "mark": str(tmp_path / "died")} if workers == 2 else {}
+        study = small(
+            name=f"workers-{workers}",
+            task="ranked_task:RankedTask",
+            task_config={"steps": 40, **fault},
+            search={"trials": 2},
+            resources={"workers": workers},
+            checkpoint_every=2,
+            result_every=1,
+        )
+        folder = run(study, storage=tmp_path)
+        found[workers] = {trial["trial_id"]: (trial["verdict"], trial["reason"], trial["steps"]) for trial in folder.trials()}
+    assert found[1] == found[2]
+    assert found[2]["trial-00"][0] == "pruned" and found[2]["trial-01"][0] == "safe"
+    assert (tmp_path / "died").exists()
+
+
+def test_metrics_of_ranks_become_one() -> None:
+    ranks = [{"loss": 1.0, "total_norm": 2.0, "step_skipped": 0.0}, {"loss": 3.0, "total_norm": 2.0, "step_skipped": 1.0}]
+    assert together(ranks) == {"loss": 2.0, "total_norm": 2.0, "step_skipped": 1.0}
+    assert together([{"loss": 1.0}, {"loss": 1.0, "loss_ssim": 0.5}])["loss_ssim"] == 0.5
+    with pytest.raises(UserError, match="total_norm differs between the ranks"):
+        together([{"total_norm": 2.0}, {"total_norm": 2.1}])
+
+
+def torchrun(pids: Path, *more: str) -> dict[str, Any]:
+    command = ["{python}", "-m", "torch.distributed.run", "--nnodes", "{nodes}", "--node-rank", "{node_rank}"]
+    command += ["--master-addr", "{master_addr}", "--master-port", "{master_port}", "--nproc-per-node", "1", SCRIPT]
+    command += ["--ssim_loss_weight", "{ssim_loss_weight}", "--pids", str(pids), *more]
+    return {"command": command, "grace_s": 1.0, "known": {"nodes": 2}}
+
+
+def commands(pids: Path, *more: str, **changes: Any) -> Study:
+    given = {
+        "name": "nodes",
+        "task": torchrun(pids, *more),
+        "task_config": {"steps": 40},
+        "baseline": {"seeds": 1},
+        "search": {"trials": 1},
+        "guards": {"smoke_test": None},
+        "resources": {"nodes": 2},
+    }
+    space = {**SMALL["space"], "fixed": {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0}}
+    space["points"] = [{"ssim_loss_weight": 1000.0, "ssim_loss_max_t": 1.0, "ssim_grad_scale": 1.0}]
+    return small(**{**given, "space": space, **changes})
+
+
+def alive(pids: Path) -> list[int]:
+    return [int(path.name) for path in pids.iterdir() if is_alive(int(path.name))]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition: Any, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_two_torchruns_on_two_nodes_are_pruned_and_leave_nothing(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    folder = run(commands(pids, "--pause", "0.05", "--ignore_term"), storage=tmp_path)
+    baseline, trial = folder.trials()
+    assert baseline["verdict"] == "safe" and baseline["steps"] == 40
+    assert trial["verdict"] == "pruned" and trial["steps"] == 11, trial["reason"]
+    assert len(list(pids.iterdir())) >= 10  # of two trainings: two launchers, two ranks and their children each, some shared
+    assert wait_for(lambda: not alive(pids), 5), alive(pids)
+    logs = list((folder.path / "work").rglob("output*.log"))
+    text = {log.parent.name + log.name: log.read_text() for log in logs}
+    assert any("rank 0 of 2" in one for one in text.values()) and any("rank 1 of 2" in one for one in text.values())
+
+
+def test_a_killed_driver_leaves_nothing_on_any_node(tmp_path: Path, cluster: Cluster) -> None:
+    pids, study_file = tmp_path / "pids", tmp_path / "nodes.yaml"
+    study_file.write_text(commands(pids, "--pause", "0.5", "--steps", "4000", "--ignore_term").to_yaml())
+    argv = [
+        sys.executable,
+        "-m",
+        "tune_ssim",
+        "run",
+        str(study_file),
+        "--storage-path",
+        str(tmp_path),
+        "--address",
+        cluster.address,
+    ]
+    with (tmp_path / "log").open("wb") as log:
+        driver = subprocess.Popen(argv, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log, start_new_session=True)
+        started = wait_for(lambda: pids.exists() and len(list(pids.iterdir())) >= 6, 120)
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert started, (tmp_path / "log").read_text()
+    assert wait_for(lambda: not alive(pids), 60), alive(pids)

@@ -1,0 +1,128 @@
+"""Is every branch of the loss working? (SEEDS C5: its loss falls, its gradient is there, its coverage is whole, all at once.)"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tune_ssim.curves import Array, Curve
+from tune_ssim.rules import Branch, RulePack
+
+Answer = Literal["yes", "no", "unknown"]
+LEVELS = 20  # equally long parts of the log that are compared
+LEAST_RECORDS = 20  # one a part
+LATE = 5  # parts at the end whose mean is what the branch has come to
+CERTAIN = 3.0  # standard errors; one look at the whole log, not hundreds at windows
+SMALL = 0.03  # of the first level: a fall that is smaller than this is none, if the noise admits to say so
+OFF = 0.1  # of the coverage (SEEDS C4)
+FEW = 0.1  # share of the records in which gradient or coverage may be wrong: a skipped step, the first of a run
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One of the three questions: `subject` is loss, gradient or coverage."""
+
+    subject: str
+    answer: Answer
+    sentence: str
+
+
+@dataclass(frozen=True)
+class BranchReport:
+    pack: str
+    branch: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def verdict(self) -> Literal["works", "does not work", "unknown"]:
+        answers = [finding.answer for finding in self.findings]
+        return "does not work" if "no" in answers else "unknown" if "unknown" in answers else "works"
+
+    def to_json(self) -> dict[str, Any]:
+        findings = [asdict(finding) for finding in self.findings]
+        return {"pack": self.pack, "branch": self.branch, "verdict": self.verdict.replace(" ", "_"), "findings": findings}
+
+
+def series_of(branch: Branch) -> list[str | tuple[str, str]]:
+    """The curves that `judge_branch` needs: of metrics, and of the quotient of two."""
+    coverage: list[str | tuple[str, str]] = [(branch.has_grad, branch.trainable)] if branch.has_grad else []
+    return [branch.loss, *branch.gradient, *coverage]
+
+
+def judge_branch(pack: RulePack, branch: Branch, curves: Mapping[Any, Curve]) -> BranchReport:
+    """`curves` by the keys of `series_of`; a metric that never appeared has none."""
+    expected = float(pack.options.get("ga") or 1)
+    findings = (_loss(branch, curves), _gradient(branch, curves), _coverage(branch, curves, expected))
+    return BranchReport(pack.name, branch.name, findings)
+
+
+def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
+    curve = curves.get(branch.loss)
+    if curve is None:
+        return Finding("loss", "unknown", f"no metric {branch.loss}")
+    levels = curve.levels(LEVELS)
+    levels = levels[np.isfinite(levels)]
+    if curve.records < LEAST_RECORDS or len(levels) < LEVELS // 2:
+        return Finding("loss", "unknown", f"{curve.records} records of {branch.loss} are too few to see it fall")
+    late = min(LATE, len(levels) // 2)
+    first, last = float(levels[0]), float(levels[-late:].mean())
+    # The scatter of neighbours, so that the fall itself does not count as noise.
+    noise = float(np.median(np.abs(np.diff(levels)))) / (math.sqrt(2) * 0.6745)
+    error = CERTAIN * noise * math.sqrt(1 + 1 / late)
+    least = SMALL * abs(first)
+    if last - first < -error and first - last > 1e-12 * abs(first):
+        return Finding("loss", "yes", f"{branch.loss} fell from {first:.3g} to {last:.3g}")
+    if last - first - error >= -least:
+        word = "rose" if last - first > max(error, least) else "did not fall"
+        return Finding("loss", "no", f"{branch.loss} {word}: from {first:.3g} to {last:.3g}")
+    return Finding("loss", "unknown", f"{branch.loss} is too noisy to tell whether it fell ({first:.3g} to {last:.3g})")
+
+
+def _gradient(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
+    if not branch.gradient:
+        return Finding("gradient", "unknown", "the rule pack names no gradient for it")
+    name = next((metric for metric in branch.gradient if metric in curves), None)
+    if name is None:
+        return Finding("gradient", "unknown", f"no metric {' or '.join(branch.gradient)}")
+    curve = curves[name]
+    gone = curve.zero + curve.broken
+    if not gone.size:
+        return Finding("gradient", "unknown", f"{name} has no record yet")
+    late = gone[-max(1, len(gone) // 4) :]
+    if late.mean() > 0.5:
+        what = "zero" if curve.zero[-1] >= curve.broken[-1] else "not finite"
+        return Finding("gradient", "no", f"{name} is {what} {_since(curve, gone)}")
+    if gone.mean() > FEW:
+        return Finding("gradient", "no", f"{name} is zero or not finite in {gone.mean():.0%} of the records")
+    return Finding("gradient", "yes", f"its gradient is there ({name} {_range(curve)})")
+
+
+def _coverage(branch: Branch, curves: Mapping[Any, Curve], expected: float) -> Finding:
+    if not branch.has_grad:
+        return Finding("coverage", "unknown", "the rule pack names no coverage for it")
+    curve = curves.get((branch.has_grad, branch.trainable))
+    if curve is None or not curve.mean.size:
+        absent = next((name for name in (branch.has_grad, branch.trainable) if name not in curves), branch.has_grad)
+        return Finding("coverage", "unknown", f"no metric {absent}")
+    off = ~(np.abs(curve.mean / expected - 1) <= OFF)
+    if off.mean() > FEW:
+        wrong = curve.mean[off]
+        typical = "not a number" if np.isnan(wrong).all() else f"{np.nanmedian(wrong):.3g}"
+        share = "in every record" if off.all() else f"in {off.mean():.0%} of the records"
+        return Finding("coverage", "no", f"coverage is {typical} {share}, and should be {expected:g}")
+    return Finding("coverage", "yes", f"coverage {np.nanmedian(curve.mean):.3g}")
+
+
+def _since(curve: Curve, gone: Array) -> str:
+    """From when on it was gone for good."""
+    present = np.flatnonzero(gone <= 0.5)
+    return "from the first record on" if not present.size else f"after step {int(curve.steps[present[-1]])}"
+
+
+def _range(curve: Curve) -> str:
+    low, high = np.nanmin(curve.low), np.nanmax(curve.high)
+    return f"{low:.2g} to {high:.2g}"

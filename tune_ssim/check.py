@@ -1,0 +1,369 @@
+"""A log of any training, judged by the guards that a live trial has: what works, what does not, and why."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import compress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tune_ssim.branch_report import BranchReport, judge_branch, series_of
+from tune_ssim.curves import Curve
+from tune_ssim.errors import UserError
+from tune_ssim.guards import Baseline, BaselineRun, Guard, NonFinite, NormRatio, Rule, SmokeTest, Violation, Watch
+from tune_ssim.guards.watch import GRACE_RECORDS
+from tune_ssim.records import LOSS, SMOKE, TOTAL_NORM, TOTAL_NORM_MAIN, Record
+from tune_ssim.rules import RulePack, bundled_packs, load_rules
+from tune_ssim.sources import Source, open_source
+from tune_ssim.sources.source import MLFLOW
+from tune_ssim.yaml_source import did_you_mean
+
+SCHEMA = 1  # of `Report.to_json`, docs/check_schema.md
+LOOKED_AT = 1000  # records of which the names decide what is judged; rarer metrics than one in a thousand records are few
+PER_GUARD = 20  # alerts of one guard that are kept; the rest is counted
+SHOWN_NAMES = 12
+POLL_S = 0.5  # between two looks at a growing log
+MOST_BASELINE = 1_000_000  # records of a baseline that are compared with; a hundred megabytes
+
+
+@dataclass(frozen=True)
+class Alert:
+    """What a guard said. `times` in all, the last at `last_step`; `after_end`: after a live trial would have ended."""
+
+    violation: Violation
+    source: str = ""
+    times: int = 1
+    last_step: int = 0
+    after_end: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        extra = {"source": self.source, "times": self.times, "last_step": self.last_step, "after_end": self.after_end}
+        return asdict(self.violation) | extra
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A guard that could not judge, and why."""
+
+    guard: str
+    reason: str
+    missing: tuple[str, ...] = ()  # metrics that never appeared
+
+
+@dataclass(frozen=True)
+class Report:
+    log: str
+    records: int
+    steps: tuple[int, int] | None  # first and last
+    packs: tuple[RulePack, ...]
+    branches: tuple[BranchReport, ...]
+    alerts: tuple[Alert, ...]
+    unknown: tuple[Unknown, ...]
+    judged: tuple[str, ...]  # guards that could have fired
+    ended: Violation | None  # what would have ended a live trial
+    notes: tuple[str, ...]
+    curves: Mapping[Any, Curve] = field(repr=False)  # by metric, or by the pair of a quotient
+
+    @property
+    def verdict(self) -> str:
+        """alerts, else unknown where nothing could be judged, else healthy."""
+        return "alerts" if self.alerts else "healthy" if self.judged else "unknown"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "log": self.log,
+            "verdict": self.verdict,
+            "records": self.records,
+            "first_step": self.steps and self.steps[0],
+            "last_step": self.steps and self.steps[1],
+            "rules": [{"pack": pack.name, "options": dict(pack.options)} for pack in self.packs],
+            "branches": [branch.to_json() for branch in self.branches],
+            "alerts": [alert.to_json() for alert in self.alerts],
+            "ended": None if self.ended is None else {key: asdict(self.ended)[key] for key in ("guard", "step", "action")},
+            "unknown": [asdict(unknown) for unknown in self.unknown],
+            "judged": list(self.judged),
+            "notes": list(self.notes),
+        }
+
+
+class Check:
+    """`feed` records in the order of their steps, then `report`. Memory does not grow with the log."""
+
+    def __init__(self, packs: Sequence[RulePack], names: Iterable[str] = (), baseline: Baseline | None = None) -> None:
+        """`names`: metrics that the log is known to have; they decide which of the guards that every study has are added."""
+        names = list(names)
+        self.packs = tuple(packs)
+        self.guards = (*general_guards(names, baseline), *(rule for pack in packs for rule in pack.rules))
+        self.watch = Watch(self.guards, strict=False)
+        self.curves: dict[Any, Curve] = {}
+        self.alerts: dict[str, list[Alert]] = {}
+        self.ended: Violation | None = None
+        self.records, self.first_step, self.last_step = 0, -1, -1
+        branches = [key for pack in packs for branch in pack.branches for key in series_of(branch)]
+        of_rules = [metric for guard in self.guards for metric in (guard.about if isinstance(guard, Rule) else guard.metrics)]
+        self._series = [key for key in dict.fromkeys([LOSS, TOTAL_NORM, *branches, *of_rules]) if not str(key).endswith("/")]
+        self._metrics = list(dict.fromkeys(name for key in self._series for name in ([key] if isinstance(key, str) else key)))
+        self._sources = {guard.name: guard.source for guard in self.guards if isinstance(guard, Rule)}
+
+    def feed(self, records: Sequence[Record]) -> list[Alert]:
+        """What the guards say about these records, in order. They go on after what would have ended a live trial."""
+        if not records:
+            return []
+        said: list[Alert] = []
+        update = self.watch.update
+        for record in records:
+            violations = update(record)
+            if violations:
+                said += self._note(violations)
+        if not self.records:
+            self.first_step = records[0].step
+        self.records += len(records)
+        self.last_step = records[-1].step
+        self._draw(records)
+        return said
+
+    def report(self, log: str = "", notes: Iterable[str] = ()) -> Report:
+        branches = tuple(judge_branch(pack, branch, self.curves) for pack in self.packs for branch in pack.branches)
+        alerts = sorted((alert for said in self.alerts.values() for alert in said), key=lambda alert: alert.violation.step)
+        unknown = tuple(filter(None, map(self._unknown, self.guards)))
+        cannot = {one.guard for one in unknown} - set(self.alerts)
+        return Report(
+            log=log,
+            records=self.records,
+            steps=(self.first_step, self.last_step) if self.records else None,
+            packs=self.packs,
+            branches=branches,
+            alerts=tuple(alerts),
+            unknown=tuple(one for one in unknown if one.guard in cannot),
+            judged=tuple(guard.name for guard in self.guards if guard.name not in cannot),
+            ended=self.ended,
+            notes=tuple(notes),
+            curves=self.curves,
+        )
+
+    def _note(self, violations: Sequence[Violation]) -> list[Alert]:
+        new: list[Alert] = []
+        for violation in violations:
+            name = violation.guard
+            alert = Alert(violation, self._sources.get(name, ""), 1, violation.step, self.ended is not None)
+            said = self.alerts.setdefault(name, [])
+            if len(said) < PER_GUARD:
+                said.append(alert)
+                new.append(alert)
+            else:
+                said[-1] = replace(said[-1], times=said[-1].times + 1, last_step=violation.step)
+        if self.ended is None:
+            self.ended = next((violation for violation in violations if violation.action in ("prune", "abort")), None)
+        return new
+
+    def _draw(self, records: Sequence[Record]) -> None:
+        steps, rows = [record.step for record in records], [record.values for record in records]
+        columns: dict[str, tuple[list[int], list[float]]] = {}
+        for metric in self._metrics:
+            try:
+                columns[metric] = steps, [row[metric] for row in rows]
+            except KeyError:
+                there = [metric in row for row in rows]
+                columns[metric] = list(compress(steps, there)), [row[metric] for row in compress(rows, there)]
+        for key in self._series:
+            if isinstance(key, str):
+                where, values = columns[key]
+            else:
+                where, values = _quotient(columns[key[0]], columns[key[1]])
+            if where:
+                self.curves.setdefault(key, Curve()).add(where, values)
+
+    def _unknown(self, guard: Guard) -> Unknown | None:
+        about = guard.about if isinstance(guard, Rule) else guard.metrics
+        missing = tuple(metric for metric in about if metric not in self.curves and not metric.endswith("/"))
+        if missing:
+            return Unknown(guard.name, f"no metric {missing[0]}", missing)
+        state = self.watch.state_of(guard.name)
+        reason = guard.too_little(state) if isinstance(guard, Rule) else guard.unjudged(state)
+        return None if reason is None else Unknown(guard.name, reason.removeprefix(f"guard '{guard.name}' "))
+
+
+def _quotient(above: tuple[list[int], list[float]], below: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
+    """Of the steps that have both."""
+    if above[0] is not below[0]:
+        other = dict(zip(*below, strict=True))
+        both = [(step, value, other[step]) for step, value in zip(*above, strict=True) if step in other]
+    else:
+        both = list(zip(*above, below[1], strict=True))
+    return [step for step, _, _ in both], [a / b if b else math.nan for _, a, b in both]
+
+
+def check_log(
+    source: Source,
+    *,
+    packs: Sequence[str | Path] = (),
+    options: Mapping[str, float] | None = None,
+    baseline: Baseline | None = None,
+    follow: bool = False,
+    on_alert: Callable[[Alert], None] | None = None,
+    label: str = "",
+) -> Report:
+    """Reads a log to its end; with `follow`, until what a live trial would have ended with, or Ctrl-C.
+
+    `packs`: names or paths; none: every bundled pack that is about the log's metrics. `on_alert` hears them as they come.
+    Raises UserError for packs and options that cannot be, and for a log of which nothing is known."""
+    options = options or {}
+    given = [load_rules(pack) for pack in packs]
+    _check_options(given or [load_rules(pack) for pack in bundled_packs()], options)
+    waiting: list[Record] = []
+    check: Check | None = None
+
+    def take(records: Sequence[Record], enough: int) -> None:
+        nonlocal check, waiting
+        if check is None:
+            waiting.extend(records)
+            if len(waiting) < enough:
+                return
+            records, waiting = waiting, []
+            check = _begun(packs, options, records, baseline)
+        for alert in check.feed(records):
+            if on_alert is not None:
+                on_alert(alert)
+
+    try:
+        for part in source.parts():
+            take(part, GRACE_RECORDS if follow else LOOKED_AT)
+        while follow and (check is None or check.ended is None):
+            time.sleep(POLL_S)
+            for part in source.parts():
+                take(part, GRACE_RECORDS)
+    except KeyboardInterrupt:
+        if not follow:
+            raise
+    take(source.finish(), 0)
+    assert check is not None
+    return check.report(label, filter(None, [source.trouble.sentence()]))
+
+
+def _begun(packs: Sequence[str | Path], options: Mapping[str, float], first: Sequence[Record], baseline: Baseline | None) -> Check:
+    names = names_of(first)
+    wanted: Sequence[str | Path] = packs or packs_for(names)
+    chosen = []
+    for name in wanted:
+        pack = load_rules(name)
+        seen = accumulation(pack, first)
+        found = {"ga": seen} if seen is not None and "ga" not in options else {}
+        chosen.append(load_rules(name, found | {key: value for key, value in options.items() if key in pack.options}))
+    require_known(chosen, names, baseline)
+    return Check(chosen, names, baseline)
+
+
+def _check_options(packs: Sequence[RulePack], options: Mapping[str, float]) -> None:
+    known = {name for pack in packs for name in pack.options}
+    for name in options:
+        if name not in known:
+            raise UserError(f"--set {name}: no rule pack has this option{did_you_mean(name, sorted(known)) if known else ''}")
+
+
+def accumulation(pack: RulePack, records: Sequence[Record]) -> float | None:
+    """How many micro-batches make a step, as far as the coverage of its branches says so: the whole number above 1 that the
+    median coverage is nearest to, if it is within a tenth of it. None: not known."""
+    if "ga" not in pack.options:
+        return None
+    found = []
+    for branch in pack.branches:
+        pairs = [(record.values.get(branch.has_grad), record.values.get(branch.trainable)) for record in records]
+        found += [above / below for above, below in pairs if above is not None and below]
+    middle = median(found) if found else 0.0
+    nearest = round(middle) if math.isfinite(middle) else 0
+    return float(nearest) if nearest > 1 and abs(middle / nearest - 1) <= 0.1 else None
+
+
+def general_guards(names: Iterable[str], baseline: Baseline | None = None) -> list[Guard]:
+    """Those of every study for which a log with these metrics has what they need."""
+    names = list(names)
+    guards: list[Guard] = [NonFinite()] if LOSS in names else []
+    if any(name.startswith(SMOKE) for name in names):
+        guards.append(SmokeTest())
+    if baseline is not None:
+        guards.append(NormRatio().bind(baseline, seed=0, clipped=False))
+    return guards
+
+
+def packs_for(names: Iterable[str]) -> list[str]:
+    """The names of the bundled packs that are about a log with these metrics."""
+    names = set(names)
+    return [name for name in bundled_packs() if names & set(load_rules(name).known_by)]
+
+
+def names_of(records: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record.values))
+
+
+def require_known(packs: Sequence[RulePack], names: Sequence[str], baseline: Baseline | None) -> None:
+    """Raises UserError where nothing at all could be judged: other names are the usual reason."""
+    known = {metric for pack in packs for metric in pack.metrics}
+    if known & set(names) or general_guards(names, baseline):
+        return
+    saw = ", ".join(sorted(names)[:SHOWN_NAMES]) + (", …" if len(names) > SHOWN_NAMES else "") or "no metric at all"
+    wanted = (
+        ", ".join(sorted(known)[:SHOWN_NAMES])
+        if packs
+        else "; ".join(f"{pack.name}: {', '.join(pack.known_by)}" for pack in map(load_rules, bundled_packs()))
+    )
+    raise UserError(f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames)")
+
+
+def open_log(log: str, names: Mapping[str, str], pattern: Sequence[str] = (), *, follow: bool = False) -> Source:
+    """A file, a folder or `mlflow:RUN_ID`. Raises UserError; a file that is not there yet can be followed."""
+    if log.startswith(MLFLOW):
+        from tune_ssim.orchestration.mlflow_source import open_run
+
+        return open_run(log, names=names)
+    if not follow and not _exists(Path(log)):
+        raise UserError(f"{log}: no such file")
+    return open_source(log, names=names, pattern=list(pattern) or None)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long a name, a NUL character
+        return False
+
+
+def pairs(option: str, given: Iterable[str], kind: Callable[[str], Any] = str) -> dict[str, Any]:
+    """`name=value` arguments of a command-line option. Raises UserError."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, sign, value = text.rpartition("=")
+        try:
+            if not (name and sign and value):
+                raise ValueError
+            found[name] = kind(value)
+        except ValueError:
+            number = " with a number" if kind is float else ""
+            raise UserError(f"{option}: must be name=value{number}, got {text!r}") from None
+    return found
+
+
+def _all_parts(source: Source) -> Iterator[Sequence[Record]]:
+    yield from source.parts()
+    yield source.finish()
+
+
+def baseline_of(source: Source) -> Baseline:
+    """The pixel-loss run's norms as something to be compared with. Raises UserError if it has none."""
+    series: dict[str, dict[int, float]] = {TOTAL_NORM: {}, TOTAL_NORM_MAIN: {}}
+    names: dict[str, None] = {}
+    for part in _all_parts(source):
+        for record in part:
+            if len(names) < SHOWN_NAMES:
+                names.update(dict.fromkeys(record.values))
+            for metric, points in series.items():
+                if metric in record.values and len(points) < MOST_BASELINE:
+                    points[record.step] = record.values[metric]
+    if not series[TOTAL_NORM]:
+        saw = ", ".join(sorted(names)) or "no metric at all"
+        raise UserError(f"the baseline's log has no metric {TOTAL_NORM}; saw {saw} (`--map theirs=ours` renames)")
+    return Baseline((BaselineRun(0, {name: points for name, points in series.items() if points}, {}),))

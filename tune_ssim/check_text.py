@@ -1,0 +1,102 @@
+"""A checked log in plain words, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from tune_ssim.branch_report import BranchReport
+from tune_ssim.check import Alert, Report
+from tune_ssim.trial_text import readable
+
+STYLES = {
+    "works": "green", "does not work": "bold red", "unknown": "yellow",
+    "warn": "yellow", "probe": "cyan", "prune": "red", "abort": "bold magenta",
+}  # fmt: skip
+WHAT_THEY_MEAN = {
+    "warn": "look at it",
+    "probe": "live, the samples would be looked at at once",
+    "prune": "live, the trial would end here",
+    "abort": "live, the study would end here: a bad set-up",
+}
+
+
+def check_words(report: Report, ascii_only: bool = False, with_alerts: bool = True) -> RenderableType:
+    """`with_alerts` False: they were printed as they came."""
+
+    def show(text: str) -> str:
+        return readable(text, ascii_only)
+
+    parts: list[RenderableType] = [Text(show(_head(report)))]
+    if report.branches:
+        parts.append(_branches(report.branches, ascii_only))
+    if with_alerts:
+        parts += [alert_words(alert, ascii_only) for alert in report.alerts]
+    parts += [Text(show(line), "yellow") for line in _unknown(report)]
+    parts += [Text(show(f"note: {line}"), "dim") for line in report.notes]
+    parts.append(Text(show(_verdict(report)), "bold"))
+    return Group(*parts)
+
+
+def alert_words(alert: Alert, ascii_only: bool = False) -> RenderableType:
+    violation = alert.violation
+    head = Text.assemble(
+        f"step {violation.step}  ",
+        (violation.action, STYLES[violation.action]),
+        f"  {readable(violation.guard, ascii_only)}",
+    )
+    lines = [Text(readable(violation.sentence, ascii_only))]
+    if violation.cause:
+        lines.append(Text.assemble(("likely cause: ", "dim"), readable(violation.cause, ascii_only)))
+    if violation.remedy:
+        lines.append(Text.assemble(("try first:    ", "dim"), readable(violation.remedy, ascii_only)))
+    if alert.times > 1:
+        lines.append(Text(f"… and {alert.times - 1} times more, last at step {alert.last_step}", "dim"))
+    return Group(head, *(Padding(line, (0, 0, 0, 4)) for line in lines))
+
+
+def _head(report: Report) -> str:
+    steps = "" if report.steps is None else f", steps {report.steps[0]}-{report.steps[1]}"
+    packs = ", ".join(
+        pack.name + ("" if not pack.options else f" ({', '.join(f'{k} {v:g}' for k, v in pack.options.items() if v is not None)})")
+        for pack in report.packs
+    )
+    return f"{report.log}: {report.records} records{steps}; rules: {packs or 'only those of every study'}"
+
+
+def _branches(branches: tuple[BranchReport, ...], ascii_only: bool) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("branch", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for branch in branches:
+        order = {"no": 0, "unknown": 1, "yes": 2}
+        found = sorted(branch.findings, key=lambda finding: order[finding.answer])
+        verdict = Text(branch.verdict, STYLES[branch.verdict])
+        table.add_row(readable(branch.branch, ascii_only), verdict, readable("; ".join(f.sentence for f in found), ascii_only))
+    return table
+
+
+def _unknown(report: Report) -> Iterator[str]:
+    """One line a reason, with the rules that it keeps from judging."""
+    reasons: dict[str, list[str]] = {}
+    for unknown in report.unknown:
+        reasons.setdefault(unknown.reason, []).append(unknown.guard)
+    for reason, guards in reasons.items():
+        yield f"unknown: {reason} ({', '.join(guards)})"
+
+
+def _verdict(report: Report) -> str:
+    if report.verdict == "unknown":
+        return "nothing could be judged"
+    judged = f"{len(report.judged)} of {len(report.judged) + len(report.unknown)} rules could judge"
+    if report.verdict == "healthy":
+        return f"no alert; {judged}"
+    count = sum(alert.times for alert in report.alerts)
+    ended = f"; {WHAT_THEY_MEAN[report.ended.action].replace('here', f'at step {report.ended.step}')}" if report.ended else ""
+    return f"{count} alert{'s' if count > 1 else ''}; {judged}{ended}"

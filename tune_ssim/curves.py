@@ -1,0 +1,91 @@
+"""Metrics of a log of any length as curves of bounded size: for a picture, and to see what fell over the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+MOST_BLOCKS = 1024  # more than a picture has columns
+
+
+@dataclass
+class Curve:
+    """Blocks of equally many records. `steps` are the blocks' last ones; `mean`, `low` and `high` are of their finite values
+    (NaN where a block has none), `zero` and `broken` the shares of values that are 0 or not finite."""
+
+    steps: Array = field(default_factory=lambda: np.empty(0))
+    mean: Array = field(default_factory=lambda: np.empty(0))
+    low: Array = field(default_factory=lambda: np.empty(0))
+    high: Array = field(default_factory=lambda: np.empty(0))
+    zero: Array = field(default_factory=lambda: np.empty(0))
+    broken: Array = field(default_factory=lambda: np.empty(0))
+    records: int = 0
+    _per_block: int = 1
+    _steps: list[float] = field(default_factory=list)  # of records that do not fill a block yet
+    _values: list[float] = field(default_factory=list)
+
+    def add(self, steps: Sequence[float], values: Sequence[float]) -> None:
+        self.records += len(steps)
+        self._steps.extend(steps)
+        self._values.extend(values)
+        whole = len(self._steps) // self._per_block * self._per_block
+        if not whole:
+            return
+        self._append(np.array(self._steps[:whole], float), np.array(self._values[:whole], float))
+        del self._steps[:whole], self._values[:whole]
+        while len(self.steps) > MOST_BLOCKS:
+            self._halve()
+
+    def levels(self, count: int) -> Array:
+        """`count` means of equally long parts of the log; NaN where a part has no finite value. Fewer for fewer blocks."""
+        parts = np.array_split(self.mean, min(count, len(self.mean)) or 1)
+        return np.array([_mean(part) for part in parts])
+
+    def _append(self, steps: Array, values: Array) -> None:
+        rows = values.reshape(-1, self._per_block)
+        finite = np.isfinite(rows)
+        count = finite.sum(1)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            mean = np.where(finite, rows, 0.0).sum(1) / count
+        none = count == 0
+        low, high = np.where(finite, rows, np.inf).min(1), np.where(finite, rows, -np.inf).max(1)
+        low[none] = high[none] = np.nan
+        new = (steps[self._per_block - 1 :: self._per_block], mean, low, high, (rows == 0).mean(1), 1 - finite.mean(1))
+        for name, more in zip(("steps", "mean", "low", "high", "zero", "broken"), new, strict=True):
+            setattr(self, name, np.concatenate([getattr(self, name), more]))
+
+    def _halve(self) -> None:
+        """Pairs of blocks become one; the last one of an odd number would need records that are gone, so it joins the pair
+        before it."""
+        pairs = len(self.steps) // 2
+        last = 2 * pairs
+        weights = 1 - self.broken
+
+        def pair(values: Array) -> Array:
+            return values[:last].reshape(-1, 2)
+
+        finite = pair(weights)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = np.nansum(pair(self.mean) * finite, axis=1) / finite.sum(1)
+        merged = (
+            pair(self.steps)[:, 1],
+            mean,
+            np.fmin(*pair(self.low).T),
+            np.fmax(*pair(self.high).T),
+            pair(self.zero).mean(1),
+            pair(self.broken).mean(1),
+        )
+        if len(self.steps) > last:
+            merged[0][-1] = self.steps[-1]
+            merged[2][-1], merged[3][-1] = np.fmin(merged[2][-1], self.low[-1]), np.fmax(merged[3][-1], self.high[-1])
+        self.steps, self.mean, self.low, self.high, self.zero, self.broken = merged
+        self._per_block *= 2
+
+
+def _mean(values: Array) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else float("nan")

@@ -1,0 +1,43 @@
+"""What a `Rule` is made of: a guard that also knows whether what it looks for holds right now."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tune_ssim.guards.guard import Guard, State
+from tune_ssim.guards.violation import ACTIONS, Violation
+from tune_ssim.records import Record
+
+
+class Condition(Guard, Protocol):
+    """Its state has a key `holds`; it speaks when that turns true, and again only after it was false in between."""
+
+    def advance(self, state: State, record: Record) -> Violation | None:
+        """As `update`, in place."""
+        ...
+
+    def finding(self, state: State) -> Violation:
+        """What it says, or would say again, while `state["holds"]`."""
+        ...
+
+
+def check_band(lower: float, upper: float) -> None:
+    if not lower < upper:
+        raise ValueError(f"lower ({lower}) must be below upper ({upper})")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def check_action(action: str) -> None:
+    if action not in ACTIONS:
+        raise ValueError(f"action must be {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}, got {action!r}")
+
+
+def band_words(lower: float, upper: float) -> str:
+    """`below 0.1`, `above 1`, `outside [0.3, 1.5]`: which side is the wrong one."""
+    if lower == float("-inf"):
+        return f"above {upper:g}"
+    return f"below {lower:g}" if upper == float("inf") else f"outside [{lower:g}, {upper:g}]"

@@ -1,0 +1,97 @@
+"""The mean of a metric over each epoch: what a training script prints when an epoch is over."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tune_ssim.guards.condition import band_words, check_action, check_band, check_count
+from tune_ssim.guards.guard import InPlace, State
+from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.records import EPOCH, Record
+
+
+@dataclass(frozen=True)
+class EpochMean(InPlace):
+    """Fires when the mean of `metric` over an epoch is outside [`lower`, `upper`] (SEEDS D1). NaN counts as outside.
+
+    Epochs are told apart by the metric `epoch` (2.7 lies in epoch 2) or, with `steps_per_epoch`, by counting steps. An
+    epoch is judged by its last record: when it has as many as the one before, else at the first record of the next.
+    `epoch`: only this one is judged, the first of the log being 1.
+    """
+
+    metric: str
+    lower: float = -math.inf
+    upper: float = math.inf
+    action: Action = "abort"
+    epoch: int | None = None
+    steps_per_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        check_band(self.lower, self.upper)
+        check_action(self.action)
+        for name in ("epoch", "steps_per_epoch"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+
+    @property
+    def name(self) -> str:
+        return f"epoch_mean:{self.metric}" + ("" if self.epoch is None else f":{self.epoch}")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (self.metric,) if self.steps_per_epoch else (self.metric, EPOCH)
+
+    def init(self) -> State:
+        """`number` counts the epochs of the log, `label` is what the log calls the running one, `length` its predecessor's
+        records; `judged` and `value` are of the latest epoch that was judged."""
+        return {
+            "number": 0, "label": None, "sum": 0.0, "count": 0, "length": 0,
+            "last_step": -1, "judged": 0, "value": None, "holds": False,
+        }  # fmt: skip
+
+    def advance(self, state: State, record: Record) -> Violation | None:
+        value = record.values.get(self.metric)
+        if value is None or record.step <= state["last_step"]:
+            return None
+        label = self._label(record)
+        if label is None:
+            return None
+        held = state["holds"]
+        if label != state["label"]:
+            if state["judged"] != state["number"]:
+                self._judge(state)  # it ended before it was as long as the one before
+            state |= {"number": state["number"] + 1, "label": label, "sum": 0.0, "count": 0, "length": state["count"]}
+        state["sum"] += value
+        state["count"] += 1
+        state["last_step"] = record.step
+        if state["count"] == state["length"]:
+            self._judge(state)
+        return self.finding(state) if state["holds"] and not held else None
+
+    def _label(self, record: Record) -> float | None:
+        if self.steps_per_epoch is not None:
+            return max(record.step - 1, 0) // self.steps_per_epoch
+        epoch = record.values.get(EPOCH)
+        return None if epoch is None or not math.isfinite(epoch) else math.floor(epoch)
+
+    def _judge(self, state: State) -> None:
+        mean = state["sum"] / state["count"]
+        about = self.epoch is None or self.epoch == state["number"]
+        state |= {"judged": state["number"], "value": mean, "holds": about and not self.lower <= mean <= self.upper}
+
+    def finding(self, state: State) -> Violation:
+        value = state["value"]
+        limit = self.lower if value < self.lower or self.upper == math.inf else self.upper
+        sentence = f"the mean of {self.metric} over epoch {state['judged']} is {value:.4g}, {band_words(self.lower, self.upper)}"
+        return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
+
+    def unjudged(self, state: State) -> str | None:
+        if self.epoch is not None and state["judged"] >= self.epoch:
+            return None
+        if self.epoch is None and state["judged"] == state["number"] > 0:
+            return None
+        if self.epoch is not None:
+            return f"epoch {self.epoch} was not reached, or not over, at the end of the log"
+        mean = f"; its mean so far is {state['sum'] / state['count']:.4g}" if state["count"] else ""
+        return f"epoch {state['number']} was not over at the end of the log{mean}"

@@ -1,0 +1,82 @@
+"""One line of a rule pack as a guard: what must hold together, what follows, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tune_ssim.guards.condition import Condition, check_action
+from tune_ssim.guards.guard import InPlace, State
+from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.records import Record
+
+
+@dataclass(frozen=True)
+class Rule(InPlace):
+    """Fires when all conditions of `when` have come to hold at once; again only after one of them did not in between."""
+
+    name: str
+    when: tuple[Condition, ...]
+    action: Action = "warn"
+    sentence: str = ""  # what is wrong, in plain words; what was measured is added to it
+    cause: str = ""
+    remedy: str = ""
+    source: str = ""  # where the limits come from: an id of SEEDS, a paper
+    optional: bool = False  # a training that does not log the metrics is no error
+
+    def __post_init__(self) -> None:
+        if not self.when:
+            raise ValueError("a rule needs at least one condition")
+        check_action(self.action)
+
+    @property
+    def about(self) -> tuple[str, ...]:
+        """Every metric that it looks at."""
+        return tuple(dict.fromkeys(metric for condition in self.when for metric in condition.metrics))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return () if self.optional else self.about
+
+    def init(self) -> State:
+        return {"parts": [condition.init() for condition in self.when], "holds": False}
+
+    def advance(self, state: State, record: Record) -> Violation | None:
+        parts = state["parts"]
+        if len(parts) == 1:  # nearly all rules
+            found = self.when[0].advance(parts[0], record)
+            return None if found is None else self.finding(state)
+        holds = True
+        for condition, part in zip(self.when, parts):  # noqa: B905  (every record of a log of millions comes through here)
+            condition.advance(part, record)
+            holds = holds and part["holds"]
+        if holds == state["holds"]:
+            return None
+        state["holds"] = holds
+        return self.finding(state) if holds else None
+
+    def holds(self, state: State) -> bool:
+        """Whether all conditions hold now."""
+        return all(part["holds"] for part in state["parts"])
+
+    def finding(self, state: State) -> Violation:
+        found = [condition.finding(part) for condition, part in zip(self.when, state["parts"], strict=True)]
+        measured = " and ".join(violation.sentence for violation in found)
+        return replace(
+            found[0],
+            guard=self.name,
+            step=max(violation.step for violation in found),
+            action=self.action,
+            sentence=f"{self.sentence}: {measured}" if self.sentence else measured,
+            remedy=self.remedy,
+            cause=self.cause,
+        )
+
+    def unjudged(self, state: State) -> str | None:
+        """A warning that could not be given is nothing that a verdict would wait for."""
+        reason = self.too_little(state)
+        return None if reason is None or self.optional or self.action == "warn" else f"guard '{self.name}': {reason}"
+
+    def too_little(self, state: State) -> str | None:
+        """Why it could not have fired although its metrics were there, or None."""
+        reasons = (condition.unjudged(part) for condition, part in zip(self.when, state["parts"], strict=True))
+        return next((reason for reason in reasons if reason), None)
