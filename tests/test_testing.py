@@ -161,7 +161,8 @@ def test_the_example_runs_as_a_study(example: Path) -> None:
     """The study of the example, shorter, by the real command: baselines first, then settings up to a ruinous one."""
     study = example / "study.yaml"
     text = study.read_text()
-    short = text.replace("steps: 200", "steps: 25").replace("confirm: {seeds: 2, steps: 400}", "confirm: null\ncalibration: null\ntracking: null")
+    off = "confirm: null\ncalibration: null\ntracking: null"
+    short = text.replace("steps: 200", "steps: 25").replace("confirm: {seeds: 2, steps: 400}", off)
     assert short.count("25") == 1 and "confirm: null" in short
     study.write_text(short)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
