@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ from broken_tasks import FAULTS, Honest
 from small_task import SmallTask
 
 from tune_ssim.tasks.fundus_sr import FundusSR
+from tune_ssim.tasks.task import Sample
 from tune_ssim.testing import TaskReport, check_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +112,30 @@ def test_the_global_generators_are_left_alone() -> None:
     assert (torch.rand(2).tolist(), random.random(), np.random.rand()) == expected
 
 
+class Junk:
+    def __float__(self) -> float:
+        raise RuntimeError("no number")
+
+    __repr__ = __str__ = __float__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("method", "value"),
+    [
+        ("step", {"loss": Junk()}),
+        ("sample", Sample(torch.rand(1, 3, 12, 12), references="x")),  # type: ignore[arg-type]
+        ("evaluate", {"ssim": math.nan, "psnr": Junk()}),
+        ("state_dict", [1]),
+        ("effective", {"lr": Junk()}),
+        ("trainable_parameters", 3),
+        ("parts", {"network": None}),
+    ],
+)
+def test_whatever_a_method_returns_the_suite_answers_in_words(method: str, value: object) -> None:
+    report = check_task(type("Odd", (Honest,), {method: lambda self, *arguments: value}))
+    assert any(finding.name.startswith(method) for finding in report.of("broken")), str(report)
+
+
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of examples/own_task: where a user's own folder would be."""
@@ -135,7 +161,8 @@ def test_the_example_runs_as_a_study(example: Path) -> None:
     """The study of the example, shorter, by the real command: baselines first, then settings up to a ruinous one."""
     study = example / "study.yaml"
     text = study.read_text()
-    short = text.replace("steps: 200", "steps: 25").replace("confirm: {seeds: 2, steps: 400}", "confirm: null\ncalibration: null")
+    off = "confirm: null\ncalibration: null\ntracking: null"
+    short = text.replace("steps: 200", "steps: 25").replace("confirm: {seeds: 2, steps: 400}", off)
     assert short.count("25") == 1 and "confirm: null" in short
     study.write_text(short)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -44,6 +44,8 @@ def _own_files(task: type, import_path: str | None) -> dict[str, Path]:
         file: Any = getattr(module, "__file__", None)
         if not file or not file.endswith(".py") or name.split(".")[0] == "tune_ssim" or name == "__main__":
             continue
+        if not Path(file).is_absolute():
+            continue  # torch.classes calls itself "_classes.py", which would be a file of the folder that we happen to run in
         path = Path(file).resolve()
         inside = root is not None and path.is_relative_to(root) and "site-packages" not in path.parts
         if inside or name.split(".")[0] == top:

@@ -38,8 +38,8 @@ class TrialCallback(Callback):
     samples: given the module, images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a `tune_ssim.Sample`; called
     at the steps of the study's smoke test, in eval() mode and without gradients.
 
-    With several micro-batches a step, `loss` is their mean. With several optimisers in a batch, the norms add in squares. Not
-    for trainings whose gradients are sharded (FSDP, DeepSpeed): a rank would see its own part of the norm."""
+    With several micro-batches a step, `loss` is their mean. With several optimisers in a batch, the norms add in squares. Gradients
+    may be sharded (FSDP2, see `probes.total_norm`); those of FSDP1 and DeepSpeed are not seen whole."""
 
     def __init__(self, trial: TrialContext, samples: MakeSamples | None = None) -> None:
         self.reporting = Reporting(trial, samples)

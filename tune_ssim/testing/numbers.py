@@ -72,6 +72,11 @@ def check_held_out(found: Any) -> Iterator[Finding]:
     if not isinstance(found, Mapping):
         return
     yield from _check_names("evaluate", found, ("ssim", "psnr"), HELD_OUT_ALIASES)
+    for name in ("ssim", "psnr"):
+        if (value := _number(found.get(name))) is not None and math.isnan(value):
+            yield Finding(
+                f"evaluate/{name}", "broken", f"{name} is NaN before the training", "look at sample(): are the weights loaded?"
+            )
     ssim, psnr = _number(found.get("ssim")), _number(found.get("psnr"))
     if ssim is not None and math.isfinite(ssim) and not -1 <= ssim <= 1:
         yield Finding(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -389,7 +389,8 @@ def _follows(off: Numbers, on: Numbers) -> bool:
 def _weights(subject: Subject, task: Any) -> dict[str, torch.Tensor]:
     """What must stay where it is: the parameters if the task shows them, else what inference makes of them."""
     if hasattr(task, "trainable_parameters"):
-        listed = list(subject.call(task, "trainable_parameters"))
+        found = subject.call(task, "trainable_parameters")
+        listed = list(found) if isinstance(found, Iterable) else []
         return {f"parameter {i}": p.detach().clone() for i, p in enumerate(listed) if isinstance(p, torch.Tensor)}
     if "sample" in subject.broken_methods:
         return {}
