@@ -143,9 +143,9 @@ class _Parser:
         for key, value in self.given.items():
             if key not in declared:
                 what = did_you_mean(key, declared) if declared else "; it has none"
-                raise UserError(f"{self.source.label}: the rule pack has no option {shown(key)}{what}")
+                raise UserError(f"rule pack {Path(self.source.label).stem}: no option {shown(key)}{what}")
             if not _is_number(value):
-                raise UserError(f"{self.source.label}: option {key}: must be a number, got {kind_of(value)}")
+                raise UserError(f"rule pack {Path(self.source.label).stem}: option {key}: must be a number, got {kind_of(value)}")
             self.options[key] = value
 
     def branches(self, data: Any) -> Iterator[Branch]:

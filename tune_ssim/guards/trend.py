@@ -20,7 +20,7 @@ SQUARES = sum(place * place for place in PLACES)
 SCALES = 4  # windows of 1, 2, 4 and 8 times the length: how far back is looked where the noise hides the trend
 LOOK = 4  # a window is judged when so many of its blocks are new
 BUFFER = 25  # values kept of a block before they are summed up
-# Deviates of a normal distribution. Windows overlap and are judged at every block, so these are stricter than for one test;
+# Deviates of a normal distribution. Windows overlap and are judged again and again, so these are stricter than for one test;
 # what they give on healthy noise of several kinds, and how soon a real trend is seen, is measured in tests/test_trend.py.
 CERTAIN_RISE = 4.0
 CERTAIN_FALL = 2.3
@@ -131,7 +131,8 @@ class Trend(InPlace):
         """Judges the window of a scale; False: its noise does not tell."""
         levels = state["scales"][scale]["levels"]
         line = Line.through(levels)
-        if line.rise + line.doubt(CERTAIN_FALL) < 0:
+        # What holds is not given up for one lucky window.
+        if line.rise + line.doubt(CERTAIN_STALL if state["holds"] else CERTAIN_FALL) < 0:
             state["holds"] = False
             return True
         least = self.by * 2**scale * abs(line.middle)
