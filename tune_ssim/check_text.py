@@ -48,14 +48,15 @@ def alert_words(alert: Alert, ascii_only: bool = False) -> RenderableType:
     violation = alert.violation
     style = STYLES[violation.action]
     head = Text.assemble((f"step {violation.step}", "bold"), "  ", (violation.action, style), "  ", violation.sentence)
-    lines = [
-        Text(f"{name:<13}{text}") for name, text in (("likely cause", violation.cause), ("try first", violation.remedy)) if text
-    ]
-    where = violation.guard if not alert.source else f"{violation.guard} ({alert.source})"
     again = f"; {alert.times - 1} times more, last at step {alert.last_step}" if alert.times > 1 else ""
-    after = "; after the live trial would have ended" if alert.after_end else ""
-    lines.append(Text(f"{'rule':<13}{where}{again}{after}", "dim"))
-    return Group(_plain(head, ascii_only), *(Padding(_plain(line, ascii_only), (0, 0, 0, 4)) for line in lines), "")
+    after = "; after the end of a live trial" if alert.after_end else ""
+    source = f" ({alert.source})" if alert.source else ""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, text in (("likely cause", violation.cause), ("try first", violation.remedy)):
+        if text:
+            table.add_row(Text(name, "dim"), _plain(Text(text), ascii_only))
+    table.add_row(Text("rule", "dim"), _plain(Text(f"{violation.guard}{source}{again}{after}", "dim"), ascii_only))
+    return Group(_plain(head, ascii_only), Padding(table, (0, 0, 1, 2)))
 
 
 def _plain(text: Text, ascii_only: bool) -> Text:

@@ -230,7 +230,7 @@ class _Parser:
         before = len(self.problems)
         self.problems.unknown_keys(loc, data, ALL_CONDITION_KEYS)
         kind = "trend" if "trend" in data else data.get("of", "value")
-        if kind not in CONDITION_KEYS:
+        if not isinstance(kind, str) or kind not in CONDITION_KEYS:
             self.problems.add((*loc, "of"), f"must be first or epoch mean, got {kind_of(kind)}")
             return None
         for key in data:
