@@ -1,4 +1,5 @@
-"""Replays a study's events into MLflow: a parent run a study, a child run a trial. The only file that imports mlflow.
+"""Replays a study's events into MLflow: a parent run a study, a child run a trial. Only this file and
+mlflow_source import mlflow.
 
 One mechanism serves the live mirror, the mirror made later (the server was down) and the resumed study: events are
 applied from the last acknowledged byte on, and applying one twice changes nothing, because

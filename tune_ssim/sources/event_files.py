@@ -22,6 +22,7 @@ from tune_ssim.sources.trouble import Trouble
 CHUNK_BYTES = 256 * 1024
 MAX_EVENT_BYTES = 64 * 1024 * 1024  # a longer event (pictures, a graph) is passed over unread
 HEADER, FOOTER = 12, 4  # bytes of a frame before and after its event
+NONZERO = re.compile(rb"[^\0]")
 FILE_NAME = re.compile(r"tfevents\.(\d+)")
 
 
@@ -91,8 +92,9 @@ class EventFiles:
             length = frame_length(data, at)
             if length is None:
                 found = next_frame(data, at + 1)
-                if found is None:  # a hole that may be filled yet, unless there is more behind it
-                    return at if at or len(data) == available else max(0, len(data) - HEADER + 1)
+                if found is None and (at or len(data) == available):
+                    return at  # a hole that may be filled yet
+                found = found or len(data) - HEADER + 1
                 self._skip(f"{found - at} bytes are no event")
                 at = found
                 continue
@@ -174,10 +176,15 @@ def frame_length(data: bytes, at: int) -> int | None:
 
 
 def next_frame(data: bytes, at: int) -> int | None:
-    for place in range(at, len(data) - HEADER + 1):
+    """Where the next frame begins, from `at` on."""
+    while at + HEADER <= len(data):
         # Real events are shorter than 4 GiB: cheaper to see than a checksum.
-        if data[place + 4 : place + 8] == b"\0\0\0\0" and frame_length(data, place) is not None:
-            return place
+        if data[at + 4 : at + 8] == b"\0\0\0\0":
+            if frame_length(data, at) is not None:
+                return at
+            nonzero = NONZERO.search(data, at)  # a hole may be long
+            at = max(at, nonzero.start() - 4 if nonzero else len(data))
+        at += 1
     return None
 
 

@@ -28,6 +28,7 @@ class JsonFile:
         self.path = path
         self._names = names
         self._rows = Rows(names)
+        self._rows.trouble.unit = "row"
         self._done = 0  # rows taken
         self._seen: list[int] = []  # device, inode, size and time of the version that was read last
         self._why_unread = ""

@@ -7,7 +7,7 @@ from typing import Any
 
 from tune_ssim.sources.steps import Steps
 from tune_ssim.sources.trouble import Trouble
-from tune_ssim.sources.values import MAX_STEP, Names, numbers_of, step_in
+from tune_ssim.sources.values import Names, numbers_of, step_in
 
 FLOAT = {float}
 
@@ -40,7 +40,7 @@ class Rows:
         if step is None or step == "":
             self.steps.add(None, values, line, text)
             return
-        whole = step if type(step) is int and 0 <= step <= MAX_STEP else step_in(step)
+        whole = step_in(step)
         if whole is None:
             self.trouble.skip(line, text, "its step is no whole number from 0 on")
         else:

@@ -15,6 +15,8 @@ from tune_ssim.sources.parser import LINE_FORMATS, LineParser
 from tune_ssim.sources.trouble import Trouble
 
 FORMATS = ("jsonl", "json", "csv", "tensorboard", "text")
+LOOKED_FIRST = 1024 * 1024  # bytes that tell a JSON document from lines
+PIECE = 16 * 1024
 LOOKED_AT = 8 * 1024 * 1024  # bytes of a log in which a first row is looked for: a large model may be printed first
 MLFLOW = ("mlflow:", "runs:/")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
@@ -96,7 +98,9 @@ def _kind(path: Path, format: str | None, names: Mapping[str, str] | None) -> st
             if format is None:
                 require_one_run(path)
             return "tensorboard"
-        start = _beginning(path, 1024 * 1024)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: neither a file nor a folder; feed what comes from a pipe to a LineParser")
+        start = _beginning(path, LOOKED_FIRST)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     for magic, name in COMPRESSED.items():
@@ -111,9 +115,12 @@ def _kind(path: Path, format: str | None, names: Mapping[str, str] | None) -> st
     if path.name == "trainer_state.json" or holds_document(start):
         return "json"
     looking = LineParser(names=names, file_name=path.name)
-    looking.feed(_beginning(path, LOOKED_AT))
-    if looking.format is None:
-        looking.finish()
+    data = start if len(start) < LOOKED_FIRST else _beginning(path, LOOKED_AT)
+    for begin in range(0, len(data), PIECE):
+        looking.feed(data[begin : begin + PIECE])
+        if looking.format is not None:
+            return "lines"
+    looking.finish()
     if looking.format is None:
         if not start.strip():
             return "unknown"
@@ -174,7 +181,7 @@ class NotThereYet:
             return "unknown"
         if is_event_file(start):
             return "tensorboard"
-        if self.path.name == "trainer_state.json" or holds_document(_beginning(self.path, 1024 * 1024)):
+        if self.path.name == "trainer_state.json" or holds_document(_beginning(self.path, LOOKED_FIRST)):
             return "json"
         return "lines"
 

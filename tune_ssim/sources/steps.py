@@ -7,13 +7,17 @@ from typing import Any
 
 from tune_ssim.records import Record
 from tune_ssim.sources.trouble import Trouble
+from tune_ssim.sources.values import MAX_STEP
 
+AHEAD = 8  # steps that wait until the others have reached them; one that was misread must not silence the rest
 UNNUMBERED = 10  # rows without a step that are waited for before they are numbered: a config may be printed first
 
 
 class Steps:
     """`add` rows, `take` records. The newest step is held back until a later one appears, since a trainer may log one
     step in several rows.
+
+    A step far ahead of those that follow (a number misread, a line of two writers) waits for them.
 
     A row of a step that was released already is passed over: the first value of a step stands, as it does when
     a study is mirrored. So lines that come twice change nothing; a run that goes on from an older checkpoint is
@@ -25,6 +29,7 @@ class Steps:
         self.last = -1  # newest step that was released
         self._step = -1  # held back
         self._values: dict[str, float] = {}
+        self._ahead: dict[int, dict[str, float]] = {}  # later steps that came before it
         self._released: list[Record] = []
         self._rows: int | None = None  # counted so far, of a log without steps; None: it has steps, or is not known yet
         self._has_steps = False
@@ -38,10 +43,14 @@ class Steps:
         elif step == self._step:
             self._values.update(values)
         elif step > self._step:
-            if self._step >= 0:
-                self._release()
-            else:
+            if self._step < 0:
                 self._knows_steps()
+            self._release(step)
+            if self._ahead and step in self._ahead:
+                values = {**self._ahead.pop(step), **values}
+            self._step, self._values = step, values
+        elif step > self.last and len(self._ahead) < AHEAD:
+            self._ahead[self._step] = self._values
             self._step, self._values = step, values
         elif step > self._heard_up_to:
             self.trouble.repeat(line, step, self._step)
@@ -55,8 +64,7 @@ class Steps:
         """The rest, with the step that was held back."""
         if self._waiting:
             self.number_rows()
-        if self._step > self.last:
-            self._release()
+        self._release(MAX_STEP + 1)
         return self.take()
 
     def number_rows(self) -> None:
@@ -71,14 +79,18 @@ class Steps:
 
     def begin_anew(self) -> None:
         """The log starts again from its beginning; its rows up to here are known."""
-        self._heard_up_to = self._step
+        self._heard_up_to = max(self._step, *self._ahead, self.last)
         if self._rows is not None:
             self._rows = 0
 
-    def _release(self) -> None:
-        if self._step > self.last:  # else it was released by finish()
+    def _release(self, before: int) -> None:
+        """The step held back, and those ahead of it that lie before a new one."""
+        if self._step > self.last:  # else there is none, or finish() has released it
             self._released.append(Record(self._step, self._values))
             self.last = self._step
+        for step in sorted(step for step in self._ahead if step < before) if self._ahead else ():
+            self._released.append(Record(step, self._ahead.pop(step)))
+            self._step = self.last = step
 
     def _without_step(self, values: dict[str, float], line: int, text: str) -> None:
         if self._rows is not None:
@@ -103,6 +115,7 @@ class Steps:
         return {
             "last": self.last,
             "held": [self._step, dict(self._values)],
+            "ahead": [[step, dict(values)] for step, values in self._ahead.items()],
             "rows": self._rows,
             "has_steps": self._has_steps,
             "waiting": [list(row) for row in self._waiting],
@@ -112,6 +125,7 @@ class Steps:
     def load_json(self, data: Mapping[str, Any]) -> None:
         self.last, (self._step, self._values) = data["last"], data["held"]
         self._values = dict(self._values)
+        self._ahead = {step: dict(values) for step, values in data["ahead"]}
         self._rows, self._has_steps = data["rows"], data["has_steps"]
         self._waiting = [(dict(values), line, text) for values, line, text in data["waiting"]]
         self._heard_up_to = data["heard_up_to"]

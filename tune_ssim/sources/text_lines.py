@@ -7,22 +7,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tune_ssim.errors import UserError
+from tune_ssim.sources.bounded_search import LINE_LIMIT_S, MAX_PATTERN_TEXT, SLOW_LINES, BoundedSearch
 from tune_ssim.sources.rows import Rows
 from tune_ssim.sources.values import Names, text_number
 
-# A pattern sees this many characters of a line: the time of a bad one may grow with a power of the length.
-MAX_PATTERN_TEXT = 10_000
+TOGETHER = 1000  # lines that are searched at once
 
 HOW_A_PATTERN_LOOKS = r"a regular expression with named groups, one of them `step`, e.g. 'step (?P<step>\d+) .*loss (?P<loss>\S+)'"
 
 # A line → (its step or None, its numbers by their names); None if it is no row.
 Reader = Callable[[str], "tuple[str | None, dict[str, float]] | None"]
 
-NUMBER = r"[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
+# Built so that no text needs more than a number of steps proportional to its length.
+NUMBER = r"[-+]?(?:\d{1,40}(?:\.\d{0,40})?(?:e[-+]?\d{1,9})?|\.\d{1,40}(?:e[-+]?\d{1,9})?|nan|inf(?:inity)?)"
 # `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A unit behind the number (`0.3s`) makes it something else.
 # In lower case.
 PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.])")
-DICT = re.compile(r"\{\s{0,8}['\"]\w.*\}$")
+DICT = re.compile(r"\{\s{0,8}['\"]\w")
 
 
 class PatternLines:
@@ -32,41 +33,52 @@ class PatternLines:
 
     def __init__(self, rows: Rows, patterns: Iterable[str]) -> None:
         self._rows = rows
-        self._patterns = [compiled(pattern) for pattern in patterns]
+        self._patterns = [BoundedSearch(compiled(pattern)) for pattern in patterns]
 
     def take(self, lines: list[str], number: int) -> None:
         """The lines `number`, `number` + 1, … of the log."""
-        lines = shortened(lines)
-        if len(self._patterns) == 1:
-            for at, found in enumerate(map(self._patterns[0].search, lines), number):
-                if found is not None:
-                    self._add(found, at)
-            return
-        for at, line in enumerate(lines, number):
-            for pattern in self._patterns:
-                found = pattern.search(line)
-                if found is not None:
-                    self._add(found, at)
+        for begin in range(0, len(lines), TOGETHER):
+            block = shortened(lines[begin : begin + TOGETHER])
+            found = [self._search(pattern, block, number + begin) for pattern in self._patterns]
+            for at, matches in enumerate(zip(*found, strict=True), number + begin):
+                for match in matches:
+                    if match is not None:
+                        self._add(match, at)
+
+    def _search(self, pattern: BoundedSearch, lines: list[str], number: int) -> list[re.Match[str] | None]:
+        if pattern.given_up:
+            return [None] * len(lines)
+        found = pattern.search(lines)
+        for at in pattern.slow:
+            self._rows.trouble.skip(number + at, lines[at], f"the pattern took more than {LINE_LIMIT_S:g} s")
+        if pattern.given_up:
+            self._rows.trouble.note(f"pattern {pattern.pattern.pattern!r} was given up after {SLOW_LINES} lines that took too long")
+        return found
 
     def _add(self, found: re.Match[str], number: int) -> None:
-        names = self._rows.names
-        step, values = None, {}
-        for name, text in found.groupdict().items():
+        names, texts = self._rows.names, found.groupdict()
+        step = texts.pop("step")
+        if step is None:
+            return
+        try:
+            values = {names[name]: float(text) for name, text in texts.items() if text is not None}
+        except ValueError:
+            values = self._odd_values(texts, found.string, number)
+        if values:
+            self._rows.add(step, names.rename(values) if names.given else values, number, found.string)
+
+    def _odd_values(self, texts: Mapping[str, str | None], line: str, number: int) -> dict[str, float]:
+        """Of groups that found more than a number."""
+        values = {}
+        for name, text in texts.items():
             if text is None:
                 continue
-            if name == "step":
-                step = text
-                continue
-            try:
-                values[names[name]] = float(text)
-            except ValueError:
-                value = text_number(text.strip(" ,;|%()[]{}'\""))
-                if value is None:
-                    self._rows.trouble.skip(number, found.string, f"group '{name}' found {text!r}, which is no number")
-                    continue
-                values[names[name]] = value
-        if step is not None and values:
-            self._rows.add(step, names.rename(values) if names.given else values, number, found.string)
+            value = text_number(text.strip(" ,;|%()[]{}'\""))
+            if value is None:
+                self._rows.trouble.skip(number, line, f"group '{name}' found {text!r}, which is no number")
+            else:
+                values[self._rows.names[name]] = value
+        return values
 
     def to_json(self) -> dict[str, Any]:
         return {}
@@ -141,7 +153,7 @@ def key_values(names: Names) -> Reader:
     def read(line: str) -> tuple[str | None, dict[str, float]] | None:
         lower = line.lower()
         found = step_of.search(lower) if any([mark in lower for mark in marks]) else None  # noqa: C419  (faster)
-        if found is None and not ("{" in line and DICT.search(line.rstrip())):
+        if found is None and not (line.rstrip().endswith("}") and DICT.search(line)):
             return None
         values = {name: float(text) for name, text in PAIR.findall(lower) if name not in is_step}
         return (found.group(1) if found else None, values) if values else None
