@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tune_ssim.curves import Array, Curve
+from tune_ssim.guards import Rule
 from tune_ssim.rules import Branch, RulePack
 
 Answer = Literal["yes", "no", "unknown"]
@@ -53,11 +54,22 @@ def series_of(branch: Branch) -> list[str | tuple[str, str]]:
     return [branch.loss, *branch.gradient, *coverage]
 
 
-def judge_branch(pack: RulePack, branch: Branch, curves: Mapping[Any, Curve]) -> BranchReport:
-    """`curves` by the keys of `series_of`; a metric that never appeared has none."""
+def judge_branch(
+    pack: RulePack, branch: Branch, curves: Mapping[Any, Curve], holding: Mapping[str, tuple[Rule, int]] | None = None
+) -> BranchReport:
+    """`curves` by the keys of `series_of`; a metric that never appeared has none. `holding`: rules of which what they look for
+    still holds at the end, by name, and since which step: one that is about the branch speaks against it."""
     expected = float(pack.options.get("ga") or 1)
-    findings = (_loss(branch, curves), _gradient(branch, curves), _coverage(branch, curves, expected))
-    return BranchReport(pack.name, branch.name, findings)
+    findings = [_loss(branch, curves), _gradient(branch, curves), _coverage(branch, curves, expected)]
+    about = {branch.loss, *branch.gradient, branch.has_grad, branch.trainable}
+    for name, (rule, step) in (holding or {}).items():
+        if name.startswith(f"{pack.name}/") and rule.about[0] in about:
+            subject = "loss" if branch.loss in rule.about else "coverage" if branch.has_grad in rule.about else "gradient"
+            index = ("loss", "gradient", "coverage").index(subject)
+            if findings[index].answer != "no":
+                words = f"{name.removeprefix(pack.name + '/')} holds since step {step}: {rule.sentence}"
+                findings[index] = Finding(subject, "no", words)
+    return BranchReport(pack.name, branch.name, tuple(findings))
 
 
 def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:

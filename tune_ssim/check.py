@@ -128,7 +128,13 @@ class Check:
         return said
 
     def report(self, log: str = "", notes: Iterable[str] = ()) -> Report:
-        branches = tuple(judge_branch(pack, branch, self.curves) for pack in self.packs for branch in pack.branches)
+        rules = [guard for guard in self.guards if isinstance(guard, Rule)]
+        holding = {
+            rule.name: (rule, self.alerts[rule.name][-1].last_step)
+            for rule in rules
+            if rule.name in self.alerts and rule.holds(self.watch.state_of(rule.name))
+        }
+        branches = tuple(judge_branch(pack, branch, self.curves, holding) for pack in self.packs for branch in pack.branches)
         alerts = sorted((alert for said in self.alerts.values() for alert in said), key=lambda alert: alert.violation.step)
         unknown = tuple(filter(None, map(self._unknown, self.guards)))
         cannot = {one.guard for one in unknown} - set(self.alerts)

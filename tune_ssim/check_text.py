@@ -18,6 +18,7 @@ STYLES = {
     "works": "green", "does not work": "bold red", "unknown": "yellow",
     "warn": "yellow", "probe": "cyan", "prune": "red", "abort": "bold magenta",
 }  # fmt: skip
+SHOWN = 6  # names of metrics in one line
 WHAT_THEY_MEAN = {
     "warn": "look at it",
     "probe": "live, the samples would be looked at at once",
@@ -45,19 +46,21 @@ def check_words(report: Report, ascii_only: bool = False, with_alerts: bool = Tr
 
 def alert_words(alert: Alert, ascii_only: bool = False) -> RenderableType:
     violation = alert.violation
-    head = Text.assemble(
-        f"step {violation.step}  ",
-        (violation.action, STYLES[violation.action]),
-        f"  {readable(violation.guard, ascii_only)}",
-    )
-    lines = [Text(readable(violation.sentence, ascii_only))]
-    if violation.cause:
-        lines.append(Text.assemble(("likely cause: ", "dim"), readable(violation.cause, ascii_only)))
-    if violation.remedy:
-        lines.append(Text.assemble(("try first:    ", "dim"), readable(violation.remedy, ascii_only)))
-    if alert.times > 1:
-        lines.append(Text(f"… and {alert.times - 1} times more, last at step {alert.last_step}", "dim"))
-    return Group(head, *(Padding(line, (0, 0, 0, 4)) for line in lines))
+    style = STYLES[violation.action]
+    head = Text.assemble((f"step {violation.step}", "bold"), "  ", (violation.action, style), "  ", violation.sentence)
+    again = f"; {alert.times - 1} times more, last at step {alert.last_step}" if alert.times > 1 else ""
+    after = "; after the end of a live trial" if alert.after_end else ""
+    source = f" ({alert.source})" if alert.source else ""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, text in (("likely cause", violation.cause), ("try first", violation.remedy)):
+        if text:
+            table.add_row(Text(name, "dim"), _plain(Text(text), ascii_only))
+    table.add_row(Text("rule", "dim"), _plain(Text(f"{violation.guard}{source}{again}{after}", "dim"), ascii_only))
+    return Group(_plain(head, ascii_only), Padding(table, (0, 0, 1, 2)))
+
+
+def _plain(text: Text, ascii_only: bool) -> Text:
+    return Text(readable(text.plain, True)) if ascii_only else text
 
 
 def _head(report: Report) -> str:
@@ -83,12 +86,16 @@ def _branches(branches: tuple[BranchReport, ...], ascii_only: bool) -> Table:
 
 
 def _unknown(report: Report) -> Iterator[str]:
-    """One line a reason, with the rules that it keeps from judging."""
-    reasons: dict[str, list[str]] = {}
+    """One line for each reason: metrics that are not there first, then what else keeps rules from judging."""
+    absent = [unknown for unknown in report.unknown if unknown.missing]
+    metrics = list(dict.fromkeys(metric for unknown in absent for metric in unknown.missing))
+    if absent:
+        more = f" and {len(metrics) - SHOWN} more" if len(metrics) > SHOWN else ""
+        rules = "a rule" if len(absent) == 1 else f"{len(absent)} rules"
+        yield f"unknown: no metric {', '.join(metrics[:SHOWN])}{more}, so {rules} could not judge"
     for unknown in report.unknown:
-        reasons.setdefault(unknown.reason, []).append(unknown.guard)
-    for reason, guards in reasons.items():
-        yield f"unknown: {reason} ({', '.join(guards)})"
+        if not unknown.missing:
+            yield f"unknown: {unknown.guard}: {unknown.reason}"
 
 
 def _verdict(report: Report) -> str:

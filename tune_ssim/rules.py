@@ -143,9 +143,9 @@ class _Parser:
         for key, value in self.given.items():
             if key not in declared:
                 what = did_you_mean(key, declared) if declared else "; it has none"
-                raise UserError(f"{self.source.label}: the rule pack has no option {shown(key)}{what}")
+                raise UserError(f"rule pack {Path(self.source.label).stem}: no option {shown(key)}{what}")
             if not _is_number(value):
-                raise UserError(f"{self.source.label}: option {key}: must be a number, got {kind_of(value)}")
+                raise UserError(f"rule pack {Path(self.source.label).stem}: option {key}: must be a number, got {kind_of(value)}")
             self.options[key] = value
 
     def branches(self, data: Any) -> Iterator[Branch]:
@@ -230,7 +230,7 @@ class _Parser:
         before = len(self.problems)
         self.problems.unknown_keys(loc, data, ALL_CONDITION_KEYS)
         kind = "trend" if "trend" in data else data.get("of", "value")
-        if kind not in CONDITION_KEYS:
+        if not isinstance(kind, str) or kind not in CONDITION_KEYS:
             self.problems.add((*loc, "of"), f"must be first or epoch mean, got {kind_of(kind)}")
             return None
         for key in data:

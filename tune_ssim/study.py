@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from tune_ssim.errors import UserError
 from tune_ssim.guards import Guard, KeepRule, NonFinite, NormRatio, SmokeTest, Threshold
+from tune_ssim.rules import RulePack, load_rules
 from tune_ssim.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Space, find_space, load_space, setting_problem
 from tune_ssim.study_folder import check_name
 from tune_ssim.tasks.command_spec import CommandSpec
@@ -198,6 +199,7 @@ class Study:
     search: Search = field(default_factory=Search)
     scheduler: Asha | None = None  # FACTS §6: a fifth of ASHA's best picks were not fully trained
     guards: Mapping[str, Guard] = field(default_factory=default_guards)  # by the guard's name; absent = off
+    rules: tuple[RulePack, ...] = ()  # further guards, as packs; none: not every training is one that a pack is about
     objective: Objective = field(default_factory=Objective)
     resources: Resources = field(default_factory=Resources)
     preflight: Preflight | None = field(default_factory=Preflight)  # None: off, and the proof says so
@@ -226,7 +228,7 @@ class Study:
 
     @property
     def guard_list(self) -> tuple[Guard, ...]:
-        return tuple(self.guards.values())
+        return (*self.guards.values(), *(rule for pack in self.rules for rule in pack.rules))
 
     @property
     def baseline_seeds(self) -> int:
@@ -265,6 +267,7 @@ class Study:
             "search": self.search.model_dump(),
             "scheduler": None if self.scheduler is None else {"asha": self.scheduler.model_dump()},
             "guards": guards,
+            "rules": [dict(pack.document) for pack in self.rules],
             "objective": {"maximize": self.objective.maximize, "keep": keep},
             "resources": self.resources.model_dump(),
             "preflight": None if self.preflight is None else self.preflight.model_dump(),
@@ -285,6 +288,8 @@ class Study:
     def sha256(self) -> str:
         """Of the content: the order of keys, the YAML's layout and where the user's code lies mean nothing."""
         content = {**self.to_dict(), "import_path": None}
+        if not self.rules:
+            del content["rules"]  # as before there were any
         return hashlib.sha256(json.dumps(_canonical(content), sort_keys=True).encode()).hexdigest()
 
 
@@ -294,7 +299,7 @@ _GUARDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "smoke_test": (SmokeTest, tuple(f.name for f in fields(SmokeTest))),
     "non_finite": (NonFinite, tuple(f.name for f in fields(NonFinite))),
 }
-_THRESHOLD = tuple(f.name for f in fields(Threshold))
+_THRESHOLD = ("metric", "lower", "upper", "patience", "action")  # a ratio, or a span of steps, is a rule
 
 
 def bundled_studies_folder() -> Path:
@@ -378,6 +383,7 @@ def _parse(source: Source, folder: Path) -> Study:
         found[key] = _section(problems, (key,), data.get(key) or {}, model)
     found["scheduler"] = _scheduler(problems, data.get("scheduler"), found["task_config"]["steps"])
     found["guards"] = _guards(problems, data.get("guards", {}))
+    found["rules"] = _rules(problems, source, folder)
     found["objective"] = _objective(problems, data.get("objective") or {})
     optional = {"tracking": Tracking, "preflight": Preflight, "calibration": CalibrationOptions, "confirm": Confirm}
     for key, section in optional.items():
@@ -503,6 +509,41 @@ def _guards(problems: Problems, value: Any) -> dict[str, Guard]:
         elif threshold is not None:
             guards[threshold.name] = threshold
     return guards
+
+
+def _rules(problems: Problems, source: Source, folder: Path) -> tuple[RulePack, ...]:
+    """Each a name, a path, or a pack written out; {pack: name, options: {...}} sets a pack's options."""
+    given = source.value.get("rules")
+    given = [] if given is None else given
+    if not isinstance(given, (list, tuple)):
+        problems.add(("rules",), f"must be a list of rule packs, got {kind_of(given)}")
+        return ()
+    packs: list[RulePack] = []
+    for index, entry in enumerate(given):
+        loc: Loc = ("rules", index)
+        try:
+            if isinstance(entry, Mapping) and "pack" in entry:
+                problems.unknown_keys(loc, entry, ("pack", "options"))
+                options = entry.get("options") or {}
+                if not isinstance(options, Mapping) or not isinstance(entry["pack"], str):
+                    problems.add(loc, "must be {pack: name or path, options: {name: number}}")
+                    continue
+                packs.append(load_rules(entry["pack"], options, relative_to=folder))
+            elif isinstance(entry, Mapping):
+                packs.append(load_rules(source.part("rules", index)))
+            elif isinstance(entry, str) and entry.strip():
+                packs.append(load_rules(entry, relative_to=folder))
+            else:
+                problems.add(loc, f"must be a name, a path or a mapping, got {kind_of(entry)}")
+        except UserError as error:
+            if isinstance(entry, Mapping) and "pack" not in entry:
+                problems.include(error)
+            else:
+                problems.add(loc, str(error), subject="")
+    names = [pack.name for pack in packs]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.add(("rules",), f"there are two rule packs named {name!r}")
+    return tuple(packs)
 
 
 def _objective(problems: Problems, value: Any) -> Objective | None:

@@ -71,7 +71,7 @@ class EpochMean(InPlace):
 
     def _label(self, record: Record) -> float | None:
         if self.steps_per_epoch is not None:
-            return max(record.step - 1, 0) // self.steps_per_epoch
+            return record.step // self.steps_per_epoch
         epoch = record.values.get(EPOCH)
         return None if epoch is None or not math.isfinite(epoch) else math.floor(epoch)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import mul, sub
+from operator import lt, mul, sub
 from typing import Literal, NamedTuple
 
 from tune_ssim.guards.condition import check_action, check_count
@@ -20,7 +20,7 @@ SQUARES = sum(place * place for place in PLACES)
 SCALES = 4  # windows of 1, 2, 4 and 8 times the length: how far back is looked where the noise hides the trend
 LOOK = 4  # a window is judged when so many of its blocks are new
 BUFFER = 25  # values kept of a block before they are summed up
-# Deviates of a normal distribution. Windows overlap and are judged at every block, so these are stricter than for one test;
+# Deviates of a normal distribution. Windows overlap and are judged again and again, so these are stricter than for one test;
 # what they give on healthy noise of several kinds, and how soon a real trend is seen, is measured in tests/test_trend.py.
 CERTAIN_RISE = 4.0
 CERTAIN_FALL = 2.3
@@ -36,9 +36,9 @@ class Trend(InPlace):
     straight line; its error is estimated from the scatter about it, with the correlation of neighbours (smoothed logs).
 
     rising: the line rises by more than `by` of the level and for certain, and each quarter of the window lies above the
-    one before. not falling: the line does not fall for certain, and a fall of `by` per `steps` can be excluded. Where the
-    noise hides a trend, windows of twice, four and eight times the length are judged in the same way. A metric that is
-    below `settled` of its highest level has done its falling: there a plateau is no finding.
+    one before; or every block does. not falling: the line does not fall for certain, and a fall of `by` per `steps` can be
+    excluded. Where the noise hides a trend, windows of twice, four and eight times the length are judged in the same way. A
+    metric that is below `settled` of its highest level has done its falling: there a plateau is no finding.
     """
 
     metric: str
@@ -96,7 +96,7 @@ class Trend(InPlace):
             state["start"], state["end"] = step, step + self.steps / BLOCKS
         elif step >= state["end"]:
             newest = values.pop()
-            level = (block[0] + len(values) * _centre(values)) / (block[1] + len(values))
+            level = (block[0] + (len(values) * _centre(values) if values else 0.0)) / (block[1] + len(values))
             self._judge(state, state["start"], level)
             state |= {"values": [newest], "block": [0.0, 0], "start": step, "end": step + self.steps / BLOCKS}
         if len(state["values"]) == BUFFER:
@@ -131,12 +131,13 @@ class Trend(InPlace):
         """Judges the window of a scale; False: its noise does not tell."""
         levels = state["scales"][scale]["levels"]
         line = Line.through(levels)
-        if line.rise + line.doubt(CERTAIN_FALL) < 0:
+        # What holds is not given up for one lucky window.
+        if line.rise + line.doubt(CERTAIN_STALL if state["holds"] else CERTAIN_FALL) < 0:
             state["holds"] = False
             return True
         least = self.by * 2**scale * abs(line.middle)
         if self.trend == "rising":
-            found = line.rise > least and line.rise > line.doubt(CERTAIN_RISE) and _climbs(levels)
+            found = line.rise > least and (_never_falls(levels) or (line.rise > line.doubt(CERTAIN_RISE) and _climbs(levels)))
         else:
             found = line.rise >= -least and line.rise - line.doubt(CERTAIN_STALL) >= -least
         if found:
@@ -208,6 +209,11 @@ def _climbs(levels: Sequence[float]) -> bool:
     """Each quarter lies above the one before."""
     quarter = BLOCKS // 4
     return all(a < b for a, b in pairwise(sum(levels[i : i + quarter]) for i in range(0, BLOCKS, quarter)))
+
+
+def _never_falls(levels: Sequence[float]) -> bool:
+    """But for one block. Then no noise has to be allowed for: of a curve that is no straight line the error is too large."""
+    return sum(map(lt, levels, levels[1:])) >= BLOCKS - 2
 
 
 def _centre(values: Sequence[float]) -> float:
