@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -105,7 +106,8 @@ class Check:
         self.records, self.first_step, self.last_step = 0, -1, -1
         branches = [key for pack in packs for branch in pack.branches for key in series_of(branch)]
         of_rules = [metric for guard in self.guards for metric in (guard.about if isinstance(guard, Rule) else guard.metrics)]
-        self._series = dict.fromkeys([LOSS, TOTAL_NORM, *branches, *of_rules])
+        self._series = [key for key in dict.fromkeys([LOSS, TOTAL_NORM, *branches, *of_rules]) if not str(key).endswith("/")]
+        self._metrics = list(dict.fromkeys(name for key in self._series for name in ([key] if isinstance(key, str) else key)))
         self._sources = {guard.name: guard.source for guard in self.guards if isinstance(guard, Rule)}
 
     def feed(self, records: Sequence[Record]) -> list[Alert]:
@@ -122,8 +124,7 @@ class Check:
             self.first_step = records[0].step
         self.records += len(records)
         self.last_step = records[-1].step
-        for key in self._series:
-            self._draw(key, records)
+        self._draw(records)
         return said
 
     def report(self, log: str = "", notes: Iterable[str] = ()) -> Report:
@@ -160,19 +161,22 @@ class Check:
             self.ended = next((violation for violation in violations if violation.action in ("prune", "abort")), None)
         return new
 
-    def _draw(self, key: Any, records: Sequence[Record]) -> None:
-        if isinstance(key, tuple):
-            above, below = key
-            both = [(r.step, r.values[above], r.values[below]) for r in records if above in r.values and below in r.values]
-            steps: Sequence[float] = [step for step, _, _ in both]
-            values = [a / b if b else float("nan") for _, a, b in both]
-        elif key.endswith("/"):
-            return
-        else:
-            steps = [r.step for r in records if key in r.values]
-            values = [r.values[key] for r in records if key in r.values]
-        if steps:
-            self.curves.setdefault(key, Curve()).add(steps, values)
+    def _draw(self, records: Sequence[Record]) -> None:
+        steps, rows = [record.step for record in records], [record.values for record in records]
+        columns: dict[str, tuple[list[int], list[float]]] = {}
+        for metric in self._metrics:
+            try:
+                columns[metric] = steps, [row[metric] for row in rows]
+            except KeyError:
+                there = [metric in row for row in rows]
+                columns[metric] = list(compress(steps, there)), [row[metric] for row in compress(rows, there)]
+        for key in self._series:
+            if isinstance(key, str):
+                where, values = columns[key]
+            else:
+                where, values = _quotient(columns[key[0]], columns[key[1]])
+            if where:
+                self.curves.setdefault(key, Curve()).add(where, values)
 
     def _unknown(self, guard: Guard) -> Unknown | None:
         about = guard.about if isinstance(guard, Rule) else guard.metrics
@@ -182,6 +186,16 @@ class Check:
         state = self.watch.state_of(guard.name)
         reason = guard.too_little(state) if isinstance(guard, Rule) else guard.unjudged(state)
         return None if reason is None else Unknown(guard.name, reason.removeprefix(f"guard '{guard.name}' "))
+
+
+def _quotient(above: tuple[list[int], list[float]], below: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
+    """Of the steps that have both."""
+    if above[0] is not below[0]:
+        other = dict(zip(*below, strict=True))
+        both = [(step, value, other[step]) for step, value in zip(*above, strict=True) if step in other]
+    else:
+        both = list(zip(*above, below[1], strict=True))
+    return [step for step, _, _ in both], [a / b if b else math.nan for _, a, b in both]
 
 
 def check_log(

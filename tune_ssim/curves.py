@@ -1,4 +1,4 @@
-"""Metrics of a log of any length as curves of bounded size: for a picture, and to tell whether something fell over the whole run."""
+"""Metrics of a log of any length as curves of bounded size: for a picture, and to see what fell over the whole run."""
 
 from __future__ import annotations
 

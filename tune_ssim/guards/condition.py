@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from tune_ssim.guards.guard import Guard, State
 from tune_ssim.guards.violation import ACTIONS, Violation
+from tune_ssim.records import Record
 
 
 class Condition(Guard, Protocol):
     """Its state has a key `holds`; it speaks when that turns true, and again only after it was false in between."""
 
+    def advance(self, state: State, record: Record) -> Violation | None:
+        """As `update`, in place."""
+        ...
+
     def finding(self, state: State) -> Violation:
         """What it says, or would say again, while `state["holds"]`."""
         ...
-
-
-ConditionType = TypeVar("ConditionType", bound=Condition)
 
 
 def check_band(lower: float, upper: float) -> None:

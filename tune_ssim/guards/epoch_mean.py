@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 from tune_ssim.guards.condition import band_words, check_action, check_band, check_count
-from tune_ssim.guards.guard import State
+from tune_ssim.guards.guard import InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import EPOCH, Record
 
 
 @dataclass(frozen=True)
-class EpochMean:
+class EpochMean(InPlace):
     """Fires when the mean of `metric` over an epoch is outside [`lower`, `upper`] (SEEDS D1). NaN counts as outside.
 
     Epochs are told apart by the metric `epoch` (2.7 lies in epoch 2) or, with `steps_per_epoch`, by counting steps. An
@@ -43,29 +43,31 @@ class EpochMean:
         return (self.metric,) if self.steps_per_epoch else (self.metric, EPOCH)
 
     def init(self) -> State:
-        return {
-            "number": 0, "label": None, "sum": 0.0, "count": 0, "length": 0,
-            "last_step": -1, "judged": None, "value": None, "holds": False,
-        }  # fmt: skip
-
-    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
         """`number` counts the epochs of the log, `label` is what the log calls the running one, `length` its predecessor's
         records; `judged` and `value` are of the latest epoch that was judged."""
+        return {
+            "number": 0, "label": None, "sum": 0.0, "count": 0, "length": 0,
+            "last_step": -1, "judged": 0, "value": None, "holds": False,
+        }  # fmt: skip
+
+    def advance(self, state: State, record: Record) -> Violation | None:
         value = record.values.get(self.metric)
         if value is None or record.step <= state["last_step"]:
-            return state, None
+            return None
         label = self._label(record)
         if label is None:
-            return state, None
-        before = state
+            return None
+        held = state["holds"]
         if label != state["label"]:
-            if state["label"] is not None and state["judged"] != state["number"]:
-                state = self._judged(state)  # it ended before it was as long as the one before
-            state = {**state, "number": state["number"] + 1, "label": label, "sum": 0.0, "count": 0, "length": state["count"]}
-        state = {**state, "sum": state["sum"] + value, "count": state["count"] + 1, "last_step": record.step}
+            if state["judged"] != state["number"]:
+                self._judge(state)  # it ended before it was as long as the one before
+            state |= {"number": state["number"] + 1, "label": label, "sum": 0.0, "count": 0, "length": state["count"]}
+        state["sum"] += value
+        state["count"] += 1
+        state["last_step"] = record.step
         if state["count"] == state["length"]:
-            state = self._judged(state)
-        return state, self.finding(state) if state["holds"] and not before["holds"] else None
+            self._judge(state)
+        return self.finding(state) if state["holds"] and not held else None
 
     def _label(self, record: Record) -> float | None:
         if self.steps_per_epoch is not None:
@@ -73,11 +75,10 @@ class EpochMean:
         epoch = record.values.get(EPOCH)
         return None if epoch is None or not math.isfinite(epoch) else math.floor(epoch)
 
-    def _judged(self, state: State) -> State:
+    def _judge(self, state: State) -> None:
         mean = state["sum"] / state["count"]
         about = self.epoch is None or self.epoch == state["number"]
-        holds = about and not self.lower <= mean <= self.upper
-        return {**state, "judged": state["number"], "value": mean, "holds": holds}
+        state |= {"judged": state["number"], "value": mean, "holds": about and not self.lower <= mean <= self.upper}
 
     def finding(self, state: State) -> Violation:
         value = state["value"]
@@ -86,7 +87,7 @@ class EpochMean:
         return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
 
     def unjudged(self, state: State) -> str | None:
-        if self.epoch is not None and state["judged"] is not None and state["judged"] >= self.epoch:
+        if self.epoch is not None and state["judged"] >= self.epoch:
             return None
         if self.epoch is None and state["judged"] == state["number"] > 0:
             return None

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 from tune_ssim.guards.condition import band_words, check_action, check_band
-from tune_ssim.guards.guard import State
+from tune_ssim.guards.guard import InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import Record
 
 
 @dataclass(frozen=True)
-class FirstValue:
+class FirstValue(InPlace):
     """Fires if the first record of `metric` has it outside [`lower`, `upper`], and never afterwards (SEEDS D2, D3)."""
 
     metric: str
@@ -35,14 +35,14 @@ class FirstValue:
     def init(self) -> State:
         return {"step": None, "value": None, "holds": False}
 
-    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+    def advance(self, state: State, record: Record) -> Violation | None:
         if state["step"] is not None:
-            return state, None
+            return None
         value = record.values.get(self.metric)
         if value is None:
-            return state, None
-        state = {"step": record.step, "value": value, "holds": not self.lower <= value <= self.upper}
-        return state, self.finding(state) if state["holds"] else None
+            return None
+        state |= {"step": record.step, "value": value, "holds": not self.lower <= value <= self.upper}
+        return self.finding(state) if state["holds"] else None
 
     def finding(self, state: State) -> Violation:
         value = state["value"]

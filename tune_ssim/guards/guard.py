@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol, TypeVar
 
 from tune_ssim.guards.violation import Violation
@@ -31,3 +32,15 @@ class Guard(Protocol):
     def unjudged(self, state: State) -> str | None:
         """Asked at the end: why the guard could not give a verdict although its metric was there, or None."""
         ...
+
+
+class InPlace:
+    """A guard that says how a state moves on in place: `update` is the same on a copy. A `Watch` owns its states, and a log of
+    millions of records is folded without a new dictionary for each record and guard."""
+
+    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+        state = copy.deepcopy(state)
+        return state, self.advance(state, record)
+
+    def advance(self, state: State, record: Record) -> Violation | None:
+        raise NotImplementedError

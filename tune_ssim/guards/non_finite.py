@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tune_ssim.guards.guard import State
+from tune_ssim.guards.guard import InPlace, State
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import LOSS, STEP_SKIPPED, TOTAL_NORM, Record
 
 
 @dataclass(frozen=True)
-class NonFinite:
+class NonFinite(InPlace):
     """Looks at every metric whose name begins with one of `prefixes`.
 
     A step that a GradScaler skipped is routine (fp16: the scale is being found) and is not judged,
@@ -34,23 +34,27 @@ class NonFinite:
     def init(self) -> State:
         return {"skipped": 0, "last_step": -1}
 
-    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
-        if record.values.get(STEP_SKIPPED):
+    def advance(self, state: State, record: Record) -> Violation | None:
+        values = record.values
+        if values.get(STEP_SKIPPED):
             if record.step <= state["last_step"]:
-                return state, None  # a step that is logged twice counts once
-            skipped = state["skipped"] + 1
-            state = {"skipped": skipped, "last_step": record.step}
-            if skipped <= self.max_skipped:
-                return state, None
-            norm = record.values.get(TOTAL_NORM, math.inf)
-            sentence = f"{skipped} steps in a row were skipped for a non-finite gradient: the training no longer moves"
-            return state, self._violation(record.step, TOTAL_NORM, norm, sentence)
-        if LOSS in record.values:
-            state = {"skipped": 0, "last_step": record.step}
-        for metric, value in sorted(record.values.items()):
+                return None  # a step that is logged twice counts once
+            state["skipped"] += 1
+            state["last_step"] = record.step
+            if state["skipped"] <= self.max_skipped:
+                return None
+            norm = values.get(TOTAL_NORM, math.inf)
+            sentence = f"{state['skipped']} steps in a row were skipped for a non-finite gradient: the training no longer moves"
+            return self._violation(record.step, TOTAL_NORM, norm, sentence)
+        if LOSS in values:
+            state["skipped"] = 0
+            state["last_step"] = record.step
+        if math.isfinite(sum(values.values())):  # then each of them is
+            return None
+        for metric, value in sorted(values.items()):
             if metric.startswith(self.prefixes) and not math.isfinite(value):
-                return state, self._violation(record.step, metric, value, f"{metric} is {value} at step {record.step}")
-        return state, None
+                return self._violation(record.step, metric, value, f"{metric} is {value} at step {record.step}")
+        return None
 
     def unjudged(self, state: State) -> str | None:
         return None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tune_ssim.guards.condition import Condition, check_action
-from tune_ssim.guards.guard import State
+from tune_ssim.guards.guard import InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import Record
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(InPlace):
     """Fires when all conditions of `when` have come to hold at once; again only after one of them did not in between."""
 
     name: str
@@ -40,17 +40,23 @@ class Rule:
     def init(self) -> State:
         return {"parts": [condition.init() for condition in self.when], "holds": False}
 
-    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+    def advance(self, state: State, record: Record) -> Violation | None:
         parts = state["parts"]
-        if len(parts) == 1:  # nearly all rules; a log of millions of records is folded through this line
-            part, found = self.when[0].update(parts[0], record)
-            if part is parts[0]:
-                return state, None
-            state = {"parts": [part], "holds": part["holds"]}
-            return state, None if found is None else self.finding(state)
-        parts = [condition.update(part, record)[0] for condition, part in zip(self.when, parts, strict=True)]
-        new = {"parts": parts, "holds": all(part["holds"] for part in parts)}
-        return new, self.finding(new) if new["holds"] and not state["holds"] else None
+        if len(parts) == 1:  # nearly all rules
+            found = self.when[0].advance(parts[0], record)
+            return None if found is None else self.finding(state)
+        holds = True
+        for condition, part in zip(self.when, parts):  # noqa: B905  (every record of a log of millions comes through here)
+            condition.advance(part, record)
+            holds = holds and part["holds"]
+        if holds == state["holds"]:
+            return None
+        state["holds"] = holds
+        return self.finding(state) if holds else None
+
+    def holds(self, state: State) -> bool:
+        """Whether all conditions hold now."""
+        return all(part["holds"] for part in state["parts"])
 
     def finding(self, state: State) -> Violation:
         found = [condition.finding(part) for condition, part in zip(self.when, state["parts"], strict=True)]

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 from tune_ssim.guards.condition import band_words, check_action, check_band, check_count
-from tune_ssim.guards.guard import State
+from tune_ssim.guards.guard import InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import Record
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(InPlace):
     """Fires after `patience` records in a row with `metric` outside [`lower`, `upper`]. NaN counts as outside.
 
     `over`: another metric of the same record; what is judged is their quotient. `steps`: the records in a row must also
@@ -46,24 +46,32 @@ class Threshold:
         return (self.metric,) if self.over is None else (self.metric, self.over)
 
     def init(self) -> State:
+        """`value` is of the latest record outside, `since` the step of the first of those in a row."""
         return {"outside": 0, "since": 0, "last_step": self.after - 1, "value": None, "holds": False}
 
-    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+    def advance(self, state: State, record: Record) -> Violation | None:
         value = record.values.get(self.metric)
         step = record.step
         if value is None or step <= state["last_step"]:
-            return state, None
+            return None
         if self.over is not None:
             below = record.values.get(self.over)
             if below is None:
-                return state, None
+                return None
             value = value / below if below else math.nan if not value else math.copysign(math.inf, value)
+        state["last_step"] = step
         if self.lower <= value <= self.upper:
-            return {"outside": 0, "since": 0, "last_step": step, "value": value, "holds": False}, None
-        outside, since = (state["outside"] + 1, state["since"]) if state["outside"] else (1, step)
-        holds = outside >= self.patience and step - since + 1 >= self.steps
-        new = {"outside": outside, "since": since, "last_step": step, "value": value, "holds": holds}
-        return new, self.finding(new) if holds and not state["holds"] else None
+            if state["outside"]:
+                state["outside"], state["holds"] = 0, False
+            return None
+        if not state["outside"]:
+            state["since"] = step
+        state["outside"] += 1
+        state["value"] = value
+        if state["holds"] or state["outside"] < self.patience or step - state["since"] + 1 < self.steps:
+            return None
+        state["holds"] = True
+        return self.finding(state)
 
     def finding(self, state: State) -> Violation:
         value = state["value"]

@@ -5,56 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
-from operator import mul
-from typing import Literal
+from operator import mul, sub
+from typing import Literal, NamedTuple
 
 from tune_ssim.guards.condition import check_action, check_count
-from tune_ssim.guards.guard import State
+from tune_ssim.guards.guard import InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import Record
 
 BLOCKS = 20  # of a window: enough to see how strong the noise is, few enough to judge at each
+PLACES = tuple(i - (BLOCKS - 1) / 2 for i in range(BLOCKS))  # of the blocks, about the middle of the window
+SQUARES = sum(place * place for place in PLACES)
 SCALES = 4  # windows of 1, 2, 4 and 8 times the length: how far back is looked where the noise hides the trend
-GROUP = 5  # neighbours whose median is taken first: two of five may be outliers
-BUFFER = 5 * GROUP  # values kept of a block before they are summed up
-# Standard deviations of a normal distribution. Windows overlap and are judged BLOCKS times each, so these are stricter than a single test's; what they give
-# on healthy noise of several kinds, and how soon they see a real trend, is measured in tests/test_trend.py.
+LOOK = 4  # a window is judged when so many of its blocks are new
+BUFFER = 25  # values kept of a block before they are summed up
+# Deviates of a normal distribution. Windows overlap and are judged at every block, so these are stricter than for one test;
+# what they give on healthy noise of several kinds, and how soon a real trend is seen, is measured in tests/test_trend.py.
 CERTAIN_RISE = 4.0
 CERTAIN_FALL = 2.3
 CERTAIN_STALL = 3.5
 
 
 @dataclass(frozen=True)
-class Change:
-    """Of a straight line through the levels of a window: from its first to its last, with the standard error."""
-
-    first: float
-    last: float
-    error: float
-    freedom: float  # degrees of freedom of the error: how many independent residuals it was estimated from
-
-    def doubt(self, certainty: float) -> float:
-        """How far the true change may be off: `error` times the quantile of Student's t that is as rare as the normal deviate
-        `certainty`, by the approximation of Wallace (1959); within 5 % of it from 10 degrees of freedom on."""
-        if not self.error:
-            return 0.0
-        df = self.freedom
-        power = (certainty * (8 * df + 1) / (8 * df + 3)) ** 2 / df
-        return self.error * math.sqrt(df * math.expm1(min(power, 50.0)))
-
-    @property
-    def total(self) -> float:
-        return self.last - self.first
-
-
-@dataclass(frozen=True)
-class Trend:
+class Trend(InPlace):
     """Fires when `metric` is "rising", or "not falling", over a window of at least `steps` training steps.
 
     A window is BLOCKS blocks of steps/BLOCKS steps, or of one record where the training logs less often, so it may span more
-    steps. A block counts as the mean of medians of five neighbours: single outliers do not matter. Through the blocks goes a
+    steps. A block counts as the mean of the middle half of its values: outliers do not matter. Through the blocks goes a
     straight line; its error is estimated from the scatter about it, with the correlation of neighbours (smoothed logs).
 
     rising: the line rises by more than `by` of the level and for certain, and each quarter of the window lies above the
@@ -90,72 +68,86 @@ class Trend:
         return (self.metric,)
 
     def init(self) -> State:
-        """`values` and `block` ([sum, count] of earlier ones) are of the running block, which began at `start`."""
-        scales = [{"levels": [], "starts": [], "half": None} for _ in range(SCALES)]
-        seen = {"scales": scales, "peak": None, "since": None, "first": None, "last": None}
-        return {"values": [], "block": [0.0, 0], "start": None, "last_step": self.after - 1, "seen": seen, "holds": False}
+        """`values` and `block` ([sum, count] of earlier ones) are of the running block, which began at `start` and ends before
+        `end`. `blocks` counts the finished ones. Each of `scales` has the latest BLOCKS of them, oldest first, twice as long
+        as those of the scale before. `since`, `first` and `last` are of the line that was found last."""
+        scales: list[dict[str, list[float]]] = [{"levels": [], "starts": []} for _ in range(SCALES)]
+        return {
+            "values": [], "block": [0.0, 0], "start": None, "end": -1, "last_step": self.after - 1, "holds": False,
+            "blocks": 0, "scales": scales, "peak": None, "since": None, "first": None, "last": None,
+        }  # fmt: skip
 
-    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+    def advance(self, state: State, record: Record) -> Violation | None:
         value = record.values.get(self.metric)
         step = record.step
         if value is None or step <= state["last_step"]:
-            return state, None
-        start, values, block, seen, holds = state["start"], state["values"], state["block"], state["seen"], state["holds"]
-        if start is None:
-            start = step
-        elif (step - start) * BLOCKS >= self.steps:  # the record is the first of a new block
+            return None
+        state["last_step"] = step
+        values = state["values"]
+        values.append(value if value == value else math.inf)  # NaN is as bad as a value can be, and has no place in an order
+        if step < state["end"] and len(values) < BUFFER:
+            return None
+        return self._close(state, step)
+
+    def _close(self, state: State, step: int) -> Violation | None:
+        """The block is full: of values that are kept, or of steps; then the newest value is the first of the next one."""
+        values, block, held = state["values"], state["block"], state["holds"]
+        if state["start"] is None:
+            state["start"], state["end"] = step, step + self.steps / BLOCKS
+        elif step >= state["end"]:
+            newest = values.pop()
             level = (block[0] + len(values) * _centre(values)) / (block[1] + len(values))
-            seen, holds = self._judged(seen, start, level, holds)
-            start, values, block = step, [], [0.0, 0]
-        elif len(values) == BUFFER:
-            values, block = [], [block[0] + BUFFER * _centre(values), block[1] + BUFFER]
-        new = {
-            "values": [*values, value if value == value else math.inf],
-            "block": block, "start": start, "last_step": step, "seen": seen, "holds": holds,
-        }  # fmt: skip
-        return new, self.finding(new) if holds and not state["holds"] else None
+            self._judge(state, state["start"], level)
+            state |= {"values": [newest], "block": [0.0, 0], "start": step, "end": step + self.steps / BLOCKS}
+        if len(state["values"]) == BUFFER:
+            state["block"] = [block[0] + BUFFER * _centre(values), block[1] + BUFFER]
+            state["values"] = []
+        return self.finding(state) if state["holds"] and not held else None
 
-    def _judged(self, seen: State, start: int, level: float, held: bool) -> tuple[State, bool]:
-        """One more block, and whether the trend holds: once it does, it does until the contrary is seen.
-
-        Each scale has the latest BLOCKS blocks, oldest first, twice as long as those of the scale before; `half` is the first
-        half of the next one. A longer window is asked only where the shorter ones cannot tell."""
-        peak = level if seen["peak"] is None else max(seen["peak"], level)
-        seen = {**seen, "scales": list(seen["scales"]), "peak": peak}
-        verdict: bool | None = None
-        for scale, old in enumerate(seen["scales"]):
-            levels, starts = [*old["levels"][1 - BLOCKS :], level], [*old["starts"][1 - BLOCKS :], start]
-            if verdict is None and len(levels) == BLOCKS and all(map(math.isfinite, levels)):
-                change = line_through(levels)
-                verdict = self._verdict(levels, change, 2**scale, peak)
-                if verdict is not None:
-                    seen |= {"since": starts[0], "first": change.first, "last": change.last}
-            half = old["half"]
-            seen["scales"][scale] = {"levels": levels, "starts": starts, "half": [start, level] if half is None else None}
-            if half is None:
-                break
-            start, level = half[0], (half[1] + level) / 2
+    def _judge(self, state: State, start: int, level: float) -> None:
+        """One more block: does the trend hold? Once it does, it does until the contrary is seen. A longer window is asked only
+        where the shorter ones cannot tell."""
         if not math.isfinite(level):
-            return {**seen, "since": start, "first": peak, "last": level}, True
-        return seen, held if verdict is None else verdict
+            state |= {"since": start, "first": state["peak"] or 0.0, "last": level, "holds": True}
+            return
+        if state["peak"] is None or level > state["peak"]:
+            state["peak"] = level
+        state["blocks"] = count = state["blocks"] + 1
+        undecided = True
+        for scale, kept in enumerate(state["scales"]):
+            levels, starts = kept["levels"], kept["starts"]
+            levels.append(level)
+            starts.append(start)
+            if len(levels) > BLOCKS:
+                del levels[0], starts[0]
+            if undecided and count % LOOK == 0 and len(levels) == BLOCKS:
+                undecided = not self._decide(state, scale)
+            if count % 2:
+                return
+            count //= 2
+            start, level = starts[-2], (levels[-2] + levels[-1]) / 2
 
-    def _verdict(self, levels: Sequence[float], change: Change, windows: int, peak: float) -> bool | None:
-        """Whether the trend holds over so many windows; None: the noise does not tell."""
-        if change.total + change.doubt(CERTAIN_FALL) < 0:
-            return False
-        least = self.by * windows * abs(sum(levels) / BLOCKS)
-        if self.trend == "not falling":
-            stalls = change.total - change.doubt(CERTAIN_STALL) >= -least
-            return levels[-1] >= self.settled * peak if stalls else None
-        quarter = BLOCKS // 4
-        quarters = [sum(levels[i : i + quarter]) for i in range(0, BLOCKS, quarter)]
-        rises = change.total > max(least, change.doubt(CERTAIN_RISE)) and all(a < b for a, b in pairwise(quarters))
-        return True if rises else None
+    def _decide(self, state: State, scale: int) -> bool:
+        """Judges the window of a scale; False: its noise does not tell."""
+        levels = state["scales"][scale]["levels"]
+        line = Line.through(levels)
+        if line.rise + line.doubt(CERTAIN_FALL) < 0:
+            state["holds"] = False
+            return True
+        least = self.by * 2**scale * abs(line.middle)
+        if self.trend == "rising":
+            found = line.rise > least and line.rise > line.doubt(CERTAIN_RISE) and _climbs(levels)
+        else:
+            found = line.rise >= -least and line.rise - line.doubt(CERTAIN_STALL) >= -least
+        if found:
+            holds = self.trend == "rising" or levels[-1] >= self.settled * state["peak"]
+            first, last = line.middle - line.rise / 2, line.middle + line.rise / 2
+            state |= {"since": state["scales"][scale]["starts"][0], "first": first, "last": last, "holds": holds}
+        return found
 
     def finding(self, state: State) -> Violation:
-        seen, end = state["seen"], state["last_step"]
-        first, last = seen["first"], seen["last"]
-        where = f"over steps {seen['since']}-{end}"
+        end, first, last = state["last_step"], state["first"], state["last"]
+        where = f"over steps {state['since']}-{end}"
         if not math.isfinite(last):
             sentence = f"{self.metric} is {last} {where}"
         elif self.trend == "rising":
@@ -165,48 +157,61 @@ class Trend:
         return Violation(self.name, end, self.metric, last, first, self.action, sentence)
 
     def unjudged(self, state: State) -> str | None:
-        if len(state["seen"]["scales"][0]["levels"]) < BLOCKS:
+        if len(state["scales"][0]["levels"]) < BLOCKS:
             begun = "" if not self.after else f" after step {self.after}"
             return f"a trend over {self.steps} steps needs {BLOCKS} records that span them{begun}; the log ends before"
         return None
 
 
-def line_through(levels: Sequence[float]) -> Change:
-    """The least-squares line through equally spaced levels, and the standard error of its change from end to end.
+class Line(NamedTuple):
+    """The least-squares line through BLOCKS equally spaced levels: its level in the `middle`, its `rise` from the first to the
+    last, the standard `error` of that, and the error's degrees of `freedom`."""
 
-    The error allows for noise in which neighbours are alike, as in a smoothed log: for residuals of an AR(1) process with
-    correlation ρ the variance of a mean or slope grows by (1+ρ)/(1-ρ). Of so few residuals the estimate of ρ is too low by
-    about (2+4ρ)/n for a fitted line (Marriott and Pope 1954), which is added back.
-    """
-    n = len(levels)
-    weights, squares = _weights(n)
-    mean = sum(levels) / n
-    slope = sum(map(mul, weights, levels)) / squares
-    residuals = [level - mean - slope * x for x, level in zip(weights, levels, strict=True)]
-    scatter = sum(map(mul, residuals, residuals))
-    half = slope * (n - 1) / 2
-    if scatter <= 1e-24 * n * mean * mean:  # rounding
-        return Change(mean - half, mean + half, 0.0, n - 2)
-    alike = sum(map(mul, residuals, residuals[1:])) / scatter
-    alike = min(max(alike + (2 + 4 * alike) / n, 0.0), 0.9)
-    fewer = (1 - alike) / (1 + alike)
-    variance = scatter / ((n - 2) * fewer * squares)
-    return Change(mean - half, mean + half, math.sqrt(variance) * (n - 1), max((n - 2) * fewer, 1.0))
+    middle: float
+    rise: float
+    error: float
+    freedom: float
+
+    @classmethod
+    def through(cls, levels: Sequence[float]) -> Line:
+        """The error allows for noise in which neighbours are alike, as in a smoothed log: for residuals of an AR(1) process with
+        correlation ρ the variance of a slope grows by (1+ρ)/(1-ρ), and as many fewer residuals count. Of so few the estimate
+        of ρ is too low, by about (2+4ρ)/n for a fitted line (Marriott and Pope 1954), which is added back."""
+        n = BLOCKS
+        first = levels[0]
+        above = [level - first for level in levels]
+        mean, slope = sum(above) / n, sum(map(mul, PLACES, above)) / SQUARES
+        squares = sum(map(mul, above, above))
+        scatter = squares - n * mean * mean - slope * slope * SQUARES  # of the residuals r
+        if scatter <= 1e-12 * squares:  # rounding, or as good as none
+            return cls(first + mean, slope * (n - 1), 0.0, n - 2)
+        # Σ r_i r_(i+1) from Σ (r_(i+1) - r_i)², which needs no residuals but the first and the last.
+        steps = list(map(sub, above[1:], above))
+        differences = sum(map(mul, steps, steps)) - 2 * slope * above[-1] + (n - 1) * slope * slope
+        ends = (mean + slope * PLACES[0]) ** 2 + (above[-1] - mean - slope * PLACES[-1]) ** 2
+        alike = (scatter - (ends + differences) / 2) / scatter
+        alike = min(max(alike + (2 + 4 * alike) / n, 0.0), 0.9)
+        freedom = max((n - 2) * (1 - alike) / (1 + alike), 1.0)
+        return cls(first + mean, slope * (n - 1), math.sqrt(scatter / (freedom * SQUARES)) * (n - 1), freedom)
+
+    def doubt(self, certainty: float) -> float:
+        """How far the true rise may be off: its error times the quantile of Student's t that is as rare as the normal deviate
+        `certainty`, by the approximation of Wallace (1959); within 5 % of it from 10 degrees of freedom on."""
+        if not self.error:
+            return 0.0
+        freedom = self.freedom
+        power = (certainty * (8 * freedom + 1) / (8 * freedom + 3)) ** 2 / freedom
+        return self.error * math.sqrt(freedom * math.expm1(min(power, 50.0)))
 
 
-@lru_cache(maxsize=64)
-def _weights(n: int) -> tuple[tuple[float, ...], float]:
-    """-(n-1)/2 … (n-1)/2 and the sum of their squares."""
-    weights = tuple(i - (n - 1) / 2 for i in range(n))
-    return weights, sum(map(mul, weights, weights))
+def _climbs(levels: Sequence[float]) -> bool:
+    """Each quarter lies above the one before."""
+    quarter = BLOCKS // 4
+    return all(a < b for a, b in pairwise(sum(levels[i : i + quarter]) for i in range(0, BLOCKS, quarter)))
 
 
 def _centre(values: Sequence[float]) -> float:
-    """The mean of medians of at least GROUP values (of all, where there are fewer)."""
-    groups = max(1, len(values) // GROUP)
-    return sum(_median(values[i::groups]) for i in range(groups)) / groups
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered, middle = sorted(values), len(values) // 2
-    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    """The mean of the middle half (of three, the median): what lies far out does not count."""
+    ordered, count = sorted(values), len(values)
+    cut = (count + 1) // 4
+    return sum(ordered[cut : count - cut]) / (count - 2 * cut)

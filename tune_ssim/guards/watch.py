@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from tune_ssim.guards.guard import Guard
+from tune_ssim.guards.guard import Guard, InPlace
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import Record
 
@@ -40,9 +41,7 @@ class Watch:
             raise ValueError(f"guards must have different names, got {names}")
         self._states = {guard.name: guard.init() for guard in self.guards}
         self._seen = {guard.name: not guard.metrics for guard in self.guards}
-        # What `update` needs at every record: a log of millions is folded at the speed of this loop.
-        self._folds = [(guard.name, guard.update) for guard in self.guards]
-        self._looked_at: frozenset[str] = frozenset()  # the names of the latest record that was searched for new ones
+        self._bind()
 
     def update(self, record: Record) -> list[Violation]:
         """What the guards say about a record, the gravest first. Raises MissingMetric when a guard's metric is absent
@@ -52,17 +51,16 @@ class Watch:
                 self._require(f"the first {GRACE_RECORDS} records")
             self._records += 1
             self._last_step = record.step
-        if not record.values.keys() <= self._looked_at:
+        if not self._found_all:
             self._remember(record)
-        states = self._states
-        violations: list[Violation] | None = None
-        for name, fold in self._folds:
-            states[name], violation = fold(states[name], record)
+        violations = []
+        for fold in self._folds:
+            violation = fold(record)
             if violation is not None:
-                violations = [violation] if violations is None else [*violations, violation]
-        if violations is None:
-            return []
-        return sorted(violations, key=lambda violation: SEVERITY.index(violation.action))
+                violations.append(violation)
+        if violations:
+            violations.sort(key=lambda violation: SEVERITY.index(violation.action))
+        return violations
 
     def fold(self, records: Iterable[Record]) -> list[Violation]:
         """Violations up to and with the first that ends the run; later records are not looked at."""
@@ -100,10 +98,25 @@ class Watch:
         state = copy.deepcopy(state)
         self._states, self._seen = state["states"], state["seen"]
         self._records, self._last_step, self._names = state["records"], state["last_step"], state["names"]
-        self._looked_at = frozenset()
+        self._bind()
+
+    def _bind(self) -> None:
+        """What `update` needs at every record: a log of millions is folded at the speed of that."""
+        self._looked_at: frozenset[str] = frozenset()  # names that were searched already
+        self._found_all = all(self._seen.values())  # from then on the names of metrics are of no use
+        self._folds: list[Callable[[Record], Violation | None]] = [
+            partial(guard.advance, self._states[guard.name]) if isinstance(guard, InPlace) else partial(self._replace, guard)
+            for guard in self.guards
+        ]
+
+    def _replace(self, guard: Guard, record: Record) -> Violation | None:
+        self._states[guard.name], violation = guard.update(self._states[guard.name], record)
+        return violation
 
     def _remember(self, record: Record) -> None:
         """The names of metrics: every one that a guard needs, and of the others as many as a message can show."""
+        if record.values.keys() <= self._looked_at:
+            return
         for name in sorted(set(record.values) - set(self._names)):
             absent = [m for guard in self.guards for m in guard.metrics if not _has(m, self._names)]
             if any(_has(metric, [name]) for metric in absent) or len(self._names) < SHOWN_NAMES:
@@ -111,6 +124,7 @@ class Watch:
         self._looked_at = frozenset(record.values).union(self._names)
         for guard in self.guards:
             self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
+        self._found_all = all(self._seen.values())
 
     def _require(self, where: str) -> None:
         for guard in self.guards:

@@ -38,9 +38,10 @@ class CsvRows:
                 continue
             fields = line.split(self._delimiter) if '"' not in line else split_fields(line, self._delimiter)
             if len(fields) != len(self._header):
-                if line.strip():
-                    reason = f"{len(fields)} fields, the header has {len(self._header)}"
-                    self._rows.trouble.skip(number, line, reason)
+                if self._is_new_header(fields):
+                    self._begin(fields)
+                elif line.strip():
+                    self._rows.trouble.skip(number, line, f"{len(fields)} fields, the header has {len(self._header)}")
                 continue
             try:
                 if self._plain and "" not in fields:
@@ -50,7 +51,7 @@ class CsvRows:
                 else:
                     values = {name: float(fields[k]) for k, name in self._names if fields[k]}
             except ValueError:
-                if is_header(fields) and set(self._header) & {field.strip() for field in fields}:
+                if self._is_new_header(fields):
                     self._begin(fields)
                     continue
                 values = self._odd_values(fields)
@@ -72,7 +73,10 @@ class CsvRows:
         self._names = [(k, names[name]) for k, name in columns if name not in names.given] + given
         ours = dict(self._names)
         plain = [ours.get(k, name) for k, name in enumerate(self._header)]
-        self._plain = plain if len({*plain}) == len(plain) else []
+        self._plain = plain if len({*plain} - {""}) == len(plain) else []
+
+    def _is_new_header(self, fields: Sequence[str]) -> bool:
+        return is_header(fields) and bool(set(self._header) & {field.strip() for field in fields})
 
     def _odd_values(self, fields: Sequence[str]) -> dict[str, float]:
         """Of a row with texts among its numbers; a decimal comma is read where commas do not part the fields."""

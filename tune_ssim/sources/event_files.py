@@ -19,7 +19,7 @@ from tune_ssim.sources.protobuf import scalars
 from tune_ssim.sources.rows import Rows
 from tune_ssim.sources.trouble import Trouble
 
-CHUNK_BYTES = 1024 * 1024
+CHUNK_BYTES = 256 * 1024
 MAX_EVENT_BYTES = 64 * 1024 * 1024  # a longer event (pictures, a graph) is passed over unread
 HEADER, FOOTER = 12, 4  # bytes of a frame before and after its event
 FILE_NAME = re.compile(r"tfevents\.(\d+)")

@@ -10,8 +10,13 @@ from tune_ssim.sources.rows import Rows
 
 TAG = "TUNE_SSIM {"  # what a training prints before its JSON, so that nothing else in its output is taken for a row
 
+TOGETHER = 256  # lines that are decoded at once: the decoder then makes each name once and not for every line
+
 # strict=False: a control character in a text is no reason to lose the numbers beside it.
 _decode: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder(strict=False))["scan_once"]  # (text, begin) → (value, end)
+
+
+_decode_strictly: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 
 
 class JsonLines:
@@ -25,18 +30,30 @@ class JsonLines:
 
     def take(self, lines: list[str], number: int) -> None:
         """The lines `number`, `number` + 1, … of the log."""
-        for number, line in enumerate(lines, number):  # noqa: B020
-            if self.tagged:
-                self._take_tagged(line, number)
-                continue
-            try:
-                row, end = _decode(line, 0)
-            except (StopIteration, ValueError, RecursionError):
-                row, end = None, 0
-            if type(row) is dict and end == len(line):
-                self._rows.add_object(row, number, line)
+        for begin in range(0, len(lines), TOGETHER):
+            block = lines[begin : begin + TOGETHER]
+            text = ",\n".join(block)
+            rows = None if self.tagged or "[" in text else objects(text, len(block))
+            if rows is None:
+                for at, line in enumerate(block, number + begin):
+                    self._take_line(line, at)
             else:
-                self._take_odd(line, number)
+                plain = "\\" not in text
+                for at, (row, line) in enumerate(zip(rows, block, strict=True), number + begin):
+                    self._rows.add_object(row, at, line, plain)
+
+    def _take_line(self, line: str, number: int) -> None:
+        if self.tagged:
+            self._take_tagged(line, number)
+            return
+        try:
+            row, end = _decode(line, 0)
+        except (StopIteration, ValueError, RecursionError):
+            row, end = None, 0
+        if type(row) is dict and end == len(line):
+            self._rows.add_object(row, number, line)
+        else:
+            self._take_odd(line, number)
 
     def _take_odd(self, line: str, number: int) -> None:
         """No JSON object from its first to its last character."""
@@ -45,7 +62,7 @@ class JsonLines:
             self._rows.trouble.forget()  # other output, as it turns out
             self._take_tagged(line, number)
         elif line.strip() != line:
-            self.take([line.strip()], number)
+            self._take_line(line.strip(), number)
         elif line:
             self._rows.trouble.skip(number, line, "no JSON object")
 
@@ -65,6 +82,19 @@ class JsonLines:
 
     def load_json(self, data: Mapping[str, Any]) -> None:
         self.tagged = data["tagged"]
+
+
+def objects(text: str, count: int) -> list[dict[str, Any]] | None:
+    """The objects of `count` lines that are joined by a comma and a newline; None if not every line is one object.
+
+    `text` must be free of "[". Then a line can only begin outside of any object (a string holds no raw newline, and in an
+    object no "{" follows a comma), so `count` objects are one a line."""
+    try:
+        rows, end = _decode_strictly(f"[{text}]", 0)
+    except (StopIteration, ValueError, RecursionError):
+        return None
+    whole = end == len(text) + 2 and len(rows) == count and all(type(row) is dict for row in rows)
+    return rows if whole else None
 
 
 def json_object(line: str) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from tune_ssim.records import Record
 from tune_ssim.sources.parser import LineParser
 from tune_ssim.sources.trouble import Trouble
 
-CHUNK_BYTES = 1024 * 1024
+CHUNK_BYTES = 256 * 1024  # the records of so much are held at a time
 TAIL_BYTES = 64  # read last, and looked at again before more is read: a file that was rewritten differs there
 
 WAS_REPLACED = "the log was replaced while it was read: steps that it repeats are passed over"
@@ -116,7 +116,7 @@ class LineFile:
     def state(self) -> dict[str, Any]:
         """An unfinished line is read again: it is not in the state."""
         held = self._parser.held_bytes
-        tail = self._tail[: len(self._tail) - held] if held else self._tail
+        tail = self._tail[: max(0, len(self._tail) - held)]
         return {
             "kind": "lines",
             "offset": self._offset - held,

@@ -45,7 +45,7 @@ class Lines:
         if not end:
             self._hold(data)
             return []
-        complete = bytes(self._part) + data[: end - 1]
+        complete = bytes(self._part) + data[:end]
         self._part.clear()
         self._hold(data[end:])
         return self._split(complete)
@@ -54,7 +54,7 @@ class Lines:
         """A last line that no newline ended."""
         part, self._skipping = bytes(self._part), False
         self._part.clear()
-        return self._split(part) if part else []
+        return self._split(part + b"\n") if part else []
 
     def begin_anew(self) -> None:
         """The next bytes are the beginning of a file; an unfinished line is lost."""
@@ -77,6 +77,7 @@ class Lines:
             self.too_long += 1
 
     def _split(self, data: bytes) -> list[str]:
+        """Of bytes that end with a line's end."""
         text = data.decode("utf-8", "replace")
         if self._at_start:
             text = text.lstrip("\ufeff")
@@ -87,4 +88,4 @@ class Lines:
             text = ANSI.sub("", text)
         if "\0" in text:
             text = text.replace("\0", "")
-        return text.split("\n")
+        return text[:-1].split("\n")

@@ -20,15 +20,16 @@ class Rows:
         self.names = Names(names)
         self.steps = Steps(self.trouble)
 
-    def add_object(self, row: dict[str, Any], line: int, text: str) -> None:
-        """A JSON object, which is used up, and the text that it was read from. One without numbers is no row."""
+    def add_object(self, row: dict[str, Any], line: int, text: str, plain: bool = False) -> None:
+        """A JSON object, which is used up, and the text that it was read from; `plain`: without escapes in it. An object
+        without numbers is no row."""
         step = None
         for key in self.names.steps:
             if key in row:
                 step = row.pop(key)
                 break
-        # The usual row is nothing but floats, and becomes the record's values as it is. "\\": an escape in a name.
-        values = row if set(map(type, row.values())) == FLOAT and "\\" not in text else numbers_of(row, self.names)
+        # The usual row is nothing but floats, and becomes the record's values as it is.
+        values = row if plain and set(map(type, row.values())) == FLOAT else numbers_of(row, self.names)
         if self.names.given:
             self.names.rename(values)
         if values:
