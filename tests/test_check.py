@@ -366,7 +366,8 @@ def test_follow_says_alerts_as_they_come_and_ends_with_ctrl_c(tmp_path: Path) ->
     lines = [json.dumps({"step": record.step, **record.values}) + "\n" for record in STREAM]
     process = subprocess.Popen(
         [sys.executable, "-m", "tune_ssim", "check", str(log), "--follow"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     assert process.stdout is not None
     try:

@@ -191,6 +191,27 @@ def test_killed_in_the_middle_and_resumed(tmp_path: Path) -> None:
     assert {trial["run_id"] for trial in json.loads(listed.stdout)} == {run.info.run_id for run in children}
 
 
+def test_a_baseline_from_the_log_of_an_earlier_run(done: StudyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No baseline is run; norms are compared unpaired, and the output says what the log cannot prove."""
+    runs = [event for event in done.events() if event["event"] == "records" and event["trial_id"] == "baseline-0"]
+    points = {step: values["total_norm"] for event in runs for step, values in event["records"] if "total_norm" in values}
+    log = tmp_path / "pixel.csv"
+    log.write_text("iter,grad_norm\n" + "".join(f"{step},{norm}\n" for step, norm in sorted(points.items())))
+    held_out = {"ssim": 0.9, "psnr": 20.0}
+    given = {"file": str(log), "names": {"grad_norm": "total_norm"}, "held_out": held_out}
+    study = small(name="logged", baseline={"log": given}, search={"trials": 2})
+    trials = run(study, storage=tmp_path).trials()
+    assert [(trial["trial_id"], trial["verdict"], trial["steps"]) for trial in trials] == [
+        ("trial-00", "pruned", 11),
+        ("trial-01", "safe", 40),
+    ]
+    assert "unpaired median" in trials[0]["reason"]
+    assert trials[1]["metrics"]["delta_ssim"] == pytest.approx(trials[1]["metrics"]["ssim"] - 0.9)
+    assert "Not known: its code, weights, data, seed and batches" in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(UserError, match="no total_norm in it, found grad_norm"):
+        run(small(name="unnamed", baseline={"log": str(log)}), storage=tmp_path)
+
+
 def test_a_dead_tracking_server_neither_stops_nor_fails_a_study(tmp_path: Path) -> None:
     study_file = tmp_path / "small.yaml"
     study_file.write_text(small(name="dead", search={"trials": 2}, tracking={"uri": "http://127.0.0.1:9"}).to_yaml())

@@ -42,6 +42,16 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class BaselineLog(_Section):
+    """The log of a pixel-loss run. names: theirs → ours; held_out: numbers measured after it, e.g. `{ssim: 0.91}`."""
+
+    file: Annotated[str, Field(min_length=1)]
+    format: str | None = None
+    pattern: str | list[str] | None = None
+    names: dict[str, str] = Field(default_factory=dict)
+    held_out: dict[str, float] = Field(default_factory=dict)
+
+
 class BaselineRuns(_Section):
     """The same training with the pixel loss only (note 000 §1): `overrides` of the task's configuration make it so."""
 
@@ -49,6 +59,7 @@ class BaselineRuns(_Section):
         default_factory=lambda: {"pixel_loss_weight": 0.05, "pixel_loss_max_t": 0.3}  # note 000 §1.2
     )
     seeds: Annotated[int, Field(ge=1)] = 2  # DESIGN: two side by side cost no extra wall time, and give the noise floor
+    log: BaselineLog | None = None  # of a run that is over, in place of runs in the search; the confirm phase has its own
 
 
 class Search(_Section):
@@ -232,7 +243,8 @@ class Study:
 
     @property
     def baseline_seeds(self) -> int:
-        return self.baseline.seeds
+        """Baseline runs of the search; none where their log is at hand."""
+        return self.baseline.seeds if self.baseline.log is None else 0
 
     @property
     def baseline_settings(self) -> dict[str, Any]:
@@ -262,7 +274,11 @@ class Study:
             "name": self.name,
             "task": self.task.model_dump() if isinstance(self.task, CommandSpec) else self.task,
             "task_config": dict(self.task_config),
-            "baseline": {**self.baseline.overrides, "seeds": self.baseline.seeds},
+            "baseline": {
+                **self.baseline.overrides,
+                "seeds": self.baseline.seeds,
+                "log": None if self.baseline.log is None else self.baseline.log.model_dump(),
+            },
             "space": self.space.to_yaml(),
             "search": self.search.model_dump(),
             "scheduler": None if self.scheduler is None else {"asha": self.scheduler.model_dump()},
@@ -378,7 +394,7 @@ def _parse(source: Source, folder: Path) -> Study:
     found["space"] = _space(problems, source, folder)
     found["task_config"] = {"steps": DEFAULT_STEPS, **_settings(problems, "task_config", data.get("task_config"))}
     found["task_config"] = _with_paths(found["task_config"], folder if source.lines else Path(), found["task"])
-    found["baseline"] = _baseline(problems, data, found["task"])
+    found["baseline"] = _baseline(problems, data, found["task"], folder)
     for key, model in (("search", Search), ("resources", Resources)):
         found[key] = _section(problems, (key,), data.get(key) or {}, model)
     found["scheduler"] = _scheduler(problems, data.get("scheduler"), found["task_config"]["steps"])
@@ -453,7 +469,7 @@ def _with_paths(config: dict[str, Any], folder: Path, task: Any) -> dict[str, An
     return {key: absolute(key, value) for key, value in config.items()}
 
 
-def _baseline(problems: Problems, data: Mapping[str, Any], task: Any) -> BaselineRuns | None:
+def _baseline(problems: Problems, data: Mapping[str, Any], task: Any, folder: Path | None) -> BaselineRuns | None:
     if "baseline" not in data:
         usual = BaselineRuns()
         if not isinstance(task, CommandSpec):
@@ -465,10 +481,16 @@ def _baseline(problems: Problems, data: Mapping[str, Any], task: Any) -> Baselin
         problems.add(("baseline",), "every verdict compares with a baseline; leave the key out for the pixel loss only")
         return None
     overrides = _settings(problems, "baseline", data["baseline"])
-    if "log" in overrides:
-        problems.add(("baseline", "log"), "a baseline from a log is not available yet", subject="baseline")
-        return None
     given = {"seeds": overrides.pop("seeds")} if "seeds" in overrides else {}
+    if overrides.get("log") is None:
+        overrides.pop("log", None)
+    else:
+        log = overrides.pop("log")
+        log = {"file": log} if isinstance(log, str) else log
+        if isinstance(log, Mapping) and isinstance(log.get("file"), str) and log["file"] and folder is not None:
+            log = {**log, "file": str((folder / Path(log["file"]).expanduser()).absolute())}
+        read = _section(problems, ("baseline", "log"), log, BaselineLog)
+        given["log"] = None if read is None else read.model_dump()
     return _section(problems, ("baseline",), {**given, "overrides": overrides}, BaselineRuns)
 
 

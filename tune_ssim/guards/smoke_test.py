@@ -17,7 +17,9 @@ JUDGED = frozenset({"non_finite_fraction", "reference_psnr", "consistency_psnr",
 
 NO_CORRELATION = 0.1  # of a start with less the correlation tells nothing: the images are flatter than the input's noise
 
-RECOGNISABLE_DB = 30.0  # PSNR against the truth that is no collapse, however good the start was: bicubic has 30.6 (FACTS §2)
+RECOGNISABLE_DB = (
+    30.0  # PSNR against the truth, or the input, that is no collapse, however good the start was: bicubic has 30.6 (FACTS §2)
+)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class SmokeTest:
         """(statistic, limit, whether the limit is a floor, sentence)."""
         # One such pixel makes every other statistic NaN, so it is said first.
         yield "non_finite_fraction", 0.0, False, "{value:.1%} of the sampled pixels are not finite"
-        floor_db = _from_start(start, "consistency_psnr", lambda db: db - self.max_consistency_drop_db)
+        floor_db = _from_start(start, "consistency_psnr", lambda db: min(db - self.max_consistency_drop_db, RECOGNISABLE_DB))
         yield "consistency_psnr", floor_db, True, "agreement with the input {value:.1f} dB (floor {limit:.1f} dB)"
         truth_db = _from_start(start, "reference_psnr", lambda db: min(db - self.max_reference_drop_db, RECOGNISABLE_DB))
         yield "reference_psnr", truth_db, True, "agreement with the ground truth {value:.1f} dB (floor {limit:.1f} dB)"

@@ -77,7 +77,7 @@ class ConfirmSearch(Searcher):
 def confirm_seeds(study: Study) -> list[int]:
     """Seeds that neither the search nor its baselines have seen."""
     assert study.confirm is not None
-    first = study.search.seed + study.baseline_seeds
+    first = study.search.seed + max(1, study.baseline_seeds)
     return [first + index for index in range(study.confirm.seeds)]
 
 

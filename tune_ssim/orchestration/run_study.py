@@ -21,6 +21,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from tune_ssim.atomic_file import write_atomically
+from tune_ssim.baseline_log import baseline_of_log, describe
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, Guard
 from tune_ssim.orchestration.before_launch import before_launch, inspect, norm_model
@@ -354,9 +355,14 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         inner = GuardedOptunaSearch(stage, n_latin=n_latin, **search)
     seeds = [study.search.seed + index for index in range(study.baseline_seeds)]
     past = _past(folder, study.steps, study.objective.maximize)
-    baseline = _past_baseline(folder, [f"baseline-{index}" for index in range(len(seeds))], past)
+    log = study.baseline.log
+    if log is None:
+        baseline = _past_baseline(folder, [f"baseline-{index}" for index in range(len(seeds))], past)
+    else:
+        baseline, seeds = baseline_of_log(log.file, **log.model_dump(exclude={"file"})), [study.search.seed]
+        table.say(describe(baseline, log.file))
     past = {name: result for name, result in past.items() if result["role"] == "search" and baseline is not None}
-    table.ended = len(past) + (0 if baseline is None else len(seeds))
+    table.ended = len(past) + (0 if baseline is None else study.baseline_seeds)
     _fit(
         study,
         folder,
