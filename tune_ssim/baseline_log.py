@@ -46,7 +46,5 @@ def describe(baseline: Baseline, path: str) -> str:
     run = baseline.runs[0]
     steps = sorted(run.series[TOTAL_NORM])
     held_out = ", ".join(f"{name} {value:.4g}" for name, value in sorted(run.evaluation.items()))
-    return (
-        f"baseline from {path}: {TOTAL_NORM} at {len(steps)} steps from {steps[0]} to {steps[-1]}; held out: {held_out or 'nothing'}. "
-        f"Not known: {UNKNOWN}, so norms are compared unpaired"
-    )
+    found = f"{TOTAL_NORM} at {len(steps)} steps from {steps[0]} to {steps[-1]}; held out: {held_out or 'nothing'}"
+    return f"baseline from {path}: {found}. Not known: {UNKNOWN}, so norms are compared unpaired"
