@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from small_studies import SMALL
 
 from tune_ssim.errors import UserError
-from tune_ssim.orchestration.run_study import run
+from tune_ssim.orchestration.run_study import _spread, run
 from tune_ssim.orchestration.workers import together
 from tune_ssim.study import Study, load_study
 
@@ -61,6 +61,25 @@ def test_two_workers_give_the_verdict_of_one_and_a_dead_one_is_replaced(tmp_path
     assert found[1] == found[2]
     assert found[2]["trial-00"][0] == "pruned" and found[2]["trial-01"][0] == "safe"
     assert (tmp_path / "died").exists()
+
+
+@pytest.mark.parametrize(
+    ("room", "parts", "fits"),
+    [([2, 2], 2, 2), ([4], 2, 0), ([1, 3], 2, 1), ([1, 1, 1], 2, 1), ([2, 1, 1], 2, 2), ([], 2, 0), ([9, 1, 1], 3, 1)],
+)
+def test_trials_that_fit_on_different_nodes(room: list[int], parts: int, fits: int) -> None:
+    assert _spread(room, parts) == fits
+
+
+def test_what_no_node_can_hold_is_said_at_once(tmp_path: Path) -> None:
+    for resources, says in (
+        ({"workers": 2, "cpus": 3}, "each of a trial's 2 workers needs 3 CPUs and 0 GPUs; the cluster's nodes have 2 CPUs"),
+        ({"workers": 5}, "each of a trial's 5 workers needs 1 CPUs"),
+    ):
+        with pytest.raises(UserError, match=says):
+            run(small(task="ranked_task:RankedTask", resources=resources), storage=tmp_path)
+    with pytest.raises(UserError, match="on each of 3 nodes, needs 1 CPUs"):
+        run(commands(tmp_path, resources={"nodes": 3}), storage=tmp_path)
 
 
 def test_metrics_of_ranks_become_one() -> None:

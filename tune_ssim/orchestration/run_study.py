@@ -47,6 +47,7 @@ SEARCH, CONFIRM = "run", "confirm"  # phases that are Ray experiments, by their 
 DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; what is left over is mirrored later
 UNREACHED_TIMEOUT_S = 10.0  # the same, if it has not taken a single event during the study
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # trials side by side: contended threads are slower than one thread each
+UNLIMITED = 1000  # places where nothing is needed
 CONNECT_TIMEOUT_S = 5.0  # what Ray itself grants a single attempt
 PROCESS_FAILURES = 2  # a trial whose process died goes on from its checkpoint; exceptions of the training are verdicts
 
@@ -207,19 +208,35 @@ def _gpus(study: Study, cluster: dict[str, float]) -> float:
 
 
 def _concurrency(study: Study, cluster: dict[str, float]) -> int:
-    """Trials side by side; never more than the cluster can hold, so that none waits for ever."""
-    parts = study.resources.parts
-    cpus, gpus = parts * study.resources.cpus, parts * _gpus(study, cluster)
-    room = [cluster.get("CPU", 0.0) / cpus] if cpus else []
-    room += [cluster.get("GPU", 0.0) / gpus] if gpus else []
-    fits = int(min(room)) if room else 1
+    """Trials side by side; never more than the nodes can hold, so that none waits for ever."""
+    cpus, gpus, parts = study.resources.cpus, _gpus(study, cluster), study.resources.parts
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # How many parts of a trial fit on each node; what is left over on one is of no use to another.
+    room = [min(_times(node.get("CPU", 0.0), cpus), _times(node.get("GPU", 0.0), gpus)) for node in nodes]
+    if study.resources.nodes == 1:
+        fits = sum(room) // parts
+        what = "a trial" if parts == 1 else f"each of a trial's {parts} workers"
+    else:  # a part on each of several different nodes
+        fits = _spread(room, parts)
+        what = f"a trial, on each of {parts} nodes,"
     if fits < 1:
-        raise UserError(
-            f"resources: a trial needs {cpus:g} CPUs and {gpus:g} GPUs, "
-            f"the cluster has {cluster.get('CPU', 0):g} and {cluster.get('GPU', 0):g}"
-        )
+        have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise UserError(f"resources: {what} needs {cpus:g} CPUs and {gpus:g} GPUs; the cluster's nodes have {have}")
     wanted = study.search.concurrency
     return fits if wanted == "auto" else min(int(wanted), fits)
+
+
+def _times(there: float, needed: float) -> int:
+    return int(there / needed + 1e-6) if needed else UNLIMITED
+
+
+def _spread(room: Sequence[int], parts: int) -> int:
+    """How many trials can each have `parts` places on different nodes, of nodes with so many places: the largest n for which the
+    nodes have n * parts places, counting at most n of each."""
+    count = 0
+    while sum(min(places, count + 1) for places in room) >= (count + 1) * parts and count < UNLIMITED:
+        count += 1
+    return count
 
 
 def _begun(folder: StudyFolder, phase: str) -> bool:

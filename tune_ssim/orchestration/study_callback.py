@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from typing import Any
 
+import ray
 from ray.tune import Callback
 
 from tune_ssim.orchestration.events import EventWriter
@@ -16,6 +19,7 @@ from tune_ssim.space import resolve_settings
 from tune_ssim.study_folder import StudyFolder, TrialSummary
 from tune_ssim.tensor_file import Contents
 
+PENDING_S = 30.0  # the process of a trial has usually started by then
 PROCESS_DIED = "the trial's process died"  # such a trial has no result: a study that is resumed runs it again
 # Ray pickles callbacks and makes them again when a study is resumed; what they draw on cannot travel, so it is looked up.
 LIVE_TABLES: dict[str, LiveTable] = {}
@@ -27,6 +31,7 @@ class StudyCallback(Callback):
     def __init__(self, folder: StudyFolder, steps: int) -> None:
         self.folder, self.steps = folder, steps
         self.ended: set[str] = set()
+        self._pending: dict[str, float] = {}  # trial → since when it waits, by the monotonic clock; NaN: that was said
 
     @property
     def writer(self) -> EventWriter:
@@ -41,6 +46,15 @@ class StudyCallback(Callback):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.ended = state["ended"]
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Explains a trial that waits."""
+        for trial in trials:
+            name = _who(trial)[0] if trial.status == "PENDING" else ""
+            since = self._pending.setdefault(name, time.monotonic()) if name else math.nan
+            if name and time.monotonic() - since > PENDING_S and self.table:
+                self._pending[name] = math.nan
+                self.table.say(f"{name} waits: {_what_it_waits_for(trial)}")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name, context, config = _who(trial)
@@ -109,6 +123,18 @@ def quarantine(folder: StudyFolder, summary: TrialSummary) -> list[str]:
         if entered.entry is not None and entered.entry.id not in ids:
             ids.append(entered.entry.id)
     return ids
+
+
+def _what_it_waits_for(trial: Any) -> str:
+    bundles = trial.placement_group_factory.bundles
+    free = ray.available_resources()
+    needed = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
+    short = [kind for kind, count in needed.items() if count > free.get(kind, 0.0)]
+    if not short:
+        return f"its process is starting since {PENDING_S:g} s, or the free resources are on too many nodes"
+    return "it needs " + " and ".join(
+        f"{needed[kind]:g} {kind}s, {free.get(kind, 0.0):g} are free (others on this cluster have the rest)" for kind in short
+    )
 
 
 def _who(trial: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
