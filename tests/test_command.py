@@ -341,6 +341,7 @@ def test_templates() -> None:
         ({"command": ["x", "{checkpoint}"]}, "no setting 'checkpoint'"),
         ({"command": ["x"], "records": {"pattern": "bagel"}}, "the space varies ssim_loss_weight, but the command is not told"),
         ({"command": []}, "must not be empty"),
+        ({"command": ["{ssim_loss_weight}"], "records": {"pattern": "bagel"}}, "smoke_test: nothing makes samples"),
         ({"command": ["x"], "config_file": {"path": "a.toml"}}, "must end in .json or .yaml"),
         ({"command": ["x"], "smoke": {"command": ["y"], "tokens": "t"}}, "tokens and vocabulary_size belong together"),
     ],

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tune_ssim.study import load_study
+
 pytestmark = pytest.mark.timeout(1500)  # the first test runs the main job: five minutes on two quiet cores
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -60,6 +62,17 @@ def test_every_command_of_the_readme_is_known_here() -> None:
     assert len(LINES) == len(set(LINES)) >= 10
     verbs = {words[1] for line in LINES if (words := shlex.split(line))[0].endswith("tune-ssim")}
     assert verbs == {"trials", "export", "verify", "preflight", "calibrate", "spaces", "run", "quarantine", "ui", "mirror"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/own_training.md"])
+def test_every_study_that_is_shown_can_be_read(page: str, tmp_path: Path) -> None:
+    """A part of a study is read within a whole one."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        file = tmp_path / "study.yaml"
+        file.write_text(block if "name:" in block.splitlines()[0] else f"name: part\n{block}")
+        load_study(file)
 
 
 def test_the_study_shows_what_it_is_for(trials: list[dict[str, Any]]) -> None:

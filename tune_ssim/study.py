@@ -671,6 +671,11 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
     if isinstance(study.task, CommandSpec):
         for place, wrong in study.task.problems(_settings_of(study), _varied(study)):
             yield ("task", *place), wrong
+        if study.task.records is not None and study.task.smoke is None and SmokeTest.name in study.guards:
+            yield (
+                ("guards", "smoke_test"),
+                "nothing makes samples: give the task a `smoke: {command: [...]}`, or say smoke_test: null",
+            )
     elif not isinstance(study.task, str) or not (study.task in BUILT_IN_TASKS or _is_path(study.task)):
         guess = did_you_mean(study.task, BUILT_IN_TASKS) if isinstance(study.task, str) else ""
         yield ("task",), f"unknown task {shown(study.task)}{guess} (your own: my_pkg.train:MyTask, or a command)"

@@ -158,7 +158,8 @@ def load_task(task: str | type | Mapping[str, Any], import_path: str | None = No
         raise UserError(f"task {task!r}: no module {error.name!r} (looked in the study's folder and the environment)") from None
     found = getattr(module, class_name, None)
     if isinstance(found, FunctionType):  # a loop that reports through `trial_context`: a process of its own
-        place = {"PYTHONPATH": os.pathsep.join(filter(None, (import_path, os.environ.get("PYTHONPATH"))))}
+        paths = os.pathsep.join(filter(None, (import_path, os.environ.get("PYTHONPATH"))))
+        place = {"PYTHONPATH": paths.replace("{", "{{").replace("}", "}}")}
         return _command({"command": ["{python}", "-m", "tune_ssim.tasks.call_function", task], "environment": place}, import_path)
     if not isinstance(found, type):
         raise UserError(f"task {task!r}: module {module_name!r} has no class or function {class_name!r}")
