@@ -297,6 +297,28 @@ def test_without_steps_the_rows_are_numbered(log: str) -> None:
     assert parser.trouble.sentence() == "no step column: the rows are numbered from 1"
 
 
+def test_names_may_be_swapped_and_are_any_case_in_printed_lines() -> None:
+    assert parsed('{"step": 1, "a": 1, "b": 2}', names={"a": "b", "b": "a"}) == [Record(1, {"a": 2.0, "b": 1.0})]
+    assert parsed("Iter: 3, Loss=0.5, Grad=2\n", names={"Loss": "loss_flow"}) == [Record(3, {"loss_flow": 0.5, "grad": 2.0})]
+    assert parsed("Tick: 3, Loss=0.5\n", names={"Tick": "step"}) == [Record(3, {"loss": 0.5})]
+    assert parsed('{"Step": 3, "loss": 0.5}\n') == [Record(3, {"loss": 0.5})]
+
+
+@pytest.mark.parametrize(
+    ("log", "name"),
+    [
+        ('{"step": 900, "lr": 1}\nnoise\nTUNE_SSIM {"step": 1, "loss": 0.5}\n', "loss"),
+        ('step 900: lr=1\nTUNE_SSIM {"step": 1, "loss": 0.5}\n', "loss"),
+        ("Namespace(step: 900, lr=1)\n(step=0000001) Train Loss mse: 0.5, Train Steps/Sec: 2, \n", "loss_flow"),
+    ],
+)
+def test_a_surer_format_puts_a_guess_right(log: str, name: str) -> None:
+    parser = LineParser()
+    (record,) = parser.feed(log.encode()) + parser.finish()
+    assert (record.step, record.values[name]) == (1, 0.5)
+    assert parser.trouble.sentence() == ""
+
+
 def test_a_configuration_printed_first_is_no_row() -> None:
     parser = LineParser()
     assert parsed('{"lr": 0.1}\n{"step": 5, "loss": 1}\n{"runtime": 3}\n') == [Record(5, {"loss": 1.0})]

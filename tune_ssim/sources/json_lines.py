@@ -59,7 +59,7 @@ class JsonLines:
         """No JSON object from its first to its last character."""
         if TAG in line:
             self.tagged = True
-            self._rows.trouble.forget()  # other output, as it turns out
+            self._rows.forget()  # other output, as it turns out
             self._take_tagged(line, number)
         elif line.strip() != line:
             self._take_line(line.strip(), number)

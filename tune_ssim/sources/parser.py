@@ -138,7 +138,7 @@ class AnyLines:
         if not (isinstance(self._chosen, JsonLines) and self._chosen.tagged) and TAG in "\n".join(lines):
             tagged = next(k for k, line in enumerate(lines) if TAG in line)
             self._take_untagged(lines[:tagged], number)
-            self._rows.trouble.forget()
+            self._rows.forget()
             self._chosen = JsonLines(self._rows)
             self._chosen.tagged = True
             lines, number = lines[tagged:], number + tagged
