@@ -229,7 +229,7 @@ def test_arguments_that_cannot_be(tmp_path: Path, options: dict[str, Any], messa
     ("name", "data", "message"),
     [
         ("log.gz", b"\x1f\x8b\x08\0", "compressed (gzip); unpack it first"),
-        ("notes.txt", "first\nsecond, third\n", "begin 'first' 'second, third'; give a format"),
+        ("notes.txt", "first\nsecond, third\n", "beginning with 'first' 'second, third'; give a format"),
         ("notes.txt", "first\n", r"e.g. 'step (?P<step>\d+) .*loss (?P<loss>\S+)'"),
         ("config.json", '{"model": {"layers": "many"},\n "steps": "ten"}\n', "valid formats: jsonl, json, csv, tensorboard, text"),
     ],
@@ -478,12 +478,30 @@ def test_nothing_was_written(tmp_path: Path) -> None:
     assert "nothing was written there" in source.trouble.sentence()
 
 
+@pytest.mark.parametrize(
+    ("name", "first"), [("metrics.csv", "step,loss\n"), ("log.jsonl", '{"event": "start"}\n'), ("a.csv", "step,")]
+)
+def test_a_log_that_has_just_begun_is_known_by_its_name(tmp_path: Path, name: str, first: str) -> None:
+    path = write(tmp_path / name, first)
+    source = open_source(path)
+    assert source.read() == []
+    append(path, "loss\n" if name == "a.csv" else "")
+    append(path, '{"step": 1, "loss": 0.5}\n' if name == "log.jsonl" else "1,0.5\n")
+    assert source.finish() == [Record(1, {"loss": 0.5})]
+
+
+def test_a_short_log(tmp_path: Path) -> None:
+    source = open_source(tmp_path / "log")
+    write(tmp_path / "log", "step 1, a=2")
+    assert rest_of(source) == [Record(1, {"a": 2.0})]
+
+
 def test_a_log_without_rows_says_what_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "log"
     source = open_source(path)
     write(path, "loading\nOutOfMemory\n")
     assert rest_of(source) == []
-    assert "no row of a training in 2 lines, which begin 'loading' 'OutOfMemory'; give a format" in source.trouble.sentence()
+    assert "no row of a training in 2 lines, beginning with 'loading' 'OutOfMemory'; give a format" in source.trouble.sentence()
 
 
 def test_a_log_that_is_rewritten(tmp_path: Path) -> None:
