@@ -229,7 +229,7 @@ def test_arguments_that_cannot_be(tmp_path: Path, options: dict[str, Any], messa
     ("name", "data", "message"),
     [
         ("log.gz", b"\x1f\x8b\x08\0", "compressed (gzip); unpack it first"),
-        ("notes.txt", "first\nsecond, third\n", "begin 'first' 'second, third'; give a format"),
+        ("notes.txt", "first\nsecond, third\n", "beginning with 'first' 'second, third'; give a format"),
         ("notes.txt", "first\n", r"e.g. 'step (?P<step>\d+) .*loss (?P<loss>\S+)'"),
         ("config.json", '{"model": {"layers": "many"},\n "steps": "ten"}\n', "valid formats: jsonl, json, csv, tensorboard, text"),
     ],
@@ -297,6 +297,28 @@ def test_without_steps_the_rows_are_numbered(log: str) -> None:
     assert parser.trouble.sentence() == "no step column: the rows are numbered from 1"
 
 
+def test_names_may_be_swapped_and_are_any_case_in_printed_lines() -> None:
+    assert parsed('{"step": 1, "a": 1, "b": 2}', names={"a": "b", "b": "a"}) == [Record(1, {"a": 2.0, "b": 1.0})]
+    assert parsed("Iter: 3, Loss=0.5, Grad=2\n", names={"Loss": "loss_flow"}) == [Record(3, {"loss_flow": 0.5, "grad": 2.0})]
+    assert parsed("Tick: 3, Loss=0.5\n", names={"Tick": "step"}) == [Record(3, {"loss": 0.5})]
+    assert parsed('{"Step": 3, "loss": 0.5}\n') == [Record(3, {"loss": 0.5})]
+
+
+@pytest.mark.parametrize(
+    ("log", "name"),
+    [
+        ('{"step": 900, "lr": 1}\nnoise\nTUNE_SSIM {"step": 1, "loss": 0.5}\n', "loss"),
+        ('step 900: lr=1\nTUNE_SSIM {"step": 1, "loss": 0.5}\n', "loss"),
+        ("Namespace(step: 900, lr=1)\n(step=0000001) Train Loss mse: 0.5, Train Steps/Sec: 2, \n", "loss_flow"),
+    ],
+)
+def test_a_surer_format_puts_a_guess_right(log: str, name: str) -> None:
+    parser = LineParser()
+    (record,) = parser.feed(log.encode()) + parser.finish()
+    assert (record.step, record.values[name]) == (1, 0.5)
+    assert parser.trouble.sentence() == ""
+
+
 def test_a_configuration_printed_first_is_no_row() -> None:
     parser = LineParser()
     assert parsed('{"lr": 0.1}\n{"step": 5, "loss": 1}\n{"runtime": 3}\n') == [Record(5, {"loss": 1.0})]
@@ -309,9 +331,10 @@ def test_the_newest_step_is_held_back() -> None:
     assert parser.feed(b'{"step": 1, "loss": 1}\n{"step": 1, "val": 2}\n') == []
     assert parser.feed(b'{"step": 2, "loss": 3}\n') == [Record(1, {"loss": 1.0, "val": 2.0})]
     assert parser.feed(b'{"step": 1, "loss": 9}\n{"step": 2, "val": 4}\n') == []  # too late; not too late
-    assert parser.finish() == [Record(2, {"loss": 3.0, "val": 4.0})]
+    last = parser.finish()
     assert "line 4: step 1 after step 2" in parser.trouble.sentence()
-    assert parser.finish() == []
+    assert parser.feed(b'{"step": 2, "loss": 5}\n') + parser.finish() == []
+    assert last == [Record(2, {"loss": 3.0, "val": 4.0})]  # and stays so
 
 
 def test_a_restart_from_a_checkpoint_is_heard_again_once_it_is_past() -> None:
@@ -456,12 +479,30 @@ def test_nothing_was_written(tmp_path: Path) -> None:
     assert "nothing was written there" in source.trouble.sentence()
 
 
+@pytest.mark.parametrize(
+    ("name", "first"), [("metrics.csv", "step,loss\n"), ("log.jsonl", '{"event": "start"}\n'), ("a.csv", "step,")]
+)
+def test_a_log_that_has_just_begun_is_known_by_its_name(tmp_path: Path, name: str, first: str) -> None:
+    path = write(tmp_path / name, first)
+    source = open_source(path)
+    assert source.read() == []
+    append(path, "loss\n" if name == "a.csv" else "")
+    append(path, '{"step": 1, "loss": 0.5}\n' if name == "log.jsonl" else "1,0.5\n")
+    assert source.finish() == [Record(1, {"loss": 0.5})]
+
+
+def test_a_short_log(tmp_path: Path) -> None:
+    source = open_source(tmp_path / "log")
+    write(tmp_path / "log", "step 1, a=2")
+    assert rest_of(source) == [Record(1, {"a": 2.0})]
+
+
 def test_a_log_without_rows_says_what_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "log"
     source = open_source(path)
     write(path, "loading\nOutOfMemory\n")
     assert rest_of(source) == []
-    assert "no row of a training in 2 lines, which begin 'loading' 'OutOfMemory'; give a format" in source.trouble.sentence()
+    assert "no row of a training in 2 lines, beginning with 'loading' 'OutOfMemory'; give a format" in source.trouble.sentence()
 
 
 def test_a_log_that_is_rewritten(tmp_path: Path) -> None:
