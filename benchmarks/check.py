@@ -36,7 +36,11 @@ from tune_ssim.sources import open_source
 METRICS = ("loss_flow", "kl_raw", "dino_global", "dbg/grad_flow", "dbg/flow_has_grad", "dbg/flow_trainable", "z_init/var")
 FIVE = {
     "name": "five",
-    "branches": {"flow": {"loss": "loss_flow", "gradient": "dbg/grad_flow", "has_grad": "dbg/flow_has_grad", "trainable": "dbg/flow_trainable"}},
+    "branches": {
+        "flow": {
+            "loss": "loss_flow", "gradient": "dbg/grad_flow", "has_grad": "dbg/flow_has_grad", "trainable": "dbg/flow_trainable",
+        },
+    },
     "rules": {
         "coverage": {"when": {"metric": "dbg/flow_has_grad", "over": "dbg/flow_trainable", "off": 1, "by": 0.1, "steps": 100}},
         "flow_stuck": {
