@@ -9,8 +9,9 @@ Five trainings of the same model go step by step side by side, in changing order
   norm      total_norm alone          taps      GradientTaps alone
   note      note 002 §9: a hook on every parameter, each with .item(), every step; no update ratio
 
-A figure is the median over windows of 16 steps of the CPU time of a window over that of `plain` in the same window. CPU time, since
-other processes on a shared machine disturb wall time by more than what is measured; wall time is recorded beside it.
+A figure is the difference of a step's CPU time to that of `plain` at the same step, over the median step of `plain`: the median
+over windows for each of the 16 places in a window, since taps work at three of them, and the mean of these. CPU time, since other
+processes on a shared machine disturb wall time by more than what is measured. `self`: within the watching lines alone.
 No GPU was measured: there `.item()` also waits for the device, and total_norm and taps do not.
 """
 
@@ -48,6 +49,7 @@ class Training:
         self.variant = variant
         self.taps = GradientTaps(tags, every=EVERY) if variant in ("watched", "taps") else None
         self.pending: list[dict[str, Any]] = []
+        self.own: list[float] = []  # seconds of each step spent watching
         self.squares: dict[str, float] = {}
         if variant == "note":
             for tag, module in tags.items():
@@ -59,10 +61,12 @@ class Training:
         loss = self.loss(self.model)
         loss.backward()
         metrics: dict[str, Any] = {"loss": loss.detach()}
+        start = time.process_time()
         if self.variant in ("watched", "norm"):
             metrics["total_norm"] = total_norm(self.model.parameters())
         if self.taps is not None:
             metrics |= self.taps.read()
+        self.own.append(time.process_time() - start)
         if self.squares:
             metrics |= {tag: square**0.5 for tag, square in self.squares.items()}
             self.squares = {}
@@ -117,54 +121,54 @@ MODELS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=15)
+    parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "probes.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = [measure(name, make, arguments.windows) for name, make in MODELS.items()]
-    table = Table("model", "parameters", "step ms", *(f"{name} %" for name in VARIANTS[1:]))
+    table = Table("model", "parameters", "step ms", *(f"{name} %" for name in VARIANTS[1:]), "self %", "self µs: norm + taps")
     for row in rows:
-        costs = (
-            f"{row['cost_percent'][name]:+.2f} ({' … '.join(f'{q:+.2f}' for q in row['quartiles'][name])})" for name in VARIANTS[1:]
-        )
-        table.add_row(row["model"], f"{row['parameters']:,} in {row['tensors']}", f"{row['step_cpu_ms']:.1f}", *costs)
+        costs = (f"{row['cost_percent'][name]:+.2f} ± {row['standard_error'][name]:.2f}" for name in VARIANTS[1:])
+        size = f"{row['parameters']:,} in {row['tensors']}"
+        more = f"{row['self_percent']:.2f}", f"{row['total_norm_us']:.0f} + {row['taps_us']:.0f}"
+        table.add_row(row["model"], size, f"{row['step_cpu_ms']:.1f}", *costs, *more)
     Console(width=150).print(table)
     save(arguments.output, {"threads": 1, "every": EVERY, "windows": arguments.windows, "gpu": "not measured", "rows": rows})
 
 
 def measure(name: str, make: Callable[[], Any], windows: int) -> dict[str, Any]:
     trainings = [Training(make, variant) for variant in VARIANTS]
-    cpu: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    wall: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for window in range(-1, windows):  # the first warms up
-        spent = {variant: [0.0, 0.0] for variant in VARIANTS}
-        for k in range(EVERY):
-            shift = (k + window) % len(VARIANTS)
-            for training in trainings[shift:] + trainings[:shift]:
-                start = time.process_time(), time.perf_counter()
-                training.step()
-                spent[training.variant][0] += time.process_time() - start[0]
-                spent[training.variant][1] += time.perf_counter() - start[1]
-        if window >= 0:
-            for variant in VARIANTS:
-                cpu[variant].append(spent[variant][0])
-                wall[variant].append(spent[variant][1])
-    costs = {v: [100 * (b / a - 1) for a, b in zip(cpu["plain"], cpu[v], strict=True)] for v in VARIANTS[1:]}
+    spent: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for step in range(1, EVERY * (windows + 1)):
+        shift = step % len(VARIANTS)
+        for training in trainings[shift:] + trainings[:shift]:
+            start = time.process_time()
+            training.step()
+            spent[training.variant].append(time.process_time() - start)
+    places = [range(EVERY + k, EVERY * (windows + 1) - 1, EVERY) for k in range(EVERY)]  # the first window warms up
+    plain = statistics.median(spent["plain"][EVERY:])
+    costs, errors = {}, {}
+    for variant in VARIANTS[1:]:
+        found = []
+        for place in places:
+            differences = [100 * (spent[variant][n] - spent["plain"][n]) / plain for n in place]
+            lower, middle, upper = statistics.quantiles(differences, n=4)
+            found.append((middle, 0.93 * (upper - lower) / len(place) ** 0.5))  # standard error of a median
+        costs[variant] = statistics.mean(middle for middle, _ in found)
+        errors[variant] = sum(error**2 for _, error in found) ** 0.5 / EVERY
+    watched = next(training for training in trainings if training.variant == "watched")
+    own = [statistics.median(watched.own[n] for n in place) for place in places]
     parameters = list(trainings[0].model.parameters())
     return {
         "model": name,
         "parameters": sum(p.numel() for p in parameters),
         "tensors": len(parameters),
-        "step_cpu_ms": 1e3 * statistics.median(cpu["plain"]) / EVERY,
-        "step_wall_ms": 1e3 * statistics.median(wall["plain"]) / EVERY,
-        "cost_percent": {v: statistics.median(c) for v, c in costs.items()},
-        "quartiles": {v: statistics.quantiles(c, n=4)[::2] for v, c in costs.items()},
-        "cost_percent_wall": {
-            v: statistics.median(100 * (b / a - 1) for a, b in zip(wall["plain"], wall[v], strict=True)) for v in VARIANTS[1:]
-        },
-        "cost_us_a_step": {
-            v: 1e6 * statistics.median(b - a for a, b in zip(cpu["plain"], cpu[v], strict=True)) / EVERY for v in VARIANTS[1:]
-        },
+        "step_cpu_ms": 1e3 * plain,
+        "cost_percent": costs,
+        "standard_error": errors,
+        "self_percent": 100 * statistics.mean(own) / plain,
+        "total_norm_us": 1e6 * statistics.median(own),
+        "taps_us": 1e6 * (statistics.mean(own) - statistics.median(own)),  # a step, on average
     }
 
 

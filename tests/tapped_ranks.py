@@ -20,8 +20,8 @@ import torch
 from tapped_model import Branches, autograd_norms, batch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -94,17 +94,17 @@ def sharded(reduce_always: bool) -> dict[str, Any]:
 
 def by_hand() -> dict[str, float]:
     """Shards, copies and ordinary tensors in one model, an odd number of rows, and a gradient that is missing on one rank."""
-    mesh = init_device_mesh("cpu", (2,))
+    line, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
     generator = torch.Generator().manual_seed(0)
-    whole = [torch.randn(shape, generator=generator) for shape in ((5, 4), (3,), (6,), (1, 7))]
-    kinds: list[Any] = [[Shard(0)], [Replicate()], None, [Shard(0)]]
+    whole = [torch.randn(shape, generator=generator) for shape in ((5, 4), (3,), (6,), (1, 7), (4, 3))]
+    kinds: list[Any] = [[Shard(0)], [Replicate()], None, [Shard(0)], [Replicate(), Shard(1)]]
     parameters = []
     for tensor, kind in zip(whole, kinds, strict=True):
+        mesh = grid if kind is not None and len(kind) == 2 else line
         parameter = nn.Parameter(tensor if kind is None else distribute_tensor(tensor, mesh, kind))
         gradient = 2 * tensor
         parameter.grad = gradient if kind is None else distribute_tensor(gradient, mesh, kind)
         parameters.append(parameter)
-    assert isinstance(parameters[0].data, DTensor)
     found = {"norm": float(total_norm(parameters)), "expected": 2 * torch.cat([t.flatten() for t in whole]).norm().item()}
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -114,11 +114,30 @@ def by_hand() -> dict[str, float]:
     if distributed.get_rank() == 1:
         parameters[3].grad = None
     found["missing"] = float(total_norm(parameters))  # rank 0 holds the only row of the last one
+    tensor_parallel = nn.Parameter(distribute_tensor(whole[0], line, [Shard(1)]))
+    taps = GradientTaps({"all": [tensor_parallel]})
+    (tensor_parallel * tensor_parallel).sum().full_tensor().backward()
+    reading = taps.read()
+    found["real pass"] = float(reading["dbg/grad_all"]) / (2 * whole[0].norm().item())
+    found["coverage"] = float(reading["dbg/all_coverage"])
     try:
         loss_norms({"a": parameters[0].sum()}, parameters)
     except ValueError as error:
         found["refused"] = float("sharded" in str(error))
     return found
+
+
+def flat() -> str:
+    """What is said of FSDP1."""
+    model = Branches()
+    wrapped = FullyShardedDataParallel(LossOf(model), use_orig_params=True, device_id=torch.device("cpu"))
+    taps = GradientTaps(model.tags())
+    wrapped(batch(0)).backward()
+    try:
+        taps.read()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def main(rank: int, rendezvous: str) -> None:
@@ -130,6 +149,7 @@ def main(rank: int, rendezvous: str) -> None:
         "fully_shard": sharded(reduce_always=False),
         "fully_shard, reduced in every pass": sharded(reduce_always=True),
         "by hand": by_hand(),
+        "flat": flat(),
     }
     print(json.dumps(told))
     distributed.destroy_process_group()

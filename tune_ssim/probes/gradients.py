@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ def total_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
 
     Parameters without a gradient count as zero; without any gradient the norm is 0. At least in float32, also of bfloat16
     gradients. Where parameters are sharded (DTensor: `fully_shard`, tensor parallelism) it is the norm over all ranks, and
-    every rank has to call this; under DDP all ranks hold the same gradient, and so the same norm."""
+    every rank has to call this; under DDP all ranks hold the same gradient, and so the same norm. Raises UserError for FSDP1's flat
+    parameters, of whose gradient a rank knows only its part."""
     parameters = list(parameters)
     return joint_norm(parameters, [parameter.grad for parameter in parameters])
 
@@ -63,7 +66,9 @@ def update_ratio(before: Iterable[Tensor], after: Iterable[Tensor], *, eps: floa
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh")  # a DTensor; importing its module would cost every process half a second
+    """Whether it is a DTensor; importing their module for it would cost every process half a second."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -71,47 +76,59 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
 
 
-def joint_norm(owners: Sequence[Tensor], tensors: Sequence[Tensor | None], scales: Sequence[float] | None = None) -> Tensor:
+def sharding(tensor: Tensor) -> tuple[Any, tuple[bool, ...]] | None:
+    """The mesh of ranks, and along which of its dimensions each rank holds a part (else a copy); None: an ordinary tensor."""
+    if not is_sharded(tensor):
+        return None
+    return tensor.device_mesh, tuple(placement.is_shard() for placement in tensor.placements)  # type: ignore[attr-defined]
+
+
+def joint_norm(owners: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> Tensor:
     """L2 norm of `tensors` together, over all ranks that hold a part of an owner. `tensors[i]` belongs to the parameter
-    `owners[i]`: sharded like it, this rank's part of it, or None. `scales[i]` multiplies it."""
-    scales = [1.0] * len(owners) if scales is None else scales
-    whole: list[tuple[Tensor, float]] = []
+    `owners[i]`: sharded like it, or this rank's part, or None."""
+    whole: list[Tensor] = []
     # Every rank must join in every sum over ranks, so these go by the owner: a gradient may be missing on this rank alone.
-    sharded: dict[tuple[object, tuple[bool, ...]], list[tuple[Tensor, float]]] = {}
-    for owner, tensor, scale in zip(owners, tensors, scales, strict=True):
-        if is_sharded(owner):
-            if tensor is not None and is_sharded(tensor):
-                tensor = tensor.redistribute(placements=owner.placements)  # type: ignore[attr-defined]  # nothing if equal
-            parts = sharded.setdefault((owner.device_mesh, tuple(p.is_shard() for p in owner.placements)), [])  # type: ignore[attr-defined]
+    parts: dict[tuple[Any, tuple[bool, ...]], list[Tensor]] = {}
+    may_be_flat = "torch.distributed.fsdp" in sys.modules
+    for owner, tensor in zip(owners, tensors, strict=True):
+        where = sharding(owner)
+        if where is not None:
+            held = parts.setdefault(where, [])
             if tensor is not None:
-                parts.append((local_part(tensor), scale))
+                if is_sharded(tensor):
+                    tensor = tensor.redistribute(placements=owner.placements)  # type: ignore[attr-defined]  # as a rule nothing
+                held.append(local_part(tensor))
         elif tensor is not None:
-            whole.append((tensor, scale))
-    norms = [_norm(whole)] if whole or not sharded else []
-    norms += [_norm_over_ranks(_norm(parts), mesh, is_shard) for (mesh, is_shard), parts in sharded.items()]
+            if may_be_flat and hasattr(owner, "_fsdp_flattened"):  # how torch itself marks them
+                raise UserError(
+                    "parameters are sharded by FullyShardedDataParallel, and this rank's gradients are a part of the whole; use "
+                    "fully_shard (FSDP2), or for the total norm what its clip_grad_norm_ returns"
+                )
+            whole.append(tensor)
+    norms = [_norm(whole)] if whole or not parts else []
+    norms += [_norm_over_ranks(_norm(held), mesh, is_shard) for (mesh, is_shard), held in parts.items()]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
 
-def _norm(tensors: Sequence[tuple[Tensor, float]]) -> Tensor:
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
-    by_kind: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[float]]] = {}
-    for tensor, scale in tensors:
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
         values = tensor.coalesce().values() if tensor.is_sparse else tensor
-        group, scales = by_kind.setdefault((values.device, values.dtype), ([], []))
-        group.append(values)
-        scales.append(scale)
+        by_kind.setdefault((values.device, values.dtype), []).append(values)
     norms: list[Tensor] = []
-    for (_, dtype), (group, scales) in by_kind.items():
-        found = torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))
-        norms += found if all(scale == 1 for scale in scales) else torch._foreach_mul(found, scales)
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    for (_, dtype), group in by_kind.items():
+        norms += torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))
+    if len(by_kind) > 1:
+        norms = [norm.to(norms[0].device) for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def _norm_over_ranks(norm: Tensor, mesh: object, is_shard: tuple[bool, ...]) -> Tensor:
+def _norm_over_ranks(norm: Tensor, mesh: Any, is_shard: tuple[bool, ...]) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     # Ranks that hold copies (HSDP) must not count twice. In float64: the square of a large norm overflows float32.
     placements = [Partial() if sharded else Replicate() for sharded in is_shard]
-    local = norm.double().square().to(mesh.device_type)  # type: ignore[attr-defined]
-    return DTensor.from_local(local, mesh, placements, run_check=False).full_tensor().sqrt().to(norm.dtype)  # type: ignore[arg-type]
+    local = norm.double().square().to(mesh.device_type)
+    return DTensor.from_local(local, mesh, placements, run_check=False).full_tensor().sqrt().to(norm.dtype)
