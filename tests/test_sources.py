@@ -229,7 +229,7 @@ def test_arguments_that_cannot_be(tmp_path: Path, options: dict[str, Any], messa
     ("name", "data", "message"),
     [
         ("log.gz", b"\x1f\x8b\x08\0", "compressed (gzip); unpack it first"),
-        ("notes.txt", "first\nsecond, third\n", "begin 'first' 'second, third'; give a format"),
+        ("notes.txt", "first\nsecond, third\n", "beginning with 'first' 'second, third'; give a format"),
         ("notes.txt", "first\n", r"e.g. 'step (?P<step>\d+) .*loss (?P<loss>\S+)'"),
         ("config.json", '{"model": {"layers": "many"},\n "steps": "ten"}\n', "valid formats: jsonl, json, csv, tensorboard, text"),
     ],
@@ -295,6 +295,28 @@ def test_without_steps_the_rows_are_numbered(log: str) -> None:
     parser = LineParser()
     assert parser.feed(log.encode()) + parser.finish() == [Record(1, {"loss": 1.0}), Record(2, {"loss": 2.0})]
     assert parser.trouble.sentence() == "no step column: the rows are numbered from 1"
+
+
+def test_names_may_be_swapped_and_are_any_case_in_printed_lines() -> None:
+    assert parsed('{"step": 1, "a": 1, "b": 2}', names={"a": "b", "b": "a"}) == [Record(1, {"a": 2.0, "b": 1.0})]
+    assert parsed("Iter: 3, Loss=0.5, Grad=2\n", names={"Loss": "loss_flow"}) == [Record(3, {"loss_flow": 0.5, "grad": 2.0})]
+    assert parsed("Tick: 3, Loss=0.5\n", names={"Tick": "step"}) == [Record(3, {"loss": 0.5})]
+    assert parsed('{"Step": 3, "loss": 0.5}\n') == [Record(3, {"loss": 0.5})]
+
+
+@pytest.mark.parametrize(
+    ("log", "name"),
+    [
+        ('{"step": 900, "lr": 1}\nnoise\nTUNE_SSIM {"step": 1, "loss": 0.5}\n', "loss"),
+        ('step 900: lr=1\nTUNE_SSIM {"step": 1, "loss": 0.5}\n', "loss"),
+        ("Namespace(step: 900, lr=1)\n(step=0000001) Train Loss mse: 0.5, Train Steps/Sec: 2, \n", "loss_flow"),
+    ],
+)
+def test_a_surer_format_puts_a_guess_right(log: str, name: str) -> None:
+    parser = LineParser()
+    (record,) = parser.feed(log.encode()) + parser.finish()
+    assert (record.step, record.values[name]) == (1, 0.5)
+    assert parser.trouble.sentence() == ""
 
 
 def test_a_configuration_printed_first_is_no_row() -> None:
@@ -456,12 +478,30 @@ def test_nothing_was_written(tmp_path: Path) -> None:
     assert "nothing was written there" in source.trouble.sentence()
 
 
+@pytest.mark.parametrize(
+    ("name", "first"), [("metrics.csv", "step,loss\n"), ("log.jsonl", '{"event": "start"}\n'), ("a.csv", "step,")]
+)
+def test_a_log_that_has_just_begun_is_known_by_its_name(tmp_path: Path, name: str, first: str) -> None:
+    path = write(tmp_path / name, first)
+    source = open_source(path)
+    assert source.read() == []
+    append(path, "loss\n" if name == "a.csv" else "")
+    append(path, '{"step": 1, "loss": 0.5}\n' if name == "log.jsonl" else "1,0.5\n")
+    assert source.finish() == [Record(1, {"loss": 0.5})]
+
+
+def test_a_short_log(tmp_path: Path) -> None:
+    source = open_source(tmp_path / "log")
+    write(tmp_path / "log", "step 1, a=2")
+    assert rest_of(source) == [Record(1, {"a": 2.0})]
+
+
 def test_a_log_without_rows_says_what_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "log"
     source = open_source(path)
     write(path, "loading\nOutOfMemory\n")
     assert rest_of(source) == []
-    assert "no row of a training in 2 lines, which begin 'loading' 'OutOfMemory'; give a format" in source.trouble.sentence()
+    assert "no row of a training in 2 lines, beginning with 'loading' 'OutOfMemory'; give a format" in source.trouble.sentence()
 
 
 def test_a_log_that_is_rewritten(tmp_path: Path) -> None:
@@ -612,6 +652,16 @@ def test_an_event_file_that_grows(tmp_path: Path) -> None:
     assert steps_of(found) == [0, 1, 2, 3, 4]
     assert steps_of(source.finish()) == [5]
     assert source.trouble.sentence() == ""
+
+
+def test_the_checksum() -> None:
+    def unmasked(data: bytes) -> int:
+        rotated = (masked_crc32c(data) - 0xA282EAD8) & 0xFFFFFFFF
+        return ((rotated << 15) | (rotated >> 17)) & 0xFFFFFFFF
+
+    assert unmasked(b"123456789") == 0xE3069283  # the check value of CRC-32/ISCSI in the catalogue of CRC algorithms
+    assert unmasked(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
+    assert unmasked(b"") == 0
 
 
 def test_a_broken_event_file(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class JsonFile:
         self._rows = Rows(names)
         self._rows.trouble.unit = "row"
         self._done = 0  # rows taken
-        self._seen: list[int] = []  # device, inode, size and time of the version that was read last
+        self._seen: list[int] = []  # device, inode, size and time of the version that was looked at last
         self._why_unread = ""
         self._lines: LineFile | None = None
 
@@ -77,12 +77,12 @@ class JsonFile:
                 self._why_unread = f"longer than {MAX_BYTES // 2**20} MiB; use a format of lines"
                 return
             data = start + file.read()
+        self._seen, self._why_unread = version, ""
         try:
             document = json.loads(data.decode("utf-8-sig", "replace"), strict=False)
         except (ValueError, RecursionError) as error:
             self._why_unread = f"no JSON document ({error})"
             return
-        self._seen, self._why_unread = version, ""
         rows = document.get("log_history") if isinstance(document, dict) else document
         if not isinstance(rows, list):
             self._why_unread = "neither `log_history` nor a list of objects"

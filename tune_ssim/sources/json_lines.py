@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tune_ssim.sources.rows import Rows
+from tune_ssim.sources.values import Names, numbers_of
 
 TAG = "TUNE_SSIM {"  # what a training prints before its JSON, so that nothing else in its output is taken for a row
 
@@ -59,7 +60,7 @@ class JsonLines:
         """No JSON object from its first to its last character."""
         if TAG in line:
             self.tagged = True
-            self._rows.trouble.forget()  # other output, as it turns out
+            self._rows.forget()  # other output, as it turns out
             self._take_tagged(line, number)
         elif line.strip() != line:
             self._take_line(line.strip(), number)
@@ -105,3 +106,9 @@ def json_object(line: str) -> dict[str, Any] | None:
     except (StopIteration, ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and end == len(line) else None
+
+
+def is_row(line: str, names: Names) -> bool:
+    """Whether a line is an object with a number in it."""
+    row = json_object(line) if line.lstrip()[:1] == "{" else None
+    return row is not None and bool(numbers_of(row, names))

@@ -7,13 +7,12 @@ from typing import Any, Protocol
 
 from tune_ssim.errors import UserError
 from tune_ssim.records import Record
-from tune_ssim.sources.csv_rows import CsvRows, looks_like_csv
-from tune_ssim.sources.json_lines import TAG, JsonLines, json_object
+from tune_ssim.sources.csv_rows import CsvRows, delimiter_of, is_header, looks_like_csv, split_fields
+from tune_ssim.sources.json_lines import TAG, JsonLines, is_row
 from tune_ssim.sources.lines import MAX_LINE_BYTES, Lines
 from tune_ssim.sources.rows import Rows
 from tune_ssim.sources.text_lines import HOW_A_PATTERN_LOOKS, PRINTED, PrintedLines, text_format
 from tune_ssim.sources.trouble import Trouble, excerpt
-from tune_ssim.sources.values import numbers_of
 
 LINE_FORMATS = ("jsonl", "csv", "text")
 FEED_BYTES = 256 * 1024  # split at a time, so that a large piece needs no memory several times over
@@ -124,6 +123,7 @@ class AnyLines:
     def __init__(self, rows: Rows, file_name: str = "") -> None:
         self._rows = rows
         self._named_csv = file_name.lower().endswith((".csv", ".tsv"))
+        self._named_jsonl = file_name.lower().endswith((".jsonl", ".ndjson"))
         self._printed = PrintedLines(rows)
         self._chosen: LineFormat | None = None
         self._first: list[str] = []  # the first lines that are not blank
@@ -138,7 +138,7 @@ class AnyLines:
         if not (isinstance(self._chosen, JsonLines) and self._chosen.tagged) and TAG in "\n".join(lines):
             tagged = next(k for k, line in enumerate(lines) if TAG in line)
             self._take_untagged(lines[:tagged], number)
-            self._rows.trouble.forget()
+            self._rows.forget()
             self._chosen = JsonLines(self._rows)
             self._chosen.tagged = True
             lines, number = lines[tagged:], number + tagged
@@ -157,12 +157,13 @@ class AnyLines:
         self._seen += 1
         if len(self._first) < SHOWN_LINES:
             self._first.append(line[:1000])
-        if self._seen == 2 and looks_like_csv(self._first[0], line, self._rows.names.steps, self._named_csv):
+        if self._seen == 1 and self._named_csv and is_header(split_fields(line, delimiter_of(line))):
+            self._chosen = CsvRows(self._rows)
+        elif self._seen == 2 and looks_like_csv(self._first[0], line, self._rows.names.steps, self._named_csv):
             self._chosen = CsvRows(self._rows)
             self._chosen.take([self._first[0], line], number - 1)
             return
-        row = json_object(line) if line.lstrip()[:1] == "{" else None
-        if row is not None and numbers_of(row, self._rows.names):
+        elif is_row(line, self._rows.names) or self._named_jsonl:
             self._chosen = JsonLines(self._rows)
         elif self._printed.recognises(line):
             self._chosen = self._printed
@@ -170,6 +171,7 @@ class AnyLines:
             self._chosen.take([line], number)
 
     def finish(self) -> None:
+        """Says so if no line was a row of anything."""
         if self._chosen is None and self._seen:
             self._rows.trouble.note(self.unknown())
 
@@ -177,8 +179,8 @@ class AnyLines:
         """What a user can do about a log that is nothing we know."""
         shown = " ".join(excerpt(line) for line in self._first)
         return (
-            f"no row of a training in {self._seen} lines, which begin {shown}; give a format ({', '.join(LINE_FORMATS)}), "
-            f"or a pattern: {' or '.join(PRINTED)}, or {HOW_A_PATTERN_LOOKS}"
+            f"no row of a training in {self._seen} line{'s' if self._seen > 1 else ''}, beginning with {shown}; "
+            f"give a format ({', '.join(LINE_FORMATS)}), or a pattern: {' or '.join(PRINTED)}, or {HOW_A_PATTERN_LOOKS}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -23,11 +23,7 @@ class Rows:
     def add_object(self, row: dict[str, Any], line: int, text: str, plain: bool = False) -> None:
         """A JSON object, which is used up, and the text that it was read from; `plain`: without escapes in it. An object
         without numbers is no row."""
-        step = None
-        for key in self.names.steps:
-            if key in row:
-                step = row.pop(key)
-                break
+        step = self.names.step_of(row)
         # The usual row is nothing but floats, and becomes the record's values as it is.
         values = row if plain and set(map(type, row.values())) == FLOAT else numbers_of(row, self.names)
         if self.names.given:
@@ -45,6 +41,11 @@ class Rows:
             self.trouble.skip(line, text, "its step is no whole number from 0 on")
         else:
             self.steps.add(whole, values, line, text)
+
+    def forget(self) -> None:
+        """What was taken for rows, and for unreadable ones, was other output. What was released stays so."""
+        self.trouble.forget()
+        self.steps.forget()
 
     def to_json(self) -> dict[str, Any]:
         return {"trouble": self.trouble.to_json(), "steps": self.steps.to_json()}

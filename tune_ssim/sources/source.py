@@ -122,7 +122,7 @@ def _kind(path: Path, format: str | None, names: Mapping[str, str] | None) -> st
             return "lines"
     looking.finish()
     if looking.format is None:
-        if not start.strip():
+        if not start.strip() or not (b"\n" in data or b"\r" in data):  # it has just begun
             return "unknown"
         raise UserError(f"{path}: {'; '.join(looking.trouble.notes)}; valid formats: {', '.join(FORMATS)}")
     return "lines"
@@ -155,16 +155,19 @@ class NotThereYet:
         return [record for part in self.parts() for record in part]
 
     def finish(self) -> list[Record]:
-        records = self.read()
+        records = [record for part in self._parts(complete=True) for record in part]
         if self._source is None:
             self._trouble.note(f"{self.path}: nothing was written there")
             return records
         return [*records, *self._source.finish()]
 
     def parts(self) -> Iterator[list[Record]]:
+        yield from self._parts(complete=False)
+
+    def _parts(self, complete: bool) -> Iterator[list[Record]]:
         if self._source is None:
             try:
-                kind = self._look()
+                kind = self._look(complete)
             except OSError as error:
                 self._trouble.note(f"{self.path}: {error.strerror or error}")
                 return
@@ -173,17 +176,17 @@ class NotThereYet:
             self._source = _of_kind(kind, self.path, None, self._names, None)
         yield from self._source.parts()
 
-    def _look(self) -> str:
+    def _look(self, complete: bool) -> str:
+        """`complete`: no more will come."""
         if self.path.is_dir():
             return "tensorboard" if event_files(self.path) else "unknown"
-        start = _beginning(self.path, HEADER)
-        if len(start) < HEADER:
+        start = _beginning(self.path, LOOKED_FIRST)
+        if len(start) < HEADER and not (start and complete):
             return "unknown"
         if is_event_file(start):
             return "tensorboard"
-        if self.path.name == "trainer_state.json" or holds_document(_beginning(self.path, LOOKED_FIRST)):
-            return "json"
-        return "lines"
+        # A document may be half written yet; JsonFile sees for itself whether it holds lines.
+        return "json" if self.path.suffix == ".json" or holds_document(start) else "lines"
 
     def state(self) -> dict[str, Any]:
         return self._source.state() if self._source else {"kind": "unknown"}

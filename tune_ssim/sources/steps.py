@@ -12,6 +12,8 @@ from tune_ssim.sources.values import MAX_STEP
 AHEAD = 8  # steps that wait until the others have reached them; one that was misread must not silence the rest
 UNNUMBERED = 10  # rows without a step that are waited for before they are numbered: a config may be printed first
 
+NUMBERED = "no step column: the rows are numbered from 1"
+
 
 class Steps:
     """`add` rows, `take` records. The newest step is held back until a later one appears, since a trainer may log one
@@ -72,10 +74,17 @@ class Steps:
         if self._rows is not None:
             return
         self._rows = 0
-        self.trouble.note("no step column: the rows are numbered from 1")
+        self.trouble.note(NUMBERED)
         waiting, self._waiting = self._waiting, []
         for values, line, text in waiting:
             self._without_step(values, line, text)
+
+    def forget(self) -> None:
+        """The rows that were not released yet were none."""
+        self._step, self._values, self._ahead, self._waiting = self.last, {}, {}, []
+        self._rows = None
+        if NUMBERED in self.trouble.notes:
+            self.trouble.notes.remove(NUMBERED)
 
     def begin_anew(self) -> None:
         """The log starts again from its beginning; its rows up to here are known."""

@@ -88,13 +88,17 @@ class PatternLines:
 
 
 class PrintedLines:
-    """Rows by a built-in pattern: `name`, or the first of them that knows a line."""
+    """Rows by a built-in pattern: `name`, or the first of them that knows a line; `bagel` then beats the generic one
+    at any time."""
 
     format = "text"
 
     def __init__(self, rows: Rows, name: str | None = None) -> None:
         self._rows = rows
-        self._readers = {known: reader(rows.names) for known, reader in PRINTED.items()}
+        given = rows.names.given
+        self._names = Names({**{theirs.lower(): ours for theirs, ours in given.items()}, **given})  # key_values lowers names
+        self._readers = {known: reader(self._names) for known, reader in PRINTED.items()}
+        self._may_change = name is None
         self.name = name
 
     def recognises(self, line: str) -> bool:
@@ -110,10 +114,14 @@ class PrintedLines:
             if self.name is None and not self.recognises(line):
                 continue
             row = self._readers[self.name or ""](line)
-            if row is not None:
-                step, values = row
-                given = self._rows.names.given
-                self._rows.add(step, self._rows.names.rename(values) if given else values, at, line)
+            if row is None:
+                continue
+            if self._may_change and self.name == "key_values" and self._readers["bagel"](line) is not None:
+                self.name = "bagel"
+                self._rows.forget()
+                row = self._readers["bagel"](line) or row
+            step, values = row
+            self._rows.add(step, self._names.rename(values) if self._names.given else values, at, line)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name}

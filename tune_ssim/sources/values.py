@@ -34,11 +34,20 @@ class Names(dict[str, str]):
         self[theirs] = ours
         return ours
 
+    def step_of(self, row: dict[str, Any]) -> Any:
+        """Takes the step out of a row, as it stands there; None if there is none. `Step` is `step` where there is no other."""
+        for key in self.steps:
+            if key in row:
+                return row.pop(key)
+        for key in row:
+            if key.lower() in STEP_NAMES:
+                return row.pop(key)
+        return None
+
     def rename(self, values: dict[str, float]) -> dict[str, float]:
         """What `given` says, which beats a metric that had our name already."""
-        for theirs, ours in self.given.items():
-            if theirs in values:
-                values[ours] = values.pop(theirs)
+        moved = {ours: values.pop(theirs) for theirs, ours in self.given.items() if theirs in values}
+        values.update(moved)
         return values
 
 
