@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from small_studies import SETTING, USUAL, baseline, study, trial
 
 COMMAND = [sys.executable, "-m", "tune_ssim"]
-VERBS = ("run", "trials", "export", "ui", "spaces", "mirror")
+VERBS = ("run", "check", "trials", "export", "ui", "spaces", "mirror")
 
 
 def tune_ssim(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

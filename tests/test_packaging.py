@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Data that the code reads at run time: folder in the repository → where the package finds it.
 DATA = {
     "search_spaces": "tune_ssim/search_spaces",
+    "tune_ssim/rule_packs": "tune_ssim/rule_packs",
     "tune_ssim/studies": "tune_ssim/studies",
     "tune_ssim/tasks/weights": "tune_ssim/tasks/weights",
 }

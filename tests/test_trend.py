@@ -45,8 +45,9 @@ KINDS: dict[str, Callable[[np.random.Generator], Array]] = {
 
 def said(guard: Trend, values: Iterable[float], every: int = 1) -> list[Violation]:
     state, found = guard.init(), []
+    fold = guard.bound(state)
     for i, value in enumerate(values):
-        violation = guard.advance(state, Record(i * every, {"m": float(value)}))
+        violation = fold(Record(i * every, {"m": float(value)}))
         found += [] if violation is None else [violation]
     return found
 
@@ -71,6 +72,17 @@ def test_flat_and_falling_noise_does_not_rise(kind: str) -> None:
 def test_what_falls_in_noise_is_not_stuck(kind: str) -> None:
     """Five percent in 200 steps: a loss that halves in 2800."""
     assert alarms(Trend("m", "not falling"), lambda noise: noise * np.exp(-STEPS / 4000), kind) == 0
+
+
+@pytest.mark.parametrize("kind", ["one percent", "ten percent", "smoothed", "epochs"])
+def test_a_long_training_that_falls_too_slowly_to_be_seen_is_not_stuck(kind: str) -> None:
+    """A percent in 200 steps. At first nothing speaks for it: a longer window has to show that it falls at all."""
+    late = 0
+    for seed in range(3):
+        made = np.concatenate([KINDS[kind](np.random.default_rng(10 * seed + i)) for i in range(4)])
+        found = said(Trend("m", "not falling"), made * np.exp(-np.arange(4 * N) / 20_000))
+        late += sum(violation.step > N for violation in found)
+    assert late <= 1  # in 27,000 records
 
 
 # The step by which each is seen at the latest; noise that is stronger needs longer windows. Measured over eight seeds.
@@ -161,13 +173,13 @@ def test_the_state_is_plain_json_and_does_not_grow(seed: int, cut: int, trend: A
     records = [Record(i, {"m": value}) for i, value in enumerate(values.tolist())]
     whole, first = guard.init(), guard.init()
     for record in records:
-        guard.advance(whole, record)
+        guard.bound(whole)(record)
     for record in records[:cut]:
-        guard.advance(first, record)
-        guard.advance(first, record)  # a line that is logged twice counts once
+        guard.bound(first)(record)
+        guard.bound(first)(record)  # a line that is logged twice counts once
     again = json.loads(json.dumps(first))
     for record in records[cut:]:
-        guard.advance(again, record)
+        guard.bound(again)(record)
     assert again == whole
     assert len(whole["values"]) <= BUFFER
     assert all(len(scale["levels"]) <= BLOCKS for scale in whole["scales"])

@@ -31,7 +31,7 @@ def draw_check(report: Report) -> bytes:
     panels = _panels(report)
     figure = Figure(figsize=(WIDTH, 1.2 + ROW * max(1, len(panels))), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    rows: list[Axes] = list(figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0])
+    rows: Sequence[Axes] = list(figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0])
     for axes, (metric, curve, alerts) in zip(rows, panels, strict=False):
         _draw(axes, metric, curve, alerts)
     if report.ended is not None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tune_ssim.guards.guard import Guard, State
+from tune_ssim.guards.guard import Fold, Guard, State
 from tune_ssim.guards.violation import ACTIONS, Violation
-from tune_ssim.records import Record
 
 
 class Condition(Guard, Protocol):
     """Its state has a key `holds`; it speaks when that turns true, and again only after it was false in between."""
 
-    def advance(self, state: State, record: Record) -> Violation | None:
+    def bound(self, state: State) -> Fold:
         """As `update`, in place."""
         ...
 

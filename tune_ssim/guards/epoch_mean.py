@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from tune_ssim.guards.condition import band_words, check_action, check_band, check_count
-from tune_ssim.guards.guard import InPlace, State
+from tune_ssim.guards.guard import Fold, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import EPOCH, Record
 
@@ -50,7 +51,10 @@ class EpochMean(InPlace):
             "last_step": -1, "judged": 0, "value": None, "holds": False,
         }  # fmt: skip
 
-    def advance(self, state: State, record: Record) -> Violation | None:
+    def bound(self, state: State) -> Fold:
+        return partial(self._advance, state)
+
+    def _advance(self, state: State, record: Record) -> Violation | None:
         value = record.values.get(self.metric)
         if value is None or record.step <= state["last_step"]:
             return None

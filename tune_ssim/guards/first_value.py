@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from tune_ssim.guards.condition import band_words, check_action, check_band
-from tune_ssim.guards.guard import InPlace, State
+from tune_ssim.guards.guard import Fold, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import Record
 
@@ -35,7 +36,10 @@ class FirstValue(InPlace):
     def init(self) -> State:
         return {"step": None, "value": None, "holds": False}
 
-    def advance(self, state: State, record: Record) -> Violation | None:
+    def bound(self, state: State) -> Fold:
+        return partial(self._advance, state)
+
+    def _advance(self, state: State, record: Record) -> Violation | None:
         if state["step"] is not None:
             return None
         value = record.values.get(self.metric)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from tune_ssim.guards.violation import Violation
@@ -34,13 +35,17 @@ class Guard(Protocol):
         ...
 
 
+Fold = Callable[[Record], Violation | None]
+
+
 class InPlace:
     """A guard that says how a state moves on in place: `update` is the same on a copy. A `Watch` owns its states, and a log of
     millions of records is folded without a new dictionary for each record and guard."""
 
     def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
         state = copy.deepcopy(state)
-        return state, self.advance(state, record)
+        return state, self.bound(state)(record)
 
-    def advance(self, state: State, record: Record) -> Violation | None:
+    def bound(self, state: State) -> Fold:
+        """A function of a record that changes `state`."""
         raise NotImplementedError

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
-from tune_ssim.guards.guard import InPlace, State
+from tune_ssim.guards.guard import Fold, InPlace, State
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import LOSS, STEP_SKIPPED, TOTAL_NORM, Record
 
@@ -34,7 +35,10 @@ class NonFinite(InPlace):
     def init(self) -> State:
         return {"skipped": 0, "last_step": -1}
 
-    def advance(self, state: State, record: Record) -> Violation | None:
+    def bound(self, state: State) -> Fold:
+        return partial(self._advance, state)
+
+    def _advance(self, state: State, record: Record) -> Violation | None:
         values = record.values
         if values.get(STEP_SKIPPED):
             if record.step <= state["last_step"]:

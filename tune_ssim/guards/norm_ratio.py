@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import median
 from typing import Literal
 
@@ -125,6 +127,18 @@ class NormRatio:
             return None
         return self._ratio(state, TOTAL_NORM)[0]
 
+    @cached_property
+    def _finite(self) -> dict[str, tuple[list[int], list[float], float]]:
+        """Of each series the finite norms by their steps, and their median (0 without any): a long baseline is sorted once."""
+        assert self.baseline is not None
+        found = {}
+        for metric in (TOTAL_NORM, TOTAL_NORM_MAIN):
+            series = self.baseline.reference(self.seed).series.get(metric, {})
+            steps = sorted(step for step, norm in series.items() if math.isfinite(norm))
+            norms = [series[step] for step in steps]
+            found[metric] = steps, norms, median(norms) if norms else 0.0
+        return found
+
     def _ratio(self, state: State, metric: str) -> tuple[float | None, bool]:
         """Median of the window over the median of the baseline's `metric`, and whether over the very same steps."""
         assert self.baseline is not None
@@ -136,10 +150,9 @@ class NormRatio:
         if is_paired:
             above, below = median(norm for norm, _ in shared), median(norm for _, norm in shared)
         else:
-            finite = {step: norm for step, norm in series.items() if math.isfinite(norm)}
-            near = [norm for step, norm in finite.items() if window[0][0] <= step <= window[-1][0]]
-            near = near if len(near) >= len(window) else list(finite.values())
-            above, below = median(norm for _, norm in window), median(near) if near else 0.0
+            steps, norms, of_all = self._finite[metric]
+            near = norms[bisect_left(steps, window[0][0]) : bisect_right(steps, window[-1][0])]
+            above, below = median(norm for _, norm in window), median(near) if len(near) >= len(window) else of_all
         return (above / below if below > 0 else None), is_paired
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tune_ssim.guards.condition import Condition, check_action
-from tune_ssim.guards.guard import InPlace, State
+from tune_ssim.guards.guard import Fold, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import Record
 
@@ -38,21 +38,29 @@ class Rule(InPlace):
         return () if self.optional else self.about
 
     def init(self) -> State:
+        """`holds` at the record before, all of them together; of a single condition that is its own affair."""
         return {"parts": [condition.init() for condition in self.when], "holds": False}
 
-    def advance(self, state: State, record: Record) -> Violation | None:
+    def bound(self, state: State) -> Fold:
         parts = state["parts"]
-        if len(parts) == 1:  # nearly all rules
-            found = self.when[0].advance(parts[0], record)
-            return None if found is None else self.finding(state)
-        holds = True
-        for condition, part in zip(self.when, parts):  # noqa: B905  (every record of a log of millions comes through here)
-            condition.advance(part, record)
-            holds = holds and part["holds"]
-        if holds == state["holds"]:
-            return None
-        state["holds"] = holds
-        return self.finding(state) if holds else None
+        folds = [condition.bound(part) for condition, part in zip(self.when, parts, strict=True)]
+        if len(folds) == 1:
+            (only,) = folds
+            return lambda record: self.finding(state) if only(record) is not None else None
+
+        def advance(record: Record) -> Violation | None:
+            for fold in folds:
+                fold(record)
+            for part in parts:
+                if not part["holds"]:
+                    state["holds"] = False
+                    return None
+            if state["holds"]:
+                return None
+            state["holds"] = True
+            return self.finding(state)
+
+        return advance
 
     def holds(self, state: State) -> bool:
         """Whether all conditions hold now."""

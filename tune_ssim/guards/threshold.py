@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from tune_ssim.guards.condition import band_words, check_action, check_band, check_count
-from tune_ssim.guards.guard import InPlace, State
+from tune_ssim.guards.guard import Fold, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import Record
 
@@ -49,21 +49,29 @@ class Threshold(InPlace):
         """`value` is of the latest record outside, `since` the step of the first of those in a row."""
         return {"outside": 0, "since": 0, "last_step": self.after - 1, "value": None, "holds": False}
 
-    def advance(self, state: State, record: Record) -> Violation | None:
-        value = record.values.get(self.metric)
-        step = record.step
-        if value is None or step <= state["last_step"]:
-            return None
-        if self.over is not None:
-            below = record.values.get(self.over)
-            if below is None:
+    def bound(self, state: State) -> Fold:
+        metric, over, lower, upper = self.metric, self.over, self.lower, self.upper
+
+        def advance(record: Record) -> Violation | None:
+            values, step = record.values, record.step
+            value = values.get(metric)
+            if value is None or step <= state["last_step"]:
                 return None
-            value = value / below if below else math.nan if not value else math.copysign(math.inf, value)
-        state["last_step"] = step
-        if self.lower <= value <= self.upper:
-            if state["outside"]:
-                state["outside"], state["holds"] = 0, False
-            return None
+            if over is not None:
+                below = values.get(over)
+                if below is None:
+                    return None
+                value = value / below if below else math.nan if not value else math.copysign(math.inf, value)
+            state["last_step"] = step
+            if lower <= value <= upper:
+                if state["outside"]:
+                    state["outside"], state["holds"] = 0, False
+                return None
+            return self._outside(state, step, value)
+
+        return advance
+
+    def _outside(self, state: State, step: int, value: float) -> Violation | None:
         if not state["outside"]:
             state["since"] = step
         state["outside"] += 1

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import lt, mul, sub
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tune_ssim.guards.condition import check_action, check_count
-from tune_ssim.guards.guard import InPlace, State
+from tune_ssim.guards.guard import Fold, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import Record
 
 BLOCKS = 20  # of a window: enough to see how strong the noise is, few enough to judge at each
 PLACES = tuple(i - (BLOCKS - 1) / 2 for i in range(BLOCKS))  # of the blocks, about the middle of the window
 SQUARES = sum(place * place for place in PLACES)
-SCALES = 4  # windows of 1, 2, 4 and 8 times the length: how far back is looked where the noise hides the trend
+JUDGED = 4  # windows of 1, 2, 4 and 8 times the length: how far back is looked where the noise hides the trend
+SCALES = 12  # up to 2048 times: how slowly a metric has been falling all along
 LOOK = 4  # a window is judged when so many of its blocks are new
 BUFFER = 25  # values kept of a block before they are summed up
 # Deviates of a normal distribution. Windows overlap and are judged again and again, so these are stricter than for one test;
@@ -37,8 +38,9 @@ class Trend(InPlace):
 
     rising: the line rises by more than `by` of the level and for certain, and each quarter of the window lies above the
     one before; or every block does. not falling: the line does not fall for certain, and a fall of `by` per `steps` can be
-    excluded. Where the noise hides a trend, windows of twice, four and eight times the length are judged in the same way. A
-    metric that is below `settled` of its highest level has done its falling: there a plateau is no finding.
+    excluded, or one at the pace at which longer windows show it falling. Where the noise hides a trend, windows of twice,
+    four and eight times the length are judged in the same way. A metric that is below `settled` of its highest level has
+    done its falling: there a plateau is no finding.
     """
 
     metric: str
@@ -70,24 +72,30 @@ class Trend(InPlace):
     def init(self) -> State:
         """`values` and `block` ([sum, count] of earlier ones) are of the running block, which began at `start` and ends before
         `end`. `blocks` counts the finished ones. Each of `scales` has the latest BLOCKS of them, oldest first, twice as long
-        as those of the scale before. `since`, `first` and `last` are of the line that was found last."""
-        scales: list[dict[str, list[float]]] = [{"levels": [], "starts": []} for _ in range(SCALES)]
+        as those of the scale before, and its `pace` once `_pace` asked for it. `since`, `first` and `last` are of the line
+        that was found last."""
+        scales: list[dict[str, Any]] = [{"levels": [], "starts": [], "pace": None} for _ in range(SCALES)]
         return {
             "values": [], "block": [0.0, 0], "start": None, "end": -1, "last_step": self.after - 1, "holds": False,
             "blocks": 0, "scales": scales, "peak": None, "since": None, "first": None, "last": None,
         }  # fmt: skip
 
-    def advance(self, state: State, record: Record) -> Violation | None:
-        value = record.values.get(self.metric)
-        step = record.step
-        if value is None or step <= state["last_step"]:
-            return None
-        state["last_step"] = step
-        values = state["values"]
-        values.append(value if value == value else math.inf)  # NaN is as bad as a value can be, and has no place in an order
-        if step < state["end"] and len(values) < BUFFER:
-            return None
-        return self._close(state, step)
+    def bound(self, state: State) -> Fold:
+        metric = self.metric
+
+        def advance(record: Record) -> Violation | None:
+            value = record.values.get(metric)
+            step = record.step
+            if value is None or step <= state["last_step"]:
+                return None
+            state["last_step"] = step
+            values = state["values"]
+            values.append(value if value == value else math.inf)  # NaN is as bad as can be, and has no place in an order
+            if step < state["end"] and len(values) < BUFFER:
+                return None
+            return self._close(state, step)
+
+        return advance
 
     def _close(self, state: State, step: int) -> Violation | None:
         """The block is full: of values that are kept, or of steps; then the newest value is the first of the next one."""
@@ -120,7 +128,9 @@ class Trend(InPlace):
             starts.append(start)
             if len(levels) > BLOCKS:
                 del levels[0], starts[0]
-            if undecided and count % LOOK == 0 and len(levels) == BLOCKS:
+            if count % LOOK == 0:
+                kept["pace"] = None
+            if undecided and count % LOOK == 0 and len(levels) == BLOCKS and (scale < JUDGED or state["holds"]):
                 undecided = not self._decide(state, scale)
             if count % 2:
                 return
@@ -129,22 +139,48 @@ class Trend(InPlace):
 
     def _decide(self, state: State, scale: int) -> bool:
         """Judges the window of a scale; False: its noise does not tell."""
-        levels = state["scales"][scale]["levels"]
-        line = Line.through(levels)
-        # What holds is not given up for one lucky window.
-        if line.rise + line.doubt(CERTAIN_STALL if state["holds"] else CERTAIN_FALL) < 0:
-            state["holds"] = False
+        levels, starts = state["scales"][scale]["levels"], state["scales"][scale]["starts"]
+        rise, least = rise_of(levels), self.by * 2**scale * abs(sum(levels) / BLOCKS)
+        # First what can be said without the error, which takes most of the time.
+        if state["holds"] and rise >= 0:
+            return False
+        if not state["holds"] and self.trend == "rising" and rise <= 0:
             return True
-        least = self.by * 2**scale * abs(line.middle)
+        if not state["holds"] and self.trend == "not falling" and rise < -least:
+            return False
+        line = Line.through(levels)
+        if state["holds"]:
+            # It is not given up for one lucky window, nor for what was before it.
+            falls = rise + line.doubt(CERTAIN_STALL) < 0 and (scale == 0 or starts[0] >= state["since"])
+            state["holds"] = not falls
+            return falls
+        if line.falls:
+            return True
         if self.trend == "rising":
-            found = line.rise > least and (_never_falls(levels) or (line.rise > line.doubt(CERTAIN_RISE) and _climbs(levels)))
+            found = rise > least and (_never_falls(levels) or (rise > line.doubt(CERTAIN_RISE) and _climbs(levels)))
         else:
-            found = line.rise >= -least and line.rise - line.doubt(CERTAIN_STALL) >= -least
+            lowest = rise - line.doubt(CERTAIN_STALL)
+            found = lowest >= -least and levels[-1] >= self.settled * state["peak"] and lowest >= self._pace(state, scale)
+            found = found and not any(Line.through(kept["levels"]).falls for kept in state["scales"][:scale])
         if found:
-            holds = self.trend == "rising" or levels[-1] >= self.settled * state["peak"]
             first, last = line.middle - line.rise / 2, line.middle + line.rise / 2
-            state |= {"since": state["scales"][scale]["starts"][0], "first": first, "last": last, "holds": holds}
+            state |= {"since": starts[0], "first": first, "last": last, "holds": True}
         return found
+
+    def _pace(self, state: State, scale: int) -> float:
+        """How much a metric falls in this window that goes on as it has fallen, for certain, over a longer one: a long training
+        falls too slowly for a short window to show it, and is not stuck. (Of several, the slowest; -inf without any.)"""
+        slowest = -math.inf
+        for longer in range(scale + 1, SCALES):
+            kept = state["scales"][longer]
+            if len(kept["levels"]) < BLOCKS:
+                break
+            if kept["pace"] is None:
+                line = Line.through(kept["levels"])
+                kept["pace"] = line.rise if line.falls else 0.0
+            if kept["pace"] < 0:
+                slowest = max(slowest, kept["pace"] / 2 ** (longer - scale))
+        return slowest
 
     def finding(self, state: State) -> Violation:
         end, first, last = state["last_step"], state["first"], state["last"]
@@ -162,6 +198,11 @@ class Trend(InPlace):
             begun = "" if not self.after else f" after step {self.after}"
             return f"a trend over {self.steps} steps needs {BLOCKS} records that span them{begun}; the log ends before"
         return None
+
+
+def rise_of(levels: Sequence[float]) -> float:
+    """Of the least-squares line through BLOCKS equally spaced levels, from its first to its last."""
+    return sum(map(mul, PLACES, levels)) * (BLOCKS - 1) / SQUARES
 
 
 class Line(NamedTuple):
@@ -194,6 +235,11 @@ class Line(NamedTuple):
         alike = min(max(alike + (2 + 4 * alike) / n, 0.0), 0.9)
         freedom = max((n - 2) * (1 - alike) / (1 + alike), 1.0)
         return cls(first + mean, slope * (n - 1), math.sqrt(scatter / (freedom * SQUARES)) * (n - 1), freedom)
+
+    @property
+    def falls(self) -> bool:
+        """For certain."""
+        return self.rise + self.doubt(CERTAIN_FALL) < 0
 
     def doubt(self, certainty: float) -> float:
         """How far the true rise may be off: its error times the quantile of Student's t that is as rare as the normal deviate

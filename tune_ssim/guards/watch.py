@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tune_ssim.guards.guard import Guard, InPlace
+from tune_ssim.guards.guard import Fold, Guard, InPlace
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import Record
 
@@ -108,12 +108,19 @@ class Watch:
         self.guards = guards
         self._bind()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_folds"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._bind()
+
     def _bind(self) -> None:
         """What `update` needs at every record: a log of millions is folded at the speed of that."""
         self._looked_at: frozenset[str] = frozenset()  # names that were searched already
         self._found_all = all(self._seen.values())  # from then on the names of metrics are of no use
-        self._folds: list[Callable[[Record], Violation | None]] = [
-            partial(guard.advance, self._states[guard.name]) if isinstance(guard, InPlace) else partial(self._replace, guard)
+        self._folds: list[Fold] = [
+            guard.bound(self._states[guard.name]) if isinstance(guard, InPlace) else partial(self._replace, guard)
             for guard in self.guards
         ]
 

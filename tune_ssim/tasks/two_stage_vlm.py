@@ -162,8 +162,8 @@ class TwoStageVLM:
         return Sample(self.held_out[rows].expand(-1, 3, -1, -1), token_ids=ids, vocabulary_size=len(VOCABULARY))
 
     def evaluate(self) -> dict[str, float]:
-        """Held out: cross-entropy; `recognised`: the share of generated answers that name the subject; and of those whose
-        brightness and contrast are right as well (`right`); ids that no word belongs to (`undecodable`)."""
+        """Held out: the cross-entropy of the answers in nats a token, and minus it, `log_likelihood`; `recognised`: the share of
+        generated answers that name the subject; `undecodable`: of those with an id that no word belongs to."""
         generator = torch.Generator().manual_seed(20_260_204)
         rows = torch.arange(EVALUATION_PATCHES)
         ids, labels = self._dialogues(rows, self.held_out_subjects, self.held_out_levels, generator)
@@ -174,6 +174,7 @@ class TwoStageVLM:
         named = [SUBJECTS[k] in text.split() for (text, _), k in zip(texts, self.held_out_subjects.tolist(), strict=True)]
         return {
             "loss_caption": loss.item(),
+            "log_likelihood": -loss.item(),
             "recognised": sum(named) / len(named),
             "undecodable": sum(bool(unknown) for _, unknown in texts) / len(texts),
             "visual_square": tokens.square().mean().item(),

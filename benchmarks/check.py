@@ -1,0 +1,158 @@
+"""How fast is a log of millions of records checked, and in how much memory?
+
+    python benchmarks/check.py [--records 5000000] [--output benchmarks/results/check.json]
+
+A CSV of a healthy training with five rules about seven metrics is read, folded through the guards of a live trial and drawn
+into curves, on one core; then its parts by themselves: reading alone, the guards alone. Times are of the processor, so that
+other processes count little; memory is the highest of a process of its own, without the libraries it loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from ssim import save
+
+from tune_ssim.check import Check, check_log, open_log
+from tune_ssim.guards import Watch
+from tune_ssim.records import Record
+from tune_ssim.rules import RulePack, load_rules
+from tune_ssim.sources import open_source
+
+METRICS = ("loss_flow", "kl_raw", "dino_global", "dbg/grad_flow", "dbg/flow_has_grad", "dbg/flow_trainable", "z_init/var")
+FIVE = {
+    "name": "five",
+    "branches": {
+        "flow": {
+            "loss": "loss_flow", "gradient": "dbg/grad_flow", "has_grad": "dbg/flow_has_grad", "trainable": "dbg/flow_trainable",
+        },
+    },
+    "rules": {
+        "coverage": {"when": {"metric": "dbg/flow_has_grad", "over": "dbg/flow_trainable", "off": 1, "by": 0.1, "steps": 100}},
+        "flow_stuck": {
+            "when": [
+                {"metric": "loss_flow", "trend": "not falling", "steps": 100},
+                {"metric": "dbg/grad_flow", "below": 0.01, "steps": 100},
+            ]
+        },
+        "dino_stuck": {"when": {"metric": "dino_global", "trend": "not falling", "steps": 200, "settled": 0.5}},
+        "kl_rising": {"when": {"metric": "kl_raw", "trend": "rising", "steps": 200}},
+        "z_var": {"when": {"metric": "z_init/var", "outside": [0.3, 1.5], "steps": 200}},
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=5_000_000)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "check.json")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # a log, in the process of its own
+    arguments = parser.parse_args()
+    if arguments.only:
+        print(json.dumps(whole(arguments.only)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "run.csv"
+        write_log(log, arguments.records)
+        short = Path(folder) / "short.csv"
+        write_log(short, min(arguments.records, 200_000))
+        done = subprocess.run([sys.executable, __file__, "--only", str(log)], check=True, capture_output=True, text=True)
+        result = json.loads(done.stdout)
+        result |= {"log_mb": log.stat().st_size / 1e6, "parts_us_per_record": parts(short)}
+    table = Table("records", "log MB", "records/s", "records/s of the guards alone", "memory of the log MB", "alerts")
+    table.add_row(
+        str(result["records"]), f"{result['log_mb']:.0f}", f"{result['records_per_cpu_s']:.0f}",
+        f"{1e6 / result['parts_us_per_record']['guards']:.0f}", f"{result['grown_mb']:.1f}", str(result["alerts"]),
+    )  # fmt: skip
+    Console(width=120).print(table)
+    save(arguments.output, {"rules": len(FIVE["rules"]), "metrics": len(METRICS), **result})
+
+
+def write_log(path: Path, count: int) -> None:
+    """A healthy training: every trend is there, in noise of a few percent."""
+    generator = np.random.default_rng(0)
+    with path.open("w") as file:
+        file.write("step," + ",".join(METRICS) + "\n")
+        for start in range(0, count, 100_000):
+            steps = np.arange(start, min(start + 100_000, count))
+            noise = 1 + 0.05 * generator.standard_normal((5, len(steps)))
+            falls = 0.3 + 0.7 * np.exp(-steps / (count / 5))
+            columns = (
+                steps, falls * noise[0], (5 + 15 * falls) * noise[1], falls * noise[2], 0.5 * falls * noise[3],
+                np.full(len(steps), 40), np.full(len(steps), 40), 0.9 * noise[4],
+            )  # fmt: skip
+            np.savetxt(file, np.stack(columns, 1), fmt="%d," + ",".join(["%.6g"] * len(METRICS)))
+
+
+def whole(log: str) -> dict[str, Any]:
+    """The check as the command does it."""
+    pack = Path(log).with_name("five.yaml")
+    pack.write_text(json.dumps(FIVE))
+    check_log(open_log(str(first_lines(log, 2000)), {}), packs=[pack])  # so that every library is loaded
+    before, started, wall = peak_mb(), time.process_time(), time.perf_counter()
+    report = check_log(open_log(log, {}), packs=[pack])
+    seconds = time.process_time() - started
+    return {
+        "records": report.records,
+        "records_per_cpu_s": report.records / seconds,
+        "records_per_wall_s": report.records / (time.perf_counter() - wall),
+        "peak_mb": peak_mb(),
+        "grown_mb": peak_mb() - before,
+        "alerts": sum(alert.times for alert in report.alerts),
+        "load_average_1min": os.getloadavg()[0],
+    }
+
+
+def parts(log: Path) -> dict[str, float]:
+    """Microseconds of the processor for a record, of each part by itself."""
+    pack = load_rules(FIVE)
+    records: list[Record] = []
+    source = open_source(log)
+    reading = timed(lambda: records.extend(record for part in (*source.parts(), source.finish()) for record in part))
+    watch = Watch(pack.rules)
+    guards = timed(lambda: [watch.update(record) for record in records])
+    check = Check([RulePack("none", (), branches=pack.branches)], METRICS)
+    check.guards, check.watch = (), Watch(())
+    curves = timed(lambda: [check.feed(chunk) for chunk in chunks(records)])
+    count = len(records)
+    assert math.isclose(check.records, count)
+    return {"reading": reading / count * 1e6, "guards": guards / count * 1e6, "curves": curves / count * 1e6}
+
+
+def chunks(records: list[Record]) -> Iterator[list[Record]]:
+    return (records[start : start + 4096] for start in range(0, len(records), 4096))
+
+
+def timed(run: Callable[[], Any]) -> float:
+    started = time.process_time()
+    run()
+    return time.process_time() - started
+
+
+def first_lines(log: str, count: int) -> Path:
+    path = Path(log).with_name("first.csv")
+    with Path(log).open() as file:
+        path.write_text("".join(line for line, _ in zip(file, range(count), strict=False)))
+    return path
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
