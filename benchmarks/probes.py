@@ -45,7 +45,8 @@ class Training:
     ) -> None:
         torch.manual_seed(0)
         self.model, tags, self.loss = make()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
         self.variant = variant
         self.taps = GradientTaps(tags, every=EVERY) if variant in ("watched", "taps") else None
         self.pending: list[dict[str, Any]] = []
@@ -63,7 +64,7 @@ class Training:
         metrics: dict[str, Any] = {"loss": loss.detach()}
         start = time.process_time()
         if self.variant in ("watched", "norm"):
-            metrics["total_norm"] = total_norm(self.model.parameters())
+            metrics["total_norm"] = total_norm(self.parameters)
         if self.taps is not None:
             metrics |= self.taps.read()
         self.own.append(time.process_time() - start)
@@ -158,7 +159,7 @@ def measure(name: str, make: Callable[[], Any], windows: int) -> dict[str, Any]:
         errors[variant] = sum(error**2 for _, error in found) ** 0.5 / EVERY
     watched = next(training for training in trainings if training.variant == "watched")
     own = [statistics.median(watched.own[n] for n in place) for place in places]
-    parameters = list(trainings[0].model.parameters())
+    parameters = trainings[0].parameters
     return {
         "model": name,
         "parameters": sum(p.numel() for p in parameters),

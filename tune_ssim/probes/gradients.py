@@ -90,6 +90,8 @@ def joint_norm(owners: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> Te
     # Every rank must join in every sum over ranks, so these go by the owner: a gradient may be missing on this rank alone.
     parts: dict[tuple[Any, tuple[bool, ...]], list[Tensor]] = {}
     may_be_flat = "torch.distributed.fsdp" in sys.modules
+    if not may_be_flat and "torch.distributed.tensor" not in sys.modules:
+        return _norm([tensor for tensor in tensors if tensor is not None])  # called in every step: nothing can be sharded
     for owner, tensor in zip(owners, tensors, strict=True):
         where = sharding(owner)
         if where is not None:
@@ -110,19 +112,22 @@ def joint_norm(owners: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> Te
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
 
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
+def _norm(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
+    if any(tensor.is_sparse for tensor in tensors):
+        tensors = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
+    if len({tensor.dtype for tensor in tensors}) == len({tensor.device for tensor in tensors}) == 1:
+        return torch.linalg.vector_norm(torch.stack(_norms(tensors)))
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        values = tensor.coalesce().values() if tensor.is_sparse else tensor
-        by_kind.setdefault((values.device, values.dtype), []).append(values)
-    norms: list[Tensor] = []
-    for (_, dtype), group in by_kind.items():
-        norms += torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))
-    if len(by_kind) > 1:
-        norms = [norm.to(norms[0].device) for norm in norms]
-    return torch.linalg.vector_norm(torch.stack(norms))
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    norms = [norm for group in by_kind.values() for norm in _norms(group)]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_norm(tensors, 2, dtype=torch.promote_types(tensors[0].dtype, torch.float32)))
 
 
 def _norm_over_ranks(norm: Tensor, mesh: Any, is_shard: tuple[bool, ...]) -> Tensor:
