@@ -300,7 +300,7 @@ def left_out(files: Mapping[str, str]) -> Check:
     named = "; ".join(f"{name} ({why})" for name, why in list(files.items())[:NAMED_FILES])
     more = f"; and {len(files) - NAMED_FILES} more" if len(files) > NAMED_FILES else ""
     sentence = f"{len(files)} {'file' if len(files) == 1 else 'files'} of the data left out: {named}{more}"
-    return Check("data/files", "warn", f"{sentence}", {"files": len(files)}, "remove them, or replace them by sound ones")
+    return Check("data/files", "warn", sentence, {"files": len(files)}, "remove them, or replace them by sound ones")
 
 
 def latent_statistics(mean: Sequence[float], std: Sequence[float]) -> Check:
