@@ -325,3 +325,26 @@ def test_what_is_wrong_in_a_studys_rules_is_said(tmp_path: Path, rules: str, sai
     with pytest.raises(UserError) as caught:
         load_study(tmp_path / "s.yaml")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("action", "verdict"), [("warn", "safe"), ("prune", "pruned"), ("abort", "bad_setup")])
+def test_a_rule_acts_in_a_live_trial(action: str, verdict: str, tmp_path: Path) -> None:
+    from small_task import SmallTask
+
+    from tune_ssim.run_trial import Trial, TrialPlan
+
+    rule = {"when": {"metric": "total_norm", "above": 0, "records": 3}, "action": action, "cause": "a cause", "remedy": "a remedy"}
+    study = load_study({"rules": [{"name": "own", "rules": {"moves": rule, "not_there": {**rule, "optional": True}}}]})
+    trial = Trial(SmallTask(), TrialPlan(steps=6, guards=study.rules[0].rules))
+    trial.start({"steps": 6})
+    trial.advance(2)
+    trial.save(tmp_path)  # a restored trial goes on counting
+    again = Trial(SmallTask(), trial.plan)
+    again.start({"steps": 6})
+    again.load(tmp_path)
+    again.advance()
+    assert again.verdict is not None
+    assert again.verdict.verdict == verdict
+    said = again.warnings[0] if action == "warn" else again.verdict.violation
+    assert said is not None
+    assert (said.guard, said.step, said.cause, said.remedy) == ("own/moves", 3, "a cause", "a remedy")

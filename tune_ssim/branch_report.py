@@ -137,4 +137,4 @@ def _since(curve: Curve, gone: Array) -> str:
 
 def _range(curve: Curve) -> str:
     low, high = np.nanmin(curve.low), np.nanmax(curve.high)
-    return f"{low:.2g} to {high:.2g}"
+    return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"

@@ -93,6 +93,8 @@ def _unknown(report: Report) -> Iterator[str]:
         more = f" and {len(metrics) - SHOWN} more" if len(metrics) > SHOWN else ""
         rules = "a rule" if len(absent) == 1 else f"{len(absent)} rules"
         yield f"unknown: no metric {', '.join(metrics[:SHOWN])}{more}, so {rules} could not judge"
+        if any(metric.startswith("dbg/") for metric in metrics):
+            yield "  dbg/… come from gradient taps in the training: docs/probes.md; `--map theirs=ours` renames others"
     for unknown in report.unknown:
         if not unknown.missing:
             yield f"unknown: {unknown.guard}: {unknown.reason}"

@@ -397,6 +397,8 @@ def check(
 
         write_atomically(target, draw_check(report))
         click.echo(f"wrote {target}", err=as_json)
+    elif not as_json:
+        say_next("check", log, "--picture", "check.png", why="draws the curves with the alerts marked")
     if report.alerts:
         raise click.exceptions.Exit(BAD_SETUP)
 
