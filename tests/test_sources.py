@@ -331,9 +331,10 @@ def test_the_newest_step_is_held_back() -> None:
     assert parser.feed(b'{"step": 1, "loss": 1}\n{"step": 1, "val": 2}\n') == []
     assert parser.feed(b'{"step": 2, "loss": 3}\n') == [Record(1, {"loss": 1.0, "val": 2.0})]
     assert parser.feed(b'{"step": 1, "loss": 9}\n{"step": 2, "val": 4}\n') == []  # too late; not too late
-    assert parser.finish() == [Record(2, {"loss": 3.0, "val": 4.0})]
+    last = parser.finish()
     assert "line 4: step 1 after step 2" in parser.trouble.sentence()
-    assert parser.finish() == []
+    assert parser.feed(b'{"step": 2, "loss": 5}\n') + parser.finish() == []
+    assert last == [Record(2, {"loss": 3.0, "val": 4.0})]  # and stays so
 
 
 def test_a_restart_from_a_checkpoint_is_heard_again_once_it_is_past() -> None:

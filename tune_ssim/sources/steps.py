@@ -42,7 +42,7 @@ class Steps:
         """A row in its order, with the `line` it came from. Keeps `values`, which may change later."""
         if step is None:
             self._without_step(values, line, text)
-        elif step == self._step:
+        elif step == self._step > self.last:  # else finish() has released it
             self._values.update(values)
         elif step > self._step:
             if self._step < 0:
