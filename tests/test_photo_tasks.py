@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_studies import trial
 from torch import nn
 
 from tune_ssim.checkpoint import load_checkpoint, save_checkpoint
 from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.guards import Baseline, KeepRule, NormRatio
 from tune_ssim.probes import tensor_contents
 from tune_ssim.quarantine import Ledger
-from tune_ssim.run_trial import statistics_of
+from tune_ssim.report import trials_table
+from tune_ssim.run_trial import Trial, TrialPlan, statistics_of
 from tune_ssim.study import load_study
 from tune_ssim.tasks import patch_captions as captions
 from tune_ssim.tasks.flow_dino_kl import TAGS, FlowDinoKL
@@ -22,6 +25,8 @@ from tune_ssim.tasks.photo_patches import PATCH, PHOTOS, load_photo, load_photo_
 from tune_ssim.tasks.task import load_task
 from tune_ssim.tasks.two_stage_vlm import TwoStageVLM
 from tune_ssim.tasks.vae_kl import VAEKL
+from tune_ssim.trial_text import setting_text, shown_metric, verdict_line
+from tune_ssim.winner import settings_of
 
 TASKS: dict[str, type] = {"vae_kl": VAEKL, "flow_dino_kl": FlowDinoKL, "two_stage_vlm": TwoStageVLM}
 # Of each task: a few steps of everything it does, and a setting that its study searches.
@@ -325,3 +330,31 @@ def test_stage_2_goes_on_from_a_sound_stage_1(tmp_path: Path) -> None:
     metrics = second.step()
     assert float(metrics["loss_caption"]) > 0.1 and 0.15 < float(metrics["label_fraction"]) < 0.4
     assert metrics["dbg/llm_trainable"] == 0
+
+
+# -- a study of another loss than SSIM
+
+
+def test_a_trial_is_compared_by_the_metric_that_its_study_maximises() -> None:
+    """Under a weight of the KL that kills the latent, in pairs with the baseline: `kl_` settings are an auxiliary loss's."""
+    plan = TrialPlan(steps=40, guards=(NormRatio(),), keep=(KeepRule("active_units", min_ratio=0.5),), objective="delta_elbo")
+    first = Trial(VAEKL(), plan)
+    first.start({"steps": 40, "kl_alpha": 1e-3}, role="baseline")
+    first.advance()
+    dead = Trial(VAEKL(), plan)
+    dead.start({"steps": 40, "kl_alpha": 1.0}, baseline=Baseline((first.baseline_run(),)), searched=["kl_alpha"])
+    dead.advance()
+    assert dead.paired and dead.verdict is not None and dead.verdict.verdict == "degraded", dead.verdict
+    assert dead.verdict.metrics["delta_elbo"] < -10 and "active_units" in dead.verdict.reason
+
+
+def test_settings_and_objectives_are_called_by_their_names() -> None:
+    assert [shown_metric(name) for name in ("delta_ssim", "delta_elbo", "psnr")] == ["ΔSSIM", "Δelbo", "PSNR"]
+    assert setting_text({"kl_alpha": 0.01, "kl_schedule": "linear"}) == "kl_alpha 0.01, kl_schedule linear"
+    assert setting_text({"ssim_loss_weight": 30.0, "ssim_loss_max_t": 0.3}) == "gain 30 @ 0.3"
+    of_vae = trial("a", delta_ssim=None, config={}) | {"config": {"kl_alpha": 0.01}, "objective": "delta_elbo"}
+    of_vae["metrics"] = {"delta_elbo": 1.5}
+    assert "kl_alpha 0.01  Δelbo +1.5000" in verdict_line(of_vae).plain  # type: ignore[arg-type]
+    assert settings_of(of_vae) == {"kl_alpha": 0.01}  # type: ignore[arg-type]
+    headings = [column.header for column in trials_table([of_vae], objective="delta_elbo").columns]  # type: ignore[list-item]
+    assert headings == ["trial", "setting", "steps", "norm ratio", "Δelbo", "verdict", "why"]
