@@ -189,6 +189,19 @@ def test_records_from_a_file_that_it_writes(log: str, tmp_path: Path) -> None:
     assert records(task) == [{"step": n, "total_norm": n / 10} for n in range(1, 9)]
 
 
+def test_records_from_mlflow(tmp_path: Path) -> None:
+    """A script that logs to MLflow as any other does, with a run that it finds in its environment."""
+    from tune_ssim.orchestration.mlflow_source import open_new_run
+
+    code = "import mlflow\nwith mlflow.start_run():\n"
+    code += "  for n in range(1, 9): mlflow.log_metrics({'loss': 1 / n, 'grad': n}, step=n)\n"
+    task = run(code, records={"mlflow": f"sqlite:///{tmp_path}/theirs.db", "names": {"grad": "total_norm"}})
+    with pytest.raises(UserError, match="only in a study"):
+        task.step()
+    task.open_mlflow = open_new_run
+    assert records(task) == [{"step": n, "loss": 1 / n, "total_norm": n} for n in range(1, 9)]
+
+
 # ---- what reaches it
 
 

@@ -16,6 +16,7 @@ from tune_ssim.sources.trouble import Trouble
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+COMMANDS = "tune_ssim commands"  # the experiment of runs that scripts log to by themselves
 PREFIXES = ("mlflow:", "runs:/")
 
 
@@ -46,6 +47,23 @@ def open_run(
     if state is not None:
         source.load_state(state)
     return source
+
+
+def open_new_run(tracking_uri: str, name: str, names: Mapping[str, str] | None = None) -> tuple[MLflowRun, dict[str, str]]:
+    """A run that does not exist yet, and the environment in which `mlflow.start_run()` takes it up: how a script that logs to
+    MLflow is followed without knowing what it calls its runs. Raises UserError if the tracking server does not answer."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient(tracking_uri=tracking_uri)
+    try:
+        found = client.get_experiment_by_name(COMMANDS)
+        experiment = found.experiment_id if found is not None else client.create_experiment(COMMANDS)
+        run_id = client.create_run(experiment, run_name=name).info.run_id
+    except (MlflowException, OSError) as error:
+        raise UserError(f"records.mlflow: {in_words(error)} (tracking URI {hide_password(tracking_uri)})") from None
+    environment = {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_EXPERIMENT_ID": str(experiment), "MLFLOW_RUN_ID": run_id}
+    return MLflowRun(client, run_id, names), environment
 
 
 class MLflowRun:

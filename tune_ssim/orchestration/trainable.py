@@ -20,12 +20,14 @@ from ray.exceptions import RayActorError
 from tune_ssim.checkpoint import load_checkpoint
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
+from tune_ssim.orchestration.mlflow_source import open_new_run
 from tune_ssim.orchestration.nodes import NodesProcess
 from tune_ssim.orchestration.workers import WorkersTask
 from tune_ssim.quarantine import Ledger
 from tune_ssim.run_trial import Trial, TrialPlan, Verdict
 from tune_ssim.space import resolve_settings
 from tune_ssim.study_folder import jsonable
+from tune_ssim.tasks.command import CommandTask
 from tune_ssim.tasks.task import load_task
 
 CONTEXT = "tune_ssim"  # key of a trial's config under which a study says who the trial is
@@ -67,6 +69,8 @@ class TrialSpec:
         if self.parts.workers > 1:
             return WorkersTask(self.task, self.import_path, self.parts.workers, self.parts.cpus, self.parts.gpus)
         task = load_task(self.task, self.import_path)()
+        if isinstance(task, CommandTask):
+            task.open_mlflow = open_new_run
         if self.parts.nodes > 1:
             task.launch = partial(NodesProcess, self.parts.nodes, self.parts.cpus, self.parts.gpus)
         return task

@@ -32,6 +32,7 @@ from tune_ssim.yaml_source import dump_yaml, read_yaml
 POLL_S = 0.05  # between looks at files; a step of a training worth tuning takes longer
 OF_TRAINING = ("smoke/", "dbg/", "loss", TOTAL_NORM, ACTIVE_FRACTION, LR)  # metrics that say nothing about held-out data
 ANY_STEP = "\0"  # stands for a step in a path
+MLFLOW_POLL_S = 2.0  # each look fetches whole histories
 MAX_LINE = 2**20  # bytes of a line that is looked at for tags and echoes
 ECHO_BYTES = 2**24  # of output in which parameters are looked for; then the first record has long been there
 LAST_WORDS_S = 2.0  # for a loop that was told of its verdict to leave by itself
@@ -63,6 +64,14 @@ Launch = Callable[[Callable[[Mapping[str, Any]], Invocation], Callable[[bytes], 
 """(node's fields → what to start there, what to do with the first node's output, folder for the output of the others)."""
 
 
+OpenMLflow = Callable[[str, str, Mapping[str, str]], tuple[Source, dict[str, str]]]
+"""(tracking URI, name of the run, theirs → ours) → (its records, what the command must find in its environment)."""
+
+
+def _no_mlflow(tracking_uri: str, name: str, names: Mapping[str, str]) -> tuple[Source, dict[str, str]]:
+    raise UserError("records.mlflow: only in a study: outside nothing here may speak to MLflow")
+
+
 def launch_here(render: Callable[[Mapping[str, Any]], Invocation], on_output: Callable[[bytes], None], folder: Path) -> Process:
     """On this machine alone."""
     what = render({"nodes": 1, "node_rank": 0, "master_addr": "127.0.0.1", "master_port": free_port("127.0.0.1")})
@@ -86,6 +95,7 @@ class CommandTask:
     def __init__(self, spec: CommandSpec, cwd: str | None = None) -> None:
         self.spec, self.home = spec, cwd
         self.launch: Launch = launch_here
+        self.open_mlflow: OpenMLflow = _no_mlflow
         self.name, self.folder = "trial", Path()
         self._made: Path | None = None  # a temporary folder of our own
         self._process: Process | None = None
@@ -112,6 +122,7 @@ class CommandTask:
         self._records: list[tuple[int, dict[str, float]]] = []
         self._parser: LineParser | None = None
         self._source: Source | None = None
+        self._source_every, self._source_due = 0.0, 0.0
         self._channel: TrialEnd | None = None
         self._line = b""
         self._seen_bytes = 0
@@ -207,7 +218,11 @@ class CommandTask:
         self._channel = TrialEnd(folder / "channel")
         self._channel.open(self.config, self.seed, self.smoke_at, self.steps)
         records = self.spec.records
-        if records is not None and records.file is None:
+        self._run_environment: dict[str, str] = {}
+        if records is not None and records.mlflow is not None:
+            self._source, self._run_environment = self.open_mlflow(records.mlflow, exp_name, records.names)
+            self._source_every = MLFLOW_POLL_S
+        elif records is not None and records.file is None:
             self._parser = LineParser(pattern=records.pattern, names=records.names)
         elif records is not None and records.file is not None:
             path = self._path(fill(records.file, self.fields))
@@ -239,6 +254,7 @@ class CommandTask:
         environment = {
             "PYTHONUNBUFFERED": "1",  # lines arrive when they are printed, not when 8 KB are full
             "EXP_NAME": str(fields["exp_name"]),
+            **self._run_environment,
             **own,
             VARIABLE: str(self.exp_folder / "channel"),
         }
@@ -309,7 +325,8 @@ class CommandTask:
                 self._take(message)
         while not self._messages.empty():
             self._take(self._messages.get())
-        if self._source is not None:
+        if self._source is not None and (final or time.monotonic() >= self._source_due):
+            self._source_due = time.monotonic() + self._source_every
             self._keep(self._source.finish() if final else self._source.read())
 
     def _take(self, message: dict[str, Any]) -> None:
@@ -343,8 +360,13 @@ class CommandTask:
         records = self.spec.records
         if records is None:
             return " (nothing was reported through tune_ssim.trial_context, and no line TUNE_SSIM {json} was printed)"
-        where = f"in {fill(records.file, self.fields)}" if records.file else "in its output"
-        trouble = (self._source or self._parser).trouble.sentence() if (self._source or self._parser) else ""  # type: ignore[union-attr]
+        where = "in its output"
+        if records.file is not None:
+            where = f"in {fill(records.file, self.fields)}"
+        elif records.mlflow is not None:
+            where = "in its run in MLflow"
+        reader = self._source or self._parser
+        trouble = reader.trouble.sentence() if reader is not None else ""
         return f" (looked {where}; {trouble})" if trouble else f" (looked {where})"
 
     def _quote(self) -> str:

@@ -40,12 +40,20 @@ class ConfigFile(_Section):
 class RecordsFrom(_Section):
     """Where the numbers of each step come from, if the training does not report them itself. Without `file` from what the command
     prints. file: that it writes, of any format that `tune_ssim.sources` reads, or a folder of TensorBoard files. pattern: regular
-    expressions with named groups, one of them `step`, or the name of a built-in pattern. names: theirs → ours."""
+    expressions with named groups, one of them `step`, or the name of a built-in pattern. names: theirs → ours. mlflow: a tracking
+    URI: the command finds a run of its own in its environment, which `mlflow.start_run()` takes up."""
 
+    mlflow: Annotated[str, Field(min_length=1)] | None = None
     file: Annotated[str, Field(min_length=1)] | None = None
     format: str | None = None
     pattern: str | list[str] | None = None
     names: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one(self) -> RecordsFrom:
+        if self.mlflow is not None and (self.file is not None or self.pattern is not None or self.format is not None):
+            raise ValueError("mlflow goes with names only, not with file, format or pattern")
+        return self
 
 
 class SmokeCommand(_Section):
