@@ -388,7 +388,7 @@ def test_a_mistake_is_one_line_that_says_where(written: Any, tmp_path: Path, tex
     [
         ("nowhere.yaml", "nowhere.yaml: no such file"),
         ("fundus_ssm", "unknown study 'fundus_ssm'; did you mean 'fundus_ssim'?"),
-        ("zzz", "unknown study 'zzz'; valid: fundus_adamw_clip, fundus_adamw_hot, fundus_ssim"),
+        ("zzz", "unknown study 'zzz'; valid: fundus_adamw_clip, fundus_adamw_hot, fundus_ssim, flow_dino_kl, two_stage_vlm, vae_kl"),
         ("/", "/: is a folder, not a YAML file"),
         ("", "unknown study ''"),
         ("x\0.yaml", "cannot be read"),
