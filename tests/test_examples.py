@@ -17,6 +17,7 @@ from test_image_folder import folder_of
 from tune_ssim.sources import LineParser, open_source
 from tune_ssim.study import load_study
 from tune_ssim.tasks.command import free_port
+from tune_ssim.tasks.command_spec import ALWAYS
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
@@ -139,6 +140,10 @@ def test_the_studies_reach_every_setting(name: str) -> None:
     assert set(study.task.reached()) >= {
         "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t", "lr", "seed", "exp_dir"
     }  # fmt: skip
+    told = {**study.task_config, **study.baseline_settings}
+    assert study.task.reached() <= {*told, *ALWAYS}  # a baseline has a value for every placeholder, and so has a trial
+    for point in study.space.stages[0].point_configs():
+        assert study.task.reached() <= {*study.task_config, *point, *ALWAYS}
     folder = EXAMPLES / name
     scripts = [word for command in (study.task.command, study.task.smoke.command) for word in command if word.endswith(".py")]
     assert len(scripts) == 2 and all((folder / script).is_file() for script in scripts)
