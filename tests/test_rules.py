@@ -80,6 +80,8 @@ BROKEN: list[tuple[str, dict[str, Values], str, int, int, str]] = [
     ("two_stage_vlm", {"loss_proxy": const(5e-5)}, "proxy_vanishing", 99, 99, "warn"),
     # D2
     ("two_stage_vlm", {"loss_caption": const(0.09)}, "caption_masking", 0, 0, "abort"),
+    ("two_stage_vlm", {"label_fraction": const(1.0)}, "labels_unmasked", 0, 0, "abort"),
+    ("two_stage_vlm", {"loss_caption": flat(1.8)}, "caption_stuck", 200, 260, "warn"),
     ("two_stage_vlm", {"loss_caption": falling(11.5, 1.0, 100, 0.01)}, "caption_unloaded", 0, 0, "warn"),
     ("two_stage_vlm", {"loss_caption": after(500, const(0.09), const(2.0))}, "caption_too_low", 599, 599, "warn"),
     ("two_stage_vlm", {"loss_caption": const(2.6)}, "caption_slow_5", 499, 500, "warn"),
