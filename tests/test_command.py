@@ -369,6 +369,22 @@ def test_a_study_says_what_is_wrong_with_its_command(task: dict[str, Any], says:
         load_study({"name": "s", "task": task, "space": space})
 
 
+def test_the_baseline_has_a_value_for_every_placeholder() -> None:
+    """Without a weight the gate and the scale mean nothing, but the command line has a place for them."""
+    words = ["x", "{ssim_loss_weight}", "{ssim_loss_max_t}", "{ssim_grad_scale}", "{lr}"]
+    task = {"command": words, "records": {"pattern": "bagel"}}
+    given = {"name": "s", "task": task, "space": "wide", "guards": {"smoke_test": None}}
+    study = load_study({**given, "task_config": {"lr": 0.1}})
+    settings = {**study.task_config, **study.baseline_settings}
+    assert fill(" ".join(words), settings) == "x 0.0 1.0 1.0 0.1"
+    space = {"name": "s", "parameters": {"gain": {"log_uniform": [1, 2]}, "lr": {"choice": [1.0, 2.0]}}}
+    fixed = {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0}
+    with pytest.raises(UserError, match="baseline: has no lr, which the command is told"):
+        load_study({**given, "space": {**space, "fixed": fixed}})
+    with pytest.raises(UserError, match=r"no value for the braces in '\{lr\}'"):
+        fill("{lr}", {"steps": 3})
+
+
 def test_a_study_with_a_command_is_what_it_was_after_yaml() -> None:
     space = {
         "name": "s",

@@ -173,8 +173,8 @@ def test_a_missing_metric_is_an_error_after_the_first_records() -> None:
     [
         (Threshold("val"), steps(3, loss=1.0), "'threshold:val': metric 'val' absent from all 3 records; saw loss"),
         (SmokeTest(), steps(3, smoke=1.0), "metric 'smoke/' absent from all 3 records; saw smoke"),
-        (NonFinite(), [], "metric 'loss' absent from all 0 records; saw no metric at all"),
-        (NonFinite(), steps(2), "metric 'loss' absent from all 2 records; saw no metric at all"),
+        (NonFinite(), [], "metric 'loss*' absent from all 0 records; saw no metric at all"),
+        (NonFinite(), steps(2), "metric 'loss*' absent from all 2 records; saw no metric at all"),
     ],
 )  # fmt: skip
 def test_a_missing_metric_is_an_error_at_the_end(guard: Guard, records: list[Record], said: str) -> None:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from tune_ssim.errors import UserError
 from tune_ssim.guards import Guard, KeepRule, NonFinite, NormRatio, SmokeTest, Threshold
 from tune_ssim.rules import RulePack, load_rules
-from tune_ssim.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Space, find_space, load_space, setting_problem
+from tune_ssim.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice, Space, find_space, load_space, setting_problem
 from tune_ssim.study_folder import check_name
 from tune_ssim.tasks.command_spec import CommandSpec
 from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, dump_yaml, kind_of, read_yaml, shown
@@ -249,7 +249,23 @@ class Study:
     @property
     def baseline_settings(self) -> dict[str, Any]:
         """What a baseline sets on top of `task_config`: no SSIM loss, where the study has one at all."""
-        return {**({WEIGHT: 0.0} if self.has_ssim else {}), **self.baseline.overrides}
+        return {**self._untouched(), **({WEIGHT: 0.0} if self.has_ssim else {}), **self.baseline.overrides}
+
+    def _untouched(self) -> dict[str, Any]:
+        """A command has a place for every setting, also for those that mean nothing without a weight: any value of the space will do."""
+        if not isinstance(self.task, CommandSpec):
+            return {}
+        found: dict[str, Any] = {}
+        for stage in self.space.stages:
+            for name in (MAX_T, GRAD_SCALE):
+                domain = stage.parameters.get(name)
+                if name in stage.fixed:
+                    found.setdefault(name, stage.fixed[name])
+                elif isinstance(domain, Choice):
+                    found.setdefault(name, domain.values[-1])
+                elif domain is not None:
+                    found.setdefault(name, domain.upper)
+        return {name: value for name, value in found.items() if name in self.task.reached() and name not in self.task_config}
 
     @property
     def has_ssim(self) -> bool:
@@ -671,6 +687,11 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
     if isinstance(study.task, CommandSpec):
         for place, wrong in study.task.problems(_settings_of(study), _varied(study)):
             yield ("task", *place), wrong
+        if study.space is not None and study.baseline is not None:
+            # What every trial has; without a weight the gate and the scale mean nothing, and get some value (`_untouched`).
+            always = {*study.task_config, *study.baseline.overrides, WEIGHT, MAX_T, GRAD_SCALE}
+            for name in sorted((study.task.reached() & _settings_of(study)) - always):
+                yield ("baseline",), f"has no {name}, which the command is told: set it here, or in task_config"
         if study.task.records is not None and study.task.smoke is None and SmokeTest.name in study.guards:
             yield (
                 ("guards", "smoke_test"),

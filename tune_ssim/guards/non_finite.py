@@ -24,7 +24,7 @@ class NonFinite(InPlace):
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)
     name = "non_finite"
-    metrics = (LOSS,)
+    metrics = (f"{LOSS}*",)  # or one of its branches, where a log has them alone
 
     def __post_init__(self) -> None:
         if not self.prefixes:
@@ -50,7 +50,7 @@ class NonFinite(InPlace):
             norm = values.get(TOTAL_NORM, math.inf)
             sentence = f"{state['skipped']} steps in a row were skipped for a non-finite gradient: the training no longer moves"
             return self._violation(record.step, TOTAL_NORM, norm, sentence)
-        if LOSS in values:
+        if LOSS in values or any(name.startswith(LOSS) for name in values):
             state["skipped"] = 0
             state["last_step"] = record.step
         if math.isfinite(sum(values.values())):  # then each of them is

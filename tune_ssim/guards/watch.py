@@ -152,7 +152,10 @@ class Watch:
 
 
 def _has(metric: str, names: Sequence[str]) -> bool:
-    return any(name.startswith(metric) for name in names) if metric.endswith("/") else metric in names
+    """`smoke/` and `loss*` stand for every name that begins so."""
+    if metric.endswith(("/", "*")):
+        return any(name.startswith(metric.rstrip("*")) for name in names)
+    return metric in names
 
 
 def _has_all(guard: Guard, names: Sequence[str]) -> bool:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tune_ssim.errors import UserError
+
 # What can stand in braces besides the trial's own settings.
 ALWAYS = ("seed", "steps", "exp_name", "exp_dir", "python", "nodes", "node_rank", "master_addr", "master_port", "gpus")
 IN_SMOKE = ("checkpoint", "step", "noise", "out")
@@ -175,6 +177,10 @@ def placeholders(template: str) -> list[str]:
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
+    """Raises UserError where this trial has no value for a placeholder."""
+    for name in placeholders(template):
+        if name not in values:
+            raise UserError(f"command: this trial has no value for the braces in {template!r}; it has {', '.join(sorted(values))}")
     return string.Formatter().vformat(template, (), {name: as_word(value) for name, value in values.items()})
 
 
@@ -183,7 +189,8 @@ def fill_value(template: Any, values: Mapping[str, Any]) -> Any:
     if not isinstance(template, str):
         return template
     names = placeholders(template)
-    return values[names[0]] if len(names) == 1 and template == f"{{{names[0]}}}" else fill(template, values)
+    text = fill(template, values)
+    return values[names[0]] if len(names) == 1 and template == f"{{{names[0]}}}" else text
 
 
 def fill_all(templates: Sequence[str], values: Mapping[str, Any]) -> list[str]:
