@@ -252,7 +252,7 @@ class Study:
         return {**self._untouched(), **({WEIGHT: 0.0} if self.has_ssim else {}), **self.baseline.overrides}
 
     def _untouched(self) -> dict[str, Any]:
-        """A command has a place for every setting, also for those that mean nothing without a weight: any value of the space will do."""
+        """A command has a place for every setting, also for those that mean nothing without a weight: any value will do."""
         if not isinstance(self.task, CommandSpec):
             return {}
         found: dict[str, Any] = {}
