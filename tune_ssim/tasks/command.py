@@ -315,8 +315,6 @@ class CommandTask:
 
     def _collect(self, final: bool = False) -> None:
         """Everything that was said until now, from all doors, into `_records`."""
-        if final and self._parser is not None:
-            self._keep(self._parser.finish())
         if final and self._line:
             line, self._line = self._line, b""
             self._take_line(line)
@@ -325,6 +323,8 @@ class CommandTask:
                 self._take(message)
         while not self._messages.empty():
             self._take(self._messages.get())
+        if final and self._parser is not None:  # the step that it held back comes after all that it gave
+            self._keep(self._parser.finish())
         if self._source is not None and (final or time.monotonic() >= self._source_due):
             self._source_due = time.monotonic() + self._source_every
             self._keep(self._source.finish() if final else self._source.read())
