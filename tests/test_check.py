@@ -153,7 +153,7 @@ def test_a_rule_whose_metric_is_not_there_is_unknown(tmp_path: Path) -> None:
     unknown = {one["guard"]: one["reason"] for one in report["unknown"]}
     assert unknown["vae_kl/kl_rising"] == "no metric kl_raw"
     assert "vae_kl/kl_rising" not in report["judged"]
-    assert report["judged"] == ["vae_kl/recon_flat"]
+    assert report["judged"] == ["non_finite", "vae_kl/recon_flat"]
 
 
 def test_a_log_that_ends_too_soon_is_unknown(tmp_path: Path) -> None:
@@ -264,6 +264,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
     code = exit_code(["check", *map(str, arguments)])
     done = capsys.readouterr()
     return code, done.out, done.err
+
+
+def test_a_log_with_a_branch_alone_is_judged_for_not_a_number(tmp_path: Path) -> None:
+    stream = records(60, loss_flow=after(30, flat(math.nan), flat(1)))
+    report = checked(write_csv(tmp_path / "run.csv", stream))
+    assert ("non_finite", 30) in {(alert["guard"], alert["step"]) for alert in report["alerts"]}
 
 
 def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

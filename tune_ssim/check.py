@@ -15,7 +15,7 @@ from tune_ssim.branch_report import BranchReport, judge_branch, series_of
 from tune_ssim.curves import Curve
 from tune_ssim.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun, Guard, NonFinite, NormRatio, Rule, SmokeTest, Violation, Watch
-from tune_ssim.guards.watch import GRACE_RECORDS
+from tune_ssim.guards.watch import GRACE_RECORDS, WILD
 from tune_ssim.records import LOSS, SMOKE, TOTAL_NORM, TOTAL_NORM_MAIN, Record
 from tune_ssim.rules import RulePack, bundled_packs, load_rules
 from tune_ssim.sources import Source, open_source
@@ -106,7 +106,7 @@ class Check:
         self.records, self.first_step, self.last_step = 0, -1, -1
         branches = [key for pack in packs for branch in pack.branches for key in series_of(branch)]
         of_rules = [metric for guard in self.guards for metric in (guard.about if isinstance(guard, Rule) else guard.metrics)]
-        self._series = [key for key in dict.fromkeys([LOSS, TOTAL_NORM, *branches, *of_rules]) if not str(key).endswith("/")]
+        self._series = [key for key in dict.fromkeys([LOSS, TOTAL_NORM, *branches, *of_rules]) if not str(key).endswith(WILD)]
         self._metrics = list(dict.fromkeys(name for key in self._series for name in ([key] if isinstance(key, str) else key)))
         self._sources = {guard.name: guard.source for guard in self.guards if isinstance(guard, Rule)}
 
@@ -186,7 +186,7 @@ class Check:
 
     def _unknown(self, guard: Guard) -> Unknown | None:
         about = guard.about if isinstance(guard, Rule) else guard.metrics
-        missing = tuple(metric for metric in about if metric not in self.curves and not metric.endswith("/"))
+        missing = tuple(metric for metric in about if metric not in self.curves and not metric.endswith(WILD))
         if missing:
             return Unknown(guard.name, f"no metric {missing[0]}", missing)
         state = self.watch.state_of(guard.name)
@@ -288,7 +288,7 @@ def accumulation(pack: RulePack, records: Sequence[Record]) -> float | None:
 def general_guards(names: Iterable[str], baseline: Baseline | None = None) -> list[Guard]:
     """Those of every study for which a log with these metrics has what they need."""
     names = list(names)
-    guards: list[Guard] = [NonFinite()] if LOSS in names else []
+    guards: list[Guard] = [NonFinite()] if any(name.startswith(LOSS) for name in names) else []
     if any(name.startswith(SMOKE) for name in names):
         guards.append(SmokeTest())
     if baseline is not None:

@@ -15,6 +15,7 @@ from tune_ssim.records import Record
 
 GRACE_RECORDS = 20  # of different steps; a metric that has not appeared by then is not coming
 SHOWN_NAMES = 50  # metric names remembered for the message of MissingMetric
+WILD = ("/", "*")  # a metric that ends so stands for every name that begins so
 SEVERITY = ("abort", "prune", "probe", "warn")
 
 
@@ -152,8 +153,7 @@ class Watch:
 
 
 def _has(metric: str, names: Sequence[str]) -> bool:
-    """`smoke/` and `loss*` stand for every name that begins so."""
-    if metric.endswith(("/", "*")):
+    if metric.endswith(WILD):
         return any(name.startswith(metric.rstrip("*")) for name in names)
     return metric in names
 
