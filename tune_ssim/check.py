@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import compress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +15,7 @@ from tune_ssim.curves import Curve
 from tune_ssim.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun, Guard, NonFinite, NormRatio, Rule, SmokeTest, Violation, Watch
 from tune_ssim.guards.watch import GRACE_RECORDS, WILD
+from tune_ssim.record_table import Table
 from tune_ssim.records import LOSS, SMOKE, TOTAL_NORM, TOTAL_NORM_MAIN, Record
 from tune_ssim.rules import RulePack, bundled_packs, load_rules
 from tune_ssim.sources import Source, open_source
@@ -107,24 +107,19 @@ class Check:
         branches = [key for pack in packs for branch in pack.branches for key in series_of(branch)]
         of_rules = [metric for guard in self.guards for metric in (guard.about if isinstance(guard, Rule) else guard.metrics)]
         self._series = [key for key in dict.fromkeys([LOSS, TOTAL_NORM, *branches, *of_rules]) if not str(key).endswith(WILD)]
-        self._metrics = list(dict.fromkeys(name for key in self._series for name in ([key] if isinstance(key, str) else key)))
         self._sources = {guard.name: guard.source for guard in self.guards if isinstance(guard, Rule)}
 
     def feed(self, records: Sequence[Record]) -> list[Alert]:
         """What the guards say about these records, in order. They go on after what would have ended a live trial."""
         if not records:
             return []
-        said: list[Alert] = []
-        update = self.watch.update
-        for record in records:
-            violations = update(record)
-            if violations:
-                said += self._note(violations)
+        table = Table.of(records)
+        said = [alert for violations in self.watch.update_table(table) for alert in self._note(violations)]
         if not self.records:
-            self.first_step = records[0].step
-        self.records += len(records)
-        self.last_step = records[-1].step
-        self._draw(records)
+            self.first_step = table.steps[0]
+        self.records += len(table)
+        self.last_step = table.steps[-1]
+        self._draw(table)
         return said
 
     def report(self, log: str = "", notes: Iterable[str] = ()) -> Report:
@@ -167,22 +162,11 @@ class Check:
             self.ended = next((violation for violation in violations if violation.action in ("prune", "abort")), None)
         return new
 
-    def _draw(self, records: Sequence[Record]) -> None:
-        steps, rows = [record.step for record in records], [record.values for record in records]
-        columns: dict[str, tuple[list[int], list[float]]] = {}
-        for metric in self._metrics:
-            try:
-                columns[metric] = steps, [row[metric] for row in rows]
-            except KeyError:
-                there = [metric in row for row in rows]
-                columns[metric] = list(compress(steps, there)), [row[metric] for row in compress(rows, there)]
+    def _draw(self, table: Table) -> None:
         for key in self._series:
-            if isinstance(key, str):
-                where, values = columns[key]
-            else:
-                where, values = _quotient(columns[key[0]], columns[key[1]])
-            if where:
-                self.curves.setdefault(key, Curve()).add(where, values)
+            column = table.column(key) if isinstance(key, str) else table.quotient(*key)
+            if column is not None:
+                self.curves.setdefault(key, Curve()).add(column.steps, column.array)
 
     def _unknown(self, guard: Guard) -> Unknown | None:
         about = guard.about if isinstance(guard, Rule) else guard.metrics
@@ -192,16 +176,6 @@ class Check:
         state = self.watch.state_of(guard.name)
         reason = guard.too_little(state) if isinstance(guard, Rule) else guard.unjudged(state)
         return None if reason is None else Unknown(guard.name, reason.removeprefix(f"guard '{guard.name}' "))
-
-
-def _quotient(above: tuple[list[int], list[float]], below: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
-    """Of the steps that have both."""
-    if above[0] is not below[0]:
-        other = dict(zip(*below, strict=True))
-        both = [(step, value, other[step]) for step, value in zip(*above, strict=True) if step in other]
-    else:
-        both = list(zip(*above, below[1], strict=True))
-    return [step for step, _, _ in both], [a / b if b else math.nan for _, a, b in both]
 
 
 def check_log(

@@ -25,18 +25,18 @@ class Curve:
     broken: Array = field(default_factory=lambda: np.empty(0))
     records: int = 0
     _per_block: int = 1
-    _steps: list[float] = field(default_factory=list)  # of records that do not fill a block yet
-    _values: list[float] = field(default_factory=list)
+    _steps: Array = field(default_factory=lambda: np.empty(0))  # of records that do not fill a block yet
+    _values: Array = field(default_factory=lambda: np.empty(0))
 
-    def add(self, steps: Sequence[float], values: Sequence[float]) -> None:
+    def add(self, steps: Sequence[float], values: Sequence[float] | Array) -> None:
         self.records += len(steps)
-        self._steps.extend(steps)
-        self._values.extend(values)
-        whole = len(self._steps) // self._per_block * self._per_block
+        all_steps = np.concatenate([self._steps, np.asarray(steps, float)])
+        all_values = np.concatenate([self._values, np.asarray(values, float)])
+        whole = len(all_steps) // self._per_block * self._per_block
+        self._steps, self._values = all_steps[whole:].copy(), all_values[whole:].copy()
         if not whole:
             return
-        self._append(np.array(self._steps[:whole], float), np.array(self._values[:whole], float))
-        del self._steps[:whole], self._values[:whole]
+        self._append(all_steps[:whole], all_values[:whole])
         while len(self.steps) > MOST_BLOCKS:
             self._halve()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tune_ssim.guards.guard import Fold, Guard, State
+from tune_ssim.guards.guard import Fold, Found, Guard, State
 from tune_ssim.guards.violation import ACTIONS, Violation
+from tune_ssim.record_table import Table
 
 
 class Condition(Guard, Protocol):
@@ -14,6 +15,8 @@ class Condition(Guard, Protocol):
     def bound(self, state: State) -> Fold:
         """As `update`, in place."""
         ...
+
+    def fold_table(self, state: State, table: Table) -> list[Found]: ...
 
     def finding(self, state: State) -> Violation:
         """What it says, or would say again, while `state["holds"]`."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from tune_ssim.guards.condition import band_words, check_action, check_band
-from tune_ssim.guards.guard import Fold, InPlace, State
+from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.record_table import Table
 from tune_ssim.records import Record
 
 
@@ -38,6 +39,13 @@ class FirstValue(InPlace):
 
     def bound(self, state: State) -> Fold:
         return partial(self._advance, state)
+
+    def fold_table(self, state: State, table: Table) -> list[Found]:
+        column = None if state["step"] is not None else table.column(self.metric)
+        if column is None:
+            return []
+        violation = self._advance(state, table[column.rows[0]])
+        return [] if violation is None else [(column.rows[0], violation)]
 
     def _advance(self, state: State, record: Record) -> Violation | None:
         if state["step"] is not None:

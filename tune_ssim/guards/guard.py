@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from tune_ssim.guards.violation import Violation
+from tune_ssim.record_table import Table
 from tune_ssim.records import Record
 
 State = dict[str, Any]
@@ -36,6 +37,7 @@ class Guard(Protocol):
 
 
 Fold = Callable[[Record], Violation | None]
+Found = tuple[int, Violation]  # in which row of a table, and what
 
 
 class InPlace:
@@ -49,3 +51,8 @@ class InPlace:
     def bound(self, state: State) -> Fold:
         """A function of a record that changes `state`."""
         raise NotImplementedError
+
+    def fold_table(self, state: State, table: Table) -> list[Found]:
+        """As `bound(state)` of each record. `table.grows`, and its first step is later than all that `state` has seen."""
+        fold = self.bound(state)
+        return [(row, said) for row, record in enumerate(table) if (said := fold(record)) is not None]

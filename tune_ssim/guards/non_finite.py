@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from tune_ssim.guards.guard import Fold, InPlace, State
+import numpy as np
+
+from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Violation
+from tune_ssim.record_table import Table
 from tune_ssim.records import LOSS, STEP_SKIPPED, TOTAL_NORM, Record
 
 
@@ -59,6 +62,16 @@ class NonFinite(InPlace):
             if metric.startswith(self.prefixes) and not math.isfinite(value):
                 return self._violation(record.step, metric, value, f"{metric} is {value} at step {record.step}")
         return None
+
+    def fold_table(self, state: State, table: Table) -> list[Found]:
+        columns = {name: table.column(name) for name in table.metrics if name.startswith((LOSS, *self.prefixes))}
+        judged = (column for name, column in columns.items() if column and name.startswith(self.prefixes))
+        if STEP_SKIPPED in table.metrics or not all(np.isfinite(column.array).all() for column in judged):
+            return super().fold_table(state, table)
+        last = max((column.steps[-1] for name, column in columns.items() if column and name.startswith(LOSS)), default=None)
+        if last is not None:
+            state["skipped"], state["last_step"] = 0, last
+        return []
 
     def unjudged(self, state: State) -> str | None:
         return None

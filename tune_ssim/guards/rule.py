@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from tune_ssim.guards.condition import Condition, check_action
-from tune_ssim.guards.guard import Fold, InPlace, State
+from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.record_table import Table
 from tune_ssim.records import Record
 
 
@@ -62,12 +65,29 @@ class Rule(InPlace):
 
         return advance
 
+    def fold_table(self, state: State, table: Table) -> list[Found]:
+        parts = state["parts"]
+        if len(parts) == 1:
+            return [(row, self._of([said])) for row, said in self.when[0].fold_table(parts[0], table)]
+        before = deepcopy(parts)
+        said = [condition.fold_table(part, table) for condition, part in zip(self.when, parts, strict=True)]
+        # A condition speaks when it comes to hold: one that is silent and does not hold now did not hold at any record.
+        if any(not found and not part["holds"] and not old["holds"] for found, part, old in zip(said, parts, before, strict=True)):
+            state["holds"] = False
+            return []
+        for part, old in zip(parts, before, strict=True):
+            part |= old
+        return super().fold_table(state, table)
+
     def holds(self, state: State) -> bool:
         """Whether all conditions hold now."""
         return all(part["holds"] for part in state["parts"])
 
     def finding(self, state: State) -> Violation:
-        found = [condition.finding(part) for condition, part in zip(self.when, state["parts"], strict=True)]
+        return self._of([condition.finding(part) for condition, part in zip(self.when, state["parts"], strict=True)])
+
+    def _of(self, found: Sequence[Violation]) -> Violation:
+        """What the conditions said, as one."""
         measured = " and ".join(violation.sentence for violation in found)
         return replace(
             found[0],

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
+import numpy as np
+
 from tune_ssim.guards.condition import band_words, check_action, check_band, check_count
-from tune_ssim.guards.guard import Fold, InPlace, State
+from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.record_table import Table
 from tune_ssim.records import Record
 
 
@@ -70,6 +74,28 @@ class Threshold(InPlace):
             return self._outside(state, step, value)
 
         return advance
+
+    def fold_table(self, state: State, table: Table) -> list[Found]:
+        column = table.column(self.metric) if self.over is None else table.quotient(self.metric, self.over)
+        begin = 0 if column is None else bisect_right(column.steps, state["last_step"])
+        if column is None or begin == len(column):
+            return []
+        with np.errstate(invalid="ignore"):
+            inside = (self.lower <= column.array) & (column.array <= self.upper)
+        found, looked_at = [], begin - 1
+        for at in np.flatnonzero(~inside[begin:]).tolist():
+            at += begin
+            if at > looked_at + 1:
+                state["outside"], state["holds"] = 0, False
+            looked_at = at
+            state["last_step"] = column.steps[at]
+            violation = self._outside(state, column.steps[at], column.values[at])
+            if violation is not None:
+                found.append((column.rows[at], violation))
+        if looked_at < len(column) - 1:
+            state["outside"], state["holds"] = 0, False
+            state["last_step"] = column.steps[-1]
+        return found
 
     def _outside(self, state: State, step: int, value: float) -> Violation | None:
         if not state["outside"]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import lt, mul, sub
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from tune_ssim.guards.condition import check_action, check_count
-from tune_ssim.guards.guard import Fold, InPlace, State
+from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.record_table import Table
 from tune_ssim.records import Record
 
 BLOCKS = 20  # of a window: enough to see how strong the noise is, few enough to judge at each
@@ -96,6 +100,27 @@ class Trend(InPlace):
             return self._close(state, step)
 
         return advance
+
+    def fold_table(self, state: State, table: Table) -> list[Found]:
+        column = table.column(self.metric)
+        if column is None:
+            return []
+        rows, steps, values = column.rows, column.steps, column.values
+        if np.isnan(column.array).any():
+            values = [value if value == value else math.inf for value in values]
+        found, begin, count = [], bisect_right(steps, state["last_step"]), len(steps)
+        while begin < count:
+            # Up to and with the value that closes the block.
+            most = min(begin + BUFFER - len(state["values"]), count)
+            end = bisect_left(steps, state["end"], begin, most) + 1
+            state["values"] += values[begin : min(end, most)]
+            begin = min(end, most)
+            state["last_step"] = steps[begin - 1]
+            if end <= most or len(state["values"]) == BUFFER:
+                violation = self._close(state, steps[begin - 1])
+                if violation is not None:
+                    found.append((rows[begin - 1], violation))
+        return found
 
     def _close(self, state: State, step: int) -> Violation | None:
         """The block is full: of values that are kept, or of steps; then the newest value is the first of the next one."""

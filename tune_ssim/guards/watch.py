@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
-from tune_ssim.guards.guard import Fold, Guard, InPlace
+from tune_ssim.guards.guard import Fold, Found, Guard, InPlace
 from tune_ssim.guards.violation import Violation
+from tune_ssim.record_table import Table
 from tune_ssim.records import Record
 
 GRACE_RECORDS = 20  # of different steps; a metric that has not appeared by then is not coming
@@ -54,7 +57,7 @@ class Watch:
             self._records += 1
             self._last_step = record.step
         if not self._found_all:
-            self._remember(record)
+            self._remember(record.values)
         violations = []
         for fold in self._folds:
             violation = fold(record)
@@ -63,6 +66,23 @@ class Watch:
         if violations:
             violations.sort(key=lambda violation: SEVERITY.index(violation.action))
         return violations
+
+    def update_table(self, table: Table) -> list[list[Violation]]:
+        """As `update` of each record: what the guards say about those of which they say something, in their order."""
+        if self.strict or not table.grows or not table or table.steps[0] <= self._last_step:
+            return [said for said in map(self.update, table) if said]
+        self._records += len(table)
+        self._last_step = table.steps[-1]
+        if not self._found_all:
+            self._remember(table.metrics)
+        found: list[Found] = []
+        for guard, fold in zip(self.guards, self._folds, strict=True):
+            if isinstance(guard, InPlace):
+                found += guard.fold_table(self._states[guard.name], table)
+            else:
+                found += [(row, said) for row, record in enumerate(table) if (said := fold(record)) is not None]
+        found.sort(key=lambda one: (one[0], SEVERITY.index(one[1].action)))
+        return [[said for _, said in of_row] for _, of_row in groupby(found, key=itemgetter(0))]
 
     def fold(self, records: Iterable[Record]) -> list[Violation]:
         """Violations up to and with the first that ends the run; later records are not looked at."""
@@ -129,15 +149,15 @@ class Watch:
         self._states[guard.name], violation = guard.update(self._states[guard.name], record)
         return violation
 
-    def _remember(self, record: Record) -> None:
+    def _remember(self, metrics: Collection[str]) -> None:
         """The names of metrics: every one that a guard needs, and of the others as many as a message can show."""
-        if record.values.keys() <= self._looked_at:
+        if self._looked_at.issuperset(metrics):
             return
-        for name in sorted(set(record.values) - set(self._names)):
+        for name in sorted(set(metrics) - set(self._names)):
             absent = [m for guard in self.guards for m in guard.metrics if not _has(m, self._names)]
             if any(_has(metric, [name]) for metric in absent) or len(self._names) < SHOWN_NAMES:
                 self._names.append(name)
-        self._looked_at = frozenset(record.values).union(self._names)
+        self._looked_at = frozenset(metrics).union(self._names)
         for guard in self.guards:
             self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
         self._found_all = all(self._seen.values())

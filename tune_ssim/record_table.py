@@ -1,0 +1,133 @@
+"""Many records by columns: a log of millions is read, judged and drawn a column at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain, compress
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tune_ssim.records import Record
+
+Array = NDArray[np.float64]
+
+
+class Column:
+    """A metric's `values`, with the `steps` that have one and the `rows` of the table in which they stand."""
+
+    def __init__(self, rows: Sequence[int], steps: Sequence[int], values: Sequence[float] | Array) -> None:
+        self.rows, self.steps = rows, steps
+        self._given = values
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @cached_property
+    def values(self) -> Sequence[float]:
+        return self._given.tolist() if isinstance(self._given, np.ndarray) else self._given
+
+    @cached_property
+    def array(self) -> Array:
+        return np.asarray(self._given, dtype=float)
+
+
+class Table(Sequence[Record]):
+    """Records as they come from a log, made only when somebody asks for one of them.
+
+    `steps` (n) and either `rows`, the values of each, or `columns`: metric → its n values. Raises ValueError where the numbers
+    of these differ."""
+
+    def __init__(
+        self,
+        steps: Sequence[int],
+        *,
+        rows: Sequence[Mapping[str, float]] | None = None,
+        columns: Mapping[str, Sequence[float] | Array] | None = None,
+    ) -> None:
+        if (rows is None) == (columns is None):
+            raise ValueError("a table has either rows or columns")
+        lengths = {len(steps), *([len(rows)] if rows is not None else map(len, (columns or {}).values()))}
+        if len(lengths) > 1:
+            raise ValueError(f"a table's columns must be equally long, got {sorted(lengths)}")
+        self.steps = steps
+        self._rows, self._columns = rows, columns
+        self._found: dict[str, Column | None] = {}
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> Table:
+        """The same records; a table is its own."""
+        if isinstance(records, Table):
+            return records
+        return cls([record.step for record in records], rows=[record.values for record in records])
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Table: ...
+    def __getitem__(self, index: int | slice) -> Record | Table:
+        if not isinstance(index, slice):
+            return Record(self.steps[index], self._values(index))
+        if self._rows is not None:
+            return Table(self.steps[index], rows=self._rows[index])
+        return Table(self.steps[index], columns={name: values[index] for name, values in (self._columns or {}).items()})
+
+    def __iter__(self) -> Iterator[Record]:
+        return map(Record, self.steps, map(self._values, range(len(self.steps))))
+
+    def _values(self, row: int) -> Mapping[str, float]:
+        if self._rows is not None:
+            return self._rows[row]
+        return {name: float(values[row]) for name, values in (self._columns or {}).items()}
+
+    @cached_property
+    def metrics(self) -> tuple[str, ...]:
+        """Every name that a record has."""
+        if self._rows is not None:
+            return tuple(dict.fromkeys(chain.from_iterable(self._rows)))
+        return tuple(self._columns or ())
+
+    @cached_property
+    def grows(self) -> bool:
+        """Whether each step is later than the one before."""
+        return bool((np.diff(np.asarray(self.steps, dtype=np.int64)) > 0).all())
+
+    def column(self, metric: str) -> Column | None:
+        """None if no record has it."""
+        if metric not in self._found:
+            self._found[metric] = self._column(metric)
+        return self._found[metric]
+
+    def _column(self, metric: str) -> Column | None:
+        everywhere = range(len(self.steps))
+        if self._rows is None:
+            values = (self._columns or {}).get(metric)
+            return None if values is None or not everywhere else Column(everywhere, self.steps, values)
+        try:
+            return Column(everywhere, self.steps, [row[metric] for row in self._rows]) if everywhere else None
+        except KeyError:
+            there = [metric in row for row in self._rows]
+            rows = list(compress(everywhere, there))
+            values = [row[metric] for row in compress(self._rows, there)]
+            return Column(rows, list(compress(self.steps, there)), values) if rows else None
+
+    def quotient(self, above: str, below: str) -> Column | None:
+        """Of the records that have both. By zero it is infinite with the sign of what is divided, and NaN of zero itself."""
+        a, b = self.column(above), self.column(below)
+        if a is None or b is None:
+            return None
+        rows, steps, over, under = a.rows, a.steps, a.array, b.array
+        if len(a) != len(self) or len(b) != len(self):
+            both, of_a, of_b = np.intersect1d(np.asarray(a.rows), np.asarray(b.rows), assume_unique=True, return_indices=True)
+            rows, steps, over, under = both.tolist(), [self.steps[row] for row in both.tolist()], over[of_a], under[of_b]
+            if not rows:
+                return None
+        with np.errstate(all="ignore"):
+            by_zero = np.where(over == 0, math.nan, np.copysign(math.inf, over))
+            return Column(rows, steps, np.where(under == 0, by_zero, over / under))
