@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tune_ssim.errors import UserError
+from tune_ssim.record_table import Table
 from tune_ssim.records import Record, merge
 from tune_ssim.sources import FORMATS, LineParser, Source, bounded_search, open_source, read_all
 from tune_ssim.sources.bounded_search import MAX_PATTERN_TEXT
@@ -775,6 +776,53 @@ def test_decoding_lines_together_is_decoding_each(lines: list[Any]) -> None:
     one_by_one = [record for text in texts for record in alone.feed(text.encode() + b"\n")] + alone.finish()
     assert exact(found) == exact(one_by_one)
     assert together.trouble == alone.trouble
+
+
+NUMBERS = st.one_of(
+    st.floats().map(repr), st.integers(-5, 40).map(str), st.sampled_from(["", " 1", "x", "1_0", "0x1", "NaN", "-inf"])
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(st.tuples(NUMBERS, NUMBERS, st.sampled_from([1, 1, 1, 1, 1, 2, 0, -1, 1e9, 0.5])), min_size=40, max_size=60),
+    odd=st.lists(
+        st.tuples(st.integers(0, 60), st.sampled_from(["", "1", "1,2,3,4", '"4",5,6', "step,a,b", "b,step,a", "\0"])), max_size=2
+    ),
+    clean=st.booleans(),
+    delimiter=st.sampled_from([",", ";", "\t"]),
+)
+@pytest.mark.parametrize("format", ["csv", "jsonl"])
+def test_reading_many_rows_at_once_is_reading_each(
+    format: str, rows: list[tuple[str, str, float]], odd: list[tuple[int, str]], clean: bool, delimiter: str
+) -> None:
+    """`clean`: mostly rows that are read as a table."""
+    texts, step = [], 0.0
+    for k, (a, b, gap) in enumerate(rows):
+        step = max(step + gap, 0)
+        at: Any = int(step) if step == int(step) else step
+        if format == "csv":
+            texts.append(delimiter.join([str(at), *((str(k / 7), "2") if clean else (a, b))]))
+        else:
+            texts.append(
+                json.dumps({"step": at, "a": k / 7} | ({"b": k} if k % 3 else {}) if clean else {"a": a, "b": b, "step": at})
+            )
+    for place, text in odd[: 1 if clean else 2]:
+        texts.insert(place, text.replace(",", delimiter))
+    if format == "csv":
+        texts.insert(0, delimiter.join(["step", "a", "b"]))
+    together, alone = (LineParser(format=format, names={"b": "loss"}) for _ in range(2))
+    found = together.feed("".join(text + "\n" for text in texts).encode()) + together.finish()
+    one_by_one = [record for text in texts for record in alone.feed(text.encode() + b"\n")] + alone.finish()
+    assert exact(found) == exact(one_by_one)
+    assert together.trouble == alone.trouble
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.csv"])
+def test_a_plain_log_is_read_as_tables(tmp_path: Path, name: str) -> None:
+    parts = list(open_source(write(tmp_path / name, DOORS[name])).parts())
+    assert any(isinstance(part, Table) for part in parts)
+    assert [record for part in parts for record in part] == RUN[:-1]
 
 
 # -- one run through every door ---------------------------------------------------------------------------------------

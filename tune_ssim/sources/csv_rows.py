@@ -6,10 +6,15 @@ import csv
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from tune_ssim.record_table import Table
 from tune_ssim.sources.rows import Rows
 from tune_ssim.sources.values import text_number
 
 DELIMITERS = ",;\t"
+TOGETHER = 16  # rows from which on it pays to read them as a table
+EXACT = 2**53  # whole numbers up to here are floats
 
 
 class CsvRows:
@@ -28,6 +33,8 @@ class CsvRows:
 
     def take(self, lines: list[str], number: int) -> None:
         """The lines `number`, `number` + 1, … of the log."""
+        if len(lines) >= TOGETHER and self._take_table(lines):
+            return
         add = self._rows.add
         for number, line in enumerate(lines, number):  # noqa: B020
             if not line:
@@ -57,6 +64,22 @@ class CsvRows:
                 values = self._odd_values(fields)
             if values:
                 add(None if self._step is None else fields[self._step], values, number, line)
+
+    def _take_table(self, lines: list[str]) -> bool:
+        """Lines that are all full rows of plain numbers with growing steps; False: one by one, please."""
+        if not self._plain or self._step is None or not lines[0].strip():
+            return False
+        try:
+            table = np.loadtxt(lines, delimiter=self._delimiter, comments=None, ndmin=2)
+        except ValueError:
+            return False
+        if table.shape != (len(lines), len(self._plain)):
+            return False
+        steps = table[:, self._step]
+        if not (steps[0] >= 0 and steps[-1] < EXACT and (steps[1:] > steps[:-1]).all() and (steps == np.floor(steps)).all()):
+            return False
+        columns = {name: table[:, k] for k, name in enumerate(self._plain) if k != self._step}
+        return bool(columns) and self._rows.steps.add_table(Table(steps.astype(int).tolist(), columns=columns))
 
     def _begin(self, header: Sequence[str]) -> None:
         """Which column is the step, which are metrics under which of our names."""

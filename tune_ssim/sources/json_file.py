@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class JsonFile:
             self.trouble.note(f"{self.path}: {self._why_unread}")
         return [*records, *self._rows.steps.finish()]
 
-    def parts(self) -> Iterator[list[Record]]:
+    def parts(self) -> Iterator[Sequence[Record]]:
         if self._lines is None:
             try:
                 self._look()

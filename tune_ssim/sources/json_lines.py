@@ -11,7 +11,7 @@ from tune_ssim.sources.values import Names, numbers_of
 
 TAG = "TUNE_SSIM {"  # what a training prints before its JSON, so that nothing else in its output is taken for a row
 
-TOGETHER = 256  # lines that are decoded at once: the decoder then makes each name once and not for every line
+TOGETHER = 1024  # lines that are decoded at once: the decoder then makes each name once and not for every line
 
 # strict=False: a control character in a text is no reason to lose the numbers beside it.
 _decode: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder(strict=False))["scan_once"]  # (text, begin) → (value, end)
@@ -40,6 +40,8 @@ class JsonLines:
                     self._take_line(line, at)
             else:
                 plain = "\\" not in text
+                if plain and self._rows.add_objects(rows):
+                    continue
                 for at, (row, line) in enumerate(zip(rows, block, strict=True), number + begin):
                     self._rows.add_object(row, at, line, plain)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,10 @@ class LineFile:
     def finish(self) -> list[Record]:
         return [*self.read(), *self._parser.finish()]
 
-    def parts(self) -> Iterator[list[Record]]:
+    def parts(self) -> Iterator[Sequence[Record]]:
         try:
             for data in self._new_bytes():
-                yield self._parser.feed(data)
+                yield from self._parser.feed_parts(data)
         except OSError as error:
             self.trouble.note(f"{self.path}: {error.strerror or error}")
             self._close()

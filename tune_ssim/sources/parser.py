@@ -75,9 +75,13 @@ class LineParser:
 
     def feed(self, data: bytes) -> list[Record]:
         """Records that became complete."""
+        return [record for part in self.feed_parts(data) for record in part]
+
+    def feed_parts(self, data: bytes) -> list[Sequence[Record]]:
+        """The same, in tables where the log allows it."""
         for begin in range(0, len(data), FEED_BYTES):
             self._take(self._lines.feed(data[begin : begin + FEED_BYTES]))
-        return self._rows.steps.take()
+        return self._rows.steps.take_parts()
 
     def finish(self) -> list[Record]:
         """The rest: a last line without a newline, and the step that was held back."""

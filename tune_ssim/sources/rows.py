@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tune_ssim.record_table import Table
 from tune_ssim.sources.steps import Steps
 from tune_ssim.sources.trouble import Trouble
-from tune_ssim.sources.values import Names, numbers_of, step_in
+from tune_ssim.sources.values import MAX_STEP, Names, numbers_of, step_in
 
 FLOAT = {float}
 
@@ -30,6 +31,23 @@ class Rows:
             self.names.rename(values)
         if values:
             self.add(step, values, line, text)
+
+    def add_objects(self, rows: list[dict[str, Any]]) -> bool:
+        """Many objects without escapes at once; False: nothing was used up, and they have to be added one by one."""
+        key = next((key for key in self.names.steps if key in rows[0]), None)
+        before = self.names.steps[: self.names.steps.index(key)] if key else ()
+        if key is None or any(name in row for name in before for row in rows):
+            return False
+        steps: list[Any] = [row.get(key) for row in rows]
+        if set(map(type, steps)) != {int} or min(steps) < 0 or max(steps) > MAX_STEP:
+            return False
+        values = []
+        for row in rows:
+            ours = {name: value for name, value in row.items() if name != key}
+            values.append(ours if set(map(type, ours.values())) == FLOAT else numbers_of(ours, self.names))
+            if self.names.given:
+                self.names.rename(values[-1])
+        return all(values) and self.steps.add_table(Table(steps, rows=values))
 
     def add(self, step: Any, values: dict[str, float], line: int, text: str = "") -> None:
         """`step` as the log has it."""

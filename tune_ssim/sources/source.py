@@ -34,7 +34,7 @@ class Source(Protocol):
     def finish(self) -> list[Record]:
         """What is new, and the rest: an unterminated last line, the step that was held back."""
 
-    def parts(self) -> Iterator[list[Record]]:
+    def parts(self) -> Iterator[Sequence[Record]]:
         """What `read` returns, in parts of bounded size."""
 
     def state(self) -> dict[str, Any]:
@@ -161,10 +161,10 @@ class NotThereYet:
             return records
         return [*records, *self._source.finish()]
 
-    def parts(self) -> Iterator[list[Record]]:
+    def parts(self) -> Iterator[Sequence[Record]]:
         yield from self._parts(complete=False)
 
-    def _parts(self, complete: bool) -> Iterator[list[Record]]:
+    def _parts(self, complete: bool) -> Iterator[Sequence[Record]]:
         if self._source is None:
             try:
                 kind = self._look(complete)

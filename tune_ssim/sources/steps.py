@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tune_ssim.record_table import Table
 from tune_ssim.records import Record
 from tune_ssim.sources.trouble import Trouble
 from tune_ssim.sources.values import MAX_STEP
@@ -33,6 +34,7 @@ class Steps:
         self._values: dict[str, float] = {}
         self._ahead: dict[int, dict[str, float]] = {}  # later steps that came before it
         self._released: list[Record] = []
+        self._parts: list[Sequence[Record]] = []  # released before these
         self._rows: int | None = None  # counted so far, of a log without steps; None: it has steps, or is not known yet
         self._has_steps = False
         self._waiting: list[tuple[dict[str, float], int, str]] = []  # rows without a step, while it is not known
@@ -57,10 +59,34 @@ class Steps:
         elif step > self._heard_up_to:
             self.trouble.repeat(line, step, self._step)
 
+    def add_table(self, table: Table) -> bool:
+        """Many rows at once, if each has a later step than the one before; False: they have to be added one by one."""
+        if len(table) < 2 or self._ahead or table.steps[0] <= max(self._step, self.last) or not table.grows:
+            return False
+        if self._step < 0:
+            self._knows_steps()
+        self._release(table.steps[0])
+        self._part()
+        self._parts.append(table[:-1])
+        self.last = table.steps[-2]
+        held = table[len(table) - 1]
+        self._step, self._values = held.step, dict(held.values)
+        return True
+
     def take(self) -> list[Record]:
         """What is complete and was not taken yet."""
-        released, self._released = self._released, []
-        return released
+        return [record for part in self.take_parts() for record in part]
+
+    def take_parts(self) -> list[Sequence[Record]]:
+        """The same, those that came together as one table."""
+        self._part()
+        parts, self._parts = self._parts, []
+        return parts
+
+    def _part(self) -> None:
+        if self._released:
+            self._parts.append(self._released)
+            self._released = []
 
     def finish(self) -> list[Record]:
         """The rest, with the step that was held back."""
