@@ -147,7 +147,7 @@ CASES: dict[str, Case] = {
         "flow_dino_kl", {"lr": 0.3}, ("flow_unstable", "flow_stuck", "z_var_high", "z_mean", "non_finite")
     ),
     "flow_dino_kl/DINO too early": Case(
-        "flow_dino_kl", {"dino_alpha": 100.0, "dino_warmup": 0.0}, ("dino_stuck", "flow_stuck", "flow_unstable")
+        "flow_dino_kl", {"dino_alpha": 100.0, "dino_warmup": 0.0}, ("dino_pushes", "dino_stuck", "flow_stuck", "flow_unstable")
     ),
     "flow_dino_kl/KL too weak": Case("flow_dino_kl", {"kl_weight": 0.0}, ("kl_rising", "z_var_low", "z_var_high", "z_mean")),
     "flow_dino_kl/KL too strong": Case("flow_dino_kl", {"kl_weight": 1.0}, ("z_var_low", "dino_stuck", "flow_stuck")),
@@ -163,7 +163,9 @@ CASES: dict[str, Case] = {
     "two_stage_vlm/LLM not frozen": Case("two_stage_vlm", STAGE_2, ("llm_not_frozen",), thaw_language),
     "two_stage_vlm/stage 2 from ruined stage 1": Case("two_stage_vlm", STAGE_2, ("refused",), starts_ruined=True),
     "two_stage_vlm/LR too small": Case("two_stage_vlm", {**STAGE_2, "lr": 1e-7}, ("caption_slow_5", "caption_stuck")),
-    "two_stage_vlm/LR too large": Case("two_stage_vlm", {**STAGE_2, "lr": 1.0}, ("caption_slow_5", "caption_stuck")),
+    "two_stage_vlm/LR too large": Case(
+        "two_stage_vlm", {**STAGE_2, "lr": 1.0}, ("tokens_blown_up", "caption_slow_5", "caption_stuck")
+    ),
     "two_stage_vlm/frozen vision": Case(
         "two_stage_vlm", STAGE_2, ("coverage:vision", "no_update:vision"), freeze("vision.body", "vision.norm")
     ),

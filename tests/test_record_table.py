@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logs_of_branches import HEALTHY, changed, falling, flat, records
 
-from tune_ssim.guards import EpochMean, FirstValue, NonFinite, Rule, Threshold, Trend, Watch
+from tune_ssim.guards import EpochMean, FirstValue, MovingMean, NonFinite, Rule, Threshold, Trend, Watch
 from tune_ssim.record_table import Table
 from tune_ssim.records import Record
 from tune_ssim.rules import bundled_packs, load_rules
@@ -23,6 +23,8 @@ GUARDS = (
     Threshold("a", lower=0.1, upper=0.9, patience=3, steps=5, after=4, over="b", action="prune"),
     FirstValue("b", upper=0.5),
     EpochMean("a", upper=0.6, steps_per_epoch=7),
+    MovingMean("a", upper=0.6, steps=20),
+    MovingMean("a", lower=0.5, upper=3, steps=30, over="b", after=5),
     Trend("a", "not falling", steps=20),
     Trend("loss", "rising", steps=40, after=10),
     Rule("both", (Threshold("a", upper=0.5), Threshold("b", lower=0.2, patience=2)), "abort"),

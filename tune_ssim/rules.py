@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_ssim.errors import UserError
-from tune_ssim.guards import EpochMean, FirstValue, Rule, Threshold, Trend
+from tune_ssim.guards import EpochMean, FirstValue, MovingMean, Rule, Threshold, Trend
 from tune_ssim.guards.condition import Condition
 from tune_ssim.guards.violation import ACTIONS
 from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, kind_of, read_yaml, shown
@@ -25,6 +25,7 @@ LIMITS = ("above", "below", "outside", "off")
 CONDITION_KEYS = {
     "value": ("metric", *LIMITS, "by", "over", "records", "steps", "after"),
     "first": ("metric", "of", *LIMITS, "by"),
+    "mean": ("metric", "of", *LIMITS, "by", "over", "steps", "after"),
     "epoch mean": ("metric", "of", *LIMITS, "by", "epoch", "steps_per_epoch"),
     "trend": ("metric", "trend", "steps", "by", "settled", "after"),
 }
@@ -231,7 +232,7 @@ class _Parser:
         self.problems.unknown_keys(loc, data, ALL_CONDITION_KEYS)
         kind = "trend" if "trend" in data else data.get("of", "value")
         if not isinstance(kind, str) or kind not in CONDITION_KEYS:
-            self.problems.add((*loc, "of"), f"must be first or epoch mean, got {kind_of(kind)}")
+            self.problems.add((*loc, "of"), f"must be first, mean or epoch mean, got {kind_of(kind)}")
             return None
         for key in data:
             if key in ALL_CONDITION_KEYS and key not in CONDITION_KEYS[kind]:
@@ -248,7 +249,7 @@ class _Parser:
             return None
         if "records" in given:
             given["patience"] = given.pop("records")
-        classes = {"value": Threshold, "first": FirstValue, "epoch mean": EpochMean, "trend": Trend}
+        classes = {"value": Threshold, "first": FirstValue, "mean": MovingMean, "epoch mean": EpochMean, "trend": Trend}
         try:
             built: Condition = classes[kind](**given, action="warn")  # the rule's own action counts
         except ValueError as error:

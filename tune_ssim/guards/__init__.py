@@ -5,6 +5,7 @@ from tune_ssim.guards.epoch_mean import EpochMean
 from tune_ssim.guards.first_value import FirstValue
 from tune_ssim.guards.guard import Guard
 from tune_ssim.guards.keep_rule import KeepRule
+from tune_ssim.guards.moving_mean import MovingMean
 from tune_ssim.guards.non_finite import NonFinite
 from tune_ssim.guards.norm_ratio import NormRatio
 from tune_ssim.guards.rule import Rule
@@ -22,6 +23,7 @@ __all__ = [
     "Guard",
     "KeepRule",
     "MissingMetric",
+    "MovingMean",
     "NonFinite",
     "NormRatio",
     "Rule",

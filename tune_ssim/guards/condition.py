@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from tune_ssim.guards.guard import Fold, Found, Guard, State
@@ -36,6 +37,11 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 def check_action(action: str) -> None:
     if action not in ACTIONS:
         raise ValueError(f"action must be {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}, got {action!r}")
+
+
+def quotient(above: float, below: float) -> float:
+    """By zero it is infinite with the sign of what is divided, and NaN of zero itself."""
+    return above / below if below else math.nan if not above else math.copysign(math.inf, above)
 
 
 def band_words(lower: float, upper: float) -> str:

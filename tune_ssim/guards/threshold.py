@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tune_ssim.guards.condition import band_words, check_action, check_band, check_count
+from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, quotient
 from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.record_table import Table
@@ -65,7 +65,7 @@ class Threshold(InPlace):
                 below = values.get(over)
                 if below is None:
                     return None
-                value = value / below if below else math.nan if not value else math.copysign(math.inf, value)
+                value = quotient(value, below)
             state["last_step"] = step
             if lower <= value <= upper:
                 if state["outside"]:

@@ -25,7 +25,7 @@ from torch.nn import functional
 from tune_ssim.losses import euler_sample, noisy_latent, velocity_target
 from tune_ssim.losses.latent import dino_alignment, kl_to_standard_normal, reparameterise
 from tune_ssim.losses.schedules import Constant, Schedule, WarmUp
-from tune_ssim.probes import GradientTaps, total_norm
+from tune_ssim.probes import GradientTaps, loss_norms, total_norm
 from tune_ssim.tasks.fundus_sr import load_weights
 from tune_ssim.tasks.patch_features import FEATURES_FILE, WEIGHTS, PatchFeatures, load_named_network
 from tune_ssim.tasks.photo_patches import PATCH, SUBJECTS, load_photo_patches
@@ -113,7 +113,8 @@ class FlowDinoKL:
 
     Metrics of a step, means over its micro-batches: loss = loss_flow + loss_dino + loss_kl; loss_dino = alpha · dino_global
     and loss_kl = kl_weight · kl_raw as they enter the loss, so 0 where a branch is left out; dino_global: 1 − cosine;
-    kl_raw: nats; z_init/mean and z_init/var: of the sampled latent."""
+    kl_raw: nats; z_init/mean and z_init/var: of the sampled latent. Every `measure_every` steps `dbg/loss_grad/flow` and
+    `dbg/loss_grad/dino`: how hard each pushes the latent, in the first micro-batch, the weight included."""
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         self.config = FlowConfig.from_mapping(config)
@@ -134,8 +135,11 @@ class FlowDinoKL:
         self.step_count += 1
         self.optimizer.zero_grad(set_to_none=True)
         seen: list[dict[str, torch.Tensor]] = []
+        pushes: dict[str, torch.Tensor] = {}
         for micro in range(self.config.accumulation):
-            found = self._losses(self.step_count, micro)
+            found, latent = self._losses(self.step_count, micro)
+            if self.taps.due and micro == 0:
+                pushes |= loss_norms({"flow": found["loss_flow"], "dino": found["loss_dino"]}, [latent])
             (found["loss"] / self.config.accumulation).backward()
             seen.append({name: value.detach() for name, value in found.items()})
         norm = total_norm(self.networks.parameters())
@@ -144,10 +148,10 @@ class FlowDinoKL:
         readings = self.taps.read(self.step_count)
         self.optimizer.step()
         means = {name: torch.stack([found[name] for found in seen]).mean() for name in seen[0]}
-        return {**means, "dino_alpha": self.dino_alpha(self.step_count), "total_norm": norm, **readings}
+        return {**means, "dino_alpha": self.dino_alpha(self.step_count), "total_norm": norm, **readings, **pushes}
 
-    def _losses(self, n: int, micro: int) -> dict[str, torch.Tensor]:
-        """Of micro-batch `micro` of step n, on the graph."""
+    def _losses(self, n: int, micro: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Of micro-batch `micro` of step n, on the graph, and the latent that all branches meet in."""
         patches, condition, noise, t = self._batch(n, micro)
         mu, log_var = self.networks.encode(condition)
         z = reparameterise(mu, log_var, noise)
@@ -160,7 +164,7 @@ class FlowDinoKL:
         terms = {"flow": flow, "dino": self.dino_alpha(n) * dino, "kl": self.config.kl_weight * kl}
         if self.config.ablate is not None:
             terms[self.config.ablate] = 0.0 * terms[self.config.ablate].detach()
-        return {
+        found = {
             "loss": terms["flow"] + terms["dino"] + terms["kl"],
             "loss_flow": flow,
             "loss_dino": terms["dino"],
@@ -170,6 +174,7 @@ class FlowDinoKL:
             "z_init/mean": z.mean(),
             "z_init/var": z.var(),
         }
+        return found, z
 
     def sample(self, noise: int = 0) -> Sample:
         """Patches that the flow makes from held-out conditions."""

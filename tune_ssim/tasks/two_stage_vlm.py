@@ -101,8 +101,9 @@ class Vision(nn.Module):
 class TwoStageVLM:
     """See `tasks.task.Task` for the contract.
 
-    Metrics of a step: stage; in stage 1 loss_proxy; in stage 2 loss_caption in nats a token (and `loss_ce`, its usual name) and
-    label_fraction, the share of positions that count; `dbg/llm_trainable`, which must be 0; total_norm; epoch."""
+    Metrics of a step: stage; in stage 1 loss_proxy; in stage 2 loss_caption in nats a token (and `loss_ce`, its usual name),
+    label_fraction, the share of positions that count, and visual_scale, the size of visual tokens beside words;
+    `dbg/llm_trainable`, which must be 0; total_norm; epoch."""
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         self.config = VLMConfig.from_mapping(config)
@@ -141,8 +142,9 @@ class TwoStageVLM:
             loss = self._proxy(self._rows(self.step_count))
             metrics["loss_proxy"] = loss.detach()
         else:
-            loss, label_fraction = self._caption(self.step_count)
+            loss, label_fraction, scale = self._caption(self.step_count)
             metrics |= {"loss_caption": loss.detach(), "loss_ce": loss.detach(), "label_fraction": label_fraction}
+            metrics["visual_scale"] = scale
         loss.backward()
         norm = total_norm(self.trainable_parameters())
         if self.config.max_grad_norm is not None:
@@ -233,12 +235,15 @@ class TwoStageVLM:
     def _proxy(self, rows: torch.Tensor) -> torch.Tensor:
         return self._visual_tokens(self.patches[rows].to(self.device)).square().mean()
 
-    def _caption(self, n: int) -> tuple[torch.Tensor, float]:
-        """Cross-entropy of the answers of step n, and the share of positions that count."""
+    def _caption(self, n: int) -> tuple[torch.Tensor, float, torch.Tensor]:
+        """Cross-entropy of the answers of step n, the share of positions that count, and how large a visual token is beside a word
+        (root mean squares)."""
         rows = self._rows(n)
         ids, labels = self._dialogues(rows, self.subjects, self.levels, self._generator(n, DIALOGUE_STREAM))
         tokens = self._visual_tokens(self.patches[rows].to(self.device))
-        return caption_loss(self._logits(tokens, ids), labels), (labels != IGNORED).double().mean().item()
+        with torch.no_grad():
+            scale = (tokens.square().mean() / self.language.embedding.weight.square().mean()).sqrt()
+        return caption_loss(self._logits(tokens, ids), labels), (labels != IGNORED).double().mean().item(), scale
 
     def _note_proxy(self, loss: float) -> None:
         """The losses of the epoch so far; a new one begins after each pass over the data."""

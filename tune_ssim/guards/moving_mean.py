@@ -1,0 +1,125 @@
+"""The mean of a noisy metric over a window of steps: what single records hide by crossing a limit now and then."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+
+from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, quotient
+from tune_ssim.guards.guard import Fold, Found, InPlace, State
+from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.record_table import Table
+from tune_ssim.records import Record
+
+BLOCKS = 20  # of a window, as of a trend's: it moves on by a twentieth of its length
+
+
+@dataclass(frozen=True)
+class MovingMean(InPlace):
+    """Fires when the mean of `metric` over the last `steps` training steps is outside [`lower`, `upper`]. NaN counts as outside.
+
+    `over`: another metric of the same record; the mean is of their quotient. The window is of BLOCKS blocks of steps/BLOCKS
+    steps, or of one record where the training logs less often, so it may span more steps. `after`: earlier steps are not judged.
+    """
+
+    metric: str
+    lower: float = -math.inf
+    upper: float = math.inf
+    steps: int = 200  # note 002 §7
+    over: str | None = None
+    after: int = 0
+    action: Action = "warn"
+
+    def __post_init__(self) -> None:
+        check_band(self.lower, self.upper)
+        check_count("steps", self.steps, least=BLOCKS)
+        check_count("after", self.after, least=0)
+        check_action(self.action)
+
+    @property
+    def name(self) -> str:
+        return f"moving_mean:{self._what}"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (self.metric,) if self.over is None else (self.metric, self.over)
+
+    def init(self) -> State:
+        """`sum` and `count` are of the running block, which ends before step `end`; `sums`, `counts` and `starts` of the latest
+        BLOCKS finished ones, oldest first; `value` of the latest window that was judged, `until` its last step."""
+        return {
+            "sum": 0.0, "count": 0, "start": 0, "end": -1, "sums": [], "counts": [], "starts": [],
+            "last_step": self.after - 1, "until": -1, "value": None, "holds": False,
+        }  # fmt: skip
+
+    def bound(self, state: State) -> Fold:
+        metric, over = self.metric, self.over
+
+        def advance(record: Record) -> Violation | None:
+            values, step = record.values, record.step
+            value = values.get(metric)
+            if value is None or step <= state["last_step"]:
+                return None
+            if over is not None:
+                below = values.get(over)
+                if below is None:
+                    return None
+                value = quotient(value, below)
+            violation = self._close(state, step) if step >= state["end"] else None
+            state["sum"] += value
+            state["count"] += 1
+            state["last_step"] = step
+            return violation
+
+        return advance
+
+    def fold_table(self, state: State, table: Table) -> list[Found]:
+        column = table.column(self.metric) if self.over is None else table.quotient(self.metric, self.over)
+        if column is None:
+            return []
+        found, begin, count = [], bisect_right(column.steps, state["last_step"]), len(column)
+        while begin < count:
+            if column.steps[begin] >= state["end"]:
+                violation = self._close(state, column.steps[begin])
+                if violation is not None:
+                    found.append((column.rows[begin], violation))
+            end = bisect_left(column.steps, state["end"], begin + 1)
+            total = state["sum"]
+            for value in column.values[begin:end]:
+                total += value
+            state["sum"], state["count"], state["last_step"] = total, state["count"] + end - begin, column.steps[end - 1]
+            begin = end
+        return found
+
+    def _close(self, state: State, step: int) -> Violation | None:
+        """The block before this step is over, and so is a window."""
+        held = state["holds"]
+        if state["count"]:
+            for name, value in (("sums", state["sum"]), ("counts", state["count"]), ("starts", state["start"])):
+                state[name].append(value)
+                del state[name][:-BLOCKS]
+            if len(state["sums"]) == BLOCKS:
+                state |= {"value": sum(state["sums"]) / sum(state["counts"]), "until": state["last_step"]}
+                state["holds"] = not self.lower <= state["value"] <= self.upper
+        state |= {"sum": 0.0, "count": 0, "start": step, "end": step + self.steps / BLOCKS, "last_step": step}
+        return self.finding(state) if state["holds"] and not held else None
+
+    def finding(self, state: State) -> Violation:
+        value = state["value"]
+        limit = self.lower if value < self.lower or self.upper == math.inf else self.upper
+        sentence = (
+            f"the mean of {self._what} over steps {state['starts'][0]}-{state['until']} is {value:.4g}, "
+            f"{band_words(self.lower, self.upper)}"
+        )
+        return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
+
+    def unjudged(self, state: State) -> str | None:
+        if state["value"] is None:
+            begun = "" if not self.after else f" after step {self.after}"
+            return f"a mean over {self.steps} steps needs {BLOCKS} records that span them{begun}; the log ends before"
+        return None
+
+    @property
+    def _what(self) -> str:
+        return self.metric if self.over is None else f"{self.metric} / {self.over}"
