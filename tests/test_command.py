@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
 import time
 from collections.abc import Mapping
@@ -11,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, NonFinite, NormRatio, SmokeTest
+from tune_ssim.orchestration.study_callback import quarantine
+from tune_ssim.probes import file_contents, tensor_contents
+from tune_ssim.quarantine import Ledger
 from tune_ssim.run_trial import Trial, TrialPlan
 from tune_ssim.study import load_study
+from tune_ssim.study_folder import StudyFolder
 from tune_ssim.tasks.command import CommandTask
 from tune_ssim.tasks.command_spec import CommandSpec, fill, fill_value
 from tune_ssim.tasks.task import load_task
@@ -102,6 +109,53 @@ def test_a_command_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
         "study-baseline-1",
         "study-baseline-1-try2",  # a new name: nothing that it could pick up by itself
     ]
+
+
+def test_the_checkpoints_of_a_ruined_command_are_quarantined(tmp_path: Path) -> None:
+    door = {**DOORS["a script that knows nothing"]}
+    door["command"] = [*door["command"], "--save_every", "5"]
+    folder = StudyFolder(tmp_path / "study").create()
+    baseline = finish(start(door, tmp_path / "work", 0.0, "baseline"))
+    reference = Baseline((baseline.baseline_run("baseline-0"),))
+    ruined = finish(start(door, tmp_path / "work", 1000.0, baseline=reference))
+    summaries = []
+    for name, trial, role in (("baseline-0", baseline, "baseline"), ("trial-00", ruined, "search")):
+        assert trial.verdict
+        for checkpoint in trial.wrote:
+            folder.add_checkpoint(name, checkpoint)
+        summaries.append({"trial_id": name, "role": role, "verdict": trial.verdict.verdict, "reason": "ruined", "evidence": None})
+    assert quarantine(folder, summaries[1]) == []  # nothing is known to be sound yet
+    folder.add_trial(summaries[0])
+    written = ruined.task.written()
+    assert len(written) >= 2 and len(quarantine(folder, summaries[1])) == len(written)
+    ledger = Ledger(tmp_path)
+    for path in written.values():
+        refusal = ledger.check(path)
+        assert refusal is not None and refusal.entry.trial_id == "trial-00"
+    assert all(ledger.check(path) is None for path in baseline.task.written().values())
+
+
+def test_a_checkpoint_of_torch_is_read_and_nothing_in_it_is_run(tmp_path: Path) -> None:
+    model = torch.nn.Linear(20, 20)
+    whole = {"model": model.state_dict(), "optimizer": {"step": 3, "moments": [torch.rand(20)]}, "note": "x"}
+    (tmp_path / "step-3").mkdir()
+    torch.save(whole, tmp_path / "step-3" / "model.pt")
+    save_file(dict(model.state_dict()), tmp_path / "step-3" / "ema.safetensors")
+    (tmp_path / "step-3" / "torn.safetensors").write_bytes(b"no tensors")
+    found = file_contents(tmp_path / "step-3")
+    assert found is not None
+    assert len(found.hashes) == 5 and set(tensor_contents(model.state_dict()).hashes.values()) <= set(found.hashes.values())
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"a": Evil(tmp_path / "ran")}))
+    assert file_contents(tmp_path / "evil.pt") is None
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
 
 
 # ---- scripts that go wrong

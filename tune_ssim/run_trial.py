@@ -23,7 +23,7 @@ from tune_ssim.guards import (
     Violation,
     Watch,
 )
-from tune_ssim.probes import collapse_statistics, tensor_contents
+from tune_ssim.probes import collapse_statistics, file_contents, tensor_contents
 from tune_ssim.records import ACTIVE_FRACTION, NORM_RATIO, SMOKE, SMOKE_AGAIN, TOTAL_NORM, TOTAL_NORM_MAIN, Record, merge
 from tune_ssim.sample_grid import sample_grid
 from tune_ssim.tasks.task import Number, Sample, Task
@@ -135,6 +135,7 @@ class Trial:
             self._finish()
         if self.verdict is not None and self._is_process:
             self.task.close(self.verdict.verdict, self.verdict.reason)  # type: ignore[attr-defined]
+            self._note_files()
         return merge(made)
 
     def summary_metrics(self) -> dict[str, float]:
@@ -190,6 +191,15 @@ class Trial:
             self.wrote.append(
                 {"step": self.step, "path": folder and str(folder), "contents": asdict(contents), "parents": list(self.parents)}
             )
+
+    def _note_files(self) -> None:
+        """Of a process that has ended: what a ruined one wrote, and the baseline, which is sound."""
+        assert self.verdict is not None
+        wanted = self.verdict.verdict == "pruned" or (self.role == "baseline" and self.verdict.verdict == "safe")
+        for step, path in sorted(self.task.written().items()) if wanted and hasattr(self.task, "written") else ():
+            contents = file_contents(path)
+            if contents is not None:
+                self.wrote.append({"step": step, "path": str(path), "contents": asdict(contents), "parents": list(self.parents)})
 
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint of a trial with the same configuration, after `start`."""

@@ -103,8 +103,12 @@ class StudyCallback(Callback):
 def quarantine(folder: StudyFolder, summary: TrialSummary) -> list[str]:
     """Enters every checkpoint that a ruined trial wrote into the storage path's ledger; returns their ids.
 
-    Without the contents of the starting weights nothing is entered: they must never be."""
-    sound = [Contents(**contents) for contents in (read_json(folder.path / START) or {}).get("contents", [])]
+    Without contents that are known to be sound nothing is entered: the starting weights must never be. A training that is a
+    process of its own does not show what it starts from; there the baseline's checkpoints say what no trial has made."""
+    baselines = {trial["trial_id"] for trial in folder.trials() if trial["role"] == "baseline" and trial["verdict"] == "safe"}
+    found = [*(read_json(folder.path / START) or {}).get("contents", [])]
+    found += [checkpoint["contents"] for name in sorted(baselines) for checkpoint in folder.checkpoints(name)]
+    sound = [Contents(**contents) for contents in found]
     if not sound:
         return []
     ledger, evidence, ids = Ledger(folder.path.parent), summary["evidence"] or {}, []

@@ -5,7 +5,14 @@ from tune_ssim.probes.gradients import loss_norms, total_norm, update_ratio
 from tune_ssim.probes.norm_model import NormModel, Prediction
 from tune_ssim.probes.shadow import shadow_terms
 from tune_ssim.probes.taps import GradientTaps
-from tune_ssim.probes.weights import WeightComparison, compare_with_file, content_id, tensor_contents, tensor_hashes
+from tune_ssim.probes.weights import (
+    WeightComparison,
+    compare_with_file,
+    content_id,
+    file_contents,
+    tensor_contents,
+    tensor_hashes,
+)
 
 __all__ = [
     "GradientTaps",
@@ -15,6 +22,7 @@ __all__ = [
     "collapse_statistics",
     "compare_with_file",
     "content_id",
+    "file_contents",
     "loss_norms",
     "shadow_terms",
     "tensor_contents",

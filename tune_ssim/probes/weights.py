@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,11 @@ from safetensors import safe_open
 from tune_ssim.errors import BadSetup
 from tune_ssim.tensor_file import Contents, TensorFile, content_id, tensor_digest
 
-__all__ = ["WeightComparison", "compare_with_file", "content_id", "tensor_contents", "tensor_hashes", "untrained_norms"]
+__all__ = [
+    "WeightComparison", "compare_with_file", "content_id", "file_contents", "tensor_contents", "tensor_hashes", "untrained_norms",
+]  # fmt: skip
 
+SAFETENSORS, TORCH_SAVE = ".safetensors", (".pt", ".pth", ".bin", ".ckpt")  # how files of checkpoints end
 # As safetensors spells them, so that a tensor in memory and the same in a file have one hash.
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
@@ -56,6 +59,61 @@ def tensor_contents(tensors: Mapping[str, torch.Tensor]) -> Contents:
             casts = (plain.to(dtype) for dtype in PRECISIONS if dtype != plain.dtype)
             distinctive[hashes[name]] = (hashes[name], *(_hash(cast) for cast in casts if _is_distinctive(cast, plain)))
     return Contents(hashes, distinctive)
+
+
+def file_contents(path: Path) -> Contents | None:
+    """`tensor_contents` of a checkpoint that another program wrote: a file of safetensors or of torch.save, or a folder of such.
+
+    One tensor at a time is in memory. A file of torch.save is read with `weights_only`, so that nothing in it is run. None where
+    there is no tensor that can be read."""
+    hashes: dict[str, str] = {}
+    distinctive: dict[str, Sequence[str]] = {}
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file() and file.suffix in (SAFETENSORS, *TORCH_SAVE):
+            try:
+                found = tensor_contents(_tensors_in(file))
+            except Exception:  # torn or foreign: torch and safetensors raise their own types for anything malformed
+                continue
+            hashes |= {f"{file.name}:{name}": value for name, value in found.hashes.items()}
+            distinctive |= found.distinctive
+    return Contents(hashes, distinctive) if hashes else None
+
+
+class _Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt", device="cpu")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _tensors_in(file: Path) -> Mapping[str, torch.Tensor]:
+    if file.suffix == SAFETENSORS:
+        return _Stored(file)
+    found: dict[str, torch.Tensor] = {}
+
+    def collect(value: object, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            if value.layout == torch.strided and not value.is_quantized:
+                found[name] = value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                collect(item, f"{name}/{key}")
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                collect(item, f"{name}/{index}")
+
+    collect(torch.load(file, map_location="cpu", weights_only=True, mmap=True), "")
+    return found
 
 
 @dataclass(frozen=True)

@@ -416,6 +416,11 @@ class CommandTask:
         template = self.spec.checkpoints
         return None if template is None else newest_checkpoint(template, self.fields, self._path, self.step_now)
 
+    def written(self) -> dict[int, Path]:
+        """By their step, the checkpoints that are there: whatever it may be resumed or started from."""
+        template = self.spec.checkpoints
+        return {} if template is None or not hasattr(self, "fields") else checkpoints(template, self.fields, self._path)
+
     def _run(self, words: Sequence[str], fields: Mapping[str, Any], timeout_s: float, what: str) -> str:
         """Its standard output. Raises UserError unless it exits with 0 in time."""
         node = {"nodes": 1, "node_rank": 0, "master_addr": "127.0.0.1", "master_port": free_port("127.0.0.1")}
@@ -532,6 +537,12 @@ def read_images(paths: Sequence[Path], what: str) -> torch.Tensor:
 
 def newest_checkpoint(template: str, fields: Mapping[str, Any], place: Callable[[str], Path], step: int) -> Path | None:
     """Of the paths that the template means with any step up to `step`, the one with the highest."""
+    found = checkpoints(template, fields, place)
+    return found[max(upto)] if (upto := [at for at in found if at <= step]) else None
+
+
+def checkpoints(template: str, fields: Mapping[str, Any], place: Callable[[str], Path]) -> dict[int, Path]:
+    """The paths that the template means, by their step."""
     pieces = []
     for literal, name, form, _ in string.Formatter().parse(template):
         pieces.append(literal)
@@ -539,12 +550,11 @@ def newest_checkpoint(template: str, fields: Mapping[str, Any], place: Callable[
             pieces.append(ANY_STEP if name == "step" else format(as_word(fields[name]), form or ""))
     parts = str(place("".join(pieces))).split(ANY_STEP)
     expression = re.compile(r"0*(\d+)".join(re.escape(part) for part in parts))
-    found: list[tuple[int, str]] = []
-    for path in glob.glob("*".join(glob.escape(part) for part in parts)):  # noqa: PTH207  (Path.glob takes no absolute pattern)
-        match = expression.fullmatch(path)
-        if match and int(match[1]) <= step:
-            found.append((int(match[1]), path))
-    return Path(max(found)[1]) if found else None
+    found: dict[int, Path] = {}
+    for path in sorted(glob.glob("*".join(glob.escape(part) for part in parts))):  # noqa: PTH207  (Path.glob takes no absolute pattern)
+        if match := expression.fullmatch(path):
+            found[int(match[1])] = Path(path)
+    return found
 
 
 def echoed_value(text: str, asked: Any) -> Any:
