@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from tune_ssim.errors import BadSetup, UserError
@@ -368,6 +369,22 @@ def test_samples_of_the_newest_checkpoint_that_is_not_beyond(tmp_path: Path) -> 
     task.sample(1)
     assert (tmp_path / "seen").read_text() == f"4 1 {tmp_path}/s/004.pt"
     task.close()
+
+
+def test_samples_are_compared_with_what_lies_beside(tmp_path: Path) -> None:
+    for kind, level in (("truth", 50), ("through_vae", 100), ("low", 200)):
+        (tmp_path / kind).mkdir()
+        for n in range(3):
+            Image.new("RGB", (4, 4) if kind == "low" else (8, 8), (level, level, level + n)).save(tmp_path / kind / f"{n}.png")
+    folders = {"references": "truth", "reconstructions": "through_vae", "inputs": "low"}
+    task = sampling(IMAGES, at_start="start", **{key: str(tmp_path / folder) for key, folder in folders.items()})
+    task.identify("s", tmp_path)
+    made = task.sample(0)
+    task.close()
+    assert made is not None and made.inputs is not None and made.inputs.shape == (3, 3, 4, 4)
+    for images, level in ((made.references, 50), (made.reconstructions, 100)):
+        assert images is not None and images[:, 0].eq(level / 255).all()
+        assert images[:, 2, 0, 0].tolist() == pytest.approx([(level + n) / 255 for n in range(3)])  # each beside its own
 
 
 @pytest.mark.parametrize(

@@ -469,6 +469,7 @@ class CommandTask:
         return Sample(
             images,
             references=beside(spec.references),
+            reconstructions=beside(spec.reconstructions),
             inputs=beside(spec.inputs),
             examples=examples,
             token_ids=ids,

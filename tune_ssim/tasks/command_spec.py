@@ -62,13 +62,15 @@ class SmokeCommand(_Section):
     """Inference by a second command: `{checkpoint}`, `{step}`, `{noise}` (0 or 1), and `{out}`, an empty folder for what it makes.
 
     images: a glob in `{out}`; all of one size. references: a folder with the truth of each, under the same file names.
-    inputs: the same for what each was made from. examples: a folder with other real images of the kind, where there is no truth.
+    reconstructions: the same for these through the frozen autoencoder: the best that a sample can be. inputs: for what each was
+    made from. examples: a folder with other real images of the kind, where there is no truth.
     tokens: a file in `{out}` with a JSON list of lists of token ids, of a vocabulary of `vocabulary_size`. at_start: the
     checkpoint that stands for step 0; without it the first samples are judged by themselves."""
 
     command: Words
     images: Annotated[str, Field(min_length=1)] | None = "*.png"
     references: str | None = None
+    reconstructions: str | None = None
     inputs: str | None = None
     examples: str | None = None
     tokens: str | None = None
