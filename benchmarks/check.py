@@ -3,32 +3,33 @@
     python benchmarks/check.py [--records 5000000] [--output benchmarks/results/check.json]
 
 A CSV of a healthy training with five rules about seven metrics is read, folded through the guards of a live trial and drawn
-into curves, on one core; then its parts by themselves: reading alone, the guards alone. Times are of the processor, so that
-other processes count little; memory is the highest of a process of its own, without the libraries it loads.
+into curves, on one core; then its parts by themselves: reading alone, the guards alone, once a column at a time as the check does
+it, once record by record as a live trial does. The same for a tenth of the log as JSONL and as printed lines. Times are of the
+processor, so that other processes count little; memory is the highest of a process of its own, without the libraries it loads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as PrintedTable
 from ssim import save
 
 from tune_ssim.check import Check, check_log, open_log
 from tune_ssim.guards import Watch
+from tune_ssim.record_table import Table
 from tune_ssim.records import Record
 from tune_ssim.rules import RulePack, load_rules
 from tune_ssim.sources import open_source
@@ -70,16 +71,38 @@ def main() -> None:
         write_log(log, arguments.records)
         short = Path(folder) / "short.csv"
         write_log(short, min(arguments.records, 200_000))
-        done = subprocess.run([sys.executable, __file__, "--only", str(log)], check=True, capture_output=True, text=True)
-        result = json.loads(done.stdout)
-        result |= {"log_mb": log.stat().st_size / 1e6, "parts_us_per_record": parts(short)}
-    table = Table("records", "log MB", "records/s", "records/s of the guards alone", "memory of the log MB", "alerts")
-    table.add_row(
-        str(result["records"]), f"{result['log_mb']:.0f}", f"{result['records_per_cpu_s']:.0f}",
-        f"{1e6 / result['parts_us_per_record']['guards']:.0f}", f"{result['grown_mb']:.1f}", str(result["alerts"]),
-    )  # fmt: skip
-    Console(width=120).print(table)
+        logs = [log, *(written_as(log, form, arguments.records // 10) for form in ("jsonl", "log"))]
+        rows = [in_a_process_of_its_own(log) for log in logs]
+        result = {"logs": rows, "parts_us_per_record": parts(short)}
+    table = PrintedTable("log", "records", "log MB", "records/s", "memory of the log MB", "alerts")
+    for row in rows:
+        table.add_row(
+            row["log"], str(row["records"]), f"{row['log_mb']:.0f}", f"{row['records_per_cpu_s']:.0f}",
+            f"{row['grown_mb']:.1f}", str(row["alerts"]),
+        )  # fmt: skip
+    console = Console(width=120)
+    console.print(table)
+    console.print("µs a record: " + ", ".join(f"{name} {value:.2f}" for name, value in result["parts_us_per_record"].items()))
     save(arguments.output, {"rules": len(FIVE["rules"]), "metrics": len(METRICS), **result})
+
+
+def in_a_process_of_its_own(log: Path) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, "--only", str(log)], check=True, capture_output=True, text=True)
+    return {"log": log.suffix[1:], "log_mb": log.stat().st_size / 1e6, **json.loads(done.stdout)}
+
+
+def written_as(log: Path, form: str, count: int) -> Path:
+    """The first records of a CSV in another form."""
+    path = log.with_suffix(f".{form}")
+    with log.open() as lines, path.open("w") as file:
+        next(lines)
+        for line, _ in zip(lines, range(count), strict=False):
+            step, *values = line.rstrip().split(",")
+            if form == "jsonl":
+                file.write(json.dumps({"step": int(step), **dict(zip(METRICS, map(float, values), strict=True))}) + "\n")
+            else:
+                file.write(f"step {step} " + " ".join(map("=".join, zip(METRICS, values, strict=True))) + "\n")
+    return path
 
 
 def write_log(path: Path, count: int) -> None:
@@ -120,21 +143,20 @@ def whole(log: str) -> dict[str, Any]:
 def parts(log: Path) -> dict[str, float]:
     """Microseconds of the processor for a record, of each part by itself."""
     pack = load_rules(FIVE)
-    records: list[Record] = []
+    parts: list[Sequence[Record]] = []
     source = open_source(log)
-    reading = timed(lambda: records.extend(record for part in (*source.parts(), source.finish()) for record in part))
-    watch = Watch(pack.rules)
-    guards = timed(lambda: [watch.update(record) for record in records])
+    seconds = {"reading": timed(lambda: parts.extend((*source.parts(), source.finish())))}
+    watch = Watch(pack.rules, strict=False)
+    seconds["guards by columns"] = timed(lambda: [watch.update_table(Table.of(part)) for part in parts])
     check = Check([RulePack("none", (), branches=pack.branches)], METRICS)
-    check.guards, check.watch = (), Watch(())
-    curves = timed(lambda: [check.feed(chunk) for chunk in chunks(records)])
-    count = len(records)
-    assert math.isclose(check.records, count)
-    return {"reading": reading / count * 1e6, "guards": guards / count * 1e6, "curves": curves / count * 1e6}
-
-
-def chunks(records: list[Record]) -> Iterator[list[Record]]:
-    return (records[start : start + 4096] for start in range(0, len(records), 4096))
+    check.guards, check.watch = (), Watch((), strict=False)
+    seconds["curves"] = timed(lambda: [check.feed(part) for part in parts])
+    records: list[Record] = []
+    seconds["records of the columns"] = timed(lambda: records.extend(record for part in parts for record in part))
+    live = Watch(pack.rules)
+    seconds["guards by records"] = timed(lambda: [live.update(record) for record in records])
+    assert live.state_dict()["states"] == watch.state_dict()["states"], "both must have seen the same"
+    return {name: value / len(records) * 1e6 for name, value in seconds.items()}
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -144,7 +166,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def first_lines(log: str, count: int) -> Path:
-    path = Path(log).with_name("first.csv")
+    path = Path(log).with_name(f"first{Path(log).suffix}")
     with Path(log).open() as file:
         path.write_text("".join(line for line, _ in zip(file, range(count), strict=False)))
     return path
