@@ -63,6 +63,33 @@ def test_two_workers_give_the_verdict_of_one_and_a_dead_one_is_replaced(tmp_path
     assert (tmp_path / "died").exists()
 
 
+def test_sharded_and_copied_models_give_the_verdict_of_one_process(tmp_path: Path) -> None:
+    """`fully_shard` and DDP over two workers, one of which dies and is replaced: the state is whole in every checkpoint."""
+    found = {}
+    for name, wrap, workers in (("one", "none", 1), ("sharded", "fsdp", 2), ("copied", "ddp", 2)):
+        mark = tmp_path / f"{name}-died"
+        study = small(
+            name=name,
+            task="sharded_task:ShardedTask",
+            task_config={"steps": 40, "wrap": wrap, **({"mark": str(mark)} if workers == 2 else {})},
+            search={"trials": 2},
+            guards={"smoke_test": None},
+            resources={"workers": workers},
+            checkpoint_every=2,
+            result_every=1,
+        )
+        trials = run(study, storage=tmp_path).trials()
+        found[name] = {trial["trial_id"]: trial for trial in trials}
+        assert mark.exists() == (workers == 2)
+    for trial_id, alone in found["one"].items():
+        for name in ("sharded", "copied"):
+            other = found[name][trial_id]
+            assert (other["verdict"], other["steps"]) == (alone["verdict"], alone["steps"]), other["reason"]
+            if alone["verdict"] == "safe":
+                assert other["metrics"]["psnr"] == pytest.approx(alone["metrics"]["psnr"], rel=1e-4)
+    assert found["one"]["trial-00"]["verdict"] == "pruned" and found["one"]["trial-01"]["verdict"] == "safe"
+
+
 @pytest.mark.parametrize(
     ("room", "parts", "fits"),
     [([2, 2], 2, 2), ([4], 2, 0), ([1, 3], 2, 1), ([1, 1, 1], 2, 1), ([2, 1, 1], 2, 2), ([], 2, 0), ([9, 1, 1], 3, 1)],

@@ -200,7 +200,7 @@ def test_a_baseline_from_the_log_of_an_earlier_run(done: StudyFolder, tmp_path: 
     held_out = {"ssim": 0.9, "psnr": 20.0}
     given = {"file": str(log), "names": {"grad_norm": "total_norm"}, "held_out": held_out}
     study = small(name="logged", baseline={"log": given}, search={"trials": 2})
-    trials = run(study, storage=tmp_path).trials()
+    trials = sorted(run(study, storage=tmp_path).trials(), key=lambda trial: trial["trial_id"])  # not as they ended
     assert [(trial["trial_id"], trial["verdict"], trial["steps"]) for trial in trials] == [
         ("trial-00", "pruned", 11),
         ("trial-01", "safe", 40),
