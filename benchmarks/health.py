@@ -43,9 +43,10 @@ from tune_ssim.tasks.vae_kl import VAEKL
 
 SYSTEMS: dict[str, type] = {"vae_kl": VAEKL, "flow_dino_kl": FlowDinoKL, "two_stage_vlm": TwoStageVLM}
 STEPS = {"vae_kl": 600, "flow_dino_kl": 400, "two_stage_vlm": 1016}
-# What a user would tell the pack about a sound training: a quarter of the 16 latents, two micro-batches, the warm-up's middle.
+# What a user would tell the pack about a sound training: a quarter of the 16 latents, when the KL has risen, two micro-batches, the
+# warm-up's middle.
 OPTIONS: dict[str, dict[str, float]] = {
-    "vae_kl": {"units_floor": 4},
+    "vae_kl": {"units_floor": 4, "kl_after": 100},
     "flow_dino_kl": {"ga": 2, "dino_after": 50},
     "two_stage_vlm": {},
 }

@@ -118,7 +118,7 @@ class Table(Sequence[Record]):
             return Column(rows, list(compress(self.steps, there)), values) if rows else None
 
     def quotient(self, above: str, below: str) -> Column | None:
-        """Of the records that have both. By zero it is infinite with the sign of what is divided, and NaN of zero itself."""
+        """Of the records that have both. By zero it is infinite with the sign of what is divided, and 0 of zero itself."""
         a, b = self.column(above), self.column(below)
         if a is None or b is None:
             return None
@@ -129,5 +129,5 @@ class Table(Sequence[Record]):
             if not rows:
                 return None
         with np.errstate(all="ignore"):
-            by_zero = np.where(over == 0, math.nan, np.copysign(math.inf, over))
+            by_zero = np.where(over == 0, 0.0, np.copysign(math.inf, over))
             return Column(rows, steps, np.where(under == 0, by_zero, over / under))

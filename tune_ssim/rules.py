@@ -5,6 +5,8 @@ docs/rules.md describes the keys; tune_ssim/rule_packs/ holds the bundled ones.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -30,6 +32,9 @@ CONDITION_KEYS = {
     "trend": ("metric", "trend", "steps", "by", "settled", "after"),
 }
 ALL_CONDITION_KEYS = tuple(dict.fromkeys(key for keys in CONDITION_KEYS.values() for key in keys))
+MAY_BE_MISSING = ("steps_per_epoch",)  # then the log has to say it
+MAX_STEP = 2**63 - 1  # as TensorBoard and MLflow store it
+PLACE = re.compile(r"\{\w+\}")
 TRENDS = ("rising", "not falling")
 
 
@@ -126,9 +131,12 @@ class _Parser:
         known_by = self.names(("known_by",), data.get("known_by", []))
         branches = tuple(self.branches(data.get("branches", {})))
         rules = tuple(self.rules(name, data.get("rules")))
+        description = self.text(("description",), data.get("description", ""))
+        names = [rule.name for rule in rules]
+        for double in sorted({rule for rule in names if names.count(rule) > 1}):
+            problems.add(("rules",), f"two rules are called {shown(double)}")
         problems.check()
         document = {**data, "name": name} | ({"options": dict(self.options)} if self.options else {})
-        description = self.text(("description",), data.get("description", ""))
         return RulePack(name, rules, description, tuple(known_by), self.options, branches, document)
 
     def read_options(self, declared: Any) -> None:
@@ -196,8 +204,8 @@ class _Parser:
             self.problems.add(loc, f"must be a mapping from a name to a list, got {kind_of(data)}")
             return []
         for key, values in data.items():
-            if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
-                self.problems.add((*loc, key), f"must be a list of names, got {kind_of(values)}")
+            if not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, str) for value in values):
+                self.problems.add((*loc, key), f"must be a list of names, got {kind_of(values) if values else 'an empty list'}")
                 return []
         return [dict(zip(data, values, strict=True)) for values in product(*data.values())]
 
@@ -221,7 +229,8 @@ class _Parser:
         if not isinstance(optional, bool):
             self.problems.add((*loc, "optional"), f"must be true or false, got {kind_of(optional)}")
         texts = {key: self.text((*loc, key), data.get(key, ""), place=place) for key in ("sentence", "cause", "remedy", "source")}
-        if len(self.problems) == before:
+        # A problem that was said before, of another place of `for_each`, adds nothing to them.
+        if len(self.problems) == before and None not in conditions:
             yield Rule(name, tuple(filter(None, conditions)), action, **texts, optional=optional)
 
     def condition(self, loc: Loc, data: Any, place: Mapping[str, str]) -> Condition | None:
@@ -278,13 +287,19 @@ class _Parser:
                 what = did_you_mean(value[1:], self.options) if self.options else "; the pack has no options"
                 self.problems.add(loc, f"{value} is no option of the pack{what}")
                 return None
+            option = value
             value = self.options[value[1:]]
+            if value is None and loc[-1] not in MAY_BE_MISSING:
+                self.problems.add(loc, f"the option {option} has no value; give one to the pack, or say null here")
             if value is None:
                 return None
         if not _is_number(value):
             self.problems.add(loc, f"must be a number, got {kind_of(value)}")
             return None
-        if whole and value != int(value):
+        if not math.isfinite(value):
+            self.problems.add(loc, f"must be a finite number, got {kind_of(value)}")
+            return None
+        if whole and (value != int(value) or abs(value) > MAX_STEP):
             self.problems.add(loc, f"must be an integer, got {kind_of(value)}")
             return None
         return int(value) if whole else value
@@ -300,7 +315,8 @@ class _Parser:
             return {}
         value = given[limits[0]]
         if limits == ["off"]:
-            return {"lower": value * (1 - given["by"]), "upper": value * (1 + given["by"])}
+            lower, upper = sorted((value * (1 - given["by"]), value * (1 + given["by"])))
+            return {"lower": lower, "upper": upper}
         if limits == ["outside"]:
             return dict(zip(("lower", "upper"), value, strict=True)) if None not in value else {}
         return {"upper" if limits == ["above"] else "lower": value}
@@ -311,6 +327,9 @@ class _Parser:
             return ""
         for key, word in (place or {}).items():
             value = value.replace("{" + key + "}", word)
+        if place is not None and (unknown := PLACE.search(value)):
+            names = ", ".join(f"{{{key}}}" for key in place) or "none: the rule has no for_each"
+            self.problems.add(loc, f"{unknown[0]} stands for nothing; known are {names}")
         return " ".join(value.split())
 
 

@@ -40,8 +40,8 @@ def check_action(action: str) -> None:
 
 
 def quotient(above: float, below: float) -> float:
-    """By zero it is infinite with the sign of what is divided, and NaN of zero itself."""
-    return above / below if below else math.nan if not above else math.copysign(math.inf, above)
+    """By zero it is infinite with the sign of what is divided, and 0 of zero itself: nothing of nothing."""
+    return above / below if below else 0.0 if not above else math.copysign(math.inf, above)
 
 
 def band_words(lower: float, upper: float) -> str:

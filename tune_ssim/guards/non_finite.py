@@ -77,5 +77,6 @@ class NonFinite(InPlace):
         return None
 
     def _violation(self, step: int, metric: str, value: float, sentence: str) -> Violation:
-        remedy = "lower the gain or the learning rate; compute the SSIM in float32"
-        return Violation(self.name, step, metric, value, math.inf, "prune", sentence, remedy)
+        cause = "a step too large, or numbers that half precision cannot hold"
+        remedy = "lower the learning rate, or the gain of an auxiliary loss; clip the gradient; compute losses in float32"
+        return Violation(self.name, step, metric, value, math.inf, "prune", sentence, remedy, cause)

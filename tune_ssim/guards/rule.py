@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -11,6 +12,9 @@ from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.record_table import Table
 from tune_ssim.records import Record
+
+NOT_A_SIZE = "a number went out of range, here or in what it is computed from"
+FIND_THE_FIRST = "look for the first value that is not finite: a step too large, a division by zero, half precision"
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,16 @@ class Rule(InPlace):
 
     def _of(self, found: Sequence[Violation]) -> Violation:
         """What the conditions said, as one."""
+        broken = next((violation for violation in found if not math.isfinite(violation.value)), None)
+        if broken is not None:  # what the rule knows is about sizes, and this is none
+            return replace(
+                broken,
+                guard=self.name,
+                action=self.action,
+                sentence=f"{broken.metric} is {broken.value}, so this rule cannot be kept",
+                cause=NOT_A_SIZE,
+                remedy=FIND_THE_FIRST,
+            )
         measured = " and ".join(violation.sentence for violation in found)
         return replace(
             found[0],
