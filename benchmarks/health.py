@@ -242,7 +242,7 @@ def judge(case: Case, file: Path) -> dict[str, Any]:
     about = json.loads(file.with_suffix(".json").read_text())
     records = [Record(int(line.pop("step")), line) for line in map(json.loads, file.read_text().splitlines())]
     pack = load_rules(case.system, {**OPTIONS[case.system], **case.options})
-    check = Check([pack], list(dict.fromkeys(name for record in records for name in record.values)))
+    check = Check([pack])
     said: dict[str, int] = {}
     for record in records:
         for alert in check.feed([record]):

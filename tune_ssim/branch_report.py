@@ -19,6 +19,7 @@ LEAST_RECORDS = 20  # one a part
 LATE = 5  # parts at the end whose mean is what the branch has come to
 CERTAIN = 3.0  # standard errors; one look at the whole log, not hundreds at windows
 SMALL = 0.03  # of the first level: a fall that is smaller than this is none, if the noise admits to say so
+RISEN = 0.5  # of the fall that is lost again
 OFF = 0.1  # of the coverage (SEEDS C4)
 FEW = 0.1  # share of the records in which gradient or coverage may be wrong: a skipped step, the first of a run
 
@@ -86,9 +87,16 @@ def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
     noise = float(np.median(np.abs(np.diff(levels)))) / (math.sqrt(2) * 0.6745)
     error = CERTAIN * noise * math.sqrt(1 + 1 / late)
     least = SMALL * abs(first)
+    lowest = float(levels.min())
+    fall, back = first - lowest, last - lowest
+    # Two deviations more: the lowest of twenty levels is lower than most.
+    if fall > max(error, least) and back > max(RISEN * fall, error + 2 * noise):
+        return Finding("loss", "no", f"{branch.loss} fell from {first:.3g} to {lowest:.3g} and rose again, to {last:.3g}")
     if last - first < -error and first - last > 1e-12 * abs(first):
         return Finding("loss", "yes", f"{branch.loss} fell from {first:.3g} to {last:.3g}")
     if last - first - error >= -least:
+        if branch.may_be_flat and last - first <= max(error, least):
+            return Finding("loss", "unknown", f"{branch.loss} is flat, as in a fine-tuning: from {first:.3g} to {last:.3g}")
         word = "rose" if last - first > max(error, least) else "did not fall"
         return Finding("loss", "no", f"{branch.loss} {word}: from {first:.3g} to {last:.3g}")
     return Finding("loss", "unknown", f"{branch.loss} is too noisy to tell whether it fell ({first:.3g} to {last:.3g})")

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,18 +15,20 @@ from tune_ssim.branch_report import BranchReport, judge_branch, series_of
 from tune_ssim.curves import Curve
 from tune_ssim.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun, Guard, NonFinite, NormRatio, Rule, SmokeTest, Violation, Watch
-from tune_ssim.guards.watch import GRACE_RECORDS, WILD
+from tune_ssim.guards.watch import GRACE_RECORDS, WILD, named
 from tune_ssim.record_table import Table
-from tune_ssim.records import LOSS, SMOKE, TOTAL_NORM, TOTAL_NORM_MAIN, Record
-from tune_ssim.rules import RulePack, bundled_packs, load_rules
+from tune_ssim.records import LOSS, TOTAL_NORM, TOTAL_NORM_MAIN, Record
+from tune_ssim.rules import Branch, RulePack, bundled_packs, load_rules
 from tune_ssim.sources import Source, open_source
 from tune_ssim.sources.source import MLFLOW
 from tune_ssim.yaml_source import did_you_mean
 
 SCHEMA = 1  # of `Report.to_json`, docs/check_schema.md
-LOOKED_AT = 1000  # records of which the names decide what is judged; rarer metrics than one in a thousand records are few
+LOOKED_AT = 1000  # records whose coverage says how many micro-batches make a step, where nobody else does
 PER_GUARD = 20  # alerts of one guard that are kept; the rest is counted
 SHOWN_NAMES = 12
+# What is asked of a log that no pack is about: a fine-tuning starts where it is good, so its loss need not fall, but may not rise.
+ANY = RulePack("any", (), branches=(Branch("training", LOSS, (TOTAL_NORM,), may_be_flat=True),))
 POLL_S = 0.5  # between two looks at a growing log
 MOST_BASELINE = 1_000_000  # records of a baseline that are compared with; a hundred megabytes
 
@@ -67,11 +70,17 @@ class Report:
     ended: Violation | None  # what would have ended a live trial
     notes: tuple[str, ...]
     curves: Mapping[Any, Curve] = field(repr=False)  # by metric, or by the pair of a quotient
+    passed_over: int = 0  # rows of steps that had come before
 
     @property
     def verdict(self) -> str:
-        """alerts, else unknown where nothing could be judged, else healthy."""
-        return "alerts" if self.alerts else "healthy" if self.judged else "unknown"
+        """alerts; else does_not_work where a branch does not; else unknown where nothing could be judged, or less than was passed
+        over; else healthy."""
+        if self.alerts:
+            return "alerts"
+        if any(branch.verdict == "does not work" for branch in self.branches):
+            return "does_not_work"
+        return "healthy" if self.judged and self.passed_over < self.records else "unknown"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -94,27 +103,42 @@ class Report:
 class Check:
     """`feed` records in the order of their steps, then `report`. Memory does not grow with the log."""
 
-    def __init__(self, packs: Sequence[RulePack], names: Iterable[str] = (), baseline: Baseline | None = None) -> None:
-        """`names`: metrics that the log is known to have; they decide which of the guards that every study has are added."""
-        names = list(names)
-        self.packs = tuple(packs)
-        self.guards = (*general_guards(names, baseline), *(rule for pack in packs for rule in pack.rules))
+    def __init__(self, packs: Sequence[RulePack], baseline: Baseline | None = None, *, given: bool = True) -> None:
+        """`given` False: of these packs, those count that the log turns out to be about. They all watch from the first record on,
+        so when a metric comes does not matter."""
+        self.packs, self.given = tuple(packs), given
+        general: list[Guard] = [NonFinite(), SmokeTest()]
+        if baseline is not None:
+            general.append(NormRatio().bind(baseline, seed=0, clipped=False))
+        self.guards: tuple[Guard, ...] = (*general, *(rule for pack in packs for rule in pack.rules))
         self.watch = Watch(self.guards, strict=False)
         self.curves: dict[Any, Curve] = {}
         self.alerts: dict[str, list[Alert]] = {}
-        self.ended: Violation | None = None
         self.records, self.first_step, self.last_step = 0, -1, -1
-        branches = [key for pack in packs for branch in pack.branches for key in series_of(branch)]
+        self._metrics: set[str] = set()  # that the log has
+        self._about: set[str] = set()  # packs that it is about
+        self._pack_of = {rule.name: pack.name for pack in packs for rule in pack.rules}
+        branches = [key for pack in (*packs, ANY) for branch in pack.branches for key in series_of(branch)]
         of_rules = [metric for guard in self.guards for metric in (guard.about if isinstance(guard, Rule) else guard.metrics)]
         self._series = [key for key in dict.fromkeys([LOSS, TOTAL_NORM, *branches, *of_rules]) if not str(key).endswith(WILD)]
         self._sources = {guard.name: guard.source for guard in self.guards if isinstance(guard, Rule)}
+
+    @property
+    def ended(self) -> Violation | None:
+        """What would have ended a live trial."""
+        ends = [alert.violation for alert in self._counting() if alert.violation.action in ("prune", "abort")]
+        return min(ends, key=lambda violation: violation.step, default=None)
 
     def feed(self, records: Sequence[Record]) -> list[Alert]:
         """What the guards say about these records, in order. They go on after what would have ended a live trial."""
         if not records:
             return []
         table = Table.of(records)
-        said = [alert for violations in self.watch.update_table(table) for alert in self._note(violations)]
+        before = self._about.copy()
+        self._meet(table.metrics)
+        said = [alert for guard, alerts in self.alerts.items() if self._pack(guard) in self._about - before for alert in alerts]
+        new = [alert for violations in self.watch.update_table(table) for alert in self._note(violations)]
+        said += [alert for alert in new if self._counts(alert.violation.guard)]
         if not self.records:
             self.first_step = table.steps[0]
         self.records += len(table)
@@ -122,44 +146,81 @@ class Check:
         self._draw(table)
         return said
 
-    def report(self, log: str = "", notes: Iterable[str] = ()) -> Report:
-        rules = [guard for guard in self.guards if isinstance(guard, Rule)]
+    def report(self, log: str = "", notes: Iterable[str] = (), passed_over: int = 0) -> Report:
+        packs = tuple(pack for pack in self.packs if pack.name in self._about)
+        guards = [guard for guard in self.guards if self._counts(guard.name)]
         holding = {
             rule.name: (rule, self.alerts[rule.name][-1].last_step)
-            for rule in rules
-            if rule.name in self.alerts and rule.holds(self.watch.state_of(rule.name))
+            for rule in guards
+            if isinstance(rule, Rule) and rule.name in self.alerts and rule.holds(self.watch.state_of(rule.name))
         }
-        branches = tuple(judge_branch(pack, branch, self.curves, holding) for pack in self.packs for branch in pack.branches)
-        alerts = sorted((alert for said in self.alerts.values() for alert in said), key=lambda alert: alert.violation.step)
-        unknown = tuple(filter(None, map(self._unknown, self.guards)))
+        looked_at = packs or (ANY,)
+        branches = [judge_branch(pack, branch, self.curves, holding) for pack in looked_at for branch in pack.branches]
+        ended = self.ended
+        alerts = sorted(self._counting(), key=lambda alert: alert.violation.step)
+        unknown = tuple(filter(None, map(self._unknown, guards)))
         cannot = {one.guard for one in unknown} - set(self.alerts)
         return Report(
             log=log,
             records=self.records,
             steps=(self.first_step, self.last_step) if self.records else None,
-            packs=self.packs,
-            branches=branches,
-            alerts=tuple(alerts),
+            packs=packs,
+            branches=tuple(branch for branch in branches if packs or LOSS in self.curves),
+            alerts=tuple(replace(one, after_end=ended is not None and one.violation.step > ended.step) for one in alerts),
             unknown=tuple(one for one in unknown if one.guard in cannot),
-            judged=tuple(guard.name for guard in self.guards if guard.name not in cannot),
-            ended=self.ended,
+            judged=tuple(guard.name for guard in guards if guard.name not in cannot),
+            ended=ended,
             notes=tuple(notes),
             curves=self.curves,
+            passed_over=passed_over,
         )
+
+    def knows_nothing(self) -> str | None:
+        """Where nothing at all could be judged, why: other names are the usual reason."""
+        known = {metric for pack in self.packs for metric in pack.metrics}
+        general = any(self._counts(guard) for guard in self._general)
+        if general or (self._about and known & self._metrics):
+            return None
+        saw = ", ".join(sorted(self._metrics)[:SHOWN_NAMES]) + (", …" if len(self._metrics) > SHOWN_NAMES else "")
+        wanted = "; ".join(f"{pack.name}: {', '.join(pack.known_by)}" for pack in self.packs)
+        if self.given:
+            wanted = ", ".join(sorted(known)[:SHOWN_NAMES])
+        saw = saw or "no metric at all"
+        return f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames)"
+
+    def _pack(self, guard: str) -> str:
+        return self._pack_of.get(guard, "")
+
+    def _counts(self, guard: str) -> bool:
+        """Whether the log is about what this guard looks at."""
+        if pack := self._pack(guard):
+            return pack in self._about
+        return guard == NormRatio.name or any(named(metric, self._metrics) for metric in self._general[guard].metrics)
+
+    @cached_property
+    def _general(self) -> dict[str, Guard]:
+        return {guard.name: guard for guard in self.guards if not self._pack(guard.name)}
+
+    def _counting(self) -> list[Alert]:
+        return [alert for guard, alerts in self.alerts.items() if self._counts(guard) for alert in alerts]
+
+    def _meet(self, metrics: Sequence[str]) -> None:
+        if not self._metrics.issuperset(metrics):
+            self._metrics.update(metrics)
+        if len(self._about) < len(self.packs):
+            self._about |= {pack.name for pack in self.packs if self.given or self._metrics.intersection(pack.known_by)}
 
     def _note(self, violations: Sequence[Violation]) -> list[Alert]:
         new: list[Alert] = []
         for violation in violations:
             name = violation.guard
-            alert = Alert(violation, self._sources.get(name, ""), 1, violation.step, self.ended is not None)
             said = self.alerts.setdefault(name, [])
-            if len(said) < PER_GUARD:
-                said.append(alert)
-                new.append(alert)
+            # A number that is none stays so: the first is worth reading.
+            if len(said) < (1 if name == NonFinite.name else PER_GUARD):
+                said.append(Alert(violation, self._sources.get(name, ""), 1, violation.step))
+                new.append(said[-1])
             else:
                 said[-1] = replace(said[-1], times=said[-1].times + 1, last_step=violation.step)
-        if self.ended is None:
-            self.ended = next((violation for violation in violations if violation.action in ("prune", "abort")), None)
         return new
 
     def _draw(self, table: Table) -> None:
@@ -194,48 +255,65 @@ def check_log(
     Raises UserError for packs and options that cannot be, and for a log of which nothing is known."""
     options = options or {}
     given = [load_rules(pack) for pack in packs]
+    different(given)
     _check_options(given or [load_rules(pack) for pack in bundled_packs()], options)
+    enough = GRACE_RECORDS if follow else LOOKED_AT  # who follows wants to hear something soon
     waiting: list[Record] = []
     check: Check | None = None
+    notes: list[str] = []
 
-    def take(records: Sequence[Record], enough: int) -> None:
+    def take(records: Sequence[Record], last: bool = False) -> None:
         nonlocal check, waiting
         if check is None:
             waiting.extend(records)
-            if len(waiting) < enough:
+            if len(waiting) < enough and not last:
                 return
+            chosen, guessed = _begun(packs, options, waiting[:enough])
+            notes.extend(guessed)
+            check = Check(chosen, baseline, given=bool(packs))
             records, waiting = waiting, []
-            check = _begun(packs, options, records, baseline)
         for alert in check.feed(records):
             if on_alert is not None:
                 on_alert(alert)
 
     try:
         for part in source.parts():
-            take(part, GRACE_RECORDS if follow else LOOKED_AT)
+            take(part)
         while follow and (check is None or check.ended is None):
             time.sleep(POLL_S)
             for part in source.parts():
-                take(part, GRACE_RECORDS)
+                take(part)
     except KeyboardInterrupt:
         if not follow:
             raise
-    take(source.finish(), 0)
+    take(source.finish(), last=True)
     assert check is not None
-    return check.report(label, filter(None, [source.trouble.sentence()]))
+    trouble = source.trouble
+    if not follow and (nothing := check.knows_nothing()):
+        raise UserError(f"{label}: {nothing}" + (f"; {trouble.sentence()}" if trouble.sentence() else ""))
+    known = {pack.name for pack in check.report().packs}
+    about = [note for note in notes if note.split(":")[0] in known]
+    return check.report(label, filter(None, [*about, trouble.sentence()]), trouble.repeated)
 
 
-def _begun(packs: Sequence[str | Path], options: Mapping[str, float], first: Sequence[Record], baseline: Baseline | None) -> Check:
-    names = names_of(first)
-    wanted: Sequence[str | Path] = packs or packs_for(names)
-    chosen = []
-    for name in wanted:
+def _begun(packs: Sequence[str | Path], options: Mapping[str, float], first: Sequence[Record]) -> tuple[list[RulePack], list[str]]:
+    """The packs with their options, and what was guessed of these."""
+    chosen, notes = [], []
+    for name in packs or bundled_packs():
         pack = load_rules(name)
-        seen = accumulation(pack, first)
-        found = {"ga": seen} if seen is not None and "ga" not in options else {}
+        seen = accumulation(pack, first) if "ga" not in options else None
+        if seen is not None:
+            notes.append(f"{pack.name}: {seen:g} micro-batches a step, as the coverage of the first records says; else --set ga=…")
+        found = {} if seen is None else {"ga": seen}
         chosen.append(load_rules(name, found | {key: value for key, value in options.items() if key in pack.options}))
-    require_known(chosen, names, baseline)
-    return Check(chosen, names, baseline)
+    return chosen, notes
+
+
+def different(packs: Sequence[RulePack]) -> None:
+    """Raises UserError for two packs of one name: their rules could not be told apart."""
+    names = [pack.name for pack in packs]
+    if doubles := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two rule packs are called {doubles[0]}; rename one, or give it once")
 
 
 def _check_options(packs: Sequence[RulePack], options: Mapping[str, float]) -> None:
@@ -259,39 +337,10 @@ def accumulation(pack: RulePack, records: Sequence[Record]) -> float | None:
     return float(nearest) if nearest > 1 and abs(middle / nearest - 1) <= 0.1 else None
 
 
-def general_guards(names: Iterable[str], baseline: Baseline | None = None) -> list[Guard]:
-    """Those of every study for which a log with these metrics has what they need."""
-    names = list(names)
-    guards: list[Guard] = [NonFinite()] if any(name.startswith(LOSS) for name in names) else []
-    if any(name.startswith(SMOKE) for name in names):
-        guards.append(SmokeTest())
-    if baseline is not None:
-        guards.append(NormRatio().bind(baseline, seed=0, clipped=False))
-    return guards
-
-
 def packs_for(names: Iterable[str]) -> list[str]:
     """The names of the bundled packs that are about a log with these metrics."""
     names = set(names)
     return [name for name in bundled_packs() if names & set(load_rules(name).known_by)]
-
-
-def names_of(records: Iterable[Record]) -> list[str]:
-    return list(dict.fromkeys(name for record in records for name in record.values))
-
-
-def require_known(packs: Sequence[RulePack], names: Sequence[str], baseline: Baseline | None) -> None:
-    """Raises UserError where nothing at all could be judged: other names are the usual reason."""
-    known = {metric for pack in packs for metric in pack.metrics}
-    if known & set(names) or general_guards(names, baseline):
-        return
-    saw = ", ".join(sorted(names)[:SHOWN_NAMES]) + (", …" if len(names) > SHOWN_NAMES else "") or "no metric at all"
-    wanted = (
-        ", ".join(sorted(known)[:SHOWN_NAMES])
-        if packs
-        else "; ".join(f"{pack.name}: {', '.join(pack.known_by)}" for pack in map(load_rules, bundled_packs()))
-    )
-    raise UserError(f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames)")
 
 
 def open_log(log: str, names: Mapping[str, str], pattern: Sequence[str] = (), *, follow: bool = False) -> Source:

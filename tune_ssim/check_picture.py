@@ -10,6 +10,7 @@ import numpy as np
 
 from tune_ssim.check import Alert, Report
 from tune_ssim.curves import Curve
+from tune_ssim.guards.watch import SEVERITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,9 +39,13 @@ def draw_check(report: Report) -> bytes:
         for axes in rows:
             axes.axvline(report.ended.step, color=COLOURS[report.ended.action], lw=1.2, ls="--", zorder=1)
     rows[-1].set_xlabel("step", color=INK)
-    verdict = {"healthy": "no alert", "unknown": "nothing could be judged"}.get(report.verdict, _count(report))
+    plain = {"healthy": "no alert", "unknown": "nothing could be judged", "does_not_work": "a branch does not work"}
+    verdict = plain.get(report.verdict, _count(report))
     figure.suptitle(f"{_short(report.log)}: {verdict}", x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
     words = "; ".join(f"{branch.branch} {branch.verdict}" for branch in report.branches)
+    alarmed = {alert.violation.metric for alert in report.alerts} & set(report.curves) - {metric for metric, _, _ in panels}
+    if alarmed:
+        words += f"; {len(alarmed)} more metrics with alerts are not shown"
     rows[0].set_title(words or f"{report.records} records", loc="left", fontsize=9, color=GREY)
     actions = [action for action in COLOURS if any(alert.violation.action == action for alert in report.alerts)]
     if actions:
@@ -54,9 +59,10 @@ def draw_check(report: Report) -> bytes:
 
 
 def _panels(report: Report) -> list[tuple[str, Curve, list[Alert]]]:
-    """The curves with alerts first, then the losses of the branches, then others, as many as fit; in the order of the rules."""
+    """The curves with alerts first, the gravest before others, then the losses of the branches, then others, as many as fit; in
+    the order of the rules."""
     alerts: dict[str, list[Alert]] = {}
-    for alert in report.alerts:
+    for alert in sorted(report.alerts, key=lambda alert: SEVERITY.index(alert.violation.action)):
         alerts.setdefault(alert.violation.metric, []).append(alert)
     names = [name for pack in report.packs for branch in pack.branches for name in (branch.loss, *branch.gradient)]
     wanted = dict.fromkeys([*alerts, *names, *(key for key in report.curves if isinstance(key, str))])
@@ -75,11 +81,11 @@ def _draw(axes: Axes, metric: str, curve: Curve, alerts: Sequence[Alert]) -> Non
     steps, mean = curve.steps, curve.mean
     axes.fill_between(steps, curve.low, curve.high, color=CLOUD, lw=0, alpha=0.6)
     noisy = len(steps) > 2 * SMOOTH
-    axes.plot(steps, mean, color=CLOUD if noisy else LINE, lw=0.8 if noisy else 1.3)
+    gaps = np.where(curve.broken > 0, np.nan, mean)  # where a value is not finite the line stops
+    axes.plot(steps, gaps, color=CLOUD if noisy else LINE, lw=0.8 if noisy else 1.3)
     if noisy:
         parts = np.array_split(np.arange(len(steps)), SMOOTH)
-        with np.errstate(all="ignore"):
-            middle = [float(np.nanmedian(mean[part])) if np.isfinite(mean[part]).any() else np.nan for part in parts]
+        middle = [float(np.median(gaps[part])) for part in parts]  # NaN where one is
         axes.plot([steps[part].mean() for part in parts], middle, color=LINE, lw=1.6)
     finite = mean[np.isfinite(mean)]
     positive = finite[finite > 0]

@@ -101,11 +101,16 @@ def _unknown(report: Report) -> Iterator[str]:
 
 
 def _verdict(report: Report) -> str:
+    if report.passed_over >= max(report.records, 1) and not report.alerts:
+        return f"{report.passed_over} rows were passed over and {report.records} judged: not enough to say that all is well"
     if report.verdict == "unknown":
         return "nothing could be judged"
     judged = f"{len(report.judged)} of {len(report.judged) + len(report.unknown)} rules could judge"
     if report.verdict == "healthy":
-        return f"no alert; {judged}"
+        return f"no alert; {judged}" + ("" if report.packs else "; no rule pack is about this log")
+    if report.verdict == "does_not_work":
+        broken = ", ".join(branch.branch for branch in report.branches if branch.verdict == "does not work")
+        return f"does not work: {broken}; no alert; {judged}"
     count = sum(alert.times for alert in report.alerts)
     ended = f"; {WHAT_THEY_MEAN[report.ended.action].replace('here', f'at step {report.ended.step}')}" if report.ended else ""
     return f"{count} alert{'s' if count > 1 else ''}; {judged}{ended}"

@@ -365,12 +365,15 @@ def check(
     """Is every branch of the loss working? Reads the log of any training.
 
     LOG: CSV, JSONL, JSON or text, a TensorBoard file or folder, or mlflow:RUN_ID. The guards of a live trial say what
-    works, what does not, the likely cause and what to try first. Exit code 3 when there are alerts.
+    works, what does not, the likely cause and what to try first. Exit code 3 when there are alerts, or
+    a branch does not work.
     """
     from tune_ssim.check import baseline_of, check_log, open_log, pairs
     from tune_ssim.check_text import alert_words, check_words
 
     target = None if picture is None else _output_file(picture, "--picture")
+    if target is not None and target.suffix.lower() != ".png":
+        raise UserError(f"--picture {picture}: a PNG is written; end the name with .png")
     renamed, console = pairs("--map", names), _console()
     ascii_only = console.options.ascii_only
     compared = None if baseline is None else baseline_of(open_log(baseline, renamed, pattern))
@@ -399,7 +402,7 @@ def check(
         click.echo(f"wrote {target}", err=as_json)
     elif not as_json:
         say_next("check", log, "--picture", "check.png", why="draws the curves with the alerts marked")
-    if report.alerts:
+    if report.verdict in ("alerts", "does_not_work"):
         raise click.exceptions.Exit(BAD_SETUP)
 
 

@@ -21,7 +21,7 @@ from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, kind_of, 
 
 PACK_KEYS = ("name", "description", "known_by", "options", "branches", "rules")
 RULE_KEYS = ("when", "action", "sentence", "cause", "remedy", "source", "optional", "for_each")
-BRANCH_KEYS = ("loss", "gradient", "has_grad", "trainable")
+BRANCH_KEYS = ("loss", "gradient", "has_grad", "trainable", "may_be_flat")
 LIMITS = ("above", "below", "outside", "off")
 # What a condition may say, by its kind.
 CONDITION_KEYS = {
@@ -49,6 +49,7 @@ class Branch:
     gradient: tuple[str, ...] = ()
     has_grad: str = ""
     trainable: str = ""
+    may_be_flat: bool = False  # a fine-tuning starts where it is good: its loss need not fall
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,13 @@ class _Parser:
                 self.problems.add(loc, "has_grad and trainable go together: the coverage is their quotient")
             else:
                 texts = {
-                    key: self.text((*loc, key), metrics[key], 1) for key in BRANCH_KEYS if key in metrics and key != "gradient"
+                    key: self.text((*loc, key), metrics[key], 1) for key in BRANCH_KEYS[:4] if key in metrics and key != "gradient"
                 }
-                yield Branch(name, gradient=tuple(self.names((*loc, "gradient"), metrics.get("gradient", []))), **texts)
+                may_be_flat = metrics.get("may_be_flat", False)
+                if not isinstance(may_be_flat, bool):
+                    self.problems.add((*loc, "may_be_flat"), f"must be true or false, got {kind_of(may_be_flat)}")
+                gradient = tuple(self.names((*loc, "gradient"), metrics.get("gradient", [])))
+                yield Branch(name, gradient=gradient, may_be_flat=may_be_flat is True, **texts)
 
     def names(self, loc: Loc, value: Any) -> list[str]:
         """One name or a list of them."""

@@ -77,6 +77,8 @@ class Watch:
             self._remember(table.metrics)
         found: list[Found] = []
         for guard, fold in zip(self.guards, self._folds, strict=True):
+            if guard.metrics and not any(named(metric, table.metrics) for metric in guard.metrics):
+                continue  # it can say nothing
             if isinstance(guard, InPlace):
                 found += guard.fold_table(self._states[guard.name], table)
             else:
@@ -154,8 +156,8 @@ class Watch:
         if self._looked_at.issuperset(metrics):
             return
         for name in sorted(set(metrics) - set(self._names)):
-            absent = [m for guard in self.guards for m in guard.metrics if not _has(m, self._names)]
-            if any(_has(metric, [name]) for metric in absent) or len(self._names) < SHOWN_NAMES:
+            absent = [m for guard in self.guards for m in guard.metrics if not named(m, self._names)]
+            if any(named(metric, [name]) for metric in absent) or len(self._names) < SHOWN_NAMES:
                 self._names.append(name)
         self._looked_at = frozenset(metrics).union(self._names)
         for guard in self.guards:
@@ -166,17 +168,17 @@ class Watch:
         """By this step. A guard whose metric comes rarely says `expected_by` when the first one is due."""
         for guard in self.guards:
             if not self._seen[guard.name] and step > getattr(guard, "expected_by", -1):
-                absent = [metric for metric in guard.metrics if not _has(metric, self._names)]
+                absent = [metric for metric in guard.metrics if not named(metric, self._names)]
                 saw = ", ".join(sorted(self._names)) or "no metric at all"
                 metric = f"metric '{absent[0]}'" if absent else "everything"
                 raise MissingMetric(f"guard '{guard.name}': {metric} absent from {where}; saw {saw}")
 
 
-def _has(metric: str, names: Sequence[str]) -> bool:
+def named(metric: str, names: Collection[str]) -> bool:
     if metric.endswith(WILD):
         return any(name.startswith(metric.rstrip("*")) for name in names)
     return metric in names
 
 
 def _has_all(guard: Guard, names: Sequence[str]) -> bool:
-    return all(_has(metric, names) for metric in guard.metrics)
+    return all(named(metric, names) for metric in guard.metrics)

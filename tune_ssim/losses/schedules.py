@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -176,7 +177,7 @@ def _check(schedule: Schedule) -> None:
         if key in ("steps", "cycles"):
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ValueError(f"{key} must be an integer >= 1, got {number!r}")
-        elif not _is_number(number) or not math.isfinite(number):
+        elif not _is_number(number) or not abs(number) <= sys.float_info.max:  # an integer may be too large for a float
             raise ValueError(f"{key} must be a finite number, got {number!r}")
 
 

@@ -32,6 +32,7 @@ class Steps:
         self.last = -1  # newest step that was released
         self._step = -1  # held back
         self._values: dict[str, float] = {}
+        self._gone_back = False  # since then: what the held step gets now is another run's, and only adds to it
         self._ahead: dict[int, dict[str, float]] = {}  # later steps that came before it
         self._released: list[Record] = []
         self._parts: list[Sequence[Record]] = []  # released before these
@@ -45,19 +46,21 @@ class Steps:
         if step is None:
             self._without_step(values, line, text)
         elif step == self._step > self.last:  # else finish() has released it
-            self._values.update(values)
+            self._values = {**values, **self._values} if self._gone_back else {**self._values, **values}
         elif step > self._step:
             if self._step < 0:
                 self._knows_steps()
             self._release(step)
             if self._ahead and step in self._ahead:
                 values = {**self._ahead.pop(step), **values}
-            self._step, self._values = step, values
+            self._step, self._values, self._gone_back = step, values, False
         elif step > self.last and len(self._ahead) < AHEAD:
             self._ahead[self._step] = self._values
             self._step, self._values = step, values
-        elif step > self._heard_up_to:
-            self.trouble.repeat(line, step, self._step)
+        else:
+            self._gone_back = True
+            if step > self._heard_up_to:
+                self.trouble.repeat(line, step, self._step)
 
     def add_table(self, table: Table) -> bool:
         """Many rows at once, if each has a later step than the one before; False: they have to be added one by one."""
@@ -70,7 +73,7 @@ class Steps:
         self._parts.append(table[:-1])
         self.last = table.steps[-2]
         held = table[len(table) - 1]
-        self._step, self._values = held.step, dict(held.values)
+        self._step, self._values, self._gone_back = held.step, dict(held.values), False
         return True
 
     def take(self) -> list[Record]:
@@ -150,6 +153,7 @@ class Steps:
         return {
             "last": self.last,
             "held": [self._step, dict(self._values)],
+            "gone_back": self._gone_back,
             "ahead": [[step, dict(values)] for step, values in self._ahead.items()],
             "rows": self._rows,
             "has_steps": self._has_steps,
@@ -159,7 +163,7 @@ class Steps:
 
     def load_json(self, data: Mapping[str, Any]) -> None:
         self.last, (self._step, self._values) = data["last"], data["held"]
-        self._values = dict(self._values)
+        self._values, self._gone_back = dict(self._values), data["gone_back"]
         self._ahead = {step: dict(values) for step, values in data["ahead"]}
         self._rows, self._has_steps = data["rows"], data["has_steps"]
         self._waiting = [(dict(values), line, text) for values, line, text in data["waiting"]]
