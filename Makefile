@@ -9,7 +9,7 @@ run: $(VENV)/.installed
 	$(BIN)/tune-ssim run
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

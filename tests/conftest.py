@@ -2,6 +2,9 @@
 
 import os
 import signal
+from pathlib import Path
+
+import pytest
 
 # Before any test module imports torch, ray or mlflow: they read these once, and worker processes inherit them.
 os.environ["OMP_NUM_THREADS"] = "1"  # torch takes its number of threads from it
@@ -14,3 +17,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # A shell that starts this in the background has SIGINT ignored, and children inherit that: Ctrl-C could not be tested.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Minutes each. With `-n 2 --dist loadfile` they begin together, and the other files fill the gaps.
+LONG = ("test_readme.py", "test_run_study.py", "test_parts.py", "test_tracking.py", "test_command.py", "test_run_trial.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(Path(item.path).name, len(LONG)))
