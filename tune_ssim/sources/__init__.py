@@ -2,6 +2,7 @@
 
 from tune_ssim.sources.parser import LineParser
 from tune_ssim.sources.source import FORMATS, Source, open_source, read_all
+from tune_ssim.sources.text_lines import PRINTED
 from tune_ssim.sources.trouble import Trouble
 
-__all__ = ["FORMATS", "LineParser", "Source", "Trouble", "open_source", "read_all"]
+__all__ = ["FORMATS", "PRINTED", "LineParser", "Source", "Trouble", "open_source", "read_all"]

@@ -25,7 +25,7 @@ from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.processes import OutputLog, SupervisedProcess
 from tune_ssim.records import ACTIVE_FRACTION, LR, TOTAL_NORM, Record
 from tune_ssim.sources import LineParser, Source, open_source
-from tune_ssim.tasks.command_spec import NEUTRAL, CommandSpec, as_word, fill, fill_all, fill_value
+from tune_ssim.tasks.command_spec import CommandSpec, as_word, fill, fill_all, fill_value, is_neutral
 from tune_ssim.tasks.task import Number, Sample
 from tune_ssim.yaml_source import dump_yaml, read_yaml
 
@@ -377,7 +377,7 @@ class CommandTask:
         """What the trial sets must be told to the command, or looked up by it, and be in force where the command says what is."""
         known = self.spec.reached() | (self._read or set()) | set(self._told) | {"steps"}
         for name, value in self.config.items():
-            if name not in known and value not in NEUTRAL.get(name, ()):
+            if name not in known and not is_neutral(name, value):
                 raise BadSetup(
                     f"{name} is set to {value!r} but does not reach the training: put {{{name}}} into the command, its "
                     f"environment or its config file, or read it with trial_context().config[{name!r}]"
