@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, NonFinite, NormRatio, SmokeTest
 from tune_ssim.orchestration.study_callback import quarantine
 from tune_ssim.probes import file_contents, tensor_contents
+from tune_ssim.processes import OutputLog
 from tune_ssim.quarantine import Ledger
 from tune_ssim.run_trial import Trial, TrialPlan
 from tune_ssim.study import load_study
@@ -331,6 +333,79 @@ def test_another_value_in_force_stops_the_trial(tmp_path: Path) -> None:
     trial.advance()
     assert trial.verdict and trial.verdict.verdict == "bad_setup"
     assert "ssim_loss_weight was set to 3.0 but 0.1 is in force" in trial.verdict.reason
+    assert "; it printed 'ssim_loss_weight=0.1'" in trial.verdict.reason
+
+
+WARM_UP = "for n in range(1, 4): print('step %d | loss 0.5 | lr: %.2e' % (n, n * 1e-3))\n"
+
+
+@pytest.mark.parametrize(
+    ("printed", "config", "in_force"),
+    [
+        ("prompt='a photo of a dog', lr=3)", {"prompt": "a photo of a dog"}, True),
+        ('{"out": "/a/b c", "x": 1}', {"out": "/a/b c"}, True),
+        ("prompt: a photo of a dog", {"prompt": "a photo of a dog"}, True),
+        ("prompt='a photo of a cat'", {"prompt": "a photo of a dog"}, "a photo of a cat"),
+        ("prompt='a'", {"prompt": "a photo of a dog"}, "a"),
+        ("model=v1.", {"model": "v1."}, True),
+        ("model=v1.", {"model": "v1"}, True),
+        ("it says 'it\\'s'; name=\"it's\"", {"name": "it's"}, True),
+        ("w=0.1235", {"w": 0.123456}, True),
+        ("w=0.1236", {"w": 0.123456}, 0.1236),
+        ("w=1.23e-01.", {"w": 0.123456}, True),
+        ("w=0.1", {"w": 0.13}, 0.1),  # a default, printed as Python does
+        ("w=0", {"w": 0.5}, 0.0),
+        ("w=1", {"w": 0.5}, 1.0),
+        ("w=0.0", {"w": 1e-5}, 0.0),
+        ("w=0.0000", {"w": 1e-5}, None),  # as %.4f prints both 0 and 1e-5
+        ("w=0.12345679104328156", {"w": 0.12345678905}, True),  # float32
+        ("n=41", {"n": 40}, 41.0),
+        ("n=1000001", {"n": 1000000}, 1000001.0),
+        ("n=1e+06", {"n": 1000000}, True),
+        ("w=0.1\\nother run had: w=1.0", {"w": 0.1}, True),
+        ("default w=1.0\\nw=0.1", {"w": 0.1}, True),
+        ("default w=1.0\\nw=2.0", {"w": 0.1}, 1.0),
+        ("cmd = train.py --w=0.1\\nNamespace(w=1.0)", {"w": 0.1}, 1.0),  # told, and not in force
+        ("Namespace(steps=40)\\nsteps: 500000 in the schedule", {}, True),
+        ("[1, 2] = sizes; sizes=[1, 2]", {"sizes": [1, 2]}, None),
+        ("flag=True", {"flag": True}, True),
+        ("flag=false", {"flag": True}, False),
+        ("[1/20] loss=0.5 lr=1e-4", {"lr": 0.1}, None),
+    ],
+)
+def test_a_printed_value_is_compared_as_it_is_printed(printed: str, config: dict[str, Any], in_force: Any) -> None:
+    """True: as asked for; None: it says nothing; else another value."""
+    name = next(iter(config), "steps")
+    for echo in ("auto", "required"):
+        task = run("", {"steps": 40, **config}, records={"file": "x"}, echo=echo)
+        task.log = OutputLog(Path(tempfile.mkdtemp()) / "log")
+        for byte in printed.replace("\\n", "\n").encode():
+            task._take_output(bytes([byte]))
+        task._collect(final=True)
+        asked = task.config[name]
+        assert task.effective()[name] == (asked if in_force is None or (in_force is True) else in_force)
+        assert (name in task._told) == (in_force is not None)
+
+
+@pytest.mark.parametrize("pattern", [r"step (?P<step>\d+) \| loss (?P<loss>\S+) \| lr: (?P<lr>\S+)", "key_values", None])
+def test_a_record_is_no_echo(pattern: str | None) -> None:
+    task = run(
+        "print('lr=0.01')\n" + WARM_UP, {"lr": 0.01}, environment={"LR": "{lr}"}, records={"pattern": pattern}, echo="required"
+    )
+    assert len(records(task)) == 3
+    assert task.effective()["lr"] == 0.01
+    for rows in ({"pattern": pattern}, None):
+        task = run(WARM_UP + GOOD, {"lr": 0.01}, environment={"LR": "{lr}"}, records=rows)
+        records(task)
+        assert "lr" not in task._told
+    task = run('print(\'TUNE_SSIM {"step": 1, "lr": 0.5}\')\n' + GOOD, {"lr": 0.01}, environment={"LR": "{lr}"})
+    records(task)
+    assert "lr" not in task._told
+
+
+def test_what_a_format_told_is_in_force() -> None:
+    task = run("print('w=0.1')\n" + GOOD, {"w": 0.1004}, environment={"W": "{w:.2e}"}, echo="required")
+    assert len(records(task)) == 5 and task.effective()["w"] == 0.1004
 
 
 def test_a_required_echo_that_does_not_come(tmp_path: Path) -> None:
