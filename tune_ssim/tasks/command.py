@@ -22,7 +22,8 @@ import torch
 
 from tune_ssim.channel import TAG, VARIABLE, TrialEnd, tagged_messages
 from tune_ssim.errors import BadSetup, UserError
-from tune_ssim.processes import OutputLog, SupervisedProcess
+from tune_ssim.processes import OutputLog, SupervisedProcess, quote_of
+from tune_ssim.processes.output_log import QUOTED_FROM
 from tune_ssim.records import ACTIVE_FRACTION, LR, TOTAL_NORM, Record
 from tune_ssim.sources import LineParser, Source, open_source
 from tune_ssim.tasks.command_spec import CommandSpec, as_word, fill, fill_all, fill_value, is_neutral
@@ -370,8 +371,8 @@ class CommandTask:
         return f" (looked {where}; {trouble})" if trouble else f" (looked {where})"
 
     def _quote(self) -> str:
-        lines = self.log.last_lines()
-        return f"all that it printed is in {self.log.path}" + (f", last: {' | '.join(lines)}" if lines else " (nothing)")
+        last = self.log.quote()
+        return f"all that it printed is in {self.log.path}" + (f", last: {last}" if last else " (nothing)")
 
     def _check_reached(self) -> None:
         """What the trial sets must be told to the command, or looked up by it, and be in force where the command says what is."""
@@ -438,8 +439,7 @@ class CommandTask:
         text = b"".join(output).decode(errors="replace")
         if not in_time or process.exit_code != 0:
             how = process.describe_exit() if in_time else f"not done after {timeout_s:g} s"
-            last = " | ".join([line.strip()[:300] for line in text.splitlines() if line.strip()][-5:])
-            raise UserError(f"{what} failed, {how}: {last or 'it printed nothing'}")
+            raise UserError(f"{what} failed, {how}: {quote_of(text.splitlines()[-QUOTED_FROM:]) or 'it printed nothing'}")
         return text
 
     def _read_samples(self, out: Path) -> Sample:
