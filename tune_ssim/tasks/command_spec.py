@@ -228,7 +228,7 @@ def reading_problems(pattern: str | Sequence[str] | None, format: str | None) ->
     if pattern is None:
         return
     if isinstance(pattern, str) and re.fullmatch(r"\w+", pattern) and pattern not in PRINTED:
-        yield ("pattern",), f"no built-in pattern {pattern!r}{did_you_mean(pattern, PRINTED)}, or a regular expression"
+        yield ("pattern",), f"no built-in pattern {pattern!r}{did_you_mean(pattern, PRINTED)}"
         return
     try:
         LineParser(pattern=pattern, format="text" if format is None else format if format in ("text", "jsonl", "csv") else None)
