@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, NonFinite, NormRatio, SmokeTest
 from tune_ssim.orchestration.study_callback import quarantine
 from tune_ssim.probes import file_contents, tensor_contents
+from tune_ssim.processes import OutputLog
 from tune_ssim.quarantine import Ledger
 from tune_ssim.run_trial import Trial, TrialPlan
 from tune_ssim.study import load_study
@@ -331,6 +333,79 @@ def test_another_value_in_force_stops_the_trial(tmp_path: Path) -> None:
     trial.advance()
     assert trial.verdict and trial.verdict.verdict == "bad_setup"
     assert "ssim_loss_weight was set to 3.0 but 0.1 is in force" in trial.verdict.reason
+    assert "; it printed 'ssim_loss_weight=0.1'" in trial.verdict.reason
+
+
+WARM_UP = "for n in range(1, 4): print('step %d | loss 0.5 | lr: %.2e' % (n, n * 1e-3))\n"
+
+
+@pytest.mark.parametrize(
+    ("printed", "config", "in_force"),
+    [
+        ("prompt='a photo of a dog', lr=3)", {"prompt": "a photo of a dog"}, True),
+        ('{"out": "/a/b c", "x": 1}', {"out": "/a/b c"}, True),
+        ("prompt: a photo of a dog", {"prompt": "a photo of a dog"}, True),
+        ("prompt='a photo of a cat'", {"prompt": "a photo of a dog"}, "a photo of a cat"),
+        ("prompt='a'", {"prompt": "a photo of a dog"}, "a"),
+        ("model=v1.", {"model": "v1."}, True),
+        ("model=v1.", {"model": "v1"}, True),
+        ("it says 'it\\'s'; name=\"it's\"", {"name": "it's"}, True),
+        ("w=0.1235", {"w": 0.123456}, True),
+        ("w=0.1236", {"w": 0.123456}, 0.1236),
+        ("w=1.23e-01.", {"w": 0.123456}, True),
+        ("w=0.1", {"w": 0.13}, 0.1),  # a default, printed as Python does
+        ("w=0", {"w": 0.5}, 0.0),
+        ("w=1", {"w": 0.5}, 1.0),
+        ("w=0.0", {"w": 1e-5}, 0.0),
+        ("w=0.0000", {"w": 1e-5}, None),  # as %.4f prints both 0 and 1e-5
+        ("w=0.12345679104328156", {"w": 0.12345678905}, True),  # float32
+        ("n=41", {"n": 40}, 41.0),
+        ("n=1000001", {"n": 1000000}, 1000001.0),
+        ("n=1e+06", {"n": 1000000}, True),
+        ("w=0.1\\nother run had: w=1.0", {"w": 0.1}, True),
+        ("default w=1.0\\nw=0.1", {"w": 0.1}, True),
+        ("default w=1.0\\nw=2.0", {"w": 0.1}, 1.0),
+        ("cmd = train.py --w=0.1\\nNamespace(w=1.0)", {"w": 0.1}, 1.0),  # told, and not in force
+        ("Namespace(steps=40)\\nsteps: 500000 in the schedule", {}, True),
+        ("[1, 2] = sizes; sizes=[1, 2]", {"sizes": [1, 2]}, None),
+        ("flag=True", {"flag": True}, True),
+        ("flag=false", {"flag": True}, False),
+        ("[1/20] loss=0.5 lr=1e-4", {"lr": 0.1}, None),
+    ],
+)
+def test_a_printed_value_is_compared_as_it_is_printed(printed: str, config: dict[str, Any], in_force: Any) -> None:
+    """True: as asked for; None: it says nothing; else another value."""
+    name = next(iter(config), "steps")
+    for echo in ("auto", "required"):
+        task = run("", {"steps": 40, **config}, records={"file": "x"}, echo=echo)
+        task.log = OutputLog(Path(tempfile.mkdtemp()) / "log")
+        for byte in printed.replace("\\n", "\n").encode():
+            task._take_output(bytes([byte]))
+        task._collect(final=True)
+        asked = task.config[name]
+        assert task.effective()[name] == (asked if in_force is None or (in_force is True) else in_force)
+        assert (name in task._told) == (in_force is not None)
+
+
+@pytest.mark.parametrize("pattern", [r"step (?P<step>\d+) \| loss (?P<loss>\S+) \| lr: (?P<lr>\S+)", "key_values", None])
+def test_a_record_is_no_echo(pattern: str | None) -> None:
+    task = run(
+        "print('lr=0.01')\n" + WARM_UP, {"lr": 0.01}, environment={"LR": "{lr}"}, records={"pattern": pattern}, echo="required"
+    )
+    assert len(records(task)) == 3
+    assert task.effective()["lr"] == 0.01
+    for rows in ({"pattern": pattern}, None):
+        task = run(WARM_UP + GOOD, {"lr": 0.01}, environment={"LR": "{lr}"}, records=rows)
+        records(task)
+        assert "lr" not in task._told
+    task = run('print(\'TUNE_SSIM {"step": 1, "lr": 0.5}\')\n' + GOOD, {"lr": 0.01}, environment={"LR": "{lr}"})
+    records(task)
+    assert "lr" not in task._told
+
+
+def test_what_a_format_told_is_in_force() -> None:
+    task = run("print('w=0.1')\n" + GOOD, {"w": 0.1004}, environment={"W": "{w:.2e}"}, echo="required")
+    assert len(records(task)) == 5 and task.effective()["w"] == 0.1004
 
 
 def test_a_required_echo_that_does_not_come(tmp_path: Path) -> None:
@@ -446,6 +521,97 @@ def test_a_study_says_what_is_wrong_with_its_command(task: dict[str, Any], says:
     }
     with pytest.raises(UserError, match=says):
         load_study({"name": "s", "task": task, "space": space})
+
+
+WIDE = {"name": "s", "space": "wide", "guards": {"smoke_test": None}}
+TOLD = ["{python}", "train.py", "--weight={ssim_loss_weight}", "--max_t={ssim_loss_max_t}"]
+LINES = {"pattern": r"step (?P<step>\d+) loss (?P<loss>\S+)"}
+
+
+def says(study: Any, **more: Any) -> str:
+    with pytest.raises(UserError) as error:
+        load_study(study, **more)
+    return str(error.value)
+
+
+def test_every_value_that_reaches_nothing_is_said_when_the_study_is_read() -> None:
+    """The space fixes pixel_loss_weight at 0, which asks for nothing, and has points with a scale of 0.1."""
+    found = says({**WIDE, "task": {"command": TOLD, "records": LINES}})
+    assert "task.command: the space has a point with ssim_grad_scale 0.1, but the command is not told" in found
+    assert '"--ssim_grad_scale={ssim_grad_scale}"' in found and len(found.splitlines()) == 1
+    fixed = {"ssim_grad_scale": 0.5, "ssim_loss_max_t": 1.0, "kl_weight": 0.0, "class_weight": 0.0}
+    space = {"name": "s", "parameters": {"gain": {"log_uniform": [1, 2]}}, "fixed": fixed}
+    found = says({**WIDE, "task": {"command": TOLD, "records": LINES}, "space": space, "task_config": {"lr": 0.1}})
+    assert [line.split(", but")[0] for line in found.splitlines()] == [
+        "study: task.command: the space fixes ssim_grad_scale 0.5",
+        "study: task.command: the space fixes class_weight 0.0",
+        "study: task_config.lr: is 0.1",
+    ]
+    assert load_study({**WIDE, "task": {"command": [*TOLD, "--grad_scale={ssim_grad_scale}"], "records": LINES}})
+    assert load_study({**WIDE, "task": {"command": ["x"]}})  # it may look them up
+
+
+def test_the_trials_of_the_readmes_study_start(tmp_path: Path) -> None:
+    readme = (TESTS.parent / "README.md").read_text()
+    (tmp_path / "study.yaml").write_text("name: my-study\n" + readme.split("```yaml\nname: my-study\n")[1].split("```")[0])
+    (tmp_path / "train.py").write_text("print('(step=1) loss 1 grad_norm 1\\n(step=2) loss 1 grad_norm 1')")
+    study = load_study(tmp_path / "study.yaml", launch=True)
+    assert isinstance(study.task, CommandSpec)
+    for config in (study.baseline_settings, *study.space.stages[0].point_configs()):
+        task = CommandTask(study.task, study.import_path)
+        task.setup({**study.task_config, **config}, 0)
+        assert [record["step"] for record in records(task)] == [1, 2]
+
+
+def test_a_broken_space_is_not_blamed_on_the_command() -> None:
+    space = {
+        "name": "s",
+        "parameters": {"ssim_loss_max_t": {"choice": [0.1]}},
+        "points": [{"lr": 1}],
+        "fixed": {"ssim_loss_weight": 1},
+    }
+    assert "for the braces" not in says({**WIDE, "task": {"command": TOLD, "records": LINES}, "space": space})
+    found = says({**WIDE, "task": {"command": [*TOLD, "{ssim_grad_scale}", "{typo}"], "records": LINES}})
+    assert found.count("steps") == 1 and "no setting 'typo'" in found
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ({"command": ["{steps:zz}"]}, "task.command.0: the format in '{steps:zz}' does not fit steps = 200"),
+        ({"command": ["{ssim_loss_weight:d}"]}, "task.command.0: the format in '{ssim_loss_weight:d}' does not fit"),
+        ({"command": ["{exp_name:.1f}"]}, "task.command.0: the format in '{exp_name:.1f}' does not fit"),
+        ({"records": {"pattern": "bagle"}}, "task.records.pattern: no built-in pattern 'bagle'; did you mean 'bagel'?"),
+        ({"records": {"pattern": "(?P<step>"}}, "task.records.pattern: "),
+        ({"records": {"pattern": [r"(?P<at>\d+) (?P<loss>\S+)"]}}, "named groups: at, loss"),
+        ({"records": {"file": "x.csv", "format": "cvs"}}, "task.records.format: unknown format 'cvs'; did you mean 'csv'?"),
+    ],
+)
+def test_a_command_that_cannot_work_is_said_when_the_study_is_read(task: dict[str, Any], words: str) -> None:
+    told = [*TOLD, "{ssim_grad_scale}"]
+    assert words in says({**WIDE, "task": {"records": LINES, **task, "command": [*task.get("command", ()), *told]}})
+    log = {"file": "x", **task.get("records", {})}
+    if "records" in task:
+        assert words.removeprefix("task.records.") in says({"name": "s", "baseline": {"log": log}})
+
+
+def test_what_is_not_on_this_machine_is_said_before_the_launch(tmp_path: Path) -> None:
+    (tmp_path / "train.sh").write_text("#!/bin/sh\n")
+    names = ("no-such-program", "train.sh", "./train.sh", "./none.sh")
+    text = "name: s\nguards: {smoke_test: null}\ntask:\n  command:\n    - %s\n    - '{ssim_loss_weight}'\n"
+    for name, words in zip(names, ("no program", "meant by ./train.sh", "cannot be executed", "does not exist"), strict=True):
+        (tmp_path / "s.yaml").write_text(text % name)
+        load_study(tmp_path / "s.yaml")
+        assert (found := says(tmp_path / "s.yaml", launch=True)).startswith(f"{tmp_path}/s.yaml:5: task.command.0: "), found
+        assert words in found
+    (tmp_path / "s.yaml").write_text((text % "python") + "resources: {nodes: 2}\n")
+    load_study(tmp_path / "s.yaml", launch=True)
+    more = "  evaluate: {command: [gone]}\nbaseline:\n  log: {file: gone.jsonl}\n"
+    (tmp_path / "s.yaml").write_text(text % "'{python}'" + more)
+    assert [line.removeprefix(f"{tmp_path}/") for line in says(tmp_path / "s.yaml", launch=True).splitlines()] == [
+        "s.yaml:7: task.evaluate.command.0: no program 'gone' in the PATH",
+        f"s.yaml:9: baseline.log: {tmp_path}/gone.jsonl: no such file",
+    ]
 
 
 def test_the_baseline_has_a_value_for_every_placeholder() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tune_ssim.errors import UserError
-from tune_ssim.processes import OutputLog, SupervisedProcess
+from tune_ssim.processes import OutputLog, SupervisedProcess, quote_of
 
 # Ignores TERM, and leaves a daemon that has a session and a parent of its own. Every process leaves its pid in a folder.
 STUBBORN = """
@@ -154,3 +154,12 @@ def test_a_failing_reader_does_not_stop_the_command() -> None:
     process = SupervisedProcess(["sh", "-c", "yes | head -c 1000000"], fail)
     assert process.wait(60) and process.exit_code == 0
     assert isinstance(process.failure, RuntimeError)
+
+
+def test_a_quote_begins_with_what_was_raised_and_is_short() -> None:
+    frame = ['  File "/a/train.py", line 3, in <module>', "    main(1)", "    ~~~~^^^"]
+    begin = ["start", "Traceback (most recent call last):", *frame * 9]
+    found = quote_of([*begin, "torch.cuda.OutOfMemoryError: 3 GiB", "", "[rank0] x" + "y" * 900, "ended " * 60])
+    assert found.startswith("torch.cuda.OutOfMemoryError: 3 GiB | ") and "^^^" not in found and len(found) <= 400
+    assert quote_of(["a", "b " * 30, "ValueError: in the words of a line"]).startswith("a | b b")
+    assert quote_of([str(n) * 300 for n in range(9)]).count("|") == 0 and quote_of([]) == ""

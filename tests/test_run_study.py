@@ -21,7 +21,7 @@ from small_studies import SMALL
 
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline
-from tune_ssim.orchestration.run_study import _require_reachable, _where, run
+from tune_ssim.orchestration.run_study import _require_reachable, _where, plan_in_words, run
 from tune_ssim.orchestration.search import read_skipped
 from tune_ssim.orchestration.verify import read_export, verify
 from tune_ssim.probes import tensor_contents
@@ -383,3 +383,8 @@ def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
         _require_reachable("127.0.0.1:9")
     with pytest.raises(UserError, match=r"--address ray://nohost\.invalid:6379: "):
         _require_reachable("ray://nohost.invalid:6379")
+
+
+def test_one_baseline_is_not_several() -> None:
+    assert plan_in_words(1, 2, 2) == "1 baseline, then 2 trials, 2 at a time"
+    assert plan_in_words(0, 1, 1) == "0 baselines, then 1 trial, 1 at a time"

@@ -9,9 +9,10 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,3 +178,35 @@ def test_the_example_runs_as_a_study(example: Path) -> None:
     trials = json.loads(listed.stdout)
     assert [trial["role"] for trial in trials].count("baseline") == 2 and len(trials) == 5, ran.stdout
     assert all(trial["steps"] == 25 and trial["verdict"] in ("safe", "degraded") for trial in trials), ran.stdout
+
+
+class Unlisted(Honest):
+    """Shows its weights in its state alone."""
+
+    trainable_parameters = property()  # type: ignore[assignment]  # hasattr() is False
+    rate: float | None = None
+
+    def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
+        super().setup(config, seed, device)
+        if self.rate is not None:
+            self.optimizer.param_groups[0]["lr"] = self.rate
+
+
+class IgnoresTheRate(Unlisted):
+    rate = 0.01
+
+
+class ShowsNothing(IgnoresTheRate):
+    def sample(self, noise: int = 0) -> Any:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n": self.n}
+
+
+@pytest.mark.parametrize(("task", "status"), [(Unlisted, "ok"), (IgnoresTheRate, "broken"), (ShowsNothing, "unknown")])
+def test_whether_the_update_is_off_is_seen_in_the_state(task: type, status: str) -> None:
+    found = [finding for finding in check_task(task).findings if finding.name == "still"]
+    assert [finding.status for finding in found] == [status], found
+    if status == "broken":
+        assert "4 of 4 tensors of state_dict()" in str(found[0])

@@ -134,7 +134,7 @@ def run(
         folder = find_study(storage, name)
         source, name = folder.study_file, folder.name
     overrides = {"space": space, "trials": trials, "seed": seed, "name": name, "tracking_uri": tracking_uri}
-    resolved = load_study(source, overrides)
+    resolved = load_study(source, overrides, launch=address is None)  # a cluster's nodes have programs of their own
     if dry_run:
         _print_exactly(resolved.to_yaml())
         given = [(f"--{key.replace('_', '-')}", str(value)) for key, value in overrides.items() if value is not None]

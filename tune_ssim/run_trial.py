@@ -266,7 +266,10 @@ class Trial:
         for name, asked in self.config.items():
             if name in self.effective and not _same(asked, self.effective[name]):
                 in_force = self.effective[name]
+                line = self.task.where_said(name) if hasattr(self.task, "where_said") else None
                 words = f"{name} was set to {asked!r} but {in_force!r} is in force: the parameter does not reach the training"
+                if line:
+                    words += f"; it printed {line!r}"
                 return Verdict("bad_setup", words)
         return None
 

@@ -21,7 +21,7 @@ from tune_ssim.guards import Guard, KeepRule, NonFinite, NormRatio, SmokeTest, T
 from tune_ssim.rules import RulePack, load_rules
 from tune_ssim.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice, Space, find_space, load_space, setting_problem
 from tune_ssim.study_folder import check_name
-from tune_ssim.tasks.command_spec import CommandSpec
+from tune_ssim.tasks.command_spec import CommandSpec, reading_problems
 from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, dump_yaml, kind_of, read_yaml, shown
 
 BUILT_IN_TASKS = {
@@ -353,12 +353,14 @@ _OPTIONS: dict[str, tuple[Loc, str]] = {
 _BY_PLACE = {".".join(map(str, loc)): (loc, option) for loc, option in _OPTIONS.values()}
 
 
-def load_study(study: str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None) -> Study:
+def load_study(
+    study: str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None, *, launch: bool = False
+) -> Study:
     """A bundled name, a file, a mapping, or None for the bundled fundus study.
 
     overrides: `name`, `space`, `trials`, `seed`, `tracking_uri` (or their places: `search.trials`, …), judged by the
     same rules; None leaves the study's own value. A path in a file starts from the file's folder, one in `overrides`
-    from the current one.
+    from the current one. launch: it is to be started from this machine, so programs and the baseline's log must be there.
     Raises UserError with a line for each problem.
     """
     folder = Path()
@@ -371,7 +373,7 @@ def load_study(study: str | Path | Mapping[str, Any] | None = None, overrides: M
         if value is not None:
             loc, option = {**_BY_PLACE, **_OPTIONS}[key]
             source = source.overridden(loc, value, option)
-    return _parse(source, folder)
+    return _parse(source, folder, launch)
 
 
 def _find(study: str | Path) -> Path:
@@ -393,7 +395,7 @@ def _exists(name: str) -> bool:
 # ---- from a document to objects; every problem with its line ----
 
 
-def _parse(source: Source, folder: Path) -> Study:
+def _parse(source: Source, folder: Path, launch: bool) -> Study:
     problems, data = Problems(source), source.value
     problems.unknown_keys((), data, [f.name for f in fields(Study)])
     defaults = {
@@ -428,8 +430,20 @@ def _parse(source: Source, folder: Path) -> Study:
     found["import_path"] = _import_path(problems, data, folder if source.lines else None, found["task"])
     for loc, message in _problems(SimpleNamespace(**found)):
         problems.add(loc, message)
+    for loc, message in _missing(SimpleNamespace(**found)) if launch else ():
+        problems.add(loc, message)
     problems.check()
     return Study(**found)
+
+
+def _missing(study: Any) -> Iterator[tuple[Loc, str]]:
+    """What is not on this machine; of several nodes the others may look different."""
+    if isinstance(study.task, CommandSpec) and study.resources is not None and study.resources.nodes == 1:
+        for place, wrong in study.task.missing_programs(study.import_path):
+            yield ("task", *place), wrong
+    log = study.baseline.log if study.baseline is not None else None
+    if log is not None and not Path(log.file).exists():
+        yield ("baseline", "log"), f"{log.file}: no such file"
 
 
 def _space(problems: Problems, source: Source, folder: Path) -> Space | None:
@@ -685,9 +699,11 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
             f"letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit; got {got}",
         )
     if isinstance(study.task, CommandSpec):
-        for place, wrong in study.task.problems(_settings_of(study), _varied(study)):
+        whole = study.space is not None and study.baseline is not None  # else a name may be missing for that alone
+        for place, wrong in study.task.problems(_values_of(study) if whole else None):
             yield ("task", *place), wrong
-        if study.space is not None and study.baseline is not None:
+        yield from _untold(study)
+        if whole:
             # What every trial has; without a weight the gate and the scale mean nothing, and get some value (`_untouched`).
             always = {*study.task_config, *study.baseline.overrides, WEIGHT, MAX_T, GRAD_SCALE}
             for name in sorted((study.task.reached() & _settings_of(study)) - always):
@@ -712,6 +728,9 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
             message = "belongs in a space" if key == GAIN else setting_problem(key, value)
             if message:
                 yield (part, key), message
+    if study.baseline is not None and study.baseline.log is not None:
+        for place, wrong in reading_problems(study.baseline.log.pattern, study.baseline.log.format):
+            yield ("baseline", "log", *place), wrong
     if overrides.get(WEIGHT):
         yield ("baseline", WEIGHT), f"the baseline has no SSIM loss, got {kind_of(overrides[WEIGHT])}"
     if study.space is not None:
@@ -749,17 +768,49 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
 
 def _settings_of(study: Any) -> set[str]:
     """Every setting that a trial of the study has."""
-    named = {*study.task_config, *(study.baseline.overrides if study.baseline is not None else ())}
+    return set(_values_of(study))
+
+
+def _values_of(study: Any) -> dict[str, list[Any]]:
+    """Every setting that a trial of the study has, with values that it takes."""
+    found: dict[str, list[Any]] = {}
+    baseline = study.baseline.overrides if study.baseline is not None else {}
+    for settings in (study.task_config, baseline, *(values for _, values in _of_space(study))):
+        for name, value in settings.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _of_space(study: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, setting → value): every value that the space names, and the bounds of those that it draws."""
     for stage in study.space.stages if study.space is not None else ():
-        named |= {*stage.parameters, *stage.fixed, *(name for point in stage.points for name in point)}
-        named |= {WEIGHT, GRAD_SCALE, MAX_T} if GAIN in stage.parameters else set()
-    return named - {GAIN}
+        for name, domain in stage.parameters.items():
+            if name == GAIN:  # the weight is drawn; the gate and the scale stand elsewhere
+                yield "varies", {WEIGHT: 0.5, GRAD_SCALE: 1.0, MAX_T: 1.0}
+                continue
+            for value in domain.values if isinstance(domain, Choice) else (float(domain.lower), float(domain.upper)):
+                yield "varies", {name: value}
+        yield "fixes", dict(stage.fixed)
+        for point in stage.points:
+            yield "has a point with", {name: value for name, value in point.items() if name != GAIN}
 
 
-def _varied(study: Any) -> set[str]:
-    """Settings that differ between its trials; a gain varies the weight."""
-    names = {name for stage in (study.space.stages if study.space is not None else ()) for name in stage.parameters}
-    return {WEIGHT if name == GAIN else name for name in names}
+def _untold(study: Any) -> Iterator[tuple[Loc, str]]:
+    """Settings that reach nothing: every trial that has one would be a bad set-up."""
+    said: set[str] = set()
+    hint = 'but the command is not told: put {{{0}}} where it belongs, e.g. "--{0}={{{0}}}"'
+    for how, values in _of_space(study):
+        for name in study.task.untold({name: [value] for name, value in values.items()}):
+            if name not in said:
+                said.add(name)
+                what = name if how == "varies" else f"{name} {values[name]!r}"
+                yield ("task", "command"), f"the space {how} {what}, {hint.format(name)}, or take a space without it"
+    overrides = study.baseline.overrides if study.baseline is not None else {}
+    for part, settings in (("task_config", study.task_config), ("baseline", overrides)):
+        for name in study.task.untold({name: [value] for name, value in settings.items()}):
+            if name not in said:
+                said.add(name)
+                yield (part, name), f"is {kind_of(settings[name])}, {hint.format(name)}"
 
 
 def _is_name(name: Any) -> bool:

@@ -87,8 +87,7 @@ def run(
                 table.say(_where(cluster))
                 before_launch(study, folder, writer, table, _gpus(study, cluster))
                 if not _begun(folder, CONFIRM):
-                    plan = f"{study.baseline_seeds} baselines, then {study.search.trials} trials, {concurrency} at a time"
-                    table.phase(f"{folder.name}: {plan}")
+                    table.phase(f"{folder.name}: {plan_in_words(study.baseline_seeds, study.search.trials, concurrency)}")
                     _search(study, folder, cluster, concurrency, table)
                 if not _failure(folder.trials()) and not _unfinished(folder):
                     _confirm(study, folder, cluster, concurrency, table)
@@ -110,6 +109,11 @@ def run(
         # Ray takes Ctrl-C for itself, saves its state and returns as if all were well.
         raise KeyboardInterrupt(f"{len(unfinished)} trials were still running")
     return folder
+
+
+def plan_in_words(baselines: int, trials: int, concurrency: int) -> str:
+    counts = [f"{count} {what}{'' if count == 1 else 's'}" for count, what in ((baselines, "baseline"), (trials, "trial"))]
+    return f"{counts[0]}, then {counts[1]}, {concurrency} at a time"
 
 
 def _folder(study: Study, storage: Path, name: str | None, resume: bool) -> StudyFolder:

@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 PART_BYTES = 32 * 2**20  # of one file; three are kept, so that a command that prints for ever does not fill the disk
 ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+
+
+QUOTED_FROM = 60  # lines in which a traceback is looked for: a launcher may say more after it
+QUOTE_LINES, QUOTE_CHARACTERS, QUOTE_WIDTH = 5, 400, 200
+FRAME = re.compile(r"\s*(Traceback \(most recent call last\)|File \".*\", line \d+)")
+RAISED = re.compile(r"[A-Za-z_][\w.]*(: |$)")  # `ValueError: the data is gone`, at the beginning of a line
+MARKS = re.compile(r"[\s^~|+-]+")  # under the place in a traceback, and rules
+
+
+def quote_of(lines: Sequence[str]) -> str:
+    """The last lines in one, of at most QUOTE_CHARACTERS: what a Python traceback raised comes first."""
+    lines = [" ".join(line.split())[:QUOTE_WIDTH] if not line[:1].isspace() else line for line in lines if line.strip()]
+    frames = [at for at, line in enumerate(lines) if FRAME.match(line)]
+    raised = next((at for at in range(frames[-1] + 1, len(lines)) if RAISED.match(lines[at])), None) if frames else None
+    first = [] if raised is None else [lines[raised].strip()]
+    rest = [line.strip()[:QUOTE_WIDTH] for at, line in enumerate(lines) if at != raised and not MARKS.fullmatch(line)]
+    kept: list[str] = []
+    room = QUOTE_CHARACTERS - sum(map(len, first))
+    for line in reversed(rest[-(QUOTE_LINES - len(first)) :]):
+        room -= len(line) + 3
+        if room < 0:
+            break
+        kept.insert(0, line)
+    return " | ".join([*first, *kept])
 
 
 class OutputLog:
@@ -54,6 +79,10 @@ class OutputLog:
             "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line.rstrip()) for line in plain.split("\n")
         ]
         return [line[:width] for line in lines if line.strip()][-count:]
+
+    def quote(self) -> str:
+        """See `quote_of`; empty if nothing was printed."""
+        return quote_of(self.last_lines(QUOTED_FROM))
 
     def _rotate(self) -> None:
         self._file.close()

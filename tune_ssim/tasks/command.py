@@ -22,10 +22,12 @@ import torch
 
 from tune_ssim.channel import TAG, VARIABLE, TrialEnd, tagged_messages
 from tune_ssim.errors import BadSetup, UserError
-from tune_ssim.processes import OutputLog, SupervisedProcess
+from tune_ssim.processes import OutputLog, SupervisedProcess, quote_of
+from tune_ssim.processes.output_log import QUOTED_FROM
 from tune_ssim.records import ACTIVE_FRACTION, LR, TOTAL_NORM, Record
 from tune_ssim.sources import LineParser, Source, open_source
-from tune_ssim.tasks.command_spec import NEUTRAL, CommandSpec, as_word, fill, fill_all, fill_value
+from tune_ssim.tasks.command_spec import CommandSpec, as_word, fill, fill_all, fill_value, is_neutral
+from tune_ssim.tasks.echoes import Echoes
 from tune_ssim.tasks.task import Number, Sample
 from tune_ssim.yaml_source import dump_yaml, read_yaml
 
@@ -33,8 +35,7 @@ POLL_S = 0.05  # between looks at files; a step of a training worth tuning takes
 OF_TRAINING = ("smoke/", "dbg/", "loss", TOTAL_NORM, ACTIVE_FRACTION, LR)  # metrics that say nothing about held-out data
 ANY_STEP = "\0"  # stands for a step in a path
 MLFLOW_POLL_S = 2.0  # each look fetches whole histories
-MAX_LINE = 2**20  # bytes of a line that is looked at for tags and echoes
-ECHO_BYTES = 2**24  # of output in which parameters are looked for; then the first record has long been there
+MAX_LINE = 2**20  # bytes of a line that is looked at for tags
 LAST_WORDS_S = 2.0  # for a loop that was told of its verdict to leave by itself
 
 
@@ -112,9 +113,6 @@ class CommandTask:
         self.config, self.seed, self.step_now = dict(config), seed, 0
         self.steps = int(config["steps"])
         self.smoke_at: tuple[int, ...] = ()
-        # `name=value`, `name: value`, `"name": value` of every setting
-        names = b"|".join(re.escape(name.encode()) for name in sorted(config, key=len, reverse=True))
-        self._echoes = re.compile(rb"(?<![\w.])(" + names + rb")[\"']?\s*[=:]\s*([^\s,;)}\]]+)")
         self._reset()
 
     def _reset(self) -> None:
@@ -125,7 +123,8 @@ class CommandTask:
         self._source_every, self._source_due = 0.0, 0.0
         self._channel: TrialEnd | None = None
         self._line = b""
-        self._seen_bytes = 0
+        self._echoes = Echoes(self.config, self.spec)
+        self._in_force: set[str] = set()  # settings that a loop stated: these go before what it printed
         self._resume_from: Path | None = None
         self._told: dict[str, Any] = {}  # parameters as the training says that they are
         self._read: set[str] | None = None  # settings that a loop looked up
@@ -292,12 +291,14 @@ class CommandTask:
     def _take_output(self, data: bytes) -> None:
         """In the thread that reads the pipe."""
         self.log.write(data)
+        # Before the records of the same piece: with the first of them the settings are judged.
+        if self.spec.echo != "off" and (found := self._echoes.feed(data)):
+            self._messages.put({"echoed": found})
         if self._parser is not None:
             for record in self._parser.feed(data):
                 self._messages.put({"step": record.step, **record.values})
         self._line += data
-        looks = TAG in self._line or (self.spec.echo != "off" and self._seen_bytes < ECHO_BYTES)
-        self._seen_bytes += len(data)
+        looks = TAG in self._line
         complete, _, rest = self._line.rpartition(b"\n")
         self._line = rest[-MAX_LINE:]
         for line in complete.split(b"\n") if looks else ():
@@ -306,17 +307,13 @@ class CommandTask:
     def _take_line(self, line: bytes) -> None:
         for message in tagged_messages(line):
             self._messages.put(message)
-        if self.spec.echo != "off":
-            for found in self._echoes.finditer(line):
-                name, text = found[1].decode(), found[2].decode(errors="replace")
-                value = echoed_value(text, self.config[name])
-                if value is not None:
-                    self._messages.put({"effective": {name: value}})
 
     def _collect(self, final: bool = False) -> None:
         """Everything that was said until now, from all doors, into `_records`."""
         if final and self._line:
             line, self._line = self._line, b""
+            if self.spec.echo != "off":
+                self._messages.put({"echoed": self._echoes.finish()})
             self._take_line(line)
         if self._channel is not None:
             for message in self._channel.read():
@@ -330,8 +327,12 @@ class CommandTask:
             self._keep(self._source.finish() if final else self._source.read())
 
     def _take(self, message: dict[str, Any]) -> None:
-        if "effective" in message:
-            self._told |= message["effective"] if isinstance(message["effective"], dict) else {}
+        if "echoed" in message:
+            self._told |= {name: value for name, value in message["echoed"].items() if name not in self._in_force}
+        elif "effective" in message:
+            stated = message["effective"] if isinstance(message["effective"], dict) else {}
+            self._told |= stated
+            self._in_force |= set(stated)
         elif "read" in message:
             self._read = (self._read or set()) | {str(name) for name in message["read"]}
         elif "held_out" in message:
@@ -370,14 +371,14 @@ class CommandTask:
         return f" (looked {where}; {trouble})" if trouble else f" (looked {where})"
 
     def _quote(self) -> str:
-        lines = self.log.last_lines()
-        return f"all that it printed is in {self.log.path}" + (f", last: {' | '.join(lines)}" if lines else " (nothing)")
+        last = self.log.quote()
+        return f"all that it printed is in {self.log.path}" + (f", last: {last}" if last else " (nothing)")
 
     def _check_reached(self) -> None:
         """What the trial sets must be told to the command, or looked up by it, and be in force where the command says what is."""
         known = self.spec.reached() | (self._read or set()) | set(self._told) | {"steps"}
         for name, value in self.config.items():
-            if name not in known and value not in NEUTRAL.get(name, ()):
+            if name not in known and not is_neutral(name, value):
                 raise BadSetup(
                     f"{name} is set to {value!r} but does not reach the training: put {{{name}}} into the command, its "
                     f"environment or its config file, or read it with trial_context().config[{name!r}]"
@@ -438,8 +439,7 @@ class CommandTask:
         text = b"".join(output).decode(errors="replace")
         if not in_time or process.exit_code != 0:
             how = process.describe_exit() if in_time else f"not done after {timeout_s:g} s"
-            last = " | ".join([line.strip()[:300] for line in text.splitlines() if line.strip()][-5:])
-            raise UserError(f"{what} failed, {how}: {last or 'it printed nothing'}")
+            raise UserError(f"{what} failed, {how}: {quote_of(text.splitlines()[-QUOTED_FROM:]) or 'it printed nothing'}")
         return text
 
     def _read_samples(self, out: Path) -> Sample:
@@ -508,6 +508,10 @@ class CommandTask:
         """As the training says; as it was told, where it says nothing."""
         return {"max_grad_norm": None, **self.spec.known, **self.config, **self._told}
 
+    def where_said(self, name: str) -> str | None:
+        """The printed line that says what a setting is."""
+        return None if name in self._in_force else self._echoes.lines.get(name)
+
     def unverified(self) -> list[str]:
         """Settings that the training was told and has not confirmed."""
         return sorted(name for name in set(self.config) - {"steps"} if name not in self._told)
@@ -556,21 +560,6 @@ def checkpoints(template: str, fields: Mapping[str, Any], place: Callable[[str],
         if match := expression.fullmatch(path):
             found[int(match[1])] = Path(path)
     return found
-
-
-def echoed_value(text: str, asked: Any) -> Any:
-    """A printed value in the type of the one that was asked for; None if it says something else than a value."""
-    text = text.strip("\"'").rstrip(".")
-    if isinstance(asked, bool):
-        return {"true": True, "false": False}.get(text.lower())
-    if isinstance(asked, (int, float)):
-        try:
-            return float(text)
-        except ValueError:
-            return None
-    if asked is None:
-        return None
-    return text
 
 
 def numbers_of(values: Any, without: Sequence[str] = ()) -> dict[str, float]:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tune_ssim.errors import UserError
+from tune_ssim.sources import FORMATS, PRINTED, LineParser
+from tune_ssim.yaml_source import did_you_mean
 
 # What can stand in braces besides the trial's own settings.
 ALWAYS = ("seed", "steps", "exp_name", "exp_dir", "python", "nodes", "node_rank", "master_addr", "master_port", "gpus")
 IN_SMOKE = ("checkpoint", "step", "noise", "out")
 # Values that ask a training for nothing: no scaling, no gate.
 NEUTRAL = {"ssim_grad_scale": (1.0,), "ssim_loss_max_t": (None, 1.0), "pixel_loss_max_t": (None, 1.0)}
+AUXILIARY_WEIGHT = re.compile(r"(ssim|pixel|kl|dino)_(\w+_)?weight")  # 0 asks for no such loss
+# One value of each kind, to try the formats of the placeholders on.
+SAMPLES: dict[str, Any] = {
+    **dict.fromkeys(("seed", "steps", "nodes", "node_rank", "master_port", "gpus", "step", "noise"), 1),
+    **dict.fromkeys(("exp_name", "exp_dir", "python", "master_addr", "checkpoint", "out"), "x"),
+}
 Words = Annotated[list[str], Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -148,22 +160,88 @@ class CommandSpec(_Section):
             yield from (((name, "command", index), word, True) for index, word in enumerate(words))
         yield from ((("resume", index), word, True) for index, word in enumerate(self.resume or ()))
 
-    def problems(self, settings: Iterable[str], varied: Iterable[str]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """(place, what is wrong) with the placeholders, of a study whose trials have these settings and vary some of them."""
-        own = sorted(set(settings))
-        untold = sorted(set(varied) - self.reached())
-        if untold and self.records is not None:  # else it may look them up by itself
-            yield ("command",), f"the space varies {untold[0]}, but the command is not told: put {{{untold[0]}}} where it belongs"
+    def problems(self, settings: Mapping[str, Sequence[Any]] | None) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """(place, what is wrong) in a study whose trials have these settings, and such values; None: not known."""
+        if self.records is not None:
+            yield from (
+                (("records", *place), wrong) for place, wrong in reading_problems(self.records.pattern, self.records.format)
+            )
+        if settings is None:
+            return
         for place, template, in_smoke in self.templates():
-            valid = [*own, *ALWAYS, *(IN_SMOKE if in_smoke else ())]
+            valid = list(dict.fromkeys([*sorted(settings), *ALWAYS, *(IN_SMOKE if in_smoke else ())]))
             unknown = [name for name in placeholders(template) if name not in valid]
             if unknown:
                 yield place, f"no setting {unknown[0]!r} for the braces in {template!r}; there are {', '.join(valid)}"
+                continue
+            samples = {**SAMPLES, **{name: values[0] for name, values in settings.items() if values}}
+            tried = [{**samples, name: value} for name in placeholders(template) for value in settings.get(name, ())]
+            misfit = next(filter(None, (_misfit(template, values) for values in tried or [samples])), None)
+            if misfit is not None:
+                yield place, misfit
+
+    def untold(self, settings: Mapping[str, Sequence[Any]]) -> list[str]:
+        """Settings of which a value asks for something, and which the command is not told. None where it may look them up."""
+        if self.records is None:
+            return []
+        known = {"steps", *self.reached()}
+        return [name for name, values in settings.items() if name not in known and not all(is_neutral(name, v) for v in values)]
+
+    def missing_programs(self, home: str | None) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """(place, what is wrong) with the programs, as they are here. home: the folder to start from if there is no `cwd`."""
+        cwd = Path(home or ".", self.cwd or "")
+        if self.cwd is not None and placeholders(self.cwd):
+            return
+        if not cwd.is_dir():
+            yield ("cwd",) if self.cwd else ("command",), f"the working folder {str(cwd)!r} does not exist"
+            return
+        commands = {"smoke": self.smoke and self.smoke.command, "evaluate": self.evaluate and self.evaluate.command}
+        for name, words in {"": self.command, **commands}.items():
+            if not words or placeholders(words[0]) or (not name and "PATH" in self.environment):
+                continue
+            program = words[0].replace("{{", "{").replace("}}", "}")
+            own = cwd / program
+            if "/" in program:
+                if not os.access(own, os.X_OK) or own.is_dir():
+                    what = "cannot be executed" if own.exists() else "does not exist"
+                    yield (*filter(None, (name,)), "command", 0), f"the program {program!r} {what} (looked in {cwd})"
+            elif shutil.which(program) is None:
+                hint = f"; {own} is meant by ./{program}" if own.is_file() else ""
+                yield (*filter(None, (name,)), "command", 0), f"no program {program!r} in the PATH{hint}"
 
     def reached(self) -> set[str]:
         """Names that the command is told: they stand in its arguments, its environment or its config file."""
         told = (template for place, template, in_smoke in self.templates() if not in_smoke and place[0] not in ("cwd", "records"))
         return {name for template in told for name in placeholders(template)}
+
+
+def is_neutral(name: str, value: Any) -> bool:
+    """Whether a setting of this value asks the training for nothing, so that it need not be told."""
+    return value in NEUTRAL.get(name, ()) or (AUXILIARY_WEIGHT.fullmatch(name) is not None and value == 0)
+
+
+def reading_problems(pattern: str | Sequence[str] | None, format: str | None) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(place, what is wrong) with how a log is to be read."""
+    if format is not None and format not in FORMATS:
+        yield ("format",), f"unknown format {format!r}{did_you_mean(format, FORMATS)}"
+        return
+    if pattern is None:
+        return
+    if isinstance(pattern, str) and re.fullmatch(r"\w+", pattern) and pattern not in PRINTED:
+        yield ("pattern",), f"no built-in pattern {pattern!r}{did_you_mean(pattern, PRINTED)}"
+        return
+    try:
+        LineParser(pattern=pattern, format="text" if format is None else format if format in ("text", "jsonl", "csv") else None)
+    except UserError as error:
+        yield ("pattern",), str(error).removeprefix("pattern: ")
+
+
+def _misfit(template: str, values: Mapping[str, Any]) -> str | None:
+    try:
+        fill(template, values)
+    except UserError as error:
+        return str(error).removeprefix("command: ")
+    return None
 
 
 def placeholders(template: str) -> list[str]:
@@ -179,11 +257,16 @@ def placeholders(template: str) -> list[str]:
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """Raises UserError where this trial has no value for a placeholder."""
+    """Raises UserError where this trial has no value for a placeholder, or one that its format does not fit."""
     for name in placeholders(template):
         if name not in values:
             raise UserError(f"command: this trial has no value for the braces in {template!r}; it has {', '.join(sorted(values))}")
-    return string.Formatter().vformat(template, (), {name: as_word(value) for name, value in values.items()})
+    words = {name: as_word(value) for name, value in values.items()}
+    try:
+        return string.Formatter().vformat(template, (), words)
+    except (ValueError, TypeError) as error:
+        shown = ", ".join(f"{name} = {values[name]!r}" for name in dict.fromkeys(placeholders(template)))
+        raise UserError(f"command: the format in {template!r} does not fit {shown}: {error}") from None
 
 
 def fill_value(template: Any, values: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ TINY = 1e-7  # a weight whose gradient is lost in float32's rounding of any main
 GAINS = (1e2, 1e4, 1e6)  # weights tried in turn until total_norm follows, as preflight does
 FOLLOWS = 0.05  # relative change of total_norm that no rounding explains
 ACTIVE_STEPS = 8  # steps looked at for one with a sample behind the gate
+PARAMETER = "parameter"
 MISSPELT = "ssim_loss_wieght"
 
 
@@ -134,7 +136,14 @@ def check_still(subject: Subject, run: Run) -> Iterator[Finding]:
     before = _weights(subject, task)
     metrics = subject.steps(task, max(2, run.k))
     moved = _moved(before, _weights(subject, task))
-    if moved:
+    if not before:
+        yield Finding(
+            "still",
+            "unknown",
+            f"whether {words} leaves the weights as they are cannot be seen: there is nothing to look at",
+            "give the task trainable_parameters(), or put its weights into state_dict()",
+        )
+    elif moved:
         yield Finding(
             "still",
             "broken",
@@ -387,19 +396,48 @@ def _follows(off: Numbers, on: Numbers) -> bool:
 
 
 def _weights(subject: Subject, task: Any) -> dict[str, torch.Tensor]:
-    """What must stay where it is: the parameters if the task shows them, else what inference makes of them."""
+    """What must stay where it is, by what it is: the parameters if the task shows them, else the tensors of its state, else what
+    inference makes of them. Empty if there is nothing to look at."""
     if hasattr(task, "trainable_parameters"):
         found = subject.call(task, "trainable_parameters")
         listed = list(found) if isinstance(found, Iterable) else []
-        return {f"parameter {i}": p.detach().clone() for i, p in enumerate(listed) if isinstance(p, torch.Tensor)}
+        if parameters := {f"{PARAMETER} {i}": p.detach().clone() for i, p in enumerate(listed) if isinstance(p, torch.Tensor)}:
+            return parameters
+    if "state_dict" not in subject.broken_methods:
+        with contextlib.suppress(Fault):  # said elsewhere
+            if tensors := dict(_state_tensors(subject.call(task, "state_dict"), "")):
+                return tensors
     if "sample" in subject.broken_methods:
         return {}
     sample = subject.call(task, "sample", 0)
     return {"samples": sample.images.detach().clone()} if isinstance(sample, Sample) else {}
 
 
+def _state_tensors(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a nested state that only an update may change: not an optimiser's own, running statistics, or generators."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() and not name.endswith(("/running_mean", "/running_var")):
+            yield name, value.detach().clone()
+    elif isinstance(value, Mapping):
+        if {"state", "param_groups"} <= value.keys():
+            return
+        for key, item in value.items():
+            yield from _state_tensors(item, f"{name}/{str(key).replace('.', '/')}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _state_tensors(item, f"{name}/{index}")
+
+
 def _moved(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> str:
-    moved = [name for name, old in before.items() if not torch.equal(old, after[name])]
+    moved = [name for name, old in before.items() if name not in after or not _stayed(name, old, after[name])]
     if moved == ["samples"]:
         return "the samples"
-    return f"{len(moved)} of {len(before)} trainable parameters" if moved else ""
+    of = "trainable parameters" if any(name.startswith(PARAMETER) for name in before) else "tensors of state_dict()"
+    return f"{len(moved)} of {len(before)} {of}" if moved else ""
+
+
+def _stayed(name: str, old: torch.Tensor, new: torch.Tensor) -> bool:
+    """An average of the weights in a state may move by rounding alone."""
+    if name.startswith(PARAMETER) or name == "samples":
+        return torch.equal(old, new)
+    return old.shape == new.shape and torch.allclose(old, new, rtol=1e-5, atol=0.0, equal_nan=True)
