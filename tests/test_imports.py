@@ -29,8 +29,8 @@ PACKAGE = ROOT / "tune_ssim"
 # A new module needs a place here; put it as low as its imports allow.
 FLOORS: list[set[str]] = [
     {"errors"},
-    {"tensor_file", "atomic_file", "processes"},
-    {"records", "losses", "checkpoint", "yaml_source"},
+    {"tensor_file", "atomic_file", "processes", "records"},
+    {"record_table", "losses", "checkpoint", "yaml_source"},
     {"sources", "probes", "guards", "channel"},
     {"space", "study_folder", "rules", "curves", "baseline_log"},
     {"quarantine"},
@@ -50,7 +50,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # (modules under these names, libraries that importing them must not load)
 NO_TORCH = (
-    *("errors", "records", "sources", "guards", "rules", "space", "study", "study_folder", "winner"),
+    *("errors", "records", "record_table", "sources", "guards", "rules", "space", "study", "study_folder", "winner"),
     *("yaml_source", "trial_text", "tensor_file", "quarantine", "processes", "channel", "push"),
 )
 MUST_NOT_LOAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
