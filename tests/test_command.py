@@ -252,6 +252,23 @@ def test_records_from_a_file_that_it_writes(log: str, tmp_path: Path) -> None:
     assert records(task) == [{"step": n, "total_norm": n / 10} for n in range(1, 9)]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_records_from_before_it_was_started_are_not_its_own(kind: str, tmp_path: Path) -> None:
+    """Else the first values of a step stand, and the trial is judged by a run that is over."""
+    log = tmp_path / "log.jsonl" if kind == "file" else tmp_path / "tb"
+    old = log if kind == "file" else log / "events.out.tfevents.1.host"
+    code = f"open({str(log)!r}, 'a').write('{{\"step\": 1, \"loss\": 9}}\\n')"
+    spec = {"records": {"file": str(log)}} if kind == "file" else {"records": {"file": str(log), "format": "tensorboard"}}
+    old.parent.mkdir(exist_ok=True)
+    old.write_text("")  # empty: nobody's records
+    if kind == "file":
+        assert records(run(code, **spec)) == [{"step": 1, "loss": 9}]
+    else:
+        old.write_text("x")
+    with pytest.raises(UserError, match=f"{old} is there before the command was started: its records are another run's"):
+        records(run(code, **spec))
+
+
 def test_records_from_mlflow(tmp_path: Path) -> None:
     """A script that logs to MLflow as any other does, with a run that it finds in its environment."""
     from tune_ssim.orchestration.mlflow_source import open_new_run
@@ -446,6 +463,34 @@ def test_a_study_says_what_is_wrong_with_its_command(task: dict[str, Any], says:
     }
     with pytest.raises(UserError, match=says):
         load_study({"name": "s", "task": task, "space": space})
+
+
+@pytest.mark.parametrize(
+    ("file", "cwd", "shared"),
+    [
+        ("metrics.csv", None, True),
+        ("/tmp/metrics.csv", "{exp_dir}", True),
+        ("runs/{ssim_loss_weight}-{seed}/log.csv", None, True),  # of every baseline the same
+        ("{exp_dir}/../metrics.csv", "{exp_dir}", True),
+        ("../metrics.csv", "{exp_dir}", True),
+        ("{exp_dir}/log.csv", None, False),
+        ("runs/{exp_name}/log.csv", None, False),
+        ("metrics.csv", "runs/{exp_name}", False),
+    ],
+)
+def test_a_file_of_records_that_trials_share_is_refused(file: str, cwd: str | None, shared: bool, tmp_path: Path) -> None:
+    command = {"command": ["x", "{ssim_loss_weight}"], "records": {"file": file}, **({"cwd": cwd} if cwd else {})}
+    space = {"parameters": {"ssim_loss_weight": {"log_uniform": [1, 2]}}}
+    given = {"name": "s", "task": command, "space": space, "guards": {"smoke_test": None}}
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps(given, indent=1))
+    if not shared:
+        load_study(path)
+        return
+    with pytest.raises(UserError, match=r"study\.yaml:\d+.*is one file for several trials.*\{exp_dir\}") as error:
+        load_study(path)
+    line = next(at for at, text in enumerate(path.read_text().splitlines(), 1) if '"file"' in text)
+    assert f"study.yaml:{line}" in str(error.value)
 
 
 def test_the_baseline_has_a_value_for_every_placeholder() -> None:

@@ -226,6 +226,7 @@ class CommandTask:
             self._parser = LineParser(pattern=records.pattern, names=records.names)
         elif records is not None and records.file is not None:
             path = self._path(fill(records.file, self.fields))
+            _require_unwritten(path)
             self._source = open_source(path, format=records.format, names=records.names, pattern=records.pattern)
         if self.spec.config_file is not None:
             self._write_config_file()
@@ -511,6 +512,23 @@ class CommandTask:
     def unverified(self) -> list[str]:
         """Settings that the training was told and has not confirmed."""
         return sorted(name for name in set(self.config) - {"steps"} if name not in self._told)
+
+
+def _require_unwritten(path: Path) -> None:
+    """Raises UserError for records from before the command was started: of another run, or of an earlier one under this name. A
+    command that is resumed has a new name, so what is its own is never there yet."""
+    try:
+        if path.is_dir():
+            old = next((file for file in path.rglob("*tfevents.*") if file.is_file() and file.stat().st_size), None)
+        else:
+            old = path if path.exists() and path.stat().st_size else None
+    except OSError as error:
+        raise UserError(f"records.file: {path}: {error.strerror or error}") from None
+    if old is not None:
+        raise UserError(
+            f"records.file: {old} is there before the command was started: its records are another run's; remove it, or let each "
+            "trial write a file of its own, with {exp_dir} or {exp_name} in its path"
+        )
 
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
