@@ -208,6 +208,65 @@ def test_what_goes_wrong_is_said(code: str, spec: dict[str, Any], says: str) -> 
     assert time.monotonic() - started < 30
 
 
+HANGS = "import sys, time\nfor n in range(1, 6): print('step %d loss 0.5' % n, flush=True)\n"
+STEP_LOSS = r"step (?P<step>\d+) (?:loss (?P<loss>\S+)|val (?P<val>\S+))"
+
+
+@pytest.mark.parametrize("door", ["printed", "file"])
+@pytest.mark.parametrize(
+    "after", ["time.sleep(600)", "while True: print('uploading', flush=True); time.sleep(0.01)"], ids=["hangs", "talks"]
+)
+def test_a_command_that_does_not_end_after_its_last_step_is_judged_by_it(
+    after: str, door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No later step shows that the last one is complete. Half an hour of silence need not pass for it: `evaluate` has what it
+    needs."""
+    monkeypatch.setattr("tune_ssim.tasks.command.LAST_ROWS_S", 0.5)
+    code = HANGS + "open(sys.argv[2] + '/5.pt', 'w').write('x')\n" + after
+    spec: dict[str, Any] = {"records": {"pattern": STEP_LOSS}}
+    if door == "file":
+        code = code.replace("flush=True)\n", "flush=True, file=log)\n", 1).replace(
+            "for n", "log = open(sys.argv[1], 'w')\nfor n", 1
+        )
+        spec["records"]["file"] = "{exp_dir}/log.txt"
+    spec["evaluate"] = {"command": ["{python}", "-c", "print('{{\"ssim\": 0.75}}')"]}
+    task = run(code, {"steps": 5}, checkpoints="{exp_dir}/{step}.pt", **spec)
+    task.spec.command.extend(["{exp_dir}/log.txt", "{exp_dir}"])
+    task.identify("x", tmp_path)
+    trial = Trial(task, TrialPlan(steps=5, guards=(NonFinite(),)))
+    trial.start({"steps": 5}, role="baseline")
+    started = time.monotonic()
+    trial.advance()
+    assert trial.verdict and trial.verdict.reason == "safe to step 5", trial.verdict
+    assert trial.verdict.metrics["ssim"] == 0.75 and trial.step == 5
+    assert time.monotonic() - started < 30
+
+
+def test_what_the_last_step_still_makes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint, else an older one would be sampled; later rows; held-out numbers, when nobody else measures them."""
+    monkeypatch.setattr("tune_ssim.tasks.command.LAST_ROWS_S", 0.2)
+    code = HANGS + "time.sleep(1.5); print('step 5 val 2', flush=True); time.sleep(1.5)\nopen(sys.argv[1], 'w').write('x')\n"
+    code += 'print(\'TUNE_SSIM {"held_out": {"ssim": 0.5}}\', flush=True); time.sleep(600)'
+    smoke = {"command": ["x", "{checkpoint}"]}
+    late = run(code, {"steps": 5}, records={"pattern": STEP_LOSS}, checkpoints="{exp_dir}/{step}.pt", smoke=smoke)
+    late.spec.command.append("{exp_dir}/5.pt")
+    assert records(late)[-1] == {"step": 5, "loss": 0.5, "val": 2.0}
+    early = run(code, {"steps": 5}, records={"pattern": STEP_LOSS})
+    early.spec.command.append("{exp_dir}/5.pt")
+    assert records(early)[-2:] == [{"step": 5, "loss": 0.5}, {"step": 5, "val": 2.0}]
+    assert early._held_out == {"ssim": 0.5}
+
+
+def test_a_command_that_hangs_before_its_last_step_is_read_to_the_end() -> None:
+    task = run(HANGS + "time.sleep(600)", records={"pattern": STEP_LOSS}, silence_s=1.0)
+    assert len(records(task, limit=5)) == 5  # judged before it is an error
+    task = run(HANGS + "time.sleep(600)", records={"pattern": STEP_LOSS}, silence_s=1.0)
+    with pytest.raises(UserError, match="gave no record after step 5 for 1 s"):
+        records(task)
+    task = run(HANGS + "time.sleep(600)", {"steps": 5}, records={"pattern": STEP_LOSS}, silence_s=1.0)
+    assert len(records(task)) == 5  # all that it was asked for
+
+
 def test_half_a_line_and_odd_ones_do_no_harm() -> None:
     code = GOOD + (
         "import sys\n"

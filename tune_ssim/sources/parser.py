@@ -90,6 +90,14 @@ class LineParser:
             self._format.finish()
         return self._rows.steps.finish()
 
+    def held(self) -> int | None:
+        """See `Source.held`."""
+        return self._rows.steps.held()
+
+    def release(self) -> list[Record]:
+        """See `Source.release`."""
+        return self._rows.steps.release()
+
     def begin_anew(self, reason: str) -> None:
         """The file was replaced or cut: what follows is its beginning."""
         self.trouble.note(reason)

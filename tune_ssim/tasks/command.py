@@ -12,6 +12,7 @@ import socket
 import string
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ ANY_STEP = "\0"  # stands for a step in a path
 MLFLOW_POLL_S = 2.0  # each look fetches whole histories
 MAX_LINE = 2**20  # bytes of a line that is looked at for tags and echoes
 ECHO_BYTES = 2**24  # of output in which parameters are looked for; then the first record has long been there
+LAST_ROWS_S = 10.0  # for the rest of the last step's rows, and of its checkpoint: buffered writers flush every few seconds
 LAST_WORDS_S = 2.0  # for a loop that was told of its verdict to leave by itself
 
 
@@ -99,6 +101,7 @@ class CommandTask:
         self.name, self.folder = "trial", Path()
         self._made: Path | None = None  # a temporary folder of our own
         self._process: Process | None = None
+        self._parsing = threading.Lock()  # the pipe's thread feeds the parser
 
     # -- before and after
 
@@ -132,6 +135,8 @@ class CommandTask:
         self._held_out: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._any = False
+        self._overdue = False  # the last record came only because nothing followed it in time
+        self._settling: tuple[Any, float] = (None, 0.0)  # what there is of the last step, and since when it is so
 
     def want_samples_at(self, steps: Sequence[int]) -> None:
         """Called after `setup`: where a loop that pushes its samples should do so."""
@@ -180,7 +185,8 @@ class CommandTask:
             self._start()
         assert self._process is not None
         limit = self.spec.silence_s if self._any else self.spec.first_record_s
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + (0.0 if self._overdue else limit)
+        self._overdue = False
         while not self._records:
             ended = self._process.has_ended  # looked at before the last read: what came until then is complete
             self._collect(final=ended)
@@ -189,9 +195,14 @@ class CommandTask:
             if ended:
                 self._require_good_end()
                 return None
-            if time.monotonic() > deadline and self.step_now >= self.steps:
-                return None  # it has trained all it was asked for
-            if time.monotonic() > deadline:
+            settled, late = self._has_settled(), time.monotonic() > deadline
+            if settled or late:
+                self._release()
+                if self._records:
+                    self._overdue = late
+                    break
+                if self.step_now >= self.steps:
+                    return None  # it has trained all it was asked for
                 what = f"no record after step {self.step_now}" if self._any else "no record"
                 raise UserError(f"the command gave {what} for {limit:g} s; {self._quote()}")
             self._wait()
@@ -294,8 +305,9 @@ class CommandTask:
         """In the thread that reads the pipe."""
         self.log.write(data)
         if self._parser is not None:
-            for record in self._parser.feed(data):
-                self._messages.put({"step": record.step, **record.values})
+            with self._parsing:
+                for record in self._parser.feed(data):
+                    self._messages.put({"step": record.step, **record.values})
         self._line += data
         looks = TAG in self._line or (self.spec.echo != "off" and self._seen_bytes < ECHO_BYTES)
         self._seen_bytes += len(data)
@@ -342,6 +354,38 @@ class CommandTask:
 
     def _keep(self, records: Iterable[Record]) -> None:
         self._records += [(record.step, dict(record.values)) for record in records]
+
+    def _release(self) -> None:
+        """The step that is held back for later rows, into `_records`."""
+        if self._parser is not None:
+            with self._parsing:
+                for record in self._parser.release():
+                    self._messages.put({"step": record.step, **record.values})
+            self._collect()
+        elif self._source is not None:
+            self._keep(self._source.release())
+
+    def _has_settled(self) -> bool:
+        """Whether nothing more is to be waited for of a training that has logged its last step and does not end: a teardown that
+        hangs, an upload. What it prints besides makes no difference; what it may still be making does."""
+        reader = self._source or self._parser
+        if reader is None or self._read is not None:  # a loop that pushes says more, samples for one
+            return False
+        held = reader.held() == self.steps  # not beyond: that may be a number misread
+        # Held-out numbers come from the checkpoint that the evaluation reads, or from the training itself, when it likes to.
+        evaluable = self.spec.checkpoints is not None if self.spec.evaluate is not None else bool(self._held_out)
+        if not held and not (self.step_now >= self.steps and evaluable):
+            return False
+        made: list[tuple[str, int, int]] = []
+        if self.spec.checkpoints is not None and (self.spec.smoke is not None or self.spec.evaluate is not None):
+            checkpoint = self.written().get(self.steps)
+            if checkpoint is None:  # an older one would be judged instead
+                return False
+            made = _sizes(checkpoint)
+        now = time.monotonic()
+        if self._settling[0] != (held, made):
+            self._settling = (held, made), now
+        return now - self._settling[1] > LAST_ROWS_S
 
     def _wait(self) -> None:
         assert self._process is not None
@@ -512,6 +556,18 @@ class CommandTask:
     def unverified(self) -> list[str]:
         """Settings that the training was told and has not confirmed."""
         return sorted(name for name in set(self.config) - {"steps"} if name not in self._told)
+
+
+def _sizes(path: Path) -> list[tuple[str, int, int]]:
+    """(file, bytes, time in ns) of a checkpoint, a file or a folder: what changes while it is written."""
+    found = []
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        try:
+            status = file.stat()
+        except OSError:  # moved while we looked
+            continue
+        found.append((str(file), status.st_size, status.st_mtime_ns))
+    return found
 
 
 def _require_unwritten(path: Path) -> None:
