@@ -257,6 +257,21 @@ def test_what_the_last_step_still_makes_is_waited_for(monkeypatch: pytest.Monkey
     assert early._held_out == {"ssim": 0.5}
 
 
+@pytest.mark.parametrize(("steps", "verdict"), [((0, 1000, 2000), "error"), ((1000, 2000), "error"), ((0, 10, 1000), "safe")])
+def test_records_beyond_the_trial_are_no_verdict(steps: tuple[int, ...], verdict: str, tmp_path: Path) -> None:
+    task = run(f"for n in {steps}: print('step %d loss 0.5' % n)", records={"pattern": STEP_LOSS})
+    task.identify("x", tmp_path)
+    trial = Trial(task, TrialPlan(steps=20, guards=(NonFinite(),)))
+    trial.start({"steps": 20}, role="baseline")
+    trial.advance()
+    assert trial.verdict and trial.verdict.verdict == verdict, trial.verdict
+    if verdict == "error":
+        assert (
+            "first record after step 0 is at step 1000, but the trial has 20 steps: nothing of it could be judged"
+            in trial.verdict.reason
+        )
+
+
 def test_a_command_that_hangs_before_its_last_step_is_read_to_the_end() -> None:
     task = run(HANGS + "time.sleep(600)", records={"pattern": STEP_LOSS}, silence_s=1.0)
     assert len(records(task, limit=5)) == 5  # judged before it is an error

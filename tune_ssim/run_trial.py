@@ -96,6 +96,7 @@ class Trial:
         self.parents = ancestry(self.task)
         self.watch = Watch(self._bound_guards())
         self._heard = False
+        self._beyond: int | None = None  # the first step that it gave after the last of the plan
         if hasattr(self.task, "want_samples_at") and self.smoke_test is not None:
             self.task.want_samples_at(self.smoke_test.at)
 
@@ -120,6 +121,7 @@ class Trial:
             at = before + 1 if metrics is None else int(metrics.get("step", before + 1))
             if metrics is None or at > self.plan.steps:
                 ended = True
+                self._beyond = at if metrics is not None else None
             else:
                 if self._is_process and not self._heard:
                     self._look_again()
@@ -379,6 +381,13 @@ class Trial:
         return Record(self.step, record)
 
     def _finish(self) -> None:
+        if self._beyond is not None and not self.step:
+            self.verdict = Verdict(
+                "error",
+                f"the training's first record after step 0 is at step {self._beyond}, but the trial has {self.plan.steps} steps: "
+                "nothing of it could be judged; let it log more often, or raise `steps` (a count of images or tokens is no step)",
+            )
+            return
         try:
             unjudged = self.watch.finish()
         except MissingMetric as error:
