@@ -272,6 +272,31 @@ def test_records_beyond_the_trial_are_no_verdict(steps: tuple[int, ...], verdict
         )
 
 
+def test_a_failed_trial_says_how_far_it_came() -> None:
+    from tune_ssim.orchestration.trainable import make_trainable
+
+    fails = "import sys\nfor n in range(1, int(sys.argv[1]) + 1): print('step %d loss 0.5' % n)\nraise SystemExit(3)"
+    command = {"command": ["{python}", "-c", fails, "{upto}"], "records": {"pattern": STEP_LOSS}, "known": {"lr": 0.1}}
+    settings = {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0}
+    trainable = make_trainable(command, (NonFinite(),), steps=40, result_every=100)({**settings, "upto": 18})
+
+    def summary() -> dict[str, Any]:
+        result = trainable.step()
+        assert result["verdict"] == "error" and result["harm"] == 0.0, result
+        found: dict[str, Any] = json.loads(result["summary"])
+        return found | {"in_force": json.loads(result["effective"])}
+
+    ended = summary()
+    assert ended["reason"].startswith("the command ended after step 18")
+    assert ended["steps"] == 18 and ended["horizon"] == {"steps": 18, "lr": 0.1, "max_grad_norm": None}
+    assert ended["in_force"]["upto"] == 18
+    trainable.reset_config({"gain": "no number", "upto": 3})  # not even set up: nothing of the trial before it
+    assert (summary()["steps"], summary()["horizon"], summary()["in_force"]) == (0, {}, {})
+    trainable.reset_config({**settings, "upto": 3, "steps": "many"})  # not by the task
+    assert (summary()["steps"], summary()["in_force"]) == (0, {})
+    trainable.cleanup()
+
+
 def test_a_command_that_hangs_before_its_last_step_is_read_to_the_end() -> None:
     task = run(HANGS + "time.sleep(600)", records={"pattern": STEP_LOSS}, silence_s=1.0)
     assert len(records(task, limit=5)) == 5  # judged before it is an error

@@ -68,6 +68,7 @@ class Trial:
     def __init__(self, task: Task, plan: TrialPlan) -> None:
         self.task, self.plan = task, plan
         self.verdict: Verdict | None = None
+        self.is_set_up = False  # `start` has come to its end
 
     def start(
         self,
@@ -99,6 +100,7 @@ class Trial:
         self._beyond: int | None = None  # the first step that it gave after the last of the plan
         if hasattr(self.task, "want_samples_at") and self.smoke_test is not None:
             self.task.want_samples_at(self.smoke_test.at)
+        self.is_set_up = True
 
     @property
     def paired(self) -> bool:
