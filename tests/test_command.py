@@ -187,6 +187,17 @@ GOOD = 'for n in range(1, 6): print(\'TUNE_SSIM {"step": %d, "loss": 0.5}\' % n)
     [
         ("pass", {}, "ended without a record, exit code 0 (nothing was reported through tune_ssim.trial_context"),
         ("pass", {"records": {"pattern": "bagel"}}, "(looked in its output"),
+        (
+            "print('loading'); print('Epoch 1 loss: 0.5'); print('bye')",
+            {"records": {"pattern": r"step (?P<step>\d+) loss (?P<loss>\S+)"}},
+            r"in its output; pattern 'step .\?P<step>.*' did not match any of 3 lines, for one 'Epoch 1 loss: 0.5')",
+        ),
+        ("print('Epoch 1 loss: 0.5')", {"records": {"pattern": "bagel"}}, "bagel did not match the only line, 'Epoch 1 loss"),
+        (
+            "while True: print('epoch 1')",
+            {"records": {"pattern": "key_values"}, "first_record_s": 1.0},
+            "no record for 1 s (looked in its output; the built-in pattern key_values did not match any of .*, for one 'epoch 1')",
+        ),
         ("raise ValueError('the data is gone')", {}, "ended without a record, exit code 1"),
         ("raise ValueError('the data is gone')", {}, "last: .*ValueError: the data is gone"),
         (GOOD + "raise MemoryError('at 90 %')", {}, "ended after step 5, exit code 1.*MemoryError: at 90 %"),
@@ -270,6 +281,19 @@ def test_records_beyond_the_trial_are_no_verdict(steps: tuple[int, ...], verdict
             "first record after step 0 is at step 1000, but the trial has 20 steps: nothing of it could be judged"
             in trial.verdict.reason
         )
+
+
+@pytest.mark.parametrize("value", ["1,234", "tensor(0.5)"])
+def test_a_value_that_was_matched_and_is_no_number_is_quoted(value: str, tmp_path: Path) -> None:
+    pattern = r"step (?P<step>\d+) loss (?P<loss>\S+) norm (?P<total_norm>\S+)"
+    task = run(f"for n in range(1, 41): print('step %d loss {value} norm 2' % n)", records={"pattern": pattern})
+    task.identify("x", tmp_path)
+    trial = Trial(task, TrialPlan(steps=40, guards=(NonFinite(),)))
+    trial.start({"steps": 40}, role="baseline")
+    trial.advance()
+    assert trial.verdict and trial.verdict.verdict == "error"
+    assert "metric 'loss*' absent" in trial.verdict.reason
+    assert f"group 'loss' found '{value}', which is no number" in trial.verdict.reason
 
 
 def test_a_failed_trial_says_how_far_it_came() -> None:

@@ -299,7 +299,7 @@ class Trial:
                 violations = self.watch.update(record)
             except MissingMetric as error:
                 made.append(record)
-                self.verdict = Verdict("error", str(error))
+                self.verdict = Verdict("error", self._missing(error))
                 return
             ratio = self.norm_ratio() if TOTAL_NORM in record.values else None
             made.append(record if ratio is None else Record(record.step, {**record.values, NORM_RATIO: ratio}))
@@ -317,6 +317,11 @@ class Trial:
                     self._end_with(violation)
                 if self.verdict is not None:
                     return
+
+    def _missing(self, error: MissingMetric) -> str:
+        """With what the log has in its place: a value may have been there and no number."""
+        trouble = self.task.reading_trouble() if hasattr(self.task, "reading_trouble") else ""
+        return f"{error}; {trouble}" if trouble else str(error)
 
     def _keep_image(self, record: Record) -> None:
         """Of samples that came with the metrics."""
@@ -393,7 +398,7 @@ class Trial:
         try:
             unjudged = self.watch.finish()
         except MissingMetric as error:
-            self.verdict = Verdict("error", str(error))
+            self.verdict = Verdict("error", self._missing(error))
             return
         if self.baseline is not None and self.step < (last := self._last_step_of_baseline()) and self.step < self.plan.steps:
             self.verdict = Verdict(

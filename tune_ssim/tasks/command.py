@@ -203,8 +203,12 @@ class CommandTask:
                     break
                 if self.step_now >= self.steps:
                     return None  # it has trained all it was asked for
+                hint = ""
+                if not self._any and (self._parser is not None or self._source is not None):
+                    self._read_to_the_end()
+                    hint = self._no_record_hint()
                 what = f"no record after step {self.step_now}" if self._any else "no record"
-                raise UserError(f"the command gave {what} for {limit:g} s; {self._quote()}")
+                raise UserError(f"the command gave {what} for {limit:g} s{hint}; {self._quote()}")
             self._wait()
         step, values = self._records.pop(0)
         if not self._any:
@@ -401,6 +405,18 @@ class CommandTask:
             hint = "" if self._any else self._no_record_hint()
             raise UserError(f"the command ended {after}, {process.describe_exit()}{hint}; {self._quote()}")
 
+    def _read_to_the_end(self) -> None:
+        """Of a command that is given up: what stands there and is no record, for the reader's trouble to say so."""
+        with self._parsing:
+            for reader in (self._parser, self._source):
+                if reader is not None:
+                    reader.finish()
+
+    def reading_trouble(self) -> str:
+        """What was printed or written for a record and could not be read, in one line; empty if there was nothing."""
+        reader = self._source or self._parser
+        return reader.trouble.sentence() if reader is not None else ""
+
     def _no_record_hint(self) -> str:
         records = self.spec.records
         if records is None:
@@ -410,8 +426,7 @@ class CommandTask:
             where = f"in {fill(records.file, self.fields)}"
         elif records.mlflow is not None:
             where = "in its run in MLflow"
-        reader = self._source or self._parser
-        trouble = reader.trouble.sentence() if reader is not None else ""
+        trouble = self.reading_trouble()
         return f" (looked {where}; {trouble})" if trouble else f" (looked {where})"
 
     def _quote(self) -> str:
