@@ -189,6 +189,17 @@ GOOD = 'for n in range(1, 6): print(\'TUNE_SSIM {"step": %d, "loss": 0.5}\' % n)
     [
         ("pass", {}, "ended without a record, exit code 0 (nothing was reported through tune_ssim.trial_context"),
         ("pass", {"records": {"pattern": "bagel"}}, "(looked in its output"),
+        (
+            "print('loading'); print('Epoch 1 loss: 0.5'); print('bye')",
+            {"records": {"pattern": r"step (?P<step>\d+) loss (?P<loss>\S+)"}},
+            r"in its output; pattern 'step .\?P<step>.*' did not match any of 3 lines, for one 'Epoch 1 loss: 0.5')",
+        ),
+        ("print('Epoch 1 loss: 0.5')", {"records": {"pattern": "bagel"}}, "bagel did not match the only line, 'Epoch 1 loss"),
+        (
+            "while True: print('epoch 1')",
+            {"records": {"pattern": "key_values"}, "first_record_s": 1.0},
+            "no record for 1 s (looked in its output; the built-in pattern key_values did not match any of .*, for one 'epoch 1')",
+        ),
         ("raise ValueError('the data is gone')", {}, "ended without a record, exit code 1"),
         ("raise ValueError('the data is gone')", {}, "last: .*ValueError: the data is gone"),
         (GOOD + "raise MemoryError('at 90 %')", {}, "ended after step 5, exit code 1.*MemoryError: at 90 %"),
@@ -208,6 +219,118 @@ def test_what_goes_wrong_is_said(code: str, spec: dict[str, Any], says: str) -> 
     assert re.search(says.replace("(", r"\(").replace(")", r"\)"), str(error.value)), error.value
     assert "\n" not in str(error.value)
     assert time.monotonic() - started < 30
+
+
+HANGS = "import sys, time\nfor n in range(1, 6): print('step %d loss 0.5' % n, flush=True)\n"
+STEP_LOSS = r"step (?P<step>\d+) (?:loss (?P<loss>\S+)|val (?P<val>\S+))"
+
+
+@pytest.mark.parametrize("door", ["printed", "file"])
+@pytest.mark.parametrize(
+    "after", ["time.sleep(600)", "while True: print('uploading', flush=True); time.sleep(0.01)"], ids=["hangs", "talks"]
+)
+def test_a_command_that_does_not_end_after_its_last_step_is_judged_by_it(
+    after: str, door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No later step shows that the last one is complete. Half an hour of silence need not pass for it: `evaluate` has what it
+    needs."""
+    monkeypatch.setattr("tune_ssim.tasks.command.LAST_ROWS_S", 0.5)
+    code = HANGS + "open(sys.argv[2] + '/5.pt', 'w').write('x')\n" + after
+    spec: dict[str, Any] = {"records": {"pattern": STEP_LOSS}}
+    if door == "file":
+        code = code.replace("flush=True)\n", "flush=True, file=log)\n", 1).replace(
+            "for n", "log = open(sys.argv[1], 'w')\nfor n", 1
+        )
+        spec["records"]["file"] = "{exp_dir}/log.txt"
+    spec["evaluate"] = {"command": ["{python}", "-c", "print('{{\"ssim\": 0.75}}')"]}
+    task = run(code, {"steps": 5}, checkpoints="{exp_dir}/{step}.pt", **spec)
+    task.spec.command.extend(["{exp_dir}/log.txt", "{exp_dir}"])
+    task.identify("x", tmp_path)
+    trial = Trial(task, TrialPlan(steps=5, guards=(NonFinite(),)))
+    trial.start({"steps": 5}, role="baseline")
+    started = time.monotonic()
+    trial.advance()
+    assert trial.verdict and trial.verdict.reason == "safe to step 5", trial.verdict
+    assert trial.verdict.metrics["ssim"] == 0.75 and trial.step == 5
+    assert time.monotonic() - started < 30
+
+
+def test_what_the_last_step_still_makes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint, else an older one would be sampled; later rows; held-out numbers, when nobody else measures them."""
+    monkeypatch.setattr("tune_ssim.tasks.command.LAST_ROWS_S", 0.2)
+    code = HANGS + "time.sleep(1.5); print('step 5 val 2', flush=True); time.sleep(1.5)\nopen(sys.argv[1], 'w').write('x')\n"
+    code += 'print(\'TUNE_SSIM {"held_out": {"ssim": 0.5}}\', flush=True); time.sleep(600)'
+    smoke = {"command": ["x", "{checkpoint}"]}
+    late = run(code, {"steps": 5}, records={"pattern": STEP_LOSS}, checkpoints="{exp_dir}/{step}.pt", smoke=smoke)
+    late.spec.command.append("{exp_dir}/5.pt")
+    assert records(late)[-1] == {"step": 5, "loss": 0.5, "val": 2.0}
+    early = run(code, {"steps": 5}, records={"pattern": STEP_LOSS})
+    early.spec.command.append("{exp_dir}/5.pt")
+    assert records(early)[-2:] == [{"step": 5, "loss": 0.5}, {"step": 5, "val": 2.0}]
+    assert early._held_out == {"ssim": 0.5}
+
+
+@pytest.mark.parametrize(("steps", "verdict"), [((0, 1000, 2000), "error"), ((1000, 2000), "error"), ((0, 10, 1000), "safe")])
+def test_records_beyond_the_trial_are_no_verdict(steps: tuple[int, ...], verdict: str, tmp_path: Path) -> None:
+    task = run(f"for n in {steps}: print('step %d loss 0.5' % n)", records={"pattern": STEP_LOSS})
+    task.identify("x", tmp_path)
+    trial = Trial(task, TrialPlan(steps=20, guards=(NonFinite(),)))
+    trial.start({"steps": 20}, role="baseline")
+    trial.advance()
+    assert trial.verdict and trial.verdict.verdict == verdict, trial.verdict
+    if verdict == "error":
+        assert (
+            "first record after step 0 is at step 1000, but the trial has 20 steps: nothing of it could be judged"
+            in trial.verdict.reason
+        )
+
+
+@pytest.mark.parametrize("value", ["1,234", "tensor(0.5)"])
+def test_a_value_that_was_matched_and_is_no_number_is_quoted(value: str, tmp_path: Path) -> None:
+    pattern = r"step (?P<step>\d+) loss (?P<loss>\S+) norm (?P<total_norm>\S+)"
+    task = run(f"for n in range(1, 41): print('step %d loss {value} norm 2' % n)", records={"pattern": pattern})
+    task.identify("x", tmp_path)
+    trial = Trial(task, TrialPlan(steps=40, guards=(NonFinite(),)))
+    trial.start({"steps": 40}, role="baseline")
+    trial.advance()
+    assert trial.verdict and trial.verdict.verdict == "error"
+    assert "metric 'loss*' absent" in trial.verdict.reason
+    assert f"group 'loss' found '{value}', which is no number" in trial.verdict.reason
+
+
+def test_a_failed_trial_says_how_far_it_came() -> None:
+    from tune_ssim.orchestration.trainable import make_trainable
+
+    fails = "import sys\nfor n in range(1, int(sys.argv[1]) + 1): print('step %d loss 0.5' % n)\nraise SystemExit(3)"
+    command = {"command": ["{python}", "-c", fails, "{upto}"], "records": {"pattern": STEP_LOSS}, "known": {"lr": 0.1}}
+    settings = {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0}
+    trainable = make_trainable(command, (NonFinite(),), steps=40, result_every=100)({**settings, "upto": 18})
+
+    def summary() -> dict[str, Any]:
+        result = trainable.step()
+        assert result["verdict"] == "error" and result["harm"] == 0.0, result
+        found: dict[str, Any] = json.loads(result["summary"])
+        return found | {"in_force": json.loads(result["effective"])}
+
+    ended = summary()
+    assert ended["reason"].startswith("the command ended after step 18")
+    assert ended["steps"] == 18 and ended["horizon"] == {"steps": 18, "lr": 0.1, "max_grad_norm": None}
+    assert ended["in_force"]["upto"] == 18
+    trainable.reset_config({"gain": "no number", "upto": 3})  # not even set up: nothing of the trial before it
+    assert (summary()["steps"], summary()["horizon"], summary()["in_force"]) == (0, {}, {})
+    trainable.reset_config({**settings, "upto": 3, "steps": "many"})  # not by the task
+    assert (summary()["steps"], summary()["in_force"]) == (0, {})
+    trainable.cleanup()
+
+
+def test_a_command_that_hangs_before_its_last_step_is_read_to_the_end() -> None:
+    task = run(HANGS + "time.sleep(600)", records={"pattern": STEP_LOSS}, silence_s=1.0)
+    assert len(records(task, limit=5)) == 5  # judged before it is an error
+    task = run(HANGS + "time.sleep(600)", records={"pattern": STEP_LOSS}, silence_s=1.0)
+    with pytest.raises(UserError, match="gave no record after step 5 for 1 s"):
+        records(task)
+    task = run(HANGS + "time.sleep(600)", {"steps": 5}, records={"pattern": STEP_LOSS}, silence_s=1.0)
+    assert len(records(task)) == 5  # all that it was asked for
 
 
 def test_half_a_line_and_odd_ones_do_no_harm() -> None:
@@ -252,6 +375,23 @@ def test_records_from_a_file_that_it_writes(log: str, tmp_path: Path) -> None:
     task.spec.command.append("{exp_dir}/log." + log)
     task.identify("file", tmp_path)
     assert records(task) == [{"step": n, "total_norm": n / 10} for n in range(1, 9)]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_records_from_before_it_was_started_are_not_its_own(kind: str, tmp_path: Path) -> None:
+    """Else the first values of a step stand, and the trial is judged by a run that is over."""
+    log = tmp_path / "log.jsonl" if kind == "file" else tmp_path / "tb"
+    old = log if kind == "file" else log / "events.out.tfevents.1.host"
+    code = f"open({str(log)!r}, 'a').write('{{\"step\": 1, \"loss\": 9}}\\n')"
+    spec = {"records": {"file": str(log)}} if kind == "file" else {"records": {"file": str(log), "format": "tensorboard"}}
+    old.parent.mkdir(exist_ok=True)
+    old.write_text("")  # empty: nobody's records
+    if kind == "file":
+        assert records(run(code, **spec)) == [{"step": 1, "loss": 9}]
+    else:
+        old.write_text("x")
+    with pytest.raises(UserError, match=f"{old} is there before the command was started: its records are another run's"):
+        records(run(code, **spec))
 
 
 def test_records_from_mlflow(tmp_path: Path) -> None:
@@ -612,6 +752,34 @@ def test_what_is_not_on_this_machine_is_said_before_the_launch(tmp_path: Path) -
         "s.yaml:7: task.evaluate.command.0: no program 'gone' in the PATH",
         f"s.yaml:9: baseline.log: {tmp_path}/gone.jsonl: no such file",
     ]
+
+
+@pytest.mark.parametrize(
+    ("file", "cwd", "shared"),
+    [
+        ("metrics.csv", None, True),
+        ("/tmp/metrics.csv", "{exp_dir}", True),
+        ("runs/{ssim_loss_weight}-{seed}/log.csv", None, True),  # of every baseline the same
+        ("{exp_dir}/../metrics.csv", "{exp_dir}", True),
+        ("../metrics.csv", "{exp_dir}", True),
+        ("{exp_dir}/log.csv", None, False),
+        ("runs/{exp_name}/log.csv", None, False),
+        ("metrics.csv", "runs/{exp_name}", False),
+    ],
+)
+def test_a_file_of_records_that_trials_share_is_refused(file: str, cwd: str | None, shared: bool, tmp_path: Path) -> None:
+    command = {"command": ["x", "{ssim_loss_weight}"], "records": {"file": file}, **({"cwd": cwd} if cwd else {})}
+    space = {"parameters": {"ssim_loss_weight": {"log_uniform": [1, 2]}}}
+    given = {"name": "s", "task": command, "space": space, "guards": {"smoke_test": None}}
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps(given, indent=1))
+    if not shared:
+        load_study(path)
+        return
+    with pytest.raises(UserError, match=r"study\.yaml:\d+.*is one file for several trials.*\{exp_dir\}") as error:
+        load_study(path)
+    line = next(at for at, text in enumerate(path.read_text().splitlines(), 1) if '"file"' in text)
+    assert f"study.yaml:{line}" in str(error.value)
 
 
 def test_the_baseline_has_a_value_for_every_placeholder() -> None:

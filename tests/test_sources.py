@@ -338,6 +338,20 @@ def test_the_newest_step_is_held_back() -> None:
     assert last == [Record(2, {"loss": 3.0, "val": 4.0})]  # and stays so
 
 
+def test_the_step_held_back_is_released_and_its_later_rows_are_not_lost() -> None:
+    parser = LineParser(format="jsonl")
+    assert parser.held() is None and parser.release() == []
+    assert parser.feed(b'{"step": 1, "loss": 1}\n') == [] and parser.held() == 1
+    assert parser.release() == [Record(1, {"loss": 1.0})]
+    assert parser.held() is None and parser.release() == []
+    assert parser.feed(b'{"step": 1, "loss": 9, "val": 2}\n') == [] and parser.held() == 1
+    again = LineParser(format="jsonl")
+    again.load_json(parser.to_json())
+    for one in (parser, again):
+        assert one.feed(b'{"step": 2, "loss": 3}\n') == [Record(1, {"val": 2.0})]
+        assert one.feed(b'{"step": 1, "late": 1}\n') + one.finish() == [Record(2, {"loss": 3.0})]
+
+
 def test_a_restart_from_a_checkpoint_is_heard_again_once_it_is_past() -> None:
     steps = [1, 2, 3, 2, 3, 4, 5]
     parser = LineParser(format="jsonl")

@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, compress
-from typing import overload
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, overload
 
 from tune_ssim.records import Record
 
-Array = NDArray[np.float64]
+if TYPE_CHECKING:  # the guards import this, and cost nothing until there is a table
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
 
 
 class Column:
@@ -28,11 +29,28 @@ class Column:
 
     @cached_property
     def values(self) -> Sequence[float]:
-        return self._given.tolist() if isinstance(self._given, np.ndarray) else self._given
+        return self._given if isinstance(self._given, (list, tuple)) else self.array.tolist()
 
     @cached_property
     def array(self) -> Array:
+        import numpy as np
+
         return np.asarray(self._given, dtype=float)
+
+    @cached_property
+    def all_finite(self) -> bool:
+        import numpy as np
+
+        return bool(np.isfinite(self.array).all())
+
+    def outside(self, lower: float, upper: float, begin: int = 0) -> list[int]:
+        """Places from `begin` on whose value is outside [`lower`, `upper`], NaN among them."""
+        import numpy as np
+
+        with np.errstate(invalid="ignore"):
+            inside = (lower <= self.array) & (self.array <= upper)
+        found: list[int] = (np.flatnonzero(~inside[begin:]) + begin).tolist()
+        return found
 
 
 class Table(Sequence[Record]):
@@ -96,6 +114,8 @@ class Table(Sequence[Record]):
     @cached_property
     def grows(self) -> bool:
         """Whether each step is later than the one before."""
+        import numpy as np
+
         return bool((np.diff(np.asarray(self.steps, dtype=np.int64)) > 0).all())
 
     def column(self, metric: str) -> Column | None:
@@ -119,6 +139,8 @@ class Table(Sequence[Record]):
 
     def quotient(self, above: str, below: str) -> Column | None:
         """Of the records that have both. By zero it is infinite with the sign of what is divided, and 0 of zero itself."""
+        import numpy as np
+
         a, b = self.column(above), self.column(below)
         if a is None or b is None:
             return None

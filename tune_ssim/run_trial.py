@@ -68,6 +68,7 @@ class Trial:
     def __init__(self, task: Task, plan: TrialPlan) -> None:
         self.task, self.plan = task, plan
         self.verdict: Verdict | None = None
+        self.is_set_up = False  # `start` has come to its end
 
     def start(
         self,
@@ -96,8 +97,10 @@ class Trial:
         self.parents = ancestry(self.task)
         self.watch = Watch(self._bound_guards())
         self._heard = False
+        self._beyond: int | None = None  # the first step that it gave after the last of the plan
         if hasattr(self.task, "want_samples_at") and self.smoke_test is not None:
             self.task.want_samples_at(self.smoke_test.at)
+        self.is_set_up = True
 
     @property
     def paired(self) -> bool:
@@ -120,6 +123,7 @@ class Trial:
             at = before + 1 if metrics is None else int(metrics.get("step", before + 1))
             if metrics is None or at > self.plan.steps:
                 ended = True
+                self._beyond = at if metrics is not None else None
             else:
                 if self._is_process and not self._heard:
                     self._look_again()
@@ -298,7 +302,7 @@ class Trial:
                 violations = self.watch.update(record)
             except MissingMetric as error:
                 made.append(record)
-                self.verdict = Verdict("error", str(error))
+                self.verdict = Verdict("error", self._missing(error))
                 return
             ratio = self.norm_ratio() if TOTAL_NORM in record.values else None
             made.append(record if ratio is None else Record(record.step, {**record.values, NORM_RATIO: ratio}))
@@ -316,6 +320,11 @@ class Trial:
                     self._end_with(violation)
                 if self.verdict is not None:
                     return
+
+    def _missing(self, error: MissingMetric) -> str:
+        """With what the log has in its place: a value may have been there and no number."""
+        trouble = self.task.reading_trouble() if hasattr(self.task, "reading_trouble") else ""
+        return f"{error}; {trouble}" if trouble else str(error)
 
     def _keep_image(self, record: Record) -> None:
         """Of samples that came with the metrics."""
@@ -382,10 +391,17 @@ class Trial:
         return Record(self.step, record)
 
     def _finish(self) -> None:
+        if self._beyond is not None and not self.step:
+            self.verdict = Verdict(
+                "error",
+                f"the training's first record after step 0 is at step {self._beyond}, but the trial has {self.plan.steps} steps: "
+                "nothing of it could be judged; let it log more often, or raise `steps` (a count of images or tokens is no step)",
+            )
+            return
         try:
             unjudged = self.watch.finish()
         except MissingMetric as error:
-            self.verdict = Verdict("error", str(error))
+            self.verdict = Verdict("error", self._missing(error))
             return
         if self.baseline is not None and self.step < (last := self._last_step_of_baseline()) and self.step < self.plan.steps:
             self.verdict = Verdict(

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Violation
 from tune_ssim.record_table import Table
@@ -66,7 +64,7 @@ class NonFinite(InPlace):
     def fold_table(self, state: State, table: Table) -> list[Found]:
         columns = {name: table.column(name) for name in table.metrics if name.startswith((LOSS, *self.prefixes))}
         judged = (column for name, column in columns.items() if column and name.startswith(self.prefixes))
-        if STEP_SKIPPED in table.metrics or not all(np.isfinite(column.array).all() for column in judged):
+        if STEP_SKIPPED in table.metrics or not all(column.all_finite for column in judged):
             return super().fold_table(state, table)
         last = max((column.steps[-1] for name, column in columns.items() if column and name.startswith(LOSS)), default=None)
         if last is not None:

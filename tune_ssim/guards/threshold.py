@@ -6,8 +6,6 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-import numpy as np
-
 from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, quotient
 from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
@@ -80,11 +78,8 @@ class Threshold(InPlace):
         begin = 0 if column is None else bisect_right(column.steps, state["last_step"])
         if column is None or begin == len(column):
             return []
-        with np.errstate(invalid="ignore"):
-            inside = (self.lower <= column.array) & (column.array <= self.upper)
         found, looked_at = [], begin - 1
-        for at in np.flatnonzero(~inside[begin:]).tolist():
-            at += begin
+        for at in column.outside(self.lower, self.upper, begin):
             if at > looked_at + 1:
                 state["outside"], state["holds"] = 0, False
             looked_at = at

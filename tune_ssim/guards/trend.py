@@ -10,8 +10,6 @@ from itertools import pairwise
 from operator import lt, mul, sub
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from tune_ssim.guards.condition import check_action, check_count
 from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
@@ -106,7 +104,7 @@ class Trend(InPlace):
         if column is None:
             return []
         rows, steps, values = column.rows, column.steps, column.values
-        if np.isnan(column.array).any():
+        if not column.all_finite:
             values = [value if value == value else math.inf for value in values]
         found, begin, count = [], bisect_right(steps, state["last_step"]), len(steps)
         while begin < count:

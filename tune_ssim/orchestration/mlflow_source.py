@@ -89,6 +89,12 @@ class MLflowRun:
         self._fetch(complete=True)
         return self._rows.steps.finish()
 
+    def held(self) -> int | None:
+        return self._rows.steps.held()
+
+    def release(self) -> list[Record]:
+        return self._rows.steps.release()
+
     def parts(self) -> Iterator[list[Record]]:
         self._fetch(complete=False)
         yield self._rows.steps.take()

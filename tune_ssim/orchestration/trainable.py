@@ -87,6 +87,7 @@ class GuardedTrainable(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Ray reuses the process for another trial: 0.25 s instead of 3.4 s with torch already imported."""
         self._leave()
+        self.__dict__.pop("trial", None)  # of the configuration before
         self._started = time.perf_counter()
         context = dict(new_config.get(CONTEXT) or {})
         self.trial_name_in_study = str(context.get("trial_id") or self.trial_id)
@@ -173,8 +174,10 @@ class GuardedTrainable(tune.Trainable):
 
     def _final(self, verdict: Verdict) -> dict[str, Any]:
         """The last result: what a searcher, a callback or a ResultGrid wants to know about the trial."""
-        trial = None if self.failure else self.trial
-        metrics = dict(trial.summary_metrics()) if trial else {}
+        trial: Trial | None = self.__dict__.get("trial")
+        if trial is not None and not trial.is_set_up:  # it failed before there was anything to say about it
+            trial = None
+        metrics = dict(trial.summary_metrics()) if trial and not self.failure else {}
         violation = verdict.violation
         objective = float(metrics.get(self.spec.plan.objective, math.nan))
         effective = dict(trial.effective) if trial else {}
@@ -201,7 +204,7 @@ class GuardedTrainable(tune.Trainable):
             "reason": verdict.reason,
             "pruned": int(verdict.verdict == "pruned"),
             "pruned_by": violation.guard if violation and verdict.verdict == "pruned" else "",
-            "harm": trial.harm() if trial else 0.0,
+            "harm": trial.harm() if trial and not self.failure else 0.0,
             # A trial that did not reach its end has no objective: no sampler may take it for a result.
             self.spec.plan.objective: objective if verdict.verdict in ("safe", "degraded") else math.nan,
             "summary": json.dumps(jsonable(summary)),

@@ -54,6 +54,12 @@ class EventFiles:
                 self.trouble.note(f"{file.name}: the last {rest} bytes are no complete event")
         return [*records, *self._rows.steps.finish()]
 
+    def held(self) -> int | None:
+        return self._rows.steps.held()
+
+    def release(self) -> list[Record]:
+        return self._rows.steps.release()
+
     def parts(self) -> Iterator[list[Record]]:
         try:
             for file in self._files():

@@ -49,6 +49,12 @@ class JsonFile:
             self.trouble.note(f"{self.path}: {self._why_unread}")
         return [*records, *self._rows.steps.finish()]
 
+    def held(self) -> int | None:
+        return self._lines.held() if self._lines else self._rows.steps.held()
+
+    def release(self) -> list[Record]:
+        return self._lines.release() if self._lines else self._rows.steps.release()
+
     def parts(self) -> Iterator[Sequence[Record]]:
         if self._lines is None:
             try:

@@ -44,6 +44,12 @@ class LineFile:
     def finish(self) -> list[Record]:
         return [*self.read(), *self._parser.finish()]
 
+    def held(self) -> int | None:
+        return self._parser.held()
+
+    def release(self) -> list[Record]:
+        return self._parser.release()
+
     def parts(self) -> Iterator[Sequence[Record]]:
         try:
             for data in self._new_bytes():

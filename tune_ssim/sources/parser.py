@@ -11,7 +11,7 @@ from tune_ssim.sources.csv_rows import CsvRows, delimiter_of, is_header, looks_l
 from tune_ssim.sources.json_lines import TAG, JsonLines, is_row
 from tune_ssim.sources.lines import MAX_LINE_BYTES, Lines
 from tune_ssim.sources.rows import Rows
-from tune_ssim.sources.text_lines import HOW_A_PATTERN_LOOKS, PRINTED, PrintedLines, text_format
+from tune_ssim.sources.text_lines import HOW_A_PATTERN_LOOKS, PRINTED, PatternLines, PrintedLines, text_format
 from tune_ssim.sources.trouble import Trouble, excerpt
 
 LINE_FORMATS = ("jsonl", "csv", "text")
@@ -88,7 +88,17 @@ class LineParser:
         self._take(self._lines.finish())
         if isinstance(self._format, AnyLines):
             self._format.finish()
+        elif isinstance(self._format, PatternLines | PrintedLines) and (why := self._format.unmatched()):
+            self.trouble.note(why)
         return self._rows.steps.finish()
+
+    def held(self) -> int | None:
+        """See `Source.held`."""
+        return self._rows.steps.held()
+
+    def release(self) -> list[Record]:
+        """See `Source.release`."""
+        return self._rows.steps.release()
 
     def begin_anew(self, reason: str) -> None:
         """The file was replaced or cut: what follows is its beginning."""

@@ -34,6 +34,12 @@ class Source(Protocol):
     def finish(self) -> list[Record]:
         """What is new, and the rest: an unterminated last line, the step that was held back."""
 
+    def held(self) -> int | None:
+        """The step that was read and is held back, since more rows of it may come; None if there is none."""
+
+    def release(self) -> list[Record]:
+        """The step that is held back. Rows of it that come later make another record of that step."""
+
     def parts(self) -> Iterator[Sequence[Record]]:
         """What `read` returns, in parts of bounded size."""
 
@@ -160,6 +166,12 @@ class NotThereYet:
             self._trouble.note(f"{self.path}: nothing was written there")
             return records
         return [*records, *self._source.finish()]
+
+    def held(self) -> int | None:
+        return self._source.held() if self._source else None
+
+    def release(self) -> list[Record]:
+        return self._source.release() if self._source else []
 
     def parts(self) -> Iterator[Sequence[Record]]:
         yield from self._parts(complete=False)

@@ -33,6 +33,7 @@ class Steps:
         self._step = -1  # held back
         self._values: dict[str, float] = {}
         self._gone_back = False  # since then: what the held step gets now is another run's, and only adds to it
+        self._given: frozenset[str] | None = None  # metrics of that step that `release` gave before they had to be
         self._ahead: dict[int, dict[str, float]] = {}  # later steps that came before it
         self._released: list[Record] = []
         self._parts: list[Sequence[Record]] = []  # released before these
@@ -47,6 +48,8 @@ class Steps:
             self._without_step(values, line, text)
         elif step == self._step > self.last:  # else finish() has released it
             self._values = {**values, **self._values} if self._gone_back else {**self._values, **values}
+        elif step == self._step and self._given is not None:
+            self._values.update({name: value for name, value in values.items() if name not in self._given})
         elif step > self._step:
             if self._step < 0:
                 self._knows_steps()
@@ -91,6 +94,19 @@ class Steps:
             self._parts.append(self._released)
             self._released = []
 
+    def held(self) -> int | None:
+        """The step that is held back."""
+        return self._step if self._step > self.last or (self._given is not None and self._values) else None
+
+    def release(self) -> list[Record]:
+        """The step that is held back, and no longer: rows of it that come yet make a further record of the same step, of the
+        metrics that it did not have."""
+        if self.held() is not None:
+            given = (self._given or frozenset()) | set(self._values)
+            self._release(self._step + 1)
+            self._values, self._given = {}, given
+        return self.take()
+
     def finish(self) -> list[Record]:
         """The rest, with the step that was held back."""
         if self._waiting:
@@ -123,9 +139,10 @@ class Steps:
 
     def _release(self, before: int) -> None:
         """The step held back, and those ahead of it that lie before a new one."""
-        if self._step > self.last:  # else there is none, or finish() has released it
+        if self.held() is not None:  # else there is none, or finish() has released it
             self._released.append(Record(self._step, self._values))
             self.last = self._step
+        self._given = None
         for step in sorted(step for step in self._ahead if step < before) if self._ahead else ():
             self._released.append(Record(step, self._ahead.pop(step)))
             self._step = self.last = step
@@ -154,6 +171,7 @@ class Steps:
             "last": self.last,
             "held": [self._step, dict(self._values)],
             "gone_back": self._gone_back,
+            "given": None if self._given is None else sorted(self._given),
             "ahead": [[step, dict(values)] for step, values in self._ahead.items()],
             "rows": self._rows,
             "has_steps": self._has_steps,
@@ -164,6 +182,8 @@ class Steps:
     def load_json(self, data: Mapping[str, Any]) -> None:
         self.last, (self._step, self._values) = data["last"], data["held"]
         self._values, self._gone_back = dict(self._values), data["gone_back"]
+        given = data.get("given")
+        self._given = None if given is None else frozenset(given)
         self._ahead = {step: dict(values) for step, values in data["ahead"]}
         self._rows, self._has_steps = data["rows"], data["has_steps"]
         self._waiting = [(dict(values), line, text) for values, line, text in data["waiting"]]

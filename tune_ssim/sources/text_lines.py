@@ -9,6 +9,7 @@ from typing import Any
 from tune_ssim.errors import UserError
 from tune_ssim.sources.bounded_search import LINE_LIMIT_S, MAX_PATTERN_TEXT, SLOW_LINES, BoundedSearch
 from tune_ssim.sources.rows import Rows
+from tune_ssim.sources.trouble import excerpt
 from tune_ssim.sources.values import Names, text_number
 
 TOGETHER = 1000  # lines that are searched at once
@@ -26,6 +27,37 @@ PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['
 DICT = re.compile(r"\{\s{0,8}['\"]\w")
 
 
+# What a person would call a row of a training.
+LIKE_A_ROW = re.compile(r"(?:loss|step|iter|epoch).{0,200}\d", re.IGNORECASE)
+
+
+class Unmatched:
+    """Lines that were seen while a pattern has known none of them: what to show to somebody whose pattern is wrong."""
+
+    def __init__(self) -> None:
+        self.never = True  # no line was known so far
+        self._seen = 0
+        self._shown = ""
+        self._like_a_row = False
+
+    def take(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            if not line.strip():
+                continue
+            self._seen += 1
+            if not self._like_a_row:
+                self._like_a_row = LIKE_A_ROW.search(line[:MAX_PATTERN_TEXT]) is not None
+                if self._like_a_row or not self._shown:
+                    self._shown = line[:1000]
+
+    def sentence(self, what: str) -> str:
+        """Empty if a line was known, or there was none."""
+        if not self.never or not self._seen:
+            return ""
+        lines = "the only line" if self._seen == 1 else f"any of {self._seen} lines"
+        return f"{what} did not match {lines}, {'for one ' if self._seen > 1 else ''}{excerpt(self._shown)}"
+
+
 class PatternLines:
     """Rows by the user's patterns; a line may be a row of several of them. A line that no pattern knows is no trouble."""
 
@@ -34,6 +66,7 @@ class PatternLines:
     def __init__(self, rows: Rows, patterns: Iterable[str]) -> None:
         self._rows = rows
         self._patterns = [BoundedSearch(compiled(pattern)) for pattern in patterns]
+        self._unmatched = Unmatched()
 
     def take(self, lines: list[str], number: int) -> None:
         """The lines `number`, `number` + 1, … of the log."""
@@ -43,7 +76,15 @@ class PatternLines:
             for at, matches in enumerate(zip(*found, strict=True), number + begin):
                 for match in matches:
                     if match is not None:
+                        self._unmatched.never = False
                         self._add(match, at)
+            if self._unmatched.never:
+                self._unmatched.take(block)
+
+    def unmatched(self) -> str:
+        """Says so if no line was a row."""
+        shown = ", ".join(excerpt(pattern.pattern.pattern) for pattern in self._patterns)
+        return self._unmatched.sentence(f"pattern{'s' if len(self._patterns) > 1 else ''} {shown}")
 
     def _search(self, pattern: BoundedSearch, lines: list[str], number: int) -> list[re.Match[str] | None]:
         if pattern.given_up:
@@ -81,10 +122,10 @@ class PatternLines:
         return values
 
     def to_json(self) -> dict[str, Any]:
-        return {}
+        return {"never": self._unmatched.never}
 
     def load_json(self, data: Mapping[str, Any]) -> None:
-        pass
+        self._unmatched.never = data.get("never", False)
 
 
 class PrintedLines:
@@ -99,6 +140,7 @@ class PrintedLines:
         self._names = Names({**{theirs.lower(): ours for theirs, ours in given.items()}, **given})  # key_values lowers names
         self._readers = {known: reader(self._names) for known, reader in PRINTED.items()}
         self._may_change = name is None
+        self._unmatched = Unmatched()
         self.name = name
 
     def recognises(self, line: str) -> bool:
@@ -112,10 +154,14 @@ class PrintedLines:
         """The lines `number`, `number` + 1, … of the log."""
         for at, line in enumerate(shortened(lines), number):
             if self.name is None and not self.recognises(line):
+                self._unmatched.take([line])
                 continue
             row = self._readers[self.name or ""](line)
             if row is None:
+                if self._unmatched.never:
+                    self._unmatched.take([line])
                 continue
+            self._unmatched.never = False
             if self._may_change and self.name == "key_values" and self._readers["bagel"](line) is not None:
                 self.name = "bagel"
                 self._rows.forget()
@@ -123,11 +169,16 @@ class PrintedLines:
             step, values = row
             self._rows.add(step, self._names.rename(values) if self._names.given else values, at, line)
 
+    def unmatched(self) -> str:
+        """Says so if no line was a row."""
+        return self._unmatched.sentence(f"the built-in pattern {self.name or ' or '.join(PRINTED)}")
+
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name}
+        return {"name": self.name, "never": self._unmatched.never}
 
     def load_json(self, data: Mapping[str, Any]) -> None:
         self.name = data["name"]
+        self._unmatched.never = data.get("never", False)
 
 
 def shortened(lines: list[str]) -> list[str]:

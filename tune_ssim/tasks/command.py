@@ -12,6 +12,7 @@ import socket
 import string
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ OF_TRAINING = ("smoke/", "dbg/", "loss", TOTAL_NORM, ACTIVE_FRACTION, LR)  # met
 ANY_STEP = "\0"  # stands for a step in a path
 MLFLOW_POLL_S = 2.0  # each look fetches whole histories
 MAX_LINE = 2**20  # bytes of a line that is looked at for tags
+LAST_ROWS_S = 10.0  # for the rest of the last step's rows, and of its checkpoint: buffered writers flush every few seconds
 LAST_WORDS_S = 2.0  # for a loop that was told of its verdict to leave by itself
 
 
@@ -100,6 +102,7 @@ class CommandTask:
         self.name, self.folder = "trial", Path()
         self._made: Path | None = None  # a temporary folder of our own
         self._process: Process | None = None
+        self._parsing = threading.Lock()  # the pipe's thread feeds the parser
 
     # -- before and after
 
@@ -131,6 +134,8 @@ class CommandTask:
         self._held_out: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._any = False
+        self._overdue = False  # the last record came only because nothing followed it in time
+        self._settling: tuple[Any, float] = (None, 0.0)  # what there is of the last step, and since when it is so
 
     def want_samples_at(self, steps: Sequence[int]) -> None:
         """Called after `setup`: where a loop that pushes its samples should do so."""
@@ -179,7 +184,8 @@ class CommandTask:
             self._start()
         assert self._process is not None
         limit = self.spec.silence_s if self._any else self.spec.first_record_s
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + (0.0 if self._overdue else limit)
+        self._overdue = False
         while not self._records:
             ended = self._process.has_ended  # looked at before the last read: what came until then is complete
             self._collect(final=ended)
@@ -188,11 +194,20 @@ class CommandTask:
             if ended:
                 self._require_good_end()
                 return None
-            if time.monotonic() > deadline and self.step_now >= self.steps:
-                return None  # it has trained all it was asked for
-            if time.monotonic() > deadline:
+            settled, late = self._has_settled(), time.monotonic() > deadline
+            if settled or late:
+                self._release()
+                if self._records:
+                    self._overdue = late
+                    break
+                if self.step_now >= self.steps:
+                    return None  # it has trained all it was asked for
+                hint = ""
+                if not self._any and (self._parser is not None or self._source is not None):
+                    self._read_to_the_end()
+                    hint = self._no_record_hint()
                 what = f"no record after step {self.step_now}" if self._any else "no record"
-                raise UserError(f"the command gave {what} for {limit:g} s; {self._quote()}")
+                raise UserError(f"the command gave {what} for {limit:g} s{hint}; {self._quote()}")
             self._wait()
         step, values = self._records.pop(0)
         if not self._any:
@@ -225,6 +240,7 @@ class CommandTask:
             self._parser = LineParser(pattern=records.pattern, names=records.names)
         elif records is not None and records.file is not None:
             path = self._path(fill(records.file, self.fields))
+            _require_unwritten(path)
             self._source = open_source(path, format=records.format, names=records.names, pattern=records.pattern)
         if self.spec.config_file is not None:
             self._write_config_file()
@@ -295,8 +311,9 @@ class CommandTask:
         if self.spec.echo != "off" and (found := self._echoes.feed(data)):
             self._messages.put({"echoed": found})
         if self._parser is not None:
-            for record in self._parser.feed(data):
-                self._messages.put({"step": record.step, **record.values})
+            with self._parsing:
+                for record in self._parser.feed(data):
+                    self._messages.put({"step": record.step, **record.values})
         self._line += data
         looks = TAG in self._line
         complete, _, rest = self._line.rpartition(b"\n")
@@ -343,6 +360,38 @@ class CommandTask:
     def _keep(self, records: Iterable[Record]) -> None:
         self._records += [(record.step, dict(record.values)) for record in records]
 
+    def _release(self) -> None:
+        """The step that is held back for later rows, into `_records`."""
+        if self._parser is not None:
+            with self._parsing:
+                for record in self._parser.release():
+                    self._messages.put({"step": record.step, **record.values})
+            self._collect()
+        elif self._source is not None:
+            self._keep(self._source.release())
+
+    def _has_settled(self) -> bool:
+        """Whether nothing more is to be waited for of a training that has logged its last step and does not end: a teardown that
+        hangs, an upload. What it prints besides makes no difference; what it may still be making does."""
+        reader = self._source or self._parser
+        if reader is None or self._read is not None:  # a loop that pushes says more, samples for one
+            return False
+        held = reader.held() == self.steps  # not beyond: that may be a number misread
+        # Held-out numbers come from the checkpoint that the evaluation reads, or from the training itself, when it likes to.
+        evaluable = self.spec.checkpoints is not None if self.spec.evaluate is not None else bool(self._held_out)
+        if not held and not (self.step_now >= self.steps and evaluable):
+            return False
+        made: list[tuple[str, int, int]] = []
+        if self.spec.checkpoints is not None and (self.spec.smoke is not None or self.spec.evaluate is not None):
+            checkpoint = self.written().get(self.steps)
+            if checkpoint is None:  # an older one would be judged instead
+                return False
+            made = _sizes(checkpoint)
+        now = time.monotonic()
+        if self._settling[0] != (held, made):
+            self._settling = (held, made), now
+        return now - self._settling[1] > LAST_ROWS_S
+
     def _wait(self) -> None:
         assert self._process is not None
         if self._process.has_ended:
@@ -357,6 +406,18 @@ class CommandTask:
             hint = "" if self._any else self._no_record_hint()
             raise UserError(f"the command ended {after}, {process.describe_exit()}{hint}; {self._quote()}")
 
+    def _read_to_the_end(self) -> None:
+        """Of a command that is given up: what stands there and is no record, for the reader's trouble to say so."""
+        with self._parsing:
+            for reader in (self._parser, self._source):
+                if reader is not None:
+                    reader.finish()
+
+    def reading_trouble(self) -> str:
+        """What was printed or written for a record and could not be read, in one line; empty if there was nothing."""
+        reader = self._source or self._parser
+        return reader.trouble.sentence() if reader is not None else ""
+
     def _no_record_hint(self) -> str:
         records = self.spec.records
         if records is None:
@@ -366,8 +427,7 @@ class CommandTask:
             where = f"in {fill(records.file, self.fields)}"
         elif records.mlflow is not None:
             where = "in its run in MLflow"
-        reader = self._source or self._parser
-        trouble = reader.trouble.sentence() if reader is not None else ""
+        trouble = self.reading_trouble()
         return f" (looked {where}; {trouble})" if trouble else f" (looked {where})"
 
     def _quote(self) -> str:
@@ -515,6 +575,35 @@ class CommandTask:
     def unverified(self) -> list[str]:
         """Settings that the training was told and has not confirmed."""
         return sorted(name for name in set(self.config) - {"steps"} if name not in self._told)
+
+
+def _sizes(path: Path) -> list[tuple[str, int, int]]:
+    """(file, bytes, time in ns) of a checkpoint, a file or a folder: what changes while it is written."""
+    found = []
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        try:
+            status = file.stat()
+        except OSError:  # moved while we looked
+            continue
+        found.append((str(file), status.st_size, status.st_mtime_ns))
+    return found
+
+
+def _require_unwritten(path: Path) -> None:
+    """Raises UserError for records from before the command was started: of another run, or of an earlier one under this name. A
+    command that is resumed has a new name, so what is its own is never there yet."""
+    try:
+        if path.is_dir():
+            old = next((file for file in path.rglob("*tfevents.*") if file.is_file() and file.stat().st_size), None)
+        else:
+            old = path if path.exists() and path.stat().st_size else None
+    except OSError as error:
+        raise UserError(f"records.file: {path}: {error.strerror or error}") from None
+    if old is not None:
+        raise UserError(
+            f"records.file: {old} is there before the command was started: its records are another run's; remove it, or let each "
+            "trial write a file of its own, with {exp_dir} or {exp_name} in its path"
+        )
 
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}

@@ -18,6 +18,7 @@ from tune_ssim.yaml_source import did_you_mean
 
 # What can stand in braces besides the trial's own settings.
 ALWAYS = ("seed", "steps", "exp_name", "exp_dir", "python", "nodes", "node_rank", "master_addr", "master_port", "gpus")
+OF_A_TRIAL = ("exp_dir", "exp_name")  # of these, what no two trials share, nor two beginnings of one
 IN_SMOKE = ("checkpoint", "step", "noise", "out")
 # Values that ask a training for nothing: no scaling, no gate.
 NEUTRAL = {"ssim_grad_scale": (1.0,), "ssim_loss_max_t": (None, 1.0), "pixel_loss_max_t": (None, 1.0)}
@@ -53,9 +54,10 @@ class ConfigFile(_Section):
 
 class RecordsFrom(_Section):
     """Where the numbers of each step come from, if the training does not report them itself. Without `file` from what the command
-    prints. file: that it writes, of any format that `tune_ssim.sources` reads, or a folder of TensorBoard files. pattern: regular
-    expressions with named groups, one of them `step`, or the name of a built-in pattern. names: theirs → ours. mlflow: a tracking
-    URI: the command finds a run of its own in its environment, which `mlflow.start_run()` takes up."""
+    prints. file: that it writes, of any format that `tune_ssim.sources` reads, or a folder of TensorBoard files; every trial needs
+    its own, so `{exp_dir}` or `{exp_name}` is in it, or in the `cwd` that it is relative to. pattern: regular expressions with
+    named groups, one of them `step`, or the name of a built-in pattern. names: theirs → ours. mlflow: a tracking URI: the command
+    finds a run of its own in its environment, which `mlflow.start_run()` takes up."""
 
     mlflow: Annotated[str, Field(min_length=1)] | None = None
     file: Annotated[str, Field(min_length=1)] | None = None
@@ -179,6 +181,13 @@ class CommandSpec(_Section):
             misfit = next(filter(None, (_misfit(template, values) for values in tried or [samples])), None)
             if misfit is not None:
                 yield place, misfit
+        if self.records is not None and self.records.file is not None and self._shares(self.records.file):
+            name = os.path.basename(self.records.file) or "log"  # noqa: PTH119  (a template, no path yet)
+            yield (
+                ("records", "file"),
+                f"{self.records.file!r} is one file for several trials, and each would be judged by the others' records: let the "
+                f'command write, and say here, "{{exp_dir}}/{name}", or another path with {{exp_dir}} or {{exp_name}} in it',
+            )
 
     def untold(self, settings: Mapping[str, Sequence[Any]]) -> list[str]:
         """Settings of which a value asks for something, and which the command is not told. None where it may look them up."""
@@ -208,6 +217,12 @@ class CommandSpec(_Section):
             elif shutil.which(program) is None:
                 hint = f"; {own} is meant by ./{program}" if own.is_file() else ""
                 yield (*filter(None, (name,)), "command", 0), f"no program {program!r} in the PATH{hint}"
+
+    def _shares(self, file: str) -> bool:
+        """Whether two trials may mean the same path by it. A setting tells no trials apart: every baseline has the same."""
+        at_home = file.startswith("{exp_dir}")  # that is absolute
+        path = os.path.normpath(file if at_home else os.path.join(self.cwd or "", file))  # noqa: PTH118  (`..` may leave the folder)
+        return not set(placeholders(path)) & set(OF_A_TRIAL)
 
     def reached(self) -> set[str]:
         """Names that the command is told: they stand in its arguments, its environment or its config file."""
