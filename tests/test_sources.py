@@ -529,7 +529,7 @@ def test_a_log_that_is_rewritten(tmp_path: Path) -> None:
     append(path, rows(2, 9, loss=9.0))
     assert [(record.step, record.values["loss"]) for record in source.read()] == [(4, 0.5), (5, 9.0), (6, 9.0), (7, 9.0)]
     write(path, rows(0, 20, loss=0.0))  # longer: its size alone tells nothing
-    assert [(record.step, record.values["loss"]) for record in source.read()] == [(8, 0.0), *((k, 0.0) for k in range(9, 19))]
+    assert [(record.step, record.values["loss"]) for record in source.read()] == [(8, 9.0), *((k, 0.0) for k in range(9, 19))]
     assert "the log was rewritten" in source.trouble.sentence()
     assert not source.trouble.repeated
 
