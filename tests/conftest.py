@@ -18,8 +18,13 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Minutes each. With `-n 2 --dist loadfile` they begin together, and the other files fill the gaps.
+# Minutes each. With `-n 2 --dist loadfile` they begin first, and the other files fill the gaps.
 LONG = ("test_readme.py", "test_run_study.py", "test_parts.py", "test_tracking.py", "test_command.py", "test_run_trial.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with the files of the most tests, not of the longest
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
