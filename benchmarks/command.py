@@ -2,8 +2,9 @@
 
     python benchmarks/command.py [--rounds 5] [--output benchmarks/results/command.json]
 
-Three figures: the wall time of a trial over that of the bare script; the CPU that ten commands side by side take from the process
-that reads them, as a share of one core; and the same while each of them prints 100 KB/s that is of no interest.
+The wall time of a trial over that of the bare script; the CPU, as a share of one core, of one process that reads ten commands side
+by side, also while each of them prints 100 KB/s that is of no interest; and the CPU of the process that drives a study of ten at a
+time, where each is read by the process of its own trial.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "command.json")
     arguments = parser.parse_args()
-    found: dict[str, Any] = {"overhead": overhead(arguments.rounds), "readers": [readers(0), readers(50)]}
+    found: dict[str, Any] = {"overhead": overhead(arguments.rounds), "readers": [readers(0), readers(50)], "driver": driver()}
     table = Table("what", "figure")
     row = found["overhead"]
     table.add_row("bare script, s (median)", f"{row['bare_s']:.2f}")
@@ -60,6 +62,11 @@ def main() -> None:
             f"{COMMANDS} commands, {row['kb_per_s_each']:.0f} KB/s each: CPU of the reader",
             f"{100 * row['cpu_share']:.1f} % of a core",
         )
+    row = found["driver"]
+    table.add_row(
+        f"the driver of a study, {COMMANDS} commands at a time",
+        f"{100 * row['cpu_share']:.1f} % of a core while all run, {100 * row['cpu_share_whole']:.1f} % in all",
+    )
     Console(width=120).print(table)
     save(arguments.output, {"rounds": arguments.rounds, **found})
 
@@ -111,6 +118,50 @@ def readers(chatter: int, steps: int = 200, pause_s: float = 0.05) -> dict[str, 
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     assert counts == [steps] * COMMANDS, counts
     return {"kb_per_s_each": chatter * 0.1 * steps / wall, "wall_s": wall, "cpu_s": cpu, "cpu_share": cpu / wall}
+
+
+def driver(steps: int = 900, pause_s: float = 0.05) -> dict[str, Any]:
+    """`tune-ssim run` of a study of ten commands at a time: its own CPU time over wall time, from when the last of the ten has
+    started to when the first one ends, and from beginning to end."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        words = [word.replace("{", "{{").replace("}", "}}") for word in argv(steps, 1, pause_s, 0)]
+        study = {
+            "name": "driver",
+            "task": {"command": ["{python}", *words], "environment": {"W": "{ssim_loss_weight}"}, "records": {"pattern": PATTERN}},
+            "task_config": {"steps": steps},
+            "space": {
+                "parameters": {"ssim_loss_weight": {"log_uniform": [1, 2]}},
+                "fixed": {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0},
+            },
+            "baseline": {"log": {"file": str(folder / "pixel.csv")}},
+            "search": {"strategy": "random", "trials": COMMANDS, "concurrency": COMMANDS},
+            "guards": {"smoke_test": None},
+            "objective": {"maximize": "delta_ssim", "keep": {}},
+            "resources": {"cpus": 0.2},
+            "preflight": None, "calibration": None, "confirm": None, "tracking": None,
+        }  # fmt: skip
+        (folder / "pixel.csv").write_text("step,total_norm\n" + "".join(f"{step},0.5\n" for step in range(1, steps + 1)))
+        (folder / "study.yaml").write_text(json.dumps(study))
+        command = [sys.executable, "-m", "tune_ssim", "run", "study.yaml", "--storage-path", str(folder / "results")]
+        begun = time.perf_counter()
+        with (folder / "output.txt").open("w") as output:
+            process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)
+            seen: list[tuple[float, float, int]] = []
+            while process.poll() is None:
+                fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+                running = len(list((folder / "results" / "driver" / "work").glob("*/output.log")))
+                seen.append((time.perf_counter(), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), running))
+                time.sleep(0.25)
+        trials = [json.loads(line) for line in (folder / "results" / "driver" / "trials.jsonl").read_text().splitlines()]
+        assert len(trials) == COMMANDS and all(trial["steps"] == steps for trial in trials), (folder / "output.txt").read_text()
+    together = [one for one in seen if one[2] == COMMANDS]
+    # The first to end has run for `steps` pauses at least; what is left of the window is free of starts and ends.
+    first = together[0]
+    within = [one for one in together if one[0] < first[0] + 0.5 * steps * pause_s]
+    wall, cpu = within[-1][0] - first[0], within[-1][1] - first[1]
+    whole = seen[-1][0] - begun
+    return {"wall_s": wall, "cpu_s": cpu, "cpu_share": cpu / wall, "whole_s": whole, "cpu_share_whole": seen[-1][1] / whole}
 
 
 def task(words: list[str]) -> CommandTask:
