@@ -160,7 +160,9 @@ CASES: dict[str, Case] = {
     "two_stage_vlm/healthy": Case("two_stage_vlm"),
     "two_stage_vlm/healthy, stage 2 from scratch": Case("two_stage_vlm", STAGE_2),
     "two_stage_vlm/proxy collapse": Case("two_stage_vlm", COLLAPSE, ("proxy_ruined", "proxy_vanishing")),
-    "two_stage_vlm/label mask off": Case("two_stage_vlm", STAGE_2, ("caption_masking", "caption_too_low"), unmask_labels),
+    "two_stage_vlm/label mask off": Case(
+        "two_stage_vlm", STAGE_2, ("labels_unmasked", "caption_masking", "caption_too_low"), unmask_labels
+    ),
     "two_stage_vlm/LLM not frozen": Case("two_stage_vlm", STAGE_2, ("llm_not_frozen",), thaw_language),
     "two_stage_vlm/stage 2 from ruined stage 1": Case("two_stage_vlm", STAGE_2, ("refused",), starts_ruined=True),
     "two_stage_vlm/LR too small": Case("two_stage_vlm", {**STAGE_2, "lr": 1e-7}, ("caption_slow_5", "caption_stuck")),
@@ -244,9 +246,8 @@ def judge(case: Case, file: Path) -> dict[str, Any]:
     pack = load_rules(case.system, {**OPTIONS[case.system], **case.options})
     check = Check([pack])
     said: dict[str, int] = {}
-    for record in records:
-        for alert in check.feed([record]):
-            said.setdefault(alert.violation.guard, record.step)
+    for alert in check.feed(records):
+        said.setdefault(alert.violation.guard, alert.violation.step)
     if about["refused"]:
         said["refused"] = len(records)
     known = [name for name in said if any(is_known(name, rule) for rule in case.known_by)]
