@@ -194,6 +194,11 @@ def test_a_branch_that_does_not_work_is_not_healthy(tmp_path: Path, capsys: pyte
     assert report["alerts"] == []
 
 
+def test_a_norm_that_is_no_number_needs_no_loss(tmp_path: Path) -> None:
+    report = checked(write_csv(tmp_path / "run.csv", records(60, total_norm=after(30, flat(math.nan), flat(1)))))
+    assert [(alert["guard"], alert["step"]) for alert in report["alerts"]] == [("non_finite", 30)]
+
+
 @pytest.mark.parametrize(
     ("loss", "verdict"),
     [

@@ -195,7 +195,9 @@ class Check:
         """Whether the log is about what this guard looks at."""
         if pack := self._pack(guard):
             return pack in self._about
-        return guard == NormRatio.name or any(named(metric, self._metrics) for metric in self._general[guard].metrics)
+        known = self._general[guard]
+        metrics = [f"{prefix}*" for prefix in known.prefixes] if isinstance(known, NonFinite) else known.metrics
+        return guard == NormRatio.name or any(named(metric, self._metrics) for metric in metrics)
 
     @cached_property
     def _general(self) -> dict[str, Guard]:

@@ -77,11 +77,9 @@ class Watch:
             self._remember(table.metrics)
         found: list[Found] = []
         for guard, fold in zip(self.guards, self._folds, strict=True):
-            if guard.metrics and not any(named(metric, table.metrics) for metric in guard.metrics):
-                continue  # it can say nothing
             if isinstance(guard, InPlace):
                 found += guard.fold_table(self._states[guard.name], table)
-            else:
+            elif not guard.metrics or any(named(metric, table.metrics) for metric in guard.metrics):  # else it can say nothing
                 found += [(row, said) for row, record in enumerate(table) if (said := fold(record)) is not None]
         found.sort(key=lambda one: (one[0], SEVERITY.index(one[1].action)))
         return [[said for _, said in of_row] for _, of_row in groupby(found, key=itemgetter(0))]
