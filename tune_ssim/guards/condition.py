@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 from tune_ssim.guards.guard import Fold, Found, Guard, State
 from tune_ssim.guards.violation import ACTIONS, Violation
-from tune_ssim.record_table import Table
+from tune_ssim.record_table import Column, Table
 
 
 class Condition(Guard, Protocol):
@@ -39,9 +40,21 @@ def check_action(action: str) -> None:
         raise ValueError(f"action must be {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}, got {action!r}")
 
 
-def quotient(above: float, below: float) -> float:
-    """By zero it is infinite with the sign of what is divided, and 0 of zero itself: nothing of nothing."""
-    return above / below if below else 0.0 if not above else math.copysign(math.inf, above)
+def measured(values: Mapping[str, float], metric: str, over: str | None) -> float | None:
+    """A metric of a record, or its quotient with another; None where one is missing. By zero the quotient is infinite with the
+    sign of what is divided, and 0 of zero itself: nothing of nothing."""
+    value = values.get(metric)
+    if value is None or over is None:
+        return value
+    below = values.get(over)
+    if below is None:
+        return None
+    return value / below if below else 0.0 if not value else math.copysign(math.inf, value)
+
+
+def measured_column(table: Table, metric: str, over: str | None) -> Column | None:
+    """The same of every record that has it."""
+    return table.column(metric) if over is None else table.quotient(metric, over)
 
 
 def band_words(lower: float, upper: float) -> str:

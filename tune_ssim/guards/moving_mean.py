@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, quotient
+from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, measured, measured_column
 from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.record_table import Table
@@ -57,15 +57,9 @@ class MovingMean(InPlace):
         metric, over = self.metric, self.over
 
         def advance(record: Record) -> Violation | None:
-            values, step = record.values, record.step
-            value = values.get(metric)
+            step, value = record.step, measured(record.values, metric, over)
             if value is None or step <= state["last_step"]:
                 return None
-            if over is not None:
-                below = values.get(over)
-                if below is None:
-                    return None
-                value = quotient(value, below)
             violation = self._close(state, step) if step >= state["end"] else None
             state["sum"] += value
             state["count"] += 1
@@ -75,7 +69,7 @@ class MovingMean(InPlace):
         return advance
 
     def fold_table(self, state: State, table: Table) -> list[Found]:
-        column = table.column(self.metric) if self.over is None else table.quotient(self.metric, self.over)
+        column = measured_column(table, self.metric, self.over)
         if column is None:
             return []
         found, begin, count = [], bisect_right(column.steps, state["last_step"]), len(column)

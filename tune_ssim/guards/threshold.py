@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, quotient
+from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, measured, measured_column
 from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.record_table import Table
@@ -55,15 +55,9 @@ class Threshold(InPlace):
         metric, over, lower, upper = self.metric, self.over, self.lower, self.upper
 
         def advance(record: Record) -> Violation | None:
-            values, step = record.values, record.step
-            value = values.get(metric)
+            step, value = record.step, measured(record.values, metric, over)
             if value is None or step <= state["last_step"]:
                 return None
-            if over is not None:
-                below = values.get(over)
-                if below is None:
-                    return None
-                value = quotient(value, below)
             state["last_step"] = step
             if lower <= value <= upper:
                 if state["outside"]:
@@ -74,7 +68,7 @@ class Threshold(InPlace):
         return advance
 
     def fold_table(self, state: State, table: Table) -> list[Found]:
-        column = table.column(self.metric) if self.over is None else table.quotient(self.metric, self.over)
+        column = measured_column(table, self.metric, self.over)
         begin = 0 if column is None else bisect_right(column.steps, state["last_step"])
         if column is None or begin == len(column):
             return []
