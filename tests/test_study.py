@@ -356,7 +356,7 @@ BAD = [
     ("resources: {cpus: 0}", "s.yaml:1: resources.cpus: must be > 0, got 0"),
     ("resources: {gpus: many}", "s.yaml:1: resources.gpus: must be a number >= 0 or auto, got 'many' (text)"),
     ("report_every: 0", "s.yaml:1: report_every: must be an integer >= 1, got 0"),
-    ("result_every: yes", "s.yaml:1: result_every: must be an integer >= 1, got 'yes' (text)"),
+    ("result_every: yes", "s.yaml:1: result_every: must be an integer >= 1 or null, got 'yes' (text)"),
     ("checkpoint_every: null", "s.yaml:1: checkpoint_every: must be an integer >= 1, got nothing (null)"),
     ("tracking: {url: x}", "s.yaml:1: tracking: unknown key 'url'; did you mean 'uri'?"),
     ("tracking: mlruns", "s.yaml:1: tracking: must be a mapping, got 'mlruns' (text)"),

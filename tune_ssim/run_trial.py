@@ -43,11 +43,10 @@ class TrialPlan:
     keep: tuple[KeepRule, ...] = ()
     objective: str = "delta_ssim"  # what the study maximises: a held-out metric, or `delta_` and its name
     report_every: int = 1  # steps between transfers from the device, and so between verdicts
-    checkpoint_every: int = 50
     image_grids: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "report_every", "checkpoint_every"):
+        for name in ("steps", "report_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")
 

@@ -217,7 +217,7 @@ class Study:
     calibration: CalibrationOptions | None = field(default_factory=CalibrationOptions)  # None: off; then nothing is predicted
     confirm: Confirm | None = field(default_factory=Confirm)  # None: off; then nothing is exported without --unproven
     report_every: int = 1  # steps between transfers from the device, and so between verdicts; 1 on CPU (DESIGN)
-    result_every: int = 10  # steps per result that Ray sees: a result costs it milliseconds (FACTS §3)
+    result_every: int | None = None  # steps per result that Ray sees; None: one in two seconds (a result costs it milliseconds)
     checkpoint_every: int = 50  # steps; DESIGN
     tracking: Tracking | None = field(default_factory=Tracking)  # None: off
     import_path: str | None = None  # a folder in which to look for one's own task; default the study file's
@@ -717,8 +717,9 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
         guess = did_you_mean(study.task, BUILT_IN_TASKS) if isinstance(study.task, str) else ""
         yield ("task",), f"unknown task {shown(study.task)}{guess} (your own: my_pkg.train:MyTask, or a command)"
     for key in ("report_every", "result_every", "checkpoint_every"):
-        if not _is_count(getattr(study, key)):
-            yield (key,), f"must be an integer >= 1, got {kind_of(getattr(study, key))}"
+        may_be = " or null" if key == "result_every" else ""
+        if not (_is_count(getattr(study, key)) or (may_be and getattr(study, key) is None)):
+            yield (key,), f"must be an integer >= 1{may_be}, got {kind_of(getattr(study, key))}"
     steps = study.task_config["steps"]
     if not _is_count(steps):
         yield ("task_config", "steps"), f"must be an integer >= 1, got {kind_of(steps)}"

@@ -321,7 +321,6 @@ def _fit(
         parts=Parts(study.resources.workers, study.resources.nodes, study.resources.cpus, _gpus(study, cluster)),
     )
     with_resources = tune.with_resources(trainable, trainable.spec.parts.resources())
-    frequency = max(1, round(study.checkpoint_every / study.result_every))
     tuner = Tuner(
         with_resources,
         tune_config=TuneConfig(
@@ -339,7 +338,7 @@ def _fit(
             callbacks=[StudyCallback(folder, steps)],
             stop=BaselineStopper(),
             failure_config=FailureConfig(max_failures=PROCESS_FAILURES),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_frequency=frequency, checkpoint_at_end=True),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_at_end=True),
             verbose=0,
         ),
     )

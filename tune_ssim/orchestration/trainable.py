@@ -16,6 +16,7 @@ from typing import Any
 from pyarrow.fs import FileSelector, FileType
 from ray import tune
 from ray.exceptions import RayActorError
+from ray.tune.result import SHOULD_CHECKPOINT
 
 from tune_ssim.checkpoint import load_checkpoint
 from tune_ssim.errors import BadSetup, UserError
@@ -32,6 +33,7 @@ from tune_ssim.tasks.task import load_task
 
 CONTEXT = "tune_ssim"  # key of a trial's config under which a study says who the trial is
 OBJECTIVE = "delta_ssim"
+RESULT_S = 2.0  # a result costs the driver 8 ms (benchmarks/command.py): with ten trials at once it stays below 5 % of a core
 WORK = "work"  # in a study's folder: what the trainings themselves leave behind, a folder a trial
 
 
@@ -60,7 +62,8 @@ class TrialSpec:
     task: str | type | Mapping[str, Any]  # "my_pkg.train:MyTask", the class itself, or a command
     plan: TrialPlan
     task_config: Mapping[str, Any] = field(default_factory=dict)
-    result_every: int = 10  # training steps per result that Ray sees: a result costs Ray milliseconds, a step may not
+    result_every: int | None = 10  # training steps per result that Ray sees; None: one in RESULT_S seconds
+    checkpoint_every: int | None = None  # training steps; None: when Ray's CheckpointConfig says
     evaluate_every: int | None = None  # training steps between held-out evaluations for a scheduler; None: at the end only
     import_path: str | None = None  # put in front of sys.path on the workers, for a task beside the study file
     parts: Parts = Parts()
@@ -154,7 +157,14 @@ class GuardedTrainable(tune.Trainable):
 
     def _advance(self) -> dict[str, Any]:
         trial, spec = self.trial, self.spec
-        records = trial.advance(spec.result_every)
+        before, began, records = trial.step, time.monotonic(), []
+        while True:
+            records += trial.advance(spec.result_every or spec.plan.report_every)
+            to_save = _passed(spec.checkpoint_every, before, trial.step) and getattr(trial.task, "can_resume", True)
+            to_evaluate = trial.verdict is None and _passed(spec.evaluate_every, before, trial.step)
+            is_time = spec.result_every is not None or time.monotonic() - began >= RESULT_S
+            if trial.verdict is not None or to_save or to_evaluate or is_time:
+                break
         images, trial.images = trial.images, {}
         wrote, trial.wrote = trial.wrote, []
         last = records[-1].values if records else {}
@@ -167,8 +177,9 @@ class GuardedTrainable(tune.Trainable):
             spec.plan.objective: math.nan,  # until the end; Ray insists that every result has the searcher's metric
             **{name: last[name] for name in ("loss", "total_norm") if name in last},
         }
-        every = spec.evaluate_every
-        if every and trial.verdict is None and trial.step % every < spec.result_every and trial.step >= every:
+        if to_save:
+            result[SHOULD_CHECKPOINT] = True
+        if to_evaluate:
             result["held_out_now"] = trial.task.evaluate()[spec.plan.objective.removeprefix("delta_")]
         return result
 
@@ -281,6 +292,11 @@ class GuardedTrainable(tune.Trainable):
             self.failure = Verdict("error", f"{type(error).__name__}: {error} ({where})")
 
 
+def _passed(every: int | None, before: int, step: int) -> bool:
+    """Whether a multiple of `every` lies in (before, step]."""
+    return every is not None and step // every > before // every
+
+
 def _exists(checkpoint: tune.Checkpoint) -> bool:
     return bool(checkpoint.filesystem.get_file_info(checkpoint.path).type != FileType.NotFound)
 
@@ -310,8 +326,8 @@ def make_trainable(
     keep: Sequence[KeepRule] = (),
     objective: str = OBJECTIVE,
     report_every: int = 1,
-    result_every: int = 10,
-    checkpoint_every: int = 50,
+    result_every: int | None = 10,
+    checkpoint_every: int | None = None,
     evaluate_every: int | None = None,
     import_path: str | None = None,
     parts: Parts = Parts(),
@@ -322,7 +338,9 @@ def make_trainable(
 
     Its config: settings of the task, and `gain` as short for ssim_loss_weight = gain / ssim_grad_scale. Its last result has
     verdict, reason, pruned (0/1), pruned_by, harm (a graded constraint, feasible <= 0), the objective and every held-out metric;
-    `records` and `images` are for callbacks. The norm guard needs a baseline: wrap the searcher in `BaselineFirst`.
+    `records` and `images` are for callbacks. A result comes every `result_every` training steps, or with None every two seconds.
+    Every `checkpoint_every` steps it asks Ray for a checkpoint, beside what Ray's CheckpointConfig says. The norm guard needs a
+    baseline: wrap the searcher in `BaselineFirst`.
     """
     plan = TrialPlan(
         steps=steps,
@@ -330,7 +348,6 @@ def make_trainable(
         keep=tuple(keep),
         objective=objective,
         report_every=report_every,
-        checkpoint_every=checkpoint_every,
     )
-    spec = TrialSpec(task, plan, dict(task_config or {}), result_every, evaluate_every, import_path, parts)
+    spec = TrialSpec(task, plan, dict(task_config or {}), result_every, checkpoint_every, evaluate_every, import_path, parts)
     return type("GuardedTrial", (GuardedTrainable,), {"spec": spec})
