@@ -47,7 +47,7 @@ STEPS = {"vae_kl": 600, "flow_dino_kl": 400, "two_stage_vlm": 1016}
 # warm-up's middle.
 OPTIONS: dict[str, dict[str, float]] = {
     "vae_kl": {"units_floor": 4, "kl_after": 100},
-    "flow_dino_kl": {"ga": 2, "dino_after": 50},
+    "flow_dino_kl": {"ga": 2, "dino_after": 50, "kl_after": 100},
     "two_stage_vlm": {},
 }
 
