@@ -125,8 +125,11 @@ def test_unusable_files_are_named_and_skipped_or_refused(tmp_path: Path) -> None
     for name, words in expected.items():
         assert words in images.left_out[name]
     assert len(images.train) + len(images.held_out) == 12
-    with pytest.raises(UserError, match=r"9 files cannot be used: .*; and 4 more; remove them, or say data_errors: skip"):
+    for many in range(12):
+        (tmp_path / f"many{many:02}.png").touch()
+    with pytest.raises(UserError, match=r"21 files cannot be used: .*; and 1 more; remove them, or say data_errors: skip") as error:
         load_folder_images(tmp_path, 48, errors="refuse")
+    assert str(error.value).count("; ") == 21  # between them, and before the rest and the remedy
 
 
 def test_a_decompression_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

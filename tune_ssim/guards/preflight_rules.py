@@ -204,7 +204,7 @@ MIN_OWN_WINS = 0.8
 MAX_LATENT_RATIO = 1.0
 MIN_RECONSTRUCTION_CORRELATION = 0.3
 MIN_EXPLAINED = 0.0
-NAMED_FILES = 5  # in a sentence
+NAMED_FILES = 20  # in a sentence: what a screen holds
 # Of a channel of latents. Bundled VAE on its own photograph: deviations 0.88 to 0.95, means up to 0.12; on tissue sections, which
 # it does not know, 1.7 to 2.7 and 5.6.
 STD_RANGE, MAX_LATENT_MEAN = (1 / 3, 3.0), 2.0

@@ -40,7 +40,7 @@ PARTS = ("train", "held_out")
 CANDIDATES = 4  # places looked at for a crop that is not mostly background
 HELD_OUT_SEED = 20_251_122  # of the places of held-out crops: the same for every trial, whatever its seed
 WHITE = {"uint8": 255, "uint16": 65_535, "float32": 1}
-NAMED = 5  # files in a message
+NAMED = 20  # files in a message: what a screen holds
 
 
 class Unreadable(Exception):
