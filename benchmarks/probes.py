@@ -2,16 +2,19 @@
 
     python benchmarks/probes.py [--windows 15] [--output benchmarks/results/probes.json]
 
-Five trainings of the same model go step by step side by side, in changing order:
+Seven trainings of the same model go step by step side by side, in changing order:
   plain     forward, backward, AdamW
   watched   total_norm each step, GradientTaps every 16 steps on three modules (norms, coverage, update ratio), numbers fetched
             once in 16 steps
   norm      total_norm alone          taps      GradientTaps alone
   note      note 002 §9: a hook on every parameter, each with .item(), every step; no update ratio
+  clip      plain with clip_grad_norm_, as most loops have it; what it returns is the total norm, for nothing
+  clip_taps the same with GradientTaps: what watching adds to a loop that clips
 
-A figure is the difference of a step's CPU time to that of `plain` at the same step, over the median step of `plain`: the median
-over windows for each of the 16 places in a window, since taps work at three of them, and the mean of these. CPU time, since other
-processes on a shared machine disturb wall time by more than what is measured. `self`: within the watching lines alone.
+A figure is the difference of a step's CPU time to that of `plain` (of clip_taps: of `clip`) at the same step, over the median step
+of `plain`: the median over windows for each of the 16 places in a window, since taps work at three of them, and the mean of these.
+CPU time, since other processes on a shared machine disturb wall time by more than what is measured. `self`: within the watching
+lines alone.
 No GPU was measured: there `.item()` also waits for the device, and total_norm and taps do not.
 """
 
@@ -34,7 +37,8 @@ from tune_ssim.probes import GradientTaps, total_norm
 from tune_ssim.tasks.fundus_networks import Denoiser
 
 EVERY = 16
-VARIANTS = ("plain", "watched", "norm", "taps", "note")
+BESIDE = {"watched": "plain", "norm": "plain", "taps": "plain", "note": "plain", "clip": "plain", "clip_taps": "clip"}
+VARIANTS = ("plain", *BESIDE)
 
 
 class Training:
@@ -48,7 +52,7 @@ class Training:
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
         self.variant = variant
-        self.taps = GradientTaps(tags, every=EVERY) if variant in ("watched", "taps") else None
+        self.taps = GradientTaps(tags, every=EVERY) if variant in ("watched", "taps", "clip_taps") else None
         self.pending: list[dict[str, Any]] = []
         self.own: list[float] = []  # seconds of each step spent watching
         self.squares: dict[str, float] = {}
@@ -62,6 +66,8 @@ class Training:
         loss = self.loss(self.model)
         loss.backward()
         metrics: dict[str, Any] = {"loss": loss.detach()}
+        if self.variant.startswith("clip"):
+            metrics["total_norm"] = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         start = time.process_time()
         if self.variant in ("watched", "norm"):
             metrics["total_norm"] = total_norm(self.parameters)
@@ -115,6 +121,7 @@ def transformer(width: int, layers: int, tokens: int, batch: int) -> Callable[[]
 MODELS = {
     "bundled denoiser, batch 16": denoiser(16),
     "transformer 4×192, 4×64 tokens": transformer(192, 4, 64, 4),
+    "transformer 4×192, 16×64 tokens": transformer(192, 4, 64, 16),
     "bundled denoiser, batch 1": denoiser(1),
     "transformer 2×64, 2×16 tokens": transformer(64, 2, 16, 2),
 }
@@ -127,9 +134,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = [measure(name, make, arguments.windows) for name, make in MODELS.items()]
-    table = Table("model", "parameters", "step ms", *(f"{name} %" for name in VARIANTS[1:]), "self %", "self µs: norm + taps")
+    table = Table("model", "parameters", "step ms", *(f"{name} %" for name in BESIDE), "self %", "self µs: norm + taps")
     for row in rows:
-        costs = (f"{row['cost_percent'][name]:+.2f} ± {row['standard_error'][name]:.2f}" for name in VARIANTS[1:])
+        costs = (f"{row['cost_percent'][name]:+.2f} ± {row['standard_error'][name]:.2f}" for name in BESIDE)
         size = f"{row['parameters']:,} in {row['tensors']}"
         more = f"{row['self_percent']:.2f}", f"{row['total_norm_us']:.0f} + {row['taps_us']:.0f}"
         table.add_row(row["model"], size, f"{row['step_cpu_ms']:.1f}", *costs, *more)
@@ -149,10 +156,10 @@ def measure(name: str, make: Callable[[], Any], windows: int) -> dict[str, Any]:
     places = [range(EVERY + k, EVERY * (windows + 1) - 1, EVERY) for k in range(EVERY)]  # the first window warms up
     plain = statistics.median(spent["plain"][EVERY:])
     costs, errors = {}, {}
-    for variant in VARIANTS[1:]:
+    for variant, beside in BESIDE.items():
         found = []
         for place in places:
-            differences = [100 * (spent[variant][n] - spent["plain"][n]) / plain for n in place]
+            differences = [100 * (spent[variant][n] - spent[beside][n]) / plain for n in place]
             lower, middle, upper = statistics.quantiles(differences, n=4)
             found.append((middle, 0.93 * (upper - lower) / len(place) ** 0.5))  # standard error of a median
         costs[variant] = statistics.mean(middle for middle, _ in found)
