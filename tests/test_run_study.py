@@ -191,6 +191,25 @@ def test_killed_in_the_middle_and_resumed(tmp_path: Path) -> None:
     assert {trial["run_id"] for trial in json.loads(listed.stdout)} == {run.info.run_id for run in children}
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C, or a batch system that asks it to end: one line, and how to go on."""
+    study_file = tmp_path / "small.yaml"
+    study_file.write_text(small(name="interrupted", task_config={"steps": 100_000}).to_yaml())
+    driver = subprocess.Popen(command(tmp_path, study_file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = StudyFolder(tmp_path / "interrupted")
+    deadline = time.monotonic() + 120
+    while not any(event["event"] == "records" for event in folder.events()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    driver.send_signal(number)
+    out, error = driver.communicate(timeout=120)
+    assert driver.returncode == 130, (out, error)
+    next_line, last_line = error.splitlines()[-2:]
+    assert last_line == "error: interrupted"
+    assert "--resume --name interrupted" in next_line
+    assert "SIGTERM received" not in error
+
+
 def test_a_baseline_from_the_log_of_an_earlier_run(done: StudyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No baseline is run; norms are compared unpaired, and the output says what the log cannot prove."""
     runs = [event for event in done.events() if event["event"] == "records" and event["trial_id"] == "baseline-0"]

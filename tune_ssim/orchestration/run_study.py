@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,10 +161,24 @@ def _ray(study: Study, address: str | None) -> Iterator[dict[str, float]]:
                 raise
             raise UserError(f"--address {address}: {str(error).splitlines()[0]}") from None
     try:
-        yield ray.cluster_resources()
+        with _sigterm_as_ctrl_c() if mine else nullcontext():
+            yield ray.cluster_resources()
     finally:
         if mine:
             ray.shutdown()
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """A batch system or a container ends a study as Ctrl-C does; Ray's own handler prints a stack of addresses and dies."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that is not Python's
 
 
 def _require_reachable(address: str) -> None:
