@@ -832,9 +832,76 @@ def test_reading_many_rows_at_once_is_reading_each(
     assert together.trouble == alone.trouble
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "b.csv"])
+A_NUMBER = st.one_of(
+    st.floats(-50, 50).map(lambda value: f"{value:.4g}"),
+    st.integers(0, 10**12).map(str),
+    st.sampled_from(["nan", "NaN", "-inf", "Infinity", "+.5", "1.", "1e400", "x", "0x1"]),
+)
+STEP_FORMS = ["step {}", "Step: {}/1000", "iter=[{}]", "global_step: {}", "(step={:07d}) ", "(step={:07d}/epoch=0003) "]
+NAMES = [
+    "loss",
+    "loss_2",
+    "Total Norm",
+    "train/loss",
+    "Train Loss mse",
+    "Train Loss l1",
+    "lr",
+    "epoch",
+    "it",
+    "x-y",
+    "eta",
+    "step_time",
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    head=st.sampled_from(["", "[2026-11-22 1{0}:0{0}:59] ", "INFO {0}{0}: ", "rank{0} "]),
+    form=st.sampled_from(STEP_FORMS),
+    fields=st.lists(
+        st.tuples(st.sampled_from(NAMES), st.sampled_from([": ", "=", " ", " : "]), st.sampled_from(["", "s", "%", " MB", ")"])),
+        min_size=1,
+        max_size=4,
+    ),
+    joiner=st.sampled_from([" ", " | ", ", "]),
+    tail=st.sampled_from(["", " [{0}/100]", " v1.{0}", " (gpu{0} 3GB)", "x{0}"]),
+    numbers=st.lists(A_NUMBER, min_size=8, max_size=8),
+    gaps=st.lists(st.sampled_from([1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 7, -3]), min_size=40, max_size=60),
+    odd=st.lists(
+        st.tuples(st.integers(0, 60), st.sampled_from(["chatter", "", "step 5 loss 1", "loss=3", "(step=9) a: 1"])), max_size=3
+    ),
+    pattern=st.sampled_from([None, r"(?:tep|iter)\D{1,3}(?P<step>\d+)\D+(?P<a>\d[\d.]*)(?:\D+(?P<b>\d[\d.]*))?"]),
+)
+def test_reading_lines_that_are_alike_is_reading_each(
+    head: str, form: str, fields: list[tuple[str, str, str]], joiner: str, tail: str, numbers: list[str], gaps: list[int],
+    odd: list[tuple[int, str]], pattern: str | None,
+) -> None:  # fmt: skip
+    texts, step = [], 0
+    for k, gap in enumerate(gaps):
+        step = max(step + gap, 0)
+        # Each number in a line or two; most of the others are plain.
+        shown = [numbers[(k + at) % 8] if (k + at) % 19 == 0 else f"{k * (at + 1) / 7:.5g}" for at in range(len(fields))]
+        line = [form.format(step)] + [name + sign + number + end for (name, sign, end), number in zip(fields, shown, strict=True)]
+        texts.append((head + "{1}" + tail).format(k % 10, joiner.join(line)))
+    for place, text in odd:
+        texts.insert(place, text)
+    together, alone = (LineParser(format="text", pattern=pattern, names={"loss_2": "loss", "a": "total_norm"}) for _ in range(2))
+    half = len(texts) // 2  # what is read first says how the rest looks
+    found = [
+        record for part in (texts[:half], texts[half:]) for record in together.feed("".join(text + "\n" for text in part).encode())
+    ] + together.finish()
+    one_by_one = [record for text in texts for record in alone.feed(text.encode() + b"\n")] + alone.finish()
+    assert exact(found) == exact(one_by_one)
+    assert together.trouble == alone.trouble
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.csv", "d.log"])
 def test_a_plain_log_is_read_as_tables(tmp_path: Path, name: str) -> None:
-    parts = list(open_source(write(tmp_path / name, DOORS[name])).parts())
+    path = write(tmp_path / name, DOORS[name][:1000])
+    source = open_source(path)
+    parts = list(source.parts())
+    write(path, DOORS[name])
+    parts += source.parts()
     assert any(isinstance(part, Table) for part in parts)
     assert [record for part in parts for record in part] == RUN[:-1]
 

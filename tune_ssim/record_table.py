@@ -96,6 +96,16 @@ class Table(Sequence[Record]):
             return Table(self.steps[index], rows=self._rows[index])
         return Table(self.steps[index], columns={name: values[index] for name, values in (self._columns or {}).items()})
 
+    def behind(self, first: Record) -> Table:
+        """This table with a record of the same metrics before it."""
+        import numpy as np
+
+        steps = [first.step, *self.steps]
+        if self._rows is not None:
+            return Table(steps, rows=[first.values, *self._rows])
+        columns = (self._columns or {}).items()
+        return Table(steps, columns={name: np.concatenate(([first.values[name]], values)) for name, values in columns})
+
     def __iter__(self) -> Iterator[Record]:
         return map(Record, self.steps, map(self._values, range(len(self.steps))))
 

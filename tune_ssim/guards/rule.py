@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from tune_ssim.guards.condition import Condition, check_action
@@ -73,7 +73,7 @@ class Rule(InPlace):
         parts = state["parts"]
         if len(parts) == 1:
             return [(row, self._of([said])) for row, said in self.when[0].fold_table(parts[0], table)]
-        before = deepcopy(parts)
+        before = pickle.loads(pickle.dumps(parts))  # plain data: ten times as fast as deepcopy
         said = [condition.fold_table(part, table) for condition, part in zip(self.when, parts, strict=True)]
         # A condition speaks when it comes to hold: one that is silent and does not hold now did not hold at any record.
         if any(not found and not part["holds"] and not old["holds"] for found, part, old in zip(said, parts, before, strict=True)):

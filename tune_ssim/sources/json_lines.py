@@ -11,7 +11,7 @@ from tune_ssim.sources.values import Names, numbers_of
 
 TAG = "TUNE_SSIM {"  # what a training prints before its JSON, so that nothing else in its output is taken for a row
 
-TOGETHER = 1024  # lines that are decoded at once: the decoder then makes each name once and not for every line
+TOGETHER = 4096  # lines that are decoded at once: each name is then made once, and they become one table
 
 # strict=False: a control character in a text is no reason to lose the numbers beside it.
 _decode: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder(strict=False))["scan_once"]  # (text, begin) → (value, end)

@@ -12,7 +12,7 @@ from tune_ssim.records import Record
 from tune_ssim.sources.parser import LineParser
 from tune_ssim.sources.trouble import Trouble
 
-CHUNK_BYTES = 256 * 1024  # the records of so much are held at a time
+CHUNK_BYTES = 1024 * 1024  # the records of so much are held at a time
 TAIL_BYTES = 64  # read last, and looked at again before more is read: a file that was rewritten differs there
 
 WAS_REPLACED = "the log was replaced while it was read: steps that it repeats are passed over"

@@ -15,7 +15,7 @@ from tune_ssim.sources.text_lines import HOW_A_PATTERN_LOOKS, PRINTED, PatternLi
 from tune_ssim.sources.trouble import Trouble, excerpt
 
 LINE_FORMATS = ("jsonl", "csv", "text")
-FEED_BYTES = 256 * 1024  # split at a time, so that a large piece needs no memory several times over
+FEED_BYTES = 1024 * 1024  # split at a time, so that a large piece needs no memory several times over
 SHOWN_LINES = 3  # of a log that is nothing we know, in the message
 
 

@@ -21,12 +21,12 @@ class RecordLines:
     def __init__(self, pattern: str | Sequence[str] | None, names: Mapping[str, str], printed: bool) -> None:
         self._names = Names(names)
         known = [pattern] if isinstance(pattern, str) else list(pattern or ())
-        self._readers = [PRINTED[name](self._names) for name in known if name in PRINTED]
+        self._readers = [PRINTED[name](self._names).read for name in known if name in PRINTED]
         self._patterns = [compiled(text) for text in known if text not in PRINTED]
         self._any = printed and pattern is None
         if self._any:
-            self._readers = [reader(self._names) for reader in PRINTED.values()]
-        self._key_values = key_values(self._names)
+            self._readers = [printed(self._names).read for printed in PRINTED.values()]
+        self._key_values = key_values(self._names).read
 
     def takes(self, line: str) -> bool:
         line = line[:MAX_PATTERN_TEXT]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tune_ssim.record_table import Table
@@ -10,7 +10,11 @@ from tune_ssim.sources.steps import Steps
 from tune_ssim.sources.trouble import Trouble
 from tune_ssim.sources.values import MAX_STEP, Names, numbers_of, step_in
 
-FLOAT = {float}
+FLOAT, NUMBER = {float}, {float, int}
+
+
+def are_steps(values: Sequence[Any]) -> bool:
+    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= MAX_STEP
 
 
 class Rows:
@@ -38,8 +42,35 @@ class Rows:
         before = self.names.steps[: self.names.steps.index(key)] if key else ()
         if key is None or any(name in row for name in before for row in rows):
             return False
+        return self._add_columns_of(rows, key) or self._add_rows(rows, key)
+
+    def add_columns(self, steps: Sequence[int], columns: Mapping[str, Sequence[float]], names: Names) -> bool:
+        """The same for rows of one and the same metrics; they are renamed as `names` says."""
+        if not columns or not are_steps(steps):
+            return False
+        return self.steps.add_table(Table(steps, columns=names.rename(dict(columns)) if names.given else columns))
+
+    def _add_columns_of(self, rows: list[dict[str, Any]], key: str) -> bool:
+        """The usual log: every row has the same names in the same order, and plain numbers."""
+        names = tuple(rows[0])
+        if len(names) < 2 or not all(map(names.__eq__, map(tuple, rows))):
+            return False
+        columns: dict[str, Any] = dict(zip(names, zip(*map(dict.values, rows), strict=True), strict=True))
+        steps = columns.pop(key)
+        for name, values in columns.items():
+            types = set(map(type, values))
+            if types != FLOAT:
+                if not types <= NUMBER:
+                    return False
+                try:
+                    columns[name] = tuple(map(float, values))
+                except OverflowError:
+                    return False
+        return self.add_columns(steps, columns, self.names)
+
+    def _add_rows(self, rows: list[dict[str, Any]], key: str) -> bool:
         steps: list[Any] = [row.get(key) for row in rows]
-        if set(map(type, steps)) != {int} or min(steps) < 0 or max(steps) > MAX_STEP:
+        if not are_steps(steps):
             return False
         values = []
         for row in rows:

@@ -71,8 +71,11 @@ class Steps:
             return False
         if self._step < 0:
             self._knows_steps()
-        self._release(table.steps[0])
-        self._part()
+        if self.held() is not None and self._given is None and not self._released and tuple(self._values) == table.metrics:
+            table = table.behind(Record(self._step, self._values))  # one part, not two
+        else:
+            self._release(table.steps[0])
+            self._part()
         self._parts.append(table[:-1])
         self.last = table.steps[-2]
         held = table[len(table) - 1]

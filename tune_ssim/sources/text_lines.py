@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from tune_ssim.errors import UserError
 from tune_ssim.sources.bounded_search import LINE_LIMIT_S, MAX_PATTERN_TEXT, SLOW_LINES, BoundedSearch
+from tune_ssim.sources.line_shape import NUMBER, LineShape, Places
 from tune_ssim.sources.rows import Rows
 from tune_ssim.sources.trouble import excerpt
 from tune_ssim.sources.values import Names, text_number
 
-TOGETHER = 1000  # lines that are searched at once
+TOGETHER = 4096  # lines that are searched at once: a table of them costs the guards little more than one of a few
+ALIKE = 8  # of fewer it is not asked whether they are alike
+MISFITS = 10  # after so many blocks in a row that were not, it is not asked any more
 
 HOW_A_PATTERN_LOOKS = r"a regular expression with named groups, one of them `step`, e.g. 'step (?P<step>\d+) .*loss (?P<loss>\S+)'"
 
-# A line → (its step or None, its numbers by their names); None if it is no row.
-Reader = Callable[[str], "tuple[str | None, dict[str, float]] | None"]
 
-# Built so that no text needs more than a number of steps proportional to its length.
-NUMBER = r"[-+]?(?:\d{1,40}(?:\.\d{0,40})?(?:e[-+]?\d{1,9})?|\.\d{1,40}(?:e[-+]?\d{1,9})?|nan|inf(?:inity)?)"
+class Printed(NamedTuple):
+    """How rows are printed. read: a line → (its step or None, its numbers by their names); None if it is no row. look: what is
+    looked at of a line. places: where all that stands; None where it has no step."""
+
+    read: Callable[[str], tuple[str | None, dict[str, float]] | None]
+    look: Callable[[str], str]
+    places: Callable[[str], Places | None]
+
+
 # `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A unit behind the number (`0.3s`) makes it something else.
 # In lower case.
 PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.])")
@@ -73,6 +82,8 @@ class PatternLines:
         for begin in range(0, len(lines), TOGETHER):
             block = shortened(lines[begin : begin + TOGETHER])
             found = [self._search(pattern, block, number + begin) for pattern in self._patterns]
+            if len(found) == 1 and self._add_together([match for match in found[0] if match is not None]):
+                continue
             for at, matches in enumerate(zip(*found, strict=True), number + begin):
                 for match in matches:
                     if match is not None:
@@ -95,6 +106,24 @@ class PatternLines:
         if pattern.given_up:
             self._rows.trouble.note(f"pattern {pattern.pattern.pattern!r} was given up after {SLOW_LINES} lines that took too long")
         return found
+
+    def _add_together(self, matches: list[re.Match[str]]) -> bool:
+        """Rows of one pattern in which every group found a plain number; False: nothing was used up."""
+        if len(matches) < ALIKE:
+            return False
+        places = self._patterns[0].pattern.groupindex
+        texts = dict(zip(places, zip(*(match.group(*places.values()) for match in matches), strict=True), strict=True))
+        steps = texts.pop("step")
+        if not all(step is not None and len(step) < 19 and step.isascii() and step.isdigit() for step in steps):
+            return False
+        try:
+            columns = {self._rows.names[name]: tuple(map(float, column)) for name, column in texts.items()}
+        except (TypeError, ValueError):  # a group that took no part, or that found something else
+            return False
+        if not self._rows.add_columns(list(map(int, steps)), columns, self._rows.names):
+            return False
+        self._unmatched.never = False
+        return True
 
     def _add(self, found: re.Match[str], number: int) -> None:
         names, texts = self._rows.names, found.groupdict()
@@ -138,36 +167,83 @@ class PrintedLines:
         self._rows = rows
         given = rows.names.given
         self._names = Names({**{theirs.lower(): ours for theirs, ours in given.items()}, **given})  # key_values lowers names
-        self._readers = {known: reader(self._names) for known, reader in PRINTED.items()}
+        self._printed = {known: printed(self._names) for known, printed in PRINTED.items()}
         self._may_change = name is None
         self._unmatched = Unmatched()
         self.name = name
+        self._shape: LineShape | None = None  # of the rows lately
+        self._misfits = 0  # blocks in a row in which some line had another one
 
     def recognises(self, line: str) -> bool:
         """Whether a built-in pattern knows this line; the first that does is kept."""
         line = line[:MAX_PATTERN_TEXT]
         if self.name is None:
-            self.name = next((name for name, read in self._readers.items() if read(line) is not None), None)
+            self.name = next((name for name, printed in self._printed.items() if printed.read(line) is not None), None)
         return self.name is not None
 
     def take(self, lines: list[str], number: int) -> None:
         """The lines `number`, `number` + 1, … of the log."""
-        for at, line in enumerate(shortened(lines), number):
+        for begin in range(0, len(lines), TOGETHER):
+            block = shortened(lines[begin : begin + TOGETHER])
+            if self._shape is None:
+                self._take_each(block, number + begin)
+            else:
+                self._take_alike(self._shape, block, number + begin)
+
+    def _take_alike(self, shape: LineShape, lines: list[str], number: int) -> None:
+        """Lines of which most have the shape of a row before them."""
+        matches = [shape.match(line) for line in map(self._printed[self.name or ""].look, lines)]
+        if matches.count(None) > len(lines) // 2:
+            self._shape = None
+            self._misfits += 1
+        else:
+            self._misfits = 0
+        for fits, of_run in groupby(enumerate(matches), key=lambda place: place[1] is not None):
+            run = list(of_run)
+            begin, end = run[0][0], run[-1][0] + 1
+            together = fits and len(run) >= ALIKE
+            if not (together and self._rows.add_columns(*shape.columns([m for _, m in run if m is not None]), self._names)):
+                self._take_each(lines[begin:end], number + begin)
+
+    def _take_each(self, lines: list[str], number: int) -> None:
+        wants_shape = self._shape is None and len(lines) >= ALIKE and self._misfits < MISFITS
+        for at, line in enumerate(lines, number):
             if self.name is None and not self.recognises(line):
                 self._unmatched.take([line])
                 continue
-            row = self._readers[self.name or ""](line)
+            row = self._printed[self.name or ""].read(line)
             if row is None:
                 if self._unmatched.never:
                     self._unmatched.take([line])
                 continue
             self._unmatched.never = False
-            if self._may_change and self.name == "key_values" and self._readers["bagel"](line) is not None:
+            if self._may_change and self.name == "key_values" and self._printed["bagel"].read(line) is not None:
                 self.name = "bagel"
                 self._rows.forget()
-                row = self._readers["bagel"](line) or row
+                row = self._printed["bagel"].read(line) or row
             step, values = row
+            if wants_shape:
+                self._shape = self._shape_of(line, row)
+                wants_shape = self._shape is None
             self._rows.add(step, self._names.rename(values) if self._names.given else values, at, line)
+
+    def _shape_of(self, line: str, row: tuple[str | None, dict[str, float]]) -> LineShape | None:
+        """Of a row, as far as reading by it gives the same."""
+        printed = self._printed[self.name or ""]
+        seen = printed.look(line)
+        places = printed.places(seen)
+        if places is None:
+            return None
+        try:
+            shape = LineShape(seen, places)
+        except ValueError:
+            return None
+        match = shape.match(seen)
+        if match is None or row[0] is None:
+            return None
+        (step,), columns = shape.columns([match])
+        same = repr((int(row[0]), row[1])) == repr((step, {name: values[0] for name, values in columns.items()}))  # also of NaN
+        return shape if same else None
 
     def unmatched(self) -> str:
         """Says so if no line was a row."""
@@ -201,7 +277,7 @@ def compiled(pattern: str) -> re.Pattern[str]:
     return found
 
 
-def key_values(names: Names) -> Reader:
+def key_values(names: Names) -> Printed:
     """`step 12 | loss 0.31 | grad_norm: 1.2`, `Step: 12, Loss=0.31`, and dictionaries as Hugging Face's Trainer prints
     them. Names in lower case. A line needs a step, unless it is a dictionary."""
     steps = "|".join(re.escape(name.lower()) for name in (*names.steps, "train_step", "global step"))
@@ -217,7 +293,15 @@ def key_values(names: Names) -> Reader:
         values = {name: float(text) for name, text in PAIR.findall(lower) if name not in is_step}
         return (found.group(1) if found else None, values) if values else None
 
-    return read
+    def places(lower: str) -> Places | None:
+        found = step_of.search(lower)
+        if found is None:
+            return None
+        return Places(
+            found.span(1), [(pair[1], pair.span(1), pair.span(2)) for pair in PAIR.finditer(lower) if pair[1] not in is_step]
+        )
+
+    return Printed(read, str.lower, places)
 
 
 # `(step=0000120) Train Loss mse: 0.4123, Train Loss ce: 0.5511, Train Steps/Sec: 0.08, ` as BAGEL's
@@ -226,7 +310,7 @@ BAGEL_STEP = re.compile(r"\(step=(\d{1,19})[^()]{0,80}\) ")
 BAGEL_NAMES = {"mse": "loss_flow", "ce": "loss_ce", "ssim": "loss_ssim", "pixel": "loss_pixel"}
 
 
-def bagel(names: Names) -> Reader:
+def bagel(names: Names) -> Printed:
     """`Train Loss KEY` becomes KEY, under our name where BAGEL's is another (`mse` is the flow loss); `Train Loss`
     becomes `loss`, `Train Steps/Sec` steps_per_sec."""
     known: dict[str, str] = {}
@@ -260,10 +344,23 @@ def bagel(names: Names) -> Reader:
             values[known[text]] = value
         return (found.group(1), values) if values else None
 
-    return read
+    def places(line: str) -> Places | None:
+        found = BAGEL_STEP.search(line)
+        if found is None:
+            return None
+        metrics, at = [], found.end()
+        for part in line[at:].split(","):
+            text, colon, number = part.partition(": ")
+            begin = at + len(text) + len(colon)
+            if colon and re.fullmatch(NUMBER, number):
+                metrics.append((name_of(text), (at, at + len(text)), (begin, begin + len(number))))
+            at += len(part) + 1
+        return Places(found.span(1), metrics)
+
+    return Printed(read, str, places)
 
 
-PRINTED: dict[str, Callable[[Names], Reader]] = {"bagel": bagel, "key_values": key_values}
+PRINTED: dict[str, Callable[[Names], Printed]] = {"bagel": bagel, "key_values": key_values}
 
 
 def text_format(rows: Rows, pattern: str | Sequence[str] | None) -> PatternLines | PrintedLines:

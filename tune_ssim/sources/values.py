@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from tune_ssim.errors import UserError
 
 # Where a row says its step, the first that is there: plain loops; Hugging Face and MMEngine; wandb; Lightning in wandb.
 STEP_NAMES = ("step", "global_step", "iter", "iteration", "_step", "trainer/global_step")
 MAX_STEP = 2**63 - 1  # as TensorBoard and MLflow store it
+Value = TypeVar("Value")
 NESTED = 3  # levels of objects in a JSON row that are read, as "train/loss"
 KNOWN_NAMES = 10_000  # remembered; a log whose names never repeat must not fill the memory
 
@@ -44,7 +45,7 @@ class Names(dict[str, str]):
                 return row.pop(key)
         return None
 
-    def rename(self, values: dict[str, float]) -> dict[str, float]:
+    def rename(self, values: dict[str, Value]) -> dict[str, Value]:
         """What `given` says, which beats a metric that had our name already."""
         moved = {ours: values.pop(theirs) for theirs, ours in self.given.items() if theirs in values}
         values.update(moved)
