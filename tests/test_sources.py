@@ -838,7 +838,7 @@ A_NUMBER = st.one_of(
     st.sampled_from(["nan", "NaN", "-inf", "Infinity", "+.5", "1.", "1e400", "x", "0x1"]),
 )
 STEP_FORMS = ["step {}", "Step: {}/1000", "iter=[{}]", "global_step: {}", "(step={:07d}) ", "(step={:07d}/epoch=0003) "]
-NAMES = [
+PRINTED_NAMES = [
     "loss",
     "loss_2",
     "Total Norm",
@@ -859,7 +859,9 @@ NAMES = [
     head=st.sampled_from(["", "[2026-11-22 1{0}:0{0}:59] ", "INFO {0}{0}: ", "rank{0} "]),
     form=st.sampled_from(STEP_FORMS),
     fields=st.lists(
-        st.tuples(st.sampled_from(NAMES), st.sampled_from([": ", "=", " ", " : "]), st.sampled_from(["", "s", "%", " MB", ")"])),
+        st.tuples(
+            st.sampled_from(PRINTED_NAMES), st.sampled_from([": ", "=", " ", " : "]), st.sampled_from(["", "s", "%", " MB", ")"])
+        ),
         min_size=1,
         max_size=4,
     ),

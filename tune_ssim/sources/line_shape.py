@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 # Built so that no text needs more than a number of steps proportional to its length. In lower case.
 NUMBER = r"[-+]?(?:\d{1,40}(?:\.\d{0,40})?(?:e[-+]?\d{1,9})?|\.\d{1,40}(?:e[-+]?\d{1,9})?|nan|inf(?:inity)?)"
+# What a number is made of: quicker to find, and float() then knows whether it is one.
+OF_A_NUMBER = r"[-+.0-9a-z]{1,40}"
 DIGITS = re.compile(r"\d+")
 
 Span = tuple[int, int]
@@ -32,7 +34,7 @@ class LineShape:
             words[name] = re.escape(line[slice(*name)])
             if number in words or not re.fullmatch(NUMBER, line[slice(*number)]):
                 raise ValueError("two metrics in one place, or no number")
-            words[number] = f"({NUMBER})"
+            words[number] = f"({OF_A_NUMBER})"
             columns[number] = metric
         pattern, at = "", 0
         for begin, end in sorted(words):
@@ -40,15 +42,22 @@ class LineShape:
                 raise ValueError("places overlap")
             pattern += _any_digits(line[at:begin]) + words[begin, end]
             at = end
-        self.match = re.compile(pattern + _any_digits(line[at:])).fullmatch
+        self._shape = re.compile("^" + pattern + _any_digits(line[at:]) + "$", re.MULTILINE)
         self._names = [columns[place] for place in sorted(columns)]
 
-    def columns(self, matches: Iterable[re.Match[str]]) -> tuple[list[int], dict[str, Sequence[float]]]:
-        """Of lines of this shape the steps, and metric → its numbers. Of metrics of one name the last counts."""
+    def read(self, lines: Sequence[str]) -> Sequence[tuple[str, ...] | None]:
+        """The texts of each line's numbers; None for one of another shape."""
+        found: list[tuple[str, ...]] = self._shape.findall("\n".join(lines))
+        if len(found) == len(lines):
+            return found
+        return [match.groups() if (match := self._shape.fullmatch(line)) else None for line in lines]
+
+    def columns(self, texts: Iterable[tuple[str, ...]]) -> tuple[list[int], dict[str, Sequence[float]]]:
+        """Of lines of this shape the steps, and metric → its numbers. Of metrics of one name the last counts. Raises ValueError
+        where a text is no number."""
         steps: list[int] = []
         columns: dict[str, Sequence[float]] = {}
-        texts = zip(*(match.groups() for match in matches), strict=True)
-        for name, column in zip(self._names, texts, strict=True):
+        for name, column in zip(self._names, zip(*texts, strict=True), strict=True):
             if name:
                 columns[name] = tuple(map(float, column))
             else:

@@ -192,18 +192,24 @@ class PrintedLines:
 
     def _take_alike(self, shape: LineShape, lines: list[str], number: int) -> None:
         """Lines of which most have the shape of a row before them."""
-        matches = [shape.match(line) for line in map(self._printed[self.name or ""].look, lines)]
-        if matches.count(None) > len(lines) // 2:
+        texts = shape.read(list(map(self._printed[self.name or ""].look, lines)))
+        if texts.count(None) > len(lines) // 2:
             self._shape = None
             self._misfits += 1
         else:
             self._misfits = 0
-        for fits, of_run in groupby(enumerate(matches), key=lambda place: place[1] is not None):
+        begin = 0
+        for fits, of_run in groupby(texts, key=lambda text: text is not None):
             run = list(of_run)
-            begin, end = run[0][0], run[-1][0] + 1
-            together = fits and len(run) >= ALIKE
-            if not (together and self._rows.add_columns(*shape.columns([m for _, m in run if m is not None]), self._names)):
-                self._take_each(lines[begin:end], number + begin)
+            if not (fits and len(run) >= ALIKE and self._add_run(shape, run)):
+                self._take_each(lines[begin : begin + len(run)], number + begin)
+            begin += len(run)
+
+    def _add_run(self, shape: LineShape, texts: list[Any]) -> bool:
+        try:
+            return self._rows.add_columns(*shape.columns(texts), self._names)
+        except ValueError:  # what looked like a number
+            return False
 
     def _take_each(self, lines: list[str], number: int) -> None:
         wants_shape = self._shape is None and len(lines) >= ALIKE and self._misfits < MISFITS
@@ -238,10 +244,10 @@ class PrintedLines:
             shape = LineShape(seen, places)
         except ValueError:
             return None
-        match = shape.match(seen)
-        if match is None or row[0] is None:
+        (texts,) = shape.read([seen])
+        if texts is None or row[0] is None:
             return None
-        (step,), columns = shape.columns([match])
+        (step,), columns = shape.columns([texts])
         same = repr((int(row[0]), row[1])) == repr((step, {name: values[0] for name, values in columns.items()}))  # also of NaN
         return shape if same else None
 
