@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -88,6 +89,12 @@ def test_pages(uri: str, run: tuple[mlflow.MlflowClient, str], monkeypatch: pyte
 def test_no_such_run(uri: str, name: str) -> None:
     with pytest.raises(UserError, match=r"RUN_ID|not found"):
         open_run(name, tracking_uri=uri)
+
+
+def test_a_database_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such database"):
+        open_run("mlflow:0123", tracking_uri=f"sqlite:///{tmp_path}/none.db")
+    assert not (tmp_path / "none.db").exists()
 
 
 def test_a_server_that_is_away(uri: str, run: tuple[mlflow.MlflowClient, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_ssim.errors import UserError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 COMMANDS = "tune_ssim commands"  # the experiment of runs that scripts log to by themselves
 PREFIXES = ("mlflow:", "runs:/")
+SQLITE = "sqlite:///"
 
 
 def open_run(
@@ -37,12 +39,15 @@ def open_run(
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = mlflow.MlflowClient(tracking_uri=tracking_uri)
+    uri = tracking_uri or mlflow.get_tracking_uri()
+    where = f"(tracking URI {hide_password(uri)}{'' if tracking_uri else '; $MLFLOW_TRACKING_URI says another'})"
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE).partition("?")[0]).exists():  # MLflow would make an empty one
+        raise UserError(f"{run}: there is no such database {where}")
+    client = mlflow.MlflowClient(tracking_uri=uri)
     try:
         client.get_run(run_id)
     except (MlflowException, OSError) as error:
-        where = hide_password(tracking_uri or mlflow.get_tracking_uri())
-        raise UserError(f"{run}: {in_words(error)} (tracking URI {where})") from None
+        raise UserError(f"{run}: {in_words(error)} {where}") from None
     source = MLflowRun(client, run_id, names)
     if state is not None:
         source.load_state(state)
