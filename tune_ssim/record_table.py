@@ -98,13 +98,24 @@ class Table(Sequence[Record]):
 
     def behind(self, first: Record) -> Table:
         """This table with a record of the same metrics before it."""
+        if self._rows is not None:
+            return Table([first.step, *self.steps], rows=[first.values, *self._rows])
+        before = Table([first.step], columns={name: [first.values[name]] for name in self._columns or {}})
+        return Table.joined([before, self])
+
+    @classmethod
+    def joined(cls, tables: Sequence[Table]) -> Table:
+        """Tables of the same metrics by columns, one after the other."""
         import numpy as np
 
-        steps = [first.step, *self.steps]
-        if self._rows is not None:
-            return Table(steps, rows=[first.values, *self._rows])
-        columns = (self._columns or {}).items()
-        return Table(steps, columns={name: np.concatenate(([first.values[name]], values)) for name, values in columns})
+        steps = list(chain.from_iterable(table.steps for table in tables))
+        columns = [table._columns or {} for table in tables]
+        return cls(steps, columns={name: np.concatenate([part[name] for part in columns]) for name in columns[0]})
+
+    @property
+    def by_columns(self) -> tuple[str, ...] | None:
+        """The names of the columns that it was made of, if it was."""
+        return None if self._columns is None else tuple(self._columns)
 
     def __iter__(self) -> Iterator[Record]:
         return map(Record, self.steps, map(self._values, range(len(self.steps))))

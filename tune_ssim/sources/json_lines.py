@@ -11,7 +11,7 @@ from tune_ssim.sources.values import Names, numbers_of
 
 TAG = "TUNE_SSIM {"  # what a training prints before its JSON, so that nothing else in its output is taken for a row
 
-TOGETHER = 4096  # lines that are decoded at once: each name is then made once, and they become one table
+TOGETHER = 512  # lines that are decoded at once: names are then made once for all, and it stays in the cache
 
 # strict=False: a control character in a text is no reason to lose the numbers beside it.
 _decode: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder(strict=False))["scan_once"]  # (text, begin) → (value, end)

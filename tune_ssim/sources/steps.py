@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from tune_ssim.record_table import Table
@@ -90,7 +91,7 @@ class Steps:
         """The same, those that came together as one table."""
         self._part()
         parts, self._parts = self._parts, []
-        return parts
+        return joined(parts) if len(parts) > 1 else parts
 
     def _part(self) -> None:
         if self._released:
@@ -191,3 +192,12 @@ class Steps:
         self._rows, self._has_steps = data["rows"], data["has_steps"]
         self._waiting = [(dict(values), line, text) for values, line, text in data["waiting"]]
         self._heard_up_to = data["heard_up_to"]
+
+
+def joined(parts: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
+    """Tables of the same metrics that follow one another as one: it costs the guards little more than any of them."""
+    found: list[Sequence[Record]] = []
+    for names, of_run in groupby(parts, key=lambda part: part.by_columns if isinstance(part, Table) else None):
+        run = list(of_run)
+        found += run if names is None or len(run) == 1 else [Table.joined([part for part in run if isinstance(part, Table)])]
+    return found
