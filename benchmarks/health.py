@@ -150,8 +150,12 @@ CASES: dict[str, Case] = {
     "flow_dino_kl/DINO too early": Case(
         "flow_dino_kl", {"dino_alpha": 100.0, "dino_warmup": 0.0}, ("dino_pushes", "dino_stuck", "flow_stuck", "flow_unstable")
     ),
-    "flow_dino_kl/KL too weak": Case("flow_dino_kl", {"kl_weight": 0.0}, ("kl_rising", "z_var_low", "z_var_high", "z_mean")),
-    "flow_dino_kl/KL too strong": Case("flow_dino_kl", {"kl_weight": 1.0}, ("z_var_low", "dino_stuck", "flow_stuck")),
+    "flow_dino_kl/KL too weak": Case(
+        "flow_dino_kl", {"kl_weight": 0.0}, ("kl_idle", "kl_rising", "z_var_low", "z_var_high", "z_mean")
+    ),
+    "flow_dino_kl/KL too strong": Case(
+        "flow_dino_kl", {"kl_weight": 1.0}, ("kl_vanished", "z_var_low", "dino_stuck", "flow_stuck")
+    ),
     "flow_dino_kl/log_var unclamped": Case(
         "flow_dino_kl",
         {"kl_weight": 0.0, "kl_max_variance": None, "lr": 0.03},

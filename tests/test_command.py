@@ -28,6 +28,7 @@ from tune_ssim.study import load_study
 from tune_ssim.study_folder import StudyFolder
 from tune_ssim.tasks.command import CommandTask
 from tune_ssim.tasks.command_spec import CommandSpec, fill, fill_value
+from tune_ssim.tasks.echoes import agrees
 from tune_ssim.tasks.task import load_task
 
 TESTS = Path(__file__).parent
@@ -323,6 +324,46 @@ def test_a_failed_trial_says_how_far_it_came() -> None:
     trainable.cleanup()
 
 
+@pytest.mark.parametrize("result_every", [None, 10, 1])
+def test_what_a_training_gave_before_it_failed_is_kept(result_every: int | None) -> None:
+    from tune_ssim.orchestration.trainable import make_trainable
+
+    fails = "for n in range(1, 19): print('step %d loss 0.5' % n)\nraise SystemExit(3)"
+    command = {"command": ["{python}", "-c", fails], "records": {"pattern": STEP_LOSS}}
+    trainable = make_trainable(command, (NonFinite(),), steps=40, result_every=result_every, report_every=4)({})
+    found: list[int] = []
+    while "done" not in (result := trainable.step()):
+        found += [record[0] for record in result["records"]]
+    found += [record[0] for record in result["records"]]
+    assert result["verdict"] == "error" and found == list(range(1, 19))
+    trainable.cleanup()
+
+
+def test_a_command_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
+    """Its process died before it had written any; Ray has saved the trial all the same."""
+    from tune_ssim.orchestration.trainable import make_trainable
+
+    code = "import time\nfor n in range(1, 41): print('step %d loss 0.5' % n, flush=True); time.sleep(0.01)"
+    command = {
+        "command": ["{python}", "-c", code],
+        "records": {"pattern": STEP_LOSS},
+        "checkpoints": "{exp_dir}/{step}.pt",
+        "resume": ["--resume", "{checkpoint}"],
+    }
+    kind = make_trainable(command, (NonFinite(),), steps=40, result_every=10, checkpoint_every=10)
+    first = kind({})
+    assert first.step()["should_checkpoint"] is True
+    first.save_checkpoint(str(tmp_path))
+    first.cleanup()
+    again = kind({})
+    again.load_checkpoint(str(tmp_path))
+    result = again.step()
+    while "done" not in result:
+        result = again.step()
+    assert result["verdict"] == "safe", result["reason"]
+    again.cleanup()
+
+
 def test_a_command_that_hangs_before_its_last_step_is_read_to_the_end() -> None:
     task = run(HANGS + "time.sleep(600)", records={"pattern": STEP_LOSS}, silence_s=1.0)
     assert len(records(task, limit=5)) == 5  # judged before it is an error
@@ -344,6 +385,43 @@ def test_half_a_line_and_odd_ones_do_no_harm() -> None:
     found = records(run(code))
     assert [record["step"] for record in found] == [1, 2, 3, 4, 5, 7, 8]  # the last line has no end, and is one
     assert set(found[5]) == {"step", "loss"}
+
+
+def test_odd_lines_cost_no_records() -> None:
+    """What is printed beside the records may be anything; a NaN behind it is seen."""
+    assert agrees("0e-9999999", 0.1) is False and agrees("1e9999999", 0.1) is False
+    code = (
+        "for n in range(1, 41):\n"
+        "  print('TUNE_SSIM {\"step\": %d, \"loss\": %s}' % (n, 'NaN' if n > 30 else '0.5'), flush=True)\n"
+        "  if n == 20: print('TUNE_SSIM ' + '[' * 200000)\n"
+    )
+    trial = Trial(run(code, {"lr": 0.1}), TrialPlan(steps=40, guards=(NonFinite(),)))
+    trial.start({"steps": 40, "lr": 0.1}, role="search")
+    finish(trial)
+    assert trial.verdict and (trial.verdict.verdict, trial.step) == ("pruned", 31)
+
+
+def test_output_that_cannot_be_kept_ends_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: the records behind it were never read, so there is no verdict."""
+
+    def full(log: OutputLog, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(OutputLog, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        records(run(GOOD))
+
+
+def test_a_column_that_is_called_step_and_is_none() -> None:
+    code = 'for n in range(1, 6): print(\'{"global_step": %d, "step": %d, "loss": 0.5}\' % (n, 4 * n))'
+    task = run(code, records={"names": {"global_step": "step"}})
+    assert [record["step"] for record in records(task)] == [1, 2, 3, 4, 5]
+
+
+def test_tagged_lines_have_the_names_that_the_study_gave() -> None:
+    code = 'for n in range(1, 6): print(\'TUNE_SSIM {"step": %d, "train_loss": 0.5, "loss": 7}\' % n)'
+    found = records(run(code, records={"names": {"train_loss": "loss"}}))
+    assert found == [{"step": step, "loss": 0.5} for step in range(1, 6)]
 
 
 def test_a_flood_between_the_records_is_read(tmp_path: Path) -> None:
@@ -733,6 +811,12 @@ def test_a_command_that_cannot_work_is_said_when_the_study_is_read(task: dict[st
     log = {"file": "x", **task.get("records", {})}
     if "records" in task:
         assert words.removeprefix("task.records.") in says({"name": "s", "baseline": {"log": log}})
+
+
+def test_asha_needs_an_evaluation() -> None:
+    told = [*TOLD, "{ssim_grad_scale}"]
+    found = says({**WIDE, "task": {"records": LINES, "command": told}, "scheduler": {"asha": {"grace_steps": 5}}})
+    assert "scheduler: asha needs held-out numbers while the training goes on" in found
 
 
 def test_what_is_not_on_this_machine_is_said_before_the_launch(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ BROKEN: list[tuple[str, dict[str, Values], str, int, int, str]] = [
     ("flow_dino_kl", {"kl_raw": after(400, lambda s: 10 * math.exp((s - 400) / 1000), flat(10))}, "kl_rising", 450, 640, "warn"),
     ("flow_dino_kl", {"dbg__loss_grad__dino": const(11), "dbg__loss_grad__flow": const(1)}, "dino_pushes", 99, 99, "warn"),
     ("flow_dino_kl", {"kl_raw": const(0.05)}, "kl_vanished", 199, 199, "warn"),
+    ("flow_dino_kl", {"loss_kl": const(0.009), "loss": const(1.0), "kl_raw": const(900)}, "kl_idle", 199, 199, "warn"),
     ("flow_dino_kl", {"dbg__update_ratio__flow": const(0)}, "no_update:flow", 99, 99, "warn"),
     # D1: epoch mean below 0.001
     ("two_stage_vlm", {"loss_proxy": lambda s: 0.5 * math.exp(-s / 40)}, "proxy_ruined", 300, 400, "abort"),
@@ -293,6 +294,7 @@ def test_a_pack_is_read_back_from_what_it_was(name: str) -> None:
         ("rules: {a: {when: {metric: m, above: 1}, optional: maybe}}", "rules.a.optional: must be true or false"),
         ("rules: {a: {when: {metric: m, above: 1}, cause: 3}}", "rules.a.cause: must be text, got 3"),
         ("rules: {a: {for_each: 3, when: {metric: m, above: 1}}}", "rules.a.for_each: must be a mapping"),
+        ("rules: {a: {when: {metric: m, off: 1, by: -0.1}}}", "rules.a.when.by: must be a share above 0"),
         ("branches: {a: {los: x}}\nrules: {a: {when: {metric: m, above: 1}}}", "branches.a: unknown key 'los'; did you mean"),
         ("branches: {a: {loss: x, has_grad: y}}\nrules: {a: {when: {metric: m, above: 1}}}", "has_grad and trainable go together"),
         ("branches: [1]\nrules: {a: {when: {metric: m, above: 1}}}", "branches: must be a mapping from names to metrics"),

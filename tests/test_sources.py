@@ -897,6 +897,21 @@ def test_reading_lines_that_are_alike_is_reading_each(
     assert together.trouble == alone.trouble
 
 
+def test_a_surer_format_in_the_midst_of_lines_that_are_alike() -> None:
+    texts = [f"step {step}/1000 | loss 0.5" for step in range(700)]
+    texts[520] = "(step=0000520) Train Loss mse: 0.4, "
+    whole, pieces = LineParser(), LineParser()
+    found = whole.feed("".join(text + "\n" for text in texts).encode()) + whole.finish()
+    assert found == [record for text in texts for record in pieces.feed(text.encode() + b"\n")] + pieces.finish()
+    assert found[-1].step == 520
+
+
+@pytest.mark.parametrize("line", ["micro-step 7 | step 3 | loss 0.5", "sub-step: 9, step: 3, loss: 0.5"])
+def test_a_part_of_a_word_is_no_step(line: str) -> None:
+    parser = LineParser(format="text")
+    assert [record.step for record in parser.feed(line.encode() + b"\n") + parser.finish()] == [3]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "b.csv", "d.log"])
 def test_a_plain_log_is_read_as_tables(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, DOORS[name][:1000])

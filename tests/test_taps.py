@@ -382,6 +382,14 @@ def test_a_large_parameter_is_compared_in_part():
     assert float(taps.read()["dbg/update_ratio/all"]) == pytest.approx(exact, rel=0.03)
 
 
+def test_a_parameter_without_elements_beside_a_large_one():
+    model = torch.nn.Linear(300, 300)
+    model.empty = torch.nn.Parameter(torch.empty(0))
+    taps = GradientTaps({"all": model}, every=1)
+    model(torch.ones(1, 300)).sum().backward()
+    assert taps.read()["dbg/grad_all"].item() > 0
+
+
 def test_memory_formats_and_precisions_in_one_tag():
     module = nn.ModuleList(
         [nn.Conv2d(16, 32, 3).to(memory_format=torch.channels_last), nn.Linear(30, 40).bfloat16(), nn.Linear(3, 3)]

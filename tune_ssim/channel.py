@@ -97,7 +97,7 @@ def message_of(line: bytes) -> dict[str, Any] | None:
     """The message in a line of JSON, or None."""
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(message, dict) or sum(kind in message for kind in KINDS) != 1:
         return None

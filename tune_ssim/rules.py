@@ -209,6 +209,9 @@ class _Parser:
             self.problems.add(loc, f"must be a mapping from a name to a list, got {kind_of(data)}")
             return []
         for key, values in data.items():
+            if not isinstance(key, str):
+                self.problems.add((*loc, key), f"must be a name, got {kind_of(key)}")
+                return []
             if not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, str) for value in values):
                 self.problems.add((*loc, key), f"must be a list of names, got {kind_of(values) if values else 'an empty list'}")
                 return []
@@ -301,7 +304,11 @@ class _Parser:
         if not _is_number(value):
             self.problems.add(loc, f"must be a number, got {kind_of(value)}")
             return None
-        if not math.isfinite(value):
+        try:
+            is_finite = math.isfinite(value)
+        except OverflowError:
+            is_finite = False
+        if not is_finite:
             self.problems.add(loc, f"must be a finite number, got {kind_of(value)}")
             return None
         if whole and (value != int(value) or abs(value) > MAX_STEP):
@@ -319,6 +326,9 @@ class _Parser:
             self.problems.add(loc, "off and by go together: off by more than this share, as in `off: 1, by: 0.1`")
             return {}
         value = given[limits[0]]
+        if limits == ["off"] and not given["by"] > 0:
+            self.problems.add((*loc, "by"), f"must be a share above 0, got {kind_of(given['by'])}")
+            return {}
         if limits == ["off"]:
             lower, upper = sorted((value * (1 - given["by"]), value * (1 + given["by"])))
             return {"lower": lower, "upper": upper}

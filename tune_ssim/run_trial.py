@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class Trial:
         self.series: dict[str, dict[int, float]] = {}
         self.warnings: list[Violation] = []
         self.images: dict[int, bytes] = {}
+        self.last_words: list[Record] = []
         self.wrote: list[dict[str, Any]] = []  # contents of checkpoints, for the ledger of ruined ones
         self.first_active: int | None = None  # until then a trial is the baseline, to the bit
         self.parents = ancestry(self.task)
@@ -107,14 +109,27 @@ class Trial:
         return not self.unpaired
 
     def advance(self, steps: int | None = None) -> list[Record]:
-        """At most `steps` optimiser steps (None: to the end) → the records made. Sets `verdict` when the trial is over."""
-        if self.verdict is not None:
-            return []
+        """At most `steps` optimiser steps (None: to the end) → the records made. Sets `verdict` when the trial is over.
+
+        What the task raises passes through; the records made until then are in `last_words`."""
         made: list[Record] = []
+        pending: list[tuple[int, Mapping[str, Number]]] = []
+        try:
+            self._advance(steps, made, pending)
+        except BaseException:
+            with suppress(Exception):  # a device that has failed gives no numbers
+                made += _resolve(pending)
+            self.last_words = merge(made)
+            raise
+        return merge(made)
+
+    def _advance(self, steps: int | None, made: list[Record], pending: list[tuple[int, Mapping[str, Number]]]) -> None:
+        """`pending`: steps whose numbers are still on the device."""
+        if self.verdict is not None:
+            return
         end = self.plan.steps if steps is None else min(self.plan.steps, self.step + steps)
         if self.step == 0 and self._samples_itself is False and self.watch.state_of(SmokeTest.name)["start"] is None:
             self._smoke(made)
-        pending: list[tuple[int, Mapping[str, Number]]] = []
         ended = False
         # A process of its own has more to say after its last step: samples, held-out numbers. It is heard until it ends.
         while self.verdict is None and not ended and (self.step < end or (self._is_process and end == self.plan.steps)):
@@ -130,8 +145,9 @@ class Trial:
                 pending.append((at, {name: value for name, value in metrics.items() if name != "step"}))
             smoke_due = self._samples_itself is False and not ended and self._due(before)
             if smoke_due or len(pending) == self.plan.report_every or self.step >= end or ended:
-                self._judge(_resolve(pending), made)
-                pending = []
+                records = _resolve(pending)
+                pending.clear()
+                self._judge(records, made)
                 if smoke_due and self.verdict is None:
                     self._smoke(made)
         if self.verdict is None and (ended or (self.step >= self.plan.steps and not self._is_process)):
@@ -139,7 +155,6 @@ class Trial:
         if self.verdict is not None and self._is_process:
             self.task.close(self.verdict.verdict, self.verdict.reason)  # type: ignore[attr-defined]
             self._note_files()
-        return merge(made)
 
     def summary_metrics(self) -> dict[str, float]:
         """What the guards measured so far and, at the end, the held-out numbers and their differences to the baseline."""

@@ -759,6 +759,11 @@ def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
     if confirm is not None and confirm.steps is not None and _is_count(steps) and confirm.steps < steps:
         yield ("confirm", "steps"), f"must be at least the trial's {steps} steps, got {confirm.steps}"
     asha = study.scheduler
+    if asha is not None and isinstance(study.task, CommandSpec) and study.task.evaluate is None:
+        yield (
+            ("scheduler",),
+            "asha needs held-out numbers while the training goes on: an `evaluate: {command: [...]}`",
+        )
     if asha is not None and _is_count(steps):
         if asha.max_steps > steps:
             yield ("scheduler", "asha", "max_steps"), f"must be at most the trial's {steps} steps, got {asha.max_steps}"

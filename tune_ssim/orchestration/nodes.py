@@ -84,6 +84,7 @@ class NodesProcess:
             self._runners.append(remote.options(scheduling_strategy=where).remote())
         host, port = ray.get(self._runners[0].address.remote())
         self.exit_code: int | None = None
+        self.failure: BaseException | None = None  # of `on_output`
         self._words, self._on_output = "", on_output
         self._ended, self._stopping = threading.Event(), threading.Event()
         starts = []
@@ -122,7 +123,11 @@ class NodesProcess:
             except RayError as error:
                 self._words = f"a node died ({str(error).splitlines()[0]})"
                 break
-            self._on_output(looks[0][0])
+            if self.failure is None:
+                try:
+                    self._on_output(looks[0][0])
+                except BaseException as error:  # whoever waits for the end must not wait for ever
+                    self.failure = error
             failed = next(((rank, look) for rank, look in enumerate(looks) if look[1] and look[2] != 0), None)
             if failed is not None and self.exit_code is None and not asked:
                 rank, look = failed

@@ -8,6 +8,7 @@ import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,13 @@ from ray.exceptions import RayActorError
 from ray.tune.result import SHOULD_CHECKPOINT
 
 from tune_ssim.checkpoint import load_checkpoint
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.errors import BadSetup, NothingToResume, UserError
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
 from tune_ssim.orchestration.mlflow_source import open_new_run
 from tune_ssim.orchestration.nodes import NodesProcess
 from tune_ssim.orchestration.workers import WorkersTask
 from tune_ssim.quarantine import Ledger
+from tune_ssim.records import Record
 from tune_ssim.run_trial import Trial, TrialPlan, Verdict
 from tune_ssim.space import resolve_settings
 from tune_ssim.study_folder import jsonable
@@ -143,7 +145,7 @@ class GuardedTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         result: dict[str, Any] = {}
         if self.failure is None:
-            self._quietly(lambda: result.update(self._advance()))
+            self._quietly(lambda: self._advance(result))
         verdict = self.failure or self.trial.verdict
         if self.failure is not None:
             self._leave()
@@ -155,33 +157,38 @@ class GuardedTrainable(tune.Trainable):
                 result["wrote"] = [*result.get("wrote", []), *self.trial.wrote]
         return result
 
-    def _advance(self) -> dict[str, Any]:
+    def _advance(self, result: dict[str, Any]) -> None:
+        """Fills the result, where the training raises an exception with all that it gave until then."""
         trial, spec = self.trial, self.spec
-        before, began, records = trial.step, time.monotonic(), []
-        while True:
-            records += trial.advance(spec.result_every or spec.plan.report_every)
-            to_save = _passed(spec.checkpoint_every, before, trial.step) and getattr(trial.task, "can_resume", True)
-            to_evaluate = trial.verdict is None and _passed(spec.evaluate_every, before, trial.step)
-            is_time = spec.result_every is not None or time.monotonic() - began >= RESULT_S
-            if trial.verdict is not None or to_save or to_evaluate or is_time:
-                break
-        images, trial.images = trial.images, {}
-        wrote, trial.wrote = trial.wrote, []
-        last = records[-1].values if records else {}
-        result: dict[str, Any] = {
-            "step": trial.step,
-            "records": [record.to_json() for record in records],
-            "images": images,
-            "wrote": wrote,
-            "norm_ratio": trial.norm_ratio(),
-            spec.plan.objective: math.nan,  # until the end; Ray insists that every result has the searcher's metric
-            **{name: last[name] for name in ("loss", "total_norm") if name in last},
-        }
+        before, began, records = trial.step, time.monotonic(), list[Record]()
+        to_save = to_evaluate = is_time = False
+        try:
+            while not (trial.verdict is not None or to_save or to_evaluate or is_time):
+                records += trial.advance(spec.result_every or spec.plan.report_every)
+                to_save = _passed(spec.checkpoint_every, before, trial.step) and getattr(trial.task, "can_resume", True)
+                to_evaluate = trial.verdict is None and _passed(spec.evaluate_every, before, trial.step)
+                is_time = spec.result_every is not None or time.monotonic() - began >= RESULT_S
+        finally:
+            records += trial.last_words
+            images, trial.images = trial.images, {}
+            wrote, trial.wrote = trial.wrote, []
+            last = records[-1].values if records else {}
+            result |= {
+                "step": trial.step,
+                "records": [record.to_json() for record in records],
+                "images": images,
+                "wrote": wrote,
+                "norm_ratio": trial.norm_ratio(),
+                spec.plan.objective: math.nan,  # until the end; Ray insists that every result has the searcher's metric
+                **{name: last[name] for name in ("loss", "total_norm") if name in last},
+            }
         if to_save:
             result[SHOULD_CHECKPOINT] = True
         if to_evaluate:
-            result["held_out_now"] = trial.task.evaluate()[spec.plan.objective.removeprefix("delta_")]
-        return result
+            name, found = spec.plan.objective.removeprefix("delta_"), trial.task.evaluate()
+            if name not in found:
+                raise UserError(f"step {trial.step}: no held-out {name} for the scheduler, found {', '.join(found) or 'nothing'}")
+            result["held_out_now"] = found[name]
 
     def _final(self, verdict: Verdict) -> dict[str, Any]:
         """The last result: what a searcher, a callback or a ResultGrid wants to know about the trial."""
@@ -257,7 +264,8 @@ class GuardedTrainable(tune.Trainable):
             return  # it begins again
         if self.storage:
             Ledger(self.storage).require_clean(folder)
-        self.trial.load(folder)
+        with suppress(NothingToResume):
+            self.trial.load(folder)
 
     def cleanup(self) -> None:
         self._leave(for_good=True)

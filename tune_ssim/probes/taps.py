@@ -273,7 +273,7 @@ def _sample(parameters: list[torch.nn.Parameter], elements: int | None) -> list[
     the kind, copy). All at one rate, so that a ratio of norms needs no weights."""
     step = 1
     if elements is not None:
-        sizes = [parameter.numel() for parameter in parameters]
+        sizes = [parameter.numel() for parameter in parameters if parameter.numel()]
         step = max(1, -(-sum(sizes) // elements))
         while step > 1 and any(math.gcd(step, size) > 1 for size in sizes):  # a common factor with a row would skip columns
             step += 1

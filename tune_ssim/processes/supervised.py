@@ -55,6 +55,10 @@ class SupervisedProcess:
                 env=dict(environment) if environment is not None else None,
                 cwd=cwd,
             )
+        except (OSError, ValueError) as error:  # an environment that is too long, or has a NUL in it
+            for end in (output, status, self._alive):
+                os.close(end)
+            raise UserError(f"command {argv[0]!r} cannot be started: {error}") from None
         finally:
             for end in (output_end, status_end, alive):
                 os.close(end)

@@ -193,17 +193,18 @@ class PrintedLines:
     def _take_alike(self, shape: LineShape, lines: list[str], number: int) -> None:
         """Lines of which most have the shape of a row before them."""
         texts = shape.read(list(map(self._printed[self.name or ""].look, lines)))
-        if texts.count(None) > len(lines) // 2:
-            self._shape = None
-            self._misfits += 1
-        else:
-            self._misfits = 0
+        fit = texts.count(None) <= len(lines) // 2
+        self._misfits = 0 if fit else self._misfits + 1
         begin = 0
         for fits, of_run in groupby(texts, key=lambda text: text is not None):
             run = list(of_run)
-            if not (fits and len(run) >= ALIKE and self._add_run(shape, run)):
+            # A surer format may have been found in between: its rows have another shape.
+            alike = fits and len(run) >= ALIKE and self._shape is shape
+            if not (alike and self._add_run(shape, run)):
                 self._take_each(lines[begin : begin + len(run)], number + begin)
             begin += len(run)
+        if not fit and self._shape is shape:
+            self._shape = None
 
     def _add_run(self, shape: LineShape, texts: list[Any]) -> bool:
         try:
@@ -224,7 +225,7 @@ class PrintedLines:
                 continue
             self._unmatched.never = False
             if self._may_change and self.name == "key_values" and self._printed["bagel"].read(line) is not None:
-                self.name = "bagel"
+                self.name, self._shape = "bagel", None
                 self._rows.forget()
                 row = self._printed["bagel"].read(line) or row
             step, values = row
@@ -287,7 +288,7 @@ def key_values(names: Names) -> Printed:
     """`step 12 | loss 0.31 | grad_norm: 1.2`, `Step: 12, Loss=0.31`, and dictionaries as Hugging Face's Trainer prints
     them. Names in lower case. A line needs a step, unless it is a dictionary."""
     steps = "|".join(re.escape(name.lower()) for name in (*names.steps, "train_step", "global step"))
-    step_of = re.compile(rf"(?<![\w/])(?:{steps})['\"]?\s{{0,8}}[:=#\[( ]?\s{{0,8}}['\"]?(\d{{1,19}})(?![\d.])")
+    step_of = re.compile(rf"(?<![\w/-])(?:{steps})['\"]?\s{{0,8}}[:=#\[( ]?\s{{0,8}}['\"]?(\d{{1,19}})(?![\d.])")
     is_step = {name.lower() for name in names.steps} | {"train_step"}
     marks = {"step", "iter", *(name.lower() for name, ours in names.given.items() if ours == "step")}
 

@@ -22,12 +22,12 @@ from typing import Any, Protocol
 import torch
 
 from tune_ssim.channel import TAG, VARIABLE, TrialEnd, tagged_messages
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.errors import BadSetup, NothingToResume, UserError
 from tune_ssim.processes import OutputLog, SupervisedProcess, quote_of
 from tune_ssim.processes.output_log import QUOTED_FROM
 from tune_ssim.records import ACTIVE_FRACTION, LR, TOTAL_NORM, Record
 from tune_ssim.sources import LineParser, Source, open_source
-from tune_ssim.tasks.command_spec import CommandSpec, as_word, fill, fill_all, fill_value, is_neutral
+from tune_ssim.tasks.command_spec import CommandSpec, as_word, fill, fill_all, fill_value, is_neutral, placeholders
 from tune_ssim.tasks.echoes import Echoes
 from tune_ssim.tasks.task import Number, Sample
 from tune_ssim.yaml_source import dump_yaml, read_yaml
@@ -51,6 +51,10 @@ class Process(Protocol):
     def has_ended(self) -> bool: ...
     @property
     def exit_code(self) -> int | None: ...
+    @property
+    def failure(self) -> BaseException | None:
+        """Of whoever takes the output: what came later was not read."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,8 @@ class CommandTask:
             self._collect(final=ended)
             if self._records:
                 break
+            if self._process.failure is not None:
+                raise self._process.failure
             if ended:
                 self._require_good_end()
                 return None
@@ -215,7 +221,7 @@ class CommandTask:
             self._check_reached()
         self.step_now = max(self.step_now, step)
         self._last |= values
-        return {"step": step, **values}
+        return {**values, "step": step}
 
     def _start(self) -> None:
         exp_name, folder = self._fresh_folder()
@@ -313,7 +319,7 @@ class CommandTask:
         if self._parser is not None:
             with self._parsing:
                 for record in self._parser.feed(data):
-                    self._messages.put({"step": record.step, **record.values})
+                    self._messages.put({**record.values, "step": record.step})
         self._line += data
         looks = TAG in self._line
         complete, _, rest = self._line.rpartition(b"\n")
@@ -323,7 +329,9 @@ class CommandTask:
 
     def _take_line(self, line: bytes) -> None:
         for message in tagged_messages(line):
-            self._messages.put(message)
+            # Records behind the tag are the parser's where it knows them, with the names that they have here.
+            if "step" not in message or self._parser is None or self._parser.format != "jsonl":
+                self._messages.put(message)
 
     def _collect(self, final: bool = False) -> None:
         """Everything that was said until now, from all doors, into `_records`."""
@@ -365,7 +373,7 @@ class CommandTask:
         if self._parser is not None:
             with self._parsing:
                 for record in self._parser.release():
-                    self._messages.put({"step": record.step, **record.values})
+                    self._messages.put({**record.values, "step": record.step})
             self._collect()
         elif self._source is not None:
             self._keep(self._source.release())
@@ -546,7 +554,10 @@ class CommandTask:
         found = {name: value for name, value in self._last.items() if not name.startswith(OF_TRAINING)} | self._held_out
         spec = self.spec.evaluate
         if spec is not None:
-            fields = self.fields | {"step": self.step_now, "checkpoint": str(self._checkpoint() or ""), "noise": 0, "out": ""}
+            checkpoint = self._checkpoint()
+            if checkpoint is None and any("checkpoint" in placeholders(word) for word in spec.command):
+                raise UserError(f"evaluate: there is no checkpoint at step {self.step_now}; {self._quote()}")
+            fields = self.fields | {"step": self.step_now, "checkpoint": str(checkpoint or ""), "noise": 0, "out": ""}
             text = self._run(spec.command, fields, spec.timeout_s, "the evaluation's command")
             lines = [line.strip() for line in text.splitlines() if line.strip().startswith("{")]
             try:
@@ -561,7 +572,7 @@ class CommandTask:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not self.can_resume or state["checkpoint"] is None:
-            raise UserError("the command cannot resume: it has no `resume` arguments, or had written no checkpoint")
+            raise NothingToResume("the command cannot resume: it has no `resume` arguments, or had written no checkpoint")
         self.step_now, self._resume_from = state["step"], Path(state["checkpoint"])
 
     def effective(self) -> dict[str, Any]:

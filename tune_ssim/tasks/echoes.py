@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from tune_ssim.channel import TAG
@@ -144,9 +144,12 @@ def agrees(word: str, asked: float) -> bool | None:
     A whole number for a fraction, or a single digit for more of them, is another number: 0.1 is a default where 0.13 was asked
     for. A zero that was printed with several places may be anything that small."""
     try:
-        printed, wanted = Decimal(word), Decimal(repr(float(asked)))
-    except (InvalidOperation, ValueError):
+        return _agrees(word, asked, Decimal(word), Decimal(repr(float(asked))))
+    except (ArithmeticError, ValueError):  # no number that Decimal knows, or one with an exponent of millions
         return float(word) == asked
+
+
+def _agrees(word: str, asked: float, printed: Decimal, wanted: Decimal) -> bool | None:
     if not printed.is_finite() or not wanted.is_finite():
         return float(word) == asked
     if isinstance(asked, int):
