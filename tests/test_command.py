@@ -395,8 +395,8 @@ def test_odd_lines_cost_no_records() -> None:
         "  print('TUNE_SSIM {\"step\": %d, \"loss\": %s}' % (n, 'NaN' if n > 30 else '0.5'), flush=True)\n"
         "  if n == 20: print('TUNE_SSIM ' + '[' * 200000)\n"
     )
-    trial = Trial(run(code, {"lr": 0.1}), TrialPlan(steps=40, guards=(NonFinite(),)))
-    trial.start({"steps": 40, "lr": 0.1}, role="search")
+    trial = Trial(run(code), TrialPlan(steps=40, guards=(NonFinite(),)))
+    trial.start({"steps": 40}, role="search")
     finish(trial)
     assert trial.verdict and (trial.verdict.verdict, trial.step) == ("pruned", 31)
 
