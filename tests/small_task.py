@@ -26,7 +26,7 @@ KNOWN = {
 
 
 class SmallTask:
-    """`fault`: none | nan_at_5 | raise_at_5 | ruined_start | no_norm | drops_weight | slow_odd."""
+    """`fault`: none | nan_at_5 | raise_at_5 | ruined_start | no_norm | drops_weight | slow_odd | raise_when_strong."""
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         if unknown := set(config) - KNOWN:
@@ -46,6 +46,8 @@ class SmallTask:
         self.n += 1
         if self.fault == "raise_at_5" and self.n == 5:
             raise RuntimeError("the training broke")
+        if self.fault == "raise_when_strong" and self.gain > 500:
+            raise RuntimeError("the loss exploded")
         generator = torch.Generator().manual_seed(self.seed * 1000 + self.n)
         noise = 0.01 * torch.randn(self.x.shape, generator=generator)
         gradient = 2 * (self.x - self.target) + noise + self.gain * 0.1 * (self.x - self.target * 1.01)

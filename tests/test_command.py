@@ -894,3 +894,20 @@ def test_a_study_with_a_command_is_what_it_was_after_yaml() -> None:
 
     assert load_study({**YAML(typ="safe").load(study.to_yaml())}).to_dict() == study.to_dict()
     assert sys.executable not in study.to_yaml()  # it runs where it is launched
+
+
+def test_a_config_file_is_read_alike_by_every_reader_of_yaml(tmp_path: Path) -> None:
+    """PyYAML reads YAML 1.1, where 1e-05 is a text, `off` is false and 1:30 is 90."""
+    import yaml
+
+    texts = ["off", "yes", "1:30", "1e5", "0o17", "null", "~", "a: b", "0x1F", "line\nbreak", ""]
+    numbers = [1e-5, 3e-7, 1e16, 0.1, 5, -2.5e-8, True, None]
+    code = f"import shutil; shutil.copy('c.yaml', {str(tmp_path / 'copy.yaml')!r})"
+    settings = {f"v{place}": value for place, value in enumerate([*texts, *numbers])}
+    task = run(
+        code, settings, cwd=str(tmp_path), config_file={"path": "c.yaml", "set": {name: "{" + name + "}" for name in settings}}
+    )
+    with pytest.raises(UserError, match="without a record"):
+        records(task)
+    read = yaml.safe_load((tmp_path / "copy.yaml").read_text())
+    assert read == settings and [type(value) for value in read.values()] == [type(value) for value in settings.values()]

@@ -122,6 +122,21 @@ def test_faults_of_the_set_up_end_the_study_with_their_reason(
     verdicts = {trial["verdict"] for trial in StudyFolder(tmp_path / fault).trials()}
     assert verdicts & {"bad_setup", "error"}
     assert len(StudyFolder(tmp_path / fault).trials()) <= 6  # not the whole search
+    if fault in ("no_norm", "ruined_start"):
+        assert {trial["role"] for trial in StudyFolder(tmp_path / fault).trials()} == {"baseline"}
+
+
+def test_settings_that_break_the_training_cost_their_own_trials(tmp_path: Path) -> None:
+    """Once a trial came through, the set-up is not to blame."""
+    points = [{"ssim_loss_weight": weight, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0} for weight in (1.0, 900.0, 800.0, 2.0)]
+    study = small(
+        name="breaks",
+        task_config={"steps": 40, "fault": "raise_when_strong"},
+        space={**SMALL["space"], "points": points},
+        search={"trials": 4, "concurrency": 1},
+    )
+    trials = [trial for trial in run(study, storage=tmp_path).trials() if trial["role"] == "search"]
+    assert [trial["verdict"] for trial in trials] == ["safe", "error", "error", "safe"]
 
 
 def test_a_missing_task_is_known_before_anything_starts(tmp_path: Path) -> None:

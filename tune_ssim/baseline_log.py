@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from tune_ssim.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun
@@ -39,6 +40,17 @@ def baseline_of_log(
         )
     evaluation = {name: value for name, value in last.items() if not name.startswith(OF_TRAINING)} | dict(held_out or {})
     return Baseline((BaselineRun(NO_SEED, {name: points for name, points in series.items() if points}, evaluation, {}, "log"),))
+
+
+def require_steps(baseline: Baseline, path: str, steps: int) -> None:
+    """Raises UserError for a log that ends long before trials of `steps` would: nothing there is known of the rest."""
+    logged = [0, *sorted(baseline.runs[0].series[TOTAL_NORM])]
+    interval = max(later - earlier for earlier, later in pairwise(logged))
+    if logged[-1] + interval < steps:
+        raise UserError(
+            f"baseline.log: {path}: its last {TOTAL_NORM} is at step {logged[-1]}, the trials have {steps} steps; say "
+            f"task_config: {{steps: {logged[-1]}}}, or give the log of a longer run"
+        )
 
 
 def describe(baseline: Baseline, path: str) -> str:

@@ -20,6 +20,7 @@ from tune_ssim.guards import (
     KeepRule,
     MissingMetric,
     NormRatio,
+    NormThere,
     SmokeTest,
     Violation,
     Watch,
@@ -269,12 +270,14 @@ class Trial:
         return next((guard for guard in self.watch.guards if isinstance(guard, SmokeTest)), None)
 
     def _bound_guards(self) -> list[Guard]:
-        """Guards as they apply to this trial: a baseline run has nothing to be compared with."""
+        """Guards as they apply to this trial: a baseline run has nothing to be compared with, others may be given none."""
         clipped = self.effective.get("max_grad_norm") is not None
         bound: list[Guard] = []
         for guard in self.plan.guards:
             if not isinstance(guard, NormRatio):
                 bound.append(guard)
+            elif self.role == "baseline":
+                bound.append(NormThere())
             elif self.baseline is not None:
                 bound.append(guard.bind(self.baseline, self.seed if self.paired else None, clipped))
         return bound

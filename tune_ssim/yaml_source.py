@@ -235,18 +235,32 @@ class _Reader:
         return text
 
 
-def dump_yaml(value: Mapping[str, Any]) -> str:
-    """Block style with short mappings and lists in one line; `parse_yaml` reads the same value back."""
+def dump_yaml(value: Mapping[str, Any], *, for_any_reader: bool = False) -> str:
+    """Block style with short mappings and lists in one line; `parse_yaml` reads the same value back.
+
+    for_any_reader: YAML 1.1 too (PyYAML), to which `1e-05` is a text, `off` is false and `1:30` is 90."""
     from io import StringIO
+
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
     yaml = YAML()  # round-trip mode: the only one that lets flow style be chosen for each collection
     yaml.width = 120
     yaml.representer.ignore_aliases = lambda _: True
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar(_PREFIX + "null", "null"))
     yaml.indent(mapping=2, sequence=4, offset=2)
+    if for_any_reader:
+        yaml.representer.add_representer(float, lambda to, number: to.represent_scalar(_PREFIX + "float", _float_text(number)))
+        yaml.representer.add_representer(str, lambda to, text: to.represent_data(DoubleQuotedScalarString(text)))
     stream = StringIO()
     yaml.dump(_styled(value, top=True), stream)
     return stream.getvalue()
+
+
+def _float_text(number: float) -> str:
+    """With a point and a signed exponent."""
+    text = repr(number).replace("inf", ".inf").replace("nan", ".nan")
+    mantissa, e, exponent = text.partition("e")
+    return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if e else text
 
 
 def _styled(value: Any, top: bool = False) -> Any:

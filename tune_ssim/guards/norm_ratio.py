@@ -16,6 +16,23 @@ from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM, TOTAL_N
 
 
 @dataclass(frozen=True)
+class NormThere:
+    """`NormRatio` of a baseline run: there is nothing to compare with yet, but the norm must be in its records."""
+
+    name = "norm_ratio"
+    metrics = (TOTAL_NORM,)
+
+    def init(self) -> State:
+        return {}
+
+    def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+        return state, None
+
+    def unjudged(self, state: State) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
 class NormRatio:
     """Median of pre-clip `total_norm` over the last `window` active steps, over the baseline's on the same steps.
 

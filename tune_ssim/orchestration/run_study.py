@@ -23,7 +23,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from tune_ssim.atomic_file import write_atomically
-from tune_ssim.baseline_log import baseline_of_log, describe
+from tune_ssim.baseline_log import baseline_of_log, describe, require_steps
 from tune_ssim.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, Guard
 from tune_ssim.orchestration.before_launch import before_launch, inspect, norm_model
@@ -82,7 +82,7 @@ def run(
         writer.file("study.yaml")
         mirror = _mirror(study, folder, tracking_uri)
         total = study.search.trials + study.baseline_seeds
-        unsound = ""
+        unsound = stopped = ""
         try:
             with LiveTable(total, console) as table:
                 LIVE_TABLES[str(folder.path)] = table
@@ -90,8 +90,8 @@ def run(
                 before_launch(study, folder, writer, table, _gpus(study, cluster))
                 if not _begun(folder, CONFIRM):
                     table.phase(f"{folder.name}: {plan_in_words(study.baseline_seeds, study.search.trials, concurrency)}")
-                    _search(study, folder, cluster, concurrency, table)
-                if not _failure(folder.trials()) and not _unfinished(folder):
+                    stopped = _search(study, folder, cluster, concurrency, table)
+                if not stopped and not _failure(folder.trials()) and not _unfinished(folder):
                     _confirm(study, folder, cluster, concurrency, table)
         except (BadSetup, UserError) as error:
             unsound = str(error)
@@ -102,7 +102,7 @@ def run(
                 writer.file(f"baseline/{path.name}", "baseline")
             trials = folder.trials()
             reason = _failure(trials)
-            writer.study_ended(unsound or reason or "done")
+            writer.study_ended(unsound or reason or stopped or "done")
             if mirror is not None:
                 _drain(mirror, folder, console)
     if reason:
@@ -110,6 +110,8 @@ def run(
     if unfinished := _unfinished(folder):
         # Ray takes Ctrl-C for itself, saves its state and returns as if all were well.
         raise KeyboardInterrupt(f"{len(unfinished)} trials were still running")
+    if stopped:
+        raise UserError(f"{stopped}; the search ended before its other trials (--resume goes on with them)")
     return folder
 
 
@@ -370,7 +372,8 @@ def _check(results: ResultGrid) -> None:
             raise UserError(f"{context.get('trial_id')}: its process died: {last} (--resume tries again)")
 
 
-def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int, table: LiveTable) -> None:
+def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int, table: LiveTable) -> str:
+    """Why it ended before its last trial; empty: it did not."""
     model, limit, skip_above = norm_model(folder)
     search: dict[str, Any] = {
         "metric": study.objective.maximize,
@@ -396,24 +399,26 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         baseline = _past_baseline(folder, [f"baseline-{index}" for index in range(len(seeds))], past)
     else:
         baseline, seeds = baseline_of_log(log.file, **log.model_dump(exclude={"file"})), [study.search.seed]
+        require_steps(baseline, log.file, study.steps)
         table.say(describe(baseline, log.file))
     past = {name: result for name, result in past.items() if result["role"] == "search" and baseline is not None}
     table.ended = len(past) + (0 if baseline is None else study.baseline_seeds)
+    searcher = BaselineFirst(
+        inner,
+        study.baseline_settings,
+        folder=folder.path / "baseline",
+        seeds=seeds,
+        baseline=baseline,
+        storage=folder.path.parent,
+        study=folder.name,
+        past=past,
+    )
     _fit(
         study,
         folder,
         SEARCH,
         cluster,
-        BaselineFirst(
-            inner,
-            study.baseline_settings,
-            folder=folder.path / "baseline",
-            seeds=seeds,
-            baseline=baseline,
-            storage=folder.path.parent,
-            study=folder.name,
-            past=past,
-        ),
+        searcher,
         samples=study.search.trials - len(past) + (len(seeds) if baseline is None else 0),
         concurrency=concurrency,
         steps=study.steps,
@@ -424,6 +429,7 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         table.say(f"not launched: {setting_text(skipped.config)}: {skipped.sentence}")
     if inner.reason:
         table.say(f"the search ended early: {inner.reason}")
+    return searcher.failure
 
 
 def _confirm(study: Study, folder: StudyFolder, cluster: dict[str, float], concurrency: int, table: LiveTable) -> None:

@@ -420,7 +420,8 @@ class BaselineFirst(Searcher):
     trials run with it and see the same batches. prefix: of the baselines' names. folder: where the file goes; every node must
     reach it under that path. storage: where the ledger of ruined checkpoints is, and the study's folder, called `study`. past: of
     a study that is resumed, how its trials ended, by their names: the inner searcher is asked and told as it was then, and hands
-    out what is missing. If a baseline fails, or two trials report the same set-up error, the search is over and `failure` says why.
+    out what is missing. If a baseline fails, or the first two trials that end fail alike, the search is over and `failure` says
+    why: once one came through, what fails is the setting's fault, and costs its own trial only.
     """
 
     def __init__(
@@ -452,6 +453,7 @@ class BaselineFirst(Searcher):
         self._runs: dict[str, str] = {}  # trial id → Baseline of one run, as JSON
         self._pointer: dict[str, str] | None = None  # {path, sha256}
         self._setup_errors: dict[str, int] = {}
+        self._came_through = any(one.get("role") != "baseline" and _has_verdict(one) for one in self.past.values())
         self._n_suggested = 0
         if baseline is not None:
             self._write(baseline)
@@ -513,12 +515,14 @@ class BaselineFirst(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         result = result or {}
         verdict, reason = result.get("verdict"), str(result.get("reason") or "the trial's process died")
-        if verdict in ("bad_setup", "error"):
+        is_baseline = trial_id in self._baseline_trials
+        self._came_through |= not is_baseline and not error and _has_verdict(result)
+        if verdict in ("bad_setup", "error") and not self._came_through:
             kind = re.sub(r"[-+.\de]*\d", "#", reason)  # alike but for the numbers, which are the trials' own
             self._setup_errors[kind] = self._setup_errors.get(kind, 0) + 1
             if self._setup_errors[kind] >= 2 and not self.failure:
                 self.failure = f"two trials failed alike: {reason}"
-        if trial_id not in self._baseline_trials:
+        if not is_baseline:
             if trial_id in self._inner_ids:
                 self.searcher.on_trial_complete(self._inner_ids[trial_id], result, error)
             return
@@ -560,6 +564,11 @@ class BaselineFirst(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         self.searcher.restore(checkpoint_path)
+
+
+def _has_verdict(result: Mapping[str, Any]) -> bool:
+    """Of a training that could be judged."""
+    return result.get("verdict") in ("safe", "degraded", "pruned", "stopped")
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -306,7 +306,9 @@ class CommandTask:
                     raise UserError(f"config_file: {key}: {parent!r} is no mapping in {spec.base}")
             place[last] = fill_value(template, self.fields)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(contents, indent=1) if path.suffix == ".json" else dump_yaml(contents), encoding="utf-8")
+        path.write_text(
+            json.dumps(contents, indent=1) if path.suffix == ".json" else dump_yaml(contents, for_any_reader=True), encoding="utf-8"
+        )
 
     # -- what it says
 
