@@ -89,6 +89,11 @@ def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
     least = SMALL * abs(first)
     lowest = float(levels.min())
     fall, back = first - lowest, last - lowest
+    if branch.may_rise and last > first:
+        middle = float(levels[len(levels) // 2 : -late].mean())
+        if abs(last - middle) <= max(error, SMALL * abs(middle)):
+            return Finding("loss", "yes", f"{branch.loss} has settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
+        return Finding("loss", "unknown", f"{branch.loss} has not settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
     # Two deviations more: the lowest of twenty levels is lower than most.
     if fall > max(error, least) and back > max(RISEN * fall, error + 2 * noise):
         return Finding("loss", "no", f"{branch.loss} fell from {first:.3g} to {lowest:.3g} and rose again, to {last:.3g}")

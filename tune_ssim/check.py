@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tune_ssim.branch_report import BranchReport, judge_branch, series_of
+from tune_ssim.branch_report import BranchReport, Finding, judge_branch, series_of
 from tune_ssim.curves import Curve
 from tune_ssim.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun, Guard, NonFinite, NormRatio, Rule, SmokeTest, Violation, Watch
@@ -28,7 +28,6 @@ LOOKED_AT = 1000  # records whose coverage says how many micro-batches make a st
 PER_GUARD = 20  # alerts of one guard that are kept; the rest is counted
 SHOWN_NAMES = 12
 # What is asked of a log that no pack is about: a fine-tuning starts where it is good, so its loss need not fall, but may not rise.
-ANY = RulePack("any", (), branches=(Branch("training", LOSS, (TOTAL_NORM,), may_be_flat=True),))
 POLL_S = 0.5  # between two looks at a growing log
 MOST_BASELINE = 1_000_000  # records of a baseline that are compared with; a hundred megabytes
 
@@ -116,9 +115,10 @@ class Check:
         self.alerts: dict[str, list[Alert]] = {}
         self.records, self.first_step, self.last_step = 0, -1, -1
         self._metrics: set[str] = set()  # that the log has
+        self._losses: list[str] = []  # of these, what a training without a pack is judged by
         self._about: set[str] = set()  # packs that it is about
         self._pack_of = {rule.name: pack.name for pack in packs for rule in pack.rules}
-        branches = [key for pack in (*packs, ANY) for branch in pack.branches for key in series_of(branch)]
+        branches = [key for pack in packs for branch in pack.branches for key in series_of(branch)]
         of_rules = [metric for guard in self.guards for metric in (guard.about if isinstance(guard, Rule) else guard.metrics)]
         self._series = [key for key in dict.fromkeys([LOSS, TOTAL_NORM, *branches, *of_rules]) if not str(key).endswith(WILD)]
         self._sources = {guard.name: guard.source for guard in self.guards if isinstance(guard, Rule)}
@@ -154,7 +154,7 @@ class Check:
             for rule in guards
             if isinstance(rule, Rule) and rule.name in self.alerts and rule.holds(self.watch.state_of(rule.name))
         }
-        looked_at = packs or (ANY,)
+        looked_at = packs or (self._any(),)
         branches = [judge_branch(pack, branch, self.curves, holding) for pack in looked_at for branch in pack.branches]
         ended = self.ended
         alerts = sorted(self._counting(), key=lambda alert: alert.violation.step)
@@ -165,7 +165,7 @@ class Check:
             records=self.records,
             steps=(self.first_step, self.last_step) if self.records else None,
             packs=packs,
-            branches=tuple(branch for branch in branches if packs or LOSS in self.curves),
+            branches=tuple(branches if packs else among_parts(branches)),
             alerts=tuple(replace(one, after_end=ended is not None and one.violation.step > ended.step) for one in alerts),
             unknown=tuple(one for one in unknown if one.guard in cannot),
             judged=tuple(guard.name for guard in guards if guard.name not in cannot),
@@ -188,6 +188,15 @@ class Check:
         saw = saw or "no metric at all"
         return f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames)"
 
+    def _any(self) -> RulePack:
+        """For a log that no pack is about: its loss, or else every part of it, and the norm."""
+        losses = [LOSS] if LOSS in self._metrics else self._losses
+        branches = [
+            Branch("training" if name == LOSS else name, name, (TOTAL_NORM,), may_be_flat=True, may_rise="kl" in name.lower())
+            for name in losses or ([LOSS] if TOTAL_NORM in self._metrics else [])
+        ]
+        return RulePack("any", (), branches=tuple(branches))
+
     def _pack(self, guard: str) -> str:
         return self._pack_of.get(guard, "")
 
@@ -208,7 +217,10 @@ class Check:
 
     def _meet(self, metrics: Sequence[str]) -> None:
         if not self._metrics.issuperset(metrics):
-            self._metrics.update(metrics)
+            new = [name for name in metrics if name not in self._metrics]
+            self._metrics.update(new)
+            self._losses += [name for name in new if name.startswith(LOSS)]
+            self._series += [name for name in self._losses if name not in self._series]
         if len(self._about) < len(self.packs):
             self._about |= {pack.name for pack in self.packs if self.given or self._metrics.intersection(pack.known_by)}
 
@@ -337,6 +349,18 @@ def accumulation(pack: RulePack, records: Sequence[Record]) -> float | None:
     middle = median(found) if found else 0.0
     nearest = round(middle) if math.isfinite(middle) else 0
     return float(nearest) if nearest > 1 and abs(middle / nearest - 1) <= 0.1 else None
+
+
+def among_parts(branches: Sequence[BranchReport]) -> list[BranchReport]:
+    """Of losses of which nothing is known but their names: what one gains another may lose (two players, two weights)."""
+    falls = any(finding.answer == "yes" for branch in branches for finding in branch.findings if finding.subject == "loss")
+
+    def seen(finding: Finding) -> Finding:
+        if not falls or finding.subject != "loss" or finding.answer != "no":
+            return finding
+        return replace(finding, answer="unknown", sentence=f"{finding.sentence}, while another part of the loss falls")
+
+    return [replace(branch, findings=tuple(map(seen, branch.findings))) for branch in branches]
 
 
 def packs_for(names: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from tune_ssim.yaml_source import Loc, Problems, Source, did_you_mean, kind_of, 
 
 PACK_KEYS = ("name", "description", "known_by", "options", "branches", "rules")
 RULE_KEYS = ("when", "action", "sentence", "cause", "remedy", "source", "optional", "for_each")
-BRANCH_KEYS = ("loss", "gradient", "has_grad", "trainable", "may_be_flat")
+BRANCH_KEYS = ("loss", "gradient", "has_grad", "trainable", "may_be_flat", "may_rise")
 LIMITS = ("above", "below", "outside", "off")
 # What a condition may say, by its kind.
 CONDITION_KEYS = {
@@ -50,6 +50,7 @@ class Branch:
     has_grad: str = ""
     trainable: str = ""
     may_be_flat: bool = False  # a fine-tuning starts where it is good: its loss need not fall
+    may_rise: bool = False  # a regulariser such as the KL works where it settles, above where it began as well
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,13 @@ class _Parser:
                 texts = {
                     key: self.text((*loc, key), metrics[key], 1) for key in BRANCH_KEYS[:4] if key in metrics and key != "gradient"
                 }
-                may_be_flat = metrics.get("may_be_flat", False)
-                if not isinstance(may_be_flat, bool):
-                    self.problems.add((*loc, "may_be_flat"), f"must be true or false, got {kind_of(may_be_flat)}")
+                flags = {key: metrics.get(key, False) is True for key in ("may_be_flat", "may_rise")}
+                for key in flags:
+                    if not isinstance(metrics.get(key, False), bool):
+                        self.problems.add((*loc, key), f"must be true or false, got {kind_of(metrics[key])}")
                 gradient = tuple(self.names((*loc, "gradient"), metrics.get("gradient", [])))
-                yield Branch(name, gradient=gradient, may_be_flat=may_be_flat is True, **texts)
+                may_be_flat, may_rise = flags.values()
+                yield Branch(name, gradient=gradient, may_be_flat=may_be_flat, may_rise=may_rise, **texts)
 
     def names(self, loc: Loc, value: Any) -> list[str]:
         """One name or a list of them."""

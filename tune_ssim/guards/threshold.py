@@ -49,7 +49,7 @@ class Threshold(InPlace):
 
     def init(self) -> State:
         """`value` is of the latest record outside, `since` the step of the first of those in a row."""
-        return {"outside": 0, "since": 0, "last_step": self.after - 1, "value": None, "holds": False}
+        return {"outside": 0, "since": 0, "first_step": None, "last_step": self.after - 1, "value": None, "holds": False}
 
     def bound(self, state: State) -> Fold:
         metric, over, lower, upper = self.metric, self.over, self.lower, self.upper
@@ -59,6 +59,8 @@ class Threshold(InPlace):
             if value is None or step <= state["last_step"]:
                 return None
             state["last_step"] = step
+            if state["first_step"] is None:
+                state["first_step"] = step
             if lower <= value <= upper:
                 if state["outside"]:
                     state["outside"], state["holds"] = 0, False
@@ -72,6 +74,8 @@ class Threshold(InPlace):
         begin = 0 if column is None else bisect_right(column.steps, state["last_step"])
         if column is None or begin == len(column):
             return []
+        if state["first_step"] is None:
+            state["first_step"] = column.steps[begin]
         found, looked_at = [], begin - 1
         for at in column.outside(self.lower, self.upper, begin):
             if at > looked_at + 1:
@@ -108,6 +112,15 @@ class Threshold(InPlace):
 
     def unjudged(self, state: State) -> str | None:
         return None
+
+    def too_short(self, state: State) -> str | None:
+        """Why a log could not have been outside for long enough, or None."""
+        first = state["first_step"]
+        spanned = 0 if first is None else state["last_step"] - first + 1
+        if spanned >= self.steps:
+            return None
+        begun = "" if not self.after else f" after step {self.after}"
+        return f"{self.steps} steps in a row are needed{begun}; the log has {spanned}"
 
     @property
     def _what(self) -> str:
