@@ -7,7 +7,8 @@
 
 A line of `records.jsonl` is one message: numbers with their `step`; or `effective`, parameters as read where they are used; or
 `held_out`, numbers measured at the end; or `read`, the settings that were looked up so far; or `ended`, how the loop was left.
-The same objects behind the word TUNE_SSIM are understood in whatever a command prints.
+The same objects behind the word TUNE_SSIM are understood in whatever a command prints. A number of a step may have any name, those
+of the other kinds too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tune_ssim.atomic_file import write_atomically
 VARIABLE = "TUNE_SSIM_TRIAL"  # of the environment: the folder
 TAG = b"TUNE_SSIM "
 CONFIG, RECORDS, IMAGES, VERDICT = "config.json", "records.jsonl", "images", "verdict.json"
-KINDS = ("step", "effective", "held_out", "read", "ended")  # a message has exactly one of these
+KINDS = ("step", "effective", "held_out", "read", "ended")  # a message has exactly one of these, numbers of a step aside
 
 
 class TrialEnd:
@@ -99,7 +100,10 @@ def message_of(line: bytes) -> dict[str, Any] | None:
         message = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(message, dict) or sum(kind in message for kind in KINDS) != 1:
+    if not isinstance(message, dict):
+        return None
+    kinds = [kind for kind in KINDS if kind in message]
+    if len(kinds) != 1 and not ("step" in kinds and all(isinstance(message[kind], int | float) for kind in kinds)):
         return None
     if "step" in message:
         step = message["step"]

@@ -1,4 +1,4 @@
-"""Three lines inside any training loop make it a trial; outside a study they do nothing.
+"""Three lines inside any training loop make it a trial; outside a study they only find mistakes.
 
     with tune_ssim.trial_context(ssim_loss_weight=0.1) as t:           # what to use when nothing is being tuned
         loss = DecodedLoss(weight=t.config["ssim_loss_weight"])
@@ -13,8 +13,10 @@ another process: it reads what is reported from a folder, and its verdict is fou
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,8 @@ from tune_ssim.channel import VARIABLE, TrainingEnd
 
 if TYPE_CHECKING:
     import torch
+
+    from tune_ssim.tasks.task import Sample
 
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # torchrun and accelerate; srun; mpirun
 
@@ -63,16 +67,12 @@ class TrialContext:
 
     def report(self, *, step: int, **metrics: float | torch.Tensor) -> None:
         """The numbers of one optimiser step (1 is the first), under the standard names: loss, total_norm (before clipping),
-        ssim_active_fraction, … A tensor of one element is transferred from its device here.
+        ssim_active_fraction, … Numbers of any kind, tensors and arrays of one element too; within a study these are transferred
+        from their device here.
 
-        Raises TrialPruned when the trial is over; TypeError or ValueError for what is no number."""
-        if self._channel is None:
-            return
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"report: step must be an integer >= 0, got {step!r}")
-        self._step = step
-        self._tell_read()
-        self._send({"step": step, **{name: _number(name, value) for name, value in metrics.items()}})
+        Raises TrialPruned when the trial is over; TypeError or ValueError, also without a study, for what is no number."""
+        self._step = self._whole("report", step)
+        self._send_record(self._step, {name: self._number("report", name, value) for name, value in metrics.items()})
         self.raise_if_over()
 
     def samples(
@@ -88,20 +88,33 @@ class TrialContext:
         **statistics: float,
     ) -> None:
         """What inference on fixed inputs and fixed noise makes of the model: the smoke test judges it. `tune_ssim.Sample` says what
-        each argument is. step: the last reported one. Call it when `due(step)`; step 0 is before the first update."""
-        if self._channel is None:
-            return
+        each argument is. step: the last reported one. Call it when `due(step)`; step 0 is before the first update.
+
+        Raises UserError, a ValueError, for images that are no float tensors `[n, 3, H, W]`, and within a study for references or
+        inputs far outside [0, 1]."""
+        at = self._step if step is None else self._whole("samples", step)
+        numbers = {f"smoke/{name}": self._number("samples", name, value) for name, value in statistics.items()}
         if _rank() == 0:
-            from tune_ssim.run_trial import statistics_of
-            from tune_ssim.sample_grid import sample_grid
+            from tune_ssim.sample_check import require_kind
             from tune_ssim.tasks.task import Sample
 
-            sample = Sample(images, references, inputs, reconstructions, statistics, token_ids, vocabulary_size)
-            at = self._step if step is None else step
-            found = {f"smoke/{name}": float(value) for name, value in statistics_of(sample).items()}
-            self._channel.save_image(at, sample_grid(sample))
-            self._send({"step": at, **found})
+            sample = Sample(images, references, inputs, reconstructions, {}, token_ids, vocabulary_size)
+            require_kind(sample)
+            if self._channel is not None:
+                self._send_samples(self._channel, at, sample, numbers)
         self.raise_if_over()
+
+    def _send_samples(self, channel: TrainingEnd, step: int, sample: Sample, numbers: Mapping[str, float]) -> None:
+        from tune_ssim.run_trial import statistics_of
+        from tune_ssim.sample_check import require_range
+        from tune_ssim.sample_grid import sample_grid
+
+        if doubt := require_range(sample):
+            warnings.warn(doubt, stacklevel=3)
+        found = {f"smoke/{name}": value for name, value in statistics_of(sample).items()}
+        if len(sample.images):
+            channel.save_image(step, sample_grid(sample))
+        self._send_record(step, {**found, **numbers})
 
     def due(self, step: int) -> bool:
         """Whether the study wants samples after this step."""
@@ -109,12 +122,16 @@ class TrialContext:
 
     def in_force(self, **parameters: Any) -> None:
         """Parameters as read where they are used, e.g. `in_force(ssim_loss_weight=criterion.weight)`: a study compares them with
-        what it asked for, and stops a training that it cannot steer."""
-        self._send({"effective": parameters})
+        what it asked for, and stops a training that it cannot steer. Values of JSON, and numbers of any kind.
+
+        Raises TypeError, also without a study, for anything else."""
+        self._send({"effective": {name: self._stated(name, value) for name, value in parameters.items()}})
 
     def held_out(self, **metrics: float | torch.Tensor) -> None:
-        """Numbers measured on held-out data at the end, e.g. `ssim`, `psnr` (dB): what a study maximises and keeps."""
-        self._send({"held_out": {name: _number(name, value) for name, value in metrics.items()}})
+        """Numbers measured on held-out data at the end, e.g. `ssim`, `psnr` (dB): what a study maximises and keeps.
+
+        Raises TypeError, also without a study, for what is no number."""
+        self._send({"held_out": {name: self._number("held_out", name, value) for name, value in metrics.items()}})
 
     def raise_if_over(self) -> None:
         """Raises TrialPruned when the trial has its verdict; for loops that report rarely."""
@@ -135,12 +152,48 @@ class TrialContext:
             self._told_read = len(self.config.read)
             self._send({"read": sorted(self.config.read)})
 
+    def _send_record(self, step: int, values: Mapping[str, float]) -> None:
+        self._tell_read()  # first: with a record the trial judges whether its settings are looked up
+        self._send({**values, "step": step})
+
     def _send(self, message: Mapping[str, Any]) -> None:
-        if self._channel is not None and _rank() == 0:
-            try:
-                self._channel.send(message)
-            except TypeError:
-                raise TypeError(f"what is reported must be plain values, got {message!r}") from None
+        if (channel := self._listening) is not None:
+            channel.send(message)
+
+    @property
+    def _listening(self) -> TrainingEnd | None:
+        """Where what this process says goes, if anywhere; what it says is validated in any case."""
+        return self._channel if _rank() == 0 else None
+
+    def _plain(self, value: Any) -> Any:
+        """A tensor or array of one element as a number of Python's, anything else as it is. Where nobody listens nothing is
+        transferred from another device, and any number, 0, stands for the one there."""
+        shape = getattr(value, "shape", None)
+        if shape is None or math.prod(shape) != 1 or not hasattr(value, "item"):
+            return value
+        device = getattr(getattr(value, "device", None), "type", "cpu")
+        return value.item() if device == "cpu" or self._listening is not None else 0
+
+    def _number(self, where: str, name: str, value: Any) -> float:
+        try:
+            return float(self._plain(value))
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise TypeError(f"{where}: {name} must be one number, got {_described(value)}") from None
+
+    def _whole(self, where: str, step: Any) -> int:
+        try:
+            plain = self._plain(step)
+        except (TypeError, ValueError, RuntimeError):
+            plain = step
+        if isinstance(plain, bool) or not isinstance(plain, int | float) or plain < 0 or plain % 1 != 0:
+            raise ValueError(f"{where}: step must be an integer >= 0, got {_described(step)}")
+        return int(plain)
+
+    def _stated(self, name: str, value: Any) -> Any:
+        try:
+            return json.loads(json.dumps(value, default=self._plain))
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"in_force: {name} must be a plain value, got {_described(value)}") from None
 
 
 class _Settings(Mapping[str, Any]):
@@ -172,9 +225,6 @@ def _rank() -> int:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
 
 
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        got = f"a tensor of shape {list(value.shape)}" if hasattr(value, "shape") else repr(value)
-        raise TypeError(f"report: {name} must be one number, got {got}") from None
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return repr(value) if shape is None or not len(shape) else f"a tensor of shape {list(shape)}"

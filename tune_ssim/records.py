@@ -42,6 +42,12 @@ class Record:
         return cls(step, values)
 
 
+def is_of_training(step: int, names: Iterable[str]) -> bool:
+    """Whether a record tells of the training itself. Samples of step 0 alone do not: a loop may look up its settings, and say what
+    is in force, only in its first step."""
+    return step > 0 or not all(name.startswith(SMOKE) for name in names)
+
+
 def merge(records: Iterable[Record]) -> list[Record]:
     """Records of one step become one, in the order of the steps; of a repeated key the last value stands."""
     by_step: dict[int, dict[str, float]] = {}

@@ -26,7 +26,18 @@ from tune_ssim.guards import (
     Watch,
 )
 from tune_ssim.probes import collapse_statistics, file_contents, tensor_contents
-from tune_ssim.records import ACTIVE_FRACTION, NORM_RATIO, SMOKE, SMOKE_AGAIN, TOTAL_NORM, TOTAL_NORM_MAIN, Record, merge
+from tune_ssim.records import (
+    ACTIVE_FRACTION,
+    NORM_RATIO,
+    SMOKE,
+    SMOKE_AGAIN,
+    TOTAL_NORM,
+    TOTAL_NORM_MAIN,
+    Record,
+    is_of_training,
+    merge,
+)
+from tune_ssim.sample_check import require_kind, require_range
 from tune_ssim.sample_grid import sample_grid
 from tune_ssim.tasks.task import Number, Sample, Task
 from tune_ssim.tensor_file import TensorFile
@@ -141,6 +152,7 @@ class Trial:
                 self._beyond = at if metrics is not None else None
             else:
                 if self._is_process and not self._heard:
+                    self._heard = is_of_training(at, metrics.keys() - {"step"})
                     self._look_again()
                 self.step = max(before, at)
                 pending.append((at, {name: value for name, value in metrics.items() if name != "step"}))
@@ -250,7 +262,6 @@ class Trial:
 
     def _look_again(self) -> None:
         """What is in force and how far the batches are the baseline's, now that the training has spoken."""
-        self._heard = True
         self.effective = dict(self.task.effective())
         self.verdict = self._check_effective() or self._check_baseline()
         self.watch.rebind(self._bound_guards())
@@ -394,6 +405,8 @@ class Trial:
         sample = self.task.sample(0)
         if sample is None:
             return None
+        require_kind(sample)
+        require_range(sample)
         values = statistics_of(sample)
         if self.plan.image_grids:
             self.images[self.step] = sample_grid(sample)

@@ -25,7 +25,7 @@ from tune_ssim.channel import TAG, VARIABLE, TrialEnd, tagged_messages
 from tune_ssim.errors import BadSetup, NothingToResume, UserError
 from tune_ssim.processes import OutputLog, SupervisedProcess, quote_of
 from tune_ssim.processes.output_log import QUOTED_FROM
-from tune_ssim.records import ACTIVE_FRACTION, LR, TOTAL_NORM, Record
+from tune_ssim.records import ACTIVE_FRACTION, LR, TOTAL_NORM, Record, is_of_training
 from tune_ssim.sources import LineParser, Source, open_source
 from tune_ssim.tasks.command_spec import CommandSpec, as_word, fill, fill_all, fill_value, is_neutral, placeholders
 from tune_ssim.tasks.echoes import Echoes
@@ -138,6 +138,7 @@ class CommandTask:
         self._held_out: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._any = False
+        self._is_checked = False  # whether the settings reached the training
         self._overdue = False  # the last record came only because nothing followed it in time
         self._settling: tuple[Any, float] = (None, 0.0)  # what there is of the last step, and since when it is so
 
@@ -199,6 +200,7 @@ class CommandTask:
                 raise self._process.failure
             if ended:
                 self._require_good_end()
+                self._check_reached()
                 return None
             settled, late = self._has_settled(), time.monotonic() > deadline
             if settled or late:
@@ -216,8 +218,8 @@ class CommandTask:
                 raise UserError(f"the command gave {what} for {limit:g} s{hint}; {self._quote()}")
             self._wait()
         step, values = self._records.pop(0)
-        if not self._any:
-            self._any = True
+        self._any = True
+        if is_of_training(step, values):
             self._check_reached()
         self.step_now = max(self.step_now, step)
         self._last |= values
@@ -354,18 +356,19 @@ class CommandTask:
             self._keep(self._source.finish() if final else self._source.read())
 
     def _take(self, message: dict[str, Any]) -> None:
-        if "echoed" in message:
-            self._told |= {name: value for name, value in message["echoed"].items() if name not in self._in_force}
+        if "step" in message:  # first: a number of a step may have any name
+            self._records.append((message["step"], numbers_of(message, without=("step",))))
         elif "effective" in message:
             stated = message["effective"] if isinstance(message["effective"], dict) else {}
             self._told |= stated
             self._in_force |= set(stated)
         elif "read" in message:
-            self._read = (self._read or set()) | {str(name) for name in message["read"]}
+            looked_up = message["read"] if isinstance(message["read"], list) else []
+            self._read = (self._read or set()) | {str(name) for name in looked_up}
         elif "held_out" in message:
             self._held_out |= numbers_of(message["held_out"])
-        elif "step" in message:
-            self._records.append((message["step"], numbers_of(message, without=("step",))))
+        elif "echoed" in message:
+            self._told |= {name: value for name, value in message["echoed"].items() if name not in self._in_force}
 
     def _keep(self, records: Iterable[Record]) -> None:
         self._records += [(record.step, dict(record.values)) for record in records]
@@ -413,7 +416,8 @@ class CommandTask:
         assert process is not None
         if not self._any or process.exit_code != 0:
             after = f"after step {self.step_now}" if self._any else "without a record"
-            hint = "" if self._any else self._no_record_hint()
+            failed_in_loop = self._read is not None and process.exit_code != 0  # it would have reported
+            hint = "" if self._any or failed_in_loop else self._no_record_hint()
             raise UserError(f"the command ended {after}, {process.describe_exit()}{hint}; {self._quote()}")
 
     def _read_to_the_end(self) -> None:
@@ -445,7 +449,11 @@ class CommandTask:
         return f"all that it printed is in {self.log.path}" + (f", last: {last}" if last else " (nothing)")
 
     def _check_reached(self) -> None:
-        """What the trial sets must be told to the command, or looked up by it, and be in force where the command says what is."""
+        """What the trial sets must be told to the command, or looked up by it, and be in force where the command says what is.
+        Asked once: at the first record of the training itself, or at the end."""
+        if self._is_checked:
+            return
+        self._is_checked = True
         known = self.spec.reached() | (self._read or set()) | set(self._told) | {"steps"}
         for name, value in self.config.items():
             if name not in known and not is_neutral(name, value):
