@@ -56,6 +56,7 @@ HEALTHY: dict[str, dict[str, Values]] = {
         "loss_dino": falling(0.1, 0.03, 400),
         "dino_global": falling(0.9, 0.3, 600, 0.03, seed=1),
         "kl_raw": falling(20.0, 8.0, 400, 0.05, seed=2),
+        "loss_kl": falling(0.12, 0.05, 400, 0.05, seed=2),
         "dbg__loss_grad__flow": flat(0.2, 0.3),
         "dbg__loss_grad__dino": flat(0.3, 0.3, seed=3),
         "z_init__mean": lambda step: 0.03 * math.sin(step / 17),

@@ -91,12 +91,12 @@ def test_every_door_gives_the_alerts_of_a_live_watch(tmp_path: Path, write: Call
 
 
 def test_an_alert_is_what_the_guard_said(tmp_path: Path) -> None:
-    stream = records(50, loss_ssim=after(30, lambda step: 1.5, lambda step: 0.4))
+    stream = records(50, loss_ssim=after(30, lambda step: 2.5, lambda step: 0.4))
     live = Watch(load_rules("ssim").rules, strict=False).fold(stream)
     report = checked(write_csv(tmp_path / "run.csv", stream))
     alert = report["alerts"][0]
-    assert alert["sentence"] == live[0].sentence == "1 - SSIM cannot be outside [0, 1]: loss_ssim is 1.5, outside [0, 1]"
-    assert (alert["step"], alert["value"], alert["limit"], alert["source"]) == (30, 1.5, 1, "SEEDS A7")
+    assert alert["sentence"] == live[0].sentence == "1 - SSIM cannot be outside [0, 2]: loss_ssim is 2.5, outside [-0.001, 2]"
+    assert (alert["step"], alert["value"], alert["limit"], alert["source"]) == (30, 2.5, 2, "SEEDS A7")
     assert alert["cause"] == live[0].cause
     assert alert["remedy"] == live[0].remedy
     assert report["ended"] == {"guard": "ssim/ssim_range", "step": 30, "action": "prune"}
@@ -357,7 +357,7 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     healthy = write_csv(tmp_path / "good.csv", records(600, **HEALTHY["flow_dino_kl"]))
     code, out, _ = run(capsys, healthy)
     assert code == 0
-    assert "no alert; 18 of 18 rules could judge" in out
+    assert "no alert; 19 of 19 rules could judge" in out
 
 
 def test_the_json_is_what_the_document_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -464,7 +464,7 @@ def test_follow_says_alerts_as_they_come_and_ends_with_ctrl_c(tmp_path: Path) ->
 
 
 def test_follow_ends_when_a_rule_would_end_the_run(tmp_path: Path) -> None:
-    log = write_csv(tmp_path / "run.csv", records(60, loss_ssim=after(30, lambda step: 1.5, lambda step: 0.4)))
+    log = write_csv(tmp_path / "run.csv", records(60, loss_ssim=after(30, lambda step: 2.5, lambda step: 0.4)))
     started = time.monotonic()
     report = checked(log, follow=True)
     assert report["ended"]["step"] == 30
