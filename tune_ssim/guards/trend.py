@@ -22,6 +22,10 @@ SQUARES = sum(place * place for place in PLACES)
 JUDGED = 4  # windows of 1, 2, 4 and 8 times the length: how far back is looked where the noise hides the trend
 SCALES = 12  # up to 2048 times: how slowly a metric has been falling all along
 LOOK = 4  # a window is judged when so many of its blocks are new
+# Correlation of neighbouring blocks beyond which a window cannot tell: fewer than 6 of its 18 residuals count, and 20 blocks with
+# a correlation of 0.9 show 0.7 on average, one of 0.98 no more (running means and EMAs of white noise).
+ALIKE = 0.5
+REMEMBERED = 4 * BLOCKS // LOOK  # looks at a window: as many as at four that share no block
 BUFFER = 25  # values kept of a block before they are summed up
 # Deviates of a normal distribution. Windows overlap and are judged again and again, so these are stricter than for one test;
 # what they give on healthy noise of several kinds, and how soon a real trend is seen, is measured in tests/test_trend.py.
@@ -36,13 +40,15 @@ class Trend(InPlace):
 
     A window is BLOCKS blocks of steps/BLOCKS steps, or of one record where the training logs less often, so it may span more
     steps. A block counts as the mean of the middle half of its values: outliers do not matter. Through the blocks goes a
-    straight line; its error is estimated from the scatter about it, with the correlation of neighbours (smoothed logs).
+    straight line; its error is estimated from the scatter about it, with the correlation of neighbours (smoothed logs), in
+    this window and in the ones before. Where neighbours are so much alike that the window is as good as a few values, it
+    cannot tell.
 
     rising: the line rises by more than `by` of the level and for certain, and each quarter of the window lies above the
     one before; or every block does. not falling: the line does not fall for certain, and a fall of `by` per `steps` can be
     excluded, or one at the pace at which longer windows show it falling. Where the noise hides a trend, windows of twice,
-    four and eight times the length are judged in the same way. A metric that is below `settled` of its highest level has
-    done its falling: there a plateau is no finding.
+    four and eight times the length are judged in the same way, and longer ones in place of those that cannot tell. A metric
+    that is below `settled` of its highest level has done its falling: there a plateau is no finding.
     """
 
     metric: str
@@ -74,9 +80,10 @@ class Trend(InPlace):
     def init(self) -> State:
         """`values` and `block` ([sum, count] of earlier ones) are of the running block, which began at `start` and ends before
         `end`. `blocks` counts the finished ones. Each of `scales` has the latest BLOCKS of them, oldest first, twice as long
-        as those of the scale before, and its `pace` once `_pace` asked for it. `since`, `first` and `last` are of the line
-        that was found last."""
-        scales: list[dict[str, Any]] = [{"levels": [], "starts": [], "pace": None} for _ in range(SCALES)]
+        as those of the scale before, its `pace` once `_pace` asked for it, and how much neighbours were `alike`: a running
+        mean that begins with white noise, so that a bend in the first windows does not silence those after it. `since`,
+        `first` and `last` are of the line that was found last."""
+        scales: list[dict[str, Any]] = [{"levels": [], "starts": [], "pace": None, "alike": 0.0} for _ in range(SCALES)]
         return {
             "values": [], "block": [0.0, 0], "start": None, "end": -1, "last_step": self.after - 1, "holds": False,
             "blocks": 0, "scales": scales, "peak": None, "since": None, "first": None, "last": None,
@@ -144,7 +151,7 @@ class Trend(InPlace):
         if state["peak"] is None or level > state["peak"]:
             state["peak"] = level
         state["blocks"] = count = state["blocks"] + 1
-        undecided = True
+        undecided, told = True, 0
         for scale, kept in enumerate(state["scales"]):
             levels, starts = kept["levels"], kept["starts"]
             levels.append(level)
@@ -153,25 +160,32 @@ class Trend(InPlace):
                 del levels[0], starts[0]
             if count % LOOK == 0:
                 kept["pace"] = None
-            if undecided and count % LOOK == 0 and len(levels) == BLOCKS and (scale < JUDGED or state["holds"]):
-                undecided = not self._decide(state, scale)
+                if len(levels) == BLOCKS:
+                    line = Line.through(levels)
+                    kept["alike"] += (line.alike - kept["alike"]) / REMEMBERED
+                    line = line.allowing(kept["alike"])
+                    # Longer than JUDGED: where shorter ones could not tell, and `by` per `steps` is not yet all there is.
+                    near = scale < JUDGED or (told < JUDGED and self.by * 2**scale < 1)
+                    if undecided and (near or state["holds"]):
+                        undecided = not self._decide(state, scale, line)
+                    told += line.tells
             if count % 2:
                 return
             count //= 2
             start, level = starts[-2], (levels[-2] + levels[-1]) / 2
 
-    def _decide(self, state: State, scale: int) -> bool:
+    def _decide(self, state: State, scale: int, line: Line) -> bool:
         """Judges the window of a scale; False: its noise does not tell."""
         levels, starts = state["scales"][scale]["levels"], state["scales"][scale]["starts"]
-        rise, least = rise_of(levels), self.by * 2**scale * abs(sum(levels) / BLOCKS)
-        # First what can be said without the error, which takes most of the time.
+        rise, least = line.rise, self.by * 2**scale * abs(sum(levels) / BLOCKS)
         if state["holds"] and rise >= 0:
             return False
         if not state["holds"] and self.trend == "rising" and rise <= 0:
             return True
         if not state["holds"] and self.trend == "not falling" and rise < -least:
             return False
-        line = Line.through(levels)
+        if not line.tells and not (_never_falls(levels) or _never_rises(levels)):
+            return False
         if state["holds"]:
             # It is not given up for one lucky window, nor for what was before it.
             falls = rise + line.doubt(CERTAIN_STALL) < 0 and (scale == 0 or starts[0] >= state["since"])
@@ -182,7 +196,7 @@ class Trend(InPlace):
         if self.trend == "rising":
             found = rise > least and (_never_falls(levels) or (rise > line.doubt(CERTAIN_RISE) and _climbs(levels)))
         else:
-            lowest = rise - line.doubt(CERTAIN_STALL)
+            lowest = max(rise, 0.0) if _never_falls(levels) else rise - line.doubt(CERTAIN_STALL)
             found = lowest >= -least and levels[-1] >= self.settled * state["peak"] and lowest >= self._pace(state, scale)
             found = found and not any(Line.through(kept["levels"]).falls for kept in state["scales"][:scale])
         if found:
@@ -223,19 +237,20 @@ class Trend(InPlace):
         return None
 
 
-def rise_of(levels: Sequence[float]) -> float:
-    """Of the least-squares line through BLOCKS equally spaced levels, from its first to its last."""
-    return sum(map(mul, PLACES, levels)) * (BLOCKS - 1) / SQUARES
+def free(alike: float) -> float:
+    """Degrees of freedom of a line's error: of the BLOCKS - 2, as many as count where neighbours are so much alike."""
+    return max((BLOCKS - 2) * (1 - alike) / (1 + alike), 1.0)
 
 
 class Line(NamedTuple):
     """The least-squares line through BLOCKS equally spaced levels: its level in the `middle`, its `rise` from the first to the
-    last, the standard `error` of that, and the error's degrees of `freedom`."""
+    last, the standard `error` of that, the error's degrees of `freedom`, and how much neighbouring residuals are `alike`."""
 
     middle: float
     rise: float
     error: float
     freedom: float
+    alike: float = 0.0
 
     @classmethod
     def through(cls, levels: Sequence[float]) -> Line:
@@ -256,8 +271,20 @@ class Line(NamedTuple):
         ends = (mean + slope * PLACES[0]) ** 2 + (above[-1] - mean - slope * PLACES[-1]) ** 2
         alike = (scatter - (ends + differences) / 2) / scatter
         alike = min(max(alike + (2 + 4 * alike) / n, 0.0), 0.9)
-        freedom = max((n - 2) * (1 - alike) / (1 + alike), 1.0)
-        return cls(first + mean, slope * (n - 1), math.sqrt(scatter / (freedom * SQUARES)) * (n - 1), freedom)
+        freedom = free(alike)
+        return cls(first + mean, slope * (n - 1), math.sqrt(scatter / (freedom * SQUARES)) * (n - 1), freedom, alike)
+
+    def allowing(self, alike: float) -> Line:
+        """The same line, with the error of noise whose neighbours are as much alike as that, where they are less so here."""
+        if alike <= self.alike or not self.error:
+            return self
+        freedom = free(alike)
+        return Line(self.middle, self.rise, self.error * math.sqrt(self.freedom / freedom), freedom, alike)
+
+    @property
+    def tells(self) -> bool:
+        """Whether its error can be trusted."""
+        return not self.error or self.alike <= ALIKE
 
     @property
     def falls(self) -> bool:
@@ -283,6 +310,10 @@ def _climbs(levels: Sequence[float]) -> bool:
 def _never_falls(levels: Sequence[float]) -> bool:
     """But for one block. Then no noise has to be allowed for: of a curve that is no straight line the error is too large."""
     return sum(map(lt, levels, levels[1:])) >= BLOCKS - 2
+
+
+def _never_rises(levels: Sequence[float]) -> bool:
+    return sum(map(lt, levels[1:], levels)) >= BLOCKS - 2
 
 
 def _centre(values: Sequence[float]) -> float:
