@@ -35,7 +35,7 @@ FLOORS: list[set[str]] = [
     {"space", "study_folder", "rules", "curves", "baseline_log"},
     {"quarantine"},
     {"tasks"},
-    {"study", "sample_grid", "trial_text", "forecast", "batch_gradients", "branch_report"},
+    {"study", "sample_check", "sample_grid", "trial_text", "forecast", "batch_gradients", "branch_report"},
     {"proof"},
     {"run_trial", "winner", "provenance"},
     {"preflight", "calibrate", "heat_map", "push"},

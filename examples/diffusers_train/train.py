@@ -91,7 +91,8 @@ def main() -> None:
             total_norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
             optimizer.step()
 
-            record = {"loss": loss, "loss_flow": loss_flow, "total_norm": total_norm, **auxiliary.metrics()}  # (SSIM) metrics()
+            record = {"loss": loss.detach(), "loss_flow": loss_flow.detach(), "total_norm": total_norm}
+            record |= auxiliary.metrics()  # (SSIM)
             log.write(json.dumps({"step": step, **{name: float(value) for name, value in record.items()}}) + "\n")
             if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
                 save(args.output_dir / f"checkpoint-{step}", unet, optimizer)
