@@ -133,13 +133,21 @@ def test_a_diffusers_training_runs_resumes_and_samples(tmp_path: Path) -> None:
     assert pictures[0] == pictures[1] and len(pictures[0]) == 16
 
 
-@pytest.mark.parametrize("name", ["bagel_style", "diffusers_train"])
-def test_the_studies_reach_every_setting(name: str) -> None:
+@pytest.mark.parametrize(("name", "rate"), [("bagel_style", "lr"), ("diffusers_train", "learning_rate")])
+def test_the_studies_reach_every_setting(name: str, rate: str) -> None:
     study = load_study(EXAMPLES / name / "study.yaml")
     assert not isinstance(study.task, str)
     assert set(study.task.reached()) >= {
-        "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t", "lr", "seed", "exp_dir"
+        "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t", rate, "seed", "exp_dir"
     }  # fmt: skip
+    flags = {
+        word[2:].partition("=")[0]: word.partition("=")[2] for word in study.task.command if word.startswith("--") and "=" in word
+    }
+    assert study.task.echo == "required"
+    assert all(
+        flags[setting] == "{" + setting + "}" for setting in {**study.task_config, **study.baseline_settings} if setting in flags
+    )
+    assert not {setting for setting in study.task_config if setting != "steps"} - set(flags)
     told = {**study.task_config, **study.baseline_settings}
     assert study.task.reached() <= {*told, *ALWAYS}  # a baseline has a value for every placeholder, and so has a trial
     stage = study.space.stages[0]
