@@ -129,7 +129,8 @@ def test_unusable_files_are_named_and_skipped_or_refused(tmp_path: Path) -> None
         (tmp_path / f"many{many:02}.png").touch()
     with pytest.raises(UserError, match=r"21 files cannot be used: .*; and 1 more; remove them, or say data_errors: skip") as error:
         load_folder_images(tmp_path, 48, errors="refuse")
-    assert str(error.value).count("; ") == 21  # between them, and before the rest and the remedy
+    named = [name for name in (*expected, *(f"many{many:02}.png" for many in range(12))) if f"{name} (" in str(error.value)]
+    assert len(named) == 20  # the first ones, each with its reason
 
 
 def test_a_decompression_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
