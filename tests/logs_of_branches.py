@@ -70,6 +70,7 @@ HEALTHY: dict[str, dict[str, Values]] = {
         "loss": falling(0.7, 0.45, 300, 0.03),
         "loss_reconstruction": falling(0.6, 0.3, 300, 0.03, seed=4),
         "kl_raw": falling(20.0, 12.0, 300, 0.05, seed=5),
+        "z_init__marginal_kl": falling(0.3, 0.02, 200, 0.1, seed=10),
         **of_heads("decoder", 6),
         **of_heads("encoder", 6),
     },

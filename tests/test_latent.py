@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from tune_ssim.losses import active_units, dino_alignment, kl_to_standard_normal, reparameterise
+from tune_ssim.losses import active_units, dino_alignment, kl_to_standard_normal, marginal_kl, reparameterise
 
 
 def latent(*shape, dtype=torch.float64, spread=1.0):
@@ -79,6 +79,17 @@ def test_active_units_are_those_that_move_with_the_input():
     assert active_units(mu.view(64, 5, 1, 1).bfloat16() - 7).item() == 3
 
 
+def test_marginal_kl_is_the_kl_of_the_moments_of_all_samples_together():
+    mu, log_var = latent(500, 4)
+    m, v = mu.mean(0), mu.var(0) + log_var.exp().mean(0)
+    prior, moments = Normal(torch.zeros_like(m), torch.ones_like(v)), Normal(m, v.sqrt())
+    torch.testing.assert_close(marginal_kl(mu, log_var), kl_divergence(moments, prior).mean())
+    draws = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0))
+    assert marginal_kl(0.8 * draws, torch.full_like(draws, 0.36).log()) < 1e-3  # tells samples apart, and follows the prior
+    assert marginal_kl(3 * draws, torch.full_like(draws, 0.01).log()) > 2.5
+    assert marginal_kl(mu.bfloat16(), log_var.bfloat16()).dtype == torch.float32
+
+
 def test_alignment():
     targets = torch.eye(3)
     features = torch.tensor([[2.0, 0, 0], [1.0, 0, 0], [0, 0, -3.0]], requires_grad=True)
@@ -99,6 +110,8 @@ def test_alignment():
         (lambda: kl_to_standard_normal(torch.zeros(2, 3), torch.zeros(2, 3), max_variance=1), "max_variance=1"),
         (lambda: reparameterise(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3)), r"noise \(3,\)"),
         (lambda: active_units(torch.zeros(1, 3)), "at least two samples"),
+        (lambda: marginal_kl(torch.zeros(1, 3), torch.zeros(1, 3)), "at least two samples"),
+        (lambda: marginal_kl(torch.zeros(2, 3), torch.zeros(2, 4)), r"log_var \(2, 4\)"),
         (lambda: dino_alignment(torch.zeros(2, 3), torch.zeros(3)), r"targets \(3,\)"),
     ],
 )

@@ -25,7 +25,7 @@ BRANCH_KEYS = ("loss", "gradient", "has_grad", "trainable", "may_be_flat", "may_
 LIMITS = ("above", "below", "outside", "off")
 # What a condition may say, by its kind.
 CONDITION_KEYS = {
-    "value": ("metric", *LIMITS, "by", "over", "records", "steps", "after"),
+    "value": ("metric", *LIMITS, "by", "over", "records", "steps", "after", "from_start"),
     "first": ("metric", "of", *LIMITS, "by"),
     "mean": ("metric", "of", *LIMITS, "by", "over", "steps", "after"),
     "epoch mean": ("metric", "of", *LIMITS, "by", "epoch", "steps_per_epoch"),
@@ -283,6 +283,10 @@ class _Parser:
         if key == "trend":
             if value not in TRENDS:
                 self.problems.add(loc, f"must be one of {', '.join(TRENDS)}, got {kind_of(value)}{did_you_mean(value, TRENDS)}")
+            return value
+        if key == "from_start":
+            if not isinstance(value, bool):
+                self.problems.add(loc, f"must be true or false, got {kind_of(value)}")
             return value
         if key == "outside":
             if not isinstance(value, (list, tuple)) or len(value) != 2:

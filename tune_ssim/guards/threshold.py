@@ -18,7 +18,8 @@ class Threshold(InPlace):
     """Fires after `patience` records in a row with `metric` outside [`lower`, `upper`]. NaN counts as outside.
 
     `over`: another metric of the same record; what is judged is their quotient. `steps`: the records in a row must also
-    span that many training steps, however often the training logs. `after`: earlier steps are not judged.
+    span that many training steps, however often the training logs. `after`: earlier steps are not judged. `from_start`: only
+    what never was within the bounds counts; a learning rate that ends at zero has been above it.
     """
 
     metric: str
@@ -29,6 +30,7 @@ class Threshold(InPlace):
     over: str | None = None
     steps: int = 1
     after: int = 0
+    from_start: bool = False
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)
 
@@ -48,8 +50,16 @@ class Threshold(InPlace):
         return (self.metric,) if self.over is None else (self.metric, self.over)
 
     def init(self) -> State:
-        """`value` is of the latest record outside, `since` the step of the first of those in a row."""
-        return {"outside": 0, "since": 0, "first_step": None, "last_step": self.after - 1, "value": None, "holds": False}
+        """`value` is of the latest record outside, `since` the step of the first of those in a row. `was_inside`: of any before."""
+        return {
+            "outside": 0,
+            "since": 0,
+            "first_step": None,
+            "last_step": self.after - 1,
+            "value": None,
+            "holds": False,
+            "was_inside": False,
+        }
 
     def bound(self, state: State) -> Fold:
         metric, over, lower, upper = self.metric, self.over, self.lower, self.upper
@@ -62,8 +72,8 @@ class Threshold(InPlace):
             if state["first_step"] is None:
                 state["first_step"] = step
             if lower <= value <= upper:
-                if state["outside"]:
-                    state["outside"], state["holds"] = 0, False
+                if state["outside"] or not state["was_inside"]:
+                    state.update(outside=0, holds=False, was_inside=True)
                 return None
             return self._outside(state, step, value)
 
@@ -79,14 +89,14 @@ class Threshold(InPlace):
         found, looked_at = [], begin - 1
         for at in column.outside(self.lower, self.upper, begin):
             if at > looked_at + 1:
-                state["outside"], state["holds"] = 0, False
+                state |= {"outside": 0, "holds": False, "was_inside": True}
             looked_at = at
             state["last_step"] = column.steps[at]
             violation = self._outside(state, column.steps[at], column.values[at])
             if violation is not None:
                 found.append((column.rows[at], violation))
         if looked_at < len(column) - 1:
-            state["outside"], state["holds"] = 0, False
+            state |= {"outside": 0, "holds": False, "was_inside": True}
             state["last_step"] = column.steps[-1]
         return found
 
@@ -96,6 +106,8 @@ class Threshold(InPlace):
         state["outside"] += 1
         state["value"] = value
         if state["holds"] or state["outside"] < self.patience or step - state["since"] + 1 < self.steps:
+            return None
+        if self.from_start and state["was_inside"]:
             return None
         state["holds"] = True
         return self.finding(state)
@@ -108,6 +120,8 @@ class Threshold(InPlace):
             sentence += f", in every record of {state['last_step'] - state['since'] + 1} steps"
         elif self.patience > 1:
             sentence += f", {state['outside']} records in a row"
+        if self.from_start:
+            sentence += ", from the first on"
         return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
 
     def unjudged(self, state: State) -> str | None:

@@ -11,7 +11,7 @@ from tune_ssim.losses.flow import (
     velocity_target,
     z0_from_velocity,
 )
-from tune_ssim.losses.latent import active_units, dino_alignment, kl_to_standard_normal, reparameterise
+from tune_ssim.losses.latent import active_units, dino_alignment, kl_to_standard_normal, marginal_kl, reparameterise
 from tune_ssim.losses.schedules import Schedule, parse_schedule, schedule_config
 from tune_ssim.losses.structural import ssim, ssim_loss
 
@@ -26,6 +26,7 @@ __all__ = [
     "euler_sample",
     "flow_loss",
     "kl_to_standard_normal",
+    "marginal_kl",
     "noisy_latent",
     "parse_schedule",
     "reparameterise",

@@ -54,6 +54,23 @@ def reparameterise(mu: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def marginal_kl(mu: Tensor, log_var: Tensor) -> Tensor:
+    """How far the latents of a batch, taken together, are from the prior: `KL(N(m, v) ‖ N(0, 1)) = ½ (m² + v − 1 − ln v)` in nats,
+    with m and v the mean and the variance of an element's posteriors over the batch; the mean over the elements.
+
+    `mu`, `log_var`: `[samples, ...]`, at least two samples; n of them add about 1/n. Returns a 0-d tensor, at least in float32.
+    A mean KL of samples is what the latent tells them apart by plus this (Hoffman and Johnson 2016, "ELBO surgery"); of all
+    distributions with these means and variances the Gaussian is the closest, so the true one is at least as far away.
+    Raises ValueError for shapes that differ or fewer than two samples."""
+    if mu.shape != log_var.shape or mu.ndim < 2 or mu.shape[0] < 2:
+        got = f"mu {tuple(mu.shape)}, log_var {tuple(log_var.shape)}"
+        raise ValueError(f"marginal_kl: {got}; expected one [samples, ...] with at least two samples")
+    dtype = torch.promote_types(torch.promote_types(mu.dtype, log_var.dtype), torch.float32)
+    mean, variance = mu.to(dtype).mean(0), mu.to(dtype).var(0) + log_var.to(dtype).exp().mean(0)
+    return (0.5 * (mean.square() + variance - 1 - variance.log())).mean()
+
+
+@torch.no_grad()
 def active_units(mu: Tensor, *, threshold: float = 0.01) -> Tensor:
     """How many elements of the latent depend on the input: variance of `mu` over the samples above `threshold`.
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from tune_ssim.losses import ssim
-from tune_ssim.losses.latent import active_units, kl_to_standard_normal, reparameterise
+from tune_ssim.losses.latent import active_units, kl_to_standard_normal, marginal_kl, reparameterise
 from tune_ssim.losses.schedules import Constant, CyclicalLinear, Linear, Schedule
 from tune_ssim.probes import GradientTaps, total_norm
 from tune_ssim.tasks.photo_patches import PATCH, load_photo_patches
@@ -108,7 +108,8 @@ class VAEKL:
     """See `tasks.task.Task` for the contract.
 
     Metrics of a step: loss = loss_reconstruction + loss_kl; loss_kl = alpha · kl_raw; kl_raw in nats, a mean over the batch;
-    active_units: how many of the 16 latents depend on the patch (Burda et al. 2016)."""
+    active_units: how many of the 16 latents depend on the patch (Burda et al. 2016); z_init/marginal_kl: how far all latents
+    together are from the prior."""
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         self.config = VAEConfig.from_mapping(config)
@@ -154,6 +155,7 @@ class VAEKL:
             "active_units": active_units(mu),
             "z_init/mean": mu.detach().mean(),
             "z_init/var": (mu.detach().var(dim=0) + log_var.detach().exp().mean(dim=0)).mean(),
+            "z_init/marginal_kl": marginal_kl(mu, log_var),
             "total_norm": norm,
             **readings,
         }
