@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tune_ssim.errors import UserError
 from tune_ssim.record_table import Table
 from tune_ssim.records import Record, merge
-from tune_ssim.sources import FORMATS, LineParser, Source, bounded_search, open_source, read_all
+from tune_ssim.sources import FORMATS, LineParser, Source, bounded_search, json_lines, open_source, read_all
 from tune_ssim.sources.bounded_search import MAX_PATTERN_TEXT
 from tune_ssim.sources.event_files import masked_crc32c
 from tune_ssim.sources.lines import MAX_LINE_BYTES
@@ -787,6 +787,48 @@ def test_decoding_lines_together_is_decoding_each(lines: list[Any]) -> None:
     together = LineParser(format="jsonl")
     found = together.feed("".join(text + "\n" for text in texts).encode()) + together.finish()
     alone = LineParser(format="jsonl")
+    one_by_one = [record for text in texts for record in alone.feed(text.encode() + b"\n")] + alone.finish()
+    assert exact(found) == exact(one_by_one)
+    assert together.trouble == alone.trouble
+
+
+JSON_NUMBERS = st.one_of(
+    st.floats().map(json.dumps),
+    st.integers().map(str),
+    st.sampled_from(["0", "-0.0", "1e400", "1" * 400, "9223372036854775808", "NaN", "Infinity", "-Infinity"]),
+    st.floats(-9, 9).map("{:.3e}".format),
+)
+NOT_A_NUMBER = st.sampled_from(
+    ["Inf", "-Inf", "nan", "01", "1.", ".5", "null", "true", '"0.5"', '"Inf"', '{"b": 1}', "[1]", "1}{", ""]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    names=st.lists(st.sampled_from(["a", "b", "step", "global_step", "é", "a\\u0041", "Inf", "{", ""]), min_size=1, max_size=4),
+    rows=st.lists(st.lists(JSON_NUMBERS, min_size=4, max_size=4), min_size=4, max_size=12),
+    odd=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 3), NOT_A_NUMBER), max_size=1),
+    line=st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["", "{}", '{"a": 1}{"b": 2}', '{"a": 1,', "}", " "])), max_size=1),
+    spaced=st.booleans(),
+)
+def test_reading_objects_by_columns_is_reading_each(
+    names: list[str], rows: list[list[str]], odd: list[tuple[int, int, str]], line: list[tuple[int, str]], spaced: bool
+) -> None:
+    for row, at, value in odd:
+        rows[row % len(rows)][at] = value
+    colon = ": " if spaced else ":"
+    texts = []
+    for step, row in enumerate(rows):
+        fields = (
+            [("step", str(step)), *zip(names, row, strict=False)] if "step" not in names else list(zip(names, row, strict=False))
+        )
+        texts.append("{" + ", ".join(f'"{name}"{colon}{value}' for name, value in fields) + "}")
+    for at, text in line:
+        texts.insert(at, text)
+    together, alone = (LineParser(format="jsonl", names={"b": "loss"}) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_lines, "MANY", 4)
+        found = together.feed("".join(text + "\n" for text in texts).encode()) + together.finish()
     one_by_one = [record for text in texts for record in alone.feed(text.encode() + b"\n")] + alone.finish()
     assert exact(found) == exact(one_by_one)
     assert together.trouble == alone.trouble

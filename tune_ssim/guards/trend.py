@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import lt, mul, sub
+from operator import lt, mul
 from typing import Any, Literal, NamedTuple
 
 from tune_ssim.guards.condition import check_action, check_count
@@ -265,9 +265,9 @@ class Line(NamedTuple):
         scatter = squares - n * mean * mean - slope * slope * SQUARES  # of the residuals r
         if scatter <= 1e-12 * squares:  # rounding, or as good as none
             return cls(first + mean, slope * (n - 1), 0.0, n - 2)
-        # Σ r_i r_(i+1) from Σ (r_(i+1) - r_i)², which needs no residuals but the first and the last.
-        steps = list(map(sub, above[1:], above))
-        differences = sum(map(mul, steps, steps)) - 2 * slope * above[-1] + (n - 1) * slope * slope
+        # Σ r_i r_(i+1) from Σ (r_(i+1) - r_i)², which needs no residuals but the first and the last (above[0] is 0).
+        differences = 2 * (squares - sum(map(mul, above[1:], above))) - above[-1] ** 2
+        differences += slope * ((n - 1) * slope - 2 * above[-1])
         ends = (mean + slope * PLACES[0]) ** 2 + (above[-1] - mean - slope * PLACES[-1]) ** 2
         alike = (scatter - (ends + differences) / 2) / scatter
         alike = min(max(alike + (2 + 4 * alike) / n, 0.0), 0.9)

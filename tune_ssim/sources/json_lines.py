@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tune_ssim.sources.rows import Rows
 from tune_ssim.sources.values import Names, numbers_of
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 TAG = "TUNE_SSIM {"  # what a training prints before its JSON, so that nothing else in its output is taken for a row
 
-TOGETHER = 512  # lines that are decoded at once: names are then made once for all, and it stays in the cache
+TOGETHER = 1024  # lines that are decoded at once: names are then made once for all, and it stays in the cache
+MANY = 256  # lines from which on loading pyarrow pays
 
 # strict=False: a control character in a text is no reason to lose the numbers beside it.
 _decode: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder(strict=False))["scan_once"]  # (text, begin) → (value, end)
@@ -33,6 +37,8 @@ class JsonLines:
         """The lines `number`, `number` + 1, … of the log."""
         for begin in range(0, len(lines), TOGETHER):
             block = lines[begin : begin + TOGETHER]
+            if not self.tagged and len(block) >= MANY and (columns := columns_of(block)) and self._rows.add_arrays(columns):
+                continue
             text = ",\n".join(block)
             rows = None if self.tagged or "[" in text else objects(text, len(block))
             if rows is None:
@@ -85,6 +91,32 @@ class JsonLines:
 
     def load_json(self, data: Mapping[str, Any]) -> None:
         self.tagged = data["tagged"]
+
+
+def columns_of(lines: Sequence[str]) -> dict[str, NDArray[Any]] | None:
+    """The numbers of lines that are one flat object each, all with the same names, by name, as int64 or float64; None for any
+    other lines. The numbers are those that `json` reads (a whole -0 may keep its sign)."""
+    text = "\n".join(lines)
+    if text[:1] != "{" or not text.count("{") == len(lines) == text.count("\n{") + 1:
+        return None  # not one object on each line
+    if "Inf" in text and text.count("Inf") != text.count("Infinity"):
+        return None  # which is no JSON, and Arrow takes it
+    import pyarrow
+    from pyarrow import json as arrow_json
+
+    data = text.encode()
+    options = arrow_json.ReadOptions(use_threads=False, block_size=len(data) + 1)
+    try:
+        table = arrow_json.read_json(pyarrow.BufferReader(data), read_options=options)
+    except pyarrow.ArrowInvalid:
+        return None
+    plain = all(column.type in (pyarrow.int64(), pyarrow.float64()) and not column.null_count for column in table.columns)
+    if not plain or table.num_rows != len(lines):
+        return None
+    columns: dict[str, NDArray[Any]] = {
+        name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)
+    }
+    return columns
 
 
 def objects(text: str, count: int) -> list[dict[str, Any]] | None:

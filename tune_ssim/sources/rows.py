@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tune_ssim.record_table import Table
 from tune_ssim.sources.steps import Steps
 from tune_ssim.sources.trouble import Trouble
 from tune_ssim.sources.values import MAX_STEP, Names, numbers_of, step_in
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tune_ssim.record_table import Array
 
 FLOAT, NUMBER = {float}, {float, int}
 
@@ -44,11 +49,19 @@ class Rows:
             return False
         return self._add_columns_of(rows, key) or self._add_rows(rows, key)
 
-    def add_columns(self, steps: Sequence[int], columns: Mapping[str, Sequence[float]], names: Names) -> bool:
+    def add_columns(self, steps: Sequence[int], columns: Mapping[str, Sequence[float] | Array], names: Names) -> bool:
         """The same for rows of one and the same metrics; they are renamed as `names` says."""
         if not columns or not are_steps(steps):
             return False
         return self.steps.add_table(Table(steps, columns=names.rename(dict(columns)) if names.given else columns))
+
+    def add_arrays(self, columns: Mapping[str, NDArray[Any]]) -> bool:
+        """Many rows of the same names by columns of int64 or float64; False: nothing was used up."""
+        key = next((key for key in self.names.steps if key in columns), None)
+        if key is None or columns[key].dtype.kind != "i":
+            return False
+        others = {name: values.astype(float) for name, values in columns.items() if name != key}
+        return self.add_columns(columns[key].tolist(), others, self.names)
 
     def _add_columns_of(self, rows: list[dict[str, Any]], key: str) -> bool:
         """The usual log: every row has the same names in the same order, and plain numbers."""
