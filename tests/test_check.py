@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from logs_of_branches import HEALTHY, Values, after, changed, falling, flat, of_heads, records
 
 from tune_ssim.branch_report import judge_branch
-from tune_ssim.check import Check, baseline_of, check_log, open_log, packs_for
+from tune_ssim.check import Check, baseline_of, check_log, open_log, ours_of, packs_for
 from tune_ssim.cli import exit_code
 from tune_ssim.curves import MOST_BLOCKS, Curve
 from tune_ssim.errors import UserError
@@ -381,7 +381,17 @@ def test_their_names_are_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "rules: vae_kl" in out
     code, out, err = run(capsys, log)
     assert code == 2
-    assert "no rule knows any metric of this log; saw kld, train/recon" in err
+    assert "no rule knows any metric of this log; saw kld, train/recon" in err and "perhaps" not in err
+
+
+def test_a_usual_name_is_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{step},{1 / (step + 1)},{1 / (step + 2)},{1 + step % 3}" for step in range(300)]
+    (tmp_path / "metrics.csv").write_text("step,train_loss_step,val_loss,grad_norm\n" + "\n".join(lines) + "\n")
+    code, _, err = run(capsys, tmp_path / "metrics.csv")
+    assert code == 2 and "perhaps `--map train_loss_step=loss`; perhaps `--map grad_norm=total_norm`" in " ".join(err.split())
+    code, out, _ = run(capsys, tmp_path / "metrics.csv", "--map", "train_loss_step=loss", "--map", "grad_norm=total_norm")
+    assert code == 0 and "training" in out
+    assert ours_of(["train/loss", "train/loss_ema"]) == ours_of(["acc", "val/loss"]) == {}
 
 
 @pytest.mark.parametrize(

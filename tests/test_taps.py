@@ -491,6 +491,20 @@ def test_loss_norms():
     torch.stack(list(losses.values())).sum().backward()  # the graph is still there
 
 
+def test_the_loss_of_loss_norms_is_one_number():
+    weight = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(UserError, match=r"loss_norms: 'flow' has shape \(3,\).*reduce it first"):
+        loss_norms({"flow": weight.square()}, [weight])
+
+
+def test_a_parameter_named_twice_counts_once():
+    weight = torch.nn.Parameter(torch.ones(3))
+    taps = GradientTaps({"twice": [weight, weight]}, every=1)
+    weight.square().sum().backward()
+    found = taps.read(1)
+    assert float(found["dbg/grad_twice"]) == close(math.sqrt(12)) and found["dbg/twice_trainable"] == 1
+
+
 def test_loss_norms_at_an_activation():
     model = Branches()
     hidden = model.backbone(batch(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +28,7 @@ SCHEMA = 1  # of `Report.to_json`, docs/check_schema.md
 LOOKED_AT = 1000  # records whose coverage says how many micro-batches make a step, where nobody else does
 PER_GUARD = 20  # alerts of one guard that are kept; the rest is counted
 SHOWN_NAMES = 12
+WORDS = re.compile(r"[a-z]+")
 # What is asked of a log that no pack is about: a fine-tuning starts where it is good, so its loss need not fall, but may not rise.
 POLL_S = 0.5  # between two looks at a growing log
 MOST_BASELINE = 1_000_000  # records of a baseline that are compared with; a hundred megabytes
@@ -186,7 +188,8 @@ class Check:
         if self.given:
             wanted = ", ".join(sorted(known)[:SHOWN_NAMES])
         saw = saw or "no metric at all"
-        return f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames)"
+        guess = "".join(f"; perhaps `--map {theirs}={ours}`" for theirs, ours in ours_of(self._metrics).items())
+        return f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames){guess}"
 
     def _any(self) -> RulePack:
         """For a log that no pack is about: its loss, or else every part of it, and the norm."""
@@ -251,6 +254,20 @@ class Check:
         state = self.watch.state_of(guard.name)
         reason = guard.too_little(state) if isinstance(guard, Rule) else guard.unjudged(state)
         return None if reason is None else Unknown(guard.name, reason.removeprefix(f"guard '{guard.name}' "))
+
+
+def ours_of(metrics: Iterable[str]) -> dict[str, str]:
+    """What a training's loss and gradient norm are often called → our name, where one metric alone is called so."""
+    found: dict[str, list[str]] = {LOSS: [], TOTAL_NORM: []}
+    for name in sorted(metrics):
+        words = set(WORDS.findall(name.lower()))
+        if words & {"val", "valid", "validation", "eval", "test"}:
+            continue
+        if "loss" in words:
+            found[LOSS].append(name)
+        elif {"grad", "norm"} <= words or "gradnorm" in words:
+            found[TOTAL_NORM].append(name)
+    return {names[0]: ours for ours, names in found.items() if len(names) == 1}
 
 
 def check_log(

@@ -33,14 +33,17 @@ def loss_norms(losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> di
     its parameters, then only the heads are run through. `.grad` is not touched; a loss that does not depend on `parameters`
     gets 0. The norms are this rank's, of these losses (one micro-batch), and scaled if the losses are.
 
-    Raises UserError for parameters that are sharded (their gradients exist only inside a real backward pass). Re-entrant
-    activation checkpointing does not allow it: torch raises a RuntimeError then; use `use_reentrant=False`.
+    Raises UserError for a loss of more than one number, and for parameters that are sharded (their gradients exist only inside a
+    real backward pass). Re-entrant activation checkpointing does not allow it: torch raises a RuntimeError then; use
+    `use_reentrant=False`.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if any(is_sharded(parameter) for parameter in parameters):
         raise UserError("loss_norms: got sharded parameters; hand over the backbone's last activation instead")
     found = {}
     for name, loss in losses.items():
+        if loss.numel() != 1:
+            raise UserError(f"loss_norms: {name!r} has shape {tuple(loss.shape)}; a gradient is of one number: reduce it first")
         gradients: Sequence[Tensor | None] = [None] * len(parameters)
         if loss.requires_grad and parameters:
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)

@@ -264,7 +264,7 @@ def _checked(tag: str, tagged: Any) -> torch.nn.Module | list[torch.nn.Parameter
             raise UserError(f"{where}: got {type(parameter).__name__}; expected a module, or parameters")
     if not parameters:
         raise UserError(f"{where}: no parameters")
-    return parameters
+    return list(dict.fromkeys(parameters))
 
 
 @torch.no_grad()

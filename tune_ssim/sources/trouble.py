@@ -50,8 +50,8 @@ class Trouble:
         if self.repeated:
             rows = "row was" if self.repeated == 1 else "rows were"
             parts.append(
-                f"{self.repeated} {rows} passed over, of steps that had come before ({self.first_repeated}; a restart, or lines"
-                " logged twice): the first values stand"
+                f"{self.repeated} {rows} passed over, of steps that had come before ({self.first_repeated}; a restart, lines"
+                " logged twice, or a validation that counts epochs): the first values stand"
             )
         return "; ".join([*parts, *self.notes])
 
