@@ -42,6 +42,7 @@ from tune_ssim.tasks.two_stage_vlm import TwoStageVLM
 from tune_ssim.tasks.vae_kl import VAEKL
 
 SYSTEMS: dict[str, type] = {"vae_kl": VAEKL, "flow_dino_kl": FlowDinoKL, "two_stage_vlm": TwoStageVLM}
+SHOWN_RULES = 4  # in a row of the table in docs/tasks.md
 STEPS = {"vae_kl": 600, "flow_dino_kl": 400, "two_stage_vlm": 1016}
 # What a user would tell the pack about a sound training: a quarter of the 16 latents, when the KL has risen, two micro-batches, the
 # warm-up's middle.
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--streams", type=Path, default=Path(tempfile.gettempdir()) / "tune_ssim_health")
     parser.add_argument("--judge-only", action="store_true", help="train nothing: judge the runs that are there")
+    parser.add_argument("--markdown", action="store_true", help="print the table as docs/tasks.md has it")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "health.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -212,6 +214,8 @@ def main() -> None:
     result = {"what": __doc__.splitlines()[0], "seconds": round(time.perf_counter() - started, 1), **counts(runs)}
     save(arguments.output, {**result, "by_case": by_case(runs), "runs": runs})
     console.print(table(runs))
+    if arguments.markdown:
+        print("\n".join(markdown(runs)))
     console.print({key: value for key, value in result.items() if key != "what"})
 
 
@@ -271,9 +275,9 @@ def judge(case: Case, file: Path) -> dict[str, Any]:
 
 
 def is_known(guard: str, rule: str) -> bool:
-    """Guards of a pack are called `pack.rule` or `pack.rule[tag=…]`; `coverage:flow` is the rule and what it is about."""
-    name, _, tag = rule.partition(":")
-    return name in guard and tag in guard
+    """Guards of a pack are called `pack/rule` or `pack/rule:tag`; of a rule with several tags `rule` alone means all."""
+    said = guard.rpartition("/")[2]
+    return said == rule or said.partition(":")[0] == rule
 
 
 def counts(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -313,6 +317,17 @@ def table(runs: list[dict[str, Any]]) -> Table:
         cells = (name, str(row["runs"]), str(row["alarms"]), named, first, ", ".join(row["rules"]))
         shown.add_row(*cells, style="red" if wrong else None)
     return shown
+
+
+def markdown(runs: list[dict[str, Any]]) -> list[str]:
+    lines = ["| case | caught | first alert at step | by |", "|---|---|---|---|"]
+    for name, row in by_case(runs).items():
+        first = "–" if row["first_step"] is None else "–".join(map(str, dict.fromkeys(row["first_step"])))
+        rules = [f"`{rule.split('/')[-1]}`" for rule in row["rules"]]
+        said = ", ".join(rules[:SHOWN_RULES]) + (" …" if len(rules) > SHOWN_RULES else "") if rules else "–"
+        false = " (false)" if row["healthy"] and row["alarms"] else ""
+        lines.append(f"| {name.replace('/', ': ', 1)} | {row['alarms']} of {row['runs']}{false} | {first} | {said} |")
+    return lines
 
 
 if __name__ == "__main__":

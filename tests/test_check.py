@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -279,6 +280,27 @@ def test_a_branch_whose_alert_holds_at_the_end_does_not_work() -> None:
     assert "dino_stuck holds since step" in found["findings"][0]["sentence"]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_regulariser_that_holds_still_works_whichever_way_its_noise_goes(seed: int) -> None:
+    pack = load_rules("flow_dino_kl")
+    kl = next(branch for branch in pack.branches if branch.may_rise)
+    curve = Curve()
+    curve.add(range(2000), 3 + 0.1 * np.random.default_rng(seed).standard_normal(2000))
+    found = judge_branch(pack, kl, {"kl_raw": curve}).findings[0]
+    assert found.answer == "yes" and "has settled" in found.sentence
+    rising = Curve()
+    rising.add(range(2000), 3 + np.arange(2000) / 500 + 0.1 * np.random.default_rng(seed).standard_normal(2000))
+    assert judge_branch(pack, kl, {"kl_raw": rising}).findings[0].answer == "unknown"
+
+
+def test_a_loss_that_is_no_number_at_the_end_does_not_work() -> None:
+    found = branch_of(
+        records(2000, **changed(HEALTHY["flow_dino_kl"], loss_flow=after(1050, flat(math.nan), falling(1.2, 0.4, 300))))
+    )
+    assert found["verdict"] == "does_not_work"
+    assert found["findings"][0]["sentence"].startswith("loss_flow is not finite after step 10")
+
+
 def test_few_records_say_nothing_of_a_branch() -> None:
     pack = load_rules("flow_dino_kl")
     curve = Curve()
@@ -300,6 +322,15 @@ def test_a_curve_is_of_bounded_size_and_keeps_the_extremes(values: list[float], 
     if seen:
         assert min(seen) == min(low for low in curve.low if not math.isnan(low))
         assert max(seen) == max(high for high in curve.high if not math.isnan(high))
+
+
+def test_the_last_of_an_odd_number_of_blocks_is_not_lost() -> None:
+    curve = Curve()
+    curve.add(range(MOST_BLOCKS + 1), [1.0] * MOST_BLOCKS + [math.nan])
+    assert curve.broken.sum() == pytest.approx(1 / 3) and curve.mean[-1] == 1 and curve.steps[-1] == MOST_BLOCKS
+    zero = Curve()
+    zero.add(range(MOST_BLOCKS + 1), [3.0] * MOST_BLOCKS + [0.0])
+    assert zero.mean[-1] == 2 and zero.zero[-1] == pytest.approx(1 / 3)
 
 
 # ---- a baseline

@@ -86,7 +86,7 @@ def state_of(watch: Watch) -> dict[str, object]:
     return {key: value for key, value in watch.state_dict().items() if key != "names"}
 
 
-VALUES = st.one_of(st.floats(-1, 2, width=16), st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf]))
+VALUES = st.one_of(st.floats(-1, 2, width=16), st.sampled_from([0.0, -0.0, 1e160, -1e308, math.nan, math.inf, -math.inf]))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

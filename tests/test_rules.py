@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tune_ssim.records import Record
 from tune_ssim.rules import RulePack, bundled_packs, load_rules
 from tune_ssim.study import load_study
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKS = bundled_packs()
 
 
@@ -309,6 +311,10 @@ def test_a_pack_is_read_back_from_what_it_was(name: str) -> None:
         ("rules: {a: {when: {metric: m, above: 1}, action: [1]}}", "rules.a.action: must be one of"),
         ("rules: {a: {when: {metric: m, above: 1}, optional: maybe}}", "rules.a.optional: must be true or false"),
         ("rules: {a: {when: {metric: m, above: 1}, cause: 3}}", "rules.a.cause: must be text, got 3"),
+        ("rules: {a: {for_each: {tag: [a, b]}, when: {above: 1}}}", "p.yaml:1: rules.a.when: metric is missing"),
+        ("rules: {a: {for_each: {tag: [a, b]}, when: {metric: m, above: 1}, action: stop}}", "rules.a.action: must be one of"),
+        ("rules: {a: {when: {metric: m, above: many}}}", "rules.a.when.above: must be a number, got 'many' (text)"),
+        ("rules: {a: {when: {metric: m, above: 1, from_start: 1}}}", "rules.a.when.from_start: must be true or false, got 1"),
         ("rules: {a: {for_each: 3, when: {metric: m, above: 1}}}", "rules.a.for_each: must be a mapping"),
         ("rules: {a: {when: {metric: m, off: 1, by: -0.1}}}", "rules.a.when.by: must be a share above 0"),
         ("branches: {a: {los: x}}\nrules: {a: {when: {metric: m, above: 1}}}", "branches.a: unknown key 'los'; did you mean"),
@@ -323,6 +329,17 @@ def test_what_is_wrong_in_a_pack_is_said_with_its_line(tmp_path: Path, text: str
     with pytest.raises(UserError) as caught:
         load_rules("p.yaml", relative_to=tmp_path)
     assert said in str(caught.value)
+
+
+def test_every_source_that_is_cited_is_explained() -> None:
+    """An alert names the id of a requirement: a user finds it on the page of facts."""
+    page = (ROOT / "docs" / "facts.md").read_text()
+    cited = set()
+    for file in (*(ROOT / "tune_ssim").rglob("*.py"), *(ROOT / "tune_ssim").rglob("*.yaml"), *(ROOT / "docs").glob("*.md")):
+        for word in re.findall(r"SEEDS ((?:[A-E]\d+(?:, (?=[A-E]\d))?)+)|FACTS (§\d)", file.read_text()):
+            cited |= set(word[0].split(", ")) | {word[1]} - {""}
+    assert {"C4", "D2", "E5", "§1", "§6"} <= cited
+    assert [name for name in sorted(cited - {""}) if not re.search(rf"^## {name} |\b{name}: ", page, re.MULTILINE)] == []
 
 
 @pytest.mark.parametrize(

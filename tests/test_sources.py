@@ -799,7 +799,7 @@ JSON_NUMBERS = st.one_of(
     st.floats(-9, 9).map("{:.3e}".format),
 )
 NOT_A_NUMBER = st.sampled_from(
-    ["Inf", "-Inf", "nan", "01", "1.", ".5", "null", "true", '"0.5"', '"Inf"', '{"b": 1}', "[1]", "1}{", ""]
+    ["Inf", "-Inf", "-NaN", "nan", "01", "1.", ".5", "null", "true", '"0.5"', '"Inf"', '{"b": 1}', "[1]", "1}{", ""]
 )
 
 

@@ -247,3 +247,15 @@ def test_strongly_smoothed_logs(every: int) -> None:
                 alarms += rises(printed(curve * noise), every)
             found += rises(printed((1 + np.arange(2000) / 200) * noise), every)
     assert alarms <= 4 and found >= 14
+
+
+@pytest.mark.parametrize(("value", "shown"), [(1e155, "1e+155"), (1.7e308, "1.7e+308"), (math.inf, "inf"), (math.nan, "nan")])
+@pytest.mark.parametrize("trend", ["rising", "not falling"])
+def test_what_has_gone_out_of_range_is_said_as_it_is(trend: str, value: float, shown: str) -> None:
+    guard = Trend("m", trend, steps=20)  # type: ignore[arg-type]
+    state, said = guard.init(), []
+    for step in range(100):
+        state, violation = guard.update(state, Record(step, {"m": 1 / (step + 1) if step < 40 else value}))
+        said += [violation] if violation else []
+    assert [violation.sentence.startswith(f"m is {shown} over steps 4") for violation in said] == [True]
+    assert repr(said[0].value) == repr(value)

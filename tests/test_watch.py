@@ -19,6 +19,7 @@ from tune_ssim.guards import (
     MissingMetric,
     NonFinite,
     NormRatio,
+    Rule,
     SmokeTest,
     Threshold,
     Violation,
@@ -261,6 +262,31 @@ def test_a_state_of_other_guards_is_refused() -> None:
     saved = Watch([NonFinite()]).state_dict()
     with pytest.raises(ValueError, match=r"saved guards \['non_finite'\] are not this trial's \['smoke_test'\]"):
         Watch([SmokeTest()]).load_state_dict(saved)
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    guards = [Threshold(LOSS, upper=5), Rule("r", (Threshold(LOSS, upper=5),))]
+    for name in ("threshold:loss", "r"):
+        saved = Watch(guards).state_dict()
+        state = saved["states"][name]
+        del (state if name != "r" else state["parts"][0])["was_inside"]
+        with pytest.raises(ValueError, match=f"guard '{name}': its saved state is another version's"):
+            Watch(guards).load_state_dict(saved)
+
+
+def test_a_threshold_says_when_there_were_too_few_records() -> None:
+    few = [Record(step, {LOSS: 1.0}) for step in range(40)]
+    for guard, said in (
+        (Threshold(LOSS, upper=5, patience=41), "41 records in a row are needed; the log has 40"),
+        (Threshold(LOSS, upper=5, steps=41), "41 steps in a row are needed; the log has 40"),
+        (Threshold(LOSS, upper=5, after=40), "loss has no record after step 40"),
+    ):
+        watch = Watch([guard])
+        watch.fold(few)
+        assert watch.finish() == [said]
+    watch = Watch([Threshold(LOSS, upper=5, patience=40, steps=40)])
+    watch.fold(few)
+    assert watch.finish() == []
 
 
 def test_no_guards_no_opinion() -> None:

@@ -73,10 +73,14 @@ def judge_branch(
     return BranchReport(pack.name, branch.name, tuple(findings))
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
     curve = curves.get(branch.loss)
     if curve is None:
         return Finding("loss", "unknown", f"no metric {branch.loss}")
+    late_broken = curve.broken[-max(1, len(curve.broken) // 4) :]
+    if late_broken.size and late_broken.mean() > 0.5:
+        return Finding("loss", "no", f"{branch.loss} is not finite {_since(curve, curve.broken)}")
     levels = curve.levels(LEVELS)
     levels = levels[np.isfinite(levels)]
     if curve.records < LEAST_RECORDS or len(levels) < LEVELS // 2:
@@ -89,7 +93,8 @@ def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
     least = SMALL * abs(first)
     lowest = float(levels.min())
     fall, back = first - lowest, last - lowest
-    if branch.may_rise and last > first:
+    falls = last - first < -error and first - last > 1e-12 * abs(first)
+    if branch.may_rise and not falls:
         middle = float(levels[len(levels) // 2 : -late].mean())
         if abs(last - middle) <= max(error, SMALL * abs(middle)):
             return Finding("loss", "yes", f"{branch.loss} has settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
@@ -97,7 +102,7 @@ def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
     # Two deviations more: the lowest of twenty levels is lower than most.
     if fall > max(error, least) and back > max(RISEN * fall, error + 2 * noise):
         return Finding("loss", "no", f"{branch.loss} fell from {first:.3g} to {lowest:.3g} and rose again, to {last:.3g}")
-    if last - first < -error and first - last > 1e-12 * abs(first):
+    if falls:
         return Finding("loss", "yes", f"{branch.loss} fell from {first:.3g} to {last:.3g}")
     if last - first - error >= -least:
         if branch.may_be_flat and last - first <= max(error, least):

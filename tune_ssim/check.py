@@ -29,7 +29,6 @@ LOOKED_AT = 1000  # records whose coverage says how many micro-batches make a st
 PER_GUARD = 20  # alerts of one guard that are kept; the rest is counted
 SHOWN_NAMES = 12
 WORDS = re.compile(r"[a-z]+")
-# What is asked of a log that no pack is about: a fine-tuning starts where it is good, so its loss need not fall, but may not rise.
 POLL_S = 0.5  # between two looks at a growing log
 MOST_BASELINE = 1_000_000  # records of a baseline that are compared with; a hundred megabytes
 
@@ -192,7 +191,8 @@ class Check:
         return f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames){guess}"
 
     def _any(self) -> RulePack:
-        """For a log that no pack is about: its loss, or else every part of it, and the norm."""
+        """For a log that no pack is about: its loss, or else every part of it, and the norm. A fine-tuning starts where it is good, so
+        its loss need not fall, but may not rise."""
         losses = [LOSS] if LOSS in self._metrics else self._losses
         branches = [
             Branch("training" if name == LOSS else name, name, (TOTAL_NORM,), may_be_flat=True, may_rise="kl" in name.lower())

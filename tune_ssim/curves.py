@@ -61,28 +61,15 @@ class Curve:
     def _halve(self) -> None:
         """Pairs of blocks become one; the last one of an odd number would need records that are gone, so it joins the pair
         before it."""
-        pairs = len(self.steps) // 2
-        last = 2 * pairs
+        begins = np.arange(0, len(self.steps) - 1, 2)
+        blocks = np.add.reduceat(np.ones(len(self.steps)), begins)
         weights = 1 - self.broken
-
-        def pair(values: Array) -> Array:
-            return values[:last].reshape(-1, 2)
-
-        finite = pair(weights)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean = np.nansum(pair(self.mean) * finite, axis=1) / finite.sum(1)
-        merged = (
-            pair(self.steps)[:, 1],
-            mean,
-            np.fmin(*pair(self.low).T),
-            np.fmax(*pair(self.high).T),
-            pair(self.zero).mean(1),
-            pair(self.broken).mean(1),
-        )
-        if len(self.steps) > last:
-            merged[0][-1] = self.steps[-1]
-            merged[2][-1], merged[3][-1] = np.fmin(merged[2][-1], self.low[-1]), np.fmax(merged[3][-1], self.high[-1])
-        self.steps, self.mean, self.low, self.high, self.zero, self.broken = merged
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            total = np.add.reduceat(np.where(weights > 0, self.mean * weights, 0.0), begins)
+            self.mean = total / np.add.reduceat(weights, begins)
+        self.steps = np.maximum.reduceat(self.steps, begins)
+        self.low, self.high = np.fmin.reduceat(self.low, begins), np.fmax.reduceat(self.high, begins)
+        self.zero, self.broken = (np.add.reduceat(shares, begins) / blocks for shares in (self.zero, self.broken))
         self._per_block *= 2
 
 

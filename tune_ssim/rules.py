@@ -240,7 +240,6 @@ class _Parser:
         if not isinstance(optional, bool):
             self.problems.add((*loc, "optional"), f"must be true or false, got {kind_of(optional)}")
         texts = {key: self.text((*loc, key), data.get(key, ""), place=place) for key in ("sentence", "cause", "remedy", "source")}
-        # A problem that was said before, of another place of `for_each`, adds nothing to them.
         if len(self.problems) == before and None not in conditions:
             yield Rule(name, tuple(filter(None, conditions)), action, **texts, optional=optional)
 
@@ -263,7 +262,7 @@ class _Parser:
         given = {key: self.value((*loc, key), key, data[key], place) for key in data if key in CONDITION_KEYS[kind]}
         given = {key: value for key, value in given.items() if value is not None and key != "of"}
         if kind != "trend":
-            given |= self.band(loc, given)
+            given |= self.band(loc, given, data)
             given = {key: value for key, value in given.items() if key not in (*LIMITS, "by")}
         if len(self.problems) > before:
             return None
@@ -323,9 +322,11 @@ class _Parser:
             return None
         return int(value) if whole else value
 
-    def band(self, loc: Loc, given: Mapping[str, Any]) -> dict[str, float]:
+    def band(self, loc: Loc, given: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, float]:
         """The bounds within which all is well."""
         limits = [key for key in LIMITS if key in given]
+        if not limits and any(key in data for key in LIMITS):
+            return {}  # it was no number, which was said
         if len(limits) != 1:
             self.problems.add(loc, f"must have exactly one of {', '.join(LIMITS)} (or a trend); got {', '.join(limits) or 'none'}")
             return {}

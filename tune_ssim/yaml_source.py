@@ -79,6 +79,7 @@ class Problems:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._lines: list[tuple[int, str]] = []
+        self._added = 0
 
     def add(self, loc: Loc, message: str, subject: str | None = None) -> None:
         """`subject` names what is wrong where the dotted path to it would be too long; "": the message does so."""
@@ -91,6 +92,7 @@ class Problems:
             text = ": ".join(part for part in (self.source.at(loc), subject, message) if part)
         where = self.source.at(loc).removeprefix(self.source.label + ":")
         line = (int(where) if where.isdigit() else 0, text)
+        self._added += 1
         if line not in self._lines:
             self._lines.append(line)
 
@@ -106,9 +108,11 @@ class Problems:
         for text in str(error).splitlines():
             line = re.match(re.escape(self.source.label) + r":(\d+):", text)
             self._lines.append((int(line[1]) if line else 0, text))
+            self._added += 1
 
     def __len__(self) -> int:
-        return len(self._lines)
+        """How often something was found wrong, the same thing twice included."""
+        return self._added
 
     def check(self) -> None:
         if self._lines:
@@ -299,7 +303,7 @@ def kind_of(value: Any) -> str:
 
 def did_you_mean(word: Any, valid: Iterable[str]) -> str:
     """`; did you mean 'max_t'?`, or else what there is."""
-    valid = list(valid)
+    valid = list(map(str, valid))
     lowered = {name.lower(): name for name in valid}
     close = difflib.get_close_matches(str(word).lower(), list(lowered), n=1, cutoff=0.6)
     return f"; did you mean {lowered[close[0]]!r}?" if close else f"; valid: {', '.join(valid)}"

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from tune_ssim.guards.condition import Condition, check_action
 from tune_ssim.guards.guard import Fold, Found, InPlace, State
-from tune_ssim.guards.threshold import Threshold
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.record_table import Table
 from tune_ssim.records import Record
@@ -122,7 +121,6 @@ class Rule(InPlace):
     def too_little(self, state: State) -> str | None:
         """Why it could not have fired although its metrics were there, or None."""
         for condition, part in zip(self.when, state["parts"], strict=True):
-            asked = condition.too_short if isinstance(condition, Threshold) else condition.unjudged
-            if (reason := asked(part)) is not None:
+            if (reason := condition.unjudged(part)) is not None:
                 return reason
         return None

@@ -50,16 +50,12 @@ class Threshold(InPlace):
         return (self.metric,) if self.over is None else (self.metric, self.over)
 
     def init(self) -> State:
-        """`value` is of the latest record outside, `since` the step of the first of those in a row. `was_inside`: of any before."""
+        """`outside` records in a row so far, the first at step `since`, the latest with `value`; `was_inside`: one before them.
+        `records` in all, from `first_step` to `last_step`."""
         return {
-            "outside": 0,
-            "since": 0,
-            "first_step": None,
-            "last_step": self.after - 1,
-            "value": None,
-            "holds": False,
-            "was_inside": False,
-        }
+            "outside": 0, "since": 0, "value": None, "was_inside": False, "holds": False,
+            "records": 0, "first_step": None, "last_step": self.after - 1,
+        }  # fmt: skip
 
     def bound(self, state: State) -> Fold:
         metric, over, lower, upper = self.metric, self.over, self.lower, self.upper
@@ -69,6 +65,7 @@ class Threshold(InPlace):
             if value is None or step <= state["last_step"]:
                 return None
             state["last_step"] = step
+            state["records"] += 1
             if state["first_step"] is None:
                 state["first_step"] = step
             if lower <= value <= upper:
@@ -86,6 +83,7 @@ class Threshold(InPlace):
             return []
         if state["first_step"] is None:
             state["first_step"] = column.steps[begin]
+        state["records"] += len(column) - begin
         found, looked_at = [], begin - 1
         for at in column.outside(self.lower, self.upper, begin):
             if at > looked_at + 1:
@@ -125,16 +123,16 @@ class Threshold(InPlace):
         return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
 
     def unjudged(self, state: State) -> str | None:
-        return None
-
-    def too_short(self, state: State) -> str | None:
         """Why a log could not have been outside for long enough, or None."""
-        first = state["first_step"]
-        spanned = 0 if first is None else state["last_step"] - first + 1
-        if spanned >= self.steps:
-            return None
         begun = "" if not self.after else f" after step {self.after}"
-        return f"{self.steps} steps in a row are needed{begun}; the log has {spanned}"
+        if not state["records"]:
+            return f"{self._what} has no record{begun}"
+        spanned = state["last_step"] - state["first_step"] + 1
+        if spanned < self.steps:
+            return f"{self.steps} steps in a row are needed{begun}; the log has {spanned}"
+        if state["records"] < self.patience:
+            return f"{self.patience} records in a row are needed{begun}; the log has {state['records']}"
+        return None
 
     @property
     def _what(self) -> str:

@@ -26,6 +26,7 @@ LOOK = 4  # a window is judged when so many of its blocks are new
 # a correlation of 0.9 show 0.7 on average, one of 0.98 no more (running means and EMAs of white noise).
 ALIKE = 0.5
 REMEMBERED = 4 * BLOCKS // LOOK  # looks at a window: as many as at four that share no block
+HUGE = 1e150  # its square is still a number; what is beyond has gone out of range
 BUFFER = 25  # values kept of a block before they are summed up
 # Deviates of a normal distribution. Windows overlap and are judged again and again, so these are stricter than for one test;
 # what they give on healthy noise of several kinds, and how soon a real trend is seen, is measured in tests/test_trend.py.
@@ -82,11 +83,11 @@ class Trend(InPlace):
         `end`. `blocks` counts the finished ones. Each of `scales` has the latest BLOCKS of them, oldest first, twice as long
         as those of the scale before, its `pace` once `_pace` asked for it, and how much neighbours were `alike`: a running
         mean that begins with white noise, so that a bend in the first windows does not silence those after it. `since`,
-        `first` and `last` are of the line that was found last."""
+        `first` and `last` are of the line that was found last. `nan`: an infinite value may have been none."""
         scales: list[dict[str, Any]] = [{"levels": [], "starts": [], "pace": None, "alike": 0.0} for _ in range(SCALES)]
         return {
             "values": [], "block": [0.0, 0], "start": None, "end": -1, "last_step": self.after - 1, "holds": False,
-            "blocks": 0, "scales": scales, "peak": None, "since": None, "first": None, "last": None,
+            "blocks": 0, "scales": scales, "peak": None, "since": None, "first": None, "last": None, "nan": False,
         }  # fmt: skip
 
     def bound(self, state: State) -> Fold:
@@ -99,7 +100,9 @@ class Trend(InPlace):
                 return None
             state["last_step"] = step
             values = state["values"]
-            values.append(value if value == value else math.inf)  # NaN is as bad as can be, and has no place in an order
+            if value != value:
+                value, state["nan"] = math.inf, True  # as bad as can be, and has no place in an order
+            values.append(value)
             if step < state["end"] and len(values) < BUFFER:
                 return None
             return self._close(state, step)
@@ -111,7 +114,9 @@ class Trend(InPlace):
         if column is None:
             return []
         rows, steps, values = column.rows, column.steps, column.values
+        nans: list[int] = []
         if not column.all_finite:
+            nans = [at for at, value in enumerate(values) if value != value]
             values = [value if value == value else math.inf for value in values]
         found, begin, count = [], bisect_right(steps, state["last_step"]), len(steps)
         while begin < count:
@@ -119,6 +124,8 @@ class Trend(InPlace):
             most = min(begin + BUFFER - len(state["values"]), count)
             end = bisect_left(steps, state["end"], begin, most) + 1
             state["values"] += values[begin : min(end, most)]
+            if nans and bisect_left(nans, begin) < bisect_left(nans, min(end, most)):
+                state["nan"] = True
             begin = min(end, most)
             state["last_step"] = steps[begin - 1]
             if end <= most or len(state["values"]) == BUFFER:
@@ -145,7 +152,7 @@ class Trend(InPlace):
     def _judge(self, state: State, start: int, level: float) -> None:
         """One more block: does the trend hold? Once it does, it does until the contrary is seen. A longer window is asked only
         where the shorter ones cannot tell."""
-        if not math.isfinite(level):
+        if not abs(level) < HUGE:
             state |= {"since": start, "first": state["peak"] or 0.0, "last": level, "holds": True}
             return
         if state["peak"] is None or level > state["peak"]:
@@ -221,9 +228,11 @@ class Trend(InPlace):
 
     def finding(self, state: State) -> Violation:
         end, first, last = state["last_step"], state["first"], state["last"]
+        if state["nan"] and not math.isfinite(last):
+            last = math.nan
         where = f"over steps {state['since']}-{end}"
-        if not math.isfinite(last):
-            sentence = f"{self.metric} is {last} {where}"
+        if not abs(last) < HUGE:
+            sentence = f"{self.metric} is {last:g} {where}"
         elif self.trend == "rising":
             sentence = f"{self.metric} rose from {first:.4g} to {last:.4g} {where}"
         else:

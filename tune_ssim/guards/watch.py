@@ -11,7 +11,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from tune_ssim.guards.guard import Fold, Found, Guard, InPlace
+from tune_ssim.guards.guard import Fold, Found, Guard, InPlace, State
 from tune_ssim.guards.violation import Violation
 from tune_ssim.record_table import Table
 from tune_ssim.records import Record
@@ -117,6 +117,9 @@ class Watch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if set(state["states"]) != set(self._states):
             raise ValueError(f"saved guards {sorted(state['states'])} are not this trial's {sorted(self._states)}")
+        for guard in self.guards:
+            if not _is_of_form(state["states"][guard.name], guard.init()):
+                raise ValueError(f"guard '{guard.name}': its saved state is another version's; begin the trial anew")
         state = copy.deepcopy(state)
         self._states, self._seen = state["states"], state["seen"]
         self._records, self._last_step, self._names = state["records"], state["last_step"], state["names"]
@@ -170,6 +173,12 @@ class Watch:
                 saw = ", ".join(sorted(self._names)) or "no metric at all"
                 metric = f"metric '{absent[0]}'" if absent else "everything"
                 raise MissingMetric(f"guard '{guard.name}': {metric} absent from {where}; saw {saw}")
+
+
+def _is_of_form(saved: State, fresh: State) -> bool:
+    """Whether it has all that a state has, and those of a rule's conditions too."""
+    parts = zip(saved.get("parts", ()), fresh.get("parts", ()), strict=False)
+    return set(fresh) <= set(saved) and all(_is_of_form(*pair) for pair in parts)
 
 
 def named(metric: str, names: Collection[str]) -> bool:

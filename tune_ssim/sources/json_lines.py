@@ -99,8 +99,8 @@ def columns_of(lines: Sequence[str]) -> dict[str, NDArray[Any]] | None:
     text = "\n".join(lines)
     if text[:1] != "{" or not text.count("{") == len(lines) == text.count("\n{") + 1:
         return None  # not one object on each line
-    if "Inf" in text and text.count("Inf") != text.count("Infinity"):
-        return None  # which is no JSON, and Arrow takes it
+    if ("Inf" in text and text.count("Inf") != text.count("Infinity")) or "-NaN" in text:
+        return None  # "Inf" and "-NaN" are taken by Arrow, and not by `json`
     import pyarrow
     from pyarrow import json as arrow_json
 
