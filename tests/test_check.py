@@ -294,9 +294,8 @@ def test_a_regulariser_that_holds_still_works_whichever_way_its_noise_goes(seed:
 
 
 def test_a_loss_that_is_no_number_at_the_end_does_not_work() -> None:
-    found = branch_of(
-        records(2000, **changed(HEALTHY["flow_dino_kl"], loss_flow=after(1050, flat(math.nan), falling(1.2, 0.4, 300))))
-    )
+    gone = after(1050, flat(math.nan), falling(1.2, 0.4, 300))
+    found = branch_of(records(2000, **changed(HEALTHY["flow_dino_kl"], loss_flow=gone)))
     assert found["verdict"] == "does_not_work"
     assert found["findings"][0]["sentence"].startswith("loss_flow is not finite after step 10")
 

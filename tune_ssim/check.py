@@ -191,8 +191,8 @@ class Check:
         return f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames){guess}"
 
     def _any(self) -> RulePack:
-        """For a log that no pack is about: its loss, or else every part of it, and the norm. A fine-tuning starts where it is good, so
-        its loss need not fall, but may not rise."""
+        """For a log that no pack is about: its loss, or else every part of it, and the norm. A fine-tuning starts where it is
+        good: its loss need not fall, but may not rise."""
         losses = [LOSS] if LOSS in self._metrics else self._losses
         branches = [
             Branch("training" if name == LOSS else name, name, (TOTAL_NORM,), may_be_flat=True, may_rise="kl" in name.lower())
