@@ -25,6 +25,7 @@ GUARDS = (
     EpochMean("a", upper=0.6, steps_per_epoch=7),
     MovingMean("a", upper=0.6, steps=20),
     MovingMean("a", lower=0.5, upper=3, steps=30, over="b", after=5),
+    MovingMean("loss", upper=0.6, steps=25, from_start=True),
     Trend("a", "not falling", steps=20),
     Trend("loss", "rising", steps=40, after=10),
     Rule("both", (Threshold("a", upper=0.5), Threshold("b", lower=0.2, patience=2)), "abort"),

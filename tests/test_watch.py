@@ -269,7 +269,7 @@ def test_a_state_of_another_version_is_refused() -> None:
     for name in ("threshold:loss", "r"):
         saved = Watch(guards).state_dict()
         state = saved["states"][name]
-        del (state if name != "r" else state["parts"][0])["was_inside"]
+        del (state if name != "r" else state["parts"][0])["records"]
         with pytest.raises(ValueError, match=f"guard '{name}': its saved state is another version's"):
             Watch(guards).load_state_dict(saved)
 

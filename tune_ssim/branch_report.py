@@ -91,8 +91,9 @@ def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
     noise = float(np.median(np.abs(np.diff(levels)))) / (math.sqrt(2) * 0.6745)
     error = CERTAIN * noise * math.sqrt(1 + 1 / late)
     least = SMALL * abs(first)
+    since = levels[int(levels.argmin()) + 1 :][-late:]  # what came after the lowest
     lowest = float(levels.min())
-    fall, back = first - lowest, last - lowest
+    fall, back = first - lowest, float(since.mean()) - lowest if since.size else 0.0
     falls = last - first < -error and first - last > 1e-12 * abs(first)
     if branch.may_rise and not falls:
         middle = float(levels[len(levels) // 2 : -late].mean())
@@ -100,8 +101,8 @@ def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
             return Finding("loss", "yes", f"{branch.loss} has settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
         return Finding("loss", "unknown", f"{branch.loss} has not settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
     # Two deviations more: the lowest of twenty levels is lower than most.
-    if fall > max(error, least) and back > max(RISEN * fall, error + 2 * noise):
-        return Finding("loss", "no", f"{branch.loss} fell from {first:.3g} to {lowest:.3g} and rose again, to {last:.3g}")
+    if fall > max(error, least) and back > max(RISEN * fall, CERTAIN * noise * math.sqrt(1 + 1 / max(since.size, 1)) + 2 * noise):
+        return Finding("loss", "no", f"{branch.loss} fell from {first:.3g} to {lowest:.3g} and rose again, to {lowest + back:.3g}")
     if falls:
         return Finding("loss", "yes", f"{branch.loss} fell from {first:.3g} to {last:.3g}")
     if last - first - error >= -least:

@@ -29,6 +29,12 @@ LOOKED_AT = 1000  # records whose coverage says how many micro-batches make a st
 PER_GUARD = 20  # alerts of one guard that are kept; the rest is counted
 SHOWN_NAMES = 12
 WORDS = re.compile(r"[a-z]+")
+# Our name → words of which a metric has one that means it, and others that it may have besides (Lightning, Hugging Face, MMEngine,
+# DeepSpeed, fairseq).
+USUAL = {
+    LOSS: ({"loss"}, {"train", "training", "total", "step"}),
+    TOTAL_NORM: ({"norm", "gnorm", "gradnorm"}, {"grad", "gradient", "global", "total", "train", "training"}),
+}
 POLL_S = 0.5  # between two looks at a growing log
 MOST_BASELINE = 1_000_000  # records of a baseline that are compared with; a hundred megabytes
 
@@ -187,8 +193,7 @@ class Check:
         if self.given:
             wanted = ", ".join(sorted(known)[:SHOWN_NAMES])
         saw = saw or "no metric at all"
-        guess = "".join(f"; perhaps `--map {theirs}={ours}`" for theirs, ours in ours_of(self._metrics).items())
-        return f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames){guess}"
+        return f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames)"
 
     def _any(self) -> RulePack:
         """For a log that no pack is about: its loss, or else every part of it, and the norm. A fine-tuning starts where it is
@@ -257,17 +262,19 @@ class Check:
 
 
 def ours_of(metrics: Iterable[str]) -> dict[str, str]:
-    """What a training's loss and gradient norm are often called → our name, where one metric alone is called so."""
-    found: dict[str, list[str]] = {LOSS: [], TOTAL_NORM: []}
-    for name in sorted(metrics):
-        words = set(WORDS.findall(name.lower()))
-        if words & {"val", "valid", "validation", "eval", "test"}:
-            continue
-        if "loss" in words:
-            found[LOSS].append(name)
-        elif {"grad", "norm"} <= words or "gradnorm" in words:
-            found[TOTAL_NORM].append(name)
-    return {names[0]: ours for ours, names in found.items() if len(names) == 1}
+    """What others call a training's loss and gradient norm → our names, where ours are missing and one metric is called so."""
+    metrics = sorted(metrics)
+    found = {}
+    for ours, (one_of, others) in USUAL.items():
+        words = {name: set(WORDS.findall(name.lower())) for name in metrics}
+        named = [name for name in metrics if words[name] <= one_of | others and words[name] & one_of]
+        if ours not in metrics and len(named) == 1:
+            found[named[0]] = ours
+    return found
+
+
+def names_of(records: Iterable[Record]) -> set[str]:
+    return {name for record in records for name in record.values}
 
 
 def check_log(
@@ -292,9 +299,10 @@ def check_log(
     waiting: list[Record] = []
     check: Check | None = None
     notes: list[str] = []
+    usual: dict[str, str] = {}
 
     def take(records: Sequence[Record], last: bool = False) -> None:
-        nonlocal check, waiting
+        nonlocal check, waiting, usual
         if check is None:
             waiting.extend(records)
             if len(waiting) < enough and not last:
@@ -303,7 +311,8 @@ def check_log(
             notes.extend(guessed)
             check = Check(chosen, baseline, given=bool(packs))
             records, waiting = waiting, []
-        for alert in check.feed(records):
+            usual = ours_of(names_of(records))
+        for alert in check.feed(Table.of(records).renamed(usual) if records else records):
             if on_alert is not None:
                 on_alert(alert)
 
@@ -324,6 +333,7 @@ def check_log(
         raise UserError(f"{label}: {nothing}" + (f"; {trouble.sentence()}" if trouble.sentence() else ""))
     known = {pack.name for pack in check.report().packs}
     about = [note for note in notes if note.split(":")[0] in known]
+    about += [f"{theirs} is taken for {ours}; else `--map {theirs}=…`" for theirs, ours in usual.items()]
     return check.report(label, filter(None, [*about, trouble.sentence()]), trouble.repeated)
 
 
@@ -428,8 +438,10 @@ def baseline_of(source: Source) -> Baseline:
     """The pixel-loss run's norms as something to be compared with. Raises UserError if it has none."""
     series: dict[str, dict[int, float]] = {TOTAL_NORM: {}, TOTAL_NORM_MAIN: {}}
     names: dict[str, None] = {}
-    for part in _all_parts(source):
-        for record in part:
+    usual: dict[str, str] | None = None
+    for part in filter(len, _all_parts(source)):
+        usual = ours_of(names_of(part)) if usual is None else usual
+        for record in Table.of(part).renamed(usual):
             if len(names) < SHOWN_NAMES:
                 names.update(dict.fromkeys(record.values))
             for metric, points in series.items():

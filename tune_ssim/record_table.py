@@ -96,6 +96,14 @@ class Table(Sequence[Record]):
             return Table(self.steps[index], rows=self._rows[index])
         return Table(self.steps[index], columns={name: values[index] for name, values in (self._columns or {}).items()})
 
+    def renamed(self, names: Mapping[str, str]) -> Table:
+        """The same records; `names`: metrics → what they are called from now on."""
+        if not names:
+            return self
+        if self._rows is not None:
+            return Table(self.steps, rows=[{names.get(name, name): value for name, value in row.items()} for row in self._rows])
+        return Table(self.steps, columns={names.get(name, name): values for name, values in (self._columns or {}).items()})
+
     def behind(self, first: Record) -> Table:
         """This table with a record of the same metrics before it."""
         if self._rows is not None:

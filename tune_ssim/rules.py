@@ -25,9 +25,9 @@ BRANCH_KEYS = ("loss", "gradient", "has_grad", "trainable", "may_be_flat", "may_
 LIMITS = ("above", "below", "outside", "off")
 # What a condition may say, by its kind.
 CONDITION_KEYS = {
-    "value": ("metric", *LIMITS, "by", "over", "records", "steps", "after", "from_start"),
+    "value": ("metric", *LIMITS, "by", "over", "records", "steps", "after"),
     "first": ("metric", "of", *LIMITS, "by"),
-    "mean": ("metric", "of", *LIMITS, "by", "over", "steps", "after"),
+    "mean": ("metric", "of", *LIMITS, "by", "over", "steps", "after", "from_start"),
     "epoch mean": ("metric", "of", *LIMITS, "by", "epoch", "steps_per_epoch"),
     "trend": ("metric", "trend", "steps", "by", "settled", "after"),
 }

@@ -21,6 +21,8 @@ class MovingMean(InPlace):
 
     `over`: another metric of the same record; the mean is of their quotient. The window is of BLOCKS blocks of steps/BLOCKS
     steps, or of one record where the training logs less often, so it may span more steps. `after`: earlier steps are not judged.
+    `from_start`: the first window is what counts: where its mean is within the bounds, later ones are not judged, nor is a log that
+    begins later than `steps`. (A learning rate that ends at zero was above it.)
     """
 
     metric: str
@@ -30,6 +32,7 @@ class MovingMean(InPlace):
     over: str | None = None
     after: int = 0
     action: Action = "warn"
+    from_start: bool = False
 
     def __post_init__(self) -> None:
         check_band(self.lower, self.upper)
@@ -47,10 +50,11 @@ class MovingMean(InPlace):
 
     def init(self) -> State:
         """`sum` and `count` are of the running block, which ends before step `end`; `sums`, `counts` and `starts` of the latest
-        BLOCKS finished ones, oldest first; `value` of the latest window that was judged, `until` its last step."""
+        BLOCKS finished ones, oldest first; `value` of the latest window that was judged, `until` its last step. `over`: with
+        `from_start`, there is nothing more to judge."""
         return {
             "sum": 0.0, "count": 0, "start": 0, "end": -1, "sums": [], "counts": [], "starts": [],
-            "last_step": self.after - 1, "until": -1, "value": None, "holds": False,
+            "last_step": self.after - 1, "until": -1, "value": None, "holds": False, "over": False,
         }  # fmt: skip
 
     def bound(self, state: State) -> Fold:
@@ -93,9 +97,12 @@ class MovingMean(InPlace):
             for name, value in (("sums", state["sum"]), ("counts", state["count"]), ("starts", state["start"])):
                 state[name].append(value)
                 del state[name][:-BLOCKS]
-            if len(state["sums"]) == BLOCKS:
+            if len(state["sums"]) == BLOCKS and not state["over"]:
                 state |= {"value": sum(state["sums"]) / sum(state["counts"]), "until": state["last_step"]}
                 state["holds"] = not self.lower <= state["value"] <= self.upper
+                state["over"] = self.from_start and not state["holds"]
+        elif self.from_start:
+            state["over"] = step > self.after + self.steps
         state |= {"sum": 0.0, "count": 0, "start": step, "end": step + self.steps / BLOCKS, "last_step": step}
         return self.finding(state) if state["holds"] and not held else None
 
@@ -109,6 +116,8 @@ class MovingMean(InPlace):
         return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
 
     def unjudged(self, state: State) -> str | None:
+        if state["value"] is None and state["over"]:
+            return f"what counts are the first {self.steps} steps; the log begins later"
         if state["value"] is None:
             begun = "" if not self.after else f" after step {self.after}"
             return f"a mean over {self.steps} steps needs {BLOCKS} records that span them{begun}; the log ends before"

@@ -18,8 +18,7 @@ class Threshold(InPlace):
     """Fires after `patience` records in a row with `metric` outside [`lower`, `upper`]. NaN counts as outside.
 
     `over`: another metric of the same record; what is judged is their quotient. `steps`: the records in a row must also
-    span that many training steps, however often the training logs. `after`: earlier steps are not judged. `from_start`: only
-    what never was within the bounds counts; a learning rate that ends at zero has been above it.
+    span that many training steps, however often the training logs. `after`: earlier steps are not judged.
     """
 
     metric: str
@@ -30,7 +29,6 @@ class Threshold(InPlace):
     over: str | None = None
     steps: int = 1
     after: int = 0
-    from_start: bool = False
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)
 
@@ -50,10 +48,10 @@ class Threshold(InPlace):
         return (self.metric,) if self.over is None else (self.metric, self.over)
 
     def init(self) -> State:
-        """`outside` records in a row so far, the first at step `since`, the latest with `value`; `was_inside`: one before them.
+        """`outside` records in a row so far, the first at step `since`, the latest with `value`.
         `records` in all, from `first_step` to `last_step`."""
         return {
-            "outside": 0, "since": 0, "value": None, "was_inside": False, "holds": False,
+            "outside": 0, "since": 0, "value": None, "holds": False,
             "records": 0, "first_step": None, "last_step": self.after - 1,
         }  # fmt: skip
 
@@ -69,8 +67,8 @@ class Threshold(InPlace):
             if state["first_step"] is None:
                 state["first_step"] = step
             if lower <= value <= upper:
-                if state["outside"] or not state["was_inside"]:
-                    state.update(outside=0, holds=False, was_inside=True)
+                if state["outside"]:
+                    state["outside"], state["holds"] = 0, False
                 return None
             return self._outside(state, step, value)
 
@@ -87,14 +85,14 @@ class Threshold(InPlace):
         found, looked_at = [], begin - 1
         for at in column.outside(self.lower, self.upper, begin):
             if at > looked_at + 1:
-                state |= {"outside": 0, "holds": False, "was_inside": True}
+                state["outside"], state["holds"] = 0, False
             looked_at = at
             state["last_step"] = column.steps[at]
             violation = self._outside(state, column.steps[at], column.values[at])
             if violation is not None:
                 found.append((column.rows[at], violation))
         if looked_at < len(column) - 1:
-            state |= {"outside": 0, "holds": False, "was_inside": True}
+            state["outside"], state["holds"] = 0, False
             state["last_step"] = column.steps[-1]
         return found
 
@@ -104,8 +102,6 @@ class Threshold(InPlace):
         state["outside"] += 1
         state["value"] = value
         if state["holds"] or state["outside"] < self.patience or step - state["since"] + 1 < self.steps:
-            return None
-        if self.from_start and state["was_inside"]:
             return None
         state["holds"] = True
         return self.finding(state)
@@ -118,8 +114,6 @@ class Threshold(InPlace):
             sentence += f", in every record of {state['last_step'] - state['since'] + 1} steps"
         elif self.patience > 1:
             sentence += f", {state['outside']} records in a row"
-        if self.from_start:
-            sentence += ", from the first on"
         return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
 
     def unjudged(self, state: State) -> str | None:
