@@ -223,7 +223,7 @@ def test_steps_that_begin_again_are_no_healthy_log(tmp_path: Path, capsys: pytes
     assert (report["verdict"], report["records"]) == ("unknown", 200)
     code, out, _ = run(capsys, tmp_path / "epochs.jsonl")
     assert code == 0
-    assert "796 rows were passed over and 200 judged" in out
+    assert "796 rows were passed over or unread and 200 judged" in out
 
 
 def test_why_nothing_is_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,6 +312,15 @@ def test_a_loss_that_falls_at_the_very_end_has_not_risen(low: int) -> None:
     curve.add(range(1500, 2000), values[:500])
     found = judge_branch(load_rules("ssim"), Branch("training", "loss", may_be_flat=True), {"loss": curve}).findings[0]
     assert found.answer == "no" if low == 150 else found.answer in ("no", "unknown")
+
+
+def test_a_log_that_is_mostly_unread_is_not_healthy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"step": step, "loss": 1 / (step + 1)}) for step in range(900)]
+    torn = [f'{{"step": {step}, "loss": #}},' for step in range(900, 1900)]
+    (tmp_path / "run.jsonl").write_text("\n".join(lines + torn))
+    assert checked(tmp_path / "run.jsonl")["verdict"] == "unknown"
+    _, out, _ = run(capsys, tmp_path / "run.jsonl")
+    assert "1000 rows were passed over or unread and 900 judged" in out
 
 
 def test_few_records_say_nothing_of_a_branch() -> None:

@@ -939,6 +939,18 @@ def test_reading_lines_that_are_alike_is_reading_each(
     assert together.trouble == alone.trouble
 
 
+@pytest.mark.parametrize("word", ["nan", "-nan", "NAN", "inf", "-Inf", "+inf", "-NaN", "infinity"])
+def test_numbers_that_are_none_are_read_however_they_are_spelt(word: str) -> None:
+    parser = LineParser()
+    lines = "".join(f'{{"step": {step}, "loss": {word if step > 300 else 0.5}, "note": "nan, inf"}}\n' for step in range(600))
+    found = parser.feed(lines.encode()) + parser.finish()
+    assert (len(found), parser.trouble.unread) == (600, 0)
+    assert repr(found[-1].values["loss"]) == repr(float(word)).replace("-nan", "nan")
+    tagged = LineParser()
+    found = tagged.feed(f'epoch 1\nTUNE_SSIM {{"step": 3, "loss": {word}}} ok\n'.encode()) + tagged.finish()
+    assert repr(found[-1].values["loss"]) == repr(float(word)).replace("-nan", "nan")
+
+
 def test_a_surer_format_in_the_midst_of_lines_that_are_alike() -> None:
     texts = [f"step {step}/1000 | loss 0.5" for step in range(700)]
     texts[520] = "(step=0000520) Train Loss mse: 0.4, "

@@ -76,7 +76,7 @@ class Report:
     ended: Violation | None  # what would have ended a live trial
     notes: tuple[str, ...]
     curves: Mapping[Any, Curve] = field(repr=False)  # by metric, or by the pair of a quotient
-    passed_over: int = 0  # rows of steps that had come before
+    passed_over: int = 0  # rows of steps that had come before, and lines that could not be read
 
     @property
     def verdict(self) -> str:
@@ -334,7 +334,7 @@ def check_log(
     known = {pack.name for pack in check.report().packs}
     about = [note for note in notes if note.split(":")[0] in known]
     about += [f"{theirs} is taken for {ours}; else `--map {theirs}=…`" for theirs, ours in usual.items()]
-    return check.report(label, filter(None, [*about, trouble.sentence()]), trouble.repeated)
+    return check.report(label, filter(None, [*about, trouble.sentence()]), trouble.repeated + trouble.unread)
 
 
 def _begun(packs: Sequence[str | Path], options: Mapping[str, float], first: Sequence[Record]) -> tuple[list[RulePack], list[str]]:

@@ -102,7 +102,9 @@ def _unknown(report: Report) -> Iterator[str]:
 
 def _verdict(report: Report) -> str:
     if report.passed_over >= max(report.records, 1) and not report.alerts:
-        return f"{report.passed_over} rows were passed over and {report.records} judged: not enough to say that all is well"
+        return (
+            f"{report.passed_over} rows were passed over or unread and {report.records} judged: not enough to say that all is well"
+        )
     if report.verdict == "unknown":
         return "nothing could be judged"
     judged = f"{len(report.judged)} of {len(report.judged) + len(report.unknown)} rules could judge"

@@ -207,7 +207,8 @@ class Trend(InPlace):
             found = lowest >= -least and levels[-1] >= self.settled * state["peak"] and lowest >= self._pace(state, scale)
             found = found and not any(Line.through(kept["levels"]).falls for kept in state["scales"][:scale])
         if found:
-            first, last = line.middle - line.rise / 2, line.middle + line.rise / 2
+            low, high = min(levels), max(levels)  # of a curve that is no straight line the ends lie beyond what was seen
+            first, last = (min(max(end, low), high) for end in (line.middle - line.rise / 2, line.middle + line.rise / 2))
             state |= {"since": starts[0], "first": first, "last": last, "holds": True}
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ _decode: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder(strict=Fa
 
 
 _decode_strictly: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
+
+
+# What others print for a float that is no number: C++, JavaScript, a loop of one's own. `json` reads NaN and Infinity only.
+ODD_NUMBER = re.compile(r"([:,\[]\s*)([-+]?)(nan|inf(?:inity)?)(?=\s*[,}\]])", re.IGNORECASE)
 
 
 class JsonLines:
@@ -55,12 +60,11 @@ class JsonLines:
         if self.tagged:
             self._take_tagged(line, number)
             return
-        try:
-            row, end = _decode(line, 0)
-        except (StopIteration, ValueError, RecursionError):
-            row, end = None, 0
+        row, end = decoded(line)
         if type(row) is dict and end == len(line):
             self._rows.add_object(row, number, line)
+        elif (plain := with_plain_numbers(line)) != line:
+            self._take_line(plain, number)
         else:
             self._take_odd(line, number)
 
@@ -79,9 +83,11 @@ class JsonLines:
         begin = line.find(TAG)
         if begin < 0:
             return
-        try:
-            row, _ = _decode(line, begin + len(TAG) - 1)
-        except (StopIteration, ValueError, RecursionError):
+        begin += len(TAG) - 1
+        row, _ = decoded(line, begin)
+        if row is None:
+            row, _ = decoded(with_plain_numbers(line[begin:]))
+        if row is None:
             self._rows.trouble.skip(number, line[begin:], "no JSON object after the tag")
         else:
             self._rows.add_object(row, number, line)
@@ -95,12 +101,10 @@ class JsonLines:
 
 def columns_of(lines: Sequence[str]) -> dict[str, NDArray[Any]] | None:
     """The numbers of lines that are one flat object each, all with the same names, by name, as int64 or float64; None for any
-    other lines. The numbers are those that `json` reads (a whole -0 may keep its sign)."""
+    other lines. The numbers are those that reading line by line gives (a whole -0 may keep its sign)."""
     text = "\n".join(lines)
     if text[:1] != "{" or not text.count("{") == len(lines) == text.count("\n{") + 1:
         return None  # not one object on each line
-    if ("Inf" in text and text.count("Inf") != text.count("Infinity")) or "-NaN" in text:
-        return None  # "Inf" and "-NaN" are taken by Arrow, and not by `json`
     import pyarrow
     from pyarrow import json as arrow_json
 
@@ -132,13 +136,30 @@ def objects(text: str, count: int) -> list[dict[str, Any]] | None:
     return rows if whole else None
 
 
+def decoded(text: str, begin: int = 0) -> tuple[Any, int]:
+    """The JSON value that begins there, and its end; (None, 0) where there is none."""
+    try:
+        return _decode(text, begin)
+    except (StopIteration, ValueError, RecursionError):
+        return None, 0
+
+
+def with_plain_numbers(line: str) -> str:
+    """`nan`, `-inf` and the like as `json` reads them."""
+
+    def plain(match: re.Match[str]) -> str:
+        before, sign, word = match.groups()
+        return before + ("NaN" if word[0] in "nN" else ("-" if sign == "-" else "") + "Infinity")
+
+    return ODD_NUMBER.sub(plain, line)
+
+
 def json_object(line: str) -> dict[str, Any] | None:
     """The object that a whole line is, else None."""
     line = line.strip()
-    try:
-        row, end = _decode(line, 0)
-    except (StopIteration, ValueError, RecursionError):
-        return None
+    row, end = decoded(line)
+    if row is None:
+        row, end = decoded(line := with_plain_numbers(line))
     return row if isinstance(row, dict) and end == len(line) else None
 
 
