@@ -314,6 +314,17 @@ def test_a_loss_that_falls_at_the_very_end_has_not_risen(low: int) -> None:
     assert found.answer == "no" if low == 150 else found.answer in ("no", "unknown")
 
 
+def test_what_follows_from_a_nan_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = {name: after(300, flat(math.nan), values) for name, values in HEALTHY["vae_kl"].items()}
+    log = write_csv(tmp_path / "run.csv", records(1500, **broken))
+    report = checked(log)
+    assert len(report["alerts"]) > 5 and report["ended"]["guard"] == "non_finite"
+    _, out, _ = run(capsys, log)
+    _, _, after_that = " ".join(out.split()).partition("after that, rules whose metrics are no numbers any more: ")
+    assert "recon_flat (step" in after_that and "kl_vanished (step" in after_that
+    assert out.count("cannot be kept") == 0 and out.count("likely cause") == 1
+
+
 def test_a_log_that_is_mostly_unread_is_not_healthy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.dumps({"step": step, "loss": 1 / (step + 1)}) for step in range(900)]
     torn = [f'{{"step": {step}, "loss": #}},' for step in range(900, 1900)]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 WIDTH, ROW, DPI = 9.6, 1.35, 125  # inches; 1200 pixels wide
 MOST_PANELS = 8
 MOST_MARKS = 12  # alerts in one panel
+LANES, LANE = 4, 0.18  # of labels in a panel, one below the other; of its height
+OF_A_LETTER = 0.0078  # of a panel's width: a letter of a label
 INK, GREY, LINE, CLOUD = "#1d2733", "#51606f", "#2a67a3", "#a9cbea"
 COLOURS = {"warn": "#e08a1e", "probe": "#2a67a3", "prune": "#b5343c", "abort": "#7a1f5c"}
 SMOOTH = 40  # parts whose medians make the line through a noisy curve
@@ -33,8 +35,12 @@ def draw_check(report: Report) -> bytes:
     figure = Figure(figsize=(WIDTH, 1.2 + ROW * max(1, len(panels))), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     rows: Sequence[Axes] = list(figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0])
+    first, last = report.steps or (0, 1)
     for axes, (metric, curve, alerts) in zip(rows, panels, strict=False):
-        _draw(axes, metric, curve, alerts)
+        _draw(axes, metric, curve)
+        _mark(axes, alerts[:MOST_MARKS], curve, first, max(last, first + 1))
+    margin = 0.01 * max(last - first, 1)
+    rows[-1].set_xlim(first - margin, last + margin)
     if report.ended is not None:
         for axes in rows:
             axes.axvline(report.ended.step, color=COLOURS[report.ended.action], lw=1.2, ls="--", zorder=1)
@@ -77,7 +83,7 @@ def _varies(curve: Curve) -> bool:
     return bool(finite.size and finite.max() > finite.min())
 
 
-def _draw(axes: Axes, metric: str, curve: Curve, alerts: Sequence[Alert]) -> None:
+def _draw(axes: Axes, metric: str, curve: Curve) -> None:
     steps, mean = curve.steps, curve.mean
     axes.fill_between(steps, curve.low, curve.high, color=CLOUD, lw=0, alpha=0.6)
     noisy = len(steps) > 2 * SMOOTH
@@ -91,36 +97,55 @@ def _draw(axes: Axes, metric: str, curve: Curve, alerts: Sequence[Alert]) -> Non
     positive = finite[finite > 0]
     if positive.size == finite.size > 0 and positive.max() / positive.min() > 100:
         axes.set_yscale("log")
-    for alert in alerts[:MOST_MARKS]:
-        _mark(axes, alert, curve)
-    axes.set_ylabel(_short(metric, 18), color=INK, fontsize=8.5, rotation=0, ha="right", va="center")
+    axes.set_ylabel(_middle_cut(metric, 20), color=INK, fontsize=8.5, rotation=0, ha="right", va="center")
     axes.tick_params(colors=GREY, labelsize=7.5, length=2.5)
-    axes.margins(x=0.01, y=0.12)
+    axes.margins(y=0.12)
     axes.grid(axis="y", color="#e6ebf0", lw=0.6)
     axes.set_axisbelow(True)
     for side in axes.spines.values():
         side.set_visible(False)
 
 
-def _mark(axes: Axes, alert: Alert, curve: Curve) -> None:
-    violation = alert.violation
-    index = min(int(np.searchsorted(curve.steps, violation.step)), len(curve.steps) - 1)
-    height, colour = float(curve.mean[index]), COLOURS[violation.action]
-    axes.axvline(violation.step, color=colour, lw=0.9, alpha=0.5)
-    if np.isfinite(height):
-        axes.plot([violation.step], [height], "v", color=colour, ms=6.5, mec="white", mew=0.7, zorder=5)
-    left = index > 0.72 * len(curve.steps)
-    axes.annotate(
-        f"{violation.guard.split('/')[-1]}, step {violation.step}", (violation.step, 0.97), xycoords=("data", "axes fraction"),
-        xytext=(-4 if left else 4, 0), textcoords="offset points", ha="right" if left else "left", va="top",
-        fontsize=7.5, color=colour,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}, zorder=6,
-    )  # fmt: skip
+def _mark(axes: Axes, alerts: Sequence[Alert], curve: Curve, first: int, last: int) -> None:
+    """Each alert as a line and a triangle; those of one step share a label, and labels that would touch lie one below the other."""
+    at: dict[int, list[Alert]] = {}
+    for alert in alerts:
+        at.setdefault(alert.violation.step, []).append(alert)
+    ends = [-1.0] * LANES  # of the last label in each lane, as a share of the width
+    for step in sorted(at):
+        names = ", ".join(alert.violation.guard.split("/")[-1] for alert in at[step])
+        colour = COLOURS[at[step][0].violation.action]  # the gravest comes first
+        label, place = f"{names}, step {step}", (step - first) / (last - first)
+        width = OF_A_LETTER * len(label)
+        left = place + width > 1
+        begin = place - width if left else place
+        lane = next((k for k, end in enumerate(ends) if end <= begin), LANES - 1)
+        ends[lane] = begin + width
+        axes.axvline(step, color=colour, lw=0.9, alpha=0.5)
+        index = min(int(np.searchsorted(curve.steps, step)), len(curve.steps) - 1)
+        height = float(curve.mean[index])
+        seen = bool(np.isfinite(height))  # a value that is none has no height: its triangle stands at the foot
+        axes.plot(
+            [step], [height if seen else 0.08], "v", color=colour, ms=6.5, mec="white", mew=0.7, zorder=5,
+            transform=axes.transData if seen else axes.get_xaxis_transform(),
+        )  # fmt: skip
+        axes.annotate(
+            label, (step, 0.98 - LANE * lane), xycoords=("data", "axes fraction"),
+            xytext=(-4 if left else 4, 0), textcoords="offset points", ha="right" if left else "left", va="top",
+            fontsize=7.5, color=colour,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}, zorder=6,
+        )  # fmt: skip
 
 
 def _count(report: Report) -> str:
     count = sum(alert.times for alert in report.alerts)
     return f"{count} alert{'s' if count > 1 else ''}"
+
+
+def _middle_cut(text: str, most: int) -> str:
+    """Names differ at their ends: `dbg/update…o/mu_head`."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from tune_ssim.branch_report import BranchReport
 from tune_ssim.check import Alert, Report
+from tune_ssim.guards.rule import NOT_A_SIZE
 from tune_ssim.trial_text import readable
 
 STYLES = {
@@ -37,11 +38,23 @@ def check_words(report: Report, ascii_only: bool = False, with_alerts: bool = Tr
     if report.branches:
         parts.append(_branches(report.branches, ascii_only))
     if with_alerts:
-        parts += [alert_words(alert, ascii_only) for alert in report.alerts]
+        parts += [alert_words(alert, ascii_only) for alert in report.alerts if not _follows(alert)]
+        if followed := [alert for alert in report.alerts if _follows(alert)]:
+            parts.append(_plain(Text(_followed(followed)), ascii_only))
     parts += [Text(show(line), "yellow") for line in _unknown(report)]
     parts += [Text(show(f"note: {line}"), "dim") for line in report.notes]
     parts.append(Text(show(_verdict(report)), "bold"))
     return Group(*parts)
+
+
+def _follows(alert: Alert) -> bool:
+    """A rule that met what is no number after that would have ended the training: no news."""
+    return alert.after_end and alert.violation.cause == NOT_A_SIZE
+
+
+def _followed(alerts: Sequence[Alert]) -> str:
+    names = ", ".join(f"{alert.violation.guard.split('/')[-1]} (step {alert.violation.step})" for alert in alerts)
+    return f"after that, rules whose metrics are no numbers any more: {names}\n"
 
 
 def alert_words(alert: Alert, ascii_only: bool = False) -> RenderableType:
