@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -212,10 +211,14 @@ def main() -> None:
                 runs.append(run)
                 console.print(f"{name}, seed {seed}: {', '.join(run['said']) or 'nothing'} ({run['trained_s']} s)", highlight=False)
     result = {"what": __doc__.splitlines()[0], "seconds": round(time.perf_counter() - started, 1), **counts(runs)}
-    save(arguments.output, {**result, "by_case": by_case(runs), "runs": runs})
+    said: dict[str, dict[str, str]] = {}
+    for run in runs:
+        firsts = sorted(run["said"].items(), key=lambda one: one[1])
+        said.setdefault(run["case"], {})[str(run["seed"])] = ", ".join(f"{rule} {step}" for rule, step in firsts)
+    save(arguments.output, {**result, "by_case": by_case(runs), "said_first_at": said})
     console.print(table(runs))
     if arguments.markdown:
-        print("\n".join(markdown(runs)))
+        print("\n".join(markdown(by_case(runs))))
     console.print({key: value for key, value in result.items() if key != "what"})
 
 
@@ -267,11 +270,7 @@ def judge(case: Case, file: Path) -> dict[str, Any]:
     if about["refused"]:
         said["refused"] = len(records)
     known = [name for name in said if any(is_known(name, rule) for rule in case.known_by)]
-    last = {name: value for name, value in records[-1].values.items() if not name.startswith("dbg/")} if records else {}
-    return {
-        "said": said, "by_name": known, "trained_s": about["trained_s"], "refused": about["refused"],
-        "last": {name: round(value, 5) if math.isfinite(value) else str(value) for name, value in last.items()},
-    }  # fmt: skip
+    return {"said": said, "by_name": known, "trained_s": about["trained_s"], "refused": about["refused"]}
 
 
 def is_known(guard: str, rule: str) -> bool:
@@ -319,9 +318,9 @@ def table(runs: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def markdown(runs: list[dict[str, Any]]) -> list[str]:
+def markdown(cases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = ["| case | caught | first alert at step | by |", "|---|---|---|---|"]
-    for name, row in by_case(runs).items():
+    for name, row in cases.items():
         first = "–" if row["first_step"] is None else "–".join(map(str, dict.fromkeys(row["first_step"])))
         rules = [f"`{rule.split('/')[-1]}`" for rule in row["rules"]]
         said = ", ".join(rules[:SHOWN_RULES]) + (" …" if len(rules) > SHOWN_RULES else "") if rules else "–"

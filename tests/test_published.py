@@ -1,0 +1,37 @@
+"""What is published is what was measured: pages against the results of the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import health  # noqa: E402
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_the_health_table_is_that_of_the_last_run() -> None:
+    found = results("health")
+    page = (ROOT / "docs" / "tasks.md").read_text().splitlines()
+    assert [line for line in health.markdown(found["by_case"]) if line not in page] == []
+    assert set(found["by_case"]) == set(health.CASES), "a case was added, renamed or left out since"
+    ruined, healthy = found["ruined"], found["healthy"]
+    said = f"{ruined['by name']} of {ruined['caught'] + ruined['missed']} ruined runs caught, each by a rule that names the fault"
+    readme = (ROOT / "README.md").read_text()
+    assert said in readme and ruined["by name"] == ruined["caught"]
+    assert healthy["false alarms"] == 0 and f"no false alarm in {healthy['quiet']} sound ones" in readme
+
+
+def test_the_rules_that_are_credited_are_there() -> None:
+    from tune_ssim.rules import load_rules
+
+    for name, case in health.CASES.items():
+        rules = {rule.name.rpartition("/")[2] for rule in load_rules(case.system, health.OPTIONS[case.system]).rules}
+        known = rules | {rule.partition(":")[0] for rule in rules} | {"non_finite", "refused"}
+        assert set(case.known_by) <= known, name
