@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TAG = "TUNE_SSIM {"  # what a training prints before its JSON, so that nothing else in its output is taken for a row
 
-TOGETHER = 1024  # lines that are decoded at once: names are then made once for all, and it stays in the cache
+TOGETHER = 4096  # lines that are decoded at once: names are then made once for all, and they stay in the cache
 MANY = 256  # lines from which on loading pyarrow pays
 
 # strict=False: a control character in a text is no reason to lose the numbers beside it.
