@@ -409,6 +409,8 @@ def test_bytes_that_are_not_plain(data: bytes) -> None:
 
 
 def test_utf16_as_powershell_redirects_it() -> None:
+    rows = "".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(600))
+    assert [len(parsed(rows.encode(encoding))) for encoding in ("utf-16", "utf-8-sig")] == [600, 600]
     assert parsed("step 1 loss 0.5\r\nstep 2 loss 0.25\r\n".encode("utf-16")) == [
         Record(1, {"loss": 0.5}),
         Record(2, {"loss": 0.25}),

@@ -80,7 +80,7 @@ class Lines:
         """Of bytes that end with a line's end."""
         text = data.decode("utf-8", "replace")
         if self._at_start:
-            text = text.lstrip("\ufeff")
+            text = text.lstrip("\ufeff\ufffd")  # of UTF-16 the mark is no UTF-8
             self._at_start = False
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
