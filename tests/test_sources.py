@@ -953,6 +953,18 @@ def test_numbers_that_are_none_are_read_however_they_are_spelt(word: str) -> Non
     assert repr(found[-1].values["loss"]) == repr(float(word)).replace("-nan", "nan")
 
 
+def test_lines_that_have_a_step_and_no_metric() -> None:
+    """As a training prints before its first loss."""
+    texts = [
+        *(f"(step={step:07d}) " for step in range(30)),
+        *(f"(step={step:07d}) Train Loss mse: 0.5, " for step in range(30, 60)),
+    ]
+    parser = LineParser()
+    found = parser.feed("".join(text + "\n" for text in texts).encode()) + parser.finish()
+    assert [(record.step, dict(record.values)) for record in found][-1] == (59, {"loss_flow": 0.5})
+    assert len(found) == 30
+
+
 def test_a_surer_format_in_the_midst_of_lines_that_are_alike() -> None:
     texts = [f"step {step}/1000 | loss 0.5" for step in range(700)]
     texts[520] = "(step=0000520) Train Loss mse: 0.4, "

@@ -27,7 +27,9 @@ class LineShape:
     (a time of day). A reader that looks at nothing but words and the neighbours of numbers reads all such lines alike."""
 
     def __init__(self, line: str, places: Places) -> None:
-        """Raises ValueError for places that overlap, or that are no numbers."""
+        """Raises ValueError for places that overlap, or that are no numbers, and for a line without metrics."""
+        if not places.metrics:
+            raise ValueError("no metrics")
         words: dict[Span, str] = {places.step: r"(\d{1,19})"}
         columns = {places.step: ""}
         for metric, name, number in places.metrics:
