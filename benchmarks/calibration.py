@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from tune_ssim.calibrate import Calibration, calibrate
-from tune_ssim.study import Study, load_study
+from tune_ssim.before_launch.calibration import Calibration, calibrate
+from tune_ssim.study.study import Study, load_study
 from tune_ssim.tasks.fundus_sr import FundusSR
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,12 +27,13 @@ from rich.console import Console
 from rich.table import Table as PrintedTable
 from ssim import save
 
-from tune_ssim.check import Check, check_log, open_log
+from tune_ssim.cli.log_arguments import open_log
 from tune_ssim.guards import Watch
-from tune_ssim.record_table import Table
+from tune_ssim.guards.log_check import Check, check_log
+from tune_ssim.guards.rule_pack import RulePack, load_rules
 from tune_ssim.records import Record
-from tune_ssim.rules import RulePack, load_rules
-from tune_ssim.sources import open_source
+from tune_ssim.records.readers import open_source
+from tune_ssim.records.record_table import Table
 
 METRICS = ("loss_flow", "kl_raw", "dino_global", "dbg/grad_flow", "dbg/flow_has_grad", "dbg/flow_trainable", "z_init/var")
 FIVE = {

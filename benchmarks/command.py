@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tune_ssim.guards import NonFinite
-from tune_ssim.run_trial import Trial, TrialPlan
-from tune_ssim.tasks.command import CommandTask
-from tune_ssim.tasks.command_spec import CommandSpec
+from tune_ssim.study.command_spec import CommandSpec
+from tune_ssim.trials.command.command_task import CommandTask
+from tune_ssim.trials.trial import Trial, TrialPlan
 
 # 200 steps of 50 ms of real work (the fastest training worth tuning), a line each; then with chatter in between.
 SCRIPT = """

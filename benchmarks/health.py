@@ -30,15 +30,15 @@ from rich.console import Console
 from rich.table import Table
 from ssim import save
 
-from tune_ssim.check import Check
-from tune_ssim.checkpoint import save_checkpoint
-from tune_ssim.errors import BadSetup
+from tune_ssim.base.errors import BadSetup
+from tune_ssim.guards.log_check import Check
+from tune_ssim.guards.rule_pack import load_rules
 from tune_ssim.records import Record
-from tune_ssim.rules import load_rules
 from tune_ssim.tasks import two_stage_vlm
 from tune_ssim.tasks.flow_dino_kl import FlowDinoKL
 from tune_ssim.tasks.two_stage_vlm import TwoStageVLM
 from tune_ssim.tasks.vae_kl import VAEKL
+from tune_ssim.trials.checkpoint import save_checkpoint
 
 SYSTEMS: dict[str, type] = {"vae_kl": VAEKL, "flow_dino_kl": FlowDinoKL, "two_stage_vlm": TwoStageVLM}
 SHOWN_RULES = 4  # in a row of the table in docs/tasks.md

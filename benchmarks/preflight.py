@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from ssim import save
 
-from tune_ssim.preflight import preflight_task
+from tune_ssim.before_launch.preflight import preflight_task
 
 # (seed, configuration below the defect's own): size, optimiser and clipping differ
 VARIANTS: list[tuple[int, dict[str, Any]]] = [

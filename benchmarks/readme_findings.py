@@ -23,10 +23,10 @@ from rich.table import Table
 from tune_ssim.guards import Baseline, NonFinite, NormRatio, SmokeTest, Watch
 from tune_ssim.losses import ssim, ssim_loss
 from tune_ssim.records import ACTIVE_FRACTION, LOSS_SSIM, TOTAL_NORM, Record
-from tune_ssim.run_trial import Trial, TrialPlan
-from tune_ssim.study import load_study
+from tune_ssim.study.study import load_study
 from tune_ssim.tasks.fundus_images import load_fundus_images, low_resolution
 from tune_ssim.tasks.fundus_sr import FundusSR
+from tune_ssim.trials.trial import Trial, TrialPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 200

@@ -1,4 +1,4 @@
-"""Log lines a second on one core: tune_ssim.sources against the loop one would write, side by side.
+"""Log lines a second on one core: tune_ssim.records.readers against the loop one would write, side by side.
 
     python benchmarks/sources.py [--rows 100000] [--repeats 5] [--large 5000000]
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_ssim.records import Record
-from tune_ssim.sources import read_all
+from tune_ssim.records.readers import read_all
 
 METRICS = ("loss", "loss_flow", "loss_ssim", "total_norm", "lr")
 PATTERN = (
@@ -123,7 +123,7 @@ def compare(folder: Path, rows: int, repeats: int) -> dict[str, Any]:
 LARGE = """
 import re, sys, time
 from pathlib import Path
-from tune_ssim.sources import read_all
+from tune_ssim.records.readers import read_all
 
 def peak_kb():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -26,9 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import mlflow
 
-from tune_ssim.orchestration.events import EventWriter
-from tune_ssim.orchestration.mirror import MLflowMirror, default_uri, read_state
-from tune_ssim.study_folder import StudyFolder
+from tune_ssim.results.events import EventWriter
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.tracking.mirror import MLflowMirror, default_uri, read_state
 
 METRICS = 10
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from tune_ssim.losses import DecodedLoss, TimeLaw, ssim
-from tune_ssim.tasks.task import Forward, Part, Sample, Task
+from tune_ssim.trials.training import Forward, Part, Sample, Task
 
 LOSS = {
     "ssim_loss_weight": 0.0,

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tune_ssim.before_launch.preflight.plain import plain_ssim
 from tune_ssim.losses import decoded, noisy_latent, velocity_target, z0_from_velocity
-from tune_ssim.preflight.plain import plain_ssim
 from tune_ssim.probes import total_norm
 from tune_ssim.tasks.fundus_images import FundusImages, _origins
 from tune_ssim.tasks.fundus_networks import VAE, Denoiser
 from tune_ssim.tasks.fundus_sr import DENOISER_FILE, EMA_FILE, PRESETS, VAE_FILE, WEIGHTS, FundusSR
-from tune_ssim.tasks.task import Forward, Sample
+from tune_ssim.trials.training import Forward, Sample
 
 BASELINE = {"ssim_loss_weight": 0.0, "pixel_loss_weight": 0.05, "pixel_loss_max_t": 0.3, "measure_main_norm": True}
 GATES = [{"ssim_loss_max_t": max_t} for max_t in (0.1, 0.2, 0.3, 1.0)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from tune_ssim.study_folder import StudyFolder, TrialSummary
+from tune_ssim.results.study_folder import StudyFolder, TrialSummary
 
 TESTS = Path(__file__).parent
 # A study of the small task, as a mapping: seconds a trial.

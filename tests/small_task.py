@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from tune_ssim.errors import UserError
-from tune_ssim.tasks.task import Sample
+from tune_ssim.base.errors import UserError
+from tune_ssim.trials.training import Sample
 
 KNOWN = {
     "steps",

@@ -18,15 +18,15 @@ import pytest
 import torch
 from small_task import SmallTask
 
-from tune_ssim.calibrate import CHECK_TOLERANCE, Calibration, calibrate, gates_of
-from tune_ssim.errors import BadSetup, UserError
-from tune_ssim.forecast import forecast
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.base.files import jsonable
+from tune_ssim.before_launch.calibration import CHECK_TOLERANCE, Calibration, calibrate, gates_of
+from tune_ssim.before_launch.forecast import forecast
 from tune_ssim.probes.norm_model import NormModel
-from tune_ssim.space import load_space
-from tune_ssim.study import BaselineRuns, Study, load_study
-from tune_ssim.study_folder import jsonable
+from tune_ssim.study.space import load_space
+from tune_ssim.study.study import BaselineRuns, Study, load_study
 from tune_ssim.tasks.fundus_sr import FundusSR
-from tune_ssim.tasks.task import Forward
+from tune_ssim.trials.training import Forward
 
 HERE = Path(__file__).parent
 GRID = [0.2, 0.3, 1.0]

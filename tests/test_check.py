@@ -22,14 +22,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logs_of_branches import HEALTHY, Values, after, changed, falling, flat, of_heads, records
 
-from tune_ssim.branch_report import judge_branch
-from tune_ssim.check import Check, baseline_of, check_log, open_log, ours_of, packs_for
-from tune_ssim.cli import exit_code
-from tune_ssim.curves import MOST_BLOCKS, Curve
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
+from tune_ssim.cli.app import exit_code
+from tune_ssim.cli.log_arguments import open_log
 from tune_ssim.guards import Threshold, Violation, Watch
+from tune_ssim.guards.branch_report import judge_branch
+from tune_ssim.guards.curves import MOST_BLOCKS, Curve
+from tune_ssim.guards.log_check import Check, baseline_of, check_log, ours_of, packs_for
+from tune_ssim.guards.rule_pack import Branch, load_rules
 from tune_ssim.records import Record
-from tune_ssim.rules import Branch, load_rules
 
 ROOT = Path(__file__).resolve().parents[1]
 RUINED = {

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tune_ssim.checkpoint import DIGEST, STATE, TENSORS, load_checkpoint, save_checkpoint, tensors_of
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
+from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.probes import tensor_hashes
-from tune_ssim.tensor_file import TensorFile
+from tune_ssim.trials.checkpoint import DIGEST, STATE, TENSORS, load_checkpoint, save_checkpoint, tensors_of
 
 
 def same(one: Any, other: Any) -> bool:

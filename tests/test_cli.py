@@ -49,7 +49,7 @@ def mistake(done: subprocess.CompletedProcess[str], *said: str, code: int = 2) -
 def test_help_loads_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
     code = """
 import sys
-from tune_ssim.cli import exit_code
+from tune_ssim.cli.app import exit_code
 code = exit_code(sys.argv[1:])
 heavy = {"torch", "ray", "mlflow", "optuna", "numpy", "rich", "pydantic", "ruamel", "ruamel.yaml"} & sys.modules.keys()
 assert not heavy, heavy

@@ -17,19 +17,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, NonFinite, NormRatio, SmokeTest
 from tune_ssim.orchestration.study_callback import quarantine
 from tune_ssim.probes import file_contents, tensor_contents
-from tune_ssim.processes import OutputLog
-from tune_ssim.quarantine import Ledger
-from tune_ssim.run_trial import Trial, TrialPlan
-from tune_ssim.study import load_study
-from tune_ssim.study_folder import StudyFolder
-from tune_ssim.tasks.command import CommandTask
-from tune_ssim.tasks.command_spec import CommandSpec, fill, fill_value
-from tune_ssim.tasks.echoes import agrees
-from tune_ssim.tasks.task import load_task
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.study.command_spec import CommandSpec, fill, fill_value
+from tune_ssim.study.study import load_study
+from tune_ssim.trials.command.command_task import CommandTask
+from tune_ssim.trials.command.echoes import agrees
+from tune_ssim.trials.processes import OutputLog
+from tune_ssim.trials.quarantine import Ledger
+from tune_ssim.trials.training import load_task
+from tune_ssim.trials.trial import Trial, TrialPlan
 
 TESTS = Path(__file__).parent
 FOREIGN = str(TESTS / "trainings" / "foreign.py")
@@ -235,7 +235,7 @@ def test_a_command_that_does_not_end_after_its_last_step_is_judged_by_it(
 ) -> None:
     """No later step shows that the last one is complete. Half an hour of silence need not pass for it: `evaluate` has what it
     needs."""
-    monkeypatch.setattr("tune_ssim.tasks.command.LAST_ROWS_S", 0.5)
+    monkeypatch.setattr("tune_ssim.trials.command.command_task.LAST_ROWS_S", 0.5)
     code = HANGS + "open(sys.argv[2] + '/5.pt', 'w').write('x')\n" + after
     spec: dict[str, Any] = {"records": {"pattern": STEP_LOSS}}
     if door == "file":
@@ -258,7 +258,7 @@ def test_a_command_that_does_not_end_after_its_last_step_is_judged_by_it(
 
 def test_what_the_last_step_still_makes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoint, else an older one would be sampled; later rows; held-out numbers, when nobody else measures them."""
-    monkeypatch.setattr("tune_ssim.tasks.command.LAST_ROWS_S", 0.2)
+    monkeypatch.setattr("tune_ssim.trials.command.command_task.LAST_ROWS_S", 0.2)
     code = HANGS + "time.sleep(1.5); print('step 5 val 2', flush=True); time.sleep(1.5)\nopen(sys.argv[1], 'w').write('x')\n"
     code += 'print(\'TUNE_SSIM {"held_out": {"ssim": 0.5}}\', flush=True); time.sleep(600)'
     smoke = {"command": ["x", "{checkpoint}"]}
@@ -474,7 +474,7 @@ def test_records_from_before_it_was_started_are_not_its_own(kind: str, tmp_path:
 
 def test_records_from_mlflow(tmp_path: Path) -> None:
     """A script that logs to MLflow as any other does, with a run that it finds in its environment."""
-    from tune_ssim.orchestration.mlflow_source import open_new_run
+    from tune_ssim.tracking.mlflow_source import open_new_run
 
     code = "import mlflow\nwith mlflow.start_run():\n"
     code += "  for n in range(1, 9): mlflow.log_metrics({'loss': 1 / n, 'grad': n}, step=n)\n"
@@ -700,7 +700,7 @@ def test_a_failing_smoke_command_is_said(code: str, smoke: dict[str, Any], says:
 
 
 def test_tokens_outside_the_vocabulary_are_seen(tmp_path: Path) -> None:
-    from tune_ssim.run_trial import statistics_of
+    from tune_ssim.trials.trial import statistics_of
 
     code = "import sys; open(sys.argv[1] + '/t.json', 'w').write('[[1, 2], [11, null]]')"
     task = sampling(code, at_start="x", images=None, tokens="t.json", vocabulary_size=9)

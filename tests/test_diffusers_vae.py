@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_image_folder import folder_of
 
-from tune_ssim.errors import BadSetup, UserError
-from tune_ssim.preflight import images, networks
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.before_launch.preflight import images, networks
 from tune_ssim.probes import compare_with_file
 from tune_ssim.tasks.diffusers_vae import CONFIG_FILE, WEIGHTS_FILE, load_diffusers_vae
 from tune_ssim.tasks.fundus_sr import FundusSR

@@ -12,11 +12,11 @@ import pytest
 from norm_models import at_right_angles
 from rich.console import Console
 
-from tune_ssim.forecast import Forecast, forecast, inert_below
-from tune_ssim.heat_map import draw_heat_map
-from tune_ssim.report import calibration_words, gains_table, predictions_table
-from tune_ssim.space import bundled_spaces, load_space
-from tune_ssim.study_folder import jsonable
+from tune_ssim.base.files import jsonable
+from tune_ssim.before_launch.forecast import Forecast, forecast, inert_below
+from tune_ssim.cli.tables import calibration_words, gains_table, predictions_table
+from tune_ssim.report.heat_map import draw_heat_map
+from tune_ssim.study.space import bundled_spaces, load_space
 
 GATES = (0.1, 0.15, 0.2, 0.3, 1.0)
 MODEL = at_right_angles(dict.fromkeys(GATES, 10.0))

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tune_ssim.checkpoint import load_checkpoint, save_checkpoint
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.guards import SmokeTest
 from tune_ssim.records import Record
-from tune_ssim.run_trial import statistics_of
 from tune_ssim.tasks import fundus_images, fundus_sr
 from tune_ssim.tasks.fundus_networks import VAE, Denoiser
 from tune_ssim.tasks.fundus_sr import PRESETS, WEIGHTS, FundusSR, load_weights
+from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint
+from tune_ssim.trials.trial import statistics_of
 
 SSIM = {"ssim_loss_weight": 30.0, "ssim_loss_max_t": 0.3}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tune_ssim.errors import UserError
-from tune_ssim.study import load_study
+from tune_ssim.base.errors import UserError
+from tune_ssim.study.study import load_study
 from tune_ssim.tasks import image_folder
 from tune_ssim.tasks.fundus_sr import FundusSR
 from tune_ssim.tasks.image_folder import PixelCache, Unreadable, load_folder_images, read_pixels

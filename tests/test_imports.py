@@ -25,38 +25,48 @@ import tune_ssim.orchestration
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tune_ssim"
 
-# From the bottom. A file imports only from floors below its own, or from its own folder.
-# A new module needs a place here; put it as low as its imports allow.
-FLOORS: list[set[str]] = [
-    {"errors"},
-    {"tensor_file", "atomic_file", "processes", "records"},
-    {"record_table", "losses", "checkpoint", "yaml_source"},
-    {"sources", "probes", "guards", "channel"},
-    {"space", "study_folder", "rules", "curves", "baseline_log"},
-    {"quarantine"},
-    {"tasks"},
-    {"study", "sample_check", "sample_grid", "trial_text", "forecast", "batch_gradients", "branch_report"},
-    {"proof"},
-    {"run_trial", "winner", "provenance"},
-    {"preflight", "calibrate", "heat_map", "push"},
-    {"orchestration"},
-    {"report", "testing", "integrations", "check"},
-    {"check_text", "check_picture"},
-    {"cli"},
-    {"__main__"},
+# From the bottom, in the order of docs/architecture.md. A room imports only from rooms that come before it.
+ROOMS = [
+    "base",
+    "losses",
+    "records",
+    "probes",
+    "guards",
+    "study",
+    "trials",
+    "tasks",
+    "before_launch",
+    "results",
+    "search",
+    "tracking",
+    "report",
+    "orchestration",
+    "integrations",
+    "testing",
+    "cli",
 ]
+LOOSE = {"__init__", "__main__", "version"}  # files that stand in no room
+MAX_ARROWS = 80  # between rooms: a reader can still hold them in mind
 INTEGRATIONS = {"lightning": "lightning", "huggingface": "transformers", "accelerate": "accelerate"}  # module → extra library
-FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+ORDER = {room: index for index, room in enumerate(ROOMS)}
 
 # (modules under these names, libraries that importing them must not load)
 NO_TORCH = (
-    *("errors", "records", "record_table", "sources", "guards", "rules", "space", "study", "study_folder", "winner"),
-    *("yaml_source", "trial_text", "tensor_file", "quarantine", "processes", "channel", "push"),
+    "base",
+    "records",
+    "guards",
+    "study",
+    "results",
+    "trials.processes",
+    "trials.channel",
+    "trials.push",
+    "trials.quarantine",
 )
 MUST_NOT_LOAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pure Python": (NO_TORCH, ("torch", "ray", "mlflow", "optuna")),
-    "torch only": (("losses", "probes"), ("ray", "mlflow", "optuna")),
-    "outside orchestration": (tuple(FLOOR_OF.keys() - {"orchestration"}), ("ray", "mlflow")),
+    "torch only": (("losses", "probes", "trials", "tasks", "before_launch"), ("ray", "mlflow", "optuna")),
+    "no Ray outside orchestration": (tuple(room for room in ROOMS if room != "orchestration"), ("ray",)),
+    "no MLflow outside tracking": (tuple(room for room in ROOMS if room not in ("orchestration", "tracking")), ("mlflow",)),
 }
 
 
@@ -90,21 +100,29 @@ def top(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def floor_violations(files: dict[str, Path]) -> list[str]:
-    wrong = []
+def within(module: str, places: Iterable[str]) -> bool:
+    return any(module == f"tune_ssim.{place}" or module.startswith(f"tune_ssim.{place}.") for place in places)
+
+
+def room_of(name: str) -> str:
+    """`tune_ssim.guards.watch` → `guards`; `tune_ssim.load_space` → the room that holds it; empty where there is none."""
+    room = top(name)
+    return room if room in ORDER or room in LOOSE else top(tune_ssim._MODULE_OF.get(room, ""))
+
+
+def arrows(files: dict[str, Path]) -> Iterator[tuple[str, str, str]]:
+    """(importing room, imported room, place in words) of every import from one room into another."""
     for module, file in files.items():
-        if top(module) not in FLOOR_OF:
-            continue  # tune_ssim/__init__.py only names what others hold; the rest fails in the test above
+        if top(module) in LOOSE | {""}:
+            continue  # tune_ssim/__init__.py only names what others hold
         for line, name in imported_names(file.read_text(encoding="utf-8")):
-            if name.split(".")[0] != "tune_ssim":
-                continue
-            above, below = top(module), top(name)
-            if below not in FLOOR_OF:
-                # `from tune_ssim import load_space`: the module that holds it. __version__ is nobody's.
-                below = top(tune_ssim._MODULE_OF.get(below, ""))
-            if below in FLOOR_OF and below != above and FLOOR_OF[below] >= FLOOR_OF[above]:
-                wrong.append(f"{file.name}:{line}: {above} (floor {FLOOR_OF[above]}) imports {name} ({FLOOR_OF[below]})")
-    return wrong
+            below = room_of(name) if name.split(".")[0] == "tune_ssim" else ""
+            if below in ORDER and below != top(module):
+                yield top(module), below, f"{file.name}:{line}: {top(module)} imports {name}"
+
+
+def upward_imports(files: dict[str, Path]) -> list[str]:
+    return [place for above, below, place in arrows(files) if ORDER[below] > ORDER[above]]
 
 
 def in_fresh_interpreter(code: str, *arguments: str) -> str:
@@ -132,22 +150,32 @@ print(json.dumps(blame))
     return json.loads(in_fresh_interpreter(code, json.dumps([list(names), list(libraries)])).splitlines()[-1])
 
 
-def test_every_module_has_a_floor() -> None:
-    unplaced = {top(module) for module in modules()} - FLOOR_OF.keys() - {""}
-    assert not unplaced, f"say in FLOORS on which floor they stand: {sorted(unplaced)}"
+def test_every_module_stands_in_a_room() -> None:
+    assert {top(module) for module in modules()} - {""} == set(ROOMS) | LOOSE - {"__init__"}
 
 
 def test_imports_go_down_only() -> None:
-    assert not floor_violations(modules())
+    assert not upward_imports(modules())
 
 
-def test_the_floor_check_sees_a_violation(tmp_path: Path) -> None:
+def test_there_are_few_arrows_between_rooms() -> None:
+    found = {(above, below) for above, below, _ in arrows(modules())}
+    assert len(found) <= MAX_ARROWS, sorted(found)
+
+
+def test_every_room_says_what_it_is_for() -> None:
+    for room in ROOMS:
+        text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")))
+        assert text, room
+
+
+def test_the_order_check_sees_a_violation(tmp_path: Path) -> None:
     guards = tmp_path / "tune_ssim" / "guards"
     guards.mkdir(parents=True)
     (guards / "watch.py").write_text(
         "from tune_ssim import load_study\ndef f():\n    from tune_ssim.tasks import task\nimport tune_ssim.records\n"
     )
-    wrong = floor_violations(modules(tmp_path / "tune_ssim"))
+    wrong = upward_imports(modules(tmp_path / "tune_ssim"))
     assert [line.split(" ")[0] for line in wrong] == ["watch.py:1:", "watch.py:3:"]
 
 
@@ -155,7 +183,7 @@ def test_the_floor_check_sees_a_violation(tmp_path: Path) -> None:
     ("library", "allowed"),
     [
         ("ray", ("tune_ssim.orchestration.",)),
-        ("mlflow", ("tune_ssim.orchestration.tracking", "tune_ssim.orchestration.mlflow_source")),
+        ("mlflow", ("tune_ssim.tracking.replay", "tune_ssim.tracking.mlflow_source")),
     ],
 )
 def test_only_these_files_name(library: str, allowed: tuple[str, ...]) -> None:
@@ -167,7 +195,7 @@ def test_only_these_files_name(library: str, allowed: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("rule", MUST_NOT_LOAD)
 def test_what_importing_loads(rule: str) -> None:
     places, libraries = MUST_NOT_LOAD[rule]
-    names = importable(module for module in modules() if top(module) in places)
+    names = importable(module for module in modules() if within(module, places))
     assert names
     assert loaded_by(names, libraries) == {}
 
@@ -184,7 +212,7 @@ def test_importing_the_package_costs_nothing(package: str) -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = """
 import sys
-from tune_ssim.cli import main
+from tune_ssim.cli.app import main
 sys.argv = ["tune-ssim", "--help"]
 try:
     main()

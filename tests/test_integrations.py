@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import tune_ssim
 from tune_ssim import Sample
-from tune_ssim.channel import VARIABLE, TrialEnd
+from tune_ssim.trials.channel import VARIABLE, TrialEnd
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, CLIP, LR, MICRO_BATCHES = 6, 0.05, 0.1, 2

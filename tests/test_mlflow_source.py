@@ -11,9 +11,9 @@ import mlflow
 import pytest
 from mlflow.entities import Metric
 
-from tune_ssim.errors import UserError
-from tune_ssim.orchestration.mlflow_source import MLflowRun, open_run
+from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
+from tune_ssim.tracking.mlflow_source import MLflowRun, open_run
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tune_ssim.base.files import jsonable
 from tune_ssim.probes.norm_model import NormModel, fit
-from tune_ssim.study_folder import jsonable
 
 GATES, BATCHES, SIZE = (0.1, 0.3, 1.0), 12, 400
 rng = np.random.default_rng(7)

@@ -32,7 +32,7 @@ USE_FROM_ELSEWHERE = """
 import sys
 from pathlib import Path
 import tune_ssim
-from tune_ssim.space import bundled_spaces_folder
+from tune_ssim.study.space import bundled_spaces_folder
 print(Path(tune_ssim.__file__).resolve().parent)
 print(Path(bundled_spaces_folder()).resolve())
 print(*sorted(file.name for file in Path(bundled_spaces_folder()).glob("*.yaml")))

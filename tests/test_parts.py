@@ -16,10 +16,10 @@ import ray
 from ray.cluster_utils import Cluster
 from small_studies import SMALL
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 from tune_ssim.orchestration.run_study import _spread, run
 from tune_ssim.orchestration.workers import together
-from tune_ssim.study import Study, load_study
+from tune_ssim.study.study import Study, load_study
 
 TESTS = Path(__file__).parent
 TRAININGS = TESTS / "trainings"

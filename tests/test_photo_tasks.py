@@ -11,22 +11,22 @@ from safetensors.torch import load_file, save_file
 from small_studies import trial
 from torch import nn
 
-from tune_ssim.checkpoint import load_checkpoint, save_checkpoint
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.cli.tables import trials_table
 from tune_ssim.guards import Baseline, KeepRule, NormRatio
 from tune_ssim.probes import tensor_contents
-from tune_ssim.quarantine import Ledger
-from tune_ssim.report import trials_table
-from tune_ssim.run_trial import Trial, TrialPlan, statistics_of
-from tune_ssim.study import load_study
+from tune_ssim.results.trial_text import setting_text, shown_metric, verdict_line
+from tune_ssim.results.winner import settings_of
+from tune_ssim.study.study import load_study
 from tune_ssim.tasks import patch_captions as captions
 from tune_ssim.tasks.flow_dino_kl import TAGS, FlowDinoKL
 from tune_ssim.tasks.photo_patches import PATCH, PHOTOS, load_photo, load_photo_patches
-from tune_ssim.tasks.task import load_task
 from tune_ssim.tasks.two_stage_vlm import TwoStageVLM
 from tune_ssim.tasks.vae_kl import VAEKL
-from tune_ssim.trial_text import setting_text, shown_metric, verdict_line
-from tune_ssim.winner import settings_of
+from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint
+from tune_ssim.trials.quarantine import Ledger
+from tune_ssim.trials.training import load_task
+from tune_ssim.trials.trial import Trial, TrialPlan, statistics_of
 
 TASKS: dict[str, type] = {"vae_kl": VAEKL, "flow_dino_kl": FlowDinoKL, "two_stage_vlm": TwoStageVLM}
 # Of each task: a few steps of everything it does, and a setting that its study searches.

@@ -19,20 +19,29 @@ from rich.console import Console
 from small_task import SmallTask
 from torch import Tensor
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
+from tune_ssim.before_launch.preflight import (
+    images,
+    launch,
+    learning,
+    networks,
+    preflight_task,
+    rules,
+    run_preflight,
+    settings_of,
+    steps,
+)
+from tune_ssim.before_launch.preflight.plain import Setting, cosine, expected, plain_ssim
+from tune_ssim.before_launch.preflight.report import Check, Report
+from tune_ssim.before_launch.preflight.subject import Subject
+from tune_ssim.cli.tables import preflight_table
 from tune_ssim.guards import NormRatio, SmokeTest
-from tune_ssim.guards import preflight_rules as rules
-from tune_ssim.guards.preflight import Check, Report
 from tune_ssim.losses import DecodedLoss
-from tune_ssim.preflight import images, launch, learning, networks, preflight, preflight_task, settings_of, steps
-from tune_ssim.preflight.plain import Setting, cosine, expected, plain_ssim
-from tune_ssim.preflight.subject import Subject
-from tune_ssim.report import preflight_table
-from tune_ssim.space import load_space
-from tune_ssim.study import load_study
+from tune_ssim.study.space import load_space
+from tune_ssim.study.study import load_study
 from tune_ssim.tasks.fundus_networks import VAE, Denoiser
 from tune_ssim.tasks.fundus_sr import FundusSR
-from tune_ssim.tasks.task import Forward
+from tune_ssim.trials.training import Forward
 
 SMALL = {"crop": 32, "batch_size": 4}  # a quarter of the work
 
@@ -316,7 +325,7 @@ def test_shared_patches_are_found_at_any_place_and_in_any_orientation(turned: Ca
 
 def test_the_bundled_set_up_is_sound_and_wholly_known() -> None:
     study = load_study({"task_config": SMALL, "baseline": {name: value for name, value in BASELINE.items() if "ssim" not in name}})
-    report = preflight(study, device="cpu")
+    report = run_preflight(study, device="cpu")
     assert report.status == "ok", report.reason
     assert not report.of("unknown")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tune_ssim.errors import UserError
-from tune_ssim.processes import OutputLog, SupervisedProcess, quote_of
+from tune_ssim.base.errors import UserError
+from tune_ssim.trials.processes import OutputLog, SupervisedProcess, quote_of
 
 # Ignores TERM, and leaves a daemon that has a session and a parent of its own. Every process leaves its pid in a folder.
 STUBBORN = """
@@ -113,7 +113,7 @@ def test_what_a_command_leaves_behind_is_ended_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_owner_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     owner = (
-        "import sys, time; from tune_ssim.processes import SupervisedProcess\n"
+        "import sys, time; from tune_ssim.trials.processes import SupervisedProcess\n"
         "p = SupervisedProcess([sys.executable, '-c', sys.argv[1], sys.argv[2], '600'], print, grace_s=0.2); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", owner, STUBBORN, str(tmp_path)])

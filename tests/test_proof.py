@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 from small_studies import baseline, trial
 
+from tune_ssim.before_launch.provenance import fingerprints
 from tune_ssim.guards import KeepRule
-from tune_ssim.proof import comparison, differences, digest, margins, paired
-from tune_ssim.provenance import fingerprints
+from tune_ssim.results.proof import comparison, differences, digest, margins, paired
 from tune_ssim.tasks.fundus_sr import FundusSR
 
 

@@ -31,7 +31,7 @@ def test_the_health_table_is_that_of_the_last_run() -> None:
 
 
 def test_the_rules_that_are_credited_are_there() -> None:
-    from tune_ssim.rules import load_rules
+    from tune_ssim.guards.rule_pack import load_rules
 
     for name, case in health.CASES.items():
         rules = {rule.name.rpartition("/")[2] for rule in load_rules(case.system, health.OPTIONS[case.system]).rules}

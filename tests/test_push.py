@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from tune_ssim import TrialPruned, trial_context
-from tune_ssim.channel import TrialEnd, message_of, tagged_messages
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.guards import NonFinite, SmokeTest
-from tune_ssim.push import TrialContext
-from tune_ssim.run_trial import Trial, TrialPlan
-from tune_ssim.tasks.command import CommandTask
-from tune_ssim.tasks.command_spec import CommandSpec
+from tune_ssim.study.command_spec import CommandSpec
+from tune_ssim.trials.channel import TrialEnd, message_of, tagged_messages
+from tune_ssim.trials.command.command_task import CommandTask
+from tune_ssim.trials.push import TrialContext
+from tune_ssim.trials.trial import Trial, TrialPlan
 
 
 @pytest.fixture

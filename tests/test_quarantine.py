@@ -20,13 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tune_ssim.checkpoint import TENSORS, save_checkpoint, tensors_of
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.base.files import read_lines
+from tune_ssim.base.tensor_file import Contents, TensorFile, parents_metadata
 from tune_ssim.probes import tensor_contents
-from tune_ssim.quarantine import LEDGER, Entered, Entry, Ledger, Release
-from tune_ssim.study_folder import read_lines
 from tune_ssim.tasks.fundus_sr import WEIGHTS, FundusSR
-from tune_ssim.tensor_file import Contents, TensorFile, parents_metadata
+from tune_ssim.trials.checkpoint import TENSORS, save_checkpoint, tensors_of
+from tune_ssim.trials.quarantine import LEDGER, Entered, Entry, Ledger, Release
 
 ROOT = Path(__file__).parents[1]
 DENOISER = WEIGHTS / "fundus_denoiser.safetensors"
@@ -438,8 +438,8 @@ def test_nobody_writes_beside_another_writer(tmp_path: Path) -> None:
 
 WRITER = """
     import sys
-    from tune_ssim.quarantine import Ledger
-    from tune_ssim.tensor_file import Contents
+    from tune_ssim.trials.quarantine import Ledger
+    from tune_ssim.base.tensor_file import Contents
 
     storage, name = sys.argv[1:]
     ledger, count = Ledger(storage), 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tune_ssim.study import load_study
+from tune_ssim.study.study import load_study
 
 pytestmark = pytest.mark.timeout(1500)  # the first test runs the main job: five minutes on two quiet cores
 ROOT = Path(__file__).resolve().parents[1]

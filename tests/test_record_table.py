@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from logs_of_branches import HEALTHY, changed, falling, flat, records
 
 from tune_ssim.guards import EpochMean, FirstValue, MovingMean, NonFinite, Rule, Threshold, Trend, Watch
-from tune_ssim.record_table import Table
+from tune_ssim.guards.rule_pack import bundled_packs, load_rules
 from tune_ssim.records import Record
-from tune_ssim.rules import bundled_packs, load_rules
+from tune_ssim.records.record_table import Table
 
 RECORDS = [Record(1, {"a": 1.0, "b": 0.0}), Record(3, {"a": math.inf}), Record(4, {"b": 2.0}), Record(9, {"a": 0.0, "b": 0.0})]
 GUARDS = (

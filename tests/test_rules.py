@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from logs_of_branches import HEALTHY, Values, after, changed, falling, flat, records
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 from tune_ssim.guards import EpochMean, FirstValue, Guard, MovingMean, Rule, Threshold, Trend, Violation, Watch
+from tune_ssim.guards.rule_pack import RulePack, bundled_packs, load_rules
 from tune_ssim.records import Record
-from tune_ssim.rules import RulePack, bundled_packs, load_rules
-from tune_ssim.study import load_study
+from tune_ssim.study.study import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKS = bundled_packs()
@@ -405,7 +405,7 @@ def test_what_is_wrong_in_a_studys_rules_is_said(tmp_path: Path, rules: str, sai
 def test_a_rule_acts_in_a_live_trial(action: str, verdict: str, tmp_path: Path) -> None:
     from small_task import SmallTask
 
-    from tune_ssim.run_trial import Trial, TrialPlan
+    from tune_ssim.trials.trial import Trial, TrialPlan
 
     rule = {"when": {"metric": "total_norm", "above": 0, "records": 3}, "action": action, "cause": "a cause", "remedy": "a remedy"}
     study = load_study({"rules": [{"name": "own", "rules": {"moves": rule, "not_there": {**rule, "optional": True}}}]})

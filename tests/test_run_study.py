@@ -19,17 +19,17 @@ import ray
 from safetensors.torch import save_file
 from small_studies import SMALL
 
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline
 from tune_ssim.orchestration.run_study import _require_reachable, _where, plan_in_words, run
 from tune_ssim.orchestration.search import read_skipped
-from tune_ssim.orchestration.verify import read_export, verify
+from tune_ssim.orchestration.verification import read_export, verify
 from tune_ssim.probes import tensor_contents
-from tune_ssim.quarantine import Ledger
-from tune_ssim.study import Study, load_study
-from tune_ssim.study_folder import StudyFolder
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.winner import best_safe, confirmations, exported_config, format_export, proof_of
+from tune_ssim.study.study import Study, load_study
 from tune_ssim.tasks.fundus_sr import WEIGHTS, FundusSR
-from tune_ssim.winner import best_safe, confirmations, exported_config, format_export, proof_of
+from tune_ssim.trials.quarantine import Ledger
 
 TESTS = Path(__file__).parent
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from small_task import SmallTask
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
-from tune_ssim.run_trial import Trial, TrialPlan
 from tune_ssim.tasks.fundus_sr import FundusSR
+from tune_ssim.trials.trial import Trial, TrialPlan
 
 ALL: tuple[Guard, ...] = (NormRatio(), SmokeTest(at=(0, 10, 20)), NonFinite())
 STEPS = 40

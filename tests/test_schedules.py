@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 from tune_ssim.losses import parse_schedule, schedule_config
 from tune_ssim.losses.schedules import SCHEDULES, Constant, CyclicalLinear, WarmUp
 

@@ -16,11 +16,11 @@ from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space, read_skipped
 from tune_ssim.orchestration.trainable import CONTEXT
-from tune_ssim.space import gain_of, load_space
+from tune_ssim.study.space import gain_of, load_space
 
 WIDE = load_space("wide").stages[0]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tapped_model import Branches, batch
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 from tune_ssim.probes import GradientTaps, shadow_terms
 
 METRICS = {"dbg/grad_flow": torch.tensor(2.5), "kl_raw": 7.25, "bad": math.nan, "worse": torch.tensor(math.inf)}

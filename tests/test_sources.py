@@ -18,13 +18,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tune_ssim.errors import UserError
-from tune_ssim.record_table import Table
+from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record, merge
-from tune_ssim.sources import FORMATS, LineParser, Source, bounded_search, json_lines, open_source, read_all
-from tune_ssim.sources.bounded_search import MAX_PATTERN_TEXT
-from tune_ssim.sources.event_files import masked_crc32c
-from tune_ssim.sources.lines import MAX_LINE_BYTES
+from tune_ssim.records.readers import FORMATS, LineParser, Source, bounded_search, json_lines, open_source, read_all
+from tune_ssim.records.readers.bounded_search import MAX_PATTERN_TEXT
+from tune_ssim.records.readers.event_files import masked_crc32c
+from tune_ssim.records.readers.lines import MAX_LINE_BYTES
+from tune_ssim.records.record_table import Table
 
 # -- logs, in the very form in which their writers write them ---------------------------------------------------------
 
@@ -721,7 +721,7 @@ def test_scalars_as_tensors(tensor: dict[str, Any], value: float | None) -> None
     """As TensorFlow 2 writes them. The message is encoded by tensorboardX's own classes."""
     from tensorboardX.proto import event_pb2, summary_pb2, tensor_pb2
 
-    from tune_ssim.sources.protobuf import scalars
+    from tune_ssim.records.readers.protobuf import scalars
 
     summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag="loss", tensor=tensor_pb2.TensorProto(**tensor))])
     event = event_pb2.Event(wall_time=1e9, step=2**40, summary=summary)

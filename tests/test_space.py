@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tune_ssim.errors import UserError
-from tune_ssim.space import (
+from tune_ssim.base.errors import UserError
+from tune_ssim.base.yaml_source import MAX_BYTES, dump_yaml, parse_yaml, read_yaml
+from tune_ssim.study.space import (
     KNOWN,
     TRIPLE,
     Choice,
@@ -27,7 +28,6 @@ from tune_ssim.space import (
     near_miss,
     resolve_settings,
 )
-from tune_ssim.yaml_source import MAX_BYTES, dump_yaml, parse_yaml, read_yaml
 
 # SEEDS A5, A4: (weight, max_t, grad_scale) as the notes give them.
 V1, V2, V3 = (1.0, 0.3, 1.0), (0.1, 0.1, 0.1), (0.1, 0.1, 0.01)

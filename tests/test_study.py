@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
+from tune_ssim.base.yaml_source import dump_yaml, parse_yaml
 from tune_ssim.guards import NonFinite, NormRatio, SmokeTest, Threshold
-from tune_ssim.space import load_space
-from tune_ssim.study import (
+from tune_ssim.study.space import load_space
+from tune_ssim.study.study import (
     Asha,
     BaselineRuns,
     CalibrationOptions,
@@ -30,7 +31,6 @@ from tune_ssim.study import (
     bundled_studies_folder,
     load_study,
 )
-from tune_ssim.yaml_source import dump_yaml, parse_yaml
 
 # Reading a study takes tens of milliseconds: few examples, and no minutes of shrinking when one fails.
 QUICK: dict[str, Any] = {
@@ -499,6 +499,6 @@ def test_what_is_dumped_is_read_back(value: dict[str, Any]) -> None:
 
 
 def test_reading_a_study_imports_nothing_heavy() -> None:
-    code = "import sys, tune_ssim.study as s; s.load_study(); print([m for m in ('torch', 'ray', 'mlflow', 'optuna') if m in sys.modules])"
+    code = "import sys, tune_ssim.study.study as s; s.load_study(); print([m for m in ('torch', 'ray', 'mlflow', 'optuna') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -18,20 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tune_ssim.atomic_file import write_atomically
-from tune_ssim.errors import UserError
-from tune_ssim.study_folder import (
-    DEFAULT_STORAGE,
-    STORAGE_VARIABLE,
-    StudyFolder,
-    append_line,
-    check_name,
-    find_study,
-    jsonable,
-    number,
-    read_lines,
-    storage_path,
-)
+from tune_ssim.base.errors import UserError
+from tune_ssim.base.files import append_line, check_name, jsonable, number, read_lines, write_atomically
+from tune_ssim.results.study_folder import DEFAULT_STORAGE, STORAGE_VARIABLE, StudyFolder, find_study, storage_path
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +49,7 @@ class Child:
 REWRITE = """
     import sys
     from pathlib import Path
-    from tune_ssim.study_folder import write_atomically
+    from tune_ssim.base.files import write_atomically
 
     print("ready", flush=True)
     count = 0
@@ -71,7 +60,7 @@ REWRITE = """
 APPEND = """
     import sys
     from pathlib import Path
-    from tune_ssim.study_folder import append_line
+    from tune_ssim.base.files import append_line
 
     print("ready", flush=True)
     count = int(sys.argv[3])
@@ -154,7 +143,7 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
     code = """
         import resource, signal, sys
         from pathlib import Path
-        from tune_ssim.study_folder import append_line
+        from tune_ssim.base.files import append_line
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

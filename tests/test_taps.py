@@ -14,7 +14,7 @@ from tapped_model import Branches, autograd_norms, batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 from tune_ssim.probes import GradientTaps, loss_norms, total_norm, update_ratio
 
 

@@ -21,8 +21,8 @@ from broken_tasks import FAULTS, Honest
 from small_task import SmallTask
 
 from tune_ssim.tasks.fundus_sr import FundusSR
-from tune_ssim.tasks.task import Sample
 from tune_ssim.testing import TaskReport, check_task
+from tune_ssim.trials.training import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tune_ssim.orchestration.events import EventWriter, gain, numbers_of
-from tune_ssim.orchestration.mirror import (
+from tune_ssim.results.events import EventWriter, gain, numbers_of
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.tracking.mirror import (
     MLflowMirror,
     default_uri,
     mirror_study,
@@ -30,8 +31,7 @@ from tune_ssim.orchestration.mirror import (
     run_ids,
     state_file,
 )
-from tune_ssim.orchestration.mlflow_ui import _end, _free_port, _wait_until_it_answers, ui_link
-from tune_ssim.study_folder import StudyFolder
+from tune_ssim.tracking.mlflow_ui import _end, _free_port, _wait_until_it_answers, ui_link
 
 DEAD = "http://127.0.0.1:9"  # the discard port: nothing listens
 CONFIG = {"ssim_loss_weight": 10.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 0.1}
@@ -294,8 +294,8 @@ def test_a_mirror_survives_its_study(tmp_path: Path, database: str) -> None:
     folder = StudyFolder(tmp_path / "orphan")
     write_study(folder)
     program = (
-        "import os, sys; from pathlib import Path; from tune_ssim.study_folder import StudyFolder\n"
-        "from tune_ssim.orchestration.mirror import MLflowMirror\n"
+        "import os, sys; from pathlib import Path; from tune_ssim.results.study_folder import StudyFolder\n"
+        "from tune_ssim.tracking.mirror import MLflowMirror\n"
         "MLflowMirror(StudyFolder(Path(sys.argv[1])), sys.argv[2]).start(); os.kill(os.getpid(), 9)"
     )
     command = [sys.executable, "-c", program, str(folder.path), database]
@@ -307,7 +307,7 @@ def test_a_mirror_survives_its_study(tmp_path: Path, database: str) -> None:
 
 
 def test_events_need_neither_ray_nor_mlflow() -> None:
-    program = "import sys, tune_ssim.orchestration.events, tune_ssim.orchestration.mirror, tune_ssim.orchestration.mlflow_ui"
+    program = "import sys, tune_ssim.results.events, tune_ssim.tracking.mirror, tune_ssim.tracking.mlflow_ui"
     program += "; assert not {'ray', 'mlflow', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], env=process_environment(), check=True)
 

@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tune_ssim.checkpoint import tensors_of
-from tune_ssim.errors import BadSetup
+from tune_ssim.base.errors import BadSetup
+from tune_ssim.base.tensor_file import PARENTS, Contents, TensorFile, parents_metadata
 from tune_ssim.probes import compare_with_file, content_id, tensor_contents, tensor_hashes
 from tune_ssim.probes.weights import DTYPE_NAMES, untrained_norms
 from tune_ssim.tasks.fundus_networks import VAE, Denoiser
 from tune_ssim.tasks.fundus_sr import WEIGHTS, FundusSR
-from tune_ssim.tensor_file import PARENTS, Contents, TensorFile, parents_metadata
+from tune_ssim.trials.checkpoint import tensors_of
 
 DENOISER = WEIGHTS / "fundus_denoiser.safetensors"
 DTYPES = sorted(DTYPE_NAMES, key=str)

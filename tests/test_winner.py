@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from small_studies import SETTING, USUAL, baseline, study, trial
 
-from tune_ssim.errors import UserError
-from tune_ssim.winner import NoSafeTrial, best_safe, experiment_name, exported_config, format_export, settings_of
+from tune_ssim.base.errors import UserError
+from tune_ssim.results.winner import NoSafeTrial, best_safe, experiment_name, exported_config, format_export, settings_of
 
 
 @pytest.mark.parametrize(

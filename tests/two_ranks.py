@@ -39,8 +39,8 @@ class TwoRanks(FundusSR):
 
 
 def main(rank: int, rendezvous: str, study_file: str) -> None:
-    from tune_ssim.calibrate import calibrate
-    from tune_ssim.study import load_study
+    from tune_ssim.before_launch.calibration import calibrate
+    from tune_ssim.study.study import load_study
 
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     study = load_study(Path(study_file))

@@ -8,18 +8,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tune_ssim.version import __version__
+
 if TYPE_CHECKING:
     from tune_ssim.orchestration.run_study import run
     from tune_ssim.orchestration.trainable import make_trainable
-    from tune_ssim.push import TrialPruned, trial_context
     from tune_ssim.records import Record
-    from tune_ssim.run_trial import Trial
-    from tune_ssim.space import load_space, resolve_settings
-    from tune_ssim.study import load_study
-    from tune_ssim.tasks.task import Sample, Task
-    from tune_ssim.winner import best_safe
-
-__version__ = "0.1.0"
+    from tune_ssim.results.winner import best_safe
+    from tune_ssim.study.space import load_space, resolve_settings
+    from tune_ssim.study.study import load_study
+    from tune_ssim.trials.push import TrialPruned, trial_context
+    from tune_ssim.trials.training import Sample, Task
+    from tune_ssim.trials.trial import Trial
 
 __all__ = [
     "Record",
@@ -40,17 +40,17 @@ __all__ = [
 # A name here must differ from every submodule of this package: importing `tune_ssim.x` binds `x` to the module.
 _MODULE_OF = {
     "Record": "tune_ssim.records",
-    "Sample": "tune_ssim.tasks.task",
-    "Task": "tune_ssim.tasks.task",
-    "Trial": "tune_ssim.run_trial",
-    "TrialPruned": "tune_ssim.push",
-    "best_safe": "tune_ssim.winner",
-    "load_space": "tune_ssim.space",
-    "load_study": "tune_ssim.study",
+    "Sample": "tune_ssim.trials.training",
+    "Task": "tune_ssim.trials.training",
+    "Trial": "tune_ssim.trials.trial",
+    "TrialPruned": "tune_ssim.trials.push",
+    "best_safe": "tune_ssim.results.winner",
+    "load_space": "tune_ssim.study.space",
+    "load_study": "tune_ssim.study.study",
     "make_trainable": "tune_ssim.orchestration.trainable",
-    "resolve_settings": "tune_ssim.space",
+    "resolve_settings": "tune_ssim.study.space",
     "run": "tune_ssim.orchestration.run_study",
-    "trial_context": "tune_ssim.push",
+    "trial_context": "tune_ssim.trials.push",
 }
 
 

@@ -1,6 +1,6 @@
 """`python -m tune_ssim` is the `tune-ssim` command."""
 
-from tune_ssim.cli import main
+from tune_ssim.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tune_ssim.probes import total_norm
-from tune_ssim.tasks.task import Sample
+from tune_ssim.trials.training import Sample
 
 BATCH = 8
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from tune_ssim.guards.guard import Fold, Found, Guard, State
 from tune_ssim.guards.violation import ACTIONS, Violation
-from tune_ssim.record_table import Column, Table
+from tune_ssim.records.record_table import Column, Table
 
 
 class Condition(Guard, Protocol):

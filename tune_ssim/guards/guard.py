@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from tune_ssim.guards.violation import Violation
-from tune_ssim.record_table import Table
 from tune_ssim.records import Record
+from tune_ssim.records.record_table import Table
 
 State = dict[str, Any]
 GuardType = TypeVar("GuardType", bound="Guard")

@@ -8,8 +8,8 @@ from functools import partial
 
 from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Violation
-from tune_ssim.record_table import Table
 from tune_ssim.records import LOSS, STEP_SKIPPED, TOTAL_NORM, Record
+from tune_ssim.records.record_table import Table
 
 
 @dataclass(frozen=True)

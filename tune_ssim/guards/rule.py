@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from tune_ssim.guards.condition import Condition, check_action
 from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
-from tune_ssim.record_table import Table
 from tune_ssim.records import Record
+from tune_ssim.records.record_table import Table
 
 NOT_A_SIZE = "a number went out of range, here or in what it is computed from"
 FIND_THE_FIRST = "look for the first value that is not finite: a step too large, a division by zero, half precision"

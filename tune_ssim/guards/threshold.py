@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, measured, measured_column
 from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
-from tune_ssim.record_table import Table
 from tune_ssim.records import Record
+from tune_ssim.records.record_table import Table
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 from tune_ssim.guards.condition import check_action, check_count
 from tune_ssim.guards.guard import Fold, Found, InPlace, State
 from tune_ssim.guards.violation import Action, Violation
-from tune_ssim.record_table import Table
 from tune_ssim.records import Record
+from tune_ssim.records.record_table import Table
 
 BLOCKS = 20  # of a window: enough to see how strong the noise is, few enough to judge at each
 PLACES = tuple(i - (BLOCKS - 1) / 2 for i in range(BLOCKS))  # of the blocks, about the middle of the window

@@ -13,8 +13,8 @@ from typing import Any
 
 from tune_ssim.guards.guard import Fold, Found, Guard, InPlace, State
 from tune_ssim.guards.violation import Violation
-from tune_ssim.record_table import Table
 from tune_ssim.records import Record
+from tune_ssim.records.record_table import Table
 
 GRACE_RECORDS = 20  # of different steps; a metric that has not appeared by then is not coming
 SHOWN_NAMES = 50  # metric names remembered for the message of MissingMetric

@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 
 from tune_ssim.integrations.reporting import MakeSamples, Reporting
-from tune_ssim.push import TrialContext
+from tune_ssim.trials.push import TrialContext
 
 __all__ = ["AcceleratedTrial"]
 

@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from tune_ssim.integrations.reporting import MakeSamples, Reporting
-from tune_ssim.push import TrialContext
+from tune_ssim.trials.push import TrialContext
 
 __all__ = ["TrialCallback"]
 

@@ -22,7 +22,7 @@ except ModuleNotFoundError as missing:
 
 from tune_ssim.integrations.reporting import MakeSamples, Reporting
 from tune_ssim.probes import total_norm
-from tune_ssim.push import TrialContext
+from tune_ssim.trials.push import TrialContext
 
 __all__ = ["TrialCallback"]
 

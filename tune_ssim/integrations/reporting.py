@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tune_ssim.push import TrialContext, TrialPruned
-from tune_ssim.tasks.task import Sample
+from tune_ssim.trials.push import TrialContext, TrialPruned
+from tune_ssim.trials.training import Sample
 
 # Inference on fixed inputs and fixed noise: `[n, 3, H, W]` in [0, 1], or a Sample that has references or inputs too.
 MakeSamples = Callable[[Any], "Sample | torch.Tensor"]

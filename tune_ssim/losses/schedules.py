@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 
 
 @dataclass(frozen=True)

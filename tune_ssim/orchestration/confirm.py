@@ -16,7 +16,7 @@ from tune_ssim.guards import Guard, SmokeTest
 from tune_ssim.orchestration.trainable import CONTEXT, OBJECTIVE
 
 if TYPE_CHECKING:
-    from tune_ssim.study import Study
+    from tune_ssim.study.study import Study
 
 PREFIX = "confirm-"  # of the baselines' trial ids
 

@@ -19,8 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tune_ssim.study_folder import TrialSummary
-from tune_ssim.trial_text import number_text, readable, setting_text, verdict_line
+from tune_ssim.results.study_folder import TrialSummary
+from tune_ssim.results.trial_text import number_text, readable, setting_text, verdict_line
 
 REFRESHES_PER_S = 4
 

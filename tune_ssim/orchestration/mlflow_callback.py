@@ -8,9 +8,9 @@ from typing import Any
 
 from ray import tune
 
-from tune_ssim.orchestration.events import BULKY, EventWriter, numbers_of
-from tune_ssim.orchestration.mirror import MLflowMirror
-from tune_ssim.study_folder import StudyFolder, storage_path
+from tune_ssim.results.events import BULKY, EventWriter, numbers_of
+from tune_ssim.results.study_folder import StudyFolder, storage_path
+from tune_ssim.tracking.mirror import MLflowMirror
 
 log = logging.getLogger(__name__)
 

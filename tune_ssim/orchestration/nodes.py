@@ -15,9 +15,9 @@ from ray.exceptions import RayError
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tune_ssim.errors import UserError
-from tune_ssim.processes import OutputLog, SupervisedProcess
-from tune_ssim.tasks.command import Invocation, free_port
+from tune_ssim.base.errors import UserError
+from tune_ssim.trials.command.command_task import Invocation, free_port
+from tune_ssim.trials.processes import OutputLog, SupervisedProcess
 
 POLL_S = 0.1  # between looks at the nodes
 BUFFER_BYTES = 2**24  # of output that waits to be fetched; beyond it the command waits

@@ -22,28 +22,28 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-from tune_ssim.atomic_file import write_atomically
-from tune_ssim.baseline_log import baseline_of_log, describe, require_steps
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.base.files import check_name, number, write_atomically
 from tune_ssim.guards import Baseline, Guard
+from tune_ssim.guards.baseline_log import baseline_of_log, describe, require_steps
 from tune_ssim.orchestration.before_launch import before_launch, inspect, norm_model
 from tune_ssim.orchestration.confirm import PREFIX, ConfirmSearch, confirm_seeds, confirm_steps, longer
-from tune_ssim.orchestration.events import EventWriter
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, read_skipped
 from tune_ssim.orchestration.study_callback import LIVE_TABLES, PROCESS_DIED, StudyCallback
 from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable, Parts, make_trainable
-from tune_ssim.proof import SKIPPED, differences
-from tune_ssim.run_trial import harm_of
-from tune_ssim.study_folder import StudyFolder, TrialSummary, check_name, number
-from tune_ssim.tasks.task import load_task
-from tune_ssim.trial_text import setting_text
-from tune_ssim.winner import ranked, settings_of
+from tune_ssim.results.events import EventWriter
+from tune_ssim.results.proof import SKIPPED, differences
+from tune_ssim.results.study_folder import StudyFolder, TrialSummary
+from tune_ssim.results.trial_text import setting_text
+from tune_ssim.results.winner import ranked, settings_of
+from tune_ssim.trials.training import load_task
+from tune_ssim.trials.trial import harm_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tune_ssim.study import Study
+    from tune_ssim.study.study import Study
 
 SEARCH, CONFIRM = "run", "confirm"  # phases that are Ray experiments, by their folder below the study's `ray/`
 DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; what is left over is mirrored later
@@ -583,7 +583,7 @@ def _scheduler(study: Study) -> Any:
 def _mirror(study: Study, folder: StudyFolder, uri: str | None) -> Any:
     if study.tracking is None:
         return None
-    from tune_ssim.orchestration.mirror import MLflowMirror
+    from tune_ssim.tracking.mirror import MLflowMirror
 
     mirror = MLflowMirror(folder, uri or study.tracking.uri)
     mirror.start()

@@ -18,14 +18,14 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from scipy.stats import qmc
 
-from tune_ssim.atomic_file import write_atomically
-from tune_ssim.errors import UserError
-from tune_ssim.forecast import forecast, gain_at, skip_sentence
+from tune_ssim.base.errors import UserError
+from tune_ssim.base.files import write_atomically
+from tune_ssim.before_launch.forecast import forecast, gain_at, skip_sentence
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.orchestration.trainable import CONTEXT, OBJECTIVE
 from tune_ssim.probes.norm_model import NormModel
-from tune_ssim.space import GAIN, Choice, LogUniform, Space, Stage, Uniform, gain_of, resolve_settings
-from tune_ssim.trial_text import shown_metric
+from tune_ssim.results.trial_text import shown_metric
+from tune_ssim.study.space import GAIN, Choice, LogUniform, Space, Stage, Uniform, gain_of, resolve_settings
 
 HARM = "harm"  # the constraint's name in Optuna; feasible <= 0
 MAX_SKIPPED_IN_A_ROW = 200  # less than a second of suggestions (TPE takes 3 ms, FACTS §3)

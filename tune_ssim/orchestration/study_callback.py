@@ -10,14 +10,14 @@ from typing import Any
 import ray
 from ray.tune import Callback
 
-from tune_ssim.orchestration.events import EventWriter
+from tune_ssim.base.tensor_file import Contents
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.trainable import CONTEXT
-from tune_ssim.proof import START, read_json
-from tune_ssim.quarantine import Ledger
-from tune_ssim.space import resolve_settings
-from tune_ssim.study_folder import StudyFolder, TrialSummary
-from tune_ssim.tensor_file import Contents
+from tune_ssim.results.events import EventWriter
+from tune_ssim.results.proof import START, read_json
+from tune_ssim.results.study_folder import StudyFolder, TrialSummary
+from tune_ssim.study.space import resolve_settings
+from tune_ssim.trials.quarantine import Ledger
 
 PENDING_S = 30.0  # the process of a trial has usually started by then
 PROCESS_DIED = "the trial's process died"  # such a trial has no result: a study that is resumed runs it again

@@ -19,19 +19,19 @@ from ray import tune
 from ray.exceptions import RayActorError
 from ray.tune.result import SHOULD_CHECKPOINT
 
-from tune_ssim.checkpoint import load_checkpoint
-from tune_ssim.errors import BadSetup, NothingToResume, UserError
+from tune_ssim.base.errors import BadSetup, NothingToResume, UserError
+from tune_ssim.base.files import jsonable
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
-from tune_ssim.orchestration.mlflow_source import open_new_run
 from tune_ssim.orchestration.nodes import NodesProcess
 from tune_ssim.orchestration.workers import WorkersTask
-from tune_ssim.quarantine import Ledger
 from tune_ssim.records import Record
-from tune_ssim.run_trial import Trial, TrialPlan, Verdict
-from tune_ssim.space import resolve_settings
-from tune_ssim.study_folder import jsonable
-from tune_ssim.tasks.command import CommandTask
-from tune_ssim.tasks.task import load_task
+from tune_ssim.study.space import resolve_settings
+from tune_ssim.tracking.mlflow_source import open_new_run
+from tune_ssim.trials.checkpoint import load_checkpoint
+from tune_ssim.trials.command.command_task import CommandTask
+from tune_ssim.trials.quarantine import Ledger
+from tune_ssim.trials.training import load_task
+from tune_ssim.trials.trial import Trial, TrialPlan, Verdict
 
 CONTEXT = "tune_ssim"  # key of a trial's config under which a study says who the trial is
 OBJECTIVE = "delta_ssim"
@@ -340,7 +340,7 @@ def make_trainable(
     import_path: str | None = None,
     parts: Parts = Parts(),
 ) -> type[GuardedTrainable]:
-    """A Trainable class for `tune.Tuner`. `task`: a class that keeps the contract of `tasks.task.Task`, or "module:Class"; or a
+    """A Trainable class for `tune.Tuner`. `task`: a class that keeps the contract of `trials.training.Task`, or "module:Class"; or a
     function that reports through `trial_context`, as "module:function"; or a command, as a mapping for
     `tasks.command_spec.CommandSpec`.
 

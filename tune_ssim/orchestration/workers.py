@@ -19,10 +19,10 @@ from ray.exceptions import RayActorError
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 from tune_ssim.records import STEP_SKIPPED, TOTAL_NORM
-from tune_ssim.tasks.command import free_port
-from tune_ssim.tasks.task import load_task
+from tune_ssim.trials.command.command_task import free_port
+from tune_ssim.trials.training import load_task
 
 SAME_NORM = 1e-3  # relative; ranks that reduce their gradients differ in the order of sums at most
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # PyTorch's own default for NCCL

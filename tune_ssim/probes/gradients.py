@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 
 
 @torch.no_grad()

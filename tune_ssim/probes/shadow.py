@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 
 # What a logger does with a term. Everything else is arithmetic, and there a term is zero.
 _READ = {

@@ -22,7 +22,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 from tune_ssim.probes.gradients import is_sharded, joint_norm, local_part, sharding, total_norm
 
 EPS = 1e-12  # in update_ratio: a module that is still all zeros

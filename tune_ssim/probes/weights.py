@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from tune_ssim.errors import BadSetup
-from tune_ssim.tensor_file import Contents, TensorFile, content_id, tensor_digest
+from tune_ssim.base.errors import BadSetup
+from tune_ssim.base.tensor_file import Contents, TensorFile, content_id, tensor_digest
 
 __all__ = [
     "WeightComparison", "compare_with_file", "content_id", "file_contents", "tensor_contents", "tensor_hashes", "untrained_norms",

@@ -1,1 +1,1 @@
-"""What is trained: the task protocol in `task`, and the bundled tasks beside it."""
+"""Real trainings that come with the package, and their weights."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")

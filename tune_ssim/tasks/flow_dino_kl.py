@@ -29,8 +29,8 @@ from tune_ssim.probes import GradientTaps, loss_norms, total_norm
 from tune_ssim.tasks.fundus_sr import load_weights
 from tune_ssim.tasks.patch_features import FEATURES_FILE, WEIGHTS, PatchFeatures, load_named_network
 from tune_ssim.tasks.photo_patches import PATCH, SUBJECTS, load_photo_patches
-from tune_ssim.tasks.task import Number, Part, Sample
 from tune_ssim.tasks.task_config import read_config
+from tune_ssim.trials.training import Number, Part, Sample
 
 PIXELS, COARSE, WIDTH = PATCH * PATCH, 4, 256
 GREY, CONTRAST = 0.53, 0.3  # mean and standard deviation of the training patches: x = (patch - GREY) / CONTRAST
@@ -109,7 +109,7 @@ class Networks(nn.Module):
 
 
 class FlowDinoKL:
-    """See `tasks.task.Task` for the contract.
+    """See `trials.training.Task` for the contract.
 
     Metrics of a step, means over its micro-batches: loss = loss_flow + loss_dino + loss_kl; loss_dino = alpha · dino_global
     and loss_kl = kl_weight · kl_raw as they enter the loss, so 0 where a branch is left out; dino_global: 1 − cosine;

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 
 CROP = 48  # pixels; 12 x 12 latents behind an f = 4 autoencoder
 IMAGES = ("retina", "immunohistochemistry", "microaneurysms", "astronaut", "coffee", "chelsea")  # all inside the wheel

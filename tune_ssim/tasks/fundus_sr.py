@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.losses import DecodedLoss, TimeLaw, euler_sample, noisy_latent, ssim, velocity_target, z0_from_velocity
 from tune_ssim.probes import content_id, tensor_hashes, total_norm
 from tune_ssim.tasks.diffusers_vae import WEIGHTS_FILE as DIFFUSERS_FILE
@@ -30,8 +31,7 @@ from tune_ssim.tasks.diffusers_vae import DiffusersVAE, load_diffusers_vae
 from tune_ssim.tasks.fundus_images import CROP, FACTOR, IMAGES, FundusImages, load_fundus_images, low_resolution
 from tune_ssim.tasks.fundus_networks import VAE, Denoiser
 from tune_ssim.tasks.image_folder import FolderImages, load_folder_images
-from tune_ssim.tasks.task import Forward, Number, Part, Sample
-from tune_ssim.tensor_file import TensorFile
+from tune_ssim.trials.training import Forward, Number, Part, Sample
 
 WEIGHTS = Path(__file__).parent / "weights"
 VAE_FILE, DENOISER_FILE, EMA_FILE = "fundus_vae.safetensors", "fundus_denoiser.safetensors", "fundus_denoiser_ema.safetensors"
@@ -132,7 +132,7 @@ class FundusConfig:
 
 
 class FundusSR:
-    """See `tasks.task.Task` for the contract."""
+    """See `trials.training.Task` for the contract."""
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         self.config = FundusConfig.from_mapping(config)

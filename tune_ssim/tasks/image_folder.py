@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 from tune_ssim.tasks.fundus_images import BACKGROUND, MAX_BACKGROUND
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 
 FEATURES = 32
 FEATURES_FILE = "patch_features.safetensors"

@@ -21,7 +21,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.tasks.diffusers_vae import DiffusersVAE
 from tune_ssim.tasks.fundus_images import CROP, FACTOR, FundusImages, load_fundus_images, low_resolution
 from tune_ssim.tasks.fundus_networks import VAE, Denoiser

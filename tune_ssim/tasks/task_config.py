@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from tune_ssim.errors import UserError
-from tune_ssim.yaml_source import did_you_mean
+from tune_ssim.base.errors import UserError
+from tune_ssim.base.yaml_source import did_you_mean
 
 Config = TypeVar("Config")
 

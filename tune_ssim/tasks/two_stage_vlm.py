@@ -22,10 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tune_ssim.checkpoint import STATE, TENSORS, load_checkpoint
-from tune_ssim.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.probes import GradientTaps, total_norm
-from tune_ssim.quarantine import Ledger
 from tune_ssim.tasks.fundus_sr import load_weights
 from tune_ssim.tasks.patch_captions import (
     ANSWER_TOKENS,
@@ -46,8 +44,10 @@ from tune_ssim.tasks.patch_captions import (
     sequence_of,
 )
 from tune_ssim.tasks.photo_patches import SUBJECTS, load_photo_patches
-from tune_ssim.tasks.task import Number, Part, Sample
 from tune_ssim.tasks.task_config import read_config
+from tune_ssim.trials.checkpoint import STATE, TENSORS, load_checkpoint
+from tune_ssim.trials.quarantine import Ledger
+from tune_ssim.trials.training import Number, Part, Sample
 
 TRAIN_PATCHES, EVALUATION_PATCHES, SMOKE_PATCHES = 254, 240, 48  # note 003 §2 has 254
 RUINED_PROXY = 0.001  # mean of an epoch, note 003 §3: below it the visual tokens are as good as zero
@@ -99,7 +99,7 @@ class Vision(nn.Module):
 
 
 class TwoStageVLM:
-    """See `tasks.task.Task` for the contract.
+    """See `trials.training.Task` for the contract.
 
     Metrics of a step: stage; in stage 1 loss_proxy; in stage 2 loss_caption in nats a token (and `loss_ce`, its usual name),
     label_fraction, the share of positions that count, and visual_scale, the size of visual tokens beside words;

@@ -26,8 +26,8 @@ from tune_ssim.losses.latent import active_units, kl_to_standard_normal, margina
 from tune_ssim.losses.schedules import Constant, CyclicalLinear, Linear, Schedule
 from tune_ssim.probes import GradientTaps, total_norm
 from tune_ssim.tasks.photo_patches import PATCH, load_photo_patches
-from tune_ssim.tasks.task import Number, Part, Sample
 from tune_ssim.tasks.task_config import read_config
+from tune_ssim.trials.training import Number, Part, Sample
 
 LATENTS, WIDTH = 16, 128
 SMOKE_PATCHES, EVALUATION_PATCHES = 48, 240  # as many of each of the twelve photographs
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
 
 
 class VAEKL:
-    """See `tasks.task.Task` for the contract.
+    """See `trials.training.Task` for the contract.
 
     Metrics of a step: loss = loss_reconstruction + loss_kl; loss_kl = alpha · kl_raw; kl_raw in nats, a mean over the batch;
     active_units: how many of the 16 latents depend on the patch (Burda et al. 2016); z_init/marginal_kl: how far all latents

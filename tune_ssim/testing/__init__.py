@@ -17,14 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tune_ssim.errors import UserError
-from tune_ssim.tasks.task import load_task
+from tune_ssim.base.errors import UserError
 from tune_ssim.testing.findings import Finding, TaskReport
 from tune_ssim.testing.inference import check_looking_on
 from tune_ssim.testing.runs import Run, check_afresh, check_repeatable, check_resume, check_seed, checkpoint_folder
 from tune_ssim.testing.settings import check_clipping, check_effective, check_setup, check_still, check_weight
 from tune_ssim.testing.signatures import check_class, check_methods
 from tune_ssim.testing.subject import Fault, Refused, Subject, global_generators_kept, short
+from tune_ssim.trials.training import load_task
 
 __all__ = ["Finding", "TaskReport", "check_task"]
 

@@ -10,9 +10,9 @@ import torch
 
 from tune_ssim.losses import DecodedLoss, TimeLaw
 from tune_ssim.records import LOSS
-from tune_ssim.tasks.task import Forward, Part
 from tune_ssim.testing.findings import Finding
 from tune_ssim.testing.subject import Fault, Numbers, Subject
+from tune_ssim.trials.training import Forward, Part
 
 OPTIONAL = ("forward", "trainable_parameters", "time_law", "parts", "training_images", "fingerprints")
 
@@ -72,7 +72,7 @@ def _forward(subject: Subject, task: Any, n: int, step: Numbers, has_images: boo
     forward = subject.call(task, "forward", n)
     if not isinstance(forward, Forward):
         yield Finding(
-            "forward", "broken", f"forward({n}) returned a {type(forward).__name__}", "return tune_ssim.tasks.task.Forward(…)"
+            "forward", "broken", f"forward({n}) returned a {type(forward).__name__}", "return tune_ssim.trials.training.Forward(…)"
         )
         return
     shapes = {
@@ -85,7 +85,7 @@ def _forward(subject: Subject, task: Any, n: int, step: Numbers, has_images: boo
         "loss, a DecodedLoss": isinstance(forward.loss, DecodedLoss),
     }
     if wrong := [what for what, is_so in shapes.items() if not is_so]:
-        yield Finding("forward", "broken", f"forward({n}) lacks {'; '.join(wrong)}", "see tune_ssim.tasks.task.Forward")
+        yield Finding("forward", "broken", f"forward({n}) lacks {'; '.join(wrong)}", "see tune_ssim.trials.training.Forward")
         return
     low, high = float(forward.targets.min()), float(forward.targets.max())
     if low < -1e-4 or high > 1 + 1e-4:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from tune_ssim.run_trial import statistics_of
-from tune_ssim.tasks.task import Sample
 from tune_ssim.testing.findings import Finding
 from tune_ssim.testing.hooks import check_hooks
 from tune_ssim.testing.numbers import check_held_out
 from tune_ssim.testing.runs import LOOKS, Run
 from tune_ssim.testing.subject import Fault, Numbers, Subject, as_numbers, short
+from tune_ssim.trials.training import Sample
+from tune_ssim.trials.trial import statistics_of
 
 SLACK = 1e-4  # beyond [0, 1]: rounding of a clamp in half precision
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tune_ssim.checkpoint import load_checkpoint, save_checkpoint, tensors_of
 from tune_ssim.testing.findings import Finding
 from tune_ssim.testing.numbers import check_metrics
 from tune_ssim.testing.subject import Fault, Numbers, Subject, as_numbers, attributes
+from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint, tensors_of
 
 GENERATORS = (
     "draw every random number of step n from torch.Generator().manual_seed(…) made of (seed, n) "

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from tune_ssim.guards.preflight_rules import same
-from tune_ssim.preflight.steps import NEUTRAL
+from tune_ssim.before_launch.preflight.rules import same
+from tune_ssim.before_launch.preflight.steps import NEUTRAL
 from tune_ssim.records import ACTIVE_FRACTION, LOSS, LOSS_FLOW, LOSS_SSIM, TOTAL_NORM
-from tune_ssim.tasks.task import Sample
 from tune_ssim.testing.findings import Finding
 from tune_ssim.testing.runs import GENERATORS, Run
 from tune_ssim.testing.subject import Fault, Numbers, Refused, Subject, fault
+from tune_ssim.trials.training import Sample
 
 WEIGHT, MAX_T, GRAD_SCALE, CLIP = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "max_grad_norm"
 TINY = 1e-7  # a weight whose gradient is lost in float32's rounding of any main gradient

@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from tune_ssim.tasks.task import CONTRACT, Task
 from tune_ssim.testing.findings import Finding
 from tune_ssim.testing.subject import short
+from tune_ssim.trials.training import CONTRACT, Task
 
 # How a trial calls each method, and how it should read.
 CALLS: dict[str, tuple[tuple[tuple[Any, ...], ...], str]] = {

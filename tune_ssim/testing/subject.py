@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tune_ssim.errors import UserError
+from tune_ssim.base.errors import UserError
 
 Numbers = dict[str, float]
 

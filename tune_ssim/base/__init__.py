@@ -1,0 +1,1 @@
+"""Errors, files that are never half written, and YAML with line numbers."""

@@ -1,0 +1,330 @@
+"""YAML 1.2 text as plain Python values that remember their lines, so that every message can say where.
+
+`1e-4` is a number and `no` is a string here (YAML 1.2 core schema); in PyYAML's 1.1 it is the other way round.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from tune_ssim.base.errors import UserError
+
+Loc = tuple[str | int, ...]
+"""Keys and list positions from the top of a document to a value, as pydantic counts them."""
+
+# Far above any study (the longest bundled one has 2 KB), far below what costs seconds: a checkpoint given by mistake.
+MAX_BYTES = 256 * 1024
+MAX_VALUES = 20_000  # after aliases are written out: nine lines of aliases to aliases would make 10**9
+MAX_DEPTH = 30
+MAX_PROBLEMS = 20  # lines in one message
+
+# https://yaml.org/spec/1.2.2/#103-core-schema
+_INT = re.compile(r"[-+]?[0-9]+")
+_OCT, _HEX = re.compile(r"0o[0-7]+"), re.compile(r"0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INF = re.compile(r"[-+]?\.(inf|Inf|INF)")
+_WORDS: dict[str, bool | None] = {
+    "": None, "~": None, "null": None, "Null": None, "NULL": None,
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+}  # fmt: skip
+
+_PREFIX = "tag:yaml.org,2002:"
+_SCALAR_TAGS = {"str", "int", "float", "bool", "null", "timestamp", "value", "merge"}  # what plain text can resolve to
+
+
+@dataclass(frozen=True)
+class Source:
+    """A value with its origin. `lines[loc]` counts from 1; `options[loc]` is the option that gave a value."""
+
+    label: str
+    value: Any
+    lines: Mapping[Loc, int] = field(default_factory=dict, repr=False)
+    options: Mapping[Loc, str] = field(default_factory=dict)
+    prefix: Loc = ()
+
+    def part(self, *loc: str | int) -> Source:
+        """The value at `loc` (which must be there), with the same origin."""
+        value = self.value
+        for key in loc:
+            value = value[key]
+        return Source(self.label, value, self.lines, self.options, self.prefix + loc)
+
+    def option_at(self, loc: Loc) -> str | None:
+        return next((self.options[key] for key in _upwards(self.prefix + loc) if key in self.options), None)
+
+    def at(self, loc: Loc = ()) -> str:
+        """`file:line` of the value, or of the nearest thing around it whose line is known."""
+        line = next((self.lines[key] for key in _upwards(self.prefix + loc) if key in self.lines), None)
+        return self.label if line is None else f"{self.label}:{line}"
+
+    def overridden(self, loc: Loc, value: Any, option: str) -> Source:
+        """The same document with one value given by a command-line option."""
+        return Source(self.label, _replaced(self.value, loc, value), self.lines, {**self.options, loc: option}, self.prefix)
+
+
+class Problems:
+    """Collects what is wrong with a document; `check` raises all of it as one UserError, a line each."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._lines: list[tuple[int, str]] = []
+        self._added = 0
+
+    def add(self, loc: Loc, message: str, subject: str | None = None) -> None:
+        """`subject` names what is wrong where the dotted path to it would be too long; "": the message does so."""
+        option = self.source.option_at(loc)
+        if option is not None:
+            text = f"{option}: {message}"
+        else:
+            if subject is None:
+                subject = ".".join(str(key) for key in self.source.prefix + loc)
+            text = ": ".join(part for part in (self.source.at(loc), subject, message) if part)
+        where = self.source.at(loc).removeprefix(self.source.label + ":")
+        line = (int(where) if where.isdigit() else 0, text)
+        self._added += 1
+        if line not in self._lines:
+            self._lines.append(line)
+
+    def unknown_keys(self, loc: Loc, given: Iterable[str], valid: Iterable[str], where: str = "") -> None:
+        valid = list(valid)
+        for key in given:
+            if key not in valid:
+                message = f"unknown key {shown(key)}{where}{did_you_mean(key, valid)}"
+                self.add((*loc, key), message, subject=".".join(str(part) for part in loc))
+
+    def include(self, error: UserError) -> None:
+        """What the `check` of a part, or of another document, raised: as it is."""
+        for text in str(error).splitlines():
+            line = re.match(re.escape(self.source.label) + r":(\d+):", text)
+            self._lines.append((int(line[1]) if line else 0, text))
+            self._added += 1
+
+    def __len__(self) -> int:
+        """How often something was found wrong, the same thing twice included."""
+        return self._added
+
+    def check(self) -> None:
+        if self._lines:
+            texts = [text for _, text in sorted(self._lines, key=lambda line: line[0])]
+            more = len(texts) - MAX_PROBLEMS
+            raise UserError("\n".join(texts[:MAX_PROBLEMS] + ([f"… and {more} more"] if more > 0 else [])))
+
+
+def read_yaml(path: str | Path) -> Source:
+    """The mapping in a YAML file. Raises UserError for everything that is not one."""
+    label = str(path)
+    try:
+        with Path(path).open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise UserError(f"{label}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{label}: is a folder, not a YAML file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        raise UserError(f"{label}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return parse_yaml(text, label)
+
+
+def parse_yaml(text: bytes | str, label: str) -> Source:
+    """The mapping in `text`, which messages call `label`. Raises UserError for everything that is not one."""
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{label}: is larger than {MAX_BYTES // 1024} KiB, so it is hardly a study or a search space")
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"{label}: is not a text file (not UTF-8), expected YAML") from None
+    if "\0" in text:
+        raise UserError(f"{label}: is a binary file, expected YAML")
+    if _bracket_depth(text) > 1000:  # 64 KiB of "[" keep the parser busy for seconds before it gives up
+        raise UserError(f"{label}: is nested too deeply")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an anchor that is used twice
+            root = YAML(typ="safe", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{label}:{mark.line + 1}" if mark else label
+        raise UserError(f"{where}: not valid YAML: {_one_line(error.problem or error.context or 'syntax error')}") from None
+    except RecursionError:
+        raise UserError(f"{label}: is nested too deeply") from None
+    except Exception as error:  # ruamel.yaml leaks its own index and assertion errors for some malformed texts
+        raise UserError(f"{label}: not valid YAML: {_one_line(str(error)) or type(error).__name__}") from None
+    if root is None:
+        raise UserError(f"{label}: is empty")
+    if not isinstance(root, MappingNode):
+        kind = "a list" if isinstance(root, SequenceNode) else f"the text {shown(root.value)}"
+        raise UserError(f"{label}:{root.start_mark.line + 1}: must be a mapping (`key: value` lines), got {kind}")
+    reader = _Reader(label)
+    value = reader.value(root, ())
+    return Source(label, value, reader.lines)
+
+
+class _Reader:
+    """Turns nodes into dicts, lists and scalars, and notes the line of each key and list item."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.lines: dict[Loc, int] = {}
+        self.count = 0
+
+    def fail(self, node: Node, message: str) -> UserError:
+        return UserError(f"{self.label}:{node.start_mark.line + 1}: {message}")
+
+    def value(self, node: Node, loc: Loc) -> Any:
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise self.fail(node, f"more than {MAX_VALUES} values once aliases are written out")
+        if len(loc) > MAX_DEPTH:
+            raise self.fail(node, f"nested more than {MAX_DEPTH} levels deep (or an alias to itself)")
+        tag = str(node.tag).removeprefix(_PREFIX)
+        if isinstance(node, ScalarNode) and tag in _SCALAR_TAGS:
+            return self.scalar(node, tag)
+        if isinstance(node, MappingNode) and tag == "map":
+            return self.mapping(node, loc)
+        if isinstance(node, SequenceNode) and tag == "seq":
+            places: list[Loc] = [(*loc, index) for index in range(len(node.value))]
+            for here, item in zip(places, node.value, strict=True):
+                self.lines[here] = item.start_mark.line + 1
+            return [self.value(item, here) for here, item in zip(places, node.value, strict=True)]
+        raise self.fail(node, f"the tag {shown(str(node.tag))} is not used here: plain values only")
+
+    def mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.value(key_node, loc) if isinstance(key_node, ScalarNode) else None
+            if not isinstance(key, str):
+                got = shown(key_node.value) if isinstance(key_node, ScalarNode) else "a list or mapping"
+                raise self.fail(key_node, f"a key must be a name, got {got}")
+            if str(key_node.tag) == _PREFIX + "merge":
+                raise self.fail(key_node, "merge keys (<<) are not YAML 1.2; write the keys out")
+            here = (*loc, key)
+            if key in found:
+                raise self.fail(key_node, f"key {shown(key)} stands here twice (first in line {self.lines[here]})")
+            self.lines[here] = key_node.start_mark.line + 1
+            found[key] = self.value(value_node, here)
+        return found
+
+    def scalar(self, node: ScalarNode, tag: str) -> Any:
+        text: str = node.value
+        if re.search("[\ud800-\udfff]", text):
+            raise self.fail(node, "half of a surrogate pair is no character")
+        if tag == "str":
+            return text
+        if text in _WORDS:
+            return _WORDS[text]
+        if _INT.fullmatch(text):
+            if len(text) > 100:  # Python refuses more than 4300 digits; nothing here has more than 20
+                raise self.fail(node, f"a number of {len(text)} digits")
+            return int(text)
+        if _OCT.fullmatch(text) or _HEX.fullmatch(text):
+            return int(text, 0)
+        if _FLOAT.fullmatch(text):
+            return float(text)
+        if _INF.fullmatch(text):
+            return float(text.replace(".", ""))
+        if text in (".nan", ".NaN", ".NAN"):
+            raise self.fail(node, "NaN is no setting")
+        return text
+
+
+def dump_yaml(value: Mapping[str, Any], *, for_any_reader: bool = False) -> str:
+    """Block style with short mappings and lists in one line; `parse_yaml` reads the same value back.
+
+    for_any_reader: YAML 1.1 too (PyYAML), to which `1e-05` is a text, `off` is false and `1:30` is 90."""
+    from io import StringIO
+
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+    yaml = YAML()  # round-trip mode: the only one that lets flow style be chosen for each collection
+    yaml.width = 120
+    yaml.representer.ignore_aliases = lambda _: True
+    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar(_PREFIX + "null", "null"))
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    if for_any_reader:
+        yaml.representer.add_representer(float, lambda to, number: to.represent_scalar(_PREFIX + "float", _float_text(number)))
+        yaml.representer.add_representer(str, lambda to, text: to.represent_data(DoubleQuotedScalarString(text)))
+    stream = StringIO()
+    yaml.dump(_styled(value, top=True), stream)
+    return stream.getvalue()
+
+
+def _float_text(number: float) -> str:
+    """With a point and a signed exponent."""
+    text = repr(number).replace("inf", ".inf").replace("nan", ".nan")
+    mantissa, e, exponent = text.partition("e")
+    return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if e else text
+
+
+def _styled(value: Any, top: bool = False) -> Any:
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    if isinstance(value, Mapping):
+        styled: Any = CommentedMap({key: _styled(item) for key, item in value.items()})
+        nested = any(isinstance(item, (Mapping, list, tuple)) for item in value.values())
+        one_domain = len(value) == 1 and isinstance(next(iter(value.values())), (list, tuple))
+        if not top and (not nested or one_domain):
+            styled.fa.set_flow_style()
+        return styled
+    if isinstance(value, (list, tuple)):
+        styled = CommentedSeq([_styled(item) for item in value])
+        if not any(isinstance(item, (Mapping, list, tuple)) for item in value):
+            styled.fa.set_flow_style()
+        return styled
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as messages quote it: short, in one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…" + text[:1] * (text[:1] in "'\"")
+
+
+def kind_of(value: Any) -> str:
+    """`'0.1' (text)`, `[1, 2] (a list)`; numbers speak for themselves."""
+    names = ((bool, ""), (str, " (text)"), (Mapping, " (a mapping)"), ((list, tuple), " (a list)"))
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return shown(value) + next((name for type_, name in names if isinstance(value, type_)), "")  # type: ignore[arg-type]
+
+
+def did_you_mean(word: Any, valid: Iterable[str]) -> str:
+    """`; did you mean 'max_t'?`, or else what there is."""
+    valid = list(map(str, valid))
+    lowered = {name.lower(): name for name in valid}
+    close = difflib.get_close_matches(str(word).lower(), list(lowered), n=1, cutoff=0.6)
+    return f"; did you mean {lowered[close[0]]!r}?" if close else f"; valid: {', '.join(valid)}"
+
+
+def _bracket_depth(text: str) -> int:
+    """Most brackets open at once; those in quotes count too, so only large numbers mean anything."""
+    changes = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
+    return max(itertools.accumulate(changes), default=0)
+
+
+def _upwards(loc: Loc) -> Iterable[Loc]:
+    return (loc[:length] for length in range(len(loc), -1, -1))
+
+
+def _replaced(value: Any, loc: Loc, new: Any) -> Any:
+    if not loc:
+        return new
+    value = dict(value) if isinstance(value, Mapping) else {}
+    return {**value, loc[0]: _replaced(value.get(loc[0]), loc[1:], new)}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]

@@ -1,0 +1,465 @@
+"""Calibration: how hard every setting of a study will push, measured on a few batches with the update switched off.
+
+`gram` reads the gradients themselves: one backward pass for the main loss, one for the pixel loss and one for each t-bin of
+the SSIM loss, whose mean over participating samples is then known for every gate. It needs a task with `forward`.
+`readings` needs nothing but `step()`: total_norm at a few gains behind each gate, to which N² = A + 2Bg + Cg² is fitted.
+Both end with real training steps at a setting that took no part, and say how far the prediction is from them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.before_launch.batch_gradients import gradients_of
+from tune_ssim.before_launch.forecast import Finding, Forecast, forecast
+from tune_ssim.guards import NormRatio
+from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel, fit
+from tune_ssim.records import ACTIVE_FRACTION, TOTAL_NORM
+from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice
+from tune_ssim.study.study import Study
+from tune_ssim.trials.training import Task, load_task
+
+AUXILIARY = ("ssim_", "pixel_")
+HELD = ("ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t")
+GATES = (0.1, 0.2, 0.3, 0.5, 1.0)  # for the picture: those of the notes (000 §5.1), no gate at all, and one between
+GRAM_BYTES = 4 * 2**30  # gradients held at once; beyond it readings are taken
+CHECK_STEPS = 3  # training steps that the model is checked with
+# Of the check. Healthy: float32 4e-7 and less, bf16 autocast 6e-4 by gram and 3e-3 by readings. Faulty: a clamp that cuts in 1.2,
+# a grad_scale that does not arrive 5.8 (tests/test_calibrate.py).
+CHECK_TOLERANCE = 0.03
+UNTOUCHED = 1e-5  # relative change of N²: float32 rounding is 1e-6, and at the gains that are read an active batch shows 1e-2
+
+
+@dataclass(frozen=True)
+class Check:
+    """Real training steps at one setting against the prediction."""
+
+    setting: Mapping[str, float]
+    steps: tuple[int, ...]
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+
+    @property
+    def relative_error(self) -> float:
+        """The largest factor between the two, less one."""
+        pairs = list(zip(self.predicted, self.measured, strict=True))
+        if not all(math.isfinite(norm) and norm > 0 for pair in pairs for norm in pair):
+            return math.inf
+        return max(max(pair) / min(pair) for pair in pairs) - 1
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Of the gradient that one loss sends into the decoder's output, at weight 1 and per sample: a few pixels may rule the
+    direction while every norm looks harmless (note 001). Medians over batches."""
+
+    rms: float
+    peak_over_rms: float
+    top_share: float  # of the squared norm, in the largest 1 % of the elements
+
+
+@dataclass(frozen=True)
+class Calibration:
+    model: NormModel
+    forecast: Forecast
+    check: Check
+    gradient_at_decoder: Mapping[str, Outliers] | None  # `ssim`, `pixel`; None where the task has no `forward`
+    dropped: tuple[int, ...] = ()  # batches with a norm that is not finite
+    why: str = ""  # this method
+    wall_s: float = 0.0
+    share_of_study: float = 0.0  # of the search's training time
+    findings: tuple[Finding, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with stable keys: the fields above (`check` with its `relative_error`), of the forecast
+
+        - `limit`, `skip_above`, `shares`, `ratios` (of the space, smallest and largest), `baseline_ratio_main`
+        - `by_max_t`: `Landmarks` of every gate; `settings`: `Named`, each with its `prediction`
+
+        and `model`, which `NormModel.from_dict` reads again. Non-finite numbers are left to `study_folder.jsonable`."""
+        told = self.forecast.to_dict()
+        return {
+            "method": self.model.method,
+            "why": self.why,
+            "findings": [asdict(finding) for finding in self.findings],
+            "limit": told["limit"],
+            "skip_above": told["skip_above"],
+            "shares": told["shares"],
+            "ratios": list(self.forecast.widest),
+            "baseline_ratio_main": self.model.baseline_ratio_main,
+            "by_max_t": told["landmarks"],
+            "settings": told["settings"],
+            "gradient_at_decoder": self.gradient_at_decoder and {name: asdict(o) for name, o in self.gradient_at_decoder.items()},
+            "check": {**asdict(self.check), "relative_error": self.check.relative_error},
+            "dropped_batches": list(self.dropped),
+            "wall_s": self.wall_s,
+            "share_of_study": self.share_of_study,
+            "model": self.model.to_dict(),
+        }
+
+
+def calibrate(study: Study, *, device: str | None = None) -> Calibration:
+    """Measures and forecasts. Raises BadSetup where nothing can be predicted: gradients that are zero or not finite, or no
+    batch in which the loss is active; UserError for a task that cannot be measured."""
+    if study.calibration is None:
+        raise UserError("calibration: null in the study switches it off")
+    if not study.has_ssim:
+        raise UserError(
+            f"calibration: neither task_config nor the space {study.space.name!r} has an SSIM loss whose push could vary"
+        )
+    started = time.perf_counter()
+    probe = _Probe(study, device)
+    measured = probe.gram() if probe.why_not_gram is None else probe.readings()
+    model = _model(probe, measured)
+    check = probe.check(model)
+    findings = _own_findings(check)
+    if findings and study.space.is_relative:
+        raise BadSetup(f"calibration: the space {study.space.name!r} gives its gain as a norm ratio, but {findings[0].sentence}")
+    limit, skip_above = _limits(study, probe, findings)
+    told = forecast(model, study.space, limit, skip_above)
+    wall_s = time.perf_counter() - started
+    training_s = probe.step_s * study.steps * (study.search.trials + study.baseline_seeds)
+    return Calibration(
+        model=model,
+        forecast=told,
+        check=check,
+        gradient_at_decoder=measured.outliers,
+        dropped=tuple(sorted(set(probe.batches) - set(model.batches))),
+        why=probe.why_not_gram or "the task shows its forward pass",
+        wall_s=wall_s,
+        share_of_study=wall_s / training_s if training_s else 0.0,
+        findings=(*findings, *told.findings),
+    )
+
+
+def gates_of(study: Study, for_picture: bool) -> tuple[float, ...]:
+    """The max_t to calibrate: the study's own grid, else every value that the space can take (of a range its ends and what
+    lies between), and with `for_picture` those of GATES too."""
+    assert study.calibration is not None
+    if study.calibration.grid is not None:
+        return tuple(sorted(study.calibration.grid))
+    found: set[float] = set(GATES) if for_picture else set()
+    for stage in study.space.stages:
+        domain = stage.parameters.get(MAX_T)
+        if isinstance(domain, Choice):
+            found |= {float(value) for value in domain.values}
+        elif domain is not None:
+            found |= {domain.lower, domain.upper, math.sqrt(domain.lower * domain.upper)} if domain.lower > 0 else {domain.upper}
+        elif MAX_T in stage.fixed:
+            found.add(stage.fixed[MAX_T])
+        found |= {point[MAX_T] for point in stage.points if MAX_T in point}
+    return tuple(sorted(found))
+
+
+@dataclass
+class Measured:
+    """q `[max_t, batch, 3, 3]`, active `[max_t, batch]`, baseline `[batch]`; peaks `[max_t]`, the largest element of the SSIM
+    gradient at the decoder's output for a gain of 1."""
+
+    max_ts: tuple[float, ...]
+    q: Array
+    active: Any
+    baseline: Array
+    peaks: Array | None = None
+    outliers: Mapping[str, Outliers] | None = None
+
+
+class _Probe:
+    """The study's task, set up again and again with its update switched off."""
+
+    def __init__(self, study: Study, device: str | None) -> None:
+        assert study.calibration is not None
+        self.study, self.device, self.options = study, device, study.calibration
+        self.task_class = load_task(study.task_path, study.import_path)
+        self.batches = tuple(range(1, self.options.batches + 1))
+        baseline = study.baseline_settings
+        others = {key: value for key, value in baseline.items() if not key.startswith((*AUXILIARY, "measure_"))}
+        # A trial as the search would launch it, but for the auxiliary loss: that is set for each reading.
+        self.base = {**study.task_config, **others, **study.space.stages[0].fixed, **self.options.disable_update}
+        self.baseline_config = {**study.task_config, **baseline, **self.options.disable_update}
+        self.step_s = 0.0
+        named = {name for stage in study.space.stages for name in (*stage.parameters, *stage.fixed)} | set(self.base)
+        gate = {MAX_T: 1.0} if MAX_T in named and MAX_T not in self.base else {}
+        self.task: Task | None = self.set_up({**self.base, **gate, WEIGHT: 1.0})
+        self.effective = dict(self.task.effective())
+        self.known = named | set(self.effective) | ({GRAD_SCALE} if GAIN in named else set())  # other settings it may refuse
+        self.held = {name: float(self.effective[name]) for name in HELD if self.effective.get(name) is not None}
+        self.why_not_gram = self._why_not_gram(self.task)
+        self.max_ts = gates_of(study, for_picture=self.why_not_gram is None) or (self.held.get(MAX_T, 1.0),)
+        if self.why_not_gram is not None:
+            self.task = None  # one at a time in memory
+
+    def set_up(self, config: Mapping[str, Any]) -> Task:
+        task: Task = self.task_class()
+        try:
+            task.setup(config, self.study.search.seed, self.device)
+        except ValueError as error:
+            off = ", ".join(f"{name}: {value}" for name, value in self.options.disable_update.items())
+            raise UserError(
+                f"calibration: the task refuses to be set up ({error}); say in calibration.disable_update (now {{{off}}}) "
+                "how its update is switched off, or leave the calibration out with `calibration: null`"
+            ) from None
+        return task
+
+    def _why_not_gram(self, task: Task) -> str | None:
+        """None: the gradients themselves are read."""
+        if self.options.method == "readings":
+            return "calibration.method says so"
+        reason = _no_gram(task, len(GATES) + 2)
+        if self.options.method == "gram" and reason is not None:
+            raise UserError(f"calibration.method: gram: {reason}")
+        return reason
+
+    # -- readings: what any training reports
+
+    def read(self, config: Mapping[str, Any], steps: int | None = None) -> tuple[Array, Array]:
+        """total_norm and ssim_active_fraction (NaN where it is not reported) of the first steps at `config`, each `[step]`."""
+        task = self.set_up(config)
+        before = _weights_of(task)
+        norms, active = [], []
+        started = time.perf_counter()
+        for _ in range(steps or len(self.batches)):
+            metrics = task.step()
+            if TOTAL_NORM not in metrics:
+                raise UserError(f"calibration: the task's step() reports no {TOTAL_NORM}; saw {', '.join(metrics)}")
+            norms.append(float(metrics[TOTAL_NORM]))
+            if before is not None and not math.isfinite(norms[-1]):
+                _restore(task, before)  # a learning rate of 0 times a gradient of NaN is a weight of NaN
+            active.append(float(metrics.get(ACTIVE_FRACTION, math.nan)))
+        self.step_s = (time.perf_counter() - started) / len(norms)
+        if before is not None and any(not torch.equal(a, b) for a, b in zip(before, _weights_of(task) or [], strict=True)):
+            words = f"with {self.options.disable_update} the training still changed the weights"
+            raise BadSetup(f"calibration: {words}: say in calibration.disable_update how its update is switched off")
+        return np.asarray(norms), np.asarray(active)
+
+    def baseline(self, q: Array | None = None) -> Array:
+        """total_norm of the baseline on every batch. With the gradients at hand, and a baseline that differs in its auxiliary
+        loss alone, it follows from them: a second of training steps saved."""
+        effective, mine = self.set_up(self.baseline_config).effective(), self.effective
+        others = {name for name in {*effective, *mine} if not name.startswith((*AUXILIARY, "measure_"))}
+        alike = all(effective.get(name) == mine.get(name) for name in others)
+        gate = effective.get("pixel_loss_max_t") == mine.get("pixel_loss_max_t") and effective.get(WEIGHT) == 0
+        if q is None or not (alike and gate and "pixel_loss_weight" in effective):
+            return self.read(self.baseline_config)[0]
+        v = np.array([1.0, effective["pixel_loss_weight"], 0.0])
+        norms: Array = np.sqrt(np.einsum("i,bij,j->b", v, q, v))
+        return norms
+
+    def at(self, gain: float, max_t: float, pixel_weight: float = 0.0, grad_scale: float | None = None) -> dict[str, Any]:
+        """A configuration; settings that the task does not have are left out."""
+        scale = grad_scale or self.held.get(GRAD_SCALE, 1.0) or 1.0
+        setting = {MAX_T: max_t, GRAD_SCALE: scale, "pixel_loss_weight": pixel_weight}
+        return {**self.base, WEIGHT: gain / scale, **{name: value for name, value in setting.items() if name in self.known}}
+
+    def readings(self) -> Measured:
+        """One reading without auxiliary loss, two behind each gate, one more for each wherever the pixel loss takes part."""
+        widest = self.max_ts[-1]
+        pixel_weights = _pixel_weights(self.study, self.held)
+        alone, _ = self.read(self.at(0.0, widest))
+        self._require_gradient(alone)
+        settings, norms = [(0.0, 0.0)], [alone]
+        for pixel_weight in pixel_weights:
+            settings.append((pixel_weight, 0.0))
+            norms.append(self.read(self.at(0.0, widest, pixel_weight))[0])
+        q, active = [], []
+        gain = 1.0
+        for max_t in reversed(self.max_ts):  # from the widest gate, where most batches are active
+            taken, acts, gain = self._two_gains(max_t, alone, gain)
+            active.append(acts)
+            if not taken:
+                q.append(_without_ssim(alone))
+                continue
+            own = [((0.0, g), reading) for g, reading in taken.items()]
+            if pixel_weights:
+                both = self.at(gain, max_t, pixel_weights[0])
+                own.append(((pixel_weights[0], gain), self.read(both)[0]))
+            q.append(fit([*settings, *(s for s, _ in own)], np.stack([*norms, *(n for _, n in own)])))
+        return Measured(self.max_ts, np.stack(q[::-1]), np.stack(active[::-1]), self.baseline())
+
+    def _two_gains(self, max_t: float, alone: Array, gain: float) -> tuple[dict[float, Array], Any, float]:
+        """Readings at a gain that adds about as much to N² as there was, and at four times it, looked for from `gain` on; which
+        batches are active; the gain. No readings where no gain up to 1e12 changes anything.
+
+        A batch is active if its reported fraction says so. Where none is reported, or only one process's own, the norm says it:
+        every process then comes to the same conclusions."""
+        while True:
+            norms, fraction = self.read(self.at(gain, max_t))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                added = np.nan_to_num(np.abs(norms**2 / alone**2 - 1), nan=math.inf)
+            active = added > UNTOUCHED if _spread() or np.isnan(fraction).any() else fraction > 0
+            typical = float(np.median(added[active])) if active.any() else 0.0
+            if 1e-2 <= typical <= 1e4:
+                break
+            if not active.any() and not (_spread() or np.isnan(fraction).any()):
+                return {}, active, 1.0
+            gain = gain / 100 if typical > 1e4 else gain * min(1e3, math.sqrt(1 / max(typical, 1e-7)))
+            if not 1e-12 < gain < 1e12:
+                return {}, active, 1.0
+        return {gain: norms, 4 * gain: self.read(self.at(4 * gain, max_t))[0]}, active, gain
+
+    # -- gram: the gradients themselves
+
+    def gram(self) -> Measured:
+        task: Any = self.task
+        parameters = [p for p in task.trainable_parameters() if p.requires_grad]
+        shown = [gradients_of(task.forward(n), parameters, self.max_ts) for n in self.batches]
+        self.task = task = None
+        outliers = {
+            name: Outliers(*(float(np.median(column)) for column in zip(*found, strict=True)))
+            for name in ("ssim", "pixel")
+            if (found := [one.outliers[name] for one in shown if name in one.outliers])
+        }
+        q = np.stack([one.q for one in shown], axis=1)
+        return Measured(
+            self.max_ts,
+            q,
+            np.stack([one.active for one in shown], axis=1),
+            self.baseline(q[0]),
+            np.max([one.peaks for one in shown], axis=0),
+            outliers,
+        )
+
+    # -- does it hold
+
+    def check(self, model: NormModel) -> Check:
+        """A few training steps with the gain split otherwise than it was measured: a parameter that is dropped on its way, a
+        clamp, or an update that is not switched off shows here."""
+        widest = next(max_t for i, max_t in reversed(list(enumerate(model.max_ts))) if model.active[i].any())
+        i = model.max_ts.index(widest)
+        gain = float(np.median(np.sqrt(model.q[i, model.active[i], MAIN, MAIN] / model.q[i, model.active[i], SSIM, SSIM])))
+        scale = 0.1 if self.held.get(GRAD_SCALE, 1.0) != 0.1 else 1.0
+        if GRAD_SCALE not in self.known:
+            scale, gain = 1.0, 3 * gain
+        positions = [k for k in range(len(model.batches)) if model.active[i, k]][:CHECK_STEPS]
+        last = model.batches[positions[-1]]
+        norms, _ = self.read(self.at(gain, widest, grad_scale=scale), steps=last)
+        v = np.array([1.0, gain])
+        predicted = [float(np.sqrt(v @ model.q[i, k][np.ix_([MAIN, SSIM], [MAIN, SSIM])] @ v)) for k in positions]
+        steps = tuple(model.batches[k] for k in positions)
+        setting = {WEIGHT: gain / scale, MAX_T: widest, GRAD_SCALE: scale}
+        return Check(setting, steps, tuple(predicted), tuple(float(norms[n - 1]) for n in steps))
+
+    def _require_gradient(self, norms: Array) -> None:
+        if not np.isfinite(norms).any():
+            raise BadSetup(f"calibration: total_norm of the main loss is not finite on any of {len(norms)} batches")
+        if not (norms[np.isfinite(norms)] > 0).any():
+            raise BadSetup("calibration: the main loss sends no gradient to the trainable parameters")
+
+
+def _model(probe: _Probe, measured: Measured) -> NormModel:
+    """Only batches whose every number is finite. Raises BadSetup if too little is left to predict from."""
+    main = np.sqrt(measured.q[0, :, MAIN, MAIN])
+    probe._require_gradient(main)
+    entries = measured.q[:, :, [MAIN, MAIN, SSIM], [MAIN, SSIM, SSIM]]
+    usable = np.isfinite(entries).all(axis=(0, 2)) & np.isfinite(measured.baseline)
+    count = len(probe.batches)
+    if not usable.any():
+        raise BadSetup(f"calibration: on each of {count} batches the baseline's total_norm or the SSIM gradient is not finite")
+    if not (measured.baseline[usable] > 0).any():
+        raise BadSetup("calibration: the baseline's gradient is zero: nothing can be compared with it")
+    active = measured.active & usable
+    if not active.any():
+        raise BadSetup(
+            f"calibration: no sample of {count} batches has 0 < t <= {measured.max_ts[-1]:g}: the SSIM loss never acts; raise "
+            "calibration.batches, the batch size or ssim_loss_max_t"
+        )
+    if not (measured.q[active][:, SSIM, SSIM] > 0).any():
+        raise BadSetup("calibration: the SSIM loss sends no gradient to the trainable parameters; is its path to them detached?")
+    clamp_gain: tuple[float, ...] = ()
+    if (clamp := probe.effective.get("ssim_grad_clamp")) is not None:
+        # Where no peak was read the clamp may cut in anywhere.
+        peaks = measured.peaks if measured.peaks is not None else np.full(len(measured.max_ts), math.inf)
+        clamp_gain = tuple(float(clamp) / float(peak) if peak > 0 else math.inf for peak in peaks)
+    return NormModel(
+        max_ts=measured.max_ts,
+        q=measured.q[:, usable],
+        active=active[:, usable],
+        baseline=measured.baseline[usable],
+        batches=tuple(n for n, ok in zip(probe.batches, usable, strict=True) if ok),
+        method="gram" if probe.why_not_gram is None else "readings",
+        held=probe.held,
+        clamp_gain=clamp_gain,
+    )
+
+
+def _own_findings(check: Check) -> list[Finding]:
+    if check.relative_error <= CHECK_TOLERANCE:
+        return []
+    where = ", ".join(f"{name}={value:.4g}" for name, value in check.setting.items())
+    sentence = f"training steps at {where} have a total_norm {check.relative_error:.2%} away from the prediction: it does not hold"
+    remedy = "look for a clamp, a parameter that does not arrive, or randomness that does not come from (seed, step)"
+    return [Finding("inexact", sentence, remedy)]
+
+
+def _limits(study: Study, probe: _Probe, findings: list[Finding]) -> tuple[float | None, float | None]:
+    """The norm guard's limit, and the ratio beyond which settings are not launched: none where the prediction does not hold, and
+    none under clipping, where a high norm is no evidence of harm (FACTS §2)."""
+    guard = study.guards.get("norm_ratio")
+    if not isinstance(guard, NormRatio):
+        return None, None
+    factor = study.search.skip_beyond
+    if factor is None or findings:
+        return guard.limit, None
+    if replace(guard, clipped=probe.effective.get("max_grad_norm") is not None).action != "prune":
+        sentence = "a norm beyond the limit ends no trial here (gradient clipping, or on_excess): nothing is skipped for it"
+        findings.append(Finding("clipped", sentence))
+        return guard.limit, None
+    return guard.limit, factor * guard.limit
+
+
+# -- the task
+
+
+def _no_gram(task: Any, gradients: int) -> str | None:
+    if not callable(getattr(task, "forward", None)) or not callable(getattr(task, "trainable_parameters", None)):
+        return "the task has no forward() and trainable_parameters()"
+    if _spread():
+        return "the gradient is spread over several processes"
+    size = sum(p.numel() * p.element_size() for p in task.trainable_parameters() if p.requires_grad)
+    if size * gradients > GRAM_BYTES:
+        return f"{gradients} gradients of {size / 2**30:.1f} GiB do not fit in {GRAM_BYTES / 2**30:g} GiB"
+    return None
+
+
+def _spread() -> bool:
+    """Whether this is one of several processes of a training."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _weights_of(task: Any) -> list[torch.Tensor] | None:
+    """A copy on the host, to see whether they moved; None where the task does not show them."""
+    shown: Callable[[], Sequence[torch.nn.Parameter]] | None = getattr(task, "trainable_parameters", None)
+    return [p.detach().cpu().clone() for p in shown()] if callable(shown) else None
+
+
+def _restore(task: Any, weights: Sequence[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, weight in zip(task.trainable_parameters(), weights, strict=True):
+            parameter.copy_(weight)
+
+
+def _without_ssim(main_norms: Array) -> Array:
+    q = np.full((len(main_norms), 3, 3), np.nan)
+    q[:, MAIN, MAIN], q[:, MAIN, SSIM], q[:, SSIM, MAIN], q[:, SSIM, SSIM] = main_norms**2, 0, 0, 0
+    return q
+
+
+def _pixel_weights(study: Study, held: Mapping[str, float]) -> list[float]:
+    """Two at which to read where trials have a pixel loss, else none."""
+    found = {held.get("pixel_loss_weight", 0.0)}
+    for stage in study.space.stages:
+        domain = stage.parameters.get("pixel_loss_weight")
+        if domain is not None:
+            found |= {float(v) for v in domain.values} if isinstance(domain, Choice) else {domain.upper}
+        found.add(float(stage.fixed.get("pixel_loss_weight", 0.0)))
+    largest = max(found)
+    return [largest, 2 * largest] if largest > 0 else []

@@ -1,0 +1,353 @@
+"""What a norm model says about a search space, before any of it is launched: where it is inert, where it is deadly, which of
+its settings are one and the same. Pure numbers; what measures them is `calibrate`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tune_ssim.probes.norm_model import Array, NormModel, Prediction
+from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, Choice, Domain, LogUniform, Space, Stage, gain_of
+
+INERT = 1e-3  # relative change of total_norm that no training shows; the notes' own gains give 1.000-1.001 (FACTS §1)
+BLIND = 10.0  # baseline over main loss: the guard's own measure of what is too much (note 000 §5.2)
+LANDMARKS = (1.1, 1.5, 3.0)  # upper ends of the bundled spaces in relative units
+NOTES = {"v1": (1.0, 0.3, 1.0), "v2": (0.1, 0.1, 0.1), "v3": (0.1, 0.1, 0.01)}  # weight, max_t, grad_scale (SEEDS A4)
+SCAN = 61  # gains looked at across a range
+# Searched settings that cannot change a gradient before the first update.
+HARMLESS = ("lr", "max_grad_norm", "steps", "weight_decay", "momentum", "optimizer", "ema_decay")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something the user should know. name: inert · deadly · blind · aliases · clamp · inactive · interpolated · unreachable ·
+    clipped · other_settings · inexact."""
+
+    name: str
+    sentence: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """Gains of note at one gate; None where no gain has that ratio. inert_below: changes total_norm by less than 0.1 %."""
+
+    max_t: float
+    active_batches: int
+    cosine: float
+    inert_below: float | None
+    gain_for: Mapping[str, float | None]  # by the ratio to the baseline, as text: 1.1, 1.5, 3, the limit
+
+
+@dataclass(frozen=True)
+class Named:
+    """A setting with a name (a note's version, a space's point) and what it will do; `judgement` in a few words."""
+
+    name: str
+    setting: Mapping[str, Any]
+    prediction: Prediction
+    judgement: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """limit: the norm guard's, None if it is off. skip_above: settings with a larger predicted ratio are not launched.
+
+    shares: of the space, measured as it is sampled: `inert`, `beyond_limit`, `skipped`. `widest`: its predicted ratios."""
+
+    limit: float | None
+    skip_above: float | None
+    shares: Mapping[str, float]
+    widest: tuple[float, float]
+    landmarks: tuple[Landmarks, ...]
+    settings: tuple[Named, ...]
+    findings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def forecast(model: NormModel, space: Space, limit: float | None = None, skip_above: float | None = None) -> Forecast:
+    """limit, skip_above: see `Forecast`."""
+    scans = [scan for stage in space.stages for scan in _scans(model, stage)]
+    findings = list(_findings(model, space, scans, limit))
+    weights = np.concatenate([np.full(len(scan.gains), scan.share) for scan in scans]) if scans else np.zeros(0)
+    changes = np.concatenate([scan.changes for scan in scans]) if scans else np.zeros(0)
+    ratios = np.concatenate([scan.ratios for scan in scans]) if scans else np.zeros(0)
+
+    def share(chosen: Any) -> float:
+        return float(weights[chosen].sum() / weights.sum()) if weights.size else math.nan
+
+    shares = {
+        "inert": share(np.abs(changes) < INERT),
+        "beyond_limit": share(ratios > limit) if limit is not None else 0.0,
+        "skipped": share(ratios > skip_above) if skip_above is not None else 0.0,
+    }
+    return Forecast(
+        limit=limit,
+        skip_above=skip_above,
+        shares=shares,
+        widest=(float(ratios.min()), float(ratios.max())) if ratios.size else (math.nan, math.nan),
+        landmarks=tuple(_landmarks(model, max_t, limit) for max_t in model.max_ts),
+        settings=tuple(_named(model, space, limit, skip_above)),
+        findings=tuple(findings),
+    )
+
+
+def judgement(model: NormModel, prediction: Prediction, limit: float | None, skip_above: float | None = None) -> str:
+    """A setting's prospects in a few words."""
+    if not prediction.active_batches:
+        return "no calibrated batch is active"
+    alone = model.ratios([0.0], prediction.max_t, prediction.pixel_weight)[0]
+    if skip_above is not None and prediction.ratio > skip_above:
+        return "not launched"
+    if limit is not None and prediction.ratio > limit:
+        return "beyond the limit"
+    return "inert" if abs(prediction.ratio / alone - 1) < INERT else "pushes"
+
+
+def skip_sentence(prediction: Prediction, skip_above: float, limit: float) -> str:
+    """Why a setting was not launched."""
+    return (
+        f"total_norm predicted {prediction.ratio:.3g}x the baseline's at step 0, "
+        f"beyond {skip_above:g} ({skip_above / limit:g}x the norm guard's limit {limit:g})"
+    )
+
+
+def gain_at(model: NormModel, ratio: float, setting: Mapping[str, Any]) -> float:
+    """The gain that gives `setting` (its gate, its pixel loss) the predicted norm ratio. Raises ValueError: `gain_for`."""
+    full = {"pixel_loss_weight": 0.0, **model.held, **setting}
+    return model.gain_for(ratio, float(full[MAX_T]), float(full["pixel_loss_weight"]))
+
+
+def inert_below(model: NormModel, max_t: float, pixel_weight: float = 0.0) -> float | None:
+    """The smallest gain that changes total_norm by 0.1 % behind a gate, longer or shorter; None where none does so."""
+    try:
+        top = model.gain_for(3 * model.predict_gain(0.0, max_t, pixel_weight).ratio, max_t, pixel_weight)
+    except ValueError:
+        return None
+    gains = np.geomspace(top * 1e-8, top, 801)  # 100 a decade: where it is to a few percent
+    changes = model.ratios(gains, max_t, pixel_weight) / model.ratios([0.0], max_t, pixel_weight)[0] - 1
+    return float(gains[np.flatnonzero(np.abs(changes) >= INERT)[0]])
+
+
+# -- a space seen through the model
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One gate and pixel weight of a stage: the gains that its range holds and what they will do."""
+
+    stage: str
+    max_t: float
+    pixel_weight: float
+    gains: Array
+    ratios: Array
+    changes: Array  # of total_norm against the same without SSIM, relative
+    share: float  # of the stage, for each gain
+
+
+def gains_of(model: NormModel, stage: Stage) -> Iterator[tuple[float, float, Array]]:
+    """(max_t, pixel weight, gains) of every gate of a stage that a calibrated sample passes."""
+    for max_t in _values(stage, model, MAX_T):
+        if max_t is None or not model.predict_gain(0.0, max_t).active_batches:
+            continue
+        for pixel_weight in _values(stage, model, "pixel_loss_weight"):
+            yield max_t, pixel_weight or 0.0, _gains(model, stage, max_t, pixel_weight or 0.0)
+
+
+def _scans(model: NormModel, stage: Stage) -> Iterator[Scan]:
+    """Without the gains at which a clamp cuts in: of those nothing is known."""
+    for max_t, pixel_weight, gains in gains_of(model, stage):
+        gains = gains[[not model.predict_gain(float(gain), max_t).clamped for gain in gains]] if model.has_clamp else gains
+        if gains.size:
+            ratios = model.ratios(gains, max_t, pixel_weight)
+            alone = model.ratios([0.0], max_t, pixel_weight)[0]
+            yield Scan(stage.name, max_t, pixel_weight, gains, ratios, ratios / alone - 1, 1 / len(gains))
+
+
+def _values(stage: Stage, model: NormModel, name: str) -> list[float | None]:
+    """What a setting may be: choices, or the calibrated values and ends of a range, or the one it is held at."""
+    domain = stage.parameters.get(name)
+    if domain is None:
+        return [stage.fixed.get(name, model.held.get(name))]
+    if isinstance(domain, Choice):
+        return [float(value) for value in domain.values]
+    inside = [value for value in model.max_ts if domain.lower < value < domain.upper] if name == MAX_T else []
+    return [domain.lower, *inside, domain.upper]
+
+
+def _gains(model: NormModel, stage: Stage, max_t: float, pixel_weight: float) -> Array:
+    domain = stage.parameters.get(GAIN)
+    if domain is None:
+        weights, scales = (_spread(stage, model, name) for name in (WEIGHT, GRAD_SCALE))
+        return np.unique(np.outer(weights, scales))
+    if domain.unit is None:
+        return _points(domain)
+    found = []
+    for ratio in _points(domain):
+        try:
+            found.append(model.gain_for(float(ratio), max_t, pixel_weight))
+        except ValueError:
+            continue
+    return np.asarray(found)
+
+
+def _spread(stage: Stage, model: NormModel, name: str) -> Array:
+    domain = stage.parameters.get(name)
+    default = 1.0 if name == GRAD_SCALE else 0.0
+    return _points(domain) if domain is not None else np.asarray([float(stage.fixed.get(name, model.held.get(name, default)))])
+
+
+def _points(domain: Domain) -> Array:
+    """A range as it is sampled, ends included; or the choices."""
+    if isinstance(domain, Choice):
+        return np.asarray([float(value) for value in domain.values])
+    if isinstance(domain, LogUniform):
+        return np.geomspace(domain.lower, domain.upper, SCAN)
+    return np.linspace(domain.lower, domain.upper, SCAN)
+
+
+def _landmarks(model: NormModel, max_t: float, limit: float | None) -> Landmarks:
+    at_rest = model.predict_gain(0.0, max_t, model.held.get("pixel_loss_weight", 0.0))
+    wanted = [*LANDMARKS, *([limit] if limit is not None else [])]
+    inert = inert_below(model, max_t, at_rest.pixel_weight)
+    gains = {f"{ratio:g}": _gain_or_none(model, ratio, at_rest) for ratio in wanted}
+    return Landmarks(max_t, at_rest.active_batches, at_rest.cosine, inert, gains)
+
+
+def _gain_or_none(model: NormModel, ratio: float, at_rest: Prediction) -> float | None:
+    try:
+        return model.gain_for(ratio, at_rest.max_t, at_rest.pixel_weight)
+    except ValueError:
+        return None
+
+
+def _named(model: NormModel, space: Space, limit: float | None, skip_above: float | None) -> Iterator[Named]:
+    seen: list[dict[str, Any]] = []
+    for name, triple in NOTES.items():
+        seen.append(dict(zip(TRIPLE, triple, strict=True)))
+        yield _with_name(model, name, seen[-1], limit, skip_above)
+    for stage in space.stages:
+        for index, point in enumerate(stage.point_configs(), 1):
+            if not set(TRIPLE) <= set(point) or any(all(point[key] == other[key] for key in TRIPLE) for other in seen):
+                continue
+            seen.append(point)
+            where = f"{stage.name} point {index}" if len(space.stages) > 1 else f"point {index}"
+            yield _with_name(model, where, point, limit, skip_above)
+
+
+def _with_name(model: NormModel, name: str, setting: dict[str, Any], limit: float | None, skip_above: float | None) -> Named:
+    prediction = model.predict_setting(setting)
+    return Named(name, setting, prediction, judgement(model, prediction, limit, skip_above))
+
+
+# -- findings
+
+
+def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | None) -> Iterator[Finding]:
+    if model.baseline_ratio_main >= BLIND:
+        yield Finding(
+            "blind",
+            f"the baseline itself pushes {model.baseline_ratio_main:.3g}x the main loss: the norm guard compares with that, so a "
+            f"setting may push {model.baseline_ratio_main * (limit or BLIND):.3g}x the main loss before it fires",
+            "lower the baseline's pixel_loss_weight, or lower guards.norm_ratio.limit accordingly",
+        )
+    if scans:
+        strongest = max(scans, key=lambda scan: np.abs(scan.changes).max())
+        change = float(np.abs(strongest.changes).max())
+        if change < INERT and not model.has_clamp:
+            gain = strongest.gains[np.abs(strongest.changes).argmax()]
+            start = _gain_or_none(model, 1.1, model.predict_gain(0.0, strongest.max_t, strongest.pixel_weight))
+            yield Finding(
+                "inert",
+                f"the whole space changes total_norm by < {INERT:.1%} (at most {change:.2g}, at gain {gain:.3g} @ "
+                f"{strongest.max_t:g}): no setting in it does anything to this model",
+                f"a ratio of 1.1 begins at gain {start:.3g} @ {strongest.max_t:g}; search from there, or use `unit: norm_ratio`"
+                if start is not None
+                else "",
+            )
+        weakest = min(scans, key=lambda scan: scan.ratios.min())
+        least = float(weakest.ratios.min())
+        if limit is not None and least > limit and not model.has_clamp:
+            gain = weakest.gains[weakest.ratios.argmin()]
+            yield Finding(
+                "deadly",
+                f"every setting of the space is predicted beyond the norm guard's limit {limit:g}: the mildest, gain {gain:.3g} @ "
+                f"{weakest.max_t:g}, has {least:.3g}x the baseline's total_norm",
+                "lower the gain, or use `unit: norm_ratio`",
+            )
+    yield from _aliases(model, space)
+    yield from _clamp(model)
+    gates = {gate for stage in space.stages for gate in _values(stage, model, MAX_T) if gate is not None}
+    idle = [gate for gate in sorted(gates) if not model.predict_gain(0.0, gate).active_batches]
+    if idle:
+        yield Finding("inactive", f"max_t {_list(idle)}: {model.inactive_words(max(idle))}; nothing is known there")
+    between = [stage for stage in space.stages if not isinstance(stage.parameters.get(MAX_T, Choice((1.0,))), Choice)]
+    if between or any(not model.is_calibrated(gate) for gate in gates):
+        yield Finding(
+            "interpolated",
+            f"{MAX_T} is searched between the calibrated values {_list(model.max_ts)}: numbers in between are interpolated",
+        )
+    yield from _unreachable(model, space)
+    others = sorted(set(space.parameter_names) - {GAIN, *TRIPLE, "pixel_loss_weight", *HARMLESS})
+    if others:
+        yield Finding("other_settings", f"{', '.join(others)} searched too: the numbers are those of the study's own value")
+
+
+def _aliases(model: NormModel, space: Space) -> Iterator[Finding]:
+    """Settings that differ only in how their gain is split. A clamp at the decoder's output is not proportional to its
+    gradient, so with one in force nothing is called an alias."""
+    if model.has_clamp:
+        return
+    for stage in space.stages:
+        if WEIGHT in stage.parameters and GRAD_SCALE in stage.parameters:
+            yield Finding(
+                "aliases",
+                f"{WEIGHT} and {GRAD_SCALE} are both searched ({stage.name}): only their product acts, so the search has one "
+                "dimension too many",
+                "search `gain` and fix ssim_grad_scale",
+            )
+    groups: dict[str, dict[str, None]] = {}
+    for stage in space.stages:
+        for point in stage.point_configs():
+            if set(TRIPLE) <= set(point):
+                rest = sorted((key, value) for key, value in point.items() if key not in (WEIGHT, GRAD_SCALE))
+                triple = "({})".format(", ".join(f"{point[key]:g}" for key in TRIPLE))
+                groups.setdefault(f"{gain_of(point):.9g} {rest}", {})[triple] = None
+    for group in groups.values():
+        if len(group) > 1:
+            yield Finding("aliases", f"points {' and '.join(group)} are one setting: the same gain behind the same gate")
+
+
+def _clamp(model: NormModel) -> Iterator[Finding]:
+    if model.has_clamp:
+        first = min(model.clamp_gain)
+        where = model.max_ts[model.clamp_gain.index(first)]
+        yield Finding(
+            "clamp",
+            f"ssim_grad_clamp cuts in from gain {first:.3g} (@ {where:g}) on: there the gradient is no longer proportional to the "
+            "gain, the numbers are those without the clamp, and settings of equal gain are not taken for aliases",
+        )
+
+
+def _unreachable(model: NormModel, space: Space) -> Iterator[Finding]:
+    for stage in space.stages:
+        domain = stage.parameters.get(GAIN)
+        if domain is None or domain.unit is None:
+            continue
+        for max_t in _values(stage, model, MAX_T):
+            for pixel_weight in _values(stage, model, "pixel_loss_weight"):
+                try:
+                    if max_t is not None:
+                        model.gain_for(float(_points(domain).min()), max_t, pixel_weight or 0.0)
+                except ValueError as error:
+                    yield Finding("unreachable", f"{stage.name}: {error}", "raise the lower end of the range")
+
+
+def _list(values: Any) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,106 @@
+"""Is the set-up sound, how hard does each setting push, and what is it made of: one look at a study before any trial."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.base.files import jsonable, number
+from tune_ssim.base.tensor_file import Contents
+from tune_ssim.before_launch.preflight.report import Report
+from tune_ssim.before_launch.preflight.rules import unknown
+from tune_ssim.probes import tensor_contents
+from tune_ssim.study.study import Study
+from tune_ssim.trials.checkpoint import tensors_of
+from tune_ssim.trials.training import Task, load_task
+from tune_ssim.trials.trial import ancestry
+
+OWN_PROCESS = "the training is a process of its own: what reaches it is checked when the baseline runs, its weights are not"
+
+
+def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
+    """The same in this process, without Ray."""
+    return found_or_raise(inspect_study(study, preflight, calibration, provenance))
+
+
+def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
+    """On the worker."""
+    found: dict[str, Any] = {}
+    try:
+        task_class = load_task(study.task_path, study.import_path)
+        if hasattr(task_class(), "takes_samples"):  # a process of its own
+            calibration = False
+            if preflight:
+                found["preflight"] = Report((unknown("setup", OWN_PROCESS),), 0.0).to_dict()
+                preflight = False
+        if preflight:
+            from tune_ssim.before_launch.preflight import run_preflight
+
+            report = run_preflight(study)
+            found["preflight"] = report.to_dict()
+            if report.status == "bad_setup":
+                return jsonable(found)  # type: ignore[no-any-return]
+        if calibration:
+            from tune_ssim.before_launch.calibration import calibrate
+
+            found["calibration"] = calibrate(study).to_dict()
+        if provenance:
+            from tune_ssim.before_launch.provenance import fingerprints
+
+            task = task_class()
+            task.setup({**study.task_config, **study.baseline_settings}, study.search.seed)
+            found["provenance"] = fingerprints(task, study.import_path)
+            contents = [asdict(contents) for contents in _starting_contents(task)]
+            found["start"] = {"contents": contents, "parents": list(ancestry(task))}
+    except (UserError, BadSetup) as error:
+        return {"failed": type(error).__name__, "message": str(error)}
+    except Exception as error:  # of the task's own code: what cannot be looked at is not sound
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        return {"failed": "BadSetup", "message": f"{type(error).__name__}: {' '.join(str(error).split())} ({where})"}
+    return found
+
+
+def found_or_raise(found: dict[str, Any]) -> dict[str, Any]:
+    kind = found.pop("failed", None)
+    if kind is not None:
+        raise (BadSetup if kind == "BadSetup" else UserError)(found["message"])
+    return found
+
+
+def _starting_contents(task: Task) -> list[Contents]:
+    """Of the state before the first step and of every part: what a trial has not made itself."""
+    parts = task.parts().values() if hasattr(task, "parts") else ()
+    all_tensors = (tensors_of(task.state_dict()), *(part.module.state_dict() for part in parts))
+    return [tensor_contents(tensors) for tensors in all_tensors if tensors]
+
+
+def preflight_lines(report: dict[str, Any] | None) -> list[str]:
+    """A summary and every warning, for people."""
+    if report is None:
+        return []
+    counts = Counter(check["status"] for check in report["checks"])
+    told = ", ".join(f"{counts[status]} {status}" for status in ("ok", "warn", "bad_setup", "unknown") if counts[status])
+    warnings = [check for check in report["checks"] if check["status"] == "warn"]
+    return [f"preflight: {told} ({report['seconds']:.0f} s)"] + [f"  warn  {c['name']}: {c['sentence']}" for c in warnings]
+
+
+def bad_lines(report: dict[str, Any]) -> list[str]:
+    """What makes a set-up unsound, each with its remedy."""
+    return [
+        f"{check['name']}: {check['sentence']}; {check['remedy']}" if check["remedy"] else f"{check['name']}: {check['sentence']}"
+        for check in report["checks"]
+        if check["status"] == "bad_setup"
+    ]
+
+
+def calibration_lines(calibration: dict[str, Any] | None) -> list[str]:
+    if calibration is None:
+        return []
+    low, high = (number(ratio) for ratio in calibration["ratios"])
+    head = f"calibration: the space pushes {low:.3g} to {high:.3g} times the baseline's norm ({calibration['wall_s']:.0f} s)"
+    return [head] + [f"  {finding['name']}: {finding['sentence']}" for finding in calibration["findings"]]

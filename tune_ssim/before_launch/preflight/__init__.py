@@ -1,0 +1,120 @@
+"""Is the set-up sound? Seconds of measurements before a study, so that no setting is blamed for a broken set-up.
+
+Effects are tested, not flags: what a step does, not what its configuration says. A task shows itself through the optional
+methods of `trials.training.Task`; what it does not show is `unknown`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.before_launch.preflight import images, launch, learning, networks
+from tune_ssim.before_launch.preflight import steps as readings
+from tune_ssim.before_launch.preflight.launch import settings_of
+from tune_ssim.before_launch.preflight.report import Check, Report
+from tune_ssim.before_launch.preflight.rules import setup_failed, unknown
+from tune_ssim.before_launch.preflight.subject import Failure, Subject, Unavailable, call, numbers, words
+from tune_ssim.guards import Guard, NormRatio, SmokeTest
+from tune_ssim.trials.training import load_task
+
+if TYPE_CHECKING:
+    from tune_ssim.study.study import Study
+
+__all__ = ["preflight_task", "run_preflight", "settings_of"]
+
+DISABLE_UPDATE = {"lr": 0.0}  # the contract of a task: a learning rate of 0 leaves the weights as they are
+
+
+def run_preflight(study: Study, *, device: str | None = None) -> Report:
+    """The set-up of a study. Raises UserError for a task or a configuration that cannot be understood."""
+    return preflight_task(
+        load_task(study.task_path, study.import_path),
+        study.task_config,
+        study.search.seed,
+        steps=study.steps,
+        settings=settings_of(study.space),
+        baseline=study.baseline_settings,
+        guards=study.guard_list,
+        disable_update=DISABLE_UPDATE if study.calibration is None else study.calibration.disable_update,
+        device=device,
+    )
+
+
+def preflight_task(
+    task_class: Callable[[], Any],
+    config: Mapping[str, Any],
+    seed: int = 0,
+    *,
+    steps: int = 200,
+    settings: Sequence[Mapping[str, Any]] = (),
+    baseline: Mapping[str, Any] | None = None,
+    guards: Sequence[Guard] = (NormRatio(), SmokeTest()),
+    disable_update: Mapping[str, Any] = DISABLE_UPDATE,
+    device: str | None = None,
+) -> Report:
+    """A task with `config`. settings: what may be launched on top of it; baseline: what the baseline sets on top of it.
+
+    disable_update: settings under which a step changes nothing. The training itself is left alone: every measurement has a task
+    of its own."""
+    started = time.perf_counter()
+    subject = Subject(task_class, {"steps": steps, **config}, seed, device, disable_update)
+    checks = tuple(_checks(subject, steps, settings, dict(baseline or {}), guards))
+    return Report(checks, time.perf_counter() - started)
+
+
+def _checks(
+    subject: Subject, steps: int, settings: Sequence[Mapping[str, Any]], baseline: dict[str, Any], guards: Sequence[Guard]
+) -> Iterator[Check]:
+    """In the order in which one would look for a cause: what is there, what a step does, what is to be launched."""
+    smoke_test = next((guard for guard in guards if isinstance(guard, SmokeTest)), None)
+    limit = next((guard.limit for guard in guards if isinstance(guard, NormRatio)), NormRatio().limit)
+    try:
+        yield from _start(subject.make(baseline), steps, settings, guards, smoke_test)
+    except Failure as failure:
+        yield setup_failed(str(failure))
+        return
+    yield from _guarded("parameter", lambda: readings.check_parameters(subject, baseline))
+    yield from _guarded("parameter/searched", lambda: launch.check_settings(subject, baseline, settings))
+    yield from _guarded("seeds", lambda: launch.check_seeds(subject, baseline))
+    yield from _guarded("trained", lambda: learning.check_learning(subject, baseline, smoke_test))
+    yield from _guarded("baseline/norm", lambda: launch.check_baseline(subject, baseline, limit))
+
+
+def _start(
+    task: Any, steps: int, settings: Sequence[Mapping[str, Any]], guards: Sequence[Guard], smoke_test: SmokeTest | None
+) -> Iterator[Check]:
+    """Of the task as it is after its set-up. The one step that it takes comes last."""
+    sample, seen = call(task, "sample", 0), images.look(task) if hasattr(task, "forward") else None
+    yield Check("setup", "ok", "the task sets up, samples and runs forward" if seen else "the task sets up and samples")
+    yield from _guarded("weights", lambda: networks.check_weights(task))
+    yield from _guarded("text/tokens", lambda: launch.check_tokens(sample))
+    if smoke_test is None:  # as in a training that starts from random weights
+        yield unknown("smoke", "the study has switched its smoke test off")
+    else:
+        yield from _guarded("smoke", lambda: networks.check_samples(task, smoke_test, sample))
+    yield from _guarded("frozen/decoder", lambda: learning.check_decoder(task))
+    yield from _guarded("data/pairs", lambda: images.check_pairs(sample, seen))
+    yield from _guarded("data/files", lambda: images.check_data(task))
+    yield from _guarded("data/training_images", lambda: images.check_training_images(task, steps, sample, seen))
+    yield from _guarded("loss/main", lambda: images.check_losses(seen))
+    yield from _guarded("ssim/precision", lambda: readings.check_ssim(task))
+    yield from _guarded("time_law", lambda: launch.check_law(task, seen))
+    yield from _guarded("gate", lambda: launch.check_gates(task, seen, settings, steps, guards))
+    yield from _guarded("loss/first_step", lambda: launch.check_first_step(sample, numbers(call(task, "step"))))
+
+
+def _guarded(name: str, measure: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """What the task cannot show is unknown; what fails inside it is a finding."""
+    try:
+        yield from measure()
+    except Unavailable as reason:
+        yield unknown(name, str(reason))
+    except Failure as failure:
+        yield Check(name, "bad_setup", str(failure))
+    except UserError as error:
+        yield unknown(name, f"the task refuses the settings of this check: {error}")
+    except Exception as error:  # shapes and types that no check was made for; a fault of the task's own comes as Failure
+        yield unknown(name, f"could not be measured: {words(error)}")

@@ -1,0 +1,235 @@
+"""The images: their range, who belongs to whom, and whether what is held out is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight.plain import unit
+from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.subject import Unavailable, call
+from tune_ssim.trials.training import Forward, Sample
+
+SAMPLES = 64  # training samples whose predictions are looked at
+MAX_FORWARDS = 32  # forward passes made for them
+LOW_T = 0.3  # up to here the prediction of the clean image is close to it whatever the network says: its error shrinks with t
+SCALES = (0.5, 2.0)  # of the latents: what a wrong scaling factor may have done to them
+SMALL_SIDE = 12  # pixels; detail that an autoencoder does not keep is averaged away before images are compared
+PIXEL_BUDGET = 4_000_000  # training pixels looked at: 1700 crops of 48 x 48
+PATCH = 8  # pixels; what is common to training and held-out images must hold such a square
+STRIDE = 4  # of the patches of the training images; those of the held-out images lie everywhere
+MAX_HELD_OUT_SIDE = 64  # pixels; of larger held-out images the middle is looked at
+MIN_TEXTURE = 2.0  # standard deviation of a patch in grey levels of 255: flat ones are alike by nature
+
+
+@dataclass
+class Seen:
+    """What the forward passes of the first steps showed."""
+
+    main: float  # main loss, mean over the passes
+    trivial: float | None  # the same of the best constant velocity
+    t: Tensor  # [n], of the generation targets
+    decoded: Tensor  # [m, 3, H, W] in [0, 1]: their predictions at t <= LOW_T
+    rescaled: Mapping[float, Tensor]  # the same, decoded from latents of SCALES times the size
+    targets: Tensor  # of the same samples
+    all_targets: Tensor  # of all samples
+    batch_size: int
+    eligible: float  # share of the samples that are generation targets
+
+
+def look(task: Any) -> Seen:
+    main, trivial, times, targets, everything = [], [], [], [], []
+    decoded: dict[float, list[Tensor]] = {scale: [] for scale in (1.0, *SCALES)}
+    batch_size = samples = 0
+    with torch.no_grad():
+        for n in range(1, MAX_FORWARDS + 1):
+            forward: Forward = call(task, "forward", n)
+            t, is_target = forward.t.cpu(), torch.ones(len(forward.t), dtype=torch.bool)
+            if forward.is_target is not None:
+                is_target = forward.is_target.cpu()
+            main.append(forward.main.item())
+            if forward.velocity_target is not None:
+                trivial.append(forward.velocity_target.float().var(unbiased=False).item())
+            times.append(t[is_target])
+            everything.append(forward.targets.float().cpu())
+            low = (t <= LOW_T) & (t > 0) & is_target
+            if low.any():
+                for scale, images in decoded.items():
+                    images.append(unit(forward.decode(scale * forward.z0[low]).float(), forward.loss.image_range).cpu())
+                targets.append(everything[-1][low])
+            batch_size, samples = len(t), samples + len(t)
+            if samples >= SAMPLES:
+                break
+    empty = everything[0][:0]
+    return Seen(
+        main=sum(main) / len(main),
+        trivial=sum(trivial) / len(trivial) if trivial else None,
+        t=torch.cat(times),
+        decoded=torch.cat([empty, *decoded[1.0]]),
+        rescaled={scale: torch.cat([empty, *decoded[scale]]) for scale in SCALES},
+        targets=torch.cat([empty, *targets]),
+        all_targets=torch.cat(everything),
+        batch_size=batch_size,
+        eligible=len(torch.cat(times)) / samples,
+    )
+
+
+def check_losses(seen: Seen | None) -> Iterator[Check]:
+    if seen is None:
+        raise Unavailable("the task has no forward()")
+    if seen.trivial is None:
+        yield rules.unknown("loss/main", "the forward pass does not say what the network should predict")
+    else:
+        yield rules.main_loss(seen.main, seen.trivial)
+
+
+def check_pairs(sample: Sample, seen: Seen | None) -> Iterator[Check]:
+    """Images that must show the same: decoded and target, reconstruction and reference, input and reference."""
+    if seen is not None:
+        yield _range("targets", seen.all_targets)
+    if sample.references is not None:
+        yield _range("references", sample.references)
+    pairs: list[tuple[str, str, Tensor | None, Tensor | None]] = [
+        ("inputs", "inputs and references", sample.inputs, sample.references),
+        ("reconstructions", "reconstructions and references", sample.reconstructions, sample.references),
+    ]
+    if seen is not None:
+        pairs.append(("predictions", "predictions at low t and targets", seen.decoded, seen.targets))
+    for name, what, images, targets in pairs:
+        if images is None or targets is None or not len(images):
+            yield rules.unknown(f"data/{name}", "there are none to compare")
+            continue
+        x, y = _small(images, targets)
+        if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+            yield rules.image_range(name, float("nan"), float("nan"), int((~torch.isfinite(x)).flatten(1).any(1).sum()), len(x))
+            continue
+        yield rules.mapping(name, what, *_mappings(x, y))
+        yield rules.own_partner(f"{name}_order", what, _own_partner(x, y), len(x))
+    explained = None
+    if sample.reconstructions is not None and sample.references is not None:
+        psnr, explained, correlation = _quality(sample.reconstructions.float().cpu(), sample.references.float().cpu())
+        yield rules.autoencoder(psnr, explained, correlation)
+    if seen is not None and len(seen.targets):
+        errors = {scale: _mean_square(*_small(images, seen.targets)) for scale, images in seen.rescaled.items()}
+        yield rules.latent_scale(_mean_square(*_small(seen.decoded, seen.targets)), errors, explained, len(seen.targets))
+
+
+def check_data(task: Any) -> Iterator[Check]:
+    """What a task may say of its data: files that it left out, and the size of its latents."""
+    if hasattr(task, "left_out") and (files := call(task, "left_out")):
+        yield rules.left_out(files)
+    if hasattr(task, "latent_statistics"):
+        yield rules.latent_statistics(*call(task, "latent_statistics"))
+
+
+def check_training_images(task: Any, steps: int, sample: Sample, seen: Seen | None) -> Iterator[Check]:
+    """As many training images as the trial will see, or as fit into the budget."""
+    batches, pixels = [], 0
+    for n in range(1, steps + 1):
+        batch = call(task, "training_images", n).float().cpu()
+        batches.append(batch)
+        pixels += batch[:, 0].numel()
+        if pixels >= PIXEL_BUDGET:
+            break
+    images = torch.cat(batches)
+    yield _range("training_images", images)
+    finite = images[torch.isfinite(images).flatten(1).all(1)]
+    spread = finite.amax(dim=(2, 3)) - finite.amin(dim=(2, 3))
+    yield rules.constant_images(int((spread.amax(dim=1) < 1 / 255).sum()), len(images))
+    if seen is not None and len(seen.all_targets) <= len(images) and seen.all_targets.shape[1:] == images.shape[1:]:
+        x, y = _small(images[: len(seen.all_targets)], seen.all_targets)
+        yield rules.mapping("batch", "training images and targets", *_mappings(x, y))
+        yield rules.own_partner("batch_order", "training images and targets", _own_partner(x, y), len(x))
+    if sample.references is None:
+        raise Unavailable("the samples have no references to look for")
+    yield rules.overlap(*shared_patches(finite, sample.references.float().cpu()), len(sample.references))
+
+
+def _range(name: str, images: Tensor) -> Check:
+    bad = (~torch.isfinite(images)).flatten(1).any(1)
+    good = images[~bad]
+    lowest, highest = (good.min().item(), good.max().item()) if len(good) else (float("nan"), float("nan"))
+    return rules.image_range(name, lowest, highest, int(bad.sum()), len(images))
+
+
+def _small(*images: Tensor) -> list[Tensor]:
+    """All averaged down to one size."""
+    side = min(SMALL_SIDE, *(size for image in images for size in image.shape[-2:]))
+    return [functional.adaptive_avg_pool2d(image.detach().float().cpu(), side) for image in images]
+
+
+def _mappings(x: Tensor, y: Tensor) -> tuple[float, dict[str, float]]:
+    """Mean square between `x` and `y`, and between `x` and what known mix-ups make of `y`."""
+    mixed = {
+        "half": y * 0.5 + 0.5,
+        "double": (2 * y - 1).clamp(0, 1),
+        "inverted": 1 - y,
+        "channels": y.flip(1),
+        "mirrored": y.flip(3),
+        "upside_down": y.flip(2),
+    }
+    return _mean_square(x, y), {name: _mean_square(x, image) for name, image in mixed.items()}
+
+
+def _own_partner(x: Tensor, y: Tensor) -> float:
+    """Share of the comparisons in which `x[i]` is more like `y[i]` than like `y[j]`; NaN where all images are alike. Likeness:
+    correlation after removing the mean image, so that what all have in common says nothing."""
+    a, b = ((image - image.mean(dim=0)).flatten(1) for image in (x, y))
+    n = len(a)
+    if n < 2 or b.abs().mean() < 1 / 255:
+        return float("nan")
+    likeness = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T
+    others = likeness[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)
+    return (likeness.diagonal()[:, None] > others).double().mean().item()
+
+
+def _mean_square(x: Tensor, y: Tensor) -> float:
+    return (x - y).square().mean().item()
+
+
+def _quality(x: Tensor, y: Tensor) -> tuple[float, float, float]:
+    """PSNR in dB; share of the variance within images that is explained; correlation, channel means removed."""
+    error = _mean_square(x, y)
+    a, b = ((image - image.mean(dim=(2, 3), keepdim=True)).flatten(1) for image in (x, y))
+    explained = 1 - error / b.square().mean().clamp(min=1e-12).item()
+    correlation = ((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)).item()
+    return -10 * torch.log10(torch.tensor(max(error, 1e-10))).item(), explained, correlation
+
+
+def shared_patches(training: Tensor, held_out: Tensor) -> tuple[list[int], list[int]]:
+    """For each training image: how many of its textured patches the held-out images contain, in any of the eight orientations,
+    and how many it has. Both `[n, c, H, W]` in [0, 1], compared in 255 grey levels."""
+    if min(*training.shape[-2:], *held_out.shape[-2:]) < PATCH:
+        return [0] * len(training), [0] * len(training)
+    top, left = ((size - min(size, MAX_HELD_OUT_SIDE)) // 2 for size in held_out.shape[-2:])
+    held_out = held_out[..., top : top + MAX_HELD_OUT_SIDE, left : left + MAX_HELD_OUT_SIDE]
+    known = []
+    for turned in (held_out, held_out.transpose(-1, -2)):
+        for images in (turned, turned.flip(-1), turned.flip(-2), turned.flip(-1, -2)):
+            hashes, textured = _patch_hashes(images, 1)
+            known.append(hashes[textured].unique())
+    hashes, textured = _patch_hashes(training, STRIDE)
+    shared = torch.isin(hashes, torch.cat(known)) & textured
+    return shared.sum(dim=1).tolist(), textured.sum(dim=1).tolist()
+
+
+def _patch_hashes(images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Of every `PATCH` x `PATCH` square at multiples of `stride`: its hash, `[n, squares]` int64, and whether it has texture."""
+    levels = (images * 255).round().clamp(0, 255)
+    generator = torch.Generator().manual_seed(255)
+    # Integers so small that every sum is exact in float32: 255 · 64 · 8 · 8 · 3 < 2^24.
+    kernels = torch.randint(-64, 65, (4, levels.shape[1], PATCH, PATCH), generator=generator).float()
+    hashes, textured = [], []
+    for chunk in levels.split(128):  # bounds the working memory
+        sums = functional.conv2d(chunk, kernels, stride=stride).long()
+        hashes.append(((sums[:, 0] * 1_000_003 + sums[:, 1]) * 1_000_003 + sums[:, 2]) * 1_000_003 + sums[:, 3])
+        grey = chunk.mean(1, keepdim=True)
+        mean, power = functional.avg_pool2d(grey, PATCH, stride), functional.avg_pool2d(grey * grey, PATCH, stride)
+        textured.append((power - mean * mean)[:, 0] >= MIN_TEXTURE**2)
+    return torch.cat(hashes).flatten(1), torch.cat(textured).flatten(1)

@@ -1,0 +1,132 @@
+"""What is about to be launched: will the guards have enough to judge by, and is the baseline a yardstick?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight.images import Seen
+from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, attribute, call, numbers
+from tune_ssim.guards import Guard, NormRatio
+from tune_ssim.losses import TimeLaw
+from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
+from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WEIGHT, Choice, Space
+from tune_ssim.trials.training import Sample
+
+BASELINE_STEPS = 6  # the median of their norms
+
+
+def settings_of(space: Space) -> list[dict[str, Any]]:
+    """What a space may launch, as far as preflight needs it: its points, and the ends of every parameter but the gain's."""
+    settings: list[dict[str, Any]] = []
+    for stage in space.stages:
+        settings += stage.point_configs()
+        for name, domain in stage.parameters.items():
+            if name == GAIN:
+                continue  # may be given as a norm ratio, which only calibration can turn into a number
+            ends = domain.values if isinstance(domain, Choice) else (domain.lower, domain.upper)
+            settings += [{**stage.fixed, name: end} for end in ends]
+    return settings
+
+
+def check_gates(
+    task: Any, seen: Seen | None, settings: Sequence[Mapping[str, Any]], steps: int, guards: Sequence[Guard]
+) -> Iterator[Check]:
+    """Expected active steps for every gate that may be launched."""
+    law: TimeLaw = attribute(task, "time_law")
+    batch = seen.batch_size if seen is not None else call(task, "effective").get("batch_size")
+    if not isinstance(batch, int):
+        raise Unavailable("neither forward() nor effective() says how large a batch is")
+    targets = batch * (1.0 if seen is None else seen.eligible)
+    in_force = call(task, "effective").get(MAX_T)
+    chosen = [setting.get(MAX_T, in_force) for setting in settings if MAX_T in setting or WEIGHT in setting] or [in_force]
+    gates = {float(gate) for gate in chosen if gate is not None}
+    if not gates:
+        raise Unavailable(f"nothing sets {MAX_T}")
+    needed = next((guard.window + guard.patience - 1 for guard in guards if isinstance(guard, NormRatio)), 1)
+    yield rules.gates({gate: 1 - (1 - law.active_fraction(gate)) ** targets for gate in gates}, steps, needed)
+
+
+def check_law(task: Any, seen: Seen | None) -> Iterator[Check]:
+    """The Kolmogorov-Smirnov distance between the times drawn and the declared law."""
+    law: TimeLaw = attribute(task, "time_law")
+    if seen is None:
+        raise Unavailable("the task has no forward()")
+    ordered = sorted(min(max(t, 0.0), 1.0) for t in seen.t.tolist())
+    n = len(ordered)
+    if not n:
+        raise Unavailable("no sample of the first steps is a generation target")
+    distance = max(max((i + 1) / n - law.active_fraction(t), law.active_fraction(t) - i / n) for i, t in enumerate(ordered))
+    yield rules.law_of_t(distance, n)
+
+
+def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """Settings that a space varies besides the auxiliary losses': each must be accepted, and be in force afterwards."""
+    in_force = call(subject.make(base), "effective")
+    asked = {name: value for setting in settings for name, value in setting.items() if name not in KNOWN}
+    for name, value in asked.items():
+        try:
+            said = call(subject.make({**base, name: value}), "effective")
+        except UserError as error:
+            yield Check(f"parameter/{name}", "bad_setup", f"the space sets {name} to {value!r}: {error}", {}, "change the space")
+            continue
+        if not rules.same(value, said.get(name)):
+            yield rules.parameter(name, value, said.get(name))
+    misspelt = next(name for name in ("ssim_los_weight", "ssim_los_weight_") if name not in in_force)
+    try:
+        subject.make({**base, misspelt: 1.0})
+        accepted = True
+    except UserError:
+        accepted = False
+    yield rules.misspelt_key(accepted, misspelt)
+
+
+def check_seeds(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
+    """The batch of step 1 must be another one with another seed."""
+    first, other = (call(subject.make(base, seed), "training_images", 1) for seed in (subject.seed, subject.seed + 1))
+    yield rules.other_seed(first.shape == other.shape and torch.equal(first, other))
+
+
+def check_baseline(subject: Subject, baseline: Mapping[str, Any], limit: float) -> Iterator[Check]:
+    """On the same steps, with nothing updated."""
+    names = [name for name in ("ssim_loss_weight", "pixel_loss_weight") if name in call(subject.make(baseline), "effective")]
+    if not names:
+        yield rules.unknown("baseline/norm", "effective() names no auxiliary weight")
+        return
+    with_loss = _norms(subject, baseline)
+    active = [step.get("pixel_active_fraction", 1.0) > 0 for step in with_loss]
+    chosen = [i for i, is_active in enumerate(active) if is_active] or list(range(BASELINE_STEPS))
+    if all(TOTAL_NORM_MAIN in step for step in with_loss):
+        main = [step[TOTAL_NORM_MAIN] for step in with_loss]
+    else:
+        main = [step[TOTAL_NORM] for step in _norms(subject, {**baseline, **dict.fromkeys(names, 0.0)})]
+    yield rules.baseline_push(median(with_loss[i][TOTAL_NORM] for i in chosen), median(main[i] for i in chosen), limit)
+
+
+def _norms(subject: Subject, settings: Mapping[str, Any]) -> list[dict[str, float]]:
+    task = subject.unmoved(settings)
+    steps = [numbers(call(task, "step")) for _ in range(BASELINE_STEPS)]
+    if any(TOTAL_NORM not in step for step in steps):
+        raise Unavailable(f"step() records no {TOTAL_NORM}")
+    return steps
+
+
+def check_tokens(sample: Sample) -> Iterator[Check]:
+    """Generated token ids, where the task makes text."""
+    ids, size = sample.token_ids, sample.vocabulary_size
+    if ids is not None and size is not None and ids.numel():
+        outside = int(((ids < 0) | (ids >= size)).sum())
+        yield rules.tokens(ids.numel(), outside, int(ids.min()), int(ids.max()), size)
+
+
+def check_first_step(sample: Sample, metrics: Mapping[str, float]) -> Iterator[Check]:
+    """The first cross-entropy and the mask of the labels, where the task has text; the marks of known trainings."""
+    if rules.LOSS_CE in metrics:
+        yield rules.caption_loss(metrics[rules.LOSS_CE], sample.vocabulary_size, metrics.get(rules.LABEL_FRACTION))
+    yield from rules.fingerprints(metrics)

@@ -1,0 +1,176 @@
+"""A few real steps: what must stay frozen, what must move, and how far the learning rate carries it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight.networks import findings_of
+from tune_ssim.before_launch.preflight.plain import norm, own_gradient_norms
+from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call
+from tune_ssim.guards import SmokeTest
+from tune_ssim.probes import tensor_hashes
+from tune_ssim.trials.training import Part
+from tune_ssim.trials.trial import statistics_of
+
+STEPS = 3
+LATER = 25  # steps: the second of SmokeTest.at
+FASTER = 1000.0  # times the learning rate: more than float32's 24 bits swallow of a small one
+SMALL_PUSH = 0.1  # the SSIM gradient of these steps over the main one: it reaches the decoder, and harms nothing
+
+
+def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest | None) -> Iterator[Check]:
+    settings = {**base, **_small_ssim(subject, base)}
+    task = subject.make(settings)
+    parts: dict[str, Part] = dict(call(task, "parts")) if hasattr(task, "parts") else {}
+    parameters = _named_parameters(task, parts)
+    still = {name: part.module for name, part in parts.items() if not part.trains and part.kind == "raw"}
+    hashes = {name: tensor_hashes(module.state_dict()) for name, module in still.items()}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with _Gradients(parameters) as learning, _Gradients(_parameters_of(still)) as leaking:
+        updates = []
+        for _ in range(STEPS):
+            call(task, "step")
+            updates.append(norm([parameter.detach() - before[name] for name, parameter in parameters.items()]))
+    for part, module in still.items():
+        after = tensor_hashes(module.state_dict())
+        yield rules.frozen(
+            part,
+            tensors=len(after),
+            changed=[name for name in after if after[name] != hashes[part].get(name)],
+            with_gradient=[name for owner, name in leaking.seen if owner == part],
+            training=_in_train_mode(module),
+        )
+    motionless = [name for name in learning.seen if torch.equal(before[name], parameters[name].detach())]
+    rates = {name: call(task, "effective").get(name) for name in subject.disable_update}
+    rates = {name: rate for name, rate in rates.items() if isinstance(rate, (int, float)) and not isinstance(rate, bool)}
+    untouched = [name for name, part in parts.items() if part.trains and not _is_among(part, parameters)]
+    later = None if guard is None else _samples_later(task, guard)
+    everything, unseen = len(parameters), [name for name in parameters if name not in learning.seen]
+    del task, parts, parameters, still, before, learning, leaking  # the next measurements need the memory
+    if everything:
+        yield rules.trained(
+            parameters=everything,
+            still=motionless,
+            too_slow=_too_slow(subject, settings, motionless, rates) if motionless else [],
+            without_gradient=unseen,
+            learning_rate=next(iter(rates.values()), None),
+        )
+    else:
+        yield rules.unknown("trained", "the task has no trainable_parameters()")
+    for name in untouched:
+        yield rules.untrained_part(name)
+    if later is None:
+        yield rules.unknown("baseline/smoke", "the study has switched its smoke test off")
+    else:
+        yield rules.baseline_samples(*later)
+    for name, rate in rates.items():
+        if everything and rate:
+            yield _learning_rate(subject, settings, name, rate, updates[0])
+
+
+def _samples_later(task: Any, guard: SmokeTest) -> tuple[list[str], int]:
+    """What the smoke test finds after STEPS, and after LATER if it finds anything: the first steps of a hot training may pass
+    through a bad place. And how many steps were taken."""
+    if findings := findings_of(guard, statistics_of(call(task, "sample", 0))):
+        for _ in range(LATER - STEPS):
+            call(task, "step")
+        findings = findings_of(guard, statistics_of(call(task, "sample", 0)))
+        return findings, LATER
+    return findings, STEPS
+
+
+class _Gradients:
+    """Which parameters get a gradient other than 0, seen while it is computed: a step may clear it before it ends."""
+
+    def __init__(self, parameters: Mapping[Any, torch.nn.Parameter]) -> None:
+        self.seen: dict[Any, None] = {}  # in the order in which they came
+        self.parameters = parameters
+
+    def __enter__(self) -> _Gradients:
+        self.handles = [p.register_hook(partial(self._see, name)) for name, p in self.parameters.items() if p.requires_grad]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _see(self, name: Any, gradient: torch.Tensor) -> None:
+        if bool(gradient.any()):
+            self.seen[name] = None
+
+
+def _small_ssim(subject: Subject, base: Mapping[str, Any]) -> dict[str, float]:
+    """An SSIM loss that is seen everywhere and pushes next to nothing; nothing where the task does not show its forward pass."""
+    task = subject.make(base)
+    if not (hasattr(task, "forward") and hasattr(task, "trainable_parameters") and "ssim_loss_weight" in call(task, "effective")):
+        return {}
+    main, ssim, _ = own_gradient_norms(call(task, "forward", 1), list(call(task, "trainable_parameters")))
+    return {"ssim_loss_weight": SMALL_PUSH * main / ssim, "ssim_loss_max_t": 1.0, "ssim_grad_scale": 1.0} if ssim > 0 else {}
+
+
+def _too_slow(subject: Subject, settings: Mapping[str, Any], names: Sequence[str], rates: Mapping[str, float]) -> list[str]:
+    """Which of the parameters that did not move do so at a learning rate that rounding cannot swallow."""
+    task = subject.make({**settings, **{name: FASTER * rate for name, rate in rates.items()}})
+    parameters = _named_parameters(task, call(task, "parts") if hasattr(task, "parts") else {})
+    before = {name: parameters[name].detach().clone() for name in names}
+    call(task, "step")
+    return [name for name in names if not torch.equal(before[name], parameters[name].detach())]
+
+
+def _learning_rate(subject: Subject, settings: Mapping[str, Any], name: str, rate: float, first: float) -> Check:
+    """Half the learning rate, half the first update: true of SGD and of AdamW, whose first step is a rate times a sign."""
+    if not first:
+        return rules.unknown(f"parameter/{name}", "the first step moved nothing")
+    task = subject.make({**settings, name: rate / 2})
+    parameters = list(call(task, "trainable_parameters"))
+    before = [parameter.detach().clone() for parameter in parameters]
+    call(task, "step")
+    half = norm([parameter.detach() - old for old, parameter in zip(before, parameters, strict=True)])
+    response = f"the first update is {first:.3g} at {rate:g} and {half:.3g} at {rate / 2:g}"
+    return rules.parameter(name, rate / 2, call(task, "effective").get(name), 2 * half / first, response)
+
+
+def _parameters_of(modules: Mapping[str, torch.nn.Module]) -> dict[Any, torch.nn.Parameter]:
+    return {(part, name): p for part, module in modules.items() for name, p in module.named_parameters()}
+
+
+def _named_parameters(task: Any, parts: Mapping[str, Part]) -> dict[str, torch.nn.Parameter]:
+    if not hasattr(task, "trainable_parameters"):
+        return {}
+    names = {id(p): f"{part}.{key}" for part, found in parts.items() for key, p in found.module.named_parameters()}
+    listed = list(call(task, "trainable_parameters"))
+    return {names.get(id(parameter), f"parameter {index}"): parameter for index, parameter in enumerate(listed)}
+
+
+def _is_among(part: Part, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
+    mine = {id(parameter) for parameter in part.module.parameters()}
+    return any(id(parameter) in mine for parameter in parameters.values())
+
+
+def _in_train_mode(module: torch.nn.Module) -> list[str]:
+    """Layers that behave otherwise in train mode; a dropout of 0 does not."""
+    return [
+        f"{name or type(layer).__name__}"
+        for name, layer in module.named_modules()
+        if layer.training and (isinstance(layer, _BatchNorm) or (isinstance(layer, _DropoutNd) and layer.p > 0))
+    ]
+
+
+def check_decoder(task: Any) -> Iterator[Check]:
+    """Functional dropout and batch statistics show in what is decoded, wherever they hide."""
+    forward = call(task, "forward", 1)
+    with torch.no_grad():
+        z0 = forward.z0[:2]
+        if len(z0) < 2:
+            raise Unavailable("a batch of one cannot be decoded apart")
+        once, again = forward.decode(z0), forward.decode(z0)
+        alone = torch.cat([forward.decode(z0[:1]), forward.decode(z0[1:])])
+    yield rules.decoder((once - again).abs().max().item(), (once - alone).abs().max().item())

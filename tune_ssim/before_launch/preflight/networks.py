@@ -1,0 +1,124 @@
+"""The starting weights: are they those of their files, and can inference be done with them?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tune_ssim.base.errors import BadSetup
+from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.subject import Unavailable, call
+from tune_ssim.guards import SmokeTest
+from tune_ssim.probes import compare_with_file
+from tune_ssim.records import SMOKE, Record
+from tune_ssim.trials.training import Part, Sample
+from tune_ssim.trials.trial import statistics_of
+
+LEAST_WEIGHTS = 256  # of a layer; fewer cannot be told from a trained layer's
+
+
+def check_weights(task: Any) -> Iterator[Check]:
+    """Each network against its file, and averaged weights against raw ones."""
+    parts: dict[str, Part] = dict(call(task, "parts"))
+    for name, part in parts.items():
+        if part.weights is None:
+            yield rules.fresh_weights(name)
+            continue
+        try:
+            found = compare_with_file(part.module, part.weights)
+        except BadSetup as error:
+            yield Check(f"weights/{name}", "bad_setup", str(error))
+            continue
+        yield rules.weights(
+            name,
+            part.weights.name,
+            equal_fraction=found.equal_fraction,
+            missing=found.missing,
+            unexpected=found.unexpected,
+            mismatched=[f"{tensor}: {shapes}" for tensor, shapes in found.mismatched.items()],
+            different=found.different,
+            norm_parameters=found.norm_parameters,
+            untrained=len(found.untrained),
+            fresh_layers=fresh_layers(part.module),
+            metadata_missing=found.metadata_missing,
+            holds=None if found.equal else _holds(part, parts),
+        )
+    for name, part in parts.items():
+        if part.kind == "ema" and (nearest := _nearest(part.module, parts)) is not None:
+            yield rules.ema_distance(name, *nearest)
+
+
+def fresh_layers(module: torch.nn.Module) -> list[str]:
+    """Linear and convolutional layers whose weights are spread as torch initialises them: uniformly within ±1/√fan_in.
+
+    Training leaves that interval: of the bundled networks' 29 layers each has an element beyond it, by 16 % at least."""
+    found = []
+    for name, layer in module.named_modules():
+        if not isinstance(layer, (torch.nn.Linear, torch.nn.modules.conv._ConvNd)) or layer.weight.numel() < LEAST_WEIGHTS:
+            continue
+        with torch.no_grad():
+            scaled = layer.weight.detach().double() * layer.weight[0].numel() ** 0.5
+            spread = scaled.std().item() * 3**0.5  # 1 for a uniform distribution over [-1, 1]
+            if scaled.abs().max() <= 1 + 1e-3 and abs(spread - 1) < 5 / layer.weight.numel() ** 0.5:
+                found.append(f"{name}.weight")
+    return found
+
+
+def _holds(part: Part, parts: dict[str, Part]) -> str | None:
+    """The file of another part that this one equals: raw and averaged weights are easily exchanged."""
+    for other in parts.values():
+        if other.weights is None or other.weights == part.weights or not other.weights.exists():
+            continue
+        if compare_with_file(part.module, other.weights).equal:
+            return other.weights.name
+    return None
+
+
+def _nearest(average: torch.nn.Module, parts: dict[str, Part]) -> tuple[str, float] | None:
+    """The raw part of the same architecture that an average is nearest to, and the distance over the norm of its weights."""
+    mine, distances = dict(average.named_parameters()), {}
+    for name, part in parts.items():
+        theirs = dict(part.module.named_parameters())
+        if part.kind != "raw" or {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in mine.items()}:
+            continue
+        with torch.no_grad():
+            apart = sum((mine[key].double() - value.double()).square().sum().item() for key, value in theirs.items())
+            size = sum(value.double().square().sum().item() for value in theirs.values())
+        distances[name] = (apart / size) ** 0.5 if size else math.nan
+    return min(distances.items(), key=lambda item: item[1], default=None)
+
+
+def check_samples(task: Any, guard: SmokeTest, raw: Sample) -> Iterator[Check]:
+    """The smoke test on the starting weights, raw and averaged: either can be ruined while the other is fine."""
+    of_raw = statistics_of(raw)
+    found = findings_of(guard, of_raw)
+    try:
+        averaged: Sample | None = call(task, "sample_ema", 0)
+    except Unavailable as reason:
+        yield rules.smoke("raw", found, of_raw)
+        yield rules.unknown("smoke/ema", str(reason))
+        return
+    if averaged is None:
+        yield rules.smoke("raw", found, of_raw)
+        return
+    of_average = statistics_of(averaged)
+    found_average = findings_of(guard, of_average)
+    # Beside the start's own rules: one set of weights must not be worse than the other by more than averaging explains.
+    mutual = replace(guard, max_flow_loss_ratio=rules.MAX_AVERAGE_LOSS_RATIO)
+    if not found and not found_average:
+        found = [finding.words for finding in mutual.findings(of_raw, of_average)]
+        found_average = [finding.words for finding in mutual.findings(of_average, of_raw)]
+    yield rules.smoke("raw", found, of_raw)
+    yield rules.smoke("ema", found_average, of_average)
+
+
+def findings_of(guard: SmokeTest, statistics: dict[str, float]) -> list[str]:
+    """What the guard says of these as the first samples of a trial."""
+    record = Record(0, {SMOKE + name: value for name, value in statistics.items()})
+    _, violation = guard.update(guard.init(), record)
+    return [] if violation is None else [violation.sentence.split(": ", 1)[-1]]

@@ -1,0 +1,350 @@
+"""What a training step really does: steps with the update switched off, against what their own forward pass must give.
+
+A parameter is judged by its effect: the setting is changed, and total_norm must follow. The gain of the base setting is so
+large that SSIM rules the gradient; that it would ruin a training does not matter, for nothing is updated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight.plain import (
+    Expected,
+    Setting,
+    cosine,
+    expected,
+    norm,
+    own_gradient_norms,
+    setting_of,
+    ssim_gradient,
+)
+from tune_ssim.before_launch.preflight.report import SEVERITY, Check
+from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers
+from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM
+from tune_ssim.trials.training import Forward
+
+DOMINANCE = 30.0  # the auxiliary gradient of a reading over the main one: a change of it shows, and float32 still has room
+MAX_SKIPPED = 25  # steps that a GradScaler may skip before its scale fits: 65536 = 2^16, and DOMINANCE below that
+BLACK_BOX_GAINS = (1e2, 1e4, 1e6)  # tried in turn on a task without a forward pass, until total_norm follows
+LOSSES = {"ssim": ("ssim_loss_weight", "ssim_loss_max_t"), "pixel": ("pixel_loss_weight", "pixel_loss_max_t")}
+GRAD_SCALE, GRAD_CLAMP = "ssim_grad_scale", "ssim_grad_clamp"
+NEUTRAL: dict[str, float | None] = {
+    "ssim_loss_weight": 0.0,
+    "ssim_loss_max_t": 1.0,
+    GRAD_SCALE: 1.0,
+    GRAD_CLAMP: None,
+    "pixel_loss_weight": 0.0,
+    "pixel_loss_max_t": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One step with nothing updated: what it recorded, and what it had to record (None without a forward pass)."""
+
+    settings: Mapping[str, Any]
+    effective: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    n: int  # its number
+    moved: bool  # the weights changed although the update is off
+    after: float | None  # norm of the gradients that the optimiser saw; None if they are gone
+    cosine: float | None  # of those to the expected ones
+    expected: Expected | None
+    random: bool = False  # forward(n) is not the same each time, so nothing can be expected of a step
+    gate: float | None = None  # of a reading that is not what its setting gives: the max_t that explains it
+
+    @property
+    def total_norm(self) -> float:
+        return self.metrics[TOTAL_NORM]
+
+    @property
+    def agreement(self) -> float:
+        """total_norm over what it had to be."""
+        assert self.expected is not None
+        return self.total_norm / self.expected.total_norm if self.expected.total_norm else math.inf
+
+
+def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
+    """The first step that is not skipped, under `settings`."""
+    task = subject.unmoved(settings)
+    parameters = list(call(task, "trainable_parameters")) if hasattr(task, "trainable_parameters") else []
+    before = [parameter.detach().clone() for parameter in parameters]
+    n = 1
+    metrics = numbers(_seeded(task, "step"))
+    while metrics.get(STEP_SKIPPED) and n < MAX_SKIPPED:
+        n += 1
+        metrics = numbers(_seeded(task, "step"))
+    if TOTAL_NORM not in metrics:
+        raise Unavailable(f"step() records no {TOTAL_NORM}")
+    moved = any(not torch.equal(old, new.detach()) for old, new in zip(before, parameters, strict=True))
+    if moved:  # by an update that is not switched off, or by a gradient that is not finite: 0 x NaN is NaN
+        with torch.no_grad():
+            for old, new in zip(before, parameters, strict=True):
+                new.copy_(old)
+    gradients = [parameter.grad for parameter in parameters]
+    are_there = any(gradient is not None for gradient in gradients)
+    reading = Reading(
+        settings=settings,
+        effective=dict(call(task, "effective")),
+        metrics=metrics,
+        n=n,
+        moved=moved,
+        after=norm(gradients) if are_there else None,
+        cosine=None,
+        expected=None,
+    )
+    if not (parameters and hasattr(task, "forward")):
+        return reading
+    forward, setting = _seeded(task, "forward", n), setting_of({**subject.config, **settings})
+    found = expected(forward, setting, parameters)
+    reading = replace(reading, expected=_numbers_of(found), cosine=cosine(gradients, found.gradients) if are_there else None)
+    if not rules.near(reading.agreement) or (reading.cosine is not None and not reading.cosine >= rules.MIN_STEP_COSINE):
+        with torch.no_grad():
+            again = _seeded(task, "forward", n, seed=1).main.item()
+        if not rules.near(again / found.loss_main):
+            return replace(reading, random=True)
+        reading = _with_gate(reading, forward, setting, parameters, gradients if are_there else None)
+    return reading
+
+
+def _seeded(task: Any, method: str, *arguments: Any, seed: int = 0) -> Any:
+    """Dropout in the trained network draws from the global generators: the same in a step and in its forward pass."""
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(seed)
+        return call(task, method, *arguments)
+
+
+def _with_gate(
+    reading: Reading, forward: Forward, setting: Setting, parameters: Sequence[Any], gradients: Sequence[Any] | None
+) -> Reading:
+    """The reading beside the max_t that explains it, if there is one: the loss then runs, behind another gate than was set."""
+    times = sorted({t for t in forward.t.tolist() if t > 0})
+    for weight, gate in LOSSES.values():
+        if not getattr(setting, weight):
+            continue
+        for below, t in enumerate(times):
+            found = expected(forward, replace(setting, **{gate: t}), parameters)
+            alike = cosine(gradients, found.gradients) if gradients is not None else 1.0
+            if rules.near(reading.total_norm / found.total_norm) and alike >= rules.MIN_STEP_COSINE:
+                middle = (t + times[below + 1]) / 2 if below + 1 < len(times) else t
+                return replace(reading, expected=_numbers_of(found), cosine=alike, gate=middle)
+    return reading
+
+
+def _numbers_of(found: Expected) -> Expected:
+    """Without the gradients themselves: many readings are kept, and each would be as large as the model."""
+    return replace(found, gradients=())
+
+
+def check_ssim(task: Any) -> Iterator[Check]:
+    """The loss object alone, on the step's own decoded images and on flat bright patches, where half precision cancels."""
+    with torch.no_grad():
+        forward: Forward = call(task, "forward", 1)
+        decoded = forward.decode(forward.z0).float()
+    loss = replace(
+        forward.loss, ssim_loss_weight=1.0, ssim_loss_max_t=1.0, ssim_grad_scale=1.0, ssim_grad_clamp=None, pixel_loss_weight=0.0
+    )
+    bright = torch.full((2, *forward.targets.shape[1:]), 0.98)
+    noisy = bright + 0.001 * torch.randn(bright.shape, generator=torch.Generator().manual_seed(0))
+    flat = 2 * noisy - 1 if loss.image_range == "[-1,1]" else noisy
+    cases = {
+        "the decoded images of step 1": (decoded, forward.targets, forward.sizes),
+        "flat bright patches": (flat.to(decoded.device), bright.to(decoded.device), None),
+    }
+    checks = []
+    for where, (images, targets, sizes) in cases.items():
+        leaf = images.clone().requires_grad_()
+        result = loss(leaf, torch.full((len(leaf),), 0.5), targets, lambda x: x, sizes=sizes)
+        if result.loss_ssim is None:
+            yield rules.parameter("ssim_loss_max_t", 1.0, 1.0, 0.0, "a sample at t = 0.5 takes no part")
+            return
+        (mine,) = torch.autograd.grad(result.total, leaf)
+        value, reference = ssim_gradient(images, targets, loss.image_range, sizes)
+        size = norm([reference])
+        checks.append(
+            rules.ssim_precision(
+                where,
+                cosine=cosine([mine], [reference]),
+                factor=norm([mine]) / size if size else math.inf,
+                error=result.loss_ssim.item() - min(max(value, 0.0), 1.0),
+                peak=(reference.abs().max() * reference.numel() ** 0.5).item() / size if size else math.nan,
+            )
+        )
+    yield max(checks, key=lambda check: SEVERITY.index(check.status))
+
+
+def check_parameters(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
+    """Every auxiliary parameter by its effect, the other settings by what is said to be in force."""
+    probe = _Probe(subject, base)
+    main = probe.read("the main loss alone")
+    yield from _switched_off(main, subject)
+    if main.expected is not None:
+        yield rules.step_gradient("main", main.total_norm, main.expected.total_norm, main.cosine, random=main.random)
+    yield from _loss(probe, "ssim", main)
+    if probe.weights is not None:
+        yield from _loss(probe, "pixel", main)
+    yield from _others(probe)
+    yield _batches(probe)
+
+
+class _Probe:
+    """Readings by what is special about their setting."""
+
+    def __init__(self, subject: Subject, base: Mapping[str, Any]) -> None:
+        self.subject, self.base = subject, base
+        task = subject.unmoved(base)
+        effective = call(task, "effective")
+        self.known = {name for name in NEUTRAL if name in effective}
+        if "ssim_loss_weight" not in self.known:
+            raise Unavailable("effective() does not name ssim_loss_weight")
+        self.readings: dict[str, Reading] = {}
+        self.times: list[float] = []
+        self.weights: dict[str, float] | None = None  # at which each auxiliary gradient is DOMINANCE times the main one
+        if hasattr(task, "forward") and hasattr(task, "trainable_parameters"):
+            forward: Forward = call(task, "forward", 1)
+            self.times = forward.t.tolist()
+            main, *own = own_gradient_norms(forward, list(call(task, "trainable_parameters")))
+            self.weights = {loss: DOMINANCE * main / size if size else 1.0 for loss, size in zip(LOSSES, own, strict=True)}
+
+    def read(self, what: str, **changes: float) -> Reading:
+        chosen = {name: value for name, value in {**NEUTRAL, **changes}.items() if name in self.known}
+        self.readings[what] = read(self.subject, {**self.base, **chosen})
+        return self.readings[what]
+
+
+def _switched_off(main: Reading, subject: Subject) -> Iterator[Check]:
+    if main.moved:
+        names = ", ".join(f"{name} = {value!r}" for name, value in subject.disable_update.items())
+        name = next(iter(subject.disable_update))
+        sentence = f"a step changes the weights although {names}: {name} does not reach the optimiser"
+        yield Check(f"parameter/{name}", "bad_setup", sentence, {}, f"follow {name} from the configuration to the optimiser")
+
+
+def _loss(probe: _Probe, loss: str, main: Reading) -> Iterator[Check]:
+    """One auxiliary loss: does it act at all, with the gradient of its forward pass, and does each parameter of it?"""
+    weight_name, gate_name = LOSSES[loss]
+    if weight_name not in probe.known:
+        return
+    full = _strong(probe, loss, main)
+    weight = full.settings[weight_name]
+    if _batches(probe).status == "bad_setup":
+        return  # nothing can be compared; said at the end
+    if loss == "ssim":
+        clipping = _clipping(full)
+        yield clipping
+        if clipping.status == "bad_setup" and full.after is not None and full.total_norm < 1.01 * full.after:
+            return  # total_norm says nothing about the gradient
+    if rules.near(full.total_norm / main.total_norm):
+        response = f"total_norm is {full.total_norm:.4g} at weight {weight:.3g} and {main.total_norm:.4g} at 0"
+        yield rules.parameter(weight_name, weight, full.effective[weight_name], 0.0, response)
+        return
+    if full.gate is not None:
+        response = f"total_norm is {full.total_norm:.4g}, as if it were {full.gate:.2g}"
+        yield rules.parameter(gate_name, 1.0, full.effective[gate_name], 0.0, response)
+    elif full.expected is not None:
+        yield rules.step_gradient(loss, full.total_norm, full.expected.total_norm, full.cosine, random=full.random)
+    sound = full.expected is None or (rules.near(full.agreement) and full.gate is None)
+    slack = rules.MAX_DEVIATION if sound else rules.LOOSE_DEVIATION  # a gradient that is garbage does not scale exactly
+    double = probe.read(f"twice the {weight_name}", **{weight_name: 2 * weight})
+    response = f"total_norm goes from {full.total_norm:.4g} to {double.total_norm:.4g} when it doubles"
+    yield rules.parameter(weight_name, 2 * weight, double.effective[weight_name], _change(double, full, 2.0), response, slack)
+    if loss == "ssim" and GRAD_SCALE in probe.known:
+        alias = probe.read(f"another {GRAD_SCALE}", **{weight_name: 10 * weight, GRAD_SCALE: 0.1})
+        gains = f"at weight {weight:.3g} x scale 1 and {alias.total_norm:.4g} at {10 * weight:.3g} x 0.1"
+        response = f"total_norm is {full.total_norm:.4g} {gains}"
+        yield rules.parameter(GRAD_SCALE, 0.1, alias.effective[GRAD_SCALE], _change(alias, full, 1.0), response, slack)
+    is_clamped = {**probe.subject.config, **probe.base}.get(GRAD_CLAMP) is not None
+    if loss == "ssim" and is_clamped and sound and full.expected is not None and full.expected.peak > 0:
+        limit = full.expected.peak / 100
+        clamped = probe.read(f"another {GRAD_CLAMP}", **{weight_name: weight, GRAD_CLAMP: limit})
+        assert clamped.expected is not None
+        response = f"total_norm is {clamped.total_norm:.4g} with it; the clamped gradient gives {clamped.expected.total_norm:.4g}"
+        yield rules.parameter(GRAD_CLAMP, limit, clamped.effective[GRAD_CLAMP], clamped.agreement, response)
+    if gate_name in probe.known and full.gate is None:
+        yield _gate(probe, loss, weight, main, full if sound else None)
+
+
+def _strong(probe: _Probe, loss: str, main: Reading) -> Reading:
+    """A reading in which this loss rules the gradient."""
+    weight_name = LOSSES[loss][0]
+    if probe.weights is not None:
+        return probe.read(f"a large {weight_name}", **{weight_name: probe.weights[loss]})
+    for weight in BLACK_BOX_GAINS:
+        reading = probe.read(f"a large {weight_name}", **{weight_name: weight})
+        if reading.total_norm > 0.5 * DOMINANCE * main.total_norm:
+            break
+    return reading
+
+
+def _gate(probe: _Probe, loss: str, weight: float, main: Reading, full: Reading | None) -> Check:
+    """Below every t of the step it must leave the main loss alone; amid them it must let those below pass."""
+    weight_name, name = LOSSES[loss]
+    times = sorted({t for t in probe.times if t > 0})
+    if not times:
+        reading = probe.read(f"another {name}", **{weight_name: weight, name: 0.5})
+        return rules.parameter(name, 0.5, reading.effective[name])
+    shut_at, middle = times[0] / 2, len(times) // 2
+    shut = probe.read(f"another {name}", **{weight_name: weight, name: shut_at})
+    if shut.n == main.n:
+        norms = f"total_norm is {shut.total_norm:.4g}; the main loss has {main.total_norm:.4g}"
+        response = f"no sample has t <= {shut_at:.3g}, yet {norms}"
+        check = rules.parameter(name, shut_at, shut.effective[name], shut.total_norm / main.total_norm, response)
+        if check.status != "ok" or full is None or len(times) < 2:
+            return check
+    half = (times[middle - 1] + times[middle]) / 2
+    partly = probe.read(f"{name} amid the times", **{weight_name: weight, name: half})
+    assert partly.expected is not None
+    recorded, share = partly.metrics.get(ACTIVE_FRACTION), partly.expected.active_fraction
+    if loss == "ssim" and recorded is not None and abs(recorded - share) > 1e-6:
+        response = f"at {half:.3g} a share of {recorded:g} of the batch is said to take part; {share:g} lies below it"
+        return rules.parameter(name, half, partly.effective[name], recorded / share if share else math.inf, response)
+    response = f"at {half:.3g} total_norm is {partly.total_norm:.4g}; the samples below it give {partly.expected.total_norm:.4g}"
+    return rules.parameter(name, half, partly.effective[name], partly.agreement, response)
+
+
+def _change(reading: Reading, base: Reading, ratio: float) -> float:
+    """The change of total_norm over what it had to be; a fault that both readings share cancels."""
+    if reading.expected is not None and base.expected is not None and base.gate is None:
+        return reading.agreement / base.agreement
+    return reading.total_norm / base.total_norm / ratio
+
+
+def _clipping(reading: Reading) -> Check:
+    if "max_grad_norm" not in reading.effective:
+        return rules.unknown("parameter/max_grad_norm", "effective() does not name max_grad_norm")
+    if reading.after is None:
+        return rules.unknown("parameter/max_grad_norm", "the gradients are gone after a step")
+    limit = reading.effective["max_grad_norm"]
+    wanted = None if reading.expected is None else reading.expected.total_norm
+    return rules.clipping(limit, reading.total_norm, reading.after, wanted)
+
+
+def _others(probe: _Probe) -> Iterator[Check]:
+    """What has no effect of its own here: at least it must be said to be in force."""
+    reading = next(iter(probe.readings.values()))
+    asked, said = {**probe.subject.config, **reading.settings}, reading.effective
+    if "batch_size" in asked and probe.times:
+        factor, response = len(probe.times) / asked["batch_size"], f"a step has {len(probe.times)} samples"
+        yield rules.parameter("batch_size", asked["batch_size"], said.get("batch_size"), factor, response)
+    done = {*probe.known, "max_grad_norm", "batch_size", *probe.subject.disable_update}
+    names = [name for name in asked if name in said and name not in done]
+    wrong = [name for name in names if not rules.same(asked[name], said[name])]
+    for name in wrong:
+        yield rules.parameter(name, asked[name], said[name])
+    if not wrong:
+        yield Check("parameter/others", "ok", f"{len(names)} further settings are in force as asked", {"settings": len(names)})
+
+
+def _batches(probe: _Probe) -> Check:
+    """The main loss of step 1 under each setting, seen through the forward pass."""
+    first = {name: r.expected.loss_main for name, r in probe.readings.items() if r.expected is not None and r.n == 1}
+    if len(first) < 2:
+        return rules.unknown("batches", "fewer than two settings show the main loss of step 1")
+    base = next(iter(first.values()))
+    return rules.same_batches({name: value / base - 1 for name, value in first.items()})

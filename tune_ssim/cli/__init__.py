@@ -1,0 +1,1 @@
+"""What people type and see: verbs, tables, live progress, exit codes."""

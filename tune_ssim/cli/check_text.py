@@ -1,0 +1,131 @@
+"""A checked log in plain words, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from tune_ssim.guards.branch_report import BranchReport
+from tune_ssim.guards.log_check import Alert, Report
+from tune_ssim.guards.rule import NOT_A_SIZE
+from tune_ssim.results.trial_text import readable
+
+STYLES = {
+    "works": "green", "does not work": "bold red", "unknown": "yellow",
+    "warn": "yellow", "probe": "cyan", "prune": "red", "abort": "bold magenta",
+}  # fmt: skip
+SHOWN = 6  # names of metrics in one line
+WHAT_THEY_MEAN = {
+    "warn": "look at it",
+    "probe": "live, the samples would be looked at at once",
+    "prune": "live, the trial would end here",
+    "abort": "live, the study would end here: a bad set-up",
+}
+
+
+def check_words(report: Report, ascii_only: bool = False, with_alerts: bool = True) -> RenderableType:
+    """`with_alerts` False: they were printed as they came."""
+
+    def show(text: str) -> str:
+        return readable(text, ascii_only)
+
+    parts: list[RenderableType] = [Text(show(_head(report)))]
+    if report.branches:
+        parts.append(_branches(report.branches, ascii_only))
+    if with_alerts:
+        parts += [alert_words(alert, ascii_only) for alert in report.alerts if not _follows(alert)]
+        if followed := [alert for alert in report.alerts if _follows(alert)]:
+            parts.append(_plain(Text(_followed(followed)), ascii_only))
+    parts += [Text(show(line), "yellow") for line in _unknown(report)]
+    parts += [Text(show(f"note: {line}"), "dim") for line in report.notes]
+    parts.append(Text(show(_verdict(report)), "bold"))
+    return Group(*parts)
+
+
+def _follows(alert: Alert) -> bool:
+    """A rule that met what is no number after that would have ended the training: no news."""
+    return alert.after_end and alert.violation.cause == NOT_A_SIZE
+
+
+def _followed(alerts: Sequence[Alert]) -> str:
+    names = ", ".join(f"{alert.violation.guard.split('/')[-1]} (step {alert.violation.step})" for alert in alerts)
+    return f"after that, rules whose metrics are no numbers any more: {names}\n"
+
+
+def alert_words(alert: Alert, ascii_only: bool = False) -> RenderableType:
+    violation = alert.violation
+    style = STYLES[violation.action]
+    head = Text.assemble((f"step {violation.step}", "bold"), "  ", (violation.action, style), "  ", violation.sentence)
+    again = f"; {alert.times - 1} times more, last at step {alert.last_step}" if alert.times > 1 else ""
+    after = "; after the end of a live trial" if alert.after_end else ""
+    source = f" ({alert.source})" if alert.source else ""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, text in (("likely cause", violation.cause), ("try first", violation.remedy)):
+        if text:
+            table.add_row(Text(name, "dim"), _plain(Text(text), ascii_only))
+    table.add_row(Text("rule", "dim"), _plain(Text(f"{violation.guard}{source}{again}{after}", "dim"), ascii_only))
+    return Group(_plain(head, ascii_only), Padding(table, (0, 0, 1, 2)))
+
+
+def _plain(text: Text, ascii_only: bool) -> Text:
+    return Text(readable(text.plain, True)) if ascii_only else text
+
+
+def _head(report: Report) -> str:
+    steps = "" if report.steps is None else f", steps {report.steps[0]}-{report.steps[1]}"
+    packs = ", ".join(
+        pack.name + ("" if not pack.options else f" ({', '.join(f'{k} {v:g}' for k, v in pack.options.items() if v is not None)})")
+        for pack in report.packs
+    )
+    return f"{report.log}: {report.records} records{steps}; rules: {packs or 'only those of every study'}"
+
+
+def _branches(branches: tuple[BranchReport, ...], ascii_only: bool) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("branch", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for branch in branches:
+        order = {"no": 0, "unknown": 1, "yes": 2}
+        found = sorted(branch.findings, key=lambda finding: order[finding.answer])
+        verdict = Text(branch.verdict, STYLES[branch.verdict])
+        table.add_row(readable(branch.branch, ascii_only), verdict, readable("; ".join(f.sentence for f in found), ascii_only))
+    return table
+
+
+def _unknown(report: Report) -> Iterator[str]:
+    """One line for each reason: metrics that are not there first, then what else keeps rules from judging."""
+    absent = [unknown for unknown in report.unknown if unknown.missing]
+    metrics = list(dict.fromkeys(metric for unknown in absent for metric in unknown.missing))
+    if absent:
+        more = f" and {len(metrics) - SHOWN} more" if len(metrics) > SHOWN else ""
+        rules = "a rule" if len(absent) == 1 else f"{len(absent)} rules"
+        yield f"unknown: no metric {', '.join(metrics[:SHOWN])}{more}, so {rules} could not judge"
+        if any(metric.startswith("dbg/") for metric in metrics):
+            yield "  dbg/… come from gradient taps in the training: docs/probes.md; `--map theirs=ours` renames others"
+    for unknown in report.unknown:
+        if not unknown.missing:
+            yield f"unknown: {unknown.guard}: {unknown.reason}"
+
+
+def _verdict(report: Report) -> str:
+    if report.passed_over >= max(report.records, 1) and not report.alerts:
+        return (
+            f"{report.passed_over} rows were passed over or unread and {report.records} judged: not enough to say that all is well"
+        )
+    if report.verdict == "unknown":
+        return "nothing could be judged"
+    judged = f"{len(report.judged)} of {len(report.judged) + len(report.unknown)} rules could judge"
+    if report.verdict == "healthy":
+        return f"no alert; {judged}" + ("" if report.packs else "; no rule pack is about this log")
+    if report.verdict == "does_not_work":
+        broken = ", ".join(branch.branch for branch in report.branches if branch.verdict == "does not work")
+        return f"does not work: {broken}; no alert; {judged}"
+    count = sum(alert.times for alert in report.alerts)
+    ended = f"; {WHAT_THEY_MEAN[report.ended.action].replace('here', f'at step {report.ended.step}')}" if report.ended else ""
+    return f"{count} alert{'s' if count > 1 else ''}; {judged}{ended}"

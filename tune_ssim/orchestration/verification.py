@@ -1,0 +1,157 @@
+"""An export, checked again: are code, weights, data and setting the ones it was proven with, and does it still hold?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.orchestration.run_study import confirm_again
+from tune_ssim.results.proof import comparison, differences, seals
+from tune_ssim.results.winner import holds, versions
+from tune_ssim.study.study import Study, load_study
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tune_ssim.results.study_folder import TrialSummary
+
+
+class _Horizon(BaseModel):
+    steps: Annotated[int, Field(ge=1)]
+
+
+class _Comparison(BaseModel):
+    mean: float
+    interval: tuple[float, float]
+
+
+class _Proof(BaseModel):
+    """What a proof must hold to be checked again; it may hold more."""
+
+    unproven: list[str]
+    setting: dict[str, Any]
+    study: Annotated[dict[str, Any], Field(min_length=1)]
+    provenance: Annotated[dict[str, str], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
+    horizon: _Horizon
+    objective: str
+    comparison: dict[str, _Comparison]
+
+
+class _Export(BaseModel):
+    trial_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
+    config: dict[str, Any]
+    exported_with: dict[str, Any]
+    seals: dict[str, str]
+    proof: _Proof
+
+    @model_validator(mode="after")
+    def _objective_was_compared(self) -> _Export:
+        if not self.proof.unproven and self.proof.objective not in self.proof.comparison:
+            raise ValueError(f"proof.comparison has no {self.proof.objective!r}")
+        if len(set(self.proof.seeds)) < len(self.proof.seeds):
+            raise ValueError("proof.seeds has a seed twice")
+        return self
+
+
+def read_export(path: Path) -> dict[str, Any]:
+    """An export in JSON or YAML that carries a complete proof. Raises UserError for any other file."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        exported = json.loads(text) if text.lstrip().startswith("{") else YAML(typ="safe", pure=True).load(text)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, YAMLError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: neither JSON nor YAML: {said}") from None
+    if not isinstance(exported, dict) or not isinstance(exported.get("proof"), dict):
+        raise UserError(f"{path}: not an export of `tune-ssim export --format json` (or yaml): it has no proof")
+    unproven = exported["proof"].get("unproven")
+    if isinstance(unproven, list) and unproven:
+        raise UserError(f"{path}: nothing to verify, it was exported as unproven: {'; '.join(map(str, unproven))}")
+    try:
+        _Export.model_validate(exported)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        words = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {place}: {words}" if place else f"{path}: {words}") from None
+    return dict(exported)
+
+
+def file_differences(exported: Mapping[str, Any]) -> list[str]:
+    """What was changed in the file itself since it was exported: the setting by its numbers, everything else by its place."""
+    config, confirmed = exported["config"], exported["proof"]["setting"]
+    lines = [
+        f"setting: {key} is {config.get(key)!r}, {confirmed.get(key)!r} was confirmed"
+        for key in sorted({*config, *confirmed})
+        if config.get(key) != confirmed.get(key)
+    ]
+    changed = [line.split(" ")[0] for line in differences(exported["seals"], seals(exported))]
+    return lines + [f"{name} is not what was exported" for name in changed if not (lines and name in ("config", "proof.setting"))]
+
+
+def version_notes(exported: Mapping[str, Any]) -> list[str]:
+    """Libraries that are of another version here: no fault, but a reason to look where a result differs."""
+    here = versions()
+    return [
+        f"{name} was {was}, here it is {here.get(name)}" for name, was in exported["exported_with"].items() if here.get(name) != was
+    ]
+
+
+def verify(
+    exported: Mapping[str, Any], *, address: str | None = None, console: Console | None = None
+) -> tuple[list[str], list[TrialSummary]]:
+    """What differs from what was proven, a line each, and the trials of the confirmation that was run again.
+
+    Where anything differs before it, the confirmation is not run: it would prove something else."""
+    lines = file_differences(exported)
+    if lines:
+        return lines, []
+    proof = exported["proof"]
+    study = _study(proof)
+    with TemporaryDirectory(prefix="tune-ssim-verify-") as folder:
+        found, trials = confirm_again(
+            study,
+            proof["setting"],
+            exported["trial_id"],
+            seeds=proof["seeds"],
+            steps=proof["horizon"]["steps"],
+            recorded=proof["provenance"],
+            storage=Path(folder),
+            address=address,
+            console=console,
+        )
+    lines = differences(proof["provenance"], found)
+    return (lines, trials) if lines else (_result_differences(proof, trials), trials)
+
+
+def _study(proof: Mapping[str, Any]) -> Study:
+    try:
+        return load_study({**proof["study"], "tracking": None})
+    except UserError as error:
+        raise UserError(f"the study in the proof cannot be read by this version: {error}") from None
+
+
+def _result_differences(proof: Mapping[str, Any], trials: list[TrialSummary]) -> list[str]:
+    confirmed = [trial for trial in trials if trial["role"] == "confirm"]
+    lines = [f"{trial['trial_id']} is {trial['verdict']}: {trial['reason']}" for trial in trials if trial["verdict"] != "safe"]
+    if lines:
+        return lines
+    objective = proof["objective"]
+    if not holds(confirmed, objective):
+        return [f"{objective} no longer beats the baseline"]
+    recorded, again = proof["comparison"][objective], comparison(confirmed)[objective]
+    low, high = recorded["interval"]
+    if not low <= again["mean"] <= high:
+        return [f"{objective} is {again['mean']:+.4f} now, outside the interval [{low:+.4f}, {high:+.4f}] that was recorded"]
+    return []

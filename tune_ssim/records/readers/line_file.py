@@ -1,0 +1,141 @@
+"""A file of lines that is followed while it grows, is cut, or is replaced by a new one."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tune_ssim.records import Record
+from tune_ssim.records.readers.parser import LineParser
+from tune_ssim.records.readers.trouble import Trouble
+
+CHUNK_BYTES = 1024 * 1024  # the records of so much are held at a time
+TAIL_BYTES = 64  # read last, and looked at again before more is read: a file that was rewritten differs there
+
+WAS_REPLACED = "the log was replaced while it was read: steps that it repeats are passed over"
+WAS_REWRITTEN = "the log was rewritten while it was read: steps that it repeats are passed over"
+
+
+class LineFile:
+    """Follows `path`, which need not exist yet."""
+
+    def __init__(self, path: Path, parser: LineParser) -> None:
+        self.path = path
+        self._parser = parser
+        self._file: io.FileIO | None = None
+        self._offset = 0  # read so far
+        self._identity: list[int] | None = None  # device and inode
+        self._tail = b""  # the last bytes before the offset
+
+    @property
+    def trouble(self) -> Trouble:
+        return self._parser.trouble
+
+    @property
+    def format(self) -> str | None:
+        return self._parser.format
+
+    def read(self) -> list[Record]:
+        return [record for part in self.parts() for record in part]
+
+    def finish(self) -> list[Record]:
+        return [*self.read(), *self._parser.finish()]
+
+    def held(self) -> int | None:
+        return self._parser.held()
+
+    def release(self) -> list[Record]:
+        return self._parser.release()
+
+    def parts(self) -> Iterator[Sequence[Record]]:
+        try:
+            for data in self._new_bytes():
+                yield from self._parser.feed_parts(data)
+        except OSError as error:
+            self.trouble.note(f"{self.path}: {error.strerror or error}")
+            self._close()
+
+    def _new_bytes(self) -> Iterator[bytes]:
+        if not self._open():
+            return
+        self._restart_if_rewritten()
+        yield from self._to_the_end()
+        if self._was_replaced():  # the old file was read to its end
+            self._close()
+            if self._open():
+                self._begin_anew(WAS_REPLACED)
+                yield from self._to_the_end()
+
+    def _open(self) -> bool:
+        """False if there is no file (yet)."""
+        if self._file is not None:
+            return True
+        try:
+            self._file = self.path.open("rb", buffering=0)
+        except FileNotFoundError:
+            return False
+        status = os.fstat(self._file.fileno())
+        identity = [status.st_dev, status.st_ino]
+        if self._identity not in (None, identity):
+            self._begin_anew(WAS_REPLACED)  # between two lives of this source
+        self._identity = identity
+        return True
+
+    def _to_the_end(self) -> Iterator[bytes]:
+        """What is there now; a log that grows as fast as it is read must not keep us for ever."""
+        assert self._file is not None
+        end = os.fstat(self._file.fileno()).st_size
+        self._file.seek(self._offset)
+        while self._offset < end:
+            data = self._file.read(min(CHUNK_BYTES, end - self._offset))
+            if not data:
+                return
+            self._offset += len(data)
+            self._tail = (self._tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
+            yield data
+
+    def _restart_if_rewritten(self) -> None:
+        assert self._file is not None
+        self._file.seek(self._offset - len(self._tail))
+        if self._file.read(len(self._tail)) != self._tail:
+            self._begin_anew(WAS_REWRITTEN)
+
+    def _was_replaced(self) -> bool:
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:  # moved away, and no new one yet
+            return False
+        return [status.st_dev, status.st_ino] != self._identity
+
+    def _begin_anew(self, reason: str) -> None:
+        self._offset, self._tail = 0, b""
+        self._parser.begin_anew(reason)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def state(self) -> dict[str, Any]:
+        """An unfinished line is read again: it is not in the state."""
+        held = self._parser.held_bytes
+        tail = self._tail[: max(0, len(self._tail) - held)]
+        return {
+            "kind": "lines",
+            "offset": self._offset - held,
+            "identity": self._identity,
+            "tail": tail.decode("latin-1"),
+            "parser": self._parser.to_json(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._offset, self._identity = state["offset"], state["identity"]
+        self._tail = state["tail"].encode("latin-1")
+        self._parser.load_json(state["parser"])
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            self._close()

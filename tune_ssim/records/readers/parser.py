@@ -1,0 +1,214 @@
+"""The lines of any training's log → records: for the pipe of a process, and for files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.records import Record
+from tune_ssim.records.readers.csv_rows import CsvRows, delimiter_of, is_header, looks_like_csv, split_fields
+from tune_ssim.records.readers.json_lines import TAG, JsonLines, is_row
+from tune_ssim.records.readers.lines import MAX_LINE_BYTES, Lines
+from tune_ssim.records.readers.rows import Rows
+from tune_ssim.records.readers.text_lines import HOW_A_PATTERN_LOOKS, PRINTED, PatternLines, PrintedLines, text_format
+from tune_ssim.records.readers.trouble import Trouble, excerpt
+
+LINE_FORMATS = ("jsonl", "csv", "text")
+FEED_BYTES = 1024 * 1024  # split at a time, so that a large piece needs no memory several times over
+SHOWN_LINES = 3  # of a log that is nothing we know, in the message
+
+
+class LineFormat(Protocol):
+    @property
+    def format(self) -> str: ...
+
+    def take(self, lines: list[str], number: int) -> None: ...
+    def to_json(self) -> dict[str, Any]: ...
+    def load_json(self, data: Mapping[str, Any]) -> None: ...
+
+
+class LineParser:
+    """Bytes in, in pieces of any size, records out. `format`: jsonl, csv or text (see docs/logs.md); None: the first line
+    that is a row of one of them decides, and a line tagged TUNE_SSIM decides at any time. `names`: their metric
+    names → ours. `pattern`: for text. Raises UserError for unusable arguments, and nothing later."""
+
+    def __init__(
+        self,
+        *,
+        format: str | None = None,
+        names: Mapping[str, str] | None = None,
+        pattern: str | Sequence[str] | None = None,
+        file_name: str = "",
+    ) -> None:
+        if format is not None and format not in LINE_FORMATS:
+            raise UserError(f"format: must be one of {', '.join(LINE_FORMATS)} for lines; got {format!r}")
+        if pattern is not None and format not in (None, "text"):
+            raise UserError(f"pattern: goes with format text, not with {format}")
+        self._rows = Rows(names)
+        self._pattern = pattern
+        self._lines = Lines()
+        self._format = self._make("text" if pattern is not None else format, file_name)
+
+    def _make(self, format: str | None, file_name: str) -> LineFormat:
+        if format == "jsonl":
+            return JsonLines(self._rows)
+        if format == "csv":
+            return CsvRows(self._rows)
+        if format == "text":
+            return text_format(self._rows, self._pattern)
+        return AnyLines(self._rows, file_name)
+
+    @property
+    def trouble(self) -> Trouble:
+        return self._rows.trouble
+
+    @property
+    def format(self) -> str | None:
+        """None while it is not known."""
+        return self._format.format or None
+
+    @property
+    def held_bytes(self) -> int:
+        """Of a line that is not complete."""
+        return len(self._lines)
+
+    def feed(self, data: bytes) -> list[Record]:
+        """Records that became complete."""
+        return [record for part in self.feed_parts(data) for record in part]
+
+    def feed_parts(self, data: bytes) -> list[Sequence[Record]]:
+        """The same, in tables where the log allows it."""
+        for begin in range(0, len(data), FEED_BYTES):
+            self._take(self._lines.feed(data[begin : begin + FEED_BYTES]))
+        return self._rows.steps.take_parts()
+
+    def finish(self) -> list[Record]:
+        """The rest: a last line without a newline, and the step that was held back."""
+        self._take(self._lines.finish())
+        if isinstance(self._format, AnyLines):
+            self._format.finish()
+        elif isinstance(self._format, PatternLines | PrintedLines) and (why := self._format.unmatched()):
+            self.trouble.note(why)
+        return self._rows.steps.finish()
+
+    def held(self) -> int | None:
+        """See `Source.held`."""
+        return self._rows.steps.held()
+
+    def release(self) -> list[Record]:
+        """See `Source.release`."""
+        return self._rows.steps.release()
+
+    def begin_anew(self, reason: str) -> None:
+        """The file was replaced or cut: what follows is its beginning."""
+        self.trouble.note(reason)
+        self._lines.begin_anew()
+        self._rows.steps.begin_anew()
+
+    def _take(self, lines: list[str]) -> None:
+        trouble = self.trouble
+        while self._lines.too_long:
+            self._lines.too_long -= 1
+            trouble.lines += 1
+            trouble.skip(trouble.lines, "", f"longer than {MAX_LINE_BYTES // 2**20} MiB")
+        if lines:
+            self._format.take(lines, trouble.lines + 1)
+            self.trouble.lines += len(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The state without the bytes of an unfinished line, which are to be fed again."""
+        return {
+            "rows": self._rows.to_json(),
+            "lines": self._lines.to_json(),
+            "format": self._format.format,
+            "of_format": self._format.to_json(),
+        }
+
+    def load_json(self, data: Mapping[str, Any]) -> None:
+        self._rows.load_json(data["rows"])
+        self._lines.load_json(data["lines"])
+        self._format.load_json(data["of_format"])
+
+
+class AnyLines:
+    """The format of the first line that is a row of one; until then lines are passed over."""
+
+    def __init__(self, rows: Rows, file_name: str = "") -> None:
+        self._rows = rows
+        self._named_csv = file_name.lower().endswith((".csv", ".tsv"))
+        self._named_jsonl = file_name.lower().endswith((".jsonl", ".ndjson"))
+        self._printed = PrintedLines(rows)
+        self._chosen: LineFormat | None = None
+        self._first: list[str] = []  # the first lines that are not blank
+        self._seen = 0
+
+    @property
+    def format(self) -> str:
+        return self._chosen.format if self._chosen else ""
+
+    def take(self, lines: list[str], number: int) -> None:
+        """The lines `number`, `number` + 1, … of the log."""
+        if not (isinstance(self._chosen, JsonLines) and self._chosen.tagged) and TAG in "\n".join(lines):
+            tagged = next(k for k, line in enumerate(lines) if TAG in line)
+            self._take_untagged(lines[:tagged], number)
+            self._rows.forget()
+            self._chosen = JsonLines(self._rows)
+            self._chosen.tagged = True
+            lines, number = lines[tagged:], number + tagged
+        self._take_untagged(lines, number)
+
+    def _take_untagged(self, lines: list[str], number: int) -> None:
+        for k, line in enumerate(lines):
+            if self._chosen is not None:
+                self._chosen.take(lines[k:], number + k)
+                return
+            if line.strip():
+                self._look_at(line, number + k)
+
+    def _look_at(self, line: str, number: int) -> None:
+        """Decides if it can, and takes the line then."""
+        self._seen += 1
+        if len(self._first) < SHOWN_LINES:
+            self._first.append(line[:1000])
+        if self._seen == 1 and self._named_csv and is_header(split_fields(line, delimiter_of(line))):
+            self._chosen = CsvRows(self._rows)
+        elif self._seen == 2 and looks_like_csv(self._first[0], line, self._rows.names.steps, self._named_csv):
+            self._chosen = CsvRows(self._rows)
+            self._chosen.take([self._first[0], line], number - 1)
+            return
+        elif is_row(line, self._rows.names) or self._named_jsonl:
+            self._chosen = JsonLines(self._rows)
+        elif self._printed.recognises(line):
+            self._chosen = self._printed
+        if self._chosen is not None:
+            self._chosen.take([line], number)
+
+    def finish(self) -> None:
+        """Says so if no line was a row of anything."""
+        if self._chosen is None and self._seen:
+            self._rows.trouble.note(self.unknown())
+
+    def unknown(self) -> str:
+        """What a user can do about a log that is nothing we know."""
+        shown = " ".join(excerpt(line) for line in self._first)
+        return (
+            f"no row of a training in {self._seen} line{'s' if self._seen > 1 else ''}, beginning with {shown}; "
+            f"give a format ({', '.join(LINE_FORMATS)}), or a pattern: {' or '.join(PRINTED)}, or {HOW_A_PATTERN_LOOKS}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        chosen = self._chosen
+        return {
+            "chosen": chosen.format if chosen else None,
+            "of_chosen": chosen.to_json() if chosen else {},
+            "first": list(self._first),
+            "seen": self._seen,
+        }
+
+    def load_json(self, data: Mapping[str, Any]) -> None:
+        self._first, self._seen = list(data["first"]), data["seen"]
+        made: dict[str, LineFormat] = {"jsonl": JsonLines(self._rows), "csv": CsvRows(self._rows), "text": self._printed}
+        self._chosen = made.get(data["chosen"])
+        if self._chosen is not None:
+            self._chosen.load_json(data["of_chosen"])

@@ -1,0 +1,43 @@
+"""Which printed lines say how a step was, so that nobody takes them for something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tune_ssim.records.readers.bounded_search import MAX_PATTERN_TEXT
+from tune_ssim.records.readers.json_lines import is_row
+from tune_ssim.records.readers.text_lines import PAIR, PRINTED, compiled, key_values
+from tune_ssim.records.readers.values import Names
+
+OF_A_STEP = ("loss", "train_loss")  # numbers that nobody sets
+
+
+class RecordLines:
+    """pattern, names: as for `LineParser`. printed: whether the records are read from these lines at all.
+
+    A line is a record if the pattern takes it; or if it has a step and a loss or a norm, or a number called `loss`, for
+    progress is printed also where the records come from a file."""
+
+    def __init__(self, pattern: str | Sequence[str] | None, names: Mapping[str, str], printed: bool) -> None:
+        self._names = Names(names)
+        known = [pattern] if isinstance(pattern, str) else list(pattern or ())
+        self._readers = [PRINTED[name](self._names).read for name in known if name in PRINTED]
+        self._patterns = [compiled(text) for text in known if text not in PRINTED]
+        self._any = printed and pattern is None
+        if self._any:
+            self._readers = [printed(self._names).read for printed in PRINTED.values()]
+        self._key_values = key_values(self._names).read
+
+    def takes(self, line: str) -> bool:
+        line = line[:MAX_PATTERN_TEXT]
+        if any(pattern.search(line) for pattern in self._patterns):
+            return True
+        if any((row := read(line)) is not None and row[0] is not None for read in self._readers):
+            return True
+        if self._any and is_row(line, self._names) and any(f'"{name}"' in line for name in self._names.steps):
+            return True
+        names = [name for name, _ in PAIR.findall(line.lower())]
+        if any(name in OF_A_STEP for name in names):
+            return True
+        row = self._key_values(line)
+        return row is not None and row[0] is not None and any(name.endswith(("loss", "norm")) for name in names)

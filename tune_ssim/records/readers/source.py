@@ -1,0 +1,224 @@
+"""A log of any training as a stream of records: what a source is, and which one reads a path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.records import Record
+from tune_ssim.records.readers.event_files import HEADER, EventFiles, event_files, is_event_file, require_one_run
+from tune_ssim.records.readers.json_file import JsonFile, holds_document
+from tune_ssim.records.readers.line_file import LineFile
+from tune_ssim.records.readers.parser import LINE_FORMATS, LineParser
+from tune_ssim.records.readers.trouble import Trouble
+
+FORMATS = ("jsonl", "json", "csv", "tensorboard", "text")
+LOOKED_FIRST = 1024 * 1024  # bytes that tell a JSON document from lines
+PIECE = 16 * 1024
+LOOKED_AT = 8 * 1024 * 1024  # bytes of a log in which a first row is looked for: a large model may be printed first
+MLFLOW = ("mlflow:", "runs:/")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+
+
+class Source(Protocol):
+    """Records of a log that may still be growing. Their steps only grow, over the whole life of a source."""
+
+    @property
+    def trouble(self) -> Trouble: ...
+
+    def read(self) -> list[Record]:
+        """What is new and complete since the last call. The file need not exist yet. Never raises for bad content."""
+
+    def finish(self) -> list[Record]:
+        """What is new, and the rest: an unterminated last line, the step that was held back."""
+
+    def held(self) -> int | None:
+        """The step that was read and is held back, since more rows of it may come; None if there is none."""
+
+    def release(self) -> list[Record]:
+        """The step that is held back. Rows of it that come later make another record of that step."""
+
+    def parts(self) -> Iterator[Sequence[Record]]:
+        """What `read` returns, in parts of bounded size."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON with which `open_source` goes on after a restart, without a record lost or repeated."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Before the first read."""
+
+
+def open_source(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    names: Mapping[str, str] | None = None,
+    pattern: str | Sequence[str] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> Source:
+    """A source that reads `path` from its beginning, or from where `state` was taken.
+
+    `format`: one of FORMATS; None: found from the content, once there is some. `names`: their metric names → ours;
+    ours may be `step`. `pattern`: a built-in pattern, regular expressions with a group `step`, see docs/logs.md.
+    Raises UserError for arguments that cannot be, for a file that is nothing we know, a compressed one, and a folder
+    without exactly one TensorBoard run. A path where nothing is yet is no error."""
+    path = Path(path)
+    if format is not None and format not in FORMATS:
+        raise UserError(f"format: must be one of {', '.join(FORMATS)}; got {format!r}")
+    if pattern is not None and format is None:
+        format = "text"
+    LineParser(format=format if format in LINE_FORMATS else None, names=names, pattern=pattern)  # are the arguments sound?
+    if pattern is not None and format != "text":
+        raise UserError(f"pattern: goes with format text, not with {format}")
+    if str(path).startswith(MLFLOW):
+        raise UserError(f"{path}: a run in MLflow is opened by tune_ssim.tracking.mlflow_source.open_run")
+    if state is not None:
+        source = _of_kind(state["kind"], path, format, names, pattern)
+        source.load_state(state)
+        return source
+    kind = _kind(path, format, names)
+    return _of_kind(kind, path, format, names, pattern)
+
+
+def _of_kind(
+    kind: str, path: Path, format: str | None, names: Mapping[str, str] | None, pattern: str | Sequence[str] | None
+) -> Source:
+    if kind == "tensorboard":
+        return EventFiles(path, names)
+    if kind == "json":
+        return JsonFile(path, names)
+    if kind == "lines":
+        lines = LineParser(format=format if format in LINE_FORMATS else None, names=names, pattern=pattern, file_name=path.name)
+        return LineFile(path, lines)
+    return NotThereYet(path, names)
+
+
+def _kind(path: Path, format: str | None, names: Mapping[str, str] | None) -> str:
+    """`lines`, `json`, `tensorboard`, or `unknown` while there is nothing. Raises UserError."""
+    try:
+        if path.is_dir():
+            if format not in (None, "tensorboard"):
+                raise UserError(f"{path}: a folder; {format} is a format of files")
+            if format is None:
+                require_one_run(path)
+            return "tensorboard"
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: neither a file nor a folder; feed what comes from a pipe to a LineParser")
+        start = _beginning(path, LOOKED_FIRST)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    for magic, name in COMPRESSED.items():
+        if start.startswith(magic):
+            raise UserError(f"{path}: compressed ({name}); unpack it first")
+    if format is not None:
+        return format if format in ("tensorboard", "json") else "lines"
+    if not start:
+        return "unknown"
+    if is_event_file(start):
+        return "tensorboard"
+    if path.name == "trainer_state.json" or holds_document(start):
+        return "json"
+    looking = LineParser(names=names, file_name=path.name)
+    data = start if len(start) < LOOKED_FIRST else _beginning(path, LOOKED_AT)
+    for begin in range(0, len(data), PIECE):
+        looking.feed(data[begin : begin + PIECE])
+        if looking.format is not None:
+            return "lines"
+    looking.finish()
+    if looking.format is None:
+        if not start.strip() or not (b"\n" in data or b"\r" in data):  # it has just begun
+            return "unknown"
+        raise UserError(f"{path}: {'; '.join(looking.trouble.notes)}; valid formats: {', '.join(FORMATS)}")
+    return "lines"
+
+
+def _beginning(path: Path, size: int) -> bytes:
+    """Empty if there is no file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except FileNotFoundError:
+        return b""
+
+
+class NotThereYet:
+    """A path with nothing in it: what it is shows when something is. A file that turns out to be nothing we know is
+    followed as lines, for a row may come yet."""
+
+    def __init__(self, path: Path, names: Mapping[str, str] | None) -> None:
+        self.path = path
+        self._names = names
+        self._trouble = Trouble()
+        self._source: Source | None = None
+
+    @property
+    def trouble(self) -> Trouble:
+        return self._source.trouble if self._source else self._trouble
+
+    def read(self) -> list[Record]:
+        return [record for part in self.parts() for record in part]
+
+    def finish(self) -> list[Record]:
+        records = [record for part in self._parts(complete=True) for record in part]
+        if self._source is None:
+            self._trouble.note(f"{self.path}: nothing was written there")
+            return records
+        return [*records, *self._source.finish()]
+
+    def held(self) -> int | None:
+        return self._source.held() if self._source else None
+
+    def release(self) -> list[Record]:
+        return self._source.release() if self._source else []
+
+    def parts(self) -> Iterator[Sequence[Record]]:
+        yield from self._parts(complete=False)
+
+    def _parts(self, complete: bool) -> Iterator[Sequence[Record]]:
+        if self._source is None:
+            try:
+                kind = self._look(complete)
+            except OSError as error:
+                self._trouble.note(f"{self.path}: {error.strerror or error}")
+                return
+            if kind == "unknown":
+                return
+            self._source = _of_kind(kind, self.path, None, self._names, None)
+        yield from self._source.parts()
+
+    def _look(self, complete: bool) -> str:
+        """`complete`: no more will come."""
+        if self.path.is_dir():
+            return "tensorboard" if event_files(self.path) else "unknown"
+        start = _beginning(self.path, LOOKED_FIRST)
+        if len(start) < HEADER and not (start and complete):
+            return "unknown"
+        if is_event_file(start):
+            return "tensorboard"
+        # A document may be half written yet; JsonFile sees for itself whether it holds lines.
+        return "json" if self.path.suffix == ".json" or holds_document(start) else "lines"
+
+    def state(self) -> dict[str, Any]:
+        return self._source.state() if self._source else {"kind": "unknown"}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Nothing was read."""
+
+
+def read_all(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    names: Mapping[str, str] | None = None,
+    pattern: str | Sequence[str] | None = None,
+) -> Iterator[Record]:
+    """The records of a log that is finished, in bounded memory. Raises UserError as `open_source` does, and if there is
+    nothing at `path`."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file")
+    source = open_source(path, format=format, names=names, pattern=pattern)
+    for part in source.parts():
+        yield from part
+    yield from source.finish()

@@ -1,0 +1,386 @@
+"""Rows out of lines that were printed for people: by regular expressions of the user, or by built-in patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.records.readers.bounded_search import LINE_LIMIT_S, MAX_PATTERN_TEXT, SLOW_LINES, BoundedSearch
+from tune_ssim.records.readers.line_shape import NUMBER, LineShape, Places
+from tune_ssim.records.readers.rows import Rows
+from tune_ssim.records.readers.trouble import excerpt
+from tune_ssim.records.readers.values import Names, text_number
+
+TOGETHER = 512  # lines that are searched at once: quicker than one, and it stays in the cache
+ALIKE = 8  # of fewer it is not asked whether they are alike
+MISFITS = 10  # after so many blocks in a row that were not, it is not asked any more
+
+HOW_A_PATTERN_LOOKS = r"a regular expression with named groups, one of them `step`, e.g. 'step (?P<step>\d+) .*loss (?P<loss>\S+)'"
+
+
+class Printed(NamedTuple):
+    """How rows are printed. read: a line → (its step or None, its numbers by their names); None if it is no row. look: what is
+    looked at of a line. places: where all that stands; None where it has no step."""
+
+    read: Callable[[str], tuple[str | None, dict[str, float]] | None]
+    look: Callable[[str], str]
+    places: Callable[[str], Places | None]
+
+
+# `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A unit behind the number (`0.3s`) makes it something else.
+# In lower case.
+PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.])")
+DICT = re.compile(r"\{\s{0,8}['\"]\w")
+
+
+# What a person would call a row of a training.
+LIKE_A_ROW = re.compile(r"(?:loss|step|iter|epoch).{0,200}\d", re.IGNORECASE)
+
+
+class Unmatched:
+    """Lines that were seen while a pattern has known none of them: what to show to somebody whose pattern is wrong."""
+
+    def __init__(self) -> None:
+        self.never = True  # no line was known so far
+        self._seen = 0
+        self._shown = ""
+        self._like_a_row = False
+
+    def take(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            if not line.strip():
+                continue
+            self._seen += 1
+            if not self._like_a_row:
+                self._like_a_row = LIKE_A_ROW.search(line[:MAX_PATTERN_TEXT]) is not None
+                if self._like_a_row or not self._shown:
+                    self._shown = line[:1000]
+
+    def sentence(self, what: str) -> str:
+        """Empty if a line was known, or there was none."""
+        if not self.never or not self._seen:
+            return ""
+        lines = "the only line" if self._seen == 1 else f"any of {self._seen} lines"
+        return f"{what} did not match {lines}, {'for one ' if self._seen > 1 else ''}{excerpt(self._shown)}"
+
+
+class PatternLines:
+    """Rows by the user's patterns; a line may be a row of several of them. A line that no pattern knows is no trouble."""
+
+    format = "text"
+
+    def __init__(self, rows: Rows, patterns: Iterable[str]) -> None:
+        self._rows = rows
+        self._patterns = [BoundedSearch(compiled(pattern)) for pattern in patterns]
+        self._unmatched = Unmatched()
+
+    def take(self, lines: list[str], number: int) -> None:
+        """The lines `number`, `number` + 1, … of the log."""
+        for begin in range(0, len(lines), TOGETHER):
+            block = shortened(lines[begin : begin + TOGETHER])
+            found = [self._search(pattern, block, number + begin) for pattern in self._patterns]
+            if len(found) == 1 and self._add_together([match for match in found[0] if match is not None]):
+                continue
+            for at, matches in enumerate(zip(*found, strict=True), number + begin):
+                for match in matches:
+                    if match is not None:
+                        self._unmatched.never = False
+                        self._add(match, at)
+            if self._unmatched.never:
+                self._unmatched.take(block)
+
+    def unmatched(self) -> str:
+        """Says so if no line was a row."""
+        shown = ", ".join(excerpt(pattern.pattern.pattern) for pattern in self._patterns)
+        return self._unmatched.sentence(f"pattern{'s' if len(self._patterns) > 1 else ''} {shown}")
+
+    def _search(self, pattern: BoundedSearch, lines: list[str], number: int) -> list[re.Match[str] | None]:
+        if pattern.given_up:
+            return [None] * len(lines)
+        found = pattern.search(lines)
+        for at in pattern.slow:
+            self._rows.trouble.skip(number + at, lines[at], f"the pattern took more than {LINE_LIMIT_S:g} s")
+        if pattern.given_up:
+            self._rows.trouble.note(f"pattern {pattern.pattern.pattern!r} was given up after {SLOW_LINES} lines that took too long")
+        return found
+
+    def _add_together(self, matches: list[re.Match[str]]) -> bool:
+        """Rows of one pattern in which every group found a plain number; False: nothing was used up."""
+        if len(matches) < ALIKE:
+            return False
+        places = self._patterns[0].pattern.groupindex
+        texts = dict(zip(places, zip(*(match.group(*places.values()) for match in matches), strict=True), strict=True))
+        steps = texts.pop("step")
+        if not all(step is not None and len(step) < 19 and step.isascii() and step.isdigit() for step in steps):
+            return False
+        try:
+            columns = {self._rows.names[name]: tuple(map(float, column)) for name, column in texts.items()}
+        except (TypeError, ValueError):  # a group that took no part, or that found something else
+            return False
+        if not self._rows.add_columns(list(map(int, steps)), columns, self._rows.names):
+            return False
+        self._unmatched.never = False
+        return True
+
+    def _add(self, found: re.Match[str], number: int) -> None:
+        names, texts = self._rows.names, found.groupdict()
+        step = texts.pop("step")
+        if step is None:
+            return
+        try:
+            values = {names[name]: float(text) for name, text in texts.items() if text is not None}
+        except ValueError:
+            values = self._odd_values(texts, found.string, number)
+        if values:
+            self._rows.add(step, names.rename(values) if names.given else values, number, found.string)
+
+    def _odd_values(self, texts: Mapping[str, str | None], line: str, number: int) -> dict[str, float]:
+        """Of groups that found more than a number."""
+        values = {}
+        for name, text in texts.items():
+            if text is None:
+                continue
+            value = text_number(text.strip(" ,;|%()[]{}'\""))
+            if value is None:
+                self._rows.trouble.skip(number, line, f"group '{name}' found {text!r}, which is no number")
+            else:
+                values[self._rows.names[name]] = value
+        return values
+
+    def to_json(self) -> dict[str, Any]:
+        return {"never": self._unmatched.never}
+
+    def load_json(self, data: Mapping[str, Any]) -> None:
+        self._unmatched.never = data.get("never", False)
+
+
+class PrintedLines:
+    """Rows by a built-in pattern: `name`, or the first of them that knows a line; `bagel` then beats the generic one
+    at any time."""
+
+    format = "text"
+
+    def __init__(self, rows: Rows, name: str | None = None) -> None:
+        self._rows = rows
+        given = rows.names.given
+        self._names = Names({**{theirs.lower(): ours for theirs, ours in given.items()}, **given})  # key_values lowers names
+        self._printed = {known: printed(self._names) for known, printed in PRINTED.items()}
+        self._may_change = name is None
+        self._unmatched = Unmatched()
+        self.name = name
+        self._shape: LineShape | None = None  # of the rows lately
+        self._misfits = 0  # blocks in a row in which some line had another one
+
+    def recognises(self, line: str) -> bool:
+        """Whether a built-in pattern knows this line; the first that does is kept."""
+        line = line[:MAX_PATTERN_TEXT]
+        if self.name is None:
+            self.name = next((name for name, printed in self._printed.items() if printed.read(line) is not None), None)
+        return self.name is not None
+
+    def take(self, lines: list[str], number: int) -> None:
+        """The lines `number`, `number` + 1, … of the log."""
+        for begin in range(0, len(lines), TOGETHER):
+            block = shortened(lines[begin : begin + TOGETHER])
+            if self._shape is None:
+                self._take_each(block, number + begin)
+            else:
+                self._take_alike(self._shape, block, number + begin)
+
+    def _take_alike(self, shape: LineShape, lines: list[str], number: int) -> None:
+        """Lines of which most have the shape of a row before them."""
+        texts = shape.read(list(map(self._printed[self.name or ""].look, lines)))
+        fit = texts.count(None) <= len(lines) // 2
+        self._misfits = 0 if fit else self._misfits + 1
+        begin = 0
+        for fits, of_run in groupby(texts, key=lambda text: text is not None):
+            run = list(of_run)
+            # A surer format may have been found in between: its rows have another shape.
+            alike = fits and len(run) >= ALIKE and self._shape is shape
+            if not (alike and self._add_run(shape, run)):
+                self._take_each(lines[begin : begin + len(run)], number + begin)
+            begin += len(run)
+        if not fit and self._shape is shape:
+            self._shape = None
+
+    def _add_run(self, shape: LineShape, texts: list[Any]) -> bool:
+        try:
+            return self._rows.add_columns(*shape.columns(texts), self._names)
+        except ValueError:  # what looked like a number
+            return False
+
+    def _take_each(self, lines: list[str], number: int) -> None:
+        wants_shape = self._shape is None and len(lines) >= ALIKE and self._misfits < MISFITS
+        for at, line in enumerate(lines, number):
+            if self.name is None and not self.recognises(line):
+                self._unmatched.take([line])
+                continue
+            row = self._printed[self.name or ""].read(line)
+            if row is None:
+                if self._unmatched.never:
+                    self._unmatched.take([line])
+                continue
+            self._unmatched.never = False
+            if self._may_change and self.name == "key_values" and self._printed["bagel"].read(line) is not None:
+                self.name, self._shape = "bagel", None
+                self._rows.forget()
+                row = self._printed["bagel"].read(line) or row
+            step, values = row
+            if wants_shape:
+                self._shape = self._shape_of(line, row)
+                wants_shape = self._shape is None
+            self._rows.add(step, self._names.rename(values) if self._names.given else values, at, line)
+
+    def _shape_of(self, line: str, row: tuple[str | None, dict[str, float]]) -> LineShape | None:
+        """Of a row, as far as reading by it gives the same."""
+        printed = self._printed[self.name or ""]
+        seen = printed.look(line)
+        places = printed.places(seen)
+        if places is None:
+            return None
+        try:
+            shape = LineShape(seen, places)
+        except ValueError:
+            return None
+        (texts,) = shape.read([seen])
+        if texts is None or row[0] is None:
+            return None
+        (step,), columns = shape.columns([texts])
+        same = repr((int(row[0]), row[1])) == repr((step, {name: values[0] for name, values in columns.items()}))  # also of NaN
+        return shape if same else None
+
+    def unmatched(self) -> str:
+        """Says so if no line was a row."""
+        return self._unmatched.sentence(f"the built-in pattern {self.name or ' or '.join(PRINTED)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "never": self._unmatched.never}
+
+    def load_json(self, data: Mapping[str, Any]) -> None:
+        self.name = data["name"]
+        self._unmatched.never = data.get("never", False)
+
+
+def shortened(lines: list[str]) -> list[str]:
+    if max(map(len, lines), default=0) <= MAX_PATTERN_TEXT:
+        return lines
+    return [line[:MAX_PATTERN_TEXT] for line in lines]
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """Raises UserError for what is no regular expression, or has no group `step`, or no other."""
+    if not isinstance(pattern, str) or not pattern:
+        raise UserError(f"pattern: must be {HOW_A_PATTERN_LOOKS}; got {pattern!r}")
+    try:
+        found = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"pattern {pattern!r}: {error}; valid is {HOW_A_PATTERN_LOOKS}") from None
+    if "step" not in found.groupindex or len(found.groupindex) < 2:
+        got = ", ".join(found.groupindex) or "none"
+        raise UserError(f"pattern {pattern!r}: named groups: {got}; valid is {HOW_A_PATTERN_LOOKS}")
+    return found
+
+
+def key_values(names: Names) -> Printed:
+    """`step 12 | loss 0.31 | grad_norm: 1.2`, `Step: 12, Loss=0.31`, and dictionaries as Hugging Face's Trainer prints
+    them. Names in lower case. A line needs a step, unless it is a dictionary."""
+    steps = "|".join(re.escape(name.lower()) for name in (*names.steps, "train_step", "global step"))
+    step_of = re.compile(rf"(?<![\w/-])(?:{steps})['\"]?\s{{0,8}}[:=#\[( ]?\s{{0,8}}['\"]?(\d{{1,19}})(?![\d.])")
+    is_step = {name.lower() for name in names.steps} | {"train_step"}
+    marks = {"step", "iter", *(name.lower() for name, ours in names.given.items() if ours == "step")}
+
+    def read(line: str) -> tuple[str | None, dict[str, float]] | None:
+        lower = line.lower()
+        found = step_of.search(lower) if any([mark in lower for mark in marks]) else None  # noqa: C419  (faster)
+        if found is None and not (line.rstrip().endswith("}") and DICT.search(line)):
+            return None
+        values = {name: float(text) for name, text in PAIR.findall(lower) if name not in is_step}
+        return (found.group(1) if found else None, values) if values else None
+
+    def places(lower: str) -> Places | None:
+        found = step_of.search(lower)
+        if found is None:
+            return None
+        return Places(
+            found.span(1), [(pair[1], pair.span(1), pair.span(2)) for pair in PAIR.finditer(lower) if pair[1] not in is_step]
+        )
+
+    return Printed(read, str.lower, places)
+
+
+# `(step=0000120) Train Loss mse: 0.4123, Train Loss ce: 0.5511, Train Steps/Sec: 0.08, ` as BAGEL's
+# train/pretrain_unified_navit.py writes it, and the DiT family before it: `(step=0000500/epoch=0001) Train Loss: 0.1158`.
+BAGEL_STEP = re.compile(r"\(step=(\d{1,19})[^()]{0,80}\) ")
+BAGEL_NAMES = {"mse": "loss_flow", "ce": "loss_ce", "ssim": "loss_ssim", "pixel": "loss_pixel"}
+
+
+def bagel(names: Names) -> Printed:
+    """`Train Loss KEY` becomes KEY, under our name where BAGEL's is another (`mse` is the flow loss); `Train Loss`
+    becomes `loss`, `Train Steps/Sec` steps_per_sec."""
+    known: dict[str, str] = {}
+
+    def name_of(text: str) -> str:
+        name = text.strip().removeprefix("Train ")
+        if name.startswith("Loss "):
+            name = name.removeprefix("Loss ")
+            return name if name in names.given else BAGEL_NAMES.get(name, name)
+        return name.lower().replace("/", "_per_").replace(" ", "_")
+
+    def read(line: str) -> tuple[str | None, dict[str, float]] | None:
+        if "(step=" not in line:
+            return None
+        found = BAGEL_STEP.search(line)
+        if found is None:
+            return None
+        values = {}
+        for part in line[found.end() :].split(","):
+            text, colon, number = part.partition(": ")
+            if not colon:
+                continue
+            try:
+                value = float(number)
+            except ValueError:
+                continue
+            if text not in known:
+                if len(known) > 1000:
+                    known.clear()
+                known[text] = name_of(text)
+            values[known[text]] = value
+        return (found.group(1), values) if values else None
+
+    def places(line: str) -> Places | None:
+        found = BAGEL_STEP.search(line)
+        if found is None:
+            return None
+        metrics, at = [], found.end()
+        for part in line[at:].split(","):
+            text, colon, number = part.partition(": ")
+            begin = at + len(text) + len(colon)
+            if colon and re.fullmatch(NUMBER, number):
+                metrics.append((name_of(text), (at, at + len(text)), (begin, begin + len(number))))
+            at += len(part) + 1
+        return Places(found.span(1), metrics)
+
+    return Printed(read, str, places)
+
+
+PRINTED: dict[str, Callable[[Names], Printed]] = {"bagel": bagel, "key_values": key_values}
+
+
+def text_format(rows: Rows, pattern: str | Sequence[str] | None) -> PatternLines | PrintedLines:
+    """Raises UserError."""
+    if pattern is None:
+        return PrintedLines(rows)
+    if isinstance(pattern, str):
+        if pattern in PRINTED:
+            return PrintedLines(rows, pattern)
+        return PatternLines(rows, [pattern])
+    patterns = list(pattern)
+    if not patterns or set(patterns) & set(PRINTED):
+        raise UserError(
+            f"pattern: must be one of {', '.join(PRINTED)}, or {HOW_A_PATTERN_LOOKS}, or a list of such; got {patterns}"
+        )
+    return PatternLines(rows, patterns)

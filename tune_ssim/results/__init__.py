@@ -1,0 +1,1 @@
+"""The folder of a study, the winner, its proof and its export."""

@@ -1,0 +1,99 @@
+"""A study as a line of events. Whoever runs it writes them here; `tracking` replays them into MLflow.
+
+Neither Ray nor MLflow is imported: an event is a plain JSON object in the study's `events.jsonl`, and its `time_ms` is
+fixed when it is written. That makes a replay repeatable: the same rows, at the same time, however often it is done.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from tune_ssim.results.study_folder import StudyFolder
+
+BULKY = ("records", "images")  # keys of a result that need not stay in Ray's own snapshots
+
+# What Ray Tune adds to every result and nobody looks for in a plot.
+_BOOKKEEPING = frozenset(
+    {"timestamp", "pid", "training_iteration", "iterations_since_restore", "time_since_restore", "time_this_iter_s"}
+    | {"config", "done", "trial_id", "checkpoint_dir_name", "experiment_tag", "date", "hostname", "node_ip"}
+)
+
+
+@dataclass(frozen=True)
+class EventWriter:
+    """Appends what happened to the study's folder. Has no state of its own, so it can be pickled and made again."""
+
+    folder: StudyFolder
+
+    def study_started(self, name: str, study_sha256: str = "", note: str = "") -> None:
+        """At the start, and again at every resume: the first one identifies the study. `note` is Markdown."""
+        self._add("study", name=name, study_sha256=study_sha256, note=note)
+
+    def file(self, path: str, artifact_path: str = "") -> None:
+        """A file of the study, `path` relative to its folder, to be shown with it in the folder `artifact_path`."""
+        self._add("file", path=path, artifact_path=artifact_path)
+
+    def trial_started(
+        self,
+        trial_id: str,
+        role: str,
+        config: Mapping[str, Any],
+        slot: int | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`config`: what was asked for. `parameters`: what is in force, if it is known already."""
+        self._add("trial", trial_id=trial_id, role=role, config=config, slot=slot, parameters=parameters or {})
+
+    def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """A result of our trainable: its `records` ([[step, {name: number}], …]) and its `images` ({step: PNG bytes}).
+
+        Of any other trainable: all its numbers, at its `training_iteration`."""
+        records: Iterable[Any] = result.get("records") or []
+        if "records" not in result:
+            values = numbers_of(result)
+            records = [[int(result.get("training_iteration", 0)), values]] if values else []
+        rows = [[step, dict(values)] for step, values in records]
+        if rows:
+            self._add("records", trial_id=trial_id, records=rows)
+        for step, png in (result.get("images") or {}).items():
+            self.image(trial_id, int(step), png)
+
+    def image(self, trial_id: str, step: int, png: bytes) -> None:
+        path = self.folder.write_image(trial_id, step, png).relative_to(self.folder.path)
+        self._add("image", trial_id=trial_id, step=step, path=path.as_posix(), name=f"smoke/step_{step:06d}.png")
+
+    def verdict(self, trial_id: str, summary: Mapping[str, Any], effective: Mapping[str, Any] | None = None) -> None:
+        """`summary`: see `study_folder.TrialSummary`. `effective`: the parameters that were in force."""
+        self._add("verdict", trial_id=trial_id, summary=summary, effective=effective or {})
+
+    def study_ended(self, reason: str = "") -> None:
+        self._add("end", reason=reason)
+
+    def _add(self, event: str, **values: Any) -> None:
+        self.folder.add_event({"event": event, "time_ms": time.time_ns() // 1_000_000, **values})
+
+
+def numbers_of(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a (nested) result under flat names, without Ray's bookkeeping and without truth values."""
+    found: dict[str, float] = {}
+    for key, value in result.items():
+        if not prefix and key in _BOOKKEEPING:
+            continue
+        if isinstance(value, Mapping):
+            found.update(numbers_of(value, f"{prefix}{key}/"))
+        elif isinstance(value, Real) and not isinstance(value, bool):
+            found[f"{prefix}{key}"] = float(value)
+    return found
+
+
+def gain(config: Mapping[str, Any]) -> float | None:
+    """weight · grad_scale of a configuration: the one effective strength of the auxiliary loss (SEEDS B6)."""
+    weight, scale = config.get("ssim_loss_weight"), config.get("ssim_grad_scale", 1.0)
+    if isinstance(weight, (int, float)) and isinstance(scale, (int, float)) and math.isfinite(weight * scale):
+        return float(f"{weight * scale:.12g}")  # 0.1 · 0.01 is 0.001, also in decimal
+    return None

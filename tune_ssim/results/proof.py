@@ -1,0 +1,108 @@
+"""What an exported setting rests on: paired comparisons, margins, and the hashes of all that it was obtained with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from tune_ssim.base.files import jsonable
+from tune_ssim.guards import KeepRule
+from tune_ssim.results.study_folder import StudyFolder, TrialSummary
+from tune_ssim.results.trial_text import metric_of
+
+LEVEL = 0.95  # of the confidence intervals
+# In the study's folder. The first: subject → sha256, as they were when the study ran.
+PROVENANCE, PREFLIGHT, CALIBRATION = "provenance.json", "preflight.json", "calibration.json"
+SKIPPED = "skipped.jsonl"  # settings that were predicted to be ruinous and not launched
+START = "start.json"  # contents of everything that a trial starts from, as hashes: never to be quarantined
+
+
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """Mean and confidence interval (Student's t, two-sided) of paired differences, one a seed; no interval for a single one."""
+    from scipy.stats import t as student_t  # half a second that `tune-ssim trials` need not wait
+
+    mean = fmean(differences)
+    if len(differences) < 2:
+        return {"n": len(differences), "mean": mean, "interval": None, "level": LEVEL}
+    half = float(student_t.ppf(0.5 + LEVEL / 2, len(differences) - 1)) * stdev(differences) / math.sqrt(len(differences))
+    return {"n": len(differences), "mean": mean, "interval": [mean - half, mean + half], "level": LEVEL}
+
+
+def comparison(confirmed: Sequence[TrialSummary]) -> dict[str, Any]:
+    """Every `delta_…` that all confirming trials measured: `paired`, and the difference of each seed."""
+    names = sorted(
+        set.intersection(*({name for name in trial["metrics"] if name.startswith("delta_")} for trial in confirmed))
+        if confirmed
+        else set()
+    )
+    found: dict[str, Any] = {}
+    for name in names:
+        by_seed = {str(trial.get("seed")): metric_of(trial, name) for trial in confirmed}
+        found[name] = paired(list(by_seed.values())) | {"by_seed": by_seed}
+    return found
+
+
+def margins(
+    confirmed: Sequence[TrialSummary], baselines: Sequence[TrialSummary], limits: Mapping[str, Any], rules: Iterable[KeepRule]
+) -> dict[str, Any]:
+    """How near the worst of the confirming trials came to each guard's limit and to each margin of the objective.
+
+    `limits`: guard → its limit, for guards whose summaries say `<guard>_max`."""
+    found: dict[str, Any] = {}
+    for metric, limit in limits.items():
+        values = [metric_of(trial, metric) for trial in confirmed if metric in trial["metrics"]]
+        if values:
+            found[metric] = {"worst": max(values), "limit": limit}
+    by_run = {(trial.get("seed"), trial["steps"]): trial["metrics"] for trial in baselines}
+    for rule in rules:
+        for trial in confirmed:
+            reference = by_run.get((trial.get("seed"), trial["steps"]))
+            if reference is None:
+                continue
+            for name, value, limit, is_floor in rule.measured(trial["metrics"], reference):
+                worse = min if is_floor else max
+                worst = worse(value, found[name]["worst"]) if name in found else value
+                found[name] = {"worst": worst, "limit": limit}
+    return found
+
+
+def digest(value: Any) -> str:
+    """sha256 of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(jsonable(value), sort_keys=True).encode()).hexdigest()
+
+
+def seals(exported: Mapping[str, Any]) -> dict[str, str]:
+    """A digest of every part of an export, by its place, so that a change of the file itself can be named."""
+    parts = {name: value for name, value in exported.items() if name not in ("proof", "seals")}
+    return {name: digest(value) for name, value in (parts | {f"proof.{k}": v for k, v in exported["proof"].items()}).items()}
+
+
+def differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """One line for every subject (`weights/denoiser`, `code/losses/structural.py`, …) that is not what it was."""
+    lines = []
+    for name in sorted({*recorded, *found}):
+        if name not in found:
+            lines.append(f"{name} is gone")
+        elif name not in recorded:
+            lines.append(f"{name} is new")
+        elif recorded[name] != found[name]:
+            lines.append(f"{name} has changed ({recorded[name][:12]}… → {found[name][:12]}…)")
+    return lines
+
+
+def read_provenance(folder: StudyFolder) -> dict[str, str] | None:
+    loaded = read_json(folder.path / PROVENANCE)
+    return loaded if isinstance(loaded, dict) else None
+
+
+def read_json(path: Path) -> Any:
+    """None for a file that is not there or not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None

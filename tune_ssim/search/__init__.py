@@ -1,0 +1,1 @@
+"""Search algorithms: baseline first, staged, Optuna, confirm."""

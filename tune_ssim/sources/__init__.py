@@ -1,9 +1,0 @@
-"""Logs of any training as a stream of records: text, JSONL, JSON, CSV and TensorBoard, also while they are written."""
-
-from tune_ssim.sources.parser import LineParser
-from tune_ssim.sources.record_lines import RecordLines
-from tune_ssim.sources.source import FORMATS, Source, open_source, read_all
-from tune_ssim.sources.text_lines import PRINTED
-from tune_ssim.sources.trouble import Trouble
-
-__all__ = ["FORMATS", "PRINTED", "LineParser", "RecordLines", "Source", "Trouble", "open_source", "read_all"]

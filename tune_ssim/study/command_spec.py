@@ -1,0 +1,314 @@
+"""How an external training is run and read: the `task:` of a study that tunes somebody's script. No torch here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.base.yaml_source import did_you_mean
+from tune_ssim.records.readers import FORMATS, PRINTED, LineParser
+
+# What can stand in braces besides the trial's own settings.
+ALWAYS = ("seed", "steps", "exp_name", "exp_dir", "python", "nodes", "node_rank", "master_addr", "master_port", "gpus")
+OF_A_TRIAL = ("exp_dir", "exp_name")  # of these, what no two trials share, nor two beginnings of one
+IN_SMOKE = ("checkpoint", "step", "noise", "out")
+# Values that ask a training for nothing: no scaling, no gate.
+NEUTRAL = {"ssim_grad_scale": (1.0,), "ssim_loss_max_t": (None, 1.0), "pixel_loss_max_t": (None, 1.0)}
+AUXILIARY_WEIGHT = re.compile(r"(ssim|pixel|kl|dino)_(\w+_)?weight")  # 0 asks for no such loss
+# One value of each kind, to try the formats of the placeholders on.
+SAMPLES: dict[str, Any] = {
+    **dict.fromkeys(("seed", "steps", "nodes", "node_rank", "master_port", "gpus", "step", "noise"), 1),
+    **dict.fromkeys(("exp_name", "exp_dir", "python", "master_addr", "checkpoint", "out"), "x"),
+}
+Words = Annotated[list[str], Field(min_length=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ConfigFile(_Section):
+    """A file with the trial's settings, written before the command starts. path: where, usually in `{exp_dir}`; `.json` or `.yaml`.
+    base: a file of the same kind to start from. set: dotted key → value; a value that is one placeholder keeps its type."""
+
+    path: Annotated[str, Field(min_length=1)]
+    base: str | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("path")
+    @classmethod
+    def _path(cls, path: str) -> str:
+        if not path.endswith((".json", ".yaml", ".yml")):
+            raise ValueError(f"must end in .json or .yaml, got {path!r}")
+        return path
+
+
+class RecordsFrom(_Section):
+    """Where the numbers of each step come from, if the training does not report them itself. Without `file` from what the command
+    prints. file: that it writes, of any format that `records.readers` reads, or a folder of TensorBoard files; every trial needs
+    its own, so `{exp_dir}` or `{exp_name}` is in it, or in the `cwd` that it is relative to. pattern: regular expressions with
+    named groups, one of them `step`, or the name of a built-in pattern. names: theirs → ours. mlflow: a tracking URI: the command
+    finds a run of its own in its environment, which `mlflow.start_run()` takes up."""
+
+    mlflow: Annotated[str, Field(min_length=1)] | None = None
+    file: Annotated[str, Field(min_length=1)] | None = None
+    format: str | None = None
+    pattern: str | list[str] | None = None
+    names: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one(self) -> RecordsFrom:
+        if self.mlflow is not None and (self.file is not None or self.pattern is not None or self.format is not None):
+            raise ValueError("mlflow goes with names only, not with file, format or pattern")
+        return self
+
+
+class SmokeCommand(_Section):
+    """Inference by a second command: `{checkpoint}`, `{step}`, `{noise}` (0 or 1), and `{out}`, an empty folder for what it makes.
+
+    images: a glob in `{out}`; all of one size. references: a folder with the truth of each, under the same file names.
+    reconstructions: the same for these through the frozen autoencoder: the best that a sample can be. inputs: for what each was
+    made from. examples: a folder with other real images of the kind, where there is no truth.
+    tokens: a file in `{out}` with a JSON list of lists of token ids, of a vocabulary of `vocabulary_size`. at_start: the
+    checkpoint that stands for step 0; without it the first samples are judged by themselves."""
+
+    command: Words
+    images: Annotated[str, Field(min_length=1)] | None = "*.png"
+    references: str | None = None
+    reconstructions: str | None = None
+    inputs: str | None = None
+    examples: str | None = None
+    tokens: str | None = None
+    vocabulary_size: Annotated[int, Field(ge=1)] | None = None
+    at_start: str | None = None
+    timeout_s: Seconds = 1800.0  # of a run; as long as a training may be silent
+
+    @model_validator(mode="after")
+    def _something(self) -> SmokeCommand:
+        if self.images is None and self.tokens is None:
+            raise ValueError("images must not be null where there are no tokens either")
+        if (self.tokens is None) != (self.vocabulary_size is None):
+            raise ValueError("tokens and vocabulary_size belong together")
+        return self
+
+
+class EvaluateCommand(_Section):
+    """Held-out numbers by a command: the last line of JSON that it prints, e.g. {"ssim": 0.91, "psnr": 31.2}."""
+
+    command: Words
+    timeout_s: Seconds = 1800.0
+
+
+class CommandSpec(_Section):
+    """command: program and arguments; no shell sees them. `{name}` stands for a setting of the trial, or for one of `seed steps
+    exp_name exp_dir python nodes node_rank master_addr master_port gpus`; `{name:.3e}` formats it, `{{` is a brace.
+
+    environment: variables besides those that are there; `EXP_NAME` is always set, and new for every trial.
+    cwd: default the study's folder. echo: parameters that the command prints (`name=value`, `name: value`, JSON) are compared with
+    what was asked for; `required`: one that is not printed stops the study. known: what is so in the script and not a setting,
+    e.g. `{max_grad_norm: 1.0, batch_size: 8}`. checkpoints: the path of the one of `{step}`. resume: further arguments that make
+    the command go on from `{checkpoint}`; without them a trial whose process died begins again, under a new name.
+    """
+
+    command: Words
+    environment: dict[str, str | int | float] = Field(default_factory=dict)
+    cwd: Annotated[str, Field(min_length=1)] | None = None
+    config_file: ConfigFile | None = None
+    records: RecordsFrom | None = None  # None: what it pushes, or prints behind the word TUNE_SSIM
+    echo: Literal["auto", "required", "off"] = "auto"
+    known: dict[str, Any] = Field(default_factory=dict)
+    checkpoints: Annotated[str, Field(min_length=1)] | None = None
+    smoke: SmokeCommand | None = None
+    evaluate: EvaluateCommand | None = None
+    resume: list[str] | None = None
+    grace_s: Seconds = 10.0  # between TERM and KILL
+    first_record_s: Seconds = 1800.0  # a model of many GB is loaded by then
+    silence_s: Seconds = 1800.0  # the collectives' own timeout in PyTorch is 10 to 30 minutes
+
+    @model_validator(mode="after")
+    def _readable(self) -> CommandSpec:
+        for place, template, _ in self.templates():
+            try:
+                placeholders(template)
+            except ValueError as error:
+                raise ValueError(f"{place[0]}: {template!r}: {error}; a brace as such is written twice") from None
+        return self
+
+    def templates(self) -> Iterator[tuple[tuple[str | int, ...], str, bool]]:
+        """(place, template, whether it is of a smoke test, an evaluation or a resumption) of all text with placeholders."""
+        yield from ((("command", index), word, False) for index, word in enumerate(self.command))
+        yield from ((("environment", name), value, False) for name, value in self.environment.items() if isinstance(value, str))
+        if self.config_file is not None:
+            yield ("config_file", "path"), self.config_file.path, False
+            yield from ((("config_file", "set", key), v, False) for key, v in self.config_file.set.items() if isinstance(v, str))
+        for name in ("cwd", "checkpoints"):
+            if getattr(self, name) is not None:
+                yield (name,), getattr(self, name), name == "checkpoints"
+        if self.records is not None and self.records.file is not None:
+            yield ("records", "file"), self.records.file, False
+        for name, words in (
+            ("smoke", self.smoke.command if self.smoke else ()),
+            ("evaluate", self.evaluate.command if self.evaluate else ()),
+        ):
+            yield from (((name, "command", index), word, True) for index, word in enumerate(words))
+        yield from ((("resume", index), word, True) for index, word in enumerate(self.resume or ()))
+
+    def problems(self, settings: Mapping[str, Sequence[Any]] | None) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """(place, what is wrong) in a study whose trials have these settings, and such values; None: not known."""
+        if self.records is not None:
+            yield from (
+                (("records", *place), wrong) for place, wrong in reading_problems(self.records.pattern, self.records.format)
+            )
+        if settings is None:
+            return
+        for place, template, in_smoke in self.templates():
+            valid = list(dict.fromkeys([*sorted(settings), *ALWAYS, *(IN_SMOKE if in_smoke else ())]))
+            unknown = [name for name in placeholders(template) if name not in valid]
+            if unknown:
+                yield place, f"no setting {unknown[0]!r} for the braces in {template!r}; there are {', '.join(valid)}"
+                continue
+            samples = {**SAMPLES, **{name: values[0] for name, values in settings.items() if values}}
+            tried = [{**samples, name: value} for name in placeholders(template) for value in settings.get(name, ())]
+            misfit = next(filter(None, (_misfit(template, values) for values in tried or [samples])), None)
+            if misfit is not None:
+                yield place, misfit
+        if self.records is not None and self.records.file is not None and self._shares(self.records.file):
+            name = os.path.basename(self.records.file) or "log"  # noqa: PTH119  (a template, no path yet)
+            yield (
+                ("records", "file"),
+                f"{self.records.file!r} is one file for several trials, and each would be judged by the others' records: let the "
+                f'command write, and say here, "{{exp_dir}}/{name}", or another path with {{exp_dir}} or {{exp_name}} in it',
+            )
+
+    def untold(self, settings: Mapping[str, Sequence[Any]]) -> list[str]:
+        """Settings of which a value asks for something, and which the command is not told. None where it may look them up."""
+        if self.records is None:
+            return []
+        known = {"steps", *self.reached()}
+        return [name for name, values in settings.items() if name not in known and not all(is_neutral(name, v) for v in values)]
+
+    def missing_programs(self, home: str | None) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """(place, what is wrong) with the programs, as they are here. home: the folder to start from if there is no `cwd`."""
+        cwd = Path(home or ".", self.cwd or "")
+        if self.cwd is not None and placeholders(self.cwd):
+            return
+        if not cwd.is_dir():
+            yield ("cwd",) if self.cwd else ("command",), f"the working folder {str(cwd)!r} does not exist"
+            return
+        commands = {"smoke": self.smoke and self.smoke.command, "evaluate": self.evaluate and self.evaluate.command}
+        for name, words in {"": self.command, **commands}.items():
+            if not words or placeholders(words[0]) or (not name and "PATH" in self.environment):
+                continue
+            program = words[0].replace("{{", "{").replace("}}", "}")
+            own = cwd / program
+            if "/" in program:
+                if not os.access(own, os.X_OK) or own.is_dir():
+                    what = "cannot be executed" if own.exists() else "does not exist"
+                    yield (*filter(None, (name,)), "command", 0), f"the program {program!r} {what} (looked in {cwd})"
+            elif shutil.which(program) is None:
+                hint = f"; {own} is meant by ./{program}" if own.is_file() else ""
+                yield (*filter(None, (name,)), "command", 0), f"no program {program!r} in the PATH{hint}"
+
+    def _shares(self, file: str) -> bool:
+        """Whether two trials may mean the same path by it. A setting tells no trials apart: every baseline has the same."""
+        at_home = file.startswith("{exp_dir}")  # that is absolute
+        path = os.path.normpath(file if at_home else os.path.join(self.cwd or "", file))  # noqa: PTH118  (`..` may leave the folder)
+        return not set(placeholders(path)) & set(OF_A_TRIAL)
+
+    def reached(self) -> set[str]:
+        """Names that the command is told: they stand in its arguments, its environment or its config file."""
+        told = (template for place, template, in_smoke in self.templates() if not in_smoke and place[0] not in ("cwd", "records"))
+        return {name for template in told for name in placeholders(template)}
+
+
+def is_neutral(name: str, value: Any) -> bool:
+    """Whether a setting of this value asks the training for nothing, so that it need not be told."""
+    return value in NEUTRAL.get(name, ()) or (AUXILIARY_WEIGHT.fullmatch(name) is not None and value == 0)
+
+
+def reading_problems(pattern: str | Sequence[str] | None, format: str | None) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(place, what is wrong) with how a log is to be read."""
+    if format is not None and format not in FORMATS:
+        yield ("format",), f"unknown format {format!r}{did_you_mean(format, FORMATS)}"
+        return
+    if pattern is None:
+        return
+    if isinstance(pattern, str) and re.fullmatch(r"\w+", pattern) and pattern not in PRINTED:
+        yield ("pattern",), f"no built-in pattern {pattern!r}{did_you_mean(pattern, PRINTED)}"
+        return
+    try:
+        LineParser(pattern=pattern, format="text" if format is None else format if format in ("text", "jsonl", "csv") else None)
+    except UserError as error:
+        yield ("pattern",), str(error).removeprefix("pattern: ")
+
+
+def _misfit(template: str, values: Mapping[str, Any]) -> str | None:
+    try:
+        fill(template, values)
+    except UserError as error:
+        return str(error).removeprefix("command: ")
+    return None
+
+
+def placeholders(template: str) -> list[str]:
+    """Names in braces. Raises ValueError for braces that do not pair, and for more than a name and a format in them."""
+    names = []
+    for _, name, format_spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name.isidentifier() or conversion or "{" in (format_spec or ""):
+            raise ValueError(f"the braces hold no name of a setting: {name!r}")
+        names.append(name)
+    return names
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """Raises UserError where this trial has no value for a placeholder, or one that its format does not fit."""
+    for name in placeholders(template):
+        if name not in values:
+            raise UserError(f"command: this trial has no value for the braces in {template!r}; it has {', '.join(sorted(values))}")
+    words = {name: as_word(value) for name, value in values.items()}
+    try:
+        return string.Formatter().vformat(template, (), words)
+    except (ValueError, TypeError) as error:
+        shown = ", ".join(f"{name} = {values[name]!r}" for name in dict.fromkeys(placeholders(template)))
+        raise UserError(f"command: the format in {template!r} does not fit {shown}: {error}") from None
+
+
+def fill_value(template: Any, values: Mapping[str, Any]) -> Any:
+    """A template that is one placeholder becomes the value itself, in its type."""
+    if not isinstance(template, str):
+        return template
+    names = placeholders(template)
+    text = fill(template, values)
+    return values[names[0]] if len(names) == 1 and template == f"{{{names[0]}}}" else text
+
+
+def fill_all(templates: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    return [fill(template, values) for template in templates]
+
+
+class _Word(str):
+    """Text that takes a number's format as well."""
+
+    value: Any
+
+    def __format__(self, format_spec: str) -> str:
+        return format(self.value, format_spec) if format_spec else str(self)
+
+
+def as_word(value: Any) -> _Word:
+    """A number as Python writes it, true and false as YAML does, None as nothing."""
+    text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    word = _Word(text)
+    word.value = value
+    return word

@@ -1,0 +1,642 @@
+"""Search spaces: what may vary, from conservative to aggressive, as frozen objects that are checked when built.
+
+The SSIM gradient reaches the parameters only through the decoder's output, so `ssim_loss_weight` and
+`ssim_grad_scale` act through their product alone:
+
+    gradient = g_main + gain · g_ssim(max_t),   gain = ssim_loss_weight · ssim_grad_scale
+
+A space may therefore search `gain` with a pinned `ssim_grad_scale`; a task always gets the three numbers. With
+`unit: norm_ratio` the gain is given by what it does: the predicted total_norm over the baseline's (probes.norm_model).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.base.yaml_source import Loc, Problems, Source, did_you_mean, kind_of, read_yaml, shown
+
+WEIGHT, MAX_T, GRAD_SCALE, GAIN = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "gain"
+TRIPLE = (WEIGHT, MAX_T, GRAD_SCALE)
+NORM_RATIO = "norm_ratio"  # the one unit besides plain numbers
+TOLERANCE = 1e-9  # relative: 0.1 · 0.1 must count as 0.01, and 1e-9 is far below any difference that training shows
+
+_AT_LEAST_0 = ("a finite number >= 0", lambda x: 0 <= x < math.inf)
+_ABOVE_0 = ("a finite number > 0", lambda x: 0 < x < math.inf)
+_TIME = ("above 0 and at most 1 (t = 0 is clean, t = 1 is noise)", lambda x: 0 < x <= 1)
+
+# The settings of the auxiliary loss (note 000 §2); any other name is the task's own, e.g. lr.
+KNOWN = {
+    GAIN: _ABOVE_0,
+    WEIGHT: _AT_LEAST_0,
+    MAX_T: _TIME,
+    GRAD_SCALE: _AT_LEAST_0,
+    "pixel_loss_weight": _AT_LEAST_0,
+    "pixel_loss_max_t": _TIME,
+}
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """Uniform in the logarithm: 0 < lower < upper."""
+
+    lower: float
+    upper: float
+    unit: str | None = None  # norm_ratio, of a gain
+    kind: ClassVar[str] = "log_uniform"
+
+    def __post_init__(self) -> None:
+        _check_bounds(self)
+        if self.lower <= 0:
+            raise ValueError(f"lower must be > 0 on a logarithmic scale, got {self.lower:g}")
+
+    def __contains__(self, value: Any) -> bool:
+        return _is_number(value) and _between(value, self.lower, self.upper)
+
+    def to_yaml(self) -> dict[str, Any]:
+        return {**_unit_yaml(self.unit), self.kind: [self.lower, self.upper]}
+
+    def __str__(self) -> str:
+        return f"{_unit_words(self.unit)}log-uniform in [{self.lower:g}, {self.upper:g}]"
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """lower < upper."""
+
+    lower: float
+    upper: float
+    unit: str | None = None
+    kind: ClassVar[str] = "uniform"
+
+    def __post_init__(self) -> None:
+        _check_bounds(self)
+
+    def __contains__(self, value: Any) -> bool:
+        return _is_number(value) and _between(value, self.lower, self.upper)
+
+    def to_yaml(self) -> dict[str, Any]:
+        return {**_unit_yaml(self.unit), self.kind: [self.lower, self.upper]}
+
+    def __str__(self) -> str:
+        return f"{_unit_words(self.unit)}uniform in [{self.lower:g}, {self.upper:g}]"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of `values`: numbers, text, true or false; no value twice."""
+
+    values: tuple[Any, ...]
+    unit: str | None = None
+    kind: ClassVar[str] = "choice"
+
+    def __post_init__(self) -> None:
+        _check_unit(self.unit)
+        if isinstance(self.values, str) or not isinstance(self.values, (list, tuple)):
+            raise ValueError(f"choice must be a list of values, got {kind_of(self.values)}")
+        object.__setattr__(self, "values", tuple(self.values))
+        if not self.values:
+            raise ValueError("choice must have at least one value")
+        for index, value in enumerate(self.values):
+            _check_scalar(value)
+            if any(_same(value, other) for other in self.values[:index]):
+                raise ValueError(f"choice has {shown(value)} twice")
+
+    def __contains__(self, value: Any) -> bool:
+        return any(_same(value, own) for own in self.values)
+
+    def to_yaml(self) -> dict[str, Any]:
+        return {**_unit_yaml(self.unit), self.kind: list(self.values)}
+
+    def __str__(self) -> str:
+        return f"{_unit_words(self.unit)}one of " + ", ".join(_text(value) for value in self.values)
+
+
+Domain = LogUniform | Uniform | Choice
+DOMAINS: dict[str, type[LogUniform] | type[Uniform] | type[Choice]] = {
+    domain.kind: domain for domain in (LogUniform, Uniform, Choice)
+}
+# A gain by what it does: the predicted total_norm over the baseline's.
+UNITS = (NORM_RATIO,)
+FORMS = "log_uniform: [lower, upper], uniform: [lower, upper] or choice: [value, …]"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a route: the parameters searched, the settings fixed, and points to be tried first as written.
+
+    Raises ValueError when built with parts that do not fit together; `load_space` says the line too.
+    """
+
+    name: str
+    parameters: Mapping[str, Domain]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    points: tuple[Mapping[str, Any], ...] = ()
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        fixed = {name: _as_number(name, value) for name, value in self.fixed.items()}
+        if GAIN in self.parameters:
+            # A sampled gain must become a weight: without attenuation unless the space says otherwise.
+            fixed.setdefault(GRAD_SCALE, 1.0)
+        points = tuple({name: _as_number(name, value) for name, value in point.items()} for point in self.points)
+        object.__setattr__(self, "parameters", _ordered(self.parameters))
+        object.__setattr__(self, "fixed", _ordered(fixed))
+        object.__setattr__(self, "points", tuple(_ordered(point) for point in points))
+        for loc, message in _problems(self):
+            raise ValueError(f"stage {self.name!r}: {'.'.join(map(str, loc))}: {message}")
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether its gain is given as a predicted norm ratio, so that a norm model must turn it into a number."""
+        return GAIN in self.parameters and self.parameters[GAIN].unit is not None
+
+    def point_configs(self) -> list[dict[str, Any]]:
+        """The points as a task takes them: what is fixed, then the point's own numbers."""
+        return [{**self.fixed, **point} for point in self.points]
+
+    def config(self, sampled: Mapping[str, Any]) -> dict[str, Any]:
+        """What a task takes for sampled values of `parameters`; a gain is a plain number here."""
+        return resolve_settings({**self.fixed, **sampled})
+
+    def coordinates(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `config`: where a resolved setting lies in `parameters`, rounding put back within bounds.
+
+        In a relative stage `config` must hold the norm ratio that its gain gives, as `norm_ratio`."""
+        found: dict[str, Any] = {}
+        for name, domain in self.parameters.items():
+            of_gain = config[NORM_RATIO] if domain.unit else gain_of(config)
+            value = of_gain if name == GAIN else config[name]
+            if value not in domain:
+                raise ValueError(f"{name}: {value!r} is outside the stage {self.name!r}: {domain}")
+            if isinstance(domain, Choice):
+                found[name] = next(own for own in domain.values if _same(own, value))
+            else:
+                found[name] = min(max(float(value), domain.lower), domain.upper)
+        return found
+
+    def to_yaml(self) -> dict[str, Any]:
+        return {
+            "parameters": {name: domain.to_yaml() for name, domain in self.parameters.items()},
+            "fixed": dict(self.fixed),
+            "points": [dict(point) for point in self.points],
+        }
+
+
+@dataclass(frozen=True)
+class Space:
+    """Stages in the order in which they are searched; a space without `stages:` has one, of its own name."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    description: str = ""
+    source: str = field(default="", compare=False)  # the file it was read from, for messages
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if not self.stages:
+            raise ValueError(f"space {self.name!r} has no stages")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"space {self.name!r}: stages must have different names, got {', '.join(names)}")
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Everything that any stage searches."""
+        return list(_ordered({name: None for stage in self.stages for name in stage.parameters}))
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether any stage gives its gain as a predicted norm ratio."""
+        return any(stage.is_relative for stage in self.stages)
+
+    def stage(self, name: str) -> Stage:
+        """Raises UserError naming the stages there are."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise UserError(f"space {self.name!r} has no stage {name!r}{did_you_mean(name, [s.name for s in self.stages])}")
+
+    def only(self, stage: str) -> Space:
+        """The same space with one stage, named `space:stage`."""
+        return replace(self, name=f"{self.name}:{stage}", stages=(self.stage(stage),))
+
+    def to_yaml(self) -> dict[str, Any]:
+        """As in a file, with everything explicit: `load_space` of this mapping is an equal space."""
+        head = {"name": self.name, "description": self.description}
+        first = self.stages[0]
+        if len(self.stages) == 1 and first.name == self.name and not first.description:
+            return {**head, **first.to_yaml()}
+        stages = [{"name": s.name, "description": s.description, **s.to_yaml()} for s in self.stages]
+        return {**head, "stages": stages}
+
+
+def resolve_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampled values as a task takes them: `gain` becomes `ssim_loss_weight` = gain / ssim_grad_scale (default 1).
+
+    Everything else is left as it is. Raises UserError for a gain beside a weight, and for one that cannot be reached.
+    """
+    settings = dict(values)
+    if GAIN not in settings:
+        return settings
+    if WEIGHT in settings:
+        raise UserError(f"{GAIN} and {WEIGHT} cannot both be given: {GAIN} = {WEIGHT} x {GRAD_SCALE}")
+    gain, scale = settings.pop(GAIN), settings.setdefault(GRAD_SCALE, 1.0)
+    if not _is_number(gain) or not 0 <= gain < math.inf:
+        raise UserError(f"{GAIN} must be a finite number >= 0, got {kind_of(gain)}")
+    if not _is_number(scale) or not 0 < scale < math.inf:
+        raise UserError(f"{GRAD_SCALE} must be > 0 with a {GAIN}, got {kind_of(scale)}")
+    settings[WEIGHT] = gain / scale
+    return settings
+
+
+def gain_of(config: Mapping[str, Any]) -> float:
+    """weight · grad_scale of a setting; a missing grad_scale is 1, a missing weight 0."""
+    if GAIN in config:
+        return float(config[GAIN])
+    return float(config.get(WEIGHT, 0.0)) * float(config.get(GRAD_SCALE, 1.0))
+
+
+def setting_problem(name: str, value: Any) -> str | None:
+    """What is wrong with one setting, by name and by range; None if nothing is."""
+    near = near_miss(name)
+    if near is not None:
+        return f"unknown setting {name!r}; did you mean {near!r}?"
+    if name not in KNOWN:
+        return None
+    words, holds = KNOWN[name]
+    if not _is_number(value):
+        return f"must be a number, got {kind_of(value)}"
+    return None if holds(value) else f"must be {words}, got {_text(value)}"
+
+
+def near_miss(name: str) -> str | None:
+    """The known setting that `name` is a slip of, or None for a name of its own.
+
+    A slip leaves words out (`max_t`, `ssim_weight`) or mistypes some (`ssim_los_weight`, `max_T`). `kl_loss_weight`
+    and `ms_ssim_loss_weight` are names of their own, though letter by letter they look nearer.
+    """
+    if name in KNOWN:
+        return None
+    words = name.lower().replace("-", "_").split("_")
+
+    def is_slip(known: str) -> bool:
+        parts = known.split("_")
+        if len(words) == len(parts) and all(_alike(word, part) for word, part in zip(words, parts, strict=True)):
+            return True
+        return "".join(words) == "".join(parts) or (len(words) > 1 and set(words) <= set(parts))
+
+    slips = [known for known in KNOWN if is_slip(known)]
+    return max(slips, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio(), default=None)
+
+
+def bundled_spaces_folder() -> Path:
+    """In a wheel inside the package; in an editable install or a clone at the repository's root."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "search_spaces"
+    return inside if inside.is_dir() else package.parent / "search_spaces"
+
+
+def bundled_spaces() -> list[str]:
+    return sorted(path.stem for path in bundled_spaces_folder().glob("*.yaml"))
+
+
+def load_space(space: str | Path | Mapping[str, Any] | Source, *, relative_to: str | Path | None = None) -> Space:
+    """A bundled name (`wide`), a file (`my.yaml`), either with one stage (`note_v3:conservative`), or a mapping.
+
+    relative_to: the folder that a relative path starts from; default the current one.
+    Raises UserError with a line for each problem.
+    """
+    if isinstance(space, Source):
+        return _parse(space)
+    if isinstance(space, Mapping):
+        return _parse(Source("space", dict(space)))
+    if not isinstance(space, (str, Path)) or not str(space).strip():
+        raise UserError(f"a space is a name, a path or a mapping, got {kind_of(space)}")
+    path, stage = find_space(str(space), Path(relative_to or "."))
+    loaded = _parse(read_yaml(path))
+    return loaded if stage is None else loaded.only(stage)
+
+
+def find_space(text: str, folder: Path) -> tuple[Path, str | None]:
+    """The file that a name or path means, and the stage. Raises UserError naming the bundled spaces."""
+    name, _, stage = text.rpartition(":") if ":" in text and not _exists(folder / text) else (text, "", None)
+    if text.endswith(":"):
+        raise UserError(f"space {text!r}: no stage after ':'")
+    if name in bundled_spaces():
+        return bundled_spaces_folder() / f"{name}.yaml", stage
+    if name.endswith((".yaml", ".yml")) or "/" in name or _exists(folder / name):
+        path = folder / Path(name).expanduser()
+        if not _exists(path):
+            raise UserError(f"{path}: no such file; bundled spaces: {', '.join(bundled_spaces())}")
+        return path, stage
+    raise UserError(f"unknown space {shown(name)}{did_you_mean(name, bundled_spaces())} (a path ends in .yaml)")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long a name, a NUL character
+        return False
+
+
+# ---- from a document to objects; every problem with its line ----
+
+_STAGE_KEYS = ("name", "description", "parameters", "fixed", "points")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(:[A-Za-z0-9][\w.-]*)?")
+
+
+def _parse(source: Source) -> Space:
+    problems = Problems(source)
+    data = source.value
+    if not isinstance(data, Mapping):
+        problems.add((), f"a space must be a mapping or a name, got {kind_of(data)}")
+        problems.check()
+    staged = "stages" in data
+    problems.unknown_keys((), data, (*_STAGE_KEYS, "stages"))
+    # A space in a study.yaml needs no name of its own; a file's stem is one, if it can be.
+    stem = Path(source.label).stem if not source.prefix else ""
+    name = _name(problems, (), data, default=stem if _NAME.fullmatch(stem) else "inline")
+    description = _description(problems, (), data)
+    stages: list[Stage | None] = []
+    if not staged:
+        stages = [_stage(problems, (), data, name, {}, "")]
+    else:
+        for key in ("parameters", "points"):
+            if key in data:
+                problems.add((key,), "belongs to a stage, since this space has `stages`", subject=key)
+        shared = _mapping(problems, ("fixed",), data.get("fixed"))
+        items = data["stages"]
+        if not isinstance(items, (list, tuple)) or not items:
+            problems.add(("stages",), f"must be a list of stages, got {kind_of(items)}", subject="stages")
+            items = []
+        names: set[str] = set()
+        for index, item in enumerate(items):
+            loc: Loc = ("stages", index)
+            if not isinstance(item, Mapping):
+                problems.add(loc, f"a stage must be a mapping, got {kind_of(item)}", subject=f"stage {index + 1}")
+                continue
+            problems.unknown_keys(loc, item, _STAGE_KEYS)
+            if "name" not in item:
+                problems.add(loc, "has no name", subject=f"stage {index + 1}")
+            stage_name = _name(problems, loc, item, default=str(index + 1))
+            if stage_name in names:
+                problems.add((*loc, "name"), f"two stages are called {stage_name!r}", subject="")
+            names.add(stage_name)
+            stages.append(_stage(problems, loc, item, stage_name, shared, _description(problems, loc, item)))
+    problems.check()
+    return Space(name, tuple(stage for stage in stages if stage is not None), description, source.label)
+
+
+def _stage(
+    problems: Problems, loc: Loc, data: Mapping[str, Any], name: str, shared: Mapping[str, Any], description: str
+) -> Stage | None:
+    before = len(problems)
+    parameters: dict[str, Domain] = {}
+    for key, value in _mapping(problems, (*loc, "parameters"), data.get("parameters")).items():
+        domain = _domain(problems, (*loc, "parameters", key), key, value)
+        if domain is not None:
+            parameters[key] = domain
+    if not data.get("parameters"):
+        problems.add((*loc, "parameters"), f"nothing to search; write e.g. `gain: {{log_uniform: [0.1, 30]}}` ({FORMS})")
+    own = _mapping(problems, (*loc, "fixed"), data.get("fixed"))
+    for key in [key for key in own if key in shared]:
+        problems.add((*loc, "fixed", key), "is fixed for the whole space already", subject=key)
+    points = data.get("points") or []
+    if not isinstance(points, (list, tuple)):
+        problems.add((*loc, "points"), f"must be a list of points, got {kind_of(points)}", subject="points")
+        points = []
+    points = [_mapping(problems, (*loc, "points", index), point, "a point") for index, point in enumerate(points)]
+    fixed = {key: _as_number(key, value) for key, value in {**shared, **own}.items()}
+    points = [{key: _as_number(key, value) for key, value in point.items()} for point in points]
+    sound = len(problems) == before  # else a parameter is missing here, and each point would seem to lie outside
+    for where, message in _problems(SimpleNamespace(parameters=parameters, fixed=fixed, points=points if sound else [])):
+        if where == ("parameters",):
+            continue  # said above
+        subject = str(where[1]) if where[0] != "points" else str(where[2]) if len(where) > 2 else "point"
+        of_space = where[0] == "fixed" and where[1] in shared
+        problems.add(where if of_space else (*loc, *where), message, subject=subject)
+    return Stage(name, parameters, fixed, tuple(points), description) if len(problems) == before else None
+
+
+def _domain(problems: Problems, loc: Loc, name: str, value: Any) -> Domain | None:
+    at = loc
+    try:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"must say how to search it, {FORMS}; got {kind_of(value)}")
+        for key in value:
+            if key not in (*DOMAINS, "unit"):
+                at = (*loc, key)
+                raise ValueError(f"unknown key {shown(key)}{did_you_mean(key, [*DOMAINS, 'unit'])}")
+        kinds = [key for key in value if key != "unit"]
+        if len(kinds) != 1:
+            raise ValueError(f"must have exactly one of {', '.join(DOMAINS)}; got {', '.join(kinds) or 'none'}")
+        unit = value.get("unit")
+        at = (*loc, "unit")
+        _check_unit(unit)
+        (kind,) = kinds
+        given, at = value[kind], (*loc, kind)
+        is_list = isinstance(given, (list, tuple))
+        if kind == Choice.kind:
+            return Choice(tuple(_as_number(name, item) for item in given) if is_list else given, unit)
+        if not is_list or len(given) != 2:
+            raise ValueError(f"{kind} must be [lower, upper], got {kind_of(given)}")
+        return (LogUniform if kind == LogUniform.kind else Uniform)(given[0], given[1], unit)
+    except ValueError as error:
+        problems.add(at, str(error), subject=name)
+        return None
+
+
+def _mapping(problems: Problems, loc: Loc, value: Any, what: str = "") -> dict[str, Any]:
+    """A mapping from names to anything; nothing at all is an empty one."""
+    if value is None and not what:
+        return {}
+    if not isinstance(value, Mapping):
+        problems.add(loc, f"{what} must be a mapping, got {kind_of(value)}".strip(), subject="" if what else str(loc[-1]))
+        return {}
+    for key in [key for key in value if not isinstance(key, str)]:
+        problems.add(loc, f"a key must be a name, got {shown(key)}", subject=str(loc[-1]))
+    return {key: item for key, item in value.items() if isinstance(key, str)}
+
+
+def _name(problems: Problems, loc: Loc, data: Mapping[str, Any], default: str) -> str:
+    name = data.get("name", default)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        problems.add((*loc, "name"), f"must be letters, digits, '.', '_' or '-', got {kind_of(name)}", subject="name")
+        return default
+    return name
+
+
+def _description(problems: Problems, loc: Loc, data: Mapping[str, Any]) -> str:
+    text = data.get("description") or ""
+    if not isinstance(text, str):
+        problems.add((*loc, "description"), f"must be text, got {kind_of(text)}", subject="description")
+        return ""
+    return " ".join(text.split())
+
+
+# ---- what must hold between the parts of a stage ----
+
+
+def _problems(stage: Any) -> Iterator[tuple[Loc, str]]:
+    """Everything wrong with `parameters`, `fixed` and `points` together, each with its place in the stage."""
+    parameters, fixed = stage.parameters, stage.fixed
+    for name, domain in parameters.items():
+        loc: Loc = ("parameters", name)
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            near = near_miss(name)
+            yield (
+                loc,
+                f"a parameter's name is lower_snake_case, got {name!r}" + (f"; did you mean {near!r}?" if near else ""),
+            )
+            continue
+        values = domain.values if isinstance(domain, Choice) else (domain.lower, domain.upper)
+        found = [message for message in (setting_problem(name, value) for value in values) if message]
+        if found:
+            yield loc, found[0]
+        if domain.unit is not None and name != GAIN:
+            yield loc, f"`unit: {domain.unit}` is for {GAIN} only: the norm ratio that a gain gives"
+        if name in fixed:
+            yield ("fixed", name), "is searched and fixed at once"
+    if not parameters:
+        yield ("parameters",), "nothing to search"
+    for name, value in fixed.items():
+        message = _scalar_problem(value) or setting_problem(name, value)
+        if message:
+            yield ("fixed", name), message
+    if GAIN in fixed:
+        yield ("fixed", GAIN), f"fix {WEIGHT} and {GRAD_SCALE} instead: a gain is searched"
+    elif GAIN in parameters:
+        for part in ("parameters", "fixed"):
+            if WEIGHT in getattr(stage, part):
+                yield (part, WEIGHT), f"cannot stand beside {GAIN}: {GAIN} = {WEIGHT} x {GRAD_SCALE}"
+        if GRAD_SCALE in parameters:
+            yield ("parameters", GRAD_SCALE), f"must be fixed when {GAIN} is searched: only their quotient would change"
+        elif _is_number(fixed.get(GRAD_SCALE, 1.0)) and fixed.get(GRAD_SCALE, 1.0) == 0:
+            yield ("fixed", GRAD_SCALE), f"must be > 0 when {GAIN} is searched, got 0"
+    for index, point in enumerate(stage.points):
+        for loc, message in _point_problems(parameters, fixed, point):
+            yield ("points", index, *loc), message
+
+
+def _point_problems(
+    parameters: Mapping[str, Domain], fixed: Mapping[str, Any], point: Mapping[str, Any]
+) -> Iterator[tuple[Loc, str]]:
+    """A point is a full triple, launched as written; it belongs to the space if what is searched admits it."""
+    if GAIN in point:
+        yield (GAIN,), f"a point gives {WEIGHT} and {GRAD_SCALE}, not their product"
+        return
+    about_ssim = any(name in KNOWN and not name.startswith("pixel") for name in (*parameters, *fixed))
+    needed = _ordered({name: None for name in ((*TRIPLE, *parameters) if about_ssim else parameters) if name != GAIN})
+    missing = [name for name in needed if name not in point]
+    if missing:
+        yield (), f"{', '.join(missing)} missing; a point gives {', '.join(needed)}"
+        return
+    wrong = False
+    for name, value in point.items():
+        message = _scalar_problem(value) or setting_problem(name, value)
+        if not message and name not in needed and name not in fixed:
+            message = f"is neither searched nor fixed in this space{did_you_mean(name, [*needed, *fixed])}"
+        if message:
+            wrong = True
+            yield (name,), message
+    if wrong:
+        return
+    # A point's norm ratio is known once the model is calibrated; the searcher checks it then.
+    if GAIN in parameters and parameters[GAIN].unit is None and gain_of(point) not in parameters[GAIN]:
+        yield (), f"gain {gain_of(point):g} (= {WEIGHT} x {GRAD_SCALE}) is outside the space: {parameters[GAIN]}"
+    for name, value in point.items():
+        if name in parameters and value not in parameters[name]:
+            yield (name,), f"{_text(value)} is outside the space: {parameters[name]}"
+        # With a searched gain the weight and the scale of a point may be split in any way: only the product acts.
+        elif name in fixed and not (name == GRAD_SCALE and GAIN in parameters) and not _same(value, fixed[name]):
+            yield (name,), f"{_text(value)} is outside the space: fixed at {_text(fixed[name])}"
+
+
+# ---- numbers ----
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _as_number(name: str, value: Any) -> Any:
+    """Known settings are real numbers: `1` and `1.0` are the same setting."""
+    return _float(value) if name in KNOWN and _is_number(value) else value
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond 1e308
+        return math.inf
+
+
+def _check_unit(unit: Any) -> None:
+    if unit is not None and unit not in UNITS:
+        raise ValueError(f"`unit` must be {' or '.join(UNITS)}, or left out, got {kind_of(unit)}")
+
+
+def _unit_yaml(unit: str | None) -> dict[str, Any]:
+    return {} if unit is None else {"unit": unit}
+
+
+def _unit_words(unit: str | None) -> str:
+    return "" if unit is None else "predicted norm ratio, "
+
+
+def _check_bounds(domain: Any) -> None:
+    _check_unit(domain.unit)
+    for side in ("lower", "upper"):
+        value = getattr(domain, side)
+        if not _is_number(value):
+            raise ValueError(f"{side} must be a number, got {kind_of(value)}")
+        if not math.isfinite(_float(value)):
+            raise ValueError(f"{side} must be finite, got {_float(value):g}")
+        object.__setattr__(domain, side, float(value))
+    if not domain.lower < domain.upper:
+        raise ValueError(f"lower ({domain.lower:g}) must be below upper ({domain.upper:g})")
+
+
+def _scalar_problem(value: Any) -> str | None:
+    if value is not None and not isinstance(value, (int, float, str, bool)):
+        return f"must be a single value, got {kind_of(value)}"
+    return "NaN is no setting" if isinstance(value, float) and math.isnan(value) else None
+
+
+def _check_scalar(value: Any) -> None:
+    problem = _scalar_problem(value) if value is not None else "must be a single value, got nothing (null)"
+    if problem:
+        raise ValueError(problem)
+
+
+def _between(value: float, lower: float, upper: float) -> bool:
+    return (lower <= value <= upper) or _same(value, lower) or _same(value, upper)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal but for rounding; true is not 1."""
+    if _is_number(one) and _is_number(other):
+        return one == other or math.isclose(_float(one), _float(other), rel_tol=TOLERANCE)
+    return type(one) is type(other) and one == other
+
+
+def _text(value: Any) -> str:
+    return f"{_float(value):g}" if _is_number(value) else str(value)
+
+
+def _alike(word: str, part: str) -> bool:
+    return difflib.SequenceMatcher(None, word, part).ratio() >= 0.65  # "weigth", "gradient" for grad; not "kl" for pixel
+
+
+def _ordered(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Known settings first, then by name: the order of keys in a file means nothing, also to a seeded sampler."""
+    names = [name for name in (GAIN, *TRIPLE, *KNOWN) if name in settings]
+    return {name: settings[name] for name in dict.fromkeys([*names, *sorted(set(settings) - set(names))])}

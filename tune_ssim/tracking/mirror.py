@@ -1,0 +1,212 @@
+"""Mirrors a study into MLflow from a process of its own, so that nothing MLflow does can stop or slow training.
+
+The process (`tracking`) reads the study's events from the last byte that MLflow has acknowledged. It is niced, holds a
+quarter of a megabyte of events at a time, and goes on trying while a server is down. Ending it at any moment loses
+nothing: the next one, tomorrow if need be, begins where it stopped. Neither mlflow nor ray is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypedDict
+
+from tune_ssim.results.study_folder import StudyFolder
+
+EXPERIMENT = "tune_ssim"
+POLL_S = 2.0  # larger batches cost MLflow less: 25 ms a batch, 0.2 ms a metric
+LONGEST_PAUSE_S = 30.0
+ORPHAN_S = 60.0  # how long a mirror whose study was killed goes on
+
+# Gentle on a dead server: our own back-off does the rest. What the user has set stands.
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+class State(TypedDict):
+    """How far a mirror is; a small file in the study's folder, one a tracking URI."""
+
+    offset: int  # bytes of events.jsonl that MLflow has
+    events: int
+    experiment_id: str | None
+    share_key: str | None
+    runs: dict[str, str]  # trial_id → run_id; the parent run is ""
+    refused: list[str]  # what MLflow would not take, in words
+    error: str | None
+
+
+class MLflowMirror:
+    """`uri` None is SQLite beside the study's folder. No method raises because of MLflow."""
+
+    def __init__(self, folder: StudyFolder, uri: str | None = None, experiment: str | None = None) -> None:
+        self.folder = folder
+        self.uri = uri or default_uri(folder.path.parent)
+        self.experiment = experiment or EXPERIMENT
+        self._process: subprocess.Popen[bytes] | None = None
+        self._problem: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": None}
+
+    def start(self) -> None:
+        """At once: MLflow's import and its database happen in the other process."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._problem = None
+        try:
+            state_file(self.folder, self.uri).parent.mkdir(parents=True, exist_ok=True)
+            with state_file(self.folder, self.uri).with_suffix(".log").open("wb") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "tune_ssim.tracking.replay"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    env=process_environment(),
+                    start_new_session=True,  # Ctrl-C is for the study, which then drains
+                )
+            # Not an argument: a URI may hold a password, and arguments are there for every user to see.
+            job = {"folder": str(self.folder.path.absolute()), "uri": self.uri, "experiment": self.experiment}
+            self._tell(json.dumps(job))
+        except OSError as error:
+            self._problem = in_words(error)
+
+    def drain(self, timeout_s: float = 60.0, progress: Callable[[str], None] | None = None) -> bool:
+        """Ends the mirror when MLflow has everything (True), or after `timeout_s`; `status()` then says why not."""
+        if not self._pending_bytes() and self._process is None:
+            return True
+        self.start()  # if it was never started, or has died
+        process, ends = self._process, time.monotonic() + timeout_s
+        if process is None:
+            return False
+        self._tell(f"drain {timeout_s:g}")
+        while process.poll() is None and time.monotonic() < ends + 2:
+            if progress is not None:
+                progress(self.status())
+            time.sleep(0.1)
+        hangs = process.poll() is None  # in a request
+        if hangs:
+            process.kill()
+        code = process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+        self._process = None
+        if hangs:
+            self._problem = f"not done within {timeout_s:g} s"
+        elif code not in (0, 1):
+            log = state_file(self.folder, self.uri).with_suffix(".log")
+            self._problem = f"the mirror's process ended with code {code}; see {log}"
+        return code == 0
+
+    def reached(self) -> bool:
+        """Whether MLflow has taken anything of this study, or at least not refused to answer."""
+        state = read_state(self.folder, self.uri)
+        return state["events"] > 0 or state["error"] is None
+
+    def status(self) -> str:
+        """In one line: how much of it MLflow has, and what is in the way."""
+        state = read_state(self.folder, self.uri)
+        pending = self._pending_events(state["offset"])
+        where = hide_password(self.uri)
+        text = f"MLflow has {state['events']} of {state['events'] + pending} events ({where})"
+        problem = state["error"] or self._problem
+        if pending and problem:
+            text += f"; {problem}"
+        if state["refused"]:
+            text += f"; {len(state['refused'])} refused, e.g. {state['refused'][0]}"
+        return text
+
+    def _tell(self, line: str) -> None:
+        try:
+            if self._process is not None and self._process.stdin is not None:
+                self._process.stdin.write(line.encode() + b"\n")
+                self._process.stdin.flush()
+        except OSError:
+            pass  # it is gone; `drain` sees its exit code
+
+    def _pending_bytes(self) -> bool:
+        return self._pending_events(read_state(self.folder, self.uri)["offset"]) > 0
+
+    def _pending_events(self, offset: int) -> int:
+        try:
+            with self.folder.events_file.open("rb") as file:
+                file.seek(offset)
+                return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        except OSError:
+            return 0
+
+
+def mirror_study(
+    folder: StudyFolder,
+    uri: str | None = None,
+    experiment: str | None = None,
+    timeout_s: float = 600.0,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[bool, str]:
+    """Brings what is pending of a study into MLflow now; whether it is all there, and a line that says so."""
+    mirror = MLflowMirror(folder, uri, experiment)
+    done = mirror.drain(timeout_s, progress)
+    return done, mirror.status()
+
+
+def run_ids(folder: StudyFolder, uri: str | None = None) -> dict[str, str]:
+    """trial_id → MLflow's run_id, as far as it is mirrored. The parent run is ""."""
+    return read_state(folder, uri or default_uri(folder.path.parent))["runs"]
+
+
+def default_uri(storage: Path) -> str:
+    return f"sqlite:///{storage.absolute() / 'mlflow.db'}"
+
+
+def state_file(folder: StudyFolder, uri: str) -> Path:
+    return folder.path / "mirror" / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}.json"
+
+
+def lock_file(folder: StudyFolder, uri: str) -> Path:
+    return state_file(folder, uri).with_suffix(".lock")
+
+
+def read_state(folder: StudyFolder, uri: str) -> State:
+    """Of a mirror that has not begun, or whose file is lost or damaged: nothing done yet, which is always safe."""
+    empty = State(offset=0, events=0, experiment_id=None, share_key=None, runs={}, refused=[], error=None)
+    try:
+        return State(**{**empty, **json.loads(state_file(folder, uri).read_bytes())})  # type: ignore[typeddict-item]
+    except (OSError, ValueError, TypeError):
+        return empty
+
+
+def process_environment() -> dict[str, str]:
+    """For processes that use MLflow: this package can be imported there, the user's own settings stand."""
+    import tune_ssim
+
+    package = str(Path(tune_ssim.__file__).parent.parent)
+    path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**_SETTINGS, **os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUTF8": "1"}
+
+
+def in_words(error: BaseException) -> str:
+    """One short line without passwords."""
+    text = " ".join(str(error).split())
+    for told in ("Connection refused", "Name or service not known", "timed out", "database is locked"):
+        if told.lower() in text.lower():
+            return told.lower()
+    text = hide_password(text)
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def hide_password(text: str) -> str:
+    return re.sub(r"://[^/@\s]+@", "://…@", text)

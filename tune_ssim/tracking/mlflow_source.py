@@ -1,0 +1,141 @@
+"""A run in MLflow as a source of records, like the log files of tune_ssim.records.readers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.records import Record
+from tune_ssim.records.readers.rows import Rows
+from tune_ssim.records.readers.trouble import Trouble
+from tune_ssim.tracking.mirror import hide_password, in_words
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+COMMANDS = "tune_ssim commands"  # the experiment of runs that scripts log to by themselves
+PREFIXES = ("mlflow:", "runs:/")
+SQLITE = "sqlite:///"
+
+
+def open_run(
+    run: str,
+    *,
+    tracking_uri: str | None = None,
+    names: Mapping[str, str] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> MLflowRun:
+    """The metrics of a run, named `mlflow:RUN_ID` or `runs:/RUN_ID`, from its first step or from where `state` was taken.
+
+    `tracking_uri`: None is MLflow's own choice ($MLFLOW_TRACKING_URI). `names`: their metric names → ours. Raises UserError if
+    there is no such run, or the tracking server does not answer."""
+    run_id = next((run.removeprefix(prefix) for prefix in PREFIXES if run.startswith(prefix)), "").strip("/")
+    if not run_id or "/" in run_id:
+        raise UserError(f"{run!r}: a run in MLflow is named mlflow:RUN_ID or runs:/RUN_ID")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = tracking_uri or mlflow.get_tracking_uri()
+    where = f"(tracking URI {hide_password(uri)}{'' if tracking_uri else '; $MLFLOW_TRACKING_URI says another'})"
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE).partition("?")[0]).exists():  # MLflow would make an empty one
+        raise UserError(f"{run}: there is no such database {where}")
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    try:
+        client.get_run(run_id)
+    except (MlflowException, OSError) as error:
+        raise UserError(f"{run}: {in_words(error)} {where}") from None
+    source = MLflowRun(client, run_id, names)
+    if state is not None:
+        source.load_state(state)
+    return source
+
+
+def open_new_run(tracking_uri: str, name: str, names: Mapping[str, str] | None = None) -> tuple[MLflowRun, dict[str, str]]:
+    """A run that does not exist yet, and the environment in which `mlflow.start_run()` takes it up: how a script that logs to
+    MLflow is followed without knowing what it calls its runs. Raises UserError if the tracking server does not answer."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient(tracking_uri=tracking_uri)
+    try:
+        found = client.get_experiment_by_name(COMMANDS)
+        experiment = found.experiment_id if found is not None else client.create_experiment(COMMANDS)
+        run_id = client.create_run(experiment, run_name=name).info.run_id
+    except (MlflowException, OSError) as error:
+        raise UserError(f"records.mlflow: {in_words(error)} (tracking URI {hide_password(tracking_uri)})") from None
+    environment = {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_EXPERIMENT_ID": str(experiment), "MLFLOW_RUN_ID": run_id}
+    return MLflowRun(client, run_id, names), environment
+
+
+class MLflowRun:
+    """See `tune_ssim.records.readers.Source`. Each `read` asks for the whole histories, in pages; what was released before is not
+    released again. Of values that a metric has twice at one step, the first stands."""
+
+    format = "mlflow"
+
+    def __init__(self, client: MlflowClient, run_id: str, names: Mapping[str, str] | None = None) -> None:
+        self.run_id = run_id
+        self._client = client
+        self._rows = Rows(names)
+        self._rows.trouble.unit = "value"
+
+    @property
+    def trouble(self) -> Trouble:
+        return self._rows.trouble
+
+    def read(self) -> list[Record]:
+        return [record for part in self.parts() for record in part]
+
+    def finish(self) -> list[Record]:
+        self._fetch(complete=True)
+        return self._rows.steps.finish()
+
+    def held(self) -> int | None:
+        return self._rows.steps.held()
+
+    def release(self) -> list[Record]:
+        return self._rows.steps.release()
+
+    def parts(self) -> Iterator[list[Record]]:
+        self._fetch(complete=False)
+        yield self._rows.steps.take()
+
+    def _fetch(self, complete: bool) -> None:
+        """`complete`: nothing will be logged any more. Else steps that began after the first question are left for the
+        next time: of the metrics asked for early they may lack."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            latest = self._client.get_run(self.run_id).data.to_proto().metrics
+            histories = {metric.key: self._client.get_metric_history(self.run_id, metric.key) for metric in latest}
+        except (MlflowException, OSError) as error:
+            self.trouble.note(f"run {self.run_id}: {in_words(error)}")
+            return
+        newest = sys.maxsize if complete else max((metric.step for metric in latest), default=-1)
+        by_step: dict[int, dict[str, float]] = {}
+        for name, history in histories.items():
+            for point in history:
+                if point.step <= newest:
+                    by_step.setdefault(point.step, {}).setdefault(name, restored(point.value))
+        self.trouble.lines = sum(map(len, histories.values()))
+        self._rows.steps.begin_anew()
+        for step in sorted(by_step):
+            names, values = self._rows.names, by_step[step]
+            ours = {names[name]: value for name, value in values.items() if name not in names.given}
+            ours |= {names.given[name]: value for name, value in values.items() if name in names.given}
+            self._rows.add(step, ours, step, f"step {step}")
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": "mlflow", "run_id": self.run_id, "rows": self._rows.to_json()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._rows.load_json(state["rows"])
+
+
+def restored(value: float) -> float:
+    """MLflow's SQL stores keep an infinity as the largest float (1.8e308)."""
+    return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else value

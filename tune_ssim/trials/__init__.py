@@ -1,0 +1,1 @@
+"""A trial: a training watched by guards, its checkpoints and quarantine."""

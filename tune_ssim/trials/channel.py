@@ -1,0 +1,120 @@
+"""Between a training in a process of its own and the trial that judges it: a folder with small files.
+
+    config.json     what the training is to run with (written by the trial)
+    records.jsonl   what it reports, a JSON object a line (written by the training, one of its processes)
+    images/N.png    its samples at step N, as a picture
+    verdict.json    how the trial ended (written by the trial): the training may stop
+
+A line of `records.jsonl` is one message: numbers with their `step`; or `effective`, parameters as read where they are used; or
+`held_out`, numbers measured at the end; or `read`, the settings that were looked up so far; or `ended`, how the loop was left.
+The same objects behind the word TUNE_SSIM are understood in whatever a command prints. A number of a step may have any name, those
+of the other kinds too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tune_ssim.base.files import write_atomically
+
+VARIABLE = "TUNE_SSIM_TRIAL"  # of the environment: the folder
+TAG = b"TUNE_SSIM "
+CONFIG, RECORDS, IMAGES, VERDICT = "config.json", "records.jsonl", "images", "verdict.json"
+KINDS = ("step", "effective", "held_out", "read", "ended")  # a message has exactly one of these, numbers of a step aside
+
+
+class TrialEnd:
+    """The trial's side of a channel."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._position, self._rest = 0, b""
+
+    def open(self, config: Mapping[str, Any], seed: int, smoke_at: tuple[int, ...], steps: int) -> None:
+        """Makes the folder. smoke_at: steps at which samples are wanted, the last of `steps` besides."""
+        (self.folder / IMAGES).mkdir(parents=True)
+        told = {"config": dict(config), "seed": seed, "smoke_at": list(smoke_at), "steps": steps}
+        write_atomically(self.folder / CONFIG, json.dumps(told).encode())
+
+    def read(self) -> list[dict[str, Any]]:
+        """Messages that came since the last call; a line that is no message is passed over."""
+        path = self.folder / RECORDS
+        try:
+            if path.stat().st_size <= self._position:
+                return []
+            with path.open("rb") as file:
+                file.seek(self._position)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        self._position += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [message for line in lines if (message := message_of(line)) is not None]
+
+    def image(self, step: int) -> bytes | None:
+        path = self.folder / IMAGES / f"{step}.png"
+        return path.read_bytes() if path.exists() else None
+
+    def close(self, verdict: str, reason: str) -> None:
+        """Tells the training that it may stop, and why."""
+        if self.folder.exists() and not (self.folder / VERDICT).exists():
+            write_atomically(self.folder / VERDICT, json.dumps({"verdict": verdict, "reason": reason}).encode())
+
+
+class TrainingEnd:
+    """The training's side of a channel."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        told = json.loads((folder / CONFIG).read_bytes())
+        self.config: dict[str, Any] = told["config"]
+        self.seed: int = told["seed"]
+        self.steps: int = told["steps"]
+        self.smoke_at: tuple[int, ...] = tuple(told["smoke_at"])
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        # One write a line: whoever reads it, or kills us, sees whole lines or a last one that is cut.
+        descriptor = os.open(self.folder / RECORDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, json.dumps(message).encode() + b"\n")
+        finally:
+            os.close(descriptor)
+
+    def save_image(self, step: int, png: bytes) -> None:
+        write_atomically(self.folder / IMAGES / f"{step}.png", png)
+
+    def verdict(self) -> dict[str, str] | None:
+        try:
+            return json.loads((self.folder / VERDICT).read_bytes())  # type: ignore[no-any-return]
+        except FileNotFoundError:
+            return None
+
+
+def message_of(line: bytes) -> dict[str, Any] | None:
+    """The message in a line of JSON, or None."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict):
+        return None
+    kinds = [kind for kind in KINDS if kind in message]
+    if len(kinds) != 1 and not ("step" in kinds and all(isinstance(message[kind], int | float) for kind in kinds)):
+        return None
+    if "step" in message:
+        step = message["step"]
+        if isinstance(step, float) and step.is_integer():
+            message["step"] = step = int(step)
+        return message if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+    return message
+
+
+def tagged_messages(line: bytes) -> list[dict[str, Any]]:
+    """The message behind the tag in a line of output."""
+    _, tag, rest = line.partition(TAG)
+    message = message_of(rest) if tag else None
+    return [message] if message is not None else []

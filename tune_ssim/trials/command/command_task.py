@@ -1,0 +1,681 @@
+"""A training that is somebody's program: started with a trial's settings, read while it runs, ended with all that it started."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import queue
+import re
+import shutil
+import socket
+import string
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tune_ssim.base.errors import BadSetup, NothingToResume, UserError
+from tune_ssim.base.yaml_source import dump_yaml, read_yaml
+from tune_ssim.records import ACTIVE_FRACTION, LR, TOTAL_NORM, Record, is_of_training
+from tune_ssim.records.readers import LineParser, Source, open_source
+from tune_ssim.study.command_spec import CommandSpec, as_word, fill, fill_all, fill_value, is_neutral, placeholders
+from tune_ssim.trials.channel import TAG, VARIABLE, TrialEnd, tagged_messages
+from tune_ssim.trials.command.echoes import Echoes
+from tune_ssim.trials.processes import OutputLog, SupervisedProcess, quote_of
+from tune_ssim.trials.processes.output_log import QUOTED_FROM
+from tune_ssim.trials.training import Number, Sample
+
+POLL_S = 0.05  # between looks at files; a step of a training worth tuning takes longer
+OF_TRAINING = ("smoke/", "dbg/", "loss", TOTAL_NORM, ACTIVE_FRACTION, LR)  # metrics that say nothing about held-out data
+ANY_STEP = "\0"  # stands for a step in a path
+MLFLOW_POLL_S = 2.0  # each look fetches whole histories
+MAX_LINE = 2**20  # bytes of a line that is looked at for tags
+LAST_ROWS_S = 10.0  # for the rest of the last step's rows, and of its checkpoint: buffered writers flush every few seconds
+LAST_WORDS_S = 2.0  # for a loop that was told of its verdict to leave by itself
+
+
+class Process(Protocol):
+    """What `SupervisedProcess` is, and what runs on several nodes looks like."""
+
+    def wait(self, timeout: float | None = None) -> bool: ...
+    def stop(self) -> None: ...
+    def describe_exit(self) -> str: ...
+    @property
+    def has_ended(self) -> bool: ...
+    @property
+    def exit_code(self) -> int | None: ...
+    @property
+    def failure(self) -> BaseException | None:
+        """Of whoever takes the output: what came later was not read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What to start: on each node the same but for the fields of the node. environment: besides what is there."""
+
+    argv: list[str]
+    environment: dict[str, str]
+    cwd: str | None
+    grace_s: float
+
+
+Launch = Callable[[Callable[[Mapping[str, Any]], Invocation], Callable[[bytes], None], Path], Process]
+"""(node's fields → what to start there, what to do with the first node's output, folder for the output of the others)."""
+
+
+OpenMLflow = Callable[[str, str, Mapping[str, str]], tuple[Source, dict[str, str]]]
+"""(tracking URI, name of the run, theirs → ours) → (its records, what the command must find in its environment)."""
+
+
+def _no_mlflow(tracking_uri: str, name: str, names: Mapping[str, str]) -> tuple[Source, dict[str, str]]:
+    raise UserError("records.mlflow: only in a study: outside nothing here may speak to MLflow")
+
+
+def launch_here(render: Callable[[Mapping[str, Any]], Invocation], on_output: Callable[[bytes], None], folder: Path) -> Process:
+    """On this machine alone."""
+    what = render({"nodes": 1, "node_rank": 0, "master_addr": "127.0.0.1", "master_port": free_port("127.0.0.1")})
+    environment = {**os.environ, **what.environment}
+    return SupervisedProcess(what.argv, on_output, environment=environment, cwd=what.cwd, grace_s=what.grace_s)
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class CommandTask:
+    """A task whose steps are records of a running command; see `CommandSpec` for what can be said about it.
+
+    It starts with the first step. A record has the step that the command gave it, so steps may be skipped. `held_out` numbers come
+    from the command itself, from the evaluation's command, or from the last record, whichever there is.
+    """
+
+    def __init__(self, spec: CommandSpec, cwd: str | None = None) -> None:
+        self.spec, self.home = spec, cwd
+        self.launch: Launch = launch_here
+        self.open_mlflow: OpenMLflow = _no_mlflow
+        self.name, self.folder = "trial", Path()
+        self._made: Path | None = None  # a temporary folder of our own
+        self._process: Process | None = None
+        self._parsing = threading.Lock()  # the pipe's thread feeds the parser
+
+    # -- before and after
+
+    def identify(self, name: str, folder: Path) -> None:
+        """Called before `setup`: what the trial is called, and a folder for what it leaves behind."""
+        self.name, self.folder = name, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
+        self.close()
+        self.config, self.seed, self.step_now = dict(config), seed, 0
+        self.steps = int(config["steps"])
+        self.smoke_at: tuple[int, ...] = ()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._records: list[tuple[int, dict[str, float]]] = []
+        self._parser: LineParser | None = None
+        self._source: Source | None = None
+        self._source_every, self._source_due = 0.0, 0.0
+        self._channel: TrialEnd | None = None
+        self._line = b""
+        self._echoes = Echoes(self.config, self.spec)
+        self._in_force: set[str] = set()  # settings that a loop stated: these go before what it printed
+        self._resume_from: Path | None = None
+        self._told: dict[str, Any] = {}  # parameters as the training says that they are
+        self._read: set[str] | None = None  # settings that a loop looked up
+        self._held_out: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+        self._any = False
+        self._is_checked = False  # whether the settings reached the training
+        self._overdue = False  # the last record came only because nothing followed it in time
+        self._settling: tuple[Any, float] = (None, 0.0)  # what there is of the last step, and since when it is so
+
+    def want_samples_at(self, steps: Sequence[int]) -> None:
+        """Called after `setup`: where a loop that pushes its samples should do so."""
+        self.smoke_at = tuple(steps)
+
+    @property
+    def takes_samples(self) -> bool:
+        """Whether `sample` makes any; else the training sends them, or there are none."""
+        return self.spec.smoke is not None
+
+    @property
+    def is_paired(self) -> bool:
+        """Only a training that is told the seed, or reads it, can see the same batches as the baseline's."""
+        return "seed" in self.spec.reached() | (self._read or set())
+
+    @property
+    def can_resume(self) -> bool:
+        return self.spec.resume is not None and self.spec.checkpoints is not None
+
+    def close(self, verdict: str = "stopped", reason: str = "the trial is over") -> None:
+        """Ends the command with all that it started."""
+        process, self._process = self._process, None
+        if process is not None:
+            channel = self._channel
+            if channel is not None and not process.has_ended:
+                channel.close(verdict, reason)
+                if self._read is not None:  # it listens
+                    process.wait(LAST_WORDS_S)
+            process.stop()
+            self.log.close()
+        if self._made is not None:
+            shutil.rmtree(self._made, ignore_errors=True)
+            self._made = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) is not None:
+            self.close()
+
+    # -- the training
+
+    def step(self) -> Mapping[str, Number] | None:
+        """The next record with its `step`; None when the command has ended well.
+
+        Raises UserError when it failed, or says nothing for too long; BadSetup when a setting does not reach it."""
+        if self._process is None:
+            self._start()
+        assert self._process is not None
+        limit = self.spec.silence_s if self._any else self.spec.first_record_s
+        deadline = time.monotonic() + (0.0 if self._overdue else limit)
+        self._overdue = False
+        while not self._records:
+            ended = self._process.has_ended  # looked at before the last read: what came until then is complete
+            self._collect(final=ended)
+            if self._records:
+                break
+            if self._process.failure is not None:
+                raise self._process.failure
+            if ended:
+                self._require_good_end()
+                self._check_reached()
+                return None
+            settled, late = self._has_settled(), time.monotonic() > deadline
+            if settled or late:
+                self._release()
+                if self._records:
+                    self._overdue = late
+                    break
+                if self.step_now >= self.steps:
+                    return None  # it has trained all it was asked for
+                hint = ""
+                if not self._any and (self._parser is not None or self._source is not None):
+                    self._read_to_the_end()
+                    hint = self._no_record_hint()
+                what = f"no record after step {self.step_now}" if self._any else "no record"
+                raise UserError(f"the command gave {what} for {limit:g} s{hint}; {self._quote()}")
+            self._wait()
+        step, values = self._records.pop(0)
+        self._any = True
+        if is_of_training(step, values):
+            self._check_reached()
+        self.step_now = max(self.step_now, step)
+        self._last |= values
+        return {**values, "step": step}
+
+    def _start(self) -> None:
+        exp_name, folder = self._fresh_folder()
+        self.fields = {
+            **self.config,
+            "seed": self.seed,
+            "exp_name": exp_name,
+            "exp_dir": str(folder),
+            "python": sys.executable,
+            "gpus": len([one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]),
+        }
+        self.exp_folder = folder
+        self.log = OutputLog(folder / "output.log")
+        self._channel = TrialEnd(folder / "channel")
+        self._channel.open(self.config, self.seed, self.smoke_at, self.steps)
+        records = self.spec.records
+        self._run_environment: dict[str, str] = {}
+        if records is not None and records.mlflow is not None:
+            self._source, self._run_environment = self.open_mlflow(records.mlflow, exp_name, records.names)
+            self._source_every = MLFLOW_POLL_S
+        elif records is not None and records.file is None:
+            self._parser = LineParser(pattern=records.pattern, names=records.names)
+        elif records is not None and records.file is not None:
+            path = self._path(fill(records.file, self.fields))
+            _require_unwritten(path)
+            self._source = open_source(path, format=records.format, names=records.names, pattern=records.pattern)
+        if self.spec.config_file is not None:
+            self._write_config_file()
+        self._process = self.launch(self._invocation, self._take_output, folder)
+
+    def _fresh_folder(self) -> tuple[str, Path]:
+        """A name that nothing was ever saved under: what a training finds under its name it may resume from (SEEDS A10)."""
+        if self.folder == Path():
+            self._made = Path(tempfile.mkdtemp(prefix="tune-ssim-"))
+            self.folder = self._made
+        for attempt in range(1, 1000):
+            name = self.name if attempt == 1 else f"{self.name}-try{attempt}"
+            try:
+                (self.folder / name).mkdir(parents=True)
+            except FileExistsError:
+                continue
+            return name, self.folder / name
+        raise UserError(f"command: {self.folder} is full of earlier attempts of {self.name!r}")
+
+    def _invocation(self, node: Mapping[str, Any]) -> Invocation:
+        fields = {**self.fields, **node}
+        argv = fill_all(self.spec.command, fields)
+        if self._resume_from is not None and self.spec.resume:
+            argv += fill_all(self.spec.resume, {**fields, "checkpoint": str(self._resume_from), "step": self.step_now})
+        own = {name: fill(str(value), fields) for name, value in self.spec.environment.items()}
+        environment = {
+            "PYTHONUNBUFFERED": "1",  # lines arrive when they are printed, not when 8 KB are full
+            "EXP_NAME": str(fields["exp_name"]),
+            **self._run_environment,
+            **own,
+            VARIABLE: str(self.exp_folder / "channel"),
+        }
+        return Invocation(argv, environment, self._cwd(), self.spec.grace_s)
+
+    def _cwd(self) -> str | None:
+        if self.spec.cwd is None:
+            return self.home
+        return str(Path(self.home or ".", fill(self.spec.cwd, self.fields)).absolute())
+
+    def _path(self, text: str) -> Path:
+        return Path(self._cwd() or ".", text)
+
+    def _write_config_file(self) -> None:
+        """The base with the trial's values, in the format of its name."""
+        spec = self.spec.config_file
+        assert spec is not None
+        path = self._path(fill(spec.path, self.fields))
+        contents: Any = read_yaml(self._path(spec.base)).value if spec.base else {}  # JSON is YAML 1.2
+        if not isinstance(contents, dict):
+            raise UserError(f"{spec.base}: must be a mapping to be a base for the trial's settings")
+        for key, template in spec.set.items():
+            *parents, last = key.split(".")
+            place = contents
+            for parent in parents:
+                place = place.setdefault(parent, {})
+                if not isinstance(place, dict):
+                    raise UserError(f"config_file: {key}: {parent!r} is no mapping in {spec.base}")
+            place[last] = fill_value(template, self.fields)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            json.dumps(contents, indent=1) if path.suffix == ".json" else dump_yaml(contents, for_any_reader=True), encoding="utf-8"
+        )
+
+    # -- what it says
+
+    def _take_output(self, data: bytes) -> None:
+        """In the thread that reads the pipe."""
+        self.log.write(data)
+        # Before the records of the same piece: with the first of them the settings are judged.
+        if self.spec.echo != "off" and (found := self._echoes.feed(data)):
+            self._messages.put({"echoed": found})
+        if self._parser is not None:
+            with self._parsing:
+                for record in self._parser.feed(data):
+                    self._messages.put({**record.values, "step": record.step})
+        self._line += data
+        looks = TAG in self._line
+        complete, _, rest = self._line.rpartition(b"\n")
+        self._line = rest[-MAX_LINE:]
+        for line in complete.split(b"\n") if looks else ():
+            self._take_line(line)
+
+    def _take_line(self, line: bytes) -> None:
+        for message in tagged_messages(line):
+            # Records behind the tag are the parser's where it knows them, with the names that they have here.
+            if "step" not in message or self._parser is None or self._parser.format != "jsonl":
+                self._messages.put(message)
+
+    def _collect(self, final: bool = False) -> None:
+        """Everything that was said until now, from all doors, into `_records`."""
+        if final and self._line:
+            line, self._line = self._line, b""
+            if self.spec.echo != "off":
+                self._messages.put({"echoed": self._echoes.finish()})
+            self._take_line(line)
+        if self._channel is not None:
+            for message in self._channel.read():
+                self._take(message)
+        while not self._messages.empty():
+            self._take(self._messages.get())
+        if final and self._parser is not None:  # the step that it held back comes after all that it gave
+            self._keep(self._parser.finish())
+        if self._source is not None and (final or time.monotonic() >= self._source_due):
+            self._source_due = time.monotonic() + self._source_every
+            self._keep(self._source.finish() if final else self._source.read())
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "step" in message:  # first: a number of a step may have any name
+            self._records.append((message["step"], numbers_of(message, without=("step",))))
+        elif "effective" in message:
+            stated = message["effective"] if isinstance(message["effective"], dict) else {}
+            self._told |= stated
+            self._in_force |= set(stated)
+        elif "read" in message:
+            looked_up = message["read"] if isinstance(message["read"], list) else []
+            self._read = (self._read or set()) | {str(name) for name in looked_up}
+        elif "held_out" in message:
+            self._held_out |= numbers_of(message["held_out"])
+        elif "echoed" in message:
+            self._told |= {name: value for name, value in message["echoed"].items() if name not in self._in_force}
+
+    def _keep(self, records: Iterable[Record]) -> None:
+        self._records += [(record.step, dict(record.values)) for record in records]
+
+    def _release(self) -> None:
+        """The step that is held back for later rows, into `_records`."""
+        if self._parser is not None:
+            with self._parsing:
+                for record in self._parser.release():
+                    self._messages.put({**record.values, "step": record.step})
+            self._collect()
+        elif self._source is not None:
+            self._keep(self._source.release())
+
+    def _has_settled(self) -> bool:
+        """Whether nothing more is to be waited for of a training that has logged its last step and does not end: a teardown that
+        hangs, an upload. What it prints besides makes no difference; what it may still be making does."""
+        reader = self._source or self._parser
+        if reader is None or self._read is not None:  # a loop that pushes says more, samples for one
+            return False
+        held = reader.held() == self.steps  # not beyond: that may be a number misread
+        # Held-out numbers come from the checkpoint that the evaluation reads, or from the training itself, when it likes to.
+        evaluable = self.spec.checkpoints is not None if self.spec.evaluate is not None else bool(self._held_out)
+        if not held and not (self.step_now >= self.steps and evaluable):
+            return False
+        made: list[tuple[str, int, int]] = []
+        if self.spec.checkpoints is not None and (self.spec.smoke is not None or self.spec.evaluate is not None):
+            checkpoint = self.written().get(self.steps)
+            if checkpoint is None:  # an older one would be judged instead
+                return False
+            made = _sizes(checkpoint)
+        now = time.monotonic()
+        if self._settling[0] != (held, made):
+            self._settling = (held, made), now
+        return now - self._settling[1] > LAST_ROWS_S
+
+    def _wait(self) -> None:
+        assert self._process is not None
+        if self._process.has_ended:
+            return
+        time.sleep(POLL_S)
+
+    def _require_good_end(self) -> None:
+        process = self._process
+        assert process is not None
+        if not self._any or process.exit_code != 0:
+            after = f"after step {self.step_now}" if self._any else "without a record"
+            failed_in_loop = self._read is not None and process.exit_code != 0  # it would have reported
+            hint = "" if self._any or failed_in_loop else self._no_record_hint()
+            raise UserError(f"the command ended {after}, {process.describe_exit()}{hint}; {self._quote()}")
+
+    def _read_to_the_end(self) -> None:
+        """Of a command that is given up: what stands there and is no record, for the reader's trouble to say so."""
+        with self._parsing:
+            for reader in (self._parser, self._source):
+                if reader is not None:
+                    reader.finish()
+
+    def reading_trouble(self) -> str:
+        """What was printed or written for a record and could not be read, in one line; empty if there was nothing."""
+        reader = self._source or self._parser
+        return reader.trouble.sentence() if reader is not None else ""
+
+    def _no_record_hint(self) -> str:
+        records = self.spec.records
+        if records is None:
+            return " (nothing was reported through tune_ssim.trial_context, and no line TUNE_SSIM {json} was printed)"
+        where = "in its output"
+        if records.file is not None:
+            where = f"in {fill(records.file, self.fields)}"
+        elif records.mlflow is not None:
+            where = "in its run in MLflow"
+        trouble = self.reading_trouble()
+        return f" (looked {where}; {trouble})" if trouble else f" (looked {where})"
+
+    def _quote(self) -> str:
+        last = self.log.quote()
+        return f"all that it printed is in {self.log.path}" + (f", last: {last}" if last else " (nothing)")
+
+    def _check_reached(self) -> None:
+        """What the trial sets must be told to the command, or looked up by it, and be in force where the command says what is.
+        Asked once: at the first record of the training itself, or at the end."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        known = self.spec.reached() | (self._read or set()) | set(self._told) | {"steps"}
+        for name, value in self.config.items():
+            if name not in known and not is_neutral(name, value):
+                raise BadSetup(
+                    f"{name} is set to {value!r} but does not reach the training: put {{{name}}} into the command, its "
+                    f"environment or its config file, or read it with trial_context().config[{name!r}]"
+                )
+        if self.spec.echo == "required":
+            silent = sorted(name for name in self.spec.reached() & set(self.config) - {"steps"} if name not in self._told)
+            if silent:
+                raise BadSetup(
+                    f"the command does not print {silent[0]}: it is not known to have reached the training (echo: required); "
+                    f"print it as {silent[0]}=…, or with trial_context().in_force({silent[0]}=…); {self._quote()}"
+                )
+
+    # -- what it made
+
+    def sample(self, noise: int = 0) -> Sample | None:
+        """By the smoke test's command, of the newest checkpoint that is not beyond this step; None where there is none yet."""
+        spec = self.spec.smoke
+        assert spec is not None
+        checkpoint = self._checkpoint() if self.step_now else (spec.at_start and fill(spec.at_start, self._idle_fields()))
+        if not checkpoint:
+            return None
+        fields = self._idle_fields() | {"checkpoint": str(checkpoint), "step": self.step_now, "noise": noise}
+        out = Path(tempfile.mkdtemp(prefix="samples-", dir=self.folder if self.folder != Path() else None))
+        try:
+            self._run(spec.command, fields | {"out": str(out)}, spec.timeout_s, "the smoke test's command")
+            return self._read_samples(out)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+    def _idle_fields(self) -> dict[str, Any]:
+        """Before the command has started there is nothing in its folder, but its settings are known."""
+        own = {"exp_name": self.name, "exp_dir": str(self.folder / self.name), "python": sys.executable, "gpus": 0}
+        return {**own, **self.config, "seed": self.seed, **getattr(self, "fields", {})}
+
+    def _checkpoint(self) -> Path | None:
+        template = self.spec.checkpoints
+        return None if template is None else newest_checkpoint(template, self.fields, self._path, self.step_now)
+
+    def written(self) -> dict[int, Path]:
+        """By their step, the checkpoints that are there: whatever it may be resumed or started from."""
+        template = self.spec.checkpoints
+        return {} if template is None or not hasattr(self, "fields") else checkpoints(template, self.fields, self._path)
+
+    def _run(self, words: Sequence[str], fields: Mapping[str, Any], timeout_s: float, what: str) -> str:
+        """Its standard output. Raises UserError unless it exits with 0 in time."""
+        node = {"nodes": 1, "node_rank": 0, "master_addr": "127.0.0.1", "master_port": free_port("127.0.0.1")}
+        argv = fill_all(words, {**fields, **node})
+        output: list[bytes] = []
+        process = SupervisedProcess(
+            argv,
+            output.append,
+            environment={**os.environ, "PYTHONUNBUFFERED": "1"},
+            cwd=self._cwd() if self.spec.cwd is None or hasattr(self, "fields") else self.home,
+            grace_s=self.spec.grace_s,
+        )
+        in_time = process.wait(timeout_s)
+        process.stop()
+        text = b"".join(output).decode(errors="replace")
+        if not in_time or process.exit_code != 0:
+            how = process.describe_exit() if in_time else f"not done after {timeout_s:g} s"
+            raise UserError(f"{what} failed, {how}: {quote_of(text.splitlines()[-QUOTED_FROM:]) or 'it printed nothing'}")
+        return text
+
+    def _read_samples(self, out: Path) -> Sample:
+        spec = self.spec.smoke
+        assert spec is not None
+        images = read_images(sorted(out.glob(spec.images)), f"{spec.images} in {{out}}") if spec.images else None
+        names = [path.relative_to(out) for path in sorted(out.glob(spec.images))] if spec.images else []
+
+        def beside(folder: str | None) -> torch.Tensor | None:
+            return read_images([self._path(folder) / name for name in names], folder) if folder else None
+
+        ids = None
+        if spec.tokens is not None:
+            try:
+                rows = json.loads((out / spec.tokens).read_bytes())
+                ids = torch.tensor([-1 if token is None else int(token) for row in rows for token in row])
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"smoke: {spec.tokens}: not a JSON list of lists of token ids ({error})") from None
+        examples = None
+        if spec.examples is not None:
+            folder = self._path(spec.examples)
+            examples = read_images(
+                sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), spec.examples
+            )
+        if images is None:
+            images = torch.zeros(0, 3, 1, 1)
+        return Sample(
+            images,
+            references=beside(spec.references),
+            reconstructions=beside(spec.reconstructions),
+            inputs=beside(spec.inputs),
+            examples=examples,
+            token_ids=ids,
+            vocabulary_size=spec.vocabulary_size,
+        )
+
+    def image(self, step: int) -> bytes | None:
+        """A picture of samples that the training sent."""
+        return self._channel.image(step) if self._channel is not None else None
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out numbers: as told, as the evaluation's command prints them, or the last of each record."""
+        self._collect()
+        found = {name: value for name, value in self._last.items() if not name.startswith(OF_TRAINING)} | self._held_out
+        spec = self.spec.evaluate
+        if spec is not None:
+            checkpoint = self._checkpoint()
+            if checkpoint is None and any("checkpoint" in placeholders(word) for word in spec.command):
+                raise UserError(f"evaluate: there is no checkpoint at step {self.step_now}; {self._quote()}")
+            fields = self.fields | {"step": self.step_now, "checkpoint": str(checkpoint or ""), "noise": 0, "out": ""}
+            text = self._run(spec.command, fields, spec.timeout_s, "the evaluation's command")
+            lines = [line.strip() for line in text.splitlines() if line.strip().startswith("{")]
+            try:
+                found |= numbers_of(json.loads(lines[-1]))
+            except (IndexError, ValueError):
+                raise UserError("the evaluation's command printed no line of JSON with numbers") from None
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        checkpoint = self._checkpoint() if hasattr(self, "fields") else None
+        return {"step": self.step_now, "checkpoint": str(checkpoint) if checkpoint else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not self.can_resume or state["checkpoint"] is None:
+            raise NothingToResume("the command cannot resume: it has no `resume` arguments, or had written no checkpoint")
+        self.step_now, self._resume_from = state["step"], Path(state["checkpoint"])
+
+    def effective(self) -> dict[str, Any]:
+        """As the training says; as it was told, where it says nothing."""
+        return {"max_grad_norm": None, **self.spec.known, **self.config, **self._told}
+
+    def where_said(self, name: str) -> str | None:
+        """The printed line that says what a setting is."""
+        return None if name in self._in_force else self._echoes.lines.get(name)
+
+    def unverified(self) -> list[str]:
+        """Settings that the training was told and has not confirmed."""
+        return sorted(name for name in set(self.config) - {"steps"} if name not in self._told)
+
+
+def _sizes(path: Path) -> list[tuple[str, int, int]]:
+    """(file, bytes, time in ns) of a checkpoint, a file or a folder: what changes while it is written."""
+    found = []
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        try:
+            status = file.stat()
+        except OSError:  # moved while we looked
+            continue
+        found.append((str(file), status.st_size, status.st_mtime_ns))
+    return found
+
+
+def _require_unwritten(path: Path) -> None:
+    """Raises UserError for records from before the command was started: of another run, or of an earlier one under this name. A
+    command that is resumed has a new name, so what is its own is never there yet."""
+    try:
+        if path.is_dir():
+            old = next((file for file in path.rglob("*tfevents.*") if file.is_file() and file.stat().st_size), None)
+        else:
+            old = path if path.exists() and path.stat().st_size else None
+    except OSError as error:
+        raise UserError(f"records.file: {path}: {error.strerror or error}") from None
+    if old is not None:
+        raise UserError(
+            f"records.file: {old} is there before the command was started: its records are another run's; remove it, or let each "
+            "trial write a file of its own, with {exp_dir} or {exp_name} in its path"
+        )
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def read_images(paths: Sequence[Path], what: str) -> torch.Tensor:
+    """`[n, 3, H, W]` in [0, 1]. Raises UserError for files that are none, or not of one size."""
+    import numpy as np
+    from PIL import Image
+
+    if not paths:
+        raise UserError(f"smoke: no images: {what}")
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                images.append(torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1))
+        except (OSError, ValueError) as error:
+            raise UserError(f"smoke: {path}: {error}") from None
+    sizes = sorted({(image.shape[1], image.shape[2]) for image in images})
+    if len(sizes) > 1:
+        raise UserError(f"smoke: images of one size are needed, {what} has {sizes[0]} and {sizes[-1]}")
+    return torch.stack(images)
+
+
+def newest_checkpoint(template: str, fields: Mapping[str, Any], place: Callable[[str], Path], step: int) -> Path | None:
+    """Of the paths that the template means with any step up to `step`, the one with the highest."""
+    found = checkpoints(template, fields, place)
+    return found[max(upto)] if (upto := [at for at in found if at <= step]) else None
+
+
+def checkpoints(template: str, fields: Mapping[str, Any], place: Callable[[str], Path]) -> dict[int, Path]:
+    """The paths that the template means, by their step."""
+    pieces = []
+    for literal, name, form, _ in string.Formatter().parse(template):
+        pieces.append(literal)
+        if name is not None:
+            pieces.append(ANY_STEP if name == "step" else format(as_word(fields[name]), form or ""))
+    parts = str(place("".join(pieces))).split(ANY_STEP)
+    expression = re.compile(r"0*(\d+)".join(re.escape(part) for part in parts))
+    found: dict[int, Path] = {}
+    for path in sorted(glob.glob("*".join(glob.escape(part) for part in parts))):  # noqa: PTH207  (Path.glob takes no absolute pattern)
+        if match := expression.fullmatch(path):
+            found[int(match[1])] = Path(path)
+    return found
+
+
+def numbers_of(values: Any, without: Sequence[str] = ()) -> dict[str, float]:
+    """The numbers of a mapping, NaN and Inf among them; anything else is left out."""
+    found: dict[str, float] = {}
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in without:
+            found[str(name)] = float(value)
+    return found

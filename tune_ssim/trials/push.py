@@ -1,0 +1,230 @@
+"""Three lines inside any training loop make it a trial; outside a study they only find mistakes.
+
+    with tune_ssim.trial_context(ssim_loss_weight=0.1) as t:           # what to use when nothing is being tuned
+        loss = DecodedLoss(weight=t.config["ssim_loss_weight"])
+        for step, batch in enumerate(loader, 1):
+            ...
+            t.report(step=step, loss=loss, total_norm=norm)
+
+Works in a script that a study runs as a command, and in a function that a study names. The trial itself, with its guards, is
+another process: it reads what is reported from a folder, and its verdict is found there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tune_ssim.trials.channel import VARIABLE, TrainingEnd
+
+if TYPE_CHECKING:
+    import torch
+
+    from tune_ssim.trials.training import Sample
+
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # torchrun and accelerate; srun; mpirun
+
+
+class TrialPruned(Exception):
+    """The trial is over: `report` raises it, the `with` of `trial_context` swallows it."""
+
+
+def trial_context(**defaults: Any) -> TrialContext:
+    """For a `with`; see the module. `defaults`: the configuration where nothing is being tuned, and of every key that the study
+    does not set. Safe on every rank of a distributed training: all of them may report, the first one is heard."""
+    folder = os.environ.get(VARIABLE)
+    if not folder or not Path(folder).is_dir():  # on further nodes the folder may not be there; their rank is not 0 either
+        return TrialContext(None, defaults)
+    return TrialContext(TrainingEnd(Path(folder)), defaults)
+
+
+class TrialContext:
+    """config: what to train with. steps: how long, None without a study."""
+
+    def __init__(self, channel: TrainingEnd | None, defaults: Mapping[str, Any]) -> None:
+        self._channel = channel
+        self.config = _Settings({**defaults, **(channel.config if channel else {})})
+        self.steps = channel.steps if channel else None
+        self._step, self._told_read = 0, -1
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a study is listening."""
+        return self._channel is not None
+
+    @property
+    def seed(self) -> int:
+        """A loop that draws its batches and noise from it sees the same as the baseline: norms are then compared step by step."""
+        self.config.read.add("seed")
+        return self._channel.seed if self._channel else 0
+
+    def report(self, *, step: int, **metrics: float | torch.Tensor) -> None:
+        """The numbers of one optimiser step (1 is the first), under the standard names: loss, total_norm (before clipping),
+        ssim_active_fraction, … Numbers of any kind, tensors and arrays of one element too; within a study these are transferred
+        from their device here.
+
+        Raises TrialPruned when the trial is over; TypeError or ValueError, also without a study, for what is no number."""
+        self._step = self._whole("report", step)
+        self._send_record(self._step, {name: self._number("report", name, value) for name, value in metrics.items()})
+        self.raise_if_over()
+
+    def samples(
+        self,
+        images: torch.Tensor,
+        *,
+        step: int | None = None,
+        references: torch.Tensor | None = None,
+        inputs: torch.Tensor | None = None,
+        reconstructions: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
+        vocabulary_size: int | None = None,
+        **statistics: float,
+    ) -> None:
+        """What inference on fixed inputs and fixed noise makes of the model: the smoke test judges it. `tune_ssim.Sample` says what
+        each argument is. step: the last reported one. Call it when `due(step)`; step 0 is before the first update.
+
+        Raises UserError, a ValueError, for images that are no float tensors `[n, 3, H, W]`, and within a study for references or
+        inputs far outside [0, 1]."""
+        at = self._step if step is None else self._whole("samples", step)
+        numbers = {f"smoke/{name}": self._number("samples", name, value) for name, value in statistics.items()}
+        if _rank() == 0:
+            from tune_ssim.trials.sample_check import require_kind
+            from tune_ssim.trials.training import Sample
+
+            sample = Sample(images, references, inputs, reconstructions, {}, token_ids, vocabulary_size)
+            require_kind(sample)
+            if self._channel is not None:
+                self._send_samples(self._channel, at, sample, numbers)
+        self.raise_if_over()
+
+    def _send_samples(self, channel: TrainingEnd, step: int, sample: Sample, numbers: Mapping[str, float]) -> None:
+        from tune_ssim.trials.sample_check import require_range
+        from tune_ssim.trials.sample_grid import sample_grid
+        from tune_ssim.trials.trial import statistics_of
+
+        if doubt := require_range(sample):
+            warnings.warn(doubt, stacklevel=3)
+        found = {f"smoke/{name}": value for name, value in statistics_of(sample).items()}
+        if len(sample.images):
+            channel.save_image(step, sample_grid(sample))
+        self._send_record(step, {**found, **numbers})
+
+    def due(self, step: int) -> bool:
+        """Whether the study wants samples after this step."""
+        return self._channel is not None and (step in self._channel.smoke_at or step == self._channel.steps)
+
+    def in_force(self, **parameters: Any) -> None:
+        """Parameters as read where they are used, e.g. `in_force(ssim_loss_weight=criterion.weight)`: a study compares them with
+        what it asked for, and stops a training that it cannot steer. Values of JSON, and numbers of any kind.
+
+        Raises TypeError, also without a study, for anything else."""
+        self._send({"effective": {name: self._stated(name, value) for name, value in parameters.items()}})
+
+    def held_out(self, **metrics: float | torch.Tensor) -> None:
+        """Numbers measured on held-out data at the end, e.g. `ssim`, `psnr` (dB): what a study maximises and keeps.
+
+        Raises TypeError, also without a study, for what is no number."""
+        self._send({"held_out": {name: self._number("held_out", name, value) for name, value in metrics.items()}})
+
+    def raise_if_over(self) -> None:
+        """Raises TrialPruned when the trial has its verdict; for loops that report rarely."""
+        if self._channel is not None and (verdict := self._channel.verdict()) is not None:
+            raise TrialPruned(f"{verdict['verdict']}: {verdict['reason']}")
+
+    def __enter__(self) -> TrialContext:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        self._tell_read()
+        ended = "finished" if error is None else "pruned" if isinstance(error, TrialPruned) else f"failed: {error!r}"
+        self._send({"ended": ended})
+        return isinstance(error, TrialPruned)
+
+    def _tell_read(self) -> None:
+        if len(self.config.read) != self._told_read:
+            self._told_read = len(self.config.read)
+            self._send({"read": sorted(self.config.read)})
+
+    def _send_record(self, step: int, values: Mapping[str, float]) -> None:
+        self._tell_read()  # first: with a record the trial judges whether its settings are looked up
+        self._send({**values, "step": step})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        if (channel := self._listening) is not None:
+            channel.send(message)
+
+    @property
+    def _listening(self) -> TrainingEnd | None:
+        """Where what this process says goes, if anywhere; what it says is validated in any case."""
+        return self._channel if _rank() == 0 else None
+
+    def _plain(self, value: Any) -> Any:
+        """A tensor or array of one element as a number of Python's, anything else as it is. Where nobody listens nothing is
+        transferred from another device, and any number, 0, stands for the one there."""
+        shape = getattr(value, "shape", None)
+        if shape is None or math.prod(shape) != 1 or not hasattr(value, "item"):
+            return value
+        device = getattr(getattr(value, "device", None), "type", "cpu")
+        return value.item() if device == "cpu" or self._listening is not None else 0
+
+    def _number(self, where: str, name: str, value: Any) -> float:
+        try:
+            return float(self._plain(value))
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise TypeError(f"{where}: {name} must be one number, got {_described(value)}") from None
+
+    def _whole(self, where: str, step: Any) -> int:
+        try:
+            plain = self._plain(step)
+        except (TypeError, ValueError, RuntimeError):
+            plain = step
+        if isinstance(plain, bool) or not isinstance(plain, int | float) or plain < 0 or plain % 1 != 0:
+            raise ValueError(f"{where}: step must be an integer >= 0, got {_described(step)}")
+        return int(plain)
+
+    def _stated(self, name: str, value: Any) -> Any:
+        try:
+            return json.loads(json.dumps(value, default=self._plain))
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"in_force: {name} must be a plain value, got {_described(value)}") from None
+
+
+class _Settings(Mapping[str, Any]):
+    """A configuration that knows which of its settings were looked up."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._values[name]
+        self.read.add(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return json.dumps(self._values, default=str)
+
+
+def _rank() -> int:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
+
+
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return repr(value) if shape is None or not len(shape) else f"a tensor of shape {list(shape)}"

@@ -1,0 +1,288 @@
+"""The ledger of ruined checkpoints: nothing may be trained on from them, under whatever name (note 003, SEEDS D4).
+
+<storage>/quarantine.jsonl, one line an event, only ever appended to. A checkpoint is known by its content, the hashes of the
+tensors that its training made, and by what its descendants declare; renaming a file or its keys changes nothing.
+
+Not recognised, unless it is declared: a tensor that was cut, joined, transposed, averaged or quantised to 8 bits, and a file
+of nothing but short vectors and constants (`probes.weights.LEAST_DISTINCT`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.base.files import append_line, read_lines
+from tune_ssim.base.tensor_file import Contents, TensorFile, content_id
+
+LEDGER = "quarantine.jsonl"
+LEAST_ID = 6  # digits by which an id may be abbreviated on the command line
+SHORT_ID = 12  # digits of an id in messages
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One ruined checkpoint. `tensors`: SHA-256 of those that its training made. `parents`: content ids it was made from."""
+
+    id: str
+    time: str  # ISO 8601, UTC
+    study: str
+    trial_id: str
+    step: int
+    reason: str
+    guard: str | None
+    parents: Sequence[str]
+    tensors: Sequence[str]
+    path: str | None = None  # where it was written
+
+    def __str__(self) -> str:
+        guard = f" ({self.guard})" if self.guard else ""
+        return f"trial {self.trial_id} of study {self.study} wrote it at step {self.step} and was ruined: {self.reason}{guard}"
+
+
+@dataclass(frozen=True)
+class Release:
+    """Lifts the quarantine of everything entered under `id` so far."""
+
+    id: str
+    time: str
+    reason: str
+    who: str
+
+    def __str__(self) -> str:
+        return f"released by {self.who}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why `where` may not be used: `how` it is akin to a ruined checkpoint."""
+
+    where: str
+    how: str
+    entry: Entry
+
+    def __str__(self) -> str:
+        short = self.entry.id[:SHORT_ID]
+        return (
+            f"{self.where}: quarantined: {self.how} {short}; {self.entry}; start from other weights, "
+            f"or lift it with `tune-ssim quarantine release {short}`"
+        )
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What `add` did: `entry` is None if nothing was left to enter; `sentence` says why."""
+
+    entry: Entry | None
+    sentence: str
+
+
+class Ledger:
+    """Safe for many processes and machines that share the storage path, and to be killed at any moment."""
+
+    def __init__(self, storage: str | Path) -> None:
+        self.file = Path(storage) / LEDGER
+
+    def add(
+        self,
+        contents: Contents,
+        *,
+        sound: Iterable[Contents],
+        study: str,
+        trial_id: str,
+        step: int,
+        reason: str,
+        guard: str | None = None,
+        parents: Iterable[str] = (),
+        path: str | Path | None = None,
+    ) -> Entered:
+        """Enters what a ruined trial wrote; when this returns it is on the disk. A repetition adds no second line.
+
+        `sound`: the training's state before its first step, its weights' files, raw and EMA, and whatever else is known to
+        be sound, such as what the baseline wrote at the same step: until its first active step a trial is the baseline to
+        the bit. Their tensors are never entered, at no precision; if no other is left, nothing is. Raises ValueError if
+        `sound` is empty: then the starting weights would be entered.
+        """
+        spared: set[str] = set()
+        for known in sound:
+            spared.update(known.hashes.values(), *known.distinctive.values())
+        if not spared:
+            raise ValueError("`sound` is empty: give the hashes of the starting weights, or they would be quarantined too")
+        trained = [versions for own, versions in contents.distinctive.items() if own not in spared]
+        tensors = sorted(set().union(*trained) - spared)
+        short = contents.id[:SHORT_ID]
+        if not tensors:
+            return Entered(None, f"{short}: not quarantined: no tensor in it is the work of this training")
+        entry = Entry(
+            contents.id, _now(), study, trial_id, step, _one_line(reason), guard, [*dict.fromkeys(parents)], tensors,
+            None if path is None else str(path),
+        )  # fmt: skip
+        with self._locked() as descriptor:
+            before = self._in_force(lambda line: line.id == entry.id)
+            if set(tensors) <= {value for line in before for value in line.tensors}:
+                return Entered(before[-1], f"{short}: already quarantined")
+            self._append(descriptor, "quarantine", entry)
+        return Entered(entry, f"{short}: quarantined, known by {len(trained)} tensors")
+
+    def release(self, id: str, reason: str, who: str | None = None) -> Release:
+        """Raises UserError for an id that is not in force, or without a reason. `id` may be abbreviated."""
+        if not reason.strip():
+            raise UserError("a release needs a reason: it stays in the ledger")
+        with self._locked() as descriptor:
+            release = Release(_resolve(id, self.entries(), self.file), _now(), _one_line(reason), who or _user())
+            self._append(descriptor, "release", release)
+        return release
+
+    def entries(self) -> list[Entry]:
+        """Those in force, in the order in which they were entered."""
+        return self._in_force(lambda entry: True)
+
+    def history(self) -> list[Entry | Release]:
+        """Everything that was ever written, in order."""
+        return list(self._lines())
+
+    def why(self, what: str | Path) -> list[Entry | Release]:
+        """The history behind a file, a checkpoint folder or an id; empty for a file that is clean. Raises UserError for an
+        id that is unknown, BadSetup for a file that is no checkpoint."""
+        if isinstance(what, Path) or Path(what).exists():
+            ids = {refusal.entry.id for refusal in self._refusals(*_read(Path(what)))}
+        else:
+            ids = {_resolve(what, self._lines(), self.file)}
+        return [line for line in self._lines() if line.id in ids]
+
+    def check(self, path: str | Path) -> Refusal | None:
+        """`path`: a safetensors file, or a folder of such (a checkpoint). Raises BadSetup for anything else."""
+        return next(iter(self._refusals(*_read(Path(path)))), None)
+
+    def check_hashes(self, hashes: Mapping[str, str], parents: Collection[str] = (), where: str = "weights") -> Refusal | None:
+        """The same for tensors in memory: they cannot be exchanged between the check and the use."""
+        return next(iter(self._refusals(where, hashes, parents)), None)
+
+    def require_clean(self, path: str | Path) -> None:
+        """Raises BadSetup, with the reason, for what is quarantined or is no checkpoint."""
+        if refusal := self.check(path):
+            raise BadSetup(str(refusal))
+
+    # -- reading and writing
+
+    def _refusals(self, where: str, hashes: Mapping[str, str], parents: Collection[str]) -> list[Refusal]:
+        """The plainest first: the whole content, then a tensor, then a declared parent."""
+        own, ancestors, names = content_id(hashes), set(parents), {value: name for name, value in hashes.items()}
+        content, tensor, descent = [], [], []
+        for entry in self._in_force(
+            lambda entry: entry.id == own or entry.id in ancestors or not names.keys().isdisjoint(entry.tensors)
+        ):
+            if entry.id == own:
+                content.append(Refusal(where, "the same tensors as", entry))
+            elif name := next((names[value] for value in entry.tensors if value in names), None):
+                tensor.append(Refusal(where, f"its tensor {name!r} is from", entry))
+            else:
+                descent.append(Refusal(where, "it declares to be made from", entry))
+        return content + tensor + descent
+
+    def _in_force(self, concerns: Callable[[Entry], bool]) -> list[Entry]:
+        """Of the lines that concern, those not released since. One pass that keeps nothing else: ledgers grow."""
+        found: list[Entry] = []
+        for line in self._lines():
+            if isinstance(line, Release):
+                found = [entry for entry in found if entry.id != line.id]
+            elif concerns(line):
+                found.append(line)
+        return found
+
+    def _lines(self) -> Iterator[Entry | Release]:
+        """A torn line was never acknowledged, and is passed over; one that is whole and foreign is not."""
+        try:
+            for line in read_lines(self.file):
+                if (parsed := _parse(line)) is None:
+                    raise UserError(f"{self.file}: not a line of a quarantine ledger: {str(line)[:100]}")
+                yield parsed
+        except OSError as error:
+            raise UserError(f"{self.file}: {error.strerror or error}") from None
+
+    def _append(self, descriptor: int, action: str, line: Entry | Release) -> None:
+        is_new = os.fstat(descriptor).st_size == 0
+        append_line(self.file, {"action": action, **asdict(line)})
+        os.fsync(descriptor)
+        if is_new:  # the name of a new file is a matter of its folder
+            folder = os.open(self.file.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[int]:
+        """One writer at a time: else a line could be glued to one that a killed process left torn. A lock dies with its process."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+KINDS: dict[str, type[Entry] | type[Release]] = {"quarantine": Entry, "release": Release}
+
+
+def _parse(line: Mapping[str, Any]) -> Entry | Release | None:
+    kind = KINDS.get(str(line.get("action")))
+    lists = [line.get(name) for name in ("parents", "tensors")] if kind is Entry else []
+    if kind is None or not all(isinstance(value, list) for value in lists) or not isinstance(line.get("id"), str):
+        return None
+    try:
+        return kind(**{field.name: line[field.name] for field in fields(kind) if field.name in line})
+    except TypeError:  # a field is absent
+        return None
+
+
+def _resolve(id: str, lines: Iterable[Entry | Release], where: Path) -> str:
+    """The one whole id that begins so."""
+    if len(id) < LEAST_ID:
+        raise UserError(f"id {id!r}: give at least {LEAST_ID} digits, or the path of a file that exists")
+    known = list(dict.fromkeys(line.id for line in lines))
+    found = [whole for whole in known if whole.startswith(id.lower())]
+    if len(found) > 1:
+        raise UserError(f"id {id!r}: {len(found)} in {where} begin so; give more digits")
+    if not found:
+        listed = ", ".join(whole[:SHORT_ID] for whole in known[-5:]) or "none"
+        raise UserError(f"id {id!r} is not in {where}, and no file has that name; the latest ids: {listed}")
+    return found[0]
+
+
+def _read(path: Path) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """Name, hashes and declared parents of a safetensors file, or of all in a folder. Hidden ones are unfinished."""
+    files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith(".")) if path.is_dir() else [path]
+    if not files:
+        raise BadSetup(f"{path}: holds no *.safetensors file")
+    hashes: dict[str, str] = {}
+    parents: list[str] = []
+    for opened in map(TensorFile.open, files):
+        prefix = f"{opened.path.name}:" if len(files) > 1 else ""
+        hashes |= {prefix + name: value for name, value in opened.hashes().items()}
+        parents += opened.parents()
+    return str(path), hashes, tuple(dict.fromkeys(parents))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"uid {os.getuid()}"

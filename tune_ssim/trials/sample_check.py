@@ -1,0 +1,76 @@
+"""Are the images of a `Sample` of the kind that can be judged? Else the verdict would blame the model for the user's mistake."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.trials.training import Sample
+
+# Beyond [0, 1]: decoders, bicubic resampling and noise on an input overshoot by less; of images in [-1, 1] or 0..255 nearly every
+# one has a pixel further out.
+OVERSHOOT = 0.5
+WANTED = "float [n, 3, height, width] in [0, 1]"
+
+
+def require_kind(sample: Sample) -> None:
+    """Raises UserError for images that are no float tensors `[n, 3 or 1, H, W]`, or do not fit each other, and for tokens that are
+    no integers. Nothing is transferred from a device unless there is something to say. A sample of text alone has no images."""
+    ids, images = sample.token_ids, sample.images
+    if ids is not None and (not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.is_complex()):
+        raise UserError(f"samples: token_ids must be a tensor of integers, got {_kind(ids)}")
+    if isinstance(images, torch.Tensor) and images.ndim and not len(images):
+        return
+    for name in ("images", "references", "inputs", "reconstructions", "examples"):
+        found = getattr(sample, name)
+        if found is None and name != "images":
+            continue
+        if not (
+            isinstance(found, torch.Tensor)
+            and found.is_floating_point()
+            and found.ndim == 4
+            and found.shape[1] in (1, 3)
+            and found.numel()
+        ):
+            raise UserError(f"samples: {name} must be {WANTED}, got {_kind(found)}")
+    for name in ("references", "inputs"):
+        beside = getattr(sample, name)
+        if beside is None:
+            continue
+        if len(beside) not in (1, len(images)) or (name == "references" and beside.shape[-2:] != images.shape[-2:]):
+            like = "of the number and size of the images" if name == "references" else "one an image"
+            raise UserError(f"samples: {name} must be {like}, got {list(beside.shape)} beside images {list(images.shape)}")
+
+
+def require_range(sample: Sample) -> str:
+    """Raises UserError where real images, which no model made, lie far outside [0, 1]. Returns a warning, or "".
+
+    What the model made is never refused for its range: a ruined one gives anything, NaN too, and that is for the smoke test to
+    judge. So it is only said that another range would explain it as well."""
+    for name in ("references", "inputs", "examples"):
+        real = getattr(sample, name)
+        if real is not None and len(sample.images) and _is_far_out(real):
+            raise UserError(f"samples: {name} must be {WANTED} (they may be up to {OVERSHOOT:g} beyond), got {_kind(real)}")
+    if _is_far_out(sample.images):
+        return f"samples: images should be {WANTED}, got {_kind(sample.images)}: in another range, or of a model that is ruined?"
+    return ""
+
+
+def _is_far_out(images: torch.Tensor) -> bool:
+    return bool(((images < -OVERSHOOT) | (images > 1 + OVERSHOOT)).any())  # NaN is neither
+
+
+def _kind(found: Any) -> str:
+    """E.g. `uint8 [4, 3, 32, 32] from 0 to 255`."""
+    if not isinstance(found, torch.Tensor):
+        shape = getattr(found, "shape", None)
+        kind = f"{type(found).__module__}.{type(found).__name__}".removeprefix("builtins.")
+        return kind if shape is None else f"{kind} {getattr(found, 'dtype', '')} {list(shape)}"
+    words = f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
+    if found.is_complex():
+        return words
+    finite = found.detach().double().flatten()
+    finite = finite[torch.isfinite(finite)]
+    return f"{words} from {finite.min().item():.4g} to {finite.max().item():.4g}" if len(finite) else words

@@ -1,0 +1,518 @@
+"""One trial: a task watched by guards, advanced until it is done, pruned or broken. No Ray, no MLflow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.base.tensor_file import TensorFile
+from tune_ssim.guards import (
+    Baseline,
+    BaselineRun,
+    Guard,
+    KeepRule,
+    MissingMetric,
+    NormRatio,
+    NormThere,
+    SmokeTest,
+    Violation,
+    Watch,
+)
+from tune_ssim.probes import collapse_statistics, file_contents, tensor_contents
+from tune_ssim.records import (
+    ACTIVE_FRACTION,
+    NORM_RATIO,
+    SMOKE,
+    SMOKE_AGAIN,
+    TOTAL_NORM,
+    TOTAL_NORM_MAIN,
+    Record,
+    is_of_training,
+    merge,
+)
+from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint, tensors_of
+from tune_ssim.trials.sample_check import require_kind, require_range
+from tune_ssim.trials.sample_grid import sample_grid
+from tune_ssim.trials.training import Number, Sample, Task
+
+LEAST_HARM = 0.05  # of a trial that got as far as the end: above zero, below the grade of any early prune
+# Keys in which a trial may always differ from the baseline: the auxiliary losses' own, and what only measures.
+AUXILIARY = ("ssim_", "pixel_", "kl_", "dino_", "measure_")
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What is the same for every trial of a study."""
+
+    steps: int  # optimiser steps
+    guards: tuple[Guard, ...]
+    keep: tuple[KeepRule, ...] = ()
+    objective: str = "delta_ssim"  # what the study maximises: a held-out metric, or `delta_` and its name
+    report_every: int = 1  # steps between transfers from the device, and so between verdicts
+    image_grids: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "report_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """verdict: safe, degraded, pruned, bad_setup or error (a scheduler adds `stopped` from outside)."""
+
+    verdict: str
+    reason: str
+    violation: Violation | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Trial:
+    """`start`, then `advance` until `verdict` is there. `save`/`load` at any step: what follows is the same, to the bit."""
+
+    def __init__(self, task: Task, plan: TrialPlan) -> None:
+        self.task, self.plan = task, plan
+        self.verdict: Verdict | None = None
+        self.is_set_up = False  # `start` has come to its end
+
+    def start(
+        self,
+        config: Mapping[str, Any],
+        *,
+        seed: int = 0,
+        role: str = "search",
+        baseline: Baseline | None = None,
+        searched: Collection[str] = (),
+        device: str | None = None,
+    ) -> None:
+        """Sets the task up afresh. `baseline` None: nothing to compare with (a baseline run), so no norm guard.
+
+        `searched`: keys in which the trial may differ from the baseline, besides the auxiliary losses'."""
+        self.config, self.seed, self.role, self.baseline = dict(config), seed, role, baseline
+        self.task.setup(config, seed, device)
+        self.searched = tuple(searched)
+        self.effective = dict(self.task.effective())
+        self.step, self.unpaired = 0, ""
+        self.verdict = self._check_effective() or self._check_baseline()
+        self.series: dict[str, dict[int, float]] = {}
+        self.warnings: list[Violation] = []
+        self.images: dict[int, bytes] = {}
+        self.last_words: list[Record] = []
+        self.wrote: list[dict[str, Any]] = []  # contents of checkpoints, for the ledger of ruined ones
+        self.first_active: int | None = None  # until then a trial is the baseline, to the bit
+        self.parents = ancestry(self.task)
+        self.watch = Watch(self._bound_guards())
+        self._heard = False
+        self._beyond: int | None = None  # the first step that it gave after the last of the plan
+        if hasattr(self.task, "want_samples_at") and self.smoke_test is not None:
+            self.task.want_samples_at(self.smoke_test.at)
+        self.is_set_up = True
+
+    @property
+    def paired(self) -> bool:
+        """Whether the baseline saw the same batches, step by step."""
+        return not self.unpaired
+
+    def advance(self, steps: int | None = None) -> list[Record]:
+        """At most `steps` optimiser steps (None: to the end) → the records made. Sets `verdict` when the trial is over.
+
+        What the task raises passes through; the records made until then are in `last_words`."""
+        made: list[Record] = []
+        pending: list[tuple[int, Mapping[str, Number]]] = []
+        try:
+            self._advance(steps, made, pending)
+        except BaseException:
+            with suppress(Exception):  # a device that has failed gives no numbers
+                made += _resolve(pending)
+            self.last_words = merge(made)
+            raise
+        return merge(made)
+
+    def _advance(self, steps: int | None, made: list[Record], pending: list[tuple[int, Mapping[str, Number]]]) -> None:
+        """`pending`: steps whose numbers are still on the device."""
+        if self.verdict is not None:
+            return
+        end = self.plan.steps if steps is None else min(self.plan.steps, self.step + steps)
+        if self.step == 0 and self._samples_itself is False and self.watch.state_of(SmokeTest.name)["start"] is None:
+            self._smoke(made)
+        ended = False
+        # A process of its own has more to say after its last step: samples, held-out numbers. It is heard until it ends.
+        while self.verdict is None and not ended and (self.step < end or (self._is_process and end == self.plan.steps)):
+            metrics, before = self.task.step(), self.step
+            at = before + 1 if metrics is None else int(metrics.get("step", before + 1))
+            if metrics is None or at > self.plan.steps:
+                ended = True
+                self._beyond = at if metrics is not None else None
+            else:
+                if self._is_process and not self._heard:
+                    self._heard = is_of_training(at, metrics.keys() - {"step"})
+                    self._look_again()
+                self.step = max(before, at)
+                pending.append((at, {name: value for name, value in metrics.items() if name != "step"}))
+            smoke_due = self._samples_itself is False and not ended and self._due(before)
+            if smoke_due or len(pending) == self.plan.report_every or self.step >= end or ended:
+                records = _resolve(pending)
+                pending.clear()
+                self._judge(records, made)
+                if smoke_due and self.verdict is None:
+                    self._smoke(made)
+        if self.verdict is None and (ended or (self.step >= self.plan.steps and not self._is_process)):
+            self._finish()
+        if self.verdict is not None and self._is_process:
+            self.task.close(self.verdict.verdict, self.verdict.reason)  # type: ignore[attr-defined]
+            self._note_files()
+
+    def summary_metrics(self) -> dict[str, float]:
+        """What the guards measured so far and, at the end, the held-out numbers and their differences to the baseline."""
+        found: dict[str, float] = {}
+        for guard in self.watch.guards:
+            if isinstance(guard, (NormRatio, SmokeTest)):
+                found |= guard.summary(self.watch.state_of(guard.name))
+        return found | dict(self.verdict.metrics if self.verdict else {})
+
+    def norm_ratio(self) -> float | None:
+        """Of the latest window, for display."""
+        for guard in self.watch.guards:
+            if isinstance(guard, NormRatio):
+                return guard.current(self.watch.state_of(guard.name))
+        return None
+
+    def horizon(self) -> dict[str, Any]:
+        """How far a verdict reaches: it holds for this many steps of this training."""
+        names = ("batch_size", "optimizer", "lr", "max_grad_norm", "precision")
+        return {"steps": self.step, **{name: self.effective[name] for name in names if name in self.effective}}
+
+    def baseline_run(self, trial_id: str = "") -> BaselineRun:
+        """This run as one that others are compared with. Raises ValueError unless it is a baseline that ended well."""
+        if self.role != "baseline" or self.verdict is None or self.verdict.verdict != "safe":
+            raise ValueError("only a baseline run that ended safe can be compared with")
+        return BaselineRun(self.seed, self.series, self.verdict.metrics, self.effective, trial_id)
+
+    def harm(self) -> float:
+        """See `harm_of`."""
+        if self.verdict is None:
+            return 0.0
+        violation = self.verdict.violation
+        return harm_of(self.verdict.verdict, violation.evidence() if violation else None, self.step, self.plan.steps)
+
+    def save(self, folder: Path) -> None:
+        trial = {
+            "step": self.step, "seed": self.seed, "role": self.role, "config": self.config,
+            "watch": self.watch.state_dict(), "warnings": [asdict(warning) for warning in self.warnings],
+            "baseline": None if self.baseline is None else self.baseline.sha256,
+            "series": {name: [[step, value] for step, value in points.items()] for name, points in self.series.items()},
+            "first_active": self.first_active,
+            "verdict": None if self.verdict is None else asdict(self.verdict),
+        }  # fmt: skip
+        save_checkpoint(folder, {"task": self.task.state_dict(), "trial": trial}, self.parents)
+        self.note_contents(folder)
+
+    def note_contents(self, folder: Path | None = None) -> None:
+        """Adds the state as it is to `wrote`: by content, so that a ruined checkpoint is known under any other name."""
+        tensors = tensors_of(self.task.state_dict()) if self.first_active is not None else {}
+        if tensors:
+            contents = tensor_contents(tensors)
+            self.wrote.append(
+                {"step": self.step, "path": folder and str(folder), "contents": asdict(contents), "parents": list(self.parents)}
+            )
+
+    def _note_files(self) -> None:
+        """Of a process that has ended: what a ruined one wrote, and the baseline, which is sound."""
+        assert self.verdict is not None
+        wanted = self.verdict.verdict == "pruned" or (self.role == "baseline" and self.verdict.verdict == "safe")
+        for step, path in sorted(self.task.written().items()) if wanted and hasattr(self.task, "written") else ():
+            contents = file_contents(path)
+            if contents is not None:
+                self.wrote.append({"step": step, "path": str(path), "contents": asdict(contents), "parents": list(self.parents)})
+
+    def load(self, folder: Path) -> None:
+        """Goes on from a checkpoint of a trial with the same configuration, after `start`."""
+        state = load_checkpoint(folder)
+        trial = state["trial"]
+        for name, mine in (("config", self.config), ("seed", self.seed), ("role", self.role)):
+            if trial[name] != mine:
+                raise UserError(f"checkpoint {folder}: its {name} is {trial[name]!r}, this trial's is {mine!r}")
+        digest = None if self.baseline is None else self.baseline.sha256
+        if trial["baseline"] != digest:
+            raise UserError(f"checkpoint {folder}: it was judged against another baseline")
+        self.task.load_state_dict(state["task"])
+        self.watch.load_state_dict(trial["watch"])
+        self.warnings = [Violation(**warning) for warning in trial["warnings"]]
+        self.series = {name: dict(points) for name, points in trial["series"].items()}
+        self.first_active = trial["first_active"]
+        self.step = trial["step"]
+        if (verdict := trial["verdict"]) is not None:  # saved after its end: there is nothing to go on with
+            violation = verdict["violation"]
+            self.verdict = Verdict(**{**verdict, "violation": violation and Violation(**violation)})
+        self.note_contents(folder)
+
+    # -- judging
+
+    @property
+    def _is_process(self) -> bool:
+        """Whether the training is a process of its own, and this task only its reader."""
+        return hasattr(self.task, "takes_samples")
+
+    def _look_again(self) -> None:
+        """What is in force and how far the batches are the baseline's, now that the training has spoken."""
+        self.effective = dict(self.task.effective())
+        self.verdict = self._check_effective() or self._check_baseline()
+        self.watch.rebind(self._bound_guards())
+
+    @property
+    def _samples_itself(self) -> bool | None:
+        """Whether samples come among the task's metrics; None where nobody judges samples."""
+        return None if self.smoke_test is None else self._is_process and not self.task.takes_samples  # type: ignore[attr-defined]
+
+    def _due(self, before: int) -> bool:
+        """Whether a smoke test was due after one of the steps since `before`."""
+        assert self.smoke_test is not None
+        return any(self.smoke_test.due(step, self.plan.steps) for step in range(before + 1, self.step + 1))
+
+    @property
+    def smoke_test(self) -> SmokeTest | None:
+        return next((guard for guard in self.watch.guards if isinstance(guard, SmokeTest)), None)
+
+    def _bound_guards(self) -> list[Guard]:
+        """Guards as they apply to this trial: a baseline run has nothing to be compared with, others may be given none."""
+        clipped = self.effective.get("max_grad_norm") is not None
+        bound: list[Guard] = []
+        for guard in self.plan.guards:
+            if not isinstance(guard, NormRatio):
+                bound.append(guard)
+            elif self.role == "baseline":
+                bound.append(NormThere())
+            elif self.baseline is not None:
+                bound.append(guard.bind(self.baseline, self.seed if self.paired else None, clipped))
+        return bound
+
+    def _check_effective(self) -> Verdict | None:
+        """What was asked for must be in force (note 001 §2.2: comments said 0.1, the script passed 1)."""
+        for name, asked in self.config.items():
+            if name in self.effective and not _same(asked, self.effective[name]):
+                in_force = self.effective[name]
+                line = self.task.where_said(name) if hasattr(self.task, "where_said") else None
+                words = f"{name} was set to {asked!r} but {in_force!r} is in force: the parameter does not reach the training"
+                if line:
+                    words += f"; it printed {line!r}"
+                return Verdict("bad_setup", words)
+        return None
+
+    def _check_baseline(self) -> Verdict | None:
+        """The baseline must be the same training but for the auxiliary loss. Where a searched key of the optimiser differs,
+        the comparison goes on unpaired."""
+        if self.baseline is None:
+            return None
+        self.unpaired = ""
+        reference = self.baseline.reference(self.seed).effective
+        for name in sorted(set(self.effective) & set(reference)):
+            if name.startswith(AUXILIARY) or _same(self.effective[name], reference[name]):
+                continue
+            if name not in self.searched:
+                words = f"{name} is {self.effective[name]!r} here and {reference[name]!r} in the baseline: not comparable"
+                return Verdict("bad_setup", words)
+            self.unpaired = "a searched key of the optimiser differs from the baseline's"
+        if not getattr(self.task, "is_paired", True):
+            self.unpaired = "the batches are the command's own: it is not told the seed"
+        return None
+
+    def _judge(self, records: Sequence[Record], made: list[Record]) -> None:
+        """Folds records one by one; those after a violation that ends the trial are discarded."""
+        for record in records:
+            try:
+                violations = self.watch.update(record)
+            except MissingMetric as error:
+                made.append(record)
+                self.verdict = Verdict("error", self._missing(error))
+                return
+            ratio = self.norm_ratio() if TOTAL_NORM in record.values else None
+            made.append(record if ratio is None else Record(record.step, {**record.values, NORM_RATIO: ratio}))
+            self._keep_image(record)
+            self._keep_series(record)
+            if self.first_active is None and TOTAL_NORM in record.values and record.values.get(ACTIVE_FRACTION, 1.0) > 0:
+                self.first_active = record.step
+            for violation in violations:
+                if violation.action == "probe":
+                    self.warnings.append(violation)
+                    self._probe(violation, made)
+                elif violation.action == "warn":
+                    self.warnings.append(violation)
+                else:
+                    self._end_with(violation)
+                if self.verdict is not None:
+                    return
+
+    def _missing(self, error: MissingMetric) -> str:
+        """With what the log has in its place: a value may have been there and no number."""
+        trouble = self.task.reading_trouble() if hasattr(self.task, "reading_trouble") else ""
+        return f"{error}; {trouble}" if trouble else str(error)
+
+    def _keep_image(self, record: Record) -> None:
+        """Of samples that came with the metrics."""
+        if self._samples_itself and any(name.startswith(SMOKE) for name in record.values):
+            image = self.task.image(record.step) if hasattr(self.task, "image") else None
+            if image is not None:
+                self.images[record.step] = image
+
+    def _keep_series(self, record: Record) -> None:
+        """A baseline run keeps the norms that later trials are compared with."""
+        if self.role == "baseline":
+            for name in (TOTAL_NORM, TOTAL_NORM_MAIN):
+                if name in record.values:
+                    self.series.setdefault(name, {})[record.step] = record.values[name]
+
+    def _probe(self, cause: Violation, made: list[Record]) -> None:
+        """A smoke test at once: it fails with both noises, or the training goes on."""
+        if self._samples_itself is not False:  # nobody can be asked for samples now
+            self._end_with(replace(cause, action="prune"))
+            return
+        record = self._smoke_record(again=True)
+        if record is None:
+            self._end_with(replace(cause, action="prune"))
+            return
+        made.append(record)
+        for violation in self.watch.update(record):
+            self._end_with(replace(violation, sentence=f"{violation.sentence} (tested because {cause.sentence})"))
+
+    def _last_step_of_baseline(self) -> int:
+        assert self.baseline is not None
+        series = self.baseline.reference(self.seed).series
+        return max((max(points) for points in series.values() if points), default=0)
+
+    def _end_with(self, violation: Violation) -> None:
+        ruined = violation.action == "abort" or self.role == "baseline"
+        words = f"the baseline itself fails: {violation.sentence}" if self.role == "baseline" and self.step else violation.sentence
+        self.step = violation.step
+        self.verdict = Verdict("bad_setup" if ruined else "pruned", words, violation)
+
+    def _smoke(self, made: list[Record]) -> None:
+        record = self._smoke_record()
+        if record is not None:
+            self._judge([record], made)
+
+    def _smoke_record(self, again: bool = False) -> Record | None:
+        """Statistics of fixed samples; at the last step, or if asked, a failure is tried again with the second noise. None where
+        there is nothing to sample from yet."""
+        guard = self.smoke_test
+        assert guard is not None
+        sample = self.task.sample(0)
+        if sample is None:
+            return None
+        require_kind(sample)
+        require_range(sample)
+        values = statistics_of(sample)
+        if self.plan.image_grids:
+            self.images[self.step] = sample_grid(sample)
+        record = {SMOKE + name: value for name, value in values.items()}
+        start = self.watch.state_of(guard.name)["start"] or values
+        if (
+            (again or self.step >= self.plan.steps)
+            and guard.findings(values, start)
+            and (second := self.task.sample(1)) is not None
+        ):
+            record |= {SMOKE_AGAIN + name: value for name, value in statistics_of(second).items()}
+        return Record(self.step, record)
+
+    def _finish(self) -> None:
+        if self._beyond is not None and not self.step:
+            self.verdict = Verdict(
+                "error",
+                f"the training's first record after step 0 is at step {self._beyond}, but the trial has {self.plan.steps} steps: "
+                "nothing of it could be judged; let it log more often, or raise `steps` (a count of images or tokens is no step)",
+            )
+            return
+        try:
+            unjudged = self.watch.finish()
+        except MissingMetric as error:
+            self.verdict = Verdict("error", self._missing(error))
+            return
+        if self.baseline is not None and self.step < (last := self._last_step_of_baseline()) and self.step < self.plan.steps:
+            self.verdict = Verdict(
+                "error", f"the training ended by itself at step {self.step}, the baseline's at {last}: not comparable"
+            )
+            return
+        found = dict(self.task.evaluate())
+        horizon = f"to step {self.step}"
+        if self.baseline is None:
+            self.verdict = Verdict("safe", f"safe {horizon}", metrics=found)
+            return
+        reference = self.baseline.reference(self.seed).evaluation
+        compared = dict.fromkeys(("ssim", "psnr", self.plan.objective.removeprefix("delta_")))
+        deltas = {f"delta_{name}": found[name] - reference[name] for name in compared if name in found and name in reference}
+        metrics = found | deltas
+        if unjudged:
+            self.verdict = Verdict("error", "; ".join(unjudged), metrics=metrics)
+            return
+        for rule in self.plan.keep:
+            breach = rule.broken_by(found, reference)
+            if breach is not None:
+                name, value, limit, words = breach
+                violation = Violation("objective", self.step, name, value, limit, "warn", words)
+                self.verdict = Verdict("degraded", words, violation, metrics)
+                return
+        how = f" (unpaired: {self.unpaired})" if self.unpaired else ""
+        words = f"safe {horizon}: no guard fired, nothing worse than the margins{how}"
+        self.verdict = Verdict("safe", words, metrics=metrics)
+
+
+def harm_of(verdict: str, evidence: Mapping[str, Any] | None, step: int, steps: int) -> float:
+    """For a constraint-aware sampler: <= 0 feasible, else how far beyond. A norm verdict grades by its excess in decades, any other
+    prune by the share of the training that was left."""
+    if verdict not in ("pruned", "degraded", "bad_setup"):
+        return 0.0
+    if evidence is not None and evidence["guard"] == NormRatio.name and math.isfinite(float(evidence["value"])):
+        return max(LEAST_HARM, math.log10(float(evidence["value"]) / float(evidence["limit"])))
+    return max(LEAST_HARM, 1 - step / steps)
+
+
+def statistics_of(sample: Sample) -> dict[str, float]:
+    """Everything by which a sample is judged: collapse statistics and the task's own."""
+    found: dict[str, float] = {}
+    if len(sample.images):
+        found = collapse_statistics(
+            sample.images,
+            references=sample.references,
+            inputs=sample.inputs,
+            reconstructions=sample.reconstructions,
+            examples=sample.examples,
+        )
+    if sample.token_ids is not None and sample.vocabulary_size is not None:
+        ids = sample.token_ids
+        outside = (ids < 0) | (ids >= sample.vocabulary_size)  # SEEDS B1: such an id decodes to None
+        found["undecodable_fraction"] = outside.double().mean().item() if ids.numel() else 0.0
+    return {**found, **sample.statistics}
+
+
+def ancestry(task: Task) -> tuple[str, ...]:
+    """Content ids of the files that the task was loaded from, and of all that these were made from."""
+    parts = task.parts().values() if hasattr(task, "parts") else ()
+    files = [part.weights for part in parts if part.weights is not None]
+    return tuple(dict.fromkeys(parent for path in files for parent in TensorFile.open(path).ancestry()))
+
+
+def _resolve(pending: Sequence[tuple[int, Mapping[str, Number]]]) -> list[Record]:
+    """Numbers of several steps with one transfer from the device."""
+    tensors = [value for _, metrics in pending for value in metrics.values() if isinstance(value, torch.Tensor)]
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
+    together = [tensor.detach().double().reshape(()).to(device, non_blocking=True) for tensor in tensors]
+    numbers = iter(torch.stack(together).tolist() if together else [])
+    return [
+        Record(
+            step,
+            {name: next(numbers) if isinstance(value, torch.Tensor) else float(value) for name, value in metrics.items()},
+        )
+        for step, metrics in pending
+    ]
+
+
+def _same(asked: Any, found: Any) -> bool:
+    if isinstance(asked, (int, float)) and isinstance(found, (int, float)) and not isinstance(asked, bool):
+        return math.isclose(asked, found, rel_tol=1e-6)
+    return bool(asked == found)
