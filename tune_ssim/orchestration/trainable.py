@@ -340,9 +340,9 @@ def make_trainable(
     import_path: str | None = None,
     parts: Parts = Parts(),
 ) -> type[GuardedTrainable]:
-    """A Trainable class for `tune.Tuner`. `task`: a class that keeps the contract of `trials.training.Task`, or "module:Class"; or a
-    function that reports through `trial_context`, as "module:function"; or a command, as a mapping for
-    `tasks.command_spec.CommandSpec`.
+    """A Trainable class for `tune.Tuner`. `task`: a class that keeps the contract of `trials.training.Task`, or "module:Class"; or
+    a function that reports through `trial_context`, as "module:function"; or a command, as a mapping for
+    `study.command_spec.CommandSpec`.
 
     Its config: settings of the task, and `gain` as short for ssim_loss_weight = gain / ssim_grad_scale. Its last result has
     verdict, reason, pruned (0/1), pruned_by, harm (a graded constraint, feasible <= 0), the objective and every held-out metric;

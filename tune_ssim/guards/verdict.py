@@ -1,0 +1,55 @@
+"""The words with which a trial is described: its role, how it ended, and what a guard asks for."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class _Word(str, Enum):
+    """Written and compared as its text, also in JSON and in f-strings of every Python version."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self.value), spec)
+
+
+class Role(_Word):
+    BASELINE = "baseline"  # the pixel loss only: what the others are compared with
+    SEARCH = "search"
+    CONFIRM = "confirm"  # a finalist again, with another seed and for longer
+
+
+class Verdict(_Word):
+    """How a trial ended. The order is the one in which trials are listed, the best first."""
+
+    SAFE = "safe"  # no guard fired, nothing worse than the margins, to the last step
+    DEGRADED = "degraded"  # worse than the baseline beyond a margin
+    STOPPED = "stopped"  # by a scheduler, before its last step
+    PRUNED = "pruned"  # by a guard
+    BAD_SETUP = "bad_setup"  # ruined before the first update, or settings that never arrived: no setting is to blame
+    ERROR = "error"
+
+    @property
+    def has_result(self) -> bool:
+        """Whether the training reached its last step and was compared with the baseline."""
+        return self in (Verdict.SAFE, Verdict.DEGRADED)
+
+    @property
+    def speaks_against_setting(self) -> bool:
+        """Whether it is evidence against the setting; `error` and `bad_setup` say nothing about it."""
+        return self in (Verdict.PRUNED, Verdict.DEGRADED)
+
+
+class Action(_Word):
+    """What a guard asks for when it fires."""
+
+    WARN = "warn"  # noted, nothing else
+    PROBE = "probe"  # a smoke test at once decides
+    PRUNE = "prune"
+    ABORT = "abort"  # the set-up is at fault, not the setting
+
+    @property
+    def ends_trial(self) -> bool:
+        return self in (Action.PRUNE, Action.ABORT)

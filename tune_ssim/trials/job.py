@@ -1,0 +1,61 @@
+"""What is to be run: one trial of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tune_ssim.guards import Baseline
+from tune_ssim.guards.verdict import Role
+
+
+@dataclass(frozen=True)
+class BaselineFile:
+    """A baseline by its path, which every node must reach, and by its content."""
+
+    path: str
+    sha256: str
+
+    def read(self) -> Baseline:
+        """Raises ValueError where the file is not what it was."""
+        return Baseline.read(self.path, self.sha256)
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """One trial: who it is, what it trains with, what it is compared with.
+
+    settings: as sampled or fixed, `gain` included; `task_config` of the study comes on top on the worker.
+    searched: keys in which it may differ from the baseline, besides the auxiliary losses'. baseline: None for a baseline run, and
+    where there is nothing to compare with. storage, study: where the ledger of ruined checkpoints and the study's folder are;
+    None for a trial outside a study. reason: why the search chose it, for people.
+    """
+
+    trial_id: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    role: Role = Role.SEARCH
+    seed: int = 0
+    slot: int | None = None  # position in the order of suggestions
+    stage: str | None = None
+    searched: tuple[str, ...] = ()
+    baseline: BaselineFile | None = None
+    storage: str | None = None
+    study: str | None = None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"settings": dict(self.settings), "role": self.role.value, "searched": list(self.searched)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrialJob:
+        baseline = data.get("baseline")
+        return cls(
+            **{
+                **data,
+                "role": Role(data["role"]),
+                "searched": tuple(data["searched"]),
+                "baseline": BaselineFile(**baseline) if baseline else None,
+            }
+        )
