@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from tune_ssim.results.study_folder import StudyFolder, TrialSummary
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.trials.summary import TrialSummary
 
 TESTS = Path(__file__).parent
 # A study of the small task, as a mapping: seconds a trial.
@@ -65,7 +66,7 @@ def trial(
         "steps": 10 if verdict == "pruned" else 200,
         "metrics": {"ssim": 0.9, "delta_ssim": delta_ssim, "psnr": 32.7, "norm_ratio_max": 2.2},
     }
-    return cast("TrialSummary", summary | changes)
+    return TrialSummary.from_dict(summary | changes)
 
 
 def baseline(trial_id: str = "baseline-0") -> TrialSummary:

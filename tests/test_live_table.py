@@ -43,9 +43,9 @@ def test_a_pipe_gets_one_whole_line_a_trial() -> None:
     with LiveTable(6, console) as table:
         table.phase("baseline")
         for summary in USUAL:
-            table.trial_started(summary["trial_id"], summary["config"])
+            table.trial_started(summary.trial_id, summary.config)
             for step in range(500):
-                table.trial_progress(summary["trial_id"], step, 500, norm_ratio=1.0)
+                table.trial_progress(summary.trial_id, step, 500, norm_ratio=1.0)
             table.trial_ended(summary)
     lines = text.getvalue().splitlines()
     assert lines[0] == "baseline"
@@ -60,7 +60,7 @@ def test_text_from_elsewhere_stays_one_line_and_no_markup() -> None:
     with LiveTable(None, console) as table:
         table.phase("[red]a\nb\x1b[31m")
         table.trial_started("[/bold]", "x\ny")
-        table.trial_ended(trial("[/bold]", "odd verdict", None, reason="first\nsecond \x1b[2J", metrics={}))
+        table.trial_ended(trial("[/bold]", "stopped", None, reason="first\nsecond \x1b[2J", metrics={}))
         table.trial_ended(trial("unknown before"))
     lines = text.getvalue().splitlines()
     assert lines[0] == "[red]a b [31m"

@@ -57,7 +57,7 @@ def test_two_workers_give_the_verdict_of_one_and_a_dead_one_is_replaced(tmp_path
             result_every=1,
         )
         folder = run(study, storage=tmp_path)
-        found[workers] = {trial["trial_id"]: (trial["verdict"], trial["reason"], trial["steps"]) for trial in folder.trials()}
+        found[workers] = {trial.trial_id: (trial.verdict, trial.reason, trial.steps) for trial in folder.trials()}
     assert found[1] == found[2]
     assert found[2]["trial-00"][0] == "pruned" and found[2]["trial-01"][0] == "safe"
     assert (tmp_path / "died").exists()
@@ -79,15 +79,15 @@ def test_sharded_and_copied_models_give_the_verdict_of_one_process(tmp_path: Pat
             result_every=1,
         )
         trials = run(study, storage=tmp_path).trials()
-        found[name] = {trial["trial_id"]: trial for trial in trials}
+        found[name] = {trial.trial_id: trial for trial in trials}
         assert mark.exists() == (workers == 2)
     for trial_id, alone in found["one"].items():
         for name in ("sharded", "copied"):
             other = found[name][trial_id]
-            assert (other["verdict"], other["steps"]) == (alone["verdict"], alone["steps"]), other["reason"]
-            if alone["verdict"] == "safe":
-                assert other["metrics"]["psnr"] == pytest.approx(alone["metrics"]["psnr"], rel=1e-4)
-    assert found["one"]["trial-00"]["verdict"] == "pruned" and found["one"]["trial-01"]["verdict"] == "safe"
+            assert (other.verdict, other.steps) == (alone.verdict, alone.steps), other.reason
+            if alone.verdict == "safe":
+                assert other.metrics["psnr"] == pytest.approx(alone.metrics["psnr"], rel=1e-4)
+    assert found["one"]["trial-00"].verdict == "pruned" and found["one"]["trial-01"].verdict == "safe"
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ def test_two_torchruns_on_two_nodes_are_pruned_and_leave_nothing(tmp_path: Path)
     pids = tmp_path / "pids"
     folder = run(commands(pids, "--pause", "0.05", "--ignore_term"), storage=tmp_path)
     baseline, trial = folder.trials()
-    assert baseline["verdict"] == "safe" and baseline["steps"] == 40
-    assert trial["verdict"] == "pruned" and trial["steps"] == 11, trial["reason"]
+    assert baseline.verdict == "safe" and baseline.steps == 40
+    assert trial.verdict == "pruned" and trial.steps == 11, trial.reason
     assert len(list(pids.iterdir())) >= 10  # of two trainings: two launchers, two ranks and their children each, some shared
     assert wait_for(lambda: not alive(pids), 5), alive(pids)
     logs = list((folder.path / "work").rglob("output*.log"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -353,9 +354,8 @@ def test_settings_and_objectives_are_called_by_their_names() -> None:
     assert [shown_metric(name) for name in ("delta_ssim", "delta_elbo", "psnr")] == ["ΔSSIM", "Δelbo", "PSNR"]
     assert setting_text({"kl_alpha": 0.01, "kl_schedule": "linear"}) == "kl_alpha 0.01, kl_schedule linear"
     assert setting_text({"ssim_loss_weight": 30.0, "ssim_loss_max_t": 0.3}) == "gain 30 @ 0.3"
-    of_vae = trial("a", delta_ssim=None, config={}) | {"config": {"kl_alpha": 0.01}, "objective": "delta_elbo"}
-    of_vae["metrics"] = {"delta_elbo": 1.5}
-    assert "kl_alpha 0.01  Δelbo +1.5000" in verdict_line(of_vae).plain  # type: ignore[arg-type]
-    assert settings_of(of_vae) == {"kl_alpha": 0.01}  # type: ignore[arg-type]
-    headings = [column.header for column in trials_table([of_vae], objective="delta_elbo").columns]  # type: ignore[list-item]
+    of_vae = replace(trial("a"), config={"kl_alpha": 0.01}, objective="delta_elbo", metrics={"delta_elbo": 1.5})
+    assert "kl_alpha 0.01  Δelbo +1.5000" in verdict_line(of_vae).plain
+    assert settings_of(of_vae) == {"kl_alpha": 0.01}
+    headings = [column.header for column in trials_table([of_vae], objective="delta_elbo").columns]
     assert headings == ["trial", "setting", "steps", "norm ratio", "Δelbo", "verdict", "why"]

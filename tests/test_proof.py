@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_comparison_is_by_seed_and_of_what_all_measured() -> None:
 def test_margins_are_of_the_worst_seed() -> None:
     confirmed = [trial("a", seed=2, metrics={"norm_ratio_max": 2.0, "psnr": 30.0, "bins/0": 1.5})]
     confirmed += [trial("b", seed=3, metrics={"norm_ratio_max": 4.0, "psnr": 31.0, "bins/0": 1.0})]
-    baselines = [baseline("x") | {"seed": seed, "metrics": {"psnr": 30.5, "bins/0": 1.0}} for seed in (2, 3)]
+    baselines = [replace(baseline("x"), seed=seed, metrics={"psnr": 30.5, "bins/0": 1.0}) for seed in (2, 3)]
     rules = [KeepRule("psnr", min_delta=-0.6), KeepRule("bins", max_ratio=2.0)]
     found = margins(confirmed, baselines, {"norm_ratio_max": 10.0}, rules)
     assert found["norm_ratio_max"] == {"worst": 4.0, "limit": 10.0}

@@ -60,16 +60,16 @@ def done(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> StudyFolder
 
 def test_baselines_first_then_verdicts_with_reasons(done: StudyFolder) -> None:
     trials = done.trials()
-    assert [trial["role"] for trial in trials[:2]] == ["baseline", "baseline"] and len(trials) == 10
-    by_name = {trial["trial_id"]: trial for trial in trials}
+    assert [trial.role for trial in trials[:2]] == ["baseline", "baseline"] and len(trials) == 10
+    by_name = {trial.trial_id: trial for trial in trials}
     violent, mild = by_name["trial-00"], by_name["trial-01"]
-    assert violent["verdict"] == "pruned" and violent["evidence"] is not None
-    assert violent["evidence"]["guard"] == "norm_ratio" and violent["evidence"]["value"] > 10
-    assert violent["steps"] == violent["evidence"]["step"] < 20
-    assert mild["verdict"] == "safe" and mild["evidence"] is None and mild["steps"] == 40
-    assert {"ssim", "delta_ssim", "psnr", "norm_ratio_max"} <= set(mild["metrics"])
+    assert violent.verdict == "pruned" and violent.evidence is not None
+    assert violent.evidence["guard"] == "norm_ratio" and violent.evidence["value"] > 10
+    assert violent.steps == violent.evidence["step"] < 20
+    assert mild.verdict == "safe" and mild.evidence is None and mild.steps == 40
+    assert {"ssim", "delta_ssim", "psnr", "norm_ratio_max"} <= set(mild.metrics)
     for trial in trials:
-        assert {"ssim_loss_weight", "ssim_grad_scale"} <= set(trial["config"]) and "gain" not in trial["config"]
+        assert {"ssim_loss_weight", "ssim_grad_scale"} <= set(trial.config) and "gain" not in trial.config
 
 
 def test_the_folder_holds_the_truth(done: StudyFolder) -> None:
@@ -93,7 +93,7 @@ def test_same_seed_same_study_whichever_trial_ends_first(done: StudyFolder, tmp_
     again = run(small(task_config={"steps": 40}), storage=tmp_path)
 
     def outcome(folder: StudyFolder) -> dict[str, Any]:
-        return {trial["trial_id"]: (trial["config"], trial["verdict"], trial["evidence"]) for trial in folder.trials()}
+        return {trial.trial_id: (trial.config, trial.verdict, trial.evidence) for trial in folder.trials()}
 
     assert outcome(again) == outcome(done)
 
@@ -119,11 +119,11 @@ def test_faults_of_the_set_up_end_the_study_with_their_reason(
 ) -> None:
     with pytest.raises(error, match=words):
         run(small(name=fault, task_config={"steps": 40, "fault": fault}), storage=tmp_path)
-    verdicts = {trial["verdict"] for trial in StudyFolder(tmp_path / fault).trials()}
+    verdicts = {trial.verdict for trial in StudyFolder(tmp_path / fault).trials()}
     assert verdicts & {"bad_setup", "error"}
     assert len(StudyFolder(tmp_path / fault).trials()) <= 6  # not the whole search
     if fault in ("no_norm", "ruined_start"):
-        assert {trial["role"] for trial in StudyFolder(tmp_path / fault).trials()} == {"baseline"}
+        assert {trial.role for trial in StudyFolder(tmp_path / fault).trials()} == {"baseline"}
 
 
 def test_settings_that_break_the_training_cost_their_own_trials(tmp_path: Path) -> None:
@@ -135,8 +135,8 @@ def test_settings_that_break_the_training_cost_their_own_trials(tmp_path: Path) 
         space={**SMALL["space"], "points": points},
         search={"trials": 4, "concurrency": 1},
     )
-    trials = [trial for trial in run(study, storage=tmp_path).trials() if trial["role"] == "search"]
-    assert [trial["verdict"] for trial in trials] == ["safe", "error", "error", "safe"]
+    trials = [trial for trial in run(study, storage=tmp_path).trials() if trial.role == "search"]
+    assert [trial.verdict for trial in trials] == ["safe", "error", "error", "safe"]
 
 
 def test_a_missing_task_is_known_before_anything_starts(tmp_path: Path) -> None:
@@ -149,17 +149,17 @@ def test_a_missing_task_is_known_before_anything_starts(tmp_path: Path) -> None:
 def test_asha_stops_trials_but_never_a_baseline(tmp_path: Path) -> None:
     study = small(name="asha", scheduler={"asha": {"max_steps": 40, "grace_steps": 10, "reduction_factor": 2}}, result_every=5)
     trials = run(study, storage=tmp_path).trials()
-    assert {trial["verdict"] for trial in trials if trial["role"] == "baseline"} == {"safe"}
-    stopped = [trial for trial in trials if trial["verdict"] == "stopped"]
-    assert stopped and all(0 < trial["steps"] < 40 for trial in stopped)
+    assert {trial.verdict for trial in trials if trial.role == "baseline"} == {"safe"}
+    stopped = [trial for trial in trials if trial.verdict == "stopped"]
+    assert stopped and all(0 < trial.steps < 40 for trial in stopped)
 
 
 def test_a_route_runs_its_stages_in_order(tmp_path: Path) -> None:
     # The small task has no max_t in its gradient; the route's ranges are far too small to matter here, so it runs whole.
     study = small(name="route", space="note_v2", search={"trials": 4}, objective={"keep": {}})
-    trials = [trial for trial in run(study, storage=tmp_path).trials() if trial["role"] == "search"]
+    trials = [trial for trial in run(study, storage=tmp_path).trials() if trial.role == "search"]
     assert 1 <= len(trials) <= 4
-    assert all(trial["config"]["ssim_grad_scale"] == 0.1 for trial in trials)
+    assert all(trial.config["ssim_grad_scale"] == 0.1 for trial in trials)
 
 
 def command(storage: Path, study: Path, *more: str) -> list[str]:
@@ -186,8 +186,8 @@ def test_killed_in_the_middle_and_resumed(tmp_path: Path) -> None:
     )
     assert resumed.returncode == 0, resumed.stderr
     trials = folder.trials()
-    assert sorted(trial["trial_id"] for trial in trials) == ["baseline-0", "baseline-1", *(f"trial-{k:02d}" for k in range(4))]
-    assert {trial["verdict"] for trial in trials if trial["role"] == "baseline"} == {"safe"}
+    assert sorted(trial.trial_id for trial in trials) == ["baseline-0", "baseline-1", *(f"trial-{k:02d}" for k in range(4))]
+    assert {trial.verdict for trial in trials if trial.role == "baseline"} == {"safe"}
 
     import mlflow
 
@@ -196,7 +196,7 @@ def test_killed_in_the_middle_and_resumed(tmp_path: Path) -> None:
     runs = client.search_runs([experiment.experiment_id])
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert len(runs) - len(children) == 1
-    assert sorted(run.data.tags["tune_ssim.trial_id"] for run in children) == sorted(trial["trial_id"] for trial in trials)
+    assert sorted(run.data.tags["tune_ssim.trial_id"] for run in children) == sorted(trial.trial_id for trial in trials)
     listed = subprocess.run(
         [sys.executable, "-m", "tune_ssim", "trials", "killed", "--json", "--storage-path", str(tmp_path)],
         capture_output=True,
@@ -233,13 +233,13 @@ def test_a_baseline_from_the_log_of_an_earlier_run(done: StudyFolder, tmp_path: 
     held_out = {"ssim": 0.9, "psnr": 20.0}
     given = {"file": str(log), "names": {"grad_norm": "total_norm"}, "held_out": held_out}
     study = small(name="logged", baseline={"log": given}, search={"trials": 2})
-    trials = sorted(run(study, storage=tmp_path).trials(), key=lambda trial: trial["trial_id"])  # not as they ended
-    assert [(trial["trial_id"], trial["verdict"], trial["steps"]) for trial in trials] == [
+    trials = sorted(run(study, storage=tmp_path).trials(), key=lambda trial: trial.trial_id)  # not as they ended
+    assert [(trial.trial_id, trial.verdict, trial.steps) for trial in trials] == [
         ("trial-00", "pruned", 11),
         ("trial-01", "safe", 40),
     ]
-    assert "unpaired median" in trials[0]["reason"]
-    assert trials[1]["metrics"]["delta_ssim"] == pytest.approx(trials[1]["metrics"]["ssim"] - 0.9)
+    assert "unpaired median" in trials[0].reason
+    assert trials[1].metrics["delta_ssim"] == pytest.approx(trials[1].metrics["ssim"] - 0.9)
     assert "Not known: its code, weights, data, seed and batches" in capsys.readouterr().out.replace("\n", " ")
     with pytest.raises(UserError, match="no total_norm in it, found grad_norm"):
         run(small(name="unnamed", baseline={"log": str(log)}), storage=tmp_path)
@@ -272,15 +272,15 @@ def confirmed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> StudyF
 def test_confirm_runs_the_best_and_the_baseline_again_with_new_seeds(confirmed: StudyFolder) -> None:
     trials = confirmed.trials()
     best = best_safe(confirmed)
-    again = [trial for trial in trials if trial["role"] == "confirm"]
-    baselines = [trial for trial in trials if trial["trial_id"].startswith("confirm-baseline")]
-    assert sorted(trial.get("seed", -1) for trial in baselines) == [2, 3, 4]  # side by side: any may end first
+    again = [trial for trial in trials if trial.role == "confirm"]
+    baselines = [trial for trial in trials if trial.trial_id.startswith("confirm-baseline")]
+    assert sorted(trial.seed for trial in baselines) == [2, 3, 4]  # side by side: any may end first
     mine = confirmations(best, trials)
-    assert sorted(trial.get("seed", -1) for trial in mine) == [2, 3, 4] and len(again) in (3, 6)
-    assert {trial["steps"] for trial in (*mine, *baselines)} == {60}
+    assert sorted(trial.seed for trial in mine) == [2, 3, 4] and len(again) in (3, 6)
+    assert {trial.steps for trial in (*mine, *baselines)} == {60}
     for trial in mine:  # compared with the baseline of the same seed, at the same horizon
-        reference = next(b for b in baselines if b.get("seed") == trial.get("seed"))
-        assert trial["metrics"]["delta_ssim"] == pytest.approx(trial["metrics"]["ssim"] - reference["metrics"]["ssim"])
+        reference = next(b for b in baselines if b.seed == trial.seed)
+        assert trial.metrics["delta_ssim"] == pytest.approx(trial.metrics["ssim"] - reference.metrics["ssim"])
     proof = proof_of(best, confirmed)
     assert proof["unproven"] == [] and proof["horizon"]["steps"] == 60
     found = proof["comparison"]["delta_ssim"]
@@ -300,16 +300,16 @@ def test_a_study_without_a_confirm_phase_is_unproven(done: StudyFolder) -> None:
 
 def test_checkpoints_of_ruined_trials_are_quarantined(done: StudyFolder) -> None:
     ledger = Ledger(done.path.parent)
-    ruined = {trial["trial_id"]: trial for trial in done.trials() if trial["verdict"] == "pruned"}
+    ruined = {trial.trial_id: trial for trial in done.trials() if trial.verdict == "pruned"}
     assert ruined and {entry.trial_id for entry in ledger.entries()} == set(ruined)
     left = {trial_id: sorted((done.ray_folder / "run" / trial_id).glob("checkpoint_*")) for trial_id in ruined}
     for trial_id, folders in left.items():
-        assert ruined[trial_id].get("quarantined")
+        assert ruined[trial_id].quarantined
         for folder in folders:
             refusal = ledger.check(folder)
             assert refusal is not None and refusal.entry.trial_id == trial_id
     assert any(left.values())
-    safe = next(trial["trial_id"] for trial in done.trials() if trial["verdict"] == "safe" and trial["role"] == "search")
+    safe = next(trial.trial_id for trial in done.trials() if trial.verdict == "safe" and trial.role == "search")
     assert ledger.check(sorted((done.ray_folder / "run" / safe).glob("checkpoint_*"))[-1]) is None
 
 
@@ -340,7 +340,7 @@ def test_verify_passes_on_an_untouched_export_and_names_what_changed(confirmed: 
     again = read_export(tmp_path / "best.yaml")
     found, trials = verify(again)
     assert found == []
-    repeated = {trial["trial_id"]: trial["metrics"]["delta_ssim"] for trial in trials if trial["role"] == "confirm"}
+    repeated = {trial.trial_id: trial.metrics["delta_ssim"] for trial in trials if trial.role == "confirm"}
     assert list(repeated.values()) == pytest.approx(list(exported["proof"]["comparison"]["delta_ssim"]["by_seed"].values()))
 
     other = json.loads(json.dumps(again))
@@ -376,7 +376,7 @@ def test_settings_predicted_beyond_the_limit_are_listed_and_not_launched(cluster
     folder = run(study, storage=tmp_path)
     skipped = read_skipped(folder.path / "skipped.jsonl")
     assert skipped[0].config["ssim_loss_weight"] == 2500.0 and skipped[0].predicted_ratio > 20
-    launched = [trial["config"]["ssim_loss_weight"] for trial in folder.trials() if trial["role"] == "search"]
+    launched = [trial.config["ssim_loss_weight"] for trial in folder.trials() if trial.role == "search"]
     assert len(launched) == 3 and 2500.0 not in launched
 
 

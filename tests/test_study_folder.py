@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_studies import baseline, trial
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import append_line, check_name, jsonable, number, read_lines, write_atomically
@@ -130,12 +131,39 @@ def test_a_torn_line_does_not_swallow_the_next(tmp_path_factory: pytest.TempPath
     assert found in ([1, 3, 4], [1, 2, 3, 4])
 
 
-@pytest.mark.parametrize("junk", [b"\xff\xfe\x00{", b"null\n", b"[1]\n", b"3\n", b"\n\n", b"{]\n", b'"text"\n'])
-def test_foreign_lines_are_passed_over(tmp_path: Path, junk: bytes) -> None:
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+GARBAGE = [
+    b"\xff\xfe\x00{", b"null\n", b"[1]\n", b"3\n", b"{]\n", b'"text"\n', b"plain words", b"[" * 100_000,
+    b'{"trial_id": a}\n', b'{"trial_id": "a",}\n', b'{"a": 1} {"b": 2}\n', b'{"n": ' + b"1" * 5000 + b"}\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_a_line_that_is_no_object_is_an_error_with_its_place(tmp_path: Path, garbage: bytes) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_bytes(junk)
     append_line(file, {"n": 1})
-    assert list(read_lines(file)) == [{"n": 1}]
+    file.write_bytes(file.read_bytes() + garbage)
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not (JSON|a JSON object)") as caught:
+        list(read_lines(file))
+    assert len(str(caught.value)) < 500
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.text(), JSON, min_size=1, max_size=4), st.data())
+def test_a_line_may_be_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, value: dict[str, Any], data: st.DataObject) -> None:
+    file = tmp_path_factory.mktemp("cut") / "a.jsonl"
+    append_line(file, value)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 2))])
+    assert list(read_lines(file)) == []
+    append_line(file, {"n": 2})
+    assert list(read_lines(file)) == [{"n": 2}]
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
@@ -159,13 +187,6 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
 
 def test_no_file_has_no_lines(tmp_path: Path) -> None:
     assert list(read_lines(tmp_path / "absent.jsonl")) == []
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=8,
-)
 
 
 @settings(max_examples=40)
@@ -199,22 +220,38 @@ def test_jsonable(value: Any, plain: Any) -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == plain
 
 
-def summary(trial_id: str, **values: Any) -> Any:
-    return {"trial_id": trial_id, "metrics": {}, **values}
-
-
-def test_of_a_trial_written_twice_the_last_line_stands(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["safe", "degraded", "pruned", "bad_setup", "stopped", "error"])
+def test_the_first_verdict_of_a_trial_is_final(tmp_path: Path, first: str) -> None:
     folder = StudyFolder(tmp_path / "study").create()
     assert folder.trials() == []
-    for trial in (summary("a", verdict="error"), summary("b", verdict="safe"), summary("a", verdict="safe")):
-        folder.add_trial(trial)
-    assert [(trial["trial_id"], trial["verdict"]) for trial in folder.trials()] == [("a", "safe"), ("b", "safe")]
+    assert folder.add_trial(trial("a", first)) and folder.add_trial(trial("b"))
+    for second in ("bad_setup", "safe", "error"):
+        assert not folder.add_trial(trial("a", second, reason="another"))
+    assert [(one.trial_id, one.verdict) for one in folder.trials()] == [("a", first), ("b", "safe")]
+    # An earlier version wrote the second line.
+    append_line(folder.trials_file, trial("a", "bad_setup", reason="another").to_dict())
+    assert folder.trials()[0].reason == trial("a", first).reason
+
+
+def test_a_trial_whose_process_died_has_no_verdict_yet(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "study").create()
+    died = trial("a", "error", reason="the trial's process died: the node is gone")
+    assert folder.add_trial(died) and folder.add_trial(trial("b"))
+    assert folder.trials()[0] == died
+    assert folder.add_trial(trial("a", "pruned")) and not folder.add_trial(died)
+    assert [(one.trial_id, one.verdict) for one in folder.trials()] == [("a", "pruned"), ("b", "safe")]
+
+
+def test_a_baseline_that_could_not_run_is_run_again(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "study").create()
+    assert folder.add_trial(trial("baseline-0", "error", role="baseline"))
+    assert folder.add_trial(baseline("baseline-0"))
+    assert [one.verdict for one in folder.trials()] == ["safe"]
 
 
 def test_the_folder_and_its_files(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "deep" / "study").create().create()  # a second time it is there already
     assert folder.name == "study"
-    assert folder.write_baseline(b"{}", "abc").read_bytes() == b"{}"
     assert folder.write_image("00001", 25, b"png").relative_to(folder.path) == Path("images/00001/smoke_000025.png")
     folder.add_event({"event": "study", "value": math.inf})
     assert list(folder.events()) == [{"event": "study", "value": "Infinity"}]

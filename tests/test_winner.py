@@ -48,8 +48,8 @@ from tune_ssim.results.winner import NoSafeTrial, best_safe, experiment_name, ex
     ],
 )  # fmt: skip
 def test_best_safe(tmp_path: Path, trials: Any, winner: str) -> None:
-    assert best_safe(trials)["trial_id"] == winner
-    assert best_safe(study(tmp_path, *trials))["trial_id"] == winner
+    assert best_safe(trials).trial_id == winner
+    assert best_safe(study(tmp_path, *trials)).trial_id == winner
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def test_the_study_says_what_is_maximised(tmp_path: Path) -> None:
         trial("a", metrics={"delta_ssim": 0.1, "psnr": 30.0}),
         trial("b", metrics={"delta_ssim": 0.2, "psnr": 20.0}, config={"ssim_loss_weight": 3}),
     )
-    assert best_safe(study(tmp_path, *trials))["trial_id"] == "b"
+    assert best_safe(study(tmp_path, *trials)).trial_id == "b"
     by_psnr = study(tmp_path, *trials, name="psnr", yaml="objective: {maximize: psnr}\n")
-    assert best_safe(by_psnr)["trial_id"] == "a"
-    assert best_safe(str(by_psnr.path))["trial_id"] == "a"
+    assert best_safe(by_psnr).trial_id == "a"
+    assert best_safe(str(by_psnr.path)).trial_id == "a"
     for torn in ("", "objective: [\n", "objective: psnr\n", "- 1\n"):
-        assert best_safe(study(tmp_path, *trials, name="torn", yaml=torn))["trial_id"] == "b"
+        assert best_safe(study(tmp_path, *trials, name="torn", yaml=torn)).trial_id == "b"
 
 
 def test_exported_config(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import numbers
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tune_ssim.base.errors import UserError
 
@@ -57,18 +57,78 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
+T = TypeVar("T")
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON objects of a file, if there is one; a torn line (kill -9 in the middle of a write) is passed over."""
+    """The JSON objects of a file, as `parse_lines` finds them."""
+    return parse_lines(path, _as_it_is)
+
+
+def parse_lines(path: Path, parse: Callable[[dict[str, Any]], T], containing: str = "") -> Iterator[T]:
+    """`parse` of every JSON object of a file, if there is one; `containing`: only of lines that hold this JSON text.
+
+    A line whose end is missing is passed over: a writer was killed in the middle of it. Raises UserError, with the line's
+    number, for anything else that is no JSON object, and where `parse` raises ValueError, KeyError or TypeError."""
     if not path.exists():
         return
+    wanted = containing.encode()
     with path.open("rb") as file:
-        for line in file:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                yield value
+        for number, line in enumerate(file, 1):
+            line = line.strip(b" \t\r\n\0")  # zeros: what some file systems leave after a power failure
+            if line and wanted in line and (value := _load(line, f"{path}:{number}")) is not None:
+                yield _parsed(value, parse, f"{path}:{number}")
+
+
+def parse_json(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
+    """`parse` of the JSON object in a file; None where there is no file. Raises UserError as `parse_lines` does."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    value = _load(text, str(path))
+    if value is None:
+        raise UserError(f"{path}: its end is missing")
+    return _parsed(value, parse, str(path))
+
+
+def _load(text: bytes, where: str) -> dict[str, Any] | None:
+    """None for an object whose end is missing."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            if error.doc.startswith("{") and _is_at_end(error):
+                return None
+            if error.lineno > 1:
+                where = f"{where}:{error.lineno}"
+        raise UserError(f"{where}: not JSON ({error}): {_beginning(text)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object: {_beginning(text)}")
+    return value
+
+
+def _is_at_end(error: json.JSONDecodeError) -> bool:
+    """Whether nothing follows the place of the error but the start of a value."""
+    is_start_of_value = re.fullmatch(r"[-+.\w]*|\\?u?[0-9a-fA-F]{0,4}", error.doc[error.pos :])
+    return error.msg.startswith("Unterminated string") or is_start_of_value is not None
+
+
+def _parsed(value: dict[str, Any], parse: Callable[[dict[str, Any]], T], where: str) -> T:
+    try:
+        return parse(value)
+    except (ValueError, KeyError, TypeError) as error:
+        said = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{where}: {said}") from None
+
+
+def _as_it_is(value: dict[str, Any]) -> dict[str, Any]:
+    return value
+
+
+def _beginning(text: bytes) -> str:
+    words = text[:80].decode("utf-8", "replace")
+    return repr(words) if len(text) <= 80 else f"{words!r}…"
 
 
 def jsonable(value: Any) -> Any:

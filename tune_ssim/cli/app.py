@@ -174,7 +174,7 @@ def run(
         say_next("trials", folder.name, why="has every reason")
     else:
         proof = proof_of(best, folder)
-        console.print(_readable(f"best safe: {best['trial_id']}: {best['reason']}", console), markup=False)
+        console.print(_readable(f"best safe: {best.trial_id}: {best.reason}", console), markup=False)
         console.print(_readable(proof_line(proof), console), markup=False)
         option = ["--unproven"] if proof["unproven"] else []
         say_next("export", folder.name, "--format", "env", *option, why="prints it for a training script")
@@ -295,7 +295,7 @@ def trials(name: str | None, as_json: bool, storage: Path) -> None:
         from tune_ssim.tracking.mirror import run_ids
 
         mirrored = run_ids(folder, study_value(folder, "tracking", "uri"))
-        summaries = [{**trial, "run_id": trial["run_id"] or mirrored.get(trial["trial_id"])} for trial in folder.trials()]
+        summaries = [trial.to_dict() | {"run_id": trial.run_id or mirrored.get(trial.trial_id)} for trial in folder.trials()]
         _print_exactly(json.dumps(jsonable(summaries), indent=2, allow_nan=False) + "\n")
     else:
         _show_trials(folder, _console())
@@ -431,11 +431,11 @@ def verify(file: Path, address: str | None, as_json: bool) -> None:
 
         from tune_ssim.base.files import jsonable
 
-        report = {"file": str(file), "holds": not found, "differences": found, "trials": trials}
+        report = {"file": str(file), "holds": not found, "differences": found, "trials": [trial.to_dict() for trial in trials]}
         _print_exactly(json.dumps(jsonable(report), indent=2, allow_nan=False) + "\n")
     if found:
         raise BadSetup("\n".join(f"{file}: {line}" for line in found))
-    confirmed = ", ".join(trial["trial_id"] for trial in trials if trial["role"] == "confirm")
+    confirmed = ", ".join(trial.trial_id for trial in trials if trial.role == "confirm")
     click.echo(f"{file}: code, weights, data and setting are the ones it was proven with; {confirmed} hold", err=as_json)
 
 
@@ -702,7 +702,7 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
         console.print(f"{folder.name}: no trial has ended yet", markup=False)
         return
     try:
-        winner = best_safe(folder)["trial_id"]
+        winner = best_safe(folder).trial_id
     except NoSafeTrial:
         winner = None
     console.print(

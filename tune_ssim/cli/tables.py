@@ -11,11 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_ssim.base.files import number
-from tune_ssim.results.study_folder import TrialSummary
-from tune_ssim.results.trial_text import STYLES, metric_of, number_text, readable, setting_text, shown_metric
-from tune_ssim.results.winner import OBJECTIVE
+from tune_ssim.results.trial_text import STYLES, number_text, readable, setting_text, shown_metric
 from tune_ssim.study.space import WEIGHT, Space, gain_of
 from tune_ssim.trials.quarantine import Entry
+from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
 
 # What fits into so many columns and leaves room for the reason.
 COLUMNS = {
@@ -39,7 +38,7 @@ def trials_table(
 ) -> Table:
     """One row a trial, the best first, for a terminal of `width` columns. `winner`: the trial_id to mark."""
     wide, summaries = width >= WIDE, list(summaries)
-    has_ssim = any(WEIGHT in summary["config"] for summary in summaries) or not summaries
+    has_ssim = any(WEIGHT in summary.config for summary in summaries) or not summaries
 
     def show(text: str) -> str:
         return readable(text, ascii_only)
@@ -56,26 +55,26 @@ def trials_table(
     else:
         table.add_column("verdict: why", overflow="fold", min_width=10)
     for summary in best_first(summaries, objective):
-        config, metrics = summary["config"], summary["metrics"]
-        mark = show("★ ") if summary["trial_id"] == winner else ""
-        told = summary["role"] == "search" or summary["trial_id"].startswith(summary["role"])
-        role = "" if told else f" {summary['role']}"
+        config, metrics = summary.config, summary.metrics
+        mark = show("★ ") if summary.trial_id == winner else ""
+        told = summary.role == "search" or summary.trial_id.startswith(summary.role)
+        role = "" if told else f" {summary.role}"
         cells = {
             "gain": number_text(gain_of(config)),
             "weight": number_text(config.get("ssim_loss_weight")),
             "max_t": number_text(config.get("ssim_loss_max_t")),
             "grad_scale": number_text(config.get("ssim_grad_scale")),
-            "steps": str(summary["steps"]),
+            "steps": str(summary.steps),
             "norm ratio": number_text(metrics.get("norm_ratio_max"), ".3g"),
             "objective": number_text(metrics.get(objective), "+.4f"),
             "PSNR": number_text(metrics.get("psnr"), ".2f"),
             "setting": setting_text(config),
         }
         cells["ratio"] = cells["norm ratio"]
-        verdict = Text(summary["verdict"], STYLES.get(summary["verdict"], ""))
-        why = show(summary["reason"])
+        verdict = Text(summary.verdict.value, STYLES.get(summary.verdict, ""))
+        why = show(summary.reason)
         table.add_row(
-            Text(show(f"{mark}{summary['trial_id']}{role}"), "bold" if mark else ""),
+            Text(show(f"{mark}{summary.trial_id}{role}"), "bold" if mark else ""),
             *(show(cells[name]) for name in names),
             *((verdict, Text(why)) if wide else (_joined(verdict, why),)),
         )
@@ -93,9 +92,9 @@ def best_first(summaries: Iterable[TrialSummary], objective: str = OBJECTIVE) ->
     """By verdict, then by objective; a trial without one comes last of its verdict."""
 
     def key(summary: TrialSummary) -> tuple[int, float]:
-        value = metric_of(summary, objective)
-        verdict = summary["verdict"]
-        if math.isnan(value) and summary["role"] == "baseline":
+        value = summary.metric(objective)
+        verdict = summary.verdict
+        if math.isnan(value) and summary.role == "baseline":
             value = 0.0
         return ORDER.index(verdict) if verdict in ORDER else len(ORDER), math.inf if math.isnan(value) else -value
 

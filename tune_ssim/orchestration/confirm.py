@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ray.tune.search import Searcher
 
 from tune_ssim.guards import Guard, SmokeTest
-from tune_ssim.orchestration.trainable import CONTEXT, OBJECTIVE
+from tune_ssim.orchestration.trainable import CONTEXT
+from tune_ssim.trials.summary import OBJECTIVE
 
 if TYPE_CHECKING:
     from tune_ssim.study.study import Study

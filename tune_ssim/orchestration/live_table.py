@@ -19,8 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tune_ssim.results.study_folder import TrialSummary
 from tune_ssim.results.trial_text import number_text, readable, setting_text, verdict_line
+from tune_ssim.trials.summary import TrialSummary
 
 REFRESHES_PER_S = 4
 
@@ -100,7 +100,7 @@ class LiveTable:
 
     def trial_ended(self, summary: TrialSummary) -> None:
         with self._lock:
-            self._running.pop(summary["trial_id"], None)
+            self._running.pop(summary.trial_id, None)
             self.ended += 1
             count = f"{self.ended:>2}/{self.total}" if self.total else f"{self.ended:>2}"
         self._print(Text(f"{count} ") + verdict_line(summary, self._ascii))

@@ -23,20 +23,21 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from tune_ssim.base.errors import BadSetup, UserError
-from tune_ssim.base.files import check_name, number, write_atomically
+from tune_ssim.base.files import check_name, write_atomically
 from tune_ssim.guards import Baseline, Guard
 from tune_ssim.guards.baseline_log import baseline_of_log, describe, require_steps
 from tune_ssim.orchestration.before_launch import before_launch, inspect, norm_model
 from tune_ssim.orchestration.confirm import PREFIX, ConfirmSearch, confirm_seeds, confirm_steps, longer
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, read_skipped
-from tune_ssim.orchestration.study_callback import LIVE_TABLES, PROCESS_DIED, StudyCallback
+from tune_ssim.orchestration.study_callback import LIVE_TABLES, StudyCallback
 from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable, Parts, make_trainable
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.proof import SKIPPED, differences
-from tune_ssim.results.study_folder import StudyFolder, TrialSummary
+from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.trial_text import setting_text
 from tune_ssim.results.winner import ranked, settings_of
+from tune_ssim.trials.summary import TrialSummary
 from tune_ssim.trials.training import load_task
 from tune_ssim.trials.trial import harm_of
 
@@ -275,20 +276,16 @@ def _past(folder: StudyFolder, steps: int, objective: str) -> dict[str, dict[str
     """How the trials of a study that is resumed ended, as a searcher wants to know it. One whose process died has no result."""
     found: dict[str, dict[str, Any]] = {}
     for trial in folder.trials():
-        if trial["verdict"] in ("error", "bad_setup") and trial["role"] != "search":
+        if trial.is_repeated_on_resume:
             continue
-        if trial["reason"].startswith(PROCESS_DIED):
-            continue
-        metrics = {name: number(value) for name, value in trial["metrics"].items()}
-        reached = trial["verdict"] in ("safe", "degraded")
-        found[trial["trial_id"]] = {
-            **metrics,
-            objective: metrics.get(objective, math.nan) if reached else math.nan,
-            "verdict": trial["verdict"],
-            "reason": trial["reason"],
-            "config": trial["config"],
-            "role": trial["role"],
-            "harm": harm_of(trial["verdict"], trial["evidence"], trial["steps"], steps),
+        found[trial.trial_id] = {
+            **trial.metrics,
+            objective: trial.metric(objective) if trial.verdict.has_result else math.nan,
+            "verdict": trial.verdict.value,
+            "reason": trial.reason,
+            "config": trial.config,
+            "role": trial.role.value,
+            "harm": harm_of(trial.verdict, trial.evidence, trial.steps, steps),
         }
     return found
 
@@ -442,7 +439,7 @@ def _confirm(study: Study, folder: StudyFolder, cluster: dict[str, float], concu
     seeds, steps = confirm_seeds(study), confirm_steps(study)
     table.phase(f"confirm: the baseline and up to {len(finalists)} finalists, {len(seeds)} new seeds, {steps} steps")
     table.total = None  # how many finalists it takes is not known
-    settings = [(trial["trial_id"], settings_of(trial)) for trial in finalists]
+    settings = [(trial.trial_id, settings_of(trial)) for trial in finalists]
     _fit_confirmation(study, folder, cluster, concurrency, settings, seeds, steps)
 
 
@@ -602,19 +599,19 @@ def _drain(mirror: Any, folder: StudyFolder, console: Console | None) -> None:
 def _failure(trials: list[TrialSummary]) -> str:
     """Why the study as a whole failed: its baseline did, or every trial failed in the same way."""
     for trial in trials:
-        if trial["role"] == "baseline" and trial["verdict"] != "safe":
-            return trial["reason"]
-    broken = [trial for trial in trials if trial["role"] != "baseline"]
-    if broken and all(trial["verdict"] in ("bad_setup", "error") for trial in broken):
-        return broken[0]["reason"]
+        if trial.role == "baseline" and trial.verdict != "safe":
+            return trial.reason
+    broken = [trial for trial in trials if trial.role != "baseline"]
+    if broken and all(trial.verdict in ("bad_setup", "error") for trial in broken):
+        return broken[0].reason
     return ""
 
 
 def _unfinished(folder: StudyFolder) -> set[str]:
     started = {event["trial_id"] for event in folder.events() if event.get("event") == "trial"}
-    return started - {trial["trial_id"] for trial in folder.trials()}
+    return started - {trial.trial_id for trial in folder.trials()}
 
 
 def _as_error(trials: list[TrialSummary], reason: str) -> Exception:
-    verdict = next(trial["verdict"] for trial in trials if trial["reason"] == reason)
+    verdict = next(trial.verdict for trial in trials if trial.reason == reason)
     return BadSetup(reason) if verdict == "bad_setup" else UserError(reason)

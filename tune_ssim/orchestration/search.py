@@ -22,10 +22,11 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import write_atomically
 from tune_ssim.before_launch.forecast import forecast, gain_at, skip_sentence
 from tune_ssim.guards import Baseline, BaselineRun
-from tune_ssim.orchestration.trainable import CONTEXT, OBJECTIVE
+from tune_ssim.orchestration.trainable import CONTEXT
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.results.trial_text import shown_metric
 from tune_ssim.study.space import GAIN, Choice, LogUniform, Space, Stage, Uniform, gain_of, resolve_settings
+from tune_ssim.trials.summary import OBJECTIVE
 
 HARM = "harm"  # the constraint's name in Optuna; feasible <= 0
 MAX_SKIPPED_IN_A_ROW = 200  # less than a second of suggestions (TPE takes 3 ms, FACTS §3)
@@ -575,9 +576,3 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):
         return math.isclose(one, other, rel_tol=1e-9)
     return bool(one == other)
-
-
-def read_summary(result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The summary that a trial's last result carries, if it has one."""
-    text = result.get("summary")
-    return json.loads(text) if isinstance(text, str) else None

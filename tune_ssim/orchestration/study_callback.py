@@ -11,16 +11,17 @@ import ray
 from ray.tune import Callback
 
 from tune_ssim.base.tensor_file import Contents
+from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.trainable import CONTEXT
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.proof import START, read_json
-from tune_ssim.results.study_folder import StudyFolder, TrialSummary
+from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.quarantine import Ledger
+from tune_ssim.trials.summary import PROCESS_DIED, TrialSummary
 
 PENDING_S = 30.0  # the process of a trial has usually started by then
-PROCESS_DIED = "the trial's process died"  # such a trial has no result: a study that is resumed runs it again
 # Ray pickles callbacks and makes them again when a study is resumed; what they draw on cannot travel, so it is looked up.
 LIVE_TABLES: dict[str, LiveTable] = {}
 
@@ -74,28 +75,29 @@ class StudyCallback(Callback):
         for checkpoint in result.get("wrote") or []:
             self.folder.add_checkpoint(name, checkpoint)
         if isinstance(result.get("summary"), str):
-            self._end(name, json.loads(result["summary"]), json.loads(result.get("effective") or "{}"))
+            self._end(name, TrialSummary.from_dict(json.loads(result["summary"])), json.loads(result.get("effective") or "{}"))
         for key in ("records", "images", "effective", "traceback", "wrote"):
             result.pop(key, None)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name, _, _ = _who(trial)
         if name not in self.ended:  # no verdict of its own: a scheduler ended it
-            self._end(name, _without_verdict(trial, "stopped", "stopped by the scheduler before its last step"), {})
+            self._end(name, _without_verdict(trial, Verdict.STOPPED, "stopped by the scheduler before its last step"), {})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name, _, _ = _who(trial)
         if name not in self.ended:
             lines = [line for line in str(getattr(trial, "error_msg", None) or "").splitlines() if line.strip()]
             reason = lines[-1].strip() if lines else "no message"
-            self._end(name, _without_verdict(trial, "error", f"{PROCESS_DIED}: {reason}"), {})
+            self._end(name, _without_verdict(trial, Verdict.ERROR, f"{PROCESS_DIED}: {reason}"), {})
 
     def _end(self, name: str, summary: TrialSummary, effective: dict[str, Any]) -> None:
         self.ended.add(name)
-        if summary["verdict"] == "pruned" and (ids := quarantine(self.folder, summary)):
-            summary["quarantined"] = ids
-        self.folder.add_trial(summary)
-        self.writer.verdict(name, summary, effective)
+        if summary.verdict == "pruned" and (ids := quarantine(self.folder, summary)):
+            summary.quarantined = ids
+        if not self.folder.add_trial(summary):
+            return  # its first verdict is final
+        self.writer.verdict(name, summary.to_dict(), effective)
         if self.table:
             self.table.trial_ended(summary)
 
@@ -105,21 +107,21 @@ def quarantine(folder: StudyFolder, summary: TrialSummary) -> list[str]:
 
     Without contents that are known to be sound nothing is entered: the starting weights must never be. A training that is a
     process of its own does not show what it starts from; there the baseline's checkpoints say what no trial has made."""
-    baselines = {trial["trial_id"] for trial in folder.trials() if trial["role"] == "baseline" and trial["verdict"] == "safe"}
+    baselines = {trial.trial_id for trial in folder.trials() if trial.role == "baseline" and trial.verdict == "safe"}
     found = [*(read_json(folder.path / START) or {}).get("contents", [])]
     found += [checkpoint["contents"] for name in sorted(baselines) for checkpoint in folder.checkpoints(name)]
     sound = [Contents(**contents) for contents in found]
     if not sound:
         return []
-    ledger, evidence, ids = Ledger(folder.path.parent), summary["evidence"] or {}, []
-    for checkpoint in folder.checkpoints(summary["trial_id"]):
+    ledger, evidence, ids = Ledger(folder.path.parent), summary.evidence or {}, []
+    for checkpoint in folder.checkpoints(summary.trial_id):
         entered = ledger.add(
             Contents(**checkpoint["contents"]),
             sound=sound,
             study=folder.name,
-            trial_id=summary["trial_id"],
+            trial_id=summary.trial_id,
             step=checkpoint["step"],
-            reason=summary["reason"],
+            reason=summary.reason,
             guard=evidence.get("guard"),
             parents=checkpoint["parents"],
             path=checkpoint["path"],
@@ -148,19 +150,18 @@ def _who(trial: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return str(context.get("trial_id", trial.trial_id)), context, settings
 
 
-def _without_verdict(trial: Any, verdict: str, reason: str) -> TrialSummary:
+def _without_verdict(trial: Any, verdict: Verdict, reason: str) -> TrialSummary:
     name, context, settings = _who(trial)
     last = trial.last_result or {}
     metrics = {key: last[key] for key in ("norm_ratio", "held_out_now") if last.get(key) is not None}
-    return {
-        "trial_id": name,
-        "run_id": None,
-        "role": context.get("role", "search"),
-        "config": settings,
-        "verdict": verdict,
-        "reason": reason,
-        "horizon": {"steps": int(last.get("step", 0))},
-        "evidence": None,
-        "steps": int(last.get("step", 0)),
-        "metrics": metrics,
-    }
+    steps = int(last.get("step", 0))
+    return TrialSummary(
+        trial_id=name,
+        role=Role(context.get("role", "search")),
+        config=settings,
+        verdict=verdict,
+        reason=reason,
+        horizon={"steps": steps},
+        steps=steps,
+        metrics=metrics,
+    )

@@ -22,6 +22,8 @@ from ray.tune.result import SHOULD_CHECKPOINT
 from tune_ssim.base.errors import BadSetup, NothingToResume, UserError
 from tune_ssim.base.files import jsonable
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
+from tune_ssim.guards.verdict import Role
+from tune_ssim.guards.verdict import Verdict as TrialVerdict
 from tune_ssim.orchestration.nodes import NodesProcess
 from tune_ssim.orchestration.workers import WorkersTask
 from tune_ssim.records import Record
@@ -30,11 +32,11 @@ from tune_ssim.tracking.mlflow_source import open_new_run
 from tune_ssim.trials.checkpoint import load_checkpoint
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.quarantine import Ledger
+from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
 from tune_ssim.trials.training import load_task
 from tune_ssim.trials.trial import Trial, TrialPlan, Verdict
 
 CONTEXT = "tune_ssim"  # key of a trial's config under which a study says who the trial is
-OBJECTIVE = "delta_ssim"
 RESULT_S = 2.0  # a result costs the driver 8 ms (benchmarks/command.py): with ten trials at once it stays below 5 % of a core
 WORK = "work"  # in a study's folder: what the trainings themselves leave behind, a folder a trial
 
@@ -200,22 +202,20 @@ class GuardedTrainable(tune.Trainable):
         objective = float(metrics.get(self.spec.plan.objective, math.nan))
         effective = dict(trial.effective) if trial else {}
         without_ssim = {} if effective and "ssim_loss_weight" not in effective else WITHOUT_SSIM
-        summary: dict[str, Any] = {
-            "trial_id": self.trial_name_in_study,
-            "run_id": None,
-            "role": self.role,
-            "seed": self.seed,
-            "objective": self.spec.plan.objective,
-            "config": {**without_ssim, **{name: effective[name] for name in REPORTED if name in effective}, **self.settings},
-            "verdict": verdict.verdict,
-            "reason": verdict.reason,
-            "horizon": trial.horizon() if trial else {},
-            "evidence": violation.evidence() if violation else None,
-            "steps": trial.step if trial else 0,
-            "metrics": {**metrics, "seconds": round(time.perf_counter() - self._started, 3)},
-        }
-        if trial and trial.warnings:
-            summary["warnings"] = [warning.sentence for warning in trial.warnings]
+        summary = TrialSummary(
+            trial_id=self.trial_name_in_study,
+            role=Role(self.role),
+            seed=self.seed,
+            objective=self.spec.plan.objective,
+            config={**without_ssim, **{name: effective[name] for name in REPORTED if name in effective}, **self.settings},
+            verdict=TrialVerdict(verdict.verdict),
+            reason=verdict.reason,
+            horizon=trial.horizon() if trial else {},
+            evidence=violation.evidence() if violation else None,
+            steps=trial.step if trial else 0,
+            metrics={**metrics, "seconds": round(time.perf_counter() - self._started, 3)},
+            warnings=[warning.sentence for warning in trial.warnings] if trial else [],
+        )
         result: dict[str, Any] = {
             "done": True,
             "verdict": verdict.verdict,
@@ -225,7 +225,7 @@ class GuardedTrainable(tune.Trainable):
             "harm": trial.harm() if trial and not self.failure else 0.0,
             # A trial that did not reach its end has no objective: no sampler may take it for a result.
             self.spec.plan.objective: objective if verdict.verdict in ("safe", "degraded") else math.nan,
-            "summary": json.dumps(jsonable(summary)),
+            "summary": json.dumps(summary.to_dict()),
             "effective": json.dumps(jsonable(effective)),
             "traceback": self.traceback,
         }

@@ -19,7 +19,7 @@ from tune_ssim.study.study import Study, load_study
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tune_ssim.results.study_folder import TrialSummary
+    from tune_ssim.trials.summary import TrialSummary
 
 
 class _Horizon(BaseModel):
@@ -143,8 +143,8 @@ def _study(proof: Mapping[str, Any]) -> Study:
 
 
 def _result_differences(proof: Mapping[str, Any], trials: list[TrialSummary]) -> list[str]:
-    confirmed = [trial for trial in trials if trial["role"] == "confirm"]
-    lines = [f"{trial['trial_id']} is {trial['verdict']}: {trial['reason']}" for trial in trials if trial["verdict"] != "safe"]
+    confirmed = [trial for trial in trials if trial.role == "confirm"]
+    lines = [f"{trial.trial_id} is {trial.verdict}: {trial.reason}" for trial in trials if trial.verdict != "safe"]
     if lines:
         return lines
     objective = proof["objective"]

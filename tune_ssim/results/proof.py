@@ -12,8 +12,8 @@ from typing import Any
 
 from tune_ssim.base.files import jsonable
 from tune_ssim.guards import KeepRule
-from tune_ssim.results.study_folder import StudyFolder, TrialSummary
-from tune_ssim.results.trial_text import metric_of
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.trials.summary import TrialSummary
 
 LEVEL = 0.95  # of the confidence intervals
 # In the study's folder. The first: subject → sha256, as they were when the study ran.
@@ -36,13 +36,13 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
 def comparison(confirmed: Sequence[TrialSummary]) -> dict[str, Any]:
     """Every `delta_…` that all confirming trials measured: `paired`, and the difference of each seed."""
     names = sorted(
-        set.intersection(*({name for name in trial["metrics"] if name.startswith("delta_")} for trial in confirmed))
+        set.intersection(*({name for name in trial.metrics if name.startswith("delta_")} for trial in confirmed))
         if confirmed
         else set()
     )
     found: dict[str, Any] = {}
     for name in names:
-        by_seed = {str(trial.get("seed")): metric_of(trial, name) for trial in confirmed}
+        by_seed = {str(trial.seed): trial.metric(name) for trial in confirmed}
         found[name] = paired(list(by_seed.values())) | {"by_seed": by_seed}
     return found
 
@@ -55,16 +55,16 @@ def margins(
     `limits`: guard → its limit, for guards whose summaries say `<guard>_max`."""
     found: dict[str, Any] = {}
     for metric, limit in limits.items():
-        values = [metric_of(trial, metric) for trial in confirmed if metric in trial["metrics"]]
+        values = [trial.metric(metric) for trial in confirmed if metric in trial.metrics]
         if values:
             found[metric] = {"worst": max(values), "limit": limit}
-    by_run = {(trial.get("seed"), trial["steps"]): trial["metrics"] for trial in baselines}
+    by_run = {(trial.seed, trial.steps): trial.metrics for trial in baselines}
     for rule in rules:
         for trial in confirmed:
-            reference = by_run.get((trial.get("seed"), trial["steps"]))
+            reference = by_run.get((trial.seed, trial.steps))
             if reference is None:
                 continue
-            for name, value, limit, is_floor in rule.measured(trial["metrics"], reference):
+            for name, value, limit, is_floor in rule.measured(trial.metrics, reference):
                 worse = min if is_floor else max
                 worst = worse(value, found[name]["worst"]) if name in found else value
                 found[name] = {"worst": worst, "limit": limit}

@@ -11,51 +11,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.files import append_line, read_lines, write_atomically
+from tune_ssim.base.files import append_line, parse_lines, read_lines, write_atomically
+from tune_ssim.trials.summary import TrialSummary
 
 DEFAULT_STORAGE = "tune_ssim_results"
 STORAGE_VARIABLE = "TUNE_SSIM_STORAGE"
-
-
-class _Later(TypedDict, total=False):
-    """Keys that the first studies did not write."""
-
-    seed: int
-    objective: str
-    quarantined: list[str]
-
-
-class TrialSummary(_Later):
-    """One line of `trials.jsonl` and one object of `tune-ssim trials --json`. A stable schema.
-
-    role: baseline, search or confirm. verdict: safe, degraded, pruned, bad_setup, stopped or error.
-    config: the settings of this trial; where the task has an SSIM loss always its ssim_loss_weight,
-    ssim_loss_max_t and ssim_grad_scale.
-    horizon: how far the verdict reaches, e.g. {"steps": 200, "batch_size": 8, "lr": 0.005}.
-    evidence: {guard, step, metric, value, limit} of the violation that ended the trial, else None.
-    objective: the metric that the study maximises; delta_ssim where the key is absent.
-    seed: of the training's random numbers. quarantined: content ids of the checkpoints that a ruined trial wrote.
-    metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are the strings
-    "NaN", "Infinity", "-Infinity", since JSON has no others.
-    """
-
-    trial_id: str
-    run_id: str | None
-    role: str
-    config: dict[str, Any]
-    verdict: str
-    reason: str
-    horizon: dict[str, Any]
-    evidence: dict[str, Any] | None
-    steps: int
-    metrics: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,6 +43,10 @@ class StudyFolder:
         return self.path / "events.jsonl"
 
     @property
+    def trials_file(self) -> Path:
+        return self.path / "trials.jsonl"
+
+    @property
     def ray_folder(self) -> Path:
         return self.path / "ray"
 
@@ -82,11 +54,6 @@ class StudyFolder:
         for folder in (self.path, self.path / "baseline", self.path / "images"):
             folder.mkdir(parents=True, exist_ok=True)
         return self
-
-    def write_baseline(self, data: bytes, sha256: str) -> Path:
-        path = self.path / "baseline" / f"{sha256}.json"
-        write_atomically(path, data)
-        return path
 
     def write_image(self, trial_id: str, step: int, png: bytes) -> Path:
         path = self.path / "images" / trial_id / f"smoke_{step:06d}.png"
@@ -101,21 +68,41 @@ class StudyFolder:
         return read_lines(self.events_file)
 
     def add_checkpoint(self, trial_id: str, checkpoint: Mapping[str, Any]) -> None:
-        """That a trial wrote one: its step, its path and its contents as hashes."""
+        """Notes that a trial wrote one: its step, its path and its contents as hashes."""
         append_line(self.path / "checkpoints.jsonl", {"trial_id": trial_id, **checkpoint})
 
     def checkpoints(self, trial_id: str) -> list[dict[str, Any]]:
-        return [line for line in read_lines(self.path / "checkpoints.jsonl") if line["trial_id"] == trial_id]
+        lines = parse_lines(self.path / "checkpoints.jsonl", _checkpoint, containing=json.dumps(trial_id))
+        return [line for line in lines if line["trial_id"] == trial_id]
 
-    def add_trial(self, summary: TrialSummary) -> None:
-        append_line(self.path / "trials.jsonl", summary)
+    def add_trial(self, summary: TrialSummary) -> bool:
+        """False, and nothing is written, for a trial that has a verdict: its first one is final."""
+        before = self._verdicts(containing=json.dumps(summary.trial_id)).get(summary.trial_id)
+        if before is not None and not before.is_repeated_on_resume:
+            return False
+        append_line(self.trials_file, summary.to_dict())
+        return True
 
     def trials(self) -> list[TrialSummary]:
-        """In the order in which they first ended; of a trial that was written twice (resumed) the last line stands."""
-        found: dict[str, Any] = {}
-        for summary in read_lines(self.path / "trials.jsonl"):
-            found[summary["trial_id"]] = summary
-        return list(found.values())
+        """In the order in which they first ended. The first verdict of a trial is final; only one that is
+        `is_repeated_on_resume` gives way to a later line. Raises UserError for a line that is no summary of a trial."""
+        return list(self._verdicts().values())
+
+    def _verdicts(self, containing: str = "") -> dict[str, TrialSummary]:
+        found: dict[str, TrialSummary] = {}
+        for summary in parse_lines(self.trials_file, TrialSummary.from_dict, containing):
+            before = found.get(summary.trial_id)
+            if before is None or before.is_repeated_on_resume:
+                found[summary.trial_id] = summary
+        return found
+
+
+def _checkpoint(line: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError, naming the key, for what is no line of checkpoints.jsonl."""
+    for name, kind in (("trial_id", str), ("step", int), ("contents", dict), ("parents", list)):
+        if not isinstance(line.get(name), kind):
+            raise ValueError(f"{name} is missing or of the wrong kind")
+    return line
 
 
 def storage_path(given: str | Path | None) -> Path:

@@ -8,10 +8,9 @@ from typing import Any
 
 from rich.text import Text
 
-from tune_ssim.base.files import number
 from tune_ssim.guards.keep_rule import SHOWN_NAMES
-from tune_ssim.results.study_folder import TrialSummary
 from tune_ssim.study.space import GAIN, WEIGHT, gain_of
+from tune_ssim.trials.summary import TrialSummary
 
 # Best verdict first.
 STYLES = {
@@ -29,23 +28,17 @@ PLAIN = str.maketrans(
 )
 
 
-def metric_of(summary: TrialSummary, name: str) -> float:
-    """NaN where it was not measured."""
-    value = summary["metrics"].get(name)
-    return math.nan if value is None else number(value)
-
-
 def verdict_line(summary: TrialSummary, ascii_only: bool = False) -> Text:
     """A trial that has ended, in one line."""
-    objective = summary.get("objective", "delta_ssim")
-    delta = metric_of(summary, objective)
-    what = setting_text(summary["config"]) if summary["role"] == "search" else summary["role"]
-    found = f"  {shown_metric(objective)} {delta:+.4f}" if math.isfinite(delta) and summary["role"] != "baseline" else ""
+    objective = summary.objective
+    delta = summary.metric(objective)
+    what = setting_text(summary.config) if summary.role == "search" else summary.role
+    found = f"  {shown_metric(objective)} {delta:+.4f}" if math.isfinite(delta) and summary.role != "baseline" else ""
     return Text.assemble(
-        (f"{summary['verdict']:<9}", STYLES.get(summary["verdict"], "")),
-        (f" {readable(summary['trial_id'], ascii_only)}", "bold"),
+        (f"{summary.verdict:<9}", STYLES.get(summary.verdict, "")),
+        (f" {readable(summary.trial_id, ascii_only)}", "bold"),
         readable(f"  {what}{found}", ascii_only),
-        (readable(f"  {summary['reason']}", ascii_only), "dim"),
+        (readable(f"  {summary.reason}", ascii_only), "dim"),
     )
 
 

@@ -18,18 +18,17 @@ from typing import Any
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import jsonable
 from tune_ssim.guards import KeepRule
+from tune_ssim.guards.verdict import Verdict
 from tune_ssim.results.proof import CALIBRATION, PREFLIGHT, comparison, margins, read_json, read_provenance, seals
-from tune_ssim.results.study_folder import StudyFolder, TrialSummary
-from tune_ssim.results.trial_text import metric_of
+from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.space import gain_of
+from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
 from tune_ssim.version import __version__
 
 FORMATS = ("yaml", "json", "env", "args")
 SETTINGS = ("ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale")  # always exported, always first
 DERIVED = ("gain", "seed")  # not settings of the loss: weight * grad_scale, and what the trial was seeded with
-OBJECTIVE = "delta_ssim"  # DESIGN, "A study": objective.maximize
 EXPORTED_ROLES = ("search", "confirm")
-EVIDENCE_AGAINST = ("pruned", "degraded")  # verdicts on a setting; `error` and `bad_setup` say nothing about it
 
 # Variables that a shell reads itself. A parameter of that name would break the shell that sources the lines.
 SHELL_VARIABLES = {"PATH", "IFS", "HOME", "ENV", "CDPATH", "PWD", "OLDPWD", "PS1", "PS2", "PS4", "SHELL", "TERM", "UID"}
@@ -59,17 +58,17 @@ def best_safe(
         summaries = study.trials()
     else:
         summaries, objective = list(study), objective or OBJECTIVE
-    tried = [summary for summary in summaries if summary["role"] in EXPORTED_ROLES]
+    tried = [summary for summary in summaries if summary.role in EXPORTED_ROLES]
     candidates = _safe(summaries, objective)
     if not candidates:
         raise NoSafeTrial(f"{where}: no safe trial to export: {_why_none(tried, objective)}")
     best = candidates[0]
-    if objective.startswith("delta_") and metric_of(best, objective) <= 0:
+    if objective.startswith("delta_") and best.metric(objective) <= 0:
         raise NoSafeTrial(
-            f"{where}: no setting beats the baseline: the best of {len(candidates)} safe trials, {best['trial_id']}, "
-            f"has {objective} {metric_of(best, objective):+.4g}; search larger gains, or keep the pixel loss"
+            f"{where}: no setting beats the baseline: the best of {len(candidates)} safe trials, {best.trial_id}, "
+            f"has {objective} {best.metric(objective):+.4g}; search larger gains, or keep the pixel loss"
         )
-    if not any(summary["role"] == "confirm" for summary in summaries):
+    if not any(summary.role == "confirm" for summary in summaries):
         return best
     held = [summary for summary in ranked(summaries, objective) if holds(confirmations(summary, summaries), objective)]
     if not held:
@@ -87,44 +86,42 @@ def ranked(summaries: Iterable[TrialSummary], objective: str = OBJECTIVE) -> lis
     them is `degraded`), its objective is finite and, where it is a difference to the baseline, above zero, and no other
     trial of the same setting was pruned or degraded."""
     return [
-        summary
-        for summary in _safe(summaries, objective)
-        if metric_of(summary, objective) > 0 or not objective.startswith("delta_")
+        summary for summary in _safe(summaries, objective) if summary.metric(objective) > 0 or not objective.startswith("delta_")
     ]
 
 
 def _safe(summaries: Iterable[TrialSummary], objective: str) -> list[TrialSummary]:
-    tried = [summary for summary in summaries if summary["role"] in EXPORTED_ROLES]
-    searched = [summary for summary in tried if summary["role"] == "search"] or tried
-    refuted = {setting_key(summary["config"]) for summary in searched if summary["verdict"] in EVIDENCE_AGAINST}
+    tried = [summary for summary in summaries if summary.role in EXPORTED_ROLES]
+    searched = [summary for summary in tried if summary.role == "search"] or tried
+    refuted = {setting_key(summary.config) for summary in searched if summary.verdict.speaks_against_setting}
     found: dict[str, TrialSummary] = {}
-    for summary in sorted(searched, key=lambda s: -metric_of(s, objective) if math.isfinite(metric_of(s, objective)) else math.inf):
-        key = setting_key(summary["config"])
-        if summary["verdict"] == "safe" and math.isfinite(metric_of(summary, objective)) and key not in refuted:
+    for summary in sorted(searched, key=lambda s: -s.metric(objective) if math.isfinite(s.metric(objective)) else math.inf):
+        key = setting_key(summary.config)
+        if summary.verdict == "safe" and math.isfinite(summary.metric(objective)) and key not in refuted:
             found.setdefault(key, summary)
     return list(found.values())
 
 
 def confirmations(summary: TrialSummary, summaries: Iterable[TrialSummary]) -> list[TrialSummary]:
     """The trials of the confirm phase that ran `summary`'s setting."""
-    key = setting_key(summary["config"])
-    return [other for other in summaries if other["role"] == "confirm" and setting_key(other["config"]) == key]
+    key = setting_key(summary.config)
+    return [other for other in summaries if other.role == "confirm" and setting_key(other.config) == key]
 
 
 def holds(confirmed: Sequence[TrialSummary], objective: str = OBJECTIVE) -> bool:
     """Whether at least two further trials of a setting were all safe and beat the baseline on average."""
-    if len(confirmed) < 2 or any(trial["verdict"] != "safe" for trial in confirmed):
+    if len(confirmed) < 2 or any(trial.verdict != "safe" for trial in confirmed):
         return False
-    return not objective.startswith("delta_") or fmean(metric_of(trial, objective) for trial in confirmed) > 0
+    return not objective.startswith("delta_") or fmean(trial.metric(objective) for trial in confirmed) > 0
 
 
 def _why_not_held(summary: TrialSummary, summaries: Iterable[TrialSummary], objective: str) -> str:
     confirmed = confirmations(summary, summaries)
-    failed = next((trial for trial in confirmed if trial["verdict"] != "safe"), None)
+    failed = next((trial for trial in confirmed if trial.verdict != "safe"), None)
     if failed is not None:
-        return f"{summary['trial_id']} with seed {failed.get('seed')} is {failed['verdict']}: {failed['reason']}"
-    mean = fmean(metric_of(trial, objective) for trial in confirmed)
-    return f"{summary['trial_id']} has {objective} {mean:+.4g} over {len(confirmed)} seeds"
+        return f"{summary.trial_id} with seed {failed.seed} is {failed.verdict}: {failed.reason}"
+    mean = fmean(trial.metric(objective) for trial in confirmed)
+    return f"{summary.trial_id} has {objective} {mean:+.4g} over {len(confirmed)} seeds"
 
 
 def objective_of(folder: StudyFolder) -> str:
@@ -160,7 +157,7 @@ def setting_key(config: Mapping[str, Any]) -> str:
 
 def settings_of(summary: TrialSummary) -> dict[str, Any]:
     """What a training script must be given: the three numbers of an SSIM loss, then whatever else the configuration sets."""
-    config = summary["config"]
+    config = summary.config
     return {key: config[key] for key in SETTINGS if key in config} | {
         key: value for key, value in config.items() if key not in (*SETTINGS, *DERIVED)
     }
@@ -168,28 +165,28 @@ def settings_of(summary: TrialSummary) -> dict[str, Any]:
 
 def experiment_name(summary: TrialSummary, study_name: str) -> str:
     """A new name for every setting and horizon, so that auto-resume cannot pick up another's checkpoint (SEEDS A10)."""
-    text = json.dumps(jsonable([settings_of(summary), summary["horizon"]]), sort_keys=True, default=str)
-    name = f"{study_name}-{summary['trial_id']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    text = json.dumps(jsonable([settings_of(summary), summary.horizon]), sort_keys=True, default=str)
+    name = f"{study_name}-{summary.trial_id}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("-.")  # it becomes a folder, and a word of a command line
 
 
 def exported_config(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
     """What `tune-ssim export` writes: plain JSON values, the three numbers at the top level of `config`, and the proof."""
     trials = folder.trials()
-    baselines = [trial for trial in trials if trial["role"] == "baseline"]
+    baselines = [trial for trial in trials if trial.role == "baseline"]
     exported: dict[str, Any] = jsonable(
         {
             "study": folder.name,
-            "trial_id": summary["trial_id"],
+            "trial_id": summary.trial_id,
             "exp_name": experiment_name(summary, folder.name),
             "config": settings_of(summary),
-            "gain": gain_of(summary["config"]),
-            "verdict": summary["verdict"],
-            "horizon": summary["horizon"],
-            "reason": summary["reason"],
-            "steps": summary["steps"],
-            "metrics": summary["metrics"],
-            "baseline": [{key: trial.get(key) for key in ("trial_id", "seed", "steps", "metrics")} for trial in baselines],
+            "gain": gain_of(summary.config),
+            "verdict": summary.verdict.value,
+            "horizon": summary.horizon,
+            "reason": summary.reason,
+            "steps": summary.steps,
+            "metrics": summary.metrics,
+            "baseline": [{key: vars(trial)[key] for key in ("trial_id", "seed", "steps", "metrics")} for trial in baselines],
             "proof": proof_of(summary, folder),
             "exported_with": versions(),
         }
@@ -205,7 +202,7 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
     """What the setting of `summary` rests on. `unproven` says what is missing; nothing there means that it is proven."""
     trials = folder.trials()
     confirmed = confirmations(summary, trials)
-    baselines = [trial for trial in trials if trial["role"] == "baseline"]
+    baselines = [trial for trial in trials if trial.role == "baseline"]
     provenance = read_provenance(folder)
     study = study_mapping(folder)
     objective = objective_of(folder)
@@ -220,9 +217,9 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
     return {
         "confirmed": not unproven,
         "unproven": unproven,
-        "trials": [trial["trial_id"] for trial in confirmed],
-        "seeds": [trial.get("seed") for trial in confirmed],
-        "horizon": confirmed[0]["horizon"] if confirmed else None,
+        "trials": [trial.trial_id for trial in confirmed],
+        "seeds": [trial.seed for trial in confirmed],
+        "horizon": confirmed[0].horizon if confirmed else None,
         "objective": objective,
         "comparison": comparison(confirmed),
         "margins": margins(confirmed, baselines, {name: limit for name, limit in limits.items() if limit}, rules),
@@ -322,13 +319,13 @@ def _word(key: str, value: Any) -> str:
 def _why_none(tried: list[TrialSummary], objective: str) -> str:
     if not tried:
         return "no trial of the search has ended"
-    counts = Counter(summary["verdict"] for summary in tried)
+    counts = Counter(summary.verdict for summary in tried)
     parts = [", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())]
-    if counts["safe"]:
+    if counts[Verdict.SAFE]:
         parts.append(f"the safe ones have no finite {objective}, or another trial of the same setting was ruined")
-    measured = [summary for summary in tried if math.isfinite(metric_of(summary, objective))]
-    nearest = max(measured or tried, key=lambda summary: metric_of(summary, objective) if measured else summary["steps"])
-    parts.append(f"nearest miss {nearest['trial_id']} ({nearest['verdict']}): {nearest['reason']}")
+    measured = [summary for summary in tried if math.isfinite(summary.metric(objective))]
+    nearest = max(measured or tried, key=lambda summary: summary.metric(objective) if measured else summary.steps)
+    parts.append(f"nearest miss {nearest.trial_id} ({nearest.verdict}): {nearest.reason}")
     return "; ".join(parts)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tune_ssim.base.files import jsonable
 from tune_ssim.guards.verdict import Role, Verdict
 
-OBJECTIVE = "delta_ssim"  # what a study maximises unless it says otherwise
+OBJECTIVE = "delta_ssim"  # what a study maximises unless its study file names another metric
+PROCESS_DIED = "the trial's process died"  # begins the reason of a trial without a result: a resumed study runs it again
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrialSummary:
     """A stable schema: docs/trials_schema.md. Studies of earlier versions lack some keys; `from_dict` fills them in.
 
@@ -21,54 +22,81 @@ class TrialSummary:
     ssim_grad_scale. horizon: how far the verdict reaches, e.g. {"steps": 200, "batch_size": 8, "lr": 0.005}.
     evidence: {guard, step, metric, value, limit} of the violation that ended the trial, else None.
     objective: the metric that the study maximises. seed: of the training's random numbers.
-    quarantined: content ids of the checkpoints that a ruined trial wrote.
+    quarantined: content ids of the checkpoints that a ruined trial wrote. warnings: sentences of guards that fired with `warn`.
     metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are the strings "NaN", "Infinity",
     "-Infinity" in a file, since JSON has no others, and floats here.
     """
 
     trial_id: str
-    verdict: Verdict
-    reason: str = ""
+    run_id: str | None = None
     role: Role = Role.SEARCH
     seed: int | None = None
     objective: str = OBJECTIVE
     config: dict[str, Any] = field(default_factory=dict)
+    verdict: Verdict
+    reason: str = ""
     horizon: dict[str, Any] = field(default_factory=dict)
     evidence: dict[str, Any] | None = None
     steps: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
-    run_id: str | None = None
 
     def metric(self, name: str) -> float:
         """NaN where it was not measured."""
-        value = self.metrics.get(name)
-        return math.nan if value is None else float(value)
+        return self.metrics.get(name, math.nan)
 
     @property
-    def value(self) -> float:
-        """Of the objective; NaN where it was not measured."""
-        return self.metric(self.objective)
+    def is_repeated_on_resume(self) -> bool:
+        """Whether it has no result yet: its process died, or it is a baseline or a confirmation that could not be run."""
+        if self.verdict is Verdict.ERROR and self.reason.startswith(PROCESS_DIED):
+            return True
+        return self.role is not Role.SEARCH and self.verdict in (Verdict.ERROR, Verdict.BAD_SETUP)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        plain: dict[str, Any] = jsonable({**asdict(self), "verdict": self.verdict.value, "role": self.role.value})
-        return plain
+        """Plain JSON values; `seed`, `warnings` and `quarantined` only where there are any."""
+        left_out = [name for name in ("seed", "warnings", "quarantined") if vars(self)[name] in (None, [])]
+        plain: dict[str, Any] = jsonable({key: value for key, value in vars(self).items() if key not in left_out})
+        return plain | {"role": self.role.value, "verdict": self.verdict.value}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialSummary:
-        """Raises ValueError, naming the key, for what is no summary of a trial."""
-        for name, kind in (("trial_id", str), ("verdict", str), ("config", Mapping), ("metrics", Mapping)):
-            if not isinstance(data.get(name), kind):
-                raise ValueError(f"{name} is missing" if name not in data else f"{name} must be a {kind.__name__.lower()}")
-        known = {one.name for one in fields(cls)}
-        given: dict[str, Any] = {key: value for key, value in data.items() if key in known}
-        given["verdict"] = Verdict(data["verdict"])
-        given["role"] = Role(data.get("role", "search"))
-        given["config"] = dict(data["config"])
-        try:
-            given["metrics"] = {key: float(value) for key, value in data["metrics"].items() if value is not None}
-        except (TypeError, ValueError):
-            raise ValueError("metrics must hold numbers") from None
-        return cls(**given)
+        """Keys that no version knows are left out. Raises ValueError, naming the key, for what is no summary of a trial."""
+        for name, (kind, is_required) in _KINDS.items():
+            value = data.get(name)
+            if value is None and is_required:
+                raise ValueError(f"{name} is missing")
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be {_KIND_NAMES[kind]}, got {str(value)[:60]!r}")
+        given = {one.name: data[one.name] for one in fields(cls) if data.get(one.name) is not None}
+        return cls(
+            **given
+            | {
+                "verdict": _word(Verdict, "verdict", data["verdict"]),
+                "role": _word(Role, "role", data.get("role") or Role.SEARCH),
+                "metrics": {name: _number(name, value) for name, value in data["metrics"].items() if value is not None},
+            }
+        )
+
+
+_KINDS: dict[str, tuple[type, bool]] = {
+    "trial_id": (str, True), "verdict": (str, True), "config": (dict, True), "metrics": (dict, True),
+    "role": (str, False), "run_id": (str, False), "seed": (int, False), "objective": (str, False), "reason": (str, False),
+    "horizon": (dict, False), "evidence": (dict, False), "steps": (int, False), "warnings": (list, False),
+    "quarantined": (list, False),
+}  # fmt: skip
+_KIND_NAMES = {str: "text", dict: "an object", int: "a whole number", list: "a list"}
+
+
+def _word(kind: type[Role] | type[Verdict], name: str, value: str) -> Role | Verdict:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{name} {value[:60]!r} is not one of {', '.join(kind)}") from None
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"metrics.{name} must be a number, got {str(value)[:60]!r}") from None
