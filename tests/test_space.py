@@ -157,36 +157,38 @@ def test_the_gain_comes_back(gain: float, scale: float) -> None:
     assert math.isclose(gain_of(resolve_settings({"gain": gain, "ssim_grad_scale": scale})), gain)
 
 
-def test_coordinates_put_rounding_back_within_bounds() -> None:
-    (stage,) = load_space("wide").stages
-    assert [stage.coordinates(config)["gain"] for config in stage.point_configs()] == pytest.approx([1, 0.01, 0.001])
-    assert stage.coordinates(stage.point_configs()[2])["gain"] >= 0.001  # 0.1 · 0.01 is 0.001 less a rounding error or so
-    edge = stage.coordinates({"ssim_loss_weight": 3000 * (1 + 1e-12), "ssim_loss_max_t": 0.1 + 1e-17, "ssim_grad_scale": 1})
-    assert edge == {"gain": 3000.0, "ssim_loss_max_t": 0.1}
-    with pytest.raises(ValueError, match=r"gain: 5000\.0 is outside"):
-        stage.coordinates({"ssim_loss_weight": 5000, "ssim_loss_max_t": 0.1, "ssim_grad_scale": 1})
+def test_a_domain_puts_rounding_back_within_bounds() -> None:
+    parameters = load_space("wide").stages[0].parameters
+    gains = [gain_of(point) for point in load_space("wide").stages[0].point_configs()]
+    assert all(gain in parameters["gain"] for gain in gains)
+    assert parameters["gain"].clip(gains[2]) >= 0.001  # 0.1 · 0.01 is 0.001 less a rounding error or so
+    assert parameters["gain"].clip(3000 * (1 + 1e-12)) == 3000.0
+    assert 3000 * (1 + 1e-12) in parameters["gain"] and 5000 not in parameters["gain"]
+    assert parameters["ssim_loss_max_t"].clip(0.1 + 1e-12) == 0.1 and parameters["ssim_loss_max_t"].clip(0.9) == 1.0
 
 
-@given(st.floats(0, 1), st.sampled_from([0.1, 0.2, 0.3, 1.0]))
-def test_coordinates_are_the_inverse_of_config(where: float, max_t: float) -> None:
-    (stage,) = load_space_once()
-    sampled = {"gain": 0.001 * 3e6**where, "ssim_loss_max_t": max_t}
-    assert stage.coordinates(stage.config(sampled)) == pytest.approx(sampled)
+@pytest.mark.parametrize("domain", [LogUniform(0.001, 3000), Uniform(-1, 5), Choice((0.1, 0.2, 0.3)), Choice(("a", "b"))])
+def test_every_quantile_of_a_domain_lies_inside(domain: LogUniform | Uniform | Choice) -> None:
+    found = [domain.at(u / 100) for u in range(101)]
+    assert all(value in domain and domain.to_optuna()._contains(domain.to_optuna().to_internal_repr(value)) for value in found)
+    assert (found[0], found[-1]) == pytest.approx((domain.listed[0], domain.listed[-1])) or found[0] == "a"
+    assert set(domain.listed) <= set(domain.grid(7)) and all(domain.clip(value) == value for value in found)
 
 
-def load_space_once(cache: list[Space] = []) -> tuple[Stage, ...]:  # noqa: B006  (one read for all examples)
-    if not cache:
-        cache.append(load_space("wide"))
-    return cache[0].stages
+def test_quantiles_and_grids() -> None:
+    assert LogUniform(0.01, 100).at(0.5) == pytest.approx(1)
+    assert LogUniform(0.01, 100).grid(5) == pytest.approx([0.01, 0.1, 1, 10, 100])
+    assert Uniform(0, 4).at(0.25) == 1 and Uniform(0, 4).grid(3) == [0, 2, 4]
+    assert [Choice((1, 2, 3)).at(u) for u in (0, 0.34, 0.67, 1)] == [1, 2, 3, 3]
+    assert Choice((3, 1, 2)).bounds == (1, 3) and Uniform(0, 4).bounds == (0, 4)
 
 
 def test_a_gain_by_what_it_does_leaves_its_points_to_the_calibration() -> None:
     text = HEAD + "  gain: {unit: norm_ratio, log_uniform: [1.1, 3]}\n  ssim_loss_max_t: {choice: [0.1]}\npoints:\n"
     space = parse(text + "  - {ssim_loss_weight: 900, ssim_loss_max_t: 0.1, ssim_grad_scale: 1}\n")
     (stage,) = space.stages
-    assert space.is_relative and str(stage.parameters["gain"]) == "predicted norm ratio, log-uniform in [1.1, 3]"
-    assert stage.coordinates({**stage.point_configs()[0], "norm_ratio": 1.1}) == {"gain": 1.1, "ssim_loss_max_t": 0.1}
-    assert stage.config({"gain": 7.0, "ssim_loss_max_t": 0.1})["ssim_loss_weight"] == 7.0
+    assert space.is_relative and stage.is_relative
+    assert str(stage.parameters["gain"]) == "predicted norm ratio, log-uniform in [1.1, 3]"
     with pytest.raises(UserError, match=r"ssim_loss_max_t: 0\.2 is outside the space"):  # the rest is known already
         parse(text + "  - {ssim_loss_weight: 900, ssim_loss_max_t: 0.2, ssim_grad_scale: 1}\n")
 

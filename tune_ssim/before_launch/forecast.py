@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tune_ssim.probes.norm_model import Array, NormModel, Prediction
-from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, Choice, Domain, LogUniform, Space, Stage, gain_of
+from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, Choice, Domain, Space, Stage, gain_of
 
 INERT = 1e-3  # relative change of total_norm that no training shows; the notes' own gains give 1.000-1.001 (FACTS §1)
 BLIND = 10.0  # baseline over main loss: the guard's own measure of what is too much (note 000 §5.2)
@@ -175,10 +175,8 @@ def _values(stage: Stage, model: NormModel, name: str) -> list[float | None]:
     domain = stage.parameters.get(name)
     if domain is None:
         return [stage.fixed.get(name, model.held.get(name))]
-    if isinstance(domain, Choice):
-        return [float(value) for value in domain.values]
-    inside = [value for value in model.max_ts if domain.lower < value < domain.upper] if name == MAX_T else []
-    return [domain.lower, *inside, domain.upper]
+    calibrated = [value for value in model.max_ts if value in domain] if name == MAX_T else []
+    return sorted({*map(float, domain.listed), *calibrated})
 
 
 def _gains(model: NormModel, stage: Stage, max_t: float, pixel_weight: float) -> Array:
@@ -205,11 +203,7 @@ def _spread(stage: Stage, model: NormModel, name: str) -> Array:
 
 def _points(domain: Domain) -> Array:
     """A range as it is sampled, ends included; or the choices."""
-    if isinstance(domain, Choice):
-        return np.asarray([float(value) for value in domain.values])
-    if isinstance(domain, LogUniform):
-        return np.geomspace(domain.lower, domain.upper, SCAN)
-    return np.linspace(domain.lower, domain.upper, SCAN)
+    return np.asarray(domain.grid(SCAN), dtype=float)
 
 
 def _landmarks(model: NormModel, max_t: float, limit: float | None) -> Landmarks:

@@ -12,7 +12,7 @@ from tune_ssim.losses.flow import (
     z0_from_velocity,
 )
 from tune_ssim.losses.latent import active_units, dino_alignment, kl_to_standard_normal, marginal_kl, reparameterise
-from tune_ssim.losses.schedules import Schedule, parse_schedule, schedule_config
+from tune_ssim.losses.schedules import Schedule
 from tune_ssim.losses.structural import ssim, ssim_loss
 
 __all__ = [
@@ -28,10 +28,8 @@ __all__ = [
     "kl_to_standard_normal",
     "marginal_kl",
     "noisy_latent",
-    "parse_schedule",
     "reparameterise",
     "scale_gradient",
-    "schedule_config",
     "ssim",
     "ssim_loss",
     "velocity_target",

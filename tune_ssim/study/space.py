@@ -18,10 +18,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.yaml_source import Loc, Problems, Source, did_you_mean, kind_of, read_yaml, shown
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 WEIGHT, MAX_T, GRAD_SCALE, GAIN = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "gain"
 TRIPLE = (WEIGHT, MAX_T, GRAD_SCALE)
@@ -44,49 +47,87 @@ KNOWN = {
 
 
 @dataclass(frozen=True)
-class LogUniform:
-    """Uniform in the logarithm: 0 < lower < upper."""
+class _Interval:
+    """Numbers from `lower` to `upper`, both included."""
 
     lower: float
     upper: float
     unit: str | None = None  # norm_ratio, of a gain
-    kind: ClassVar[str] = "log_uniform"
+    kind: ClassVar[str]
 
     def __post_init__(self) -> None:
-        _check_bounds(self)
-        if self.lower <= 0:
-            raise ValueError(f"lower must be > 0 on a logarithmic scale, got {self.lower:g}")
+        _check_unit(self.unit)
+        for side in ("lower", "upper"):
+            value = getattr(self, side)
+            if not _is_number(value):
+                raise ValueError(f"{side} must be a number, got {kind_of(value)}")
+            if not math.isfinite(_float(value)):
+                raise ValueError(f"{side} must be finite, got {_float(value):g}")
+            object.__setattr__(self, side, float(value))
+        if not self.lower < self.upper:
+            raise ValueError(f"lower ({self.lower:g}) must be below upper ({self.upper:g})")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest value."""
+        return self.lower, self.upper
+
+    @property
+    def listed(self) -> tuple[float, ...]:
+        """The values that the file names: the two bounds."""
+        return self.bounds
 
     def __contains__(self, value: Any) -> bool:
-        return _is_number(value) and _between(value, self.lower, self.upper)
+        """Whether a number lies inside, rounding aside."""
+        return _is_number(value) and (self.lower <= value <= self.upper or any(_same(value, bound) for bound in self.bounds))
+
+    def clip(self, value: float) -> float:
+        """The nearest value inside."""
+        return min(max(float(value), self.lower), self.upper)
+
+    def at(self, u: float) -> float:
+        """The value at the quantile `u` in [0, 1]."""
+        raise NotImplementedError
+
+    def grid(self, count: int) -> list[float]:
+        """`count` values at even quantiles, bounds included."""
+        return [self.lower, *(self.at(index / (count - 1)) for index in range(1, count - 1)), self.upper]
 
     def to_yaml(self) -> dict[str, Any]:
         return {**_unit_yaml(self.unit), self.kind: [self.lower, self.upper]}
 
+    def to_optuna(self) -> BaseDistribution:
+        from optuna.distributions import FloatDistribution
+
+        return FloatDistribution(self.lower, self.upper, log=isinstance(self, LogUniform))
+
     def __str__(self) -> str:
-        return f"{_unit_words(self.unit)}log-uniform in [{self.lower:g}, {self.upper:g}]"
+        return f"{_unit_words(self.unit)}{self.kind.replace('_', '-')} in [{self.lower:g}, {self.upper:g}]"
 
 
 @dataclass(frozen=True)
-class Uniform:
-    """lower < upper."""
+class LogUniform(_Interval):
+    """Uniform in the logarithm: 0 < lower < upper."""
 
-    lower: float
-    upper: float
-    unit: str | None = None
-    kind: ClassVar[str] = "uniform"
+    kind: ClassVar[str] = "log_uniform"
 
     def __post_init__(self) -> None:
-        _check_bounds(self)
+        super().__post_init__()
+        if self.lower <= 0:
+            raise ValueError(f"lower must be > 0 on a logarithmic scale, got {self.lower:g}")
 
-    def __contains__(self, value: Any) -> bool:
-        return _is_number(value) and _between(value, self.lower, self.upper)
+    def at(self, u: float) -> float:
+        return self.clip(math.exp(math.log(self.lower) + u * (math.log(self.upper) - math.log(self.lower))))
 
-    def to_yaml(self) -> dict[str, Any]:
-        return {**_unit_yaml(self.unit), self.kind: [self.lower, self.upper]}
 
-    def __str__(self) -> str:
-        return f"{_unit_words(self.unit)}uniform in [{self.lower:g}, {self.upper:g}]"
+@dataclass(frozen=True)
+class Uniform(_Interval):
+    """lower < upper."""
+
+    kind: ClassVar[str] = "uniform"
+
+    def at(self, u: float) -> float:
+        return self.lower + u * (self.upper - self.lower)
 
 
 @dataclass(frozen=True)
@@ -105,15 +146,45 @@ class Choice:
         if not self.values:
             raise ValueError("choice must have at least one value")
         for index, value in enumerate(self.values):
-            _check_scalar(value)
+            problem = _scalar_problem(value) if value is not None else "must be a single value, got nothing (null)"
+            if problem:
+                raise ValueError(problem)
             if any(_same(value, other) for other in self.values[:index]):
                 raise ValueError(f"choice has {shown(value)} twice")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest of the values, which must be numbers."""
+        return float(min(self.values)), float(max(self.values))
+
+    @property
+    def listed(self) -> tuple[Any, ...]:
+        """The values that the file names: all of them."""
+        return self.values
 
     def __contains__(self, value: Any) -> bool:
         return any(_same(value, own) for own in self.values)
 
+    def clip(self, value: Any) -> Any:
+        """The value of the list that equals `value`, rounding aside, else the nearest number of the list."""
+        same = [own for own in self.values if _same(own, value)]
+        return same[0] if same else min(self.values, key=lambda own: abs(own - value))
+
+    def at(self, u: float) -> Any:
+        """The value at the quantile `u` in [0, 1]."""
+        return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
+
+    def grid(self, count: int) -> list[Any]:
+        """All values."""
+        return list(self.values)
+
     def to_yaml(self) -> dict[str, Any]:
         return {**_unit_yaml(self.unit), self.kind: list(self.values)}
+
+    def to_optuna(self) -> BaseDistribution:
+        from optuna.distributions import CategoricalDistribution
+
+        return CategoricalDistribution(list(self.values))
 
     def __str__(self) -> str:
         return f"{_unit_words(self.unit)}one of " + ", ".join(_text(value) for value in self.values)
@@ -161,26 +232,6 @@ class Stage:
     def point_configs(self) -> list[dict[str, Any]]:
         """The points as a task takes them: what is fixed, then the point's own numbers."""
         return [{**self.fixed, **point} for point in self.points]
-
-    def config(self, sampled: Mapping[str, Any]) -> dict[str, Any]:
-        """What a task takes for sampled values of `parameters`; a gain is a plain number here."""
-        return resolve_settings({**self.fixed, **sampled})
-
-    def coordinates(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The inverse of `config`: where a resolved setting lies in `parameters`, rounding put back within bounds.
-
-        In a relative stage `config` must hold the norm ratio that its gain gives, as `norm_ratio`."""
-        found: dict[str, Any] = {}
-        for name, domain in self.parameters.items():
-            of_gain = config[NORM_RATIO] if domain.unit else gain_of(config)
-            value = of_gain if name == GAIN else config[name]
-            if value not in domain:
-                raise ValueError(f"{name}: {value!r} is outside the stage {self.name!r}: {domain}")
-            if isinstance(domain, Choice):
-                found[name] = next(own for own in domain.values if _same(own, value))
-            else:
-                found[name] = min(max(float(value), domain.lower), domain.upper)
-        return found
 
     def to_yaml(self) -> dict[str, Any]:
         return {
@@ -497,8 +548,7 @@ def _problems(stage: Any) -> Iterator[tuple[Loc, str]]:
                 f"a parameter's name is lower_snake_case, got {name!r}" + (f"; did you mean {near!r}?" if near else ""),
             )
             continue
-        values = domain.values if isinstance(domain, Choice) else (domain.lower, domain.upper)
-        found = [message for message in (setting_problem(name, value) for value in values) if message]
+        found = [message for message in (setting_problem(name, value) for value in domain.listed) if message]
         if found:
             yield loc, found[0]
         if domain.unit is not None and name != GAIN:
@@ -592,33 +642,10 @@ def _unit_words(unit: str | None) -> str:
     return "" if unit is None else "predicted norm ratio, "
 
 
-def _check_bounds(domain: Any) -> None:
-    _check_unit(domain.unit)
-    for side in ("lower", "upper"):
-        value = getattr(domain, side)
-        if not _is_number(value):
-            raise ValueError(f"{side} must be a number, got {kind_of(value)}")
-        if not math.isfinite(_float(value)):
-            raise ValueError(f"{side} must be finite, got {_float(value):g}")
-        object.__setattr__(domain, side, float(value))
-    if not domain.lower < domain.upper:
-        raise ValueError(f"lower ({domain.lower:g}) must be below upper ({domain.upper:g})")
-
-
 def _scalar_problem(value: Any) -> str | None:
     if value is not None and not isinstance(value, (int, float, str, bool)):
         return f"must be a single value, got {kind_of(value)}"
     return "NaN is no setting" if isinstance(value, float) and math.isnan(value) else None
-
-
-def _check_scalar(value: Any) -> None:
-    problem = _scalar_problem(value) if value is not None else "must be a single value, got nothing (null)"
-    if problem:
-        raise ValueError(problem)
-
-
-def _between(value: float, lower: float, upper: float) -> bool:
-    return (lower <= value <= upper) or _same(value, lower) or _same(value, upper)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -22,7 +22,7 @@ from tune_ssim.base.yaml_source import Loc, Problems, Source, did_you_mean, dump
 from tune_ssim.guards import Guard, KeepRule, NonFinite, NormRatio, SmokeTest, Threshold
 from tune_ssim.guards.rule_pack import RulePack, load_rules
 from tune_ssim.study.command_spec import CommandSpec, reading_problems
-from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice, Space, find_space, load_space, setting_problem
+from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Space, find_space, load_space, setting_problem
 
 BUILT_IN_TASKS = {
     "fundus_sr": "tune_ssim.tasks.fundus_sr:FundusSR",
@@ -261,10 +261,8 @@ class Study:
                 domain = stage.parameters.get(name)
                 if name in stage.fixed:
                     found.setdefault(name, stage.fixed[name])
-                elif isinstance(domain, Choice):
-                    found.setdefault(name, domain.values[-1])
                 elif domain is not None:
-                    found.setdefault(name, domain.upper)
+                    found.setdefault(name, domain.listed[-1])
         return {name: value for name, value in found.items() if name in self.task.reached() and name not in self.task_config}
 
     @property
@@ -794,7 +792,7 @@ def _of_space(study: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             if name == GAIN:  # the weight is drawn; the gate and the scale stand elsewhere
                 yield "varies", {WEIGHT: 0.5, GRAD_SCALE: 1.0, MAX_T: 1.0}
                 continue
-            for value in domain.values if isinstance(domain, Choice) else (float(domain.lower), float(domain.upper)):
+            for value in domain.listed:
                 yield "varies", {name: value}
         yield "fixes", dict(stage.fixed)
         for point in stage.points:

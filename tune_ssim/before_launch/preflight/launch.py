@@ -16,7 +16,7 @@ from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, attr
 from tune_ssim.guards import Guard, NormRatio
 from tune_ssim.losses import TimeLaw
 from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
-from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WEIGHT, Choice, Space
+from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WEIGHT, Space
 from tune_ssim.trials.training import Sample
 
 BASELINE_STEPS = 6  # the median of their norms
@@ -30,8 +30,7 @@ def settings_of(space: Space) -> list[dict[str, Any]]:
         for name, domain in stage.parameters.items():
             if name == GAIN:
                 continue  # may be given as a norm ratio, which only calibration can turn into a number
-            ends = domain.values if isinstance(domain, Choice) else (domain.lower, domain.upper)
-            settings += [{**stage.fixed, name: end} for end in ends]
+            settings += [{**stage.fixed, name: value} for value in domain.listed]
     return settings
 
 
