@@ -4,7 +4,7 @@ its settings are one and the same. Pure numbers; what measures them is `calibrat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -170,7 +170,7 @@ def _scans(model: NormModel, stage: Stage) -> Iterator[Scan]:
             yield Scan(stage.name, max_t, pixel_weight, gains, ratios, ratios / alone - 1, 1 / len(gains))
 
 
-def _values(stage: Stage, model: NormModel, name: str) -> list[float | None]:
+def _values(stage: Stage, model: NormModel, name: str) -> Sequence[float | None]:
     """What a setting may be: choices, or the calibrated values and ends of a range, or the one it is held at."""
     domain = stage.parameters.get(name)
     if domain is None:
