@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.trials.training import Sample
+from tune_ssim.trials.training import Sample, Training
 
 KNOWN = {
     "steps",
@@ -25,7 +25,7 @@ KNOWN = {
 }
 
 
-class SmallTask:
+class SmallTask(Training):
     """`fault`: none | nan_at_5 | raise_at_5 | ruined_start | no_norm | drops_weight | slow_odd | raise_when_strong."""
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:

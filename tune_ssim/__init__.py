@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from tune_ssim.study.space import load_space, resolve_settings
     from tune_ssim.study.study import load_study
     from tune_ssim.trials.push import TrialPruned, trial_context
-    from tune_ssim.trials.training import Sample, Task
+    from tune_ssim.trials.training import Forward, Part, Sample, Task, Training
     from tune_ssim.trials.trial import Trial
 
 __all__ = [
+    "Forward",
+    "Part",
     "Record",
     "Sample",
     "Task",
+    "Training",
     "Trial",
     "TrialPruned",
     "__version__",
@@ -39,9 +42,12 @@ __all__ = [
 
 # A name here must differ from every submodule of this package: importing `tune_ssim.x` binds `x` to the module.
 _MODULE_OF = {
+    "Forward": "tune_ssim.trials.training",
+    "Part": "tune_ssim.trials.training",
     "Record": "tune_ssim.records",
     "Sample": "tune_ssim.trials.training",
     "Task": "tune_ssim.trials.training",
+    "Training": "tune_ssim.trials.training",
     "Trial": "tune_ssim.trials.trial",
     "TrialPruned": "tune_ssim.trials.push",
     "best_safe": "tune_ssim.results.winner",

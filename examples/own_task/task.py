@@ -12,7 +12,7 @@ from plain_loop import Network, cut, mix, photographs, pixelate, sharpen
 from torch import nn
 from torch.nn import functional
 
-from tune_ssim import Sample
+from tune_ssim import Sample, Training
 from tune_ssim.losses import DecodedLoss, ssim
 
 DEFAULTS = {"steps": 200, "lr": 1e-3, "batch_size": 8, "max_grad_norm": 1.0}
@@ -26,7 +26,7 @@ LOSS = {
 }
 
 
-class MyTask:
+class MyTask(Training):
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         known = {**DEFAULTS, **LOSS}
         if unknown := sorted(set(config) - set(known)):

@@ -14,12 +14,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tune_ssim.probes import total_norm
-from tune_ssim.trials.training import Sample
+from tune_ssim.trials.training import Sample, Training
 
 BATCH = 8
 
 
-class ShardedTask:
+class ShardedTask(Training):
     """`wrap`: fsdp | ddp, over more than one rank. `mark`: rank 1 dies at step 5, once; the file says that it did."""
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:

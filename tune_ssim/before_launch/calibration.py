@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -25,9 +25,8 @@ from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel, fit
 from tune_ssim.records import ACTIVE_FRACTION, TOTAL_NORM
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice
 from tune_ssim.study.study import Study
-from tune_ssim.trials.training import Task, load_task
+from tune_ssim.trials.training import IMAGE_LOSS_KEYS, Training, as_training, load_task
 
-AUXILIARY = ("ssim_", "pixel_")
 HELD = ("ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t")
 GATES = (0.1, 0.2, 0.3, 0.5, 1.0)  # for the picture: those of the notes (000 §5.1), no gate at all, and one between
 GRAM_BYTES = 4 * 2**30  # gradients held at once; beyond it readings are taken
@@ -181,14 +180,14 @@ class _Probe:
         self.task_class = load_task(study.task_path, study.import_path)
         self.batches = tuple(range(1, self.options.batches + 1))
         baseline = study.baseline_settings
-        others = {key: value for key, value in baseline.items() if not key.startswith((*AUXILIARY, "measure_"))}
+        others = {key: value for key, value in baseline.items() if not key.startswith(IMAGE_LOSS_KEYS)}
         # A trial as the search would launch it, but for the auxiliary loss: that is set for each reading.
         self.base = {**study.task_config, **others, **study.space.stages[0].fixed, **self.options.disable_update}
         self.baseline_config = {**study.task_config, **baseline, **self.options.disable_update}
         self.step_s = 0.0
         named = {name for stage in study.space.stages for name in (*stage.parameters, *stage.fixed)} | set(self.base)
         gate = {MAX_T: 1.0} if MAX_T in named and MAX_T not in self.base else {}
-        self.task: Task | None = self.set_up({**self.base, **gate, WEIGHT: 1.0})
+        self.task: Training | None = self.set_up({**self.base, **gate, WEIGHT: 1.0})
         self.effective = dict(self.task.effective())
         self.known = named | set(self.effective) | ({GRAD_SCALE} if GAIN in named else set())  # other settings it may refuse
         self.held = {name: float(self.effective[name]) for name in HELD if self.effective.get(name) is not None}
@@ -197,8 +196,8 @@ class _Probe:
         if self.why_not_gram is not None:
             self.task = None  # one at a time in memory
 
-    def set_up(self, config: Mapping[str, Any]) -> Task:
-        task: Task = self.task_class()
+    def set_up(self, config: Mapping[str, Any]) -> Training:
+        task = as_training(self.task_class())
         try:
             task.setup(config, self.study.search.seed, self.device)
         except ValueError as error:
@@ -209,7 +208,7 @@ class _Probe:
             ) from None
         return task
 
-    def _why_not_gram(self, task: Task) -> str | None:
+    def _why_not_gram(self, task: Training) -> str | None:
         """None: the gradients themselves are read."""
         if self.options.method == "readings":
             return "calibration.method says so"
@@ -227,7 +226,7 @@ class _Probe:
         norms, active = [], []
         started = time.perf_counter()
         for _ in range(steps or len(self.batches)):
-            metrics = task.step()
+            metrics = task.step() or {}
             if TOTAL_NORM not in metrics:
                 raise UserError(f"calibration: the task's step() reports no {TOTAL_NORM}; saw {', '.join(metrics)}")
             norms.append(float(metrics[TOTAL_NORM]))
@@ -244,7 +243,7 @@ class _Probe:
         """total_norm of the baseline on every batch. With the gradients at hand, and a baseline that differs in its auxiliary
         loss alone, it follows from them: a second of training steps saved."""
         effective, mine = self.set_up(self.baseline_config).effective(), self.effective
-        others = {name for name in {*effective, *mine} if not name.startswith((*AUXILIARY, "measure_"))}
+        others = {name for name in {*effective, *mine} if not name.startswith(IMAGE_LOSS_KEYS)}
         alike = all(effective.get(name) == mine.get(name) for name in others)
         gate = effective.get("pixel_loss_max_t") == mine.get("pixel_loss_max_t") and effective.get(WEIGHT) == 0
         if q is None or not (alike and gate and "pixel_loss_weight" in effective):
@@ -419,7 +418,7 @@ def _limits(study: Study, probe: _Probe, findings: list[Finding]) -> tuple[float
 
 
 def _no_gram(task: Any, gradients: int) -> str | None:
-    if not callable(getattr(task, "forward", None)) or not callable(getattr(task, "trainable_parameters", None)):
+    if not task.abilities().has("forward", "trainable_parameters"):
         return "the task has no forward() and trainable_parameters()"
     if _spread():
         return "the gradient is spread over several processes"
@@ -437,8 +436,9 @@ def _spread() -> bool:
 
 def _weights_of(task: Any) -> list[torch.Tensor] | None:
     """A copy on the host, to see whether they moved; None where the task does not show them."""
-    shown: Callable[[], Sequence[torch.nn.Parameter]] | None = getattr(task, "trainable_parameters", None)
-    return [p.detach().cpu().clone() for p in shown()] if callable(shown) else None
+    if not task.abilities().trainable_parameters:
+        return None
+    return [p.detach().cpu().clone() for p in task.trainable_parameters()]
 
 
 def _restore(task: Any, weights: Sequence[torch.Tensor]) -> None:

@@ -16,8 +16,7 @@ from tune_ssim.before_launch.preflight.rules import unknown
 from tune_ssim.probes import tensor_contents
 from tune_ssim.study.study import Study
 from tune_ssim.trials.checkpoint import tensors_of
-from tune_ssim.trials.training import Task, load_task
-from tune_ssim.trials.trial import ancestry
+from tune_ssim.trials.training import Training, load_task
 
 OWN_PROCESS = "the training is a process of its own: what reaches it is checked when the baseline runs, its weights are not"
 
@@ -32,7 +31,7 @@ def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: 
     found: dict[str, Any] = {}
     try:
         task_class = load_task(study.task_path, study.import_path)
-        if hasattr(task_class(), "takes_samples"):  # a process of its own
+        if task_class().reports_after_last_step:  # a process of its own
             calibration = False
             if preflight:
                 found["preflight"] = Report((unknown("setup", OWN_PROCESS),), 0.0).to_dict()
@@ -55,7 +54,7 @@ def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: 
             task.setup({**study.task_config, **study.baseline_settings}, study.search.seed)
             found["provenance"] = fingerprints(task, study.import_path)
             contents = [asdict(contents) for contents in _starting_contents(task)]
-            found["start"] = {"contents": contents, "parents": list(ancestry(task))}
+            found["start"] = {"contents": contents, "parents": list(task.ancestry())}
     except (UserError, BadSetup) as error:
         return {"failed": type(error).__name__, "message": str(error)}
     except Exception as error:  # of the task's own code: what cannot be looked at is not sound
@@ -72,10 +71,9 @@ def found_or_raise(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _starting_contents(task: Task) -> list[Contents]:
+def _starting_contents(task: Training) -> list[Contents]:
     """Of the state before the first step and of every part: what a trial has not made itself."""
-    parts = task.parts().values() if hasattr(task, "parts") else ()
-    all_tensors = (tensors_of(task.state_dict()), *(part.module.state_dict() for part in parts))
+    all_tensors = (tensors_of(task.state_dict()), *(part.module.state_dict() for part in task.parts().values()))
     return [tensor_contents(tensors) for tensors in all_tensors if tensors]
 
 

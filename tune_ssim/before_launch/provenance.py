@@ -9,24 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from tune_ssim.probes import content_id, tensor_hashes
-from tune_ssim.trials.training import Task
+from tune_ssim.trials.training import Training
 
 # The parts of this package that decide a result; a change of a table or a message changes nothing that was proven.
 DECIDES = ("losses", "probes", "guards", "tasks", "records/record.py", "trials/trial.py", "trials/training.py", "trials/command")
 
 
-def fingerprints(task: Task, import_path: str | None = None) -> dict[str, str]:
+def fingerprints(task: Training, import_path: str | None = None) -> dict[str, str]:
     """Subject → sha256, of a task that was just set up: `code/…`, `weights/<part>`, `data/…`.
 
     Weights are hashed as they are in memory; the order and names of tensors mean nothing. Code is the deciding part of this
     package and every module of the user's that is loaded and lies under `import_path`, or in the task's own package."""
     found = code_fingerprints({**_package_files(), **_own_files(type(task), import_path)})
-    if hasattr(task, "parts"):
-        for name, part in task.parts().items():
-            found[f"weights/{name}"] = content_id(tensor_hashes(part.module.state_dict()))
-    if hasattr(task, "fingerprints"):
-        found |= task.fingerprints()
-    return found
+    for name, part in task.parts().items():
+        found[f"weights/{name}"] = content_id(tensor_hashes(part.module.state_dict()))
+    return found | dict(task.fingerprints())
 
 
 def code_fingerprints(files: Mapping[str, Path]) -> dict[str, str]:

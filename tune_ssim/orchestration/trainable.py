@@ -22,8 +22,7 @@ from ray.tune.result import SHOULD_CHECKPOINT
 from tune_ssim.base.errors import BadSetup, NothingToResume, UserError
 from tune_ssim.base.files import jsonable
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
-from tune_ssim.guards.verdict import Role
-from tune_ssim.guards.verdict import Verdict as TrialVerdict
+from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.nodes import NodesProcess
 from tune_ssim.orchestration.workers import WorkersTask
 from tune_ssim.records import Record
@@ -33,8 +32,8 @@ from tune_ssim.trials.checkpoint import load_checkpoint
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.quarantine import Ledger
 from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
-from tune_ssim.trials.training import load_task
-from tune_ssim.trials.trial import Trial, TrialPlan, Verdict
+from tune_ssim.trials.training import Training, load_task
+from tune_ssim.trials.trial import Judgement, Trial, TrialPlan
 
 CONTEXT = "tune_ssim"  # key of a trial's config under which a study says who the trial is
 RESULT_S = 2.0  # a result costs the driver 8 ms (benchmarks/command.py): with ten trials at once it stays below 5 % of a core
@@ -72,14 +71,14 @@ class TrialSpec:
     import_path: str | None = None  # put in front of sys.path on the workers, for a task beside the study file
     parts: Parts = Parts()
 
-    def make_task(self) -> Any:
+    def make_task(self) -> Training:
         if self.parts.workers > 1:
             return WorkersTask(self.task, self.import_path, self.parts.workers, self.parts.cpus, self.parts.gpus)
         task = load_task(self.task, self.import_path)()
         if isinstance(task, CommandTask):
             task.open_mlflow = open_new_run
-        if self.parts.nodes > 1:
-            task.launch = partial(NodesProcess, self.parts.nodes, self.parts.cpus, self.parts.gpus)
+            if self.parts.nodes > 1:
+                task.launch = partial(NodesProcess, self.parts.nodes, self.parts.cpus, self.parts.gpus)
         return task
 
 
@@ -104,7 +103,7 @@ class GuardedTrainable(tune.Trainable):
         self.seed = int(context.get("seed", new_config.get("seed", 0)))
         self.searched = tuple(context.get("searched") or ())
         self.settings: dict[str, Any] = {}
-        self.failure: Verdict | None = None
+        self.failure: Judgement | None = None
         self.traceback = ""
         self._quietly(lambda: self._start(new_config, context))
         return True
@@ -118,7 +117,7 @@ class GuardedTrainable(tune.Trainable):
         baseline = context.get("baseline")
         task = self._workers or self.spec.make_task()
         self._workers = task if isinstance(task, WorkersTask) else None
-        if hasattr(task, "identify") and self.storage and self.study:
+        if self.storage and self.study:
             task.identify(f"{self.study}-{self.trial_name_in_study}", Path(self.storage, self.study, WORK))
         self.trial = Trial(task, self.spec.plan)
         start = partial(
@@ -139,7 +138,7 @@ class GuardedTrainable(tune.Trainable):
 
     def _of_earlier_starts(self) -> list[Path]:
         """Checkpoints of this trial from before the study was interrupted, the newest first."""
-        if not self.storage or not self.study or not getattr(self.trial.task, "can_resume", True):
+        if not self.storage or not self.study or not self.trial.task.can_resume:
             return []
         found = Path(self.storage, self.study, "ray").glob(f"*/{glob.escape(self.trial_name_in_study)}/checkpoint_*")
         return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
@@ -167,11 +166,11 @@ class GuardedTrainable(tune.Trainable):
         try:
             while not (trial.verdict is not None or to_save or to_evaluate or is_time):
                 records += trial.advance(spec.result_every or spec.plan.report_every)
-                to_save = _passed(spec.checkpoint_every, before, trial.step) and getattr(trial.task, "can_resume", True)
+                to_save = _passed(spec.checkpoint_every, before, trial.step) and trial.task.can_resume
                 to_evaluate = trial.verdict is None and _passed(spec.evaluate_every, before, trial.step)
                 is_time = spec.result_every is not None or time.monotonic() - began >= RESULT_S
         finally:
-            records += trial.last_words
+            records += trial.records_before_error
             images, trial.images = trial.images, {}
             wrote, trial.wrote = trial.wrote, []
             last = records[-1].values if records else {}
@@ -192,7 +191,7 @@ class GuardedTrainable(tune.Trainable):
                 raise UserError(f"step {trial.step}: no held-out {name} for the scheduler, found {', '.join(found) or 'nothing'}")
             result["held_out_now"] = found[name]
 
-    def _final(self, verdict: Verdict) -> dict[str, Any]:
+    def _final(self, verdict: Judgement) -> dict[str, Any]:
         """The last result: what a searcher, a callback or a ResultGrid wants to know about the trial."""
         trial: Trial | None = self.__dict__.get("trial")
         if trial is not None and not trial.is_set_up:  # it failed before there was anything to say about it
@@ -208,7 +207,7 @@ class GuardedTrainable(tune.Trainable):
             seed=self.seed,
             objective=self.spec.plan.objective,
             config={**without_ssim, **{name: effective[name] for name in REPORTED if name in effective}, **self.settings},
-            verdict=TrialVerdict(verdict.verdict),
+            verdict=verdict.verdict,
             reason=verdict.reason,
             horizon=trial.horizon() if trial else {},
             evidence=violation.evidence() if violation else None,
@@ -218,7 +217,7 @@ class GuardedTrainable(tune.Trainable):
         )
         result: dict[str, Any] = {
             "done": True,
-            "verdict": verdict.verdict,
+            "verdict": verdict.verdict.value,
             "reason": verdict.reason,
             "pruned": int(verdict.verdict == "pruned"),
             "pruned_by": violation.guard if violation and verdict.verdict == "pruned" else "",
@@ -260,7 +259,7 @@ class GuardedTrainable(tune.Trainable):
             return
 
     def _load(self, folder: Path) -> None:
-        if not getattr(self.trial.task, "can_resume", True):
+        if not self.trial.task.can_resume:
             return  # it begins again
         if self.storage:
             Ledger(self.storage).require_clean(folder)
@@ -280,7 +279,7 @@ class GuardedTrainable(tune.Trainable):
             self._workers.close()
             self._workers = None
         task = self.trial.task if "trial" in self.__dict__ else None
-        if task is not None and not isinstance(task, WorkersTask) and hasattr(task, "close"):
+        if task is not None and not isinstance(task, WorkersTask):
             task.close()
 
     def _quietly(self, action: Any) -> None:
@@ -288,16 +287,16 @@ class GuardedTrainable(tune.Trainable):
         try:
             action()
         except UserError as error:
-            self.failure = Verdict("error", str(error))
+            self.failure = Judgement(Verdict.ERROR, str(error))
         except BadSetup as finding:
-            self.failure = Verdict("bad_setup", str(finding))
+            self.failure = Judgement(Verdict.BAD_SETUP, str(finding))
         except RayActorError:  # a worker died: Ray starts the trial again, from its last checkpoint
             raise
         except Exception as error:
             self.traceback = traceback.format_exc()
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"
-            self.failure = Verdict("error", f"{type(error).__name__}: {error} ({where})")
+            self.failure = Judgement(Verdict.ERROR, f"{type(error).__name__}: {error} ({where})")
 
 
 def _passed(every: int | None, before: int, step: int) -> bool:
@@ -340,7 +339,7 @@ def make_trainable(
     import_path: str | None = None,
     parts: Parts = Parts(),
 ) -> type[GuardedTrainable]:
-    """A Trainable class for `tune.Tuner`. `task`: a class that keeps the contract of `trials.training.Task`, or "module:Class"; or
+    """A Trainable class for `tune.Tuner`. `task`: a class that keeps the contract of `Training`, or "module:Class"; or
     a function that reports through `trial_context`, as "module:function"; or a command, as a mapping for
     `study.command_spec.CommandSpec`.
 

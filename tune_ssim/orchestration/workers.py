@@ -1,8 +1,8 @@
-"""One trial over several processes: a task on every rank, in lock step, judged as one.
+"""A training over several processes: one on every rank, in lock step, judged as one.
 
-The workers are actors in the placement group of the trial itself, so what a trial needs it gets at once or not at all, and trials
-cannot wait for each other's workers. The trial's own process takes no resources; it calls the same method on every rank, and so a
-task may use collectives (DDP, FSDP) in each of them.
+The workers are actors in the placement group of the trial itself: a trial gets all its resources at once or none, and trials
+cannot wait for each other's workers. The trial's own process takes no resources; it calls the same method on every rank, so a
+training may use collectives (DDP, FSDP) in each of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -22,12 +23,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import STEP_SKIPPED, TOTAL_NORM
 from tune_ssim.trials.command.command_task import free_port
-from tune_ssim.trials.training import load_task
+from tune_ssim.trials.training import Abilities, Sample, Training, load_task
 
 SAME_NORM = 1e-3  # relative; ranks that reduce their gradients differ in the order of sums at most
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # PyTorch's own default for NCCL
 DEAD_WAIT_S = 5.0  # an actor's death is known later than the broken connection that it leaves to the others
-ANSWERED_BY_FIRST = ("sample", "evaluate", "state_dict", "effective", "fingerprints")
+# The first rank's answer is the training's; the others' is dropped before it travels.
+ANSWERED_BY_FIRST = (
+    "sample", "sample_ema", "evaluate", "state_dict", "effective", "abilities", "fingerprints", "left_out", "ancestry",
+)  # fmt: skip
 
 
 class _Worker:
@@ -71,10 +75,10 @@ class _Worker:
         return os.getpid()
 
 
-class WorkersTask:
-    """A task over `workers` processes, as one: losses are means over the ranks, held-out numbers and samples the first rank's.
+class WorkersTask(Training):
+    """A training over `workers` processes, as one: losses are means over the ranks, everything else is the first rank's answer.
 
-    `total_norm` must be the norm of the reduced gradient, and so the same everywhere; it is an error if it is not."""
+    `total_norm` must be the norm of the reduced gradient, the same on every rank; anything else is an error."""
 
     def __init__(self, task: Any, import_path: str | None, workers: int, cpus: float, gpus: float) -> None:
         self._made_of = task, import_path
@@ -101,22 +105,40 @@ class WorkersTask:
     def step(self) -> Mapping[str, float]:
         return together(self._call("step"))
 
-    def sample(self, noise: int = 0) -> Any:
-        return self._call("sample", noise)[0]
+    def sample(self, noise: int = 0) -> Sample | None:
+        return self._first("sample", noise)
 
     def evaluate(self) -> Mapping[str, float]:
-        return dict(self._call("evaluate")[0])
+        return dict(self._first("evaluate"))
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._call("state_dict")[0])
+        return dict(self._first("state_dict"))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._call("load_state_dict", state)
 
     def effective(self) -> Mapping[str, Any]:
-        return {**self._call("effective")[0], "workers": len(self._workers)}
+        return {**self._first("effective"), "workers": len(self._workers)}
 
-    def close(self, *_: Any) -> None:
+    def abilities(self) -> Abilities:
+        """The first rank's, without those that hand out tensors of its process."""
+        found: Abilities = self._first("abilities")
+        here = {"forward": False, "trainable_parameters": False, "parts": False, "training_images": False}
+        return replace(found, **here, time_law=False, latent_statistics=False)
+
+    def sample_ema(self, noise: int = 0) -> Sample | None:
+        return self._first("sample_ema", noise)
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return self._first("fingerprints")
+
+    def left_out(self) -> Mapping[str, str]:
+        return self._first("left_out")
+
+    def ancestry(self) -> tuple[str, ...]:
+        return self._first("ancestry")
+
+    def close(self, verdict: str = "", reason: str = "") -> None:
         """Ends the workers."""
         workers, self._workers = self._workers, []
         for worker in workers:
@@ -124,6 +146,10 @@ class WorkersTask:
 
     def pids(self) -> list[int]:
         return list(ray.get([worker.pid.remote() for worker in self._workers]))
+
+    def _first(self, method: str, *arguments: Any) -> Any:
+        """The first rank's answer to a call on every rank."""
+        return self._call(method, *arguments)[0]
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         shared = ray.put(arguments)  # a state is sent once

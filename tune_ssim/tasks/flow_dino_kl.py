@@ -30,7 +30,7 @@ from tune_ssim.tasks.fundus_sr import load_weights
 from tune_ssim.tasks.patch_features import FEATURES_FILE, WEIGHTS, PatchFeatures, load_named_network
 from tune_ssim.tasks.photo_patches import PATCH, SUBJECTS, load_photo_patches
 from tune_ssim.tasks.task_config import read_config
-from tune_ssim.trials.training import Number, Part, Sample
+from tune_ssim.trials.training import Number, Part, Sample, Training
 
 PIXELS, COARSE, WIDTH = PATCH * PATCH, 4, 256
 GREY, CONTRAST = 0.53, 0.3  # mean and standard deviation of the training patches: x = (patch - GREY) / CONTRAST
@@ -108,7 +108,7 @@ class Networks(nn.Module):
         return self.flow(torch.cat([z_t, phases.sin(), phases.cos()], dim=1))  # type: ignore[no-any-return]
 
 
-class FlowDinoKL:
+class FlowDinoKL(Training):
     """See `trials.training.Task` for the contract.
 
     Metrics of a step, means over its micro-batches: loss = loss_flow + loss_dino + loss_kl; loss_dino = alpha · dino_global

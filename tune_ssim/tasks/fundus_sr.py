@@ -31,7 +31,7 @@ from tune_ssim.tasks.diffusers_vae import DiffusersVAE, load_diffusers_vae
 from tune_ssim.tasks.fundus_images import CROP, FACTOR, IMAGES, FundusImages, load_fundus_images, low_resolution
 from tune_ssim.tasks.fundus_networks import VAE, Denoiser
 from tune_ssim.tasks.image_folder import FolderImages, load_folder_images
-from tune_ssim.trials.training import Forward, Number, Part, Sample
+from tune_ssim.trials.training import Forward, Number, Part, Sample, Training
 
 WEIGHTS = Path(__file__).parent / "weights"
 VAE_FILE, DENOISER_FILE, EMA_FILE = "fundus_vae.safetensors", "fundus_denoiser.safetensors", "fundus_denoiser_ema.safetensors"
@@ -131,7 +131,7 @@ class FundusConfig:
             raise UserError(f"fundus_sr: ema_decay must be below 1, got {self.ema_decay!r}")
 
 
-class FundusSR:
+class FundusSR(Training):
     """See `trials.training.Task` for the contract."""
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
@@ -143,7 +143,7 @@ class FundusSR:
         torch.manual_seed(seed)  # only for random initial weights
         self.vae, self.model, self.ema = self._load_networks()
         try:
-            self.time_law = TimeLaw(self.config.t_law, self.config.timestep_shift)  # type: ignore[arg-type]
+            self.time_law: TimeLaw = TimeLaw(self.config.t_law, self.config.timestep_shift)  # type: ignore[arg-type]
             self.loss = DecodedLoss(
                 ssim_loss_weight=self.config.ssim_loss_weight,
                 ssim_loss_max_t=self.config.ssim_loss_max_t,

@@ -47,7 +47,7 @@ from tune_ssim.tasks.photo_patches import SUBJECTS, load_photo_patches
 from tune_ssim.tasks.task_config import read_config
 from tune_ssim.trials.checkpoint import STATE, TENSORS, load_checkpoint
 from tune_ssim.trials.quarantine import Ledger
-from tune_ssim.trials.training import Number, Part, Sample
+from tune_ssim.trials.training import Number, Part, Sample, Training
 
 TRAIN_PATCHES, EVALUATION_PATCHES, SMOKE_PATCHES = 254, 240, 48  # note 003 §2 has 254
 RUINED_PROXY = 0.001  # mean of an epoch, note 003 §3: below it the visual tokens are as good as zero
@@ -98,7 +98,7 @@ class Vision(nn.Module):
         return self.norm(self.body(4 * patches - 2).flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
 
 
-class TwoStageVLM:
+class TwoStageVLM(Training):
     """See `trials.training.Task` for the contract.
 
     Metrics of a step: stage; in stage 1 loss_proxy; in stage 2 loss_caption in nats a token (and `loss_ce`, its usual name),

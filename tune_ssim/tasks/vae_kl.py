@@ -27,7 +27,7 @@ from tune_ssim.losses.schedules import Constant, CyclicalLinear, Linear, Schedul
 from tune_ssim.probes import GradientTaps, total_norm
 from tune_ssim.tasks.photo_patches import PATCH, load_photo_patches
 from tune_ssim.tasks.task_config import read_config
-from tune_ssim.trials.training import Number, Part, Sample
+from tune_ssim.trials.training import Number, Part, Sample, Training
 
 LATENTS, WIDTH = 16, 128
 SMOKE_PATCHES, EVALUATION_PATCHES = 48, 240  # as many of each of the twelve photographs
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         return self.body(z).view(-1, 1, PATCH, PATCH)  # type: ignore[no-any-return]
 
 
-class VAEKL:
+class VAEKL(Training):
     """See `trials.training.Task` for the contract.
 
     Metrics of a step: loss = loss_reconstruction + loss_kl; loss_kl = alpha · kl_raw; kl_raw in nats, a mean over the batch;

@@ -19,7 +19,7 @@ OPTIONAL = ("forward", "trainable_parameters", "time_law", "parts", "training_im
 
 def check_hooks(subject: Subject, task: Any, n: int, step: Numbers) -> Iterator[Finding]:
     """Before step `n` of a training, whose numbers were `step` in another run."""
-    present = [name for name in OPTIONAL if getattr(task, name, None) is not None]
+    present = [name for name in OPTIONAL if task.abilities().has(name)]
     parameters: list[Any] = []
     if "trainable_parameters" in present:
         yield from _guarded(subject, "trainable_parameters", lambda: _parameters(subject, task, parameters))
@@ -34,7 +34,7 @@ def check_hooks(subject: Subject, task: Any, n: int, step: Numbers) -> Iterator[
         yield from _guarded(subject, "parts", lambda: _parts(subject, task, parameters))
     if "fingerprints" in present:
         yield from _guarded(subject, "fingerprints", lambda: _fingerprints(subject, task))
-    if hasattr(task, "sample_ema"):
+    if task.abilities().sample_ema:
         from tune_ssim.testing.inference import check_sample
 
         averaged = subject.call(task, "sample_ema", 0)

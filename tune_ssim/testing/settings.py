@@ -398,7 +398,7 @@ def _follows(off: Numbers, on: Numbers) -> bool:
 def _weights(subject: Subject, task: Any) -> dict[str, torch.Tensor]:
     """What must stay where it is, by what it is: the parameters if the task shows them, else the tensors of its state, else what
     inference makes of them. Empty if there is nothing to look at."""
-    if hasattr(task, "trainable_parameters"):
+    if task.abilities().trainable_parameters:
         found = subject.call(task, "trainable_parameters")
         listed = list(found) if isinstance(found, Iterable) else []
         if parameters := {f"{PARAMETER} {i}": p.detach().clone() for i, p in enumerate(listed) if isinstance(p, torch.Tensor)}:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.trials.training import as_training
 
 Numbers = dict[str, float]
 
@@ -52,7 +53,7 @@ class Subject:
 
     def make(self, settings: Mapping[str, Any] | None = None, *, seed: int | None = None, chance: int = 0) -> Any:
         """A new instance, set up while the global generators stand at `chance`. Raises Refused or Fault."""
-        task = self.task_class()
+        task = as_training(self.task_class())
         set_global_generators(chance)
         self.set_up(task, settings, seed=seed)
         return task

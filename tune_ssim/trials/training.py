@@ -1,35 +1,43 @@
-"""The contract of a task: what is trained. A task is a flat, readable loop; no base class is needed."""
+"""The contract of a training (a task, in a study): a flat, readable loop behind seven methods."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.losses import DecodedLoss, DecodedLossResult
+from tune_ssim.base.tensor_file import TensorFile
+from tune_ssim.losses import DecodedLoss, DecodedLossResult, TimeLaw
+
+# Prefixes of settings of the image losses whose push calibration models, and of settings that only measure.
+IMAGE_LOSS_KEYS = ("ssim_", "pixel_", "measure_")
+# Settings in which a trial may always differ from the baseline: those of all auxiliary losses.
+AUXILIARY_KEYS = (*IMAGE_LOSS_KEYS, "kl_", "dino_")
 
 Number = float | torch.Tensor  # 0-d tensors may stay on the device: the trial resolves them every `report_every` steps
 
 
 @dataclass
 class Sample:
-    """What inference makes of fixed inputs and fixed noise.
+    """The result of inference on fixed inputs and fixed noise.
 
     images: `[n, 3, H, W]` in [0, 1] as generated; may contain non-finite pixels.
     references: `[n, 3, H, W]`, what they should look like (ground truth), or None.
     inputs: `[n, 3, h, w]`, a low-resolution input that the sample should agree with after down-sampling, or None.
     reconstructions: `[n, 3, H, W]`, the references through the frozen autoencoder: the best a sample can be, or None.
-    examples: `[m, 3, h, w]`, other real images of the kind, where there is no truth: what energy and contrast compare with.
-    statistics: further numbers to be judged, e.g. `flow_loss_top_bin`.
+    examples: `[m, 3, h, w]`, real images of the same kind, where there is no ground truth: energy and contrast are compared with
+    theirs.
+    statistics: further numbers to judge, e.g. `flow_loss_top_bin`.
     token_ids: integers of any shape, as generated where the task makes text; vocabulary_size: ids must lie in [0, this).
     """
 
@@ -45,7 +53,7 @@ class Sample:
 
 @dataclass
 class Part:
-    """A network of the task, as it is in memory.
+    """A network of the training, as it is in memory.
 
     trains: False for a frozen one. weights: the safetensors file that it must have been loaded from; None: it starts fresh
     on purpose. kind: `raw` or `ema`.
@@ -63,7 +71,7 @@ class Forward:
 
     main: 0-d, the main loss. z0: `[batch, ...]`, the prediction of the clean latent. t: `[batch]`, on the host.
     targets: `[batch, 3, H, W]` in [0, 1]. loss, decode: the very objects that the training step uses.
-    velocity_target: what the network should have predicted, for comparison with a predictor that knows nothing.
+    velocity_target: what the network should have predicted, for comparison with an uninformed predictor.
     is_target, sizes: see `DecodedLoss`.
     """
 
@@ -83,70 +91,210 @@ class Forward:
         return (loss or self.loss)(self.z0, self.t, self.targets, self.decode, is_target=chosen, sizes=self.sizes)
 
 
-@runtime_checkable
-class Task(Protocol):
-    """The random numbers of step n come from (seed, n, rank), never from the configuration: trials and baseline see
-    identical batches and noise, and resuming needs no generator state.
+@dataclass(frozen=True)
+class Abilities:
+    """What a training shows of itself beside the contract. Preflight and calibration see deeper with each of them, and report
+    `unknown` for what is missing. The fields are the names of the methods and of the attribute `time_law`."""
 
-    These seven are the contract. A task that has more of the following is seen deeper by preflight and calibration, and what
-    a task lacks they call `unknown`:
+    forward: bool = False
+    trainable_parameters: bool = False
+    time_law: bool = False
+    parts: bool = False
+    training_images: bool = False
+    sample_ema: bool = False
+    fingerprints: bool = False
+    left_out: bool = False
+    latent_statistics: bool = False
 
-    - `forward(n) -> Forward` of training step n with the weights as they are; `trainable_parameters()`; `time_law: TimeLaw`
-    - `parts() -> Mapping[str, Part]`: its networks, by name
-    - `training_images(n) -> [batch, 3, H, W]`: the images of step n, in [0, 1]
-    - `sample_ema(noise) -> Sample | None`: the same inference with averaged weights, where there are any
-    - `fingerprints() -> Mapping[str, str]`: a hash for each part of its data, e.g. `data/train`, `data/held_out`
-    - `left_out() -> Mapping[str, str]`: files of its data that are not used, and why
-    - `latent_statistics() -> (means, standard deviations)` of each channel of its training images' latents
-    - where it has text: `token_ids` of its samples, and `loss_ce` and `label_fraction` among the metrics of a step
+    @classmethod
+    def of(cls, training: Training) -> Abilities:
+        """Every method that the class of `training` overrides, and `time_law` where it is set."""
+        own = {name: getattr(type(training), name, None) for name in OPTIONAL if name != "time_law"}
+        found = {name: callable(method) and method is not getattr(Training, name) for name, method in own.items()}
+        return cls(**found, time_law=training.time_law is not None)
 
-    A task that reads a process of its own gives its metrics with their `step`, None from `step` when that process has ended well
-    and from `sample` while there is nothing to sample from, and has or may have the following; see `CommandTask`:
+    def has(self, *names: str) -> bool:
+        """Whether all of `names` are there."""
+        return all(asdict(self)[name] for name in names)
 
-    - `takes_samples`: False where samples come among the metrics, as `smoke/…`; `is_paired`: False where batches are its own;
-      `can_resume`: False where a state cannot be loaded
-    - `identify(name, folder)` before and `want_samples_at(steps)` after `setup`; `image(step)`: a picture of samples; `close()`
 
-    A learning rate of 0 in its configuration must leave the weights as they are: that is how an update is switched off.
+OPTIONAL = tuple(field.name for field in fields(Abilities))
+
+
+class Training(ABC):
+    """What is trained, step by step. The seven abstract methods are the contract; everything else has a default.
+
+    The random numbers of step n come from (seed, n, rank), never from the configuration: trials and baseline see identical
+    batches and noise, and resuming needs no generator state. A learning rate of 0 in the configuration must leave the weights as
+    they are: that is how an update is switched off. Where a training has text, its samples carry `token_ids`, and its steps record
+    `loss_ce` and `label_fraction`.
+
+    A training that reads a process of its own (see `CommandTask`) returns metrics with their `step`, None from `step` when the
+    process has ended well, and None from `sample` while there is nothing to sample from.
     """
 
+    # -- the contract
+
+    @abstractmethod
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
-        """Builds model, data and optimiser afresh; `device` None means cuda if there, else cpu. `config` always has `steps`,
-        the length of the trial, for schedules of the learning rate.
+        """Builds model, data and optimiser afresh. `device` None: cuda if available, else cpu. `config` always has `steps`, the
+        length of the trial, for schedules of the learning rate.
 
-        Raises ValueError for a configuration it does not understand: unknown keys included."""
-        ...
+        Raises ValueError for a configuration it does not understand, unknown keys included."""
 
-    def step(self) -> Mapping[str, Number]:
-        """One optimiser step; its metrics under the standard names of `records`."""
-        ...
+    @abstractmethod
+    def step(self) -> Mapping[str, Number] | None:
+        """Takes one optimiser step and returns its metrics under the standard names of `records`."""
 
-    def sample(self, noise: int = 0) -> Sample:
-        """Inference on fixed inputs. `noise` 0 and 1 are two fixed draws. Leaves the training untouched."""
-        ...
+    @abstractmethod
+    def sample(self, noise: int = 0) -> Sample | None:
+        """Runs inference on fixed inputs. `noise` 0 and 1 are two fixed draws. Leaves the training untouched."""
 
+    @abstractmethod
     def evaluate(self) -> Mapping[str, float]:
         """Held-out metrics with fixed noise: `ssim`, `psnr` (dB), …"""
-        ...
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Tensors (possibly nested in dicts) and JSON values: everything that the next step depends on."""
-        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned, after `setup` with the same configuration."""
 
+    @abstractmethod
     def effective(self) -> Mapping[str, Any]:
-        """The parameters really in force, read where they are used: JSON values. `max_grad_norm` None = no clipping."""
-        ...
+        """The parameters in force, read where they are used: JSON values. `max_grad_norm` None means no clipping."""
+
+    # -- what it shows of itself, for preflight, calibration and provenance
+
+    time_law: TimeLaw | None = None
+    """The distribution that t is drawn from."""
+
+    def abilities(self) -> Abilities:
+        """Which of the following this training has."""
+        return Abilities.of(self)
+
+    def forward(self, n: int) -> Forward:
+        """The forward pass of training step n with the weights as they are."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward()")
+
+    def trainable_parameters(self) -> Sequence[torch.nn.Parameter]:
+        return []
+
+    def parts(self) -> Mapping[str, Part]:
+        """Its networks, by name."""
+        return {}
+
+    def training_images(self, n: int) -> torch.Tensor:
+        """The images of step n: `[batch, 3, H, W]` in [0, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} has no training_images()")
+
+    def sample_ema(self, noise: int = 0) -> Sample | None:
+        """`sample` with averaged weights; None where there are none."""
+        return None
+
+    def fingerprints(self) -> Mapping[str, str]:
+        """A hash for each part of its data, e.g. `data/train`, `data/held_out`."""
+        return {}
+
+    def left_out(self) -> Mapping[str, str]:
+        """Files of its data that are not used, and why."""
+        return {}
+
+    def latent_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Means and standard deviations of each channel of its training images' latents."""
+        raise NotImplementedError(f"{type(self).__name__} has no latent_statistics()")
+
+    def ancestry(self) -> tuple[str, ...]:
+        """Content ids of the weight files that it was loaded from, and of all that these were made from."""
+        files = [part.weights for part in self.parts().values() if part.weights is not None]
+        return tuple(dict.fromkeys(parent for path in files for parent in TensorFile.open(path).ancestry()))
+
+    # -- how it runs; a process of its own differs in these
+
+    @property
+    def takes_samples(self) -> bool:
+        """False where samples come among the records, as `smoke/…`."""
+        return True
+
+    @property
+    def is_paired(self) -> bool:
+        """False where its batches cannot be the baseline's."""
+        return True
+
+    @property
+    def can_resume(self) -> bool:
+        """False where a state cannot be loaded."""
+        return True
+
+    @property
+    def reports_after_last_step(self) -> bool:
+        """True where it is read until it ends: samples and held-out numbers may follow its last step."""
+        return False
+
+    @property
+    def effective_after_first_step(self) -> bool:
+        """True where `effective` is complete only once the training has reported a step."""
+        return False
+
+    def identify(self, name: str, folder: Path) -> None:  # noqa: B027
+        """Called before `setup`: the trial's name, and a folder for what the training leaves behind."""
+
+    def want_samples_at(self, steps: Sequence[int]) -> None:  # noqa: B027
+        """Called after `setup`: the steps at which a training that sends its samples should do so."""
+
+    def image(self, step: int) -> bytes | None:
+        """A picture (PNG) of samples that the training sent."""
+        return None
+
+    def written(self) -> Mapping[int, Path]:
+        """The checkpoints that it wrote itself, by their step."""
+        return {}
+
+    def reading_problem(self) -> str:
+        """What was printed or written as a record and could not be read, in one line; empty if nothing."""
+        return ""
+
+    def where_printed(self, name: str) -> str | None:
+        """The printed line that states the setting `name`."""
+        return None
+
+    def close(self, verdict: str = "", reason: str = "") -> None:  # noqa: B027
+        """Ends what runs outside this process. Called with the verdict as soon as there is one where
+        `reports_after_last_step`, and without it when the trial is left."""
 
 
+Task = Training
 CONTRACT = ("setup", "step", "sample", "evaluate", "state_dict", "load_state_dict", "effective")
 
 
-def load_task(task: str | type | Mapping[str, Any], import_path: str | None = None) -> Callable[[], Any]:
-    """What makes the task behind "module:Class", "module:function" or a command. Raises UserError naming what is missing."""
+def training_class(found: type) -> type[Training]:
+    """`found` if it inherits from `Training`; else a subclass of it with the defaults of `Training` behind its own methods."""
+    if issubclass(found, Training):
+        return found
+    place = {"__module__": found.__module__, "__qualname__": found.__qualname__, "__doc__": found.__doc__}
+    return type(found.__name__, (found, Training), place)
+
+
+def as_training(task: Any) -> Training:
+    """`task` itself. One whose class keeps the contract without inheriting from `Training` gets the defaults of `Training`."""
+    if not isinstance(task, Training):
+        task.__class__ = training_class(type(task))
+    return task  # type: ignore[no-any-return]
+
+
+def missing_methods(found: type) -> list[str]:
+    """Methods of the contract that the class does not have."""
+    own = {name: getattr(found, name, None) for name in CONTRACT}
+    return [name for name, method in own.items() if not callable(method) or method is getattr(Training, name)]
+
+
+def load_task(task: str | type | Mapping[str, Any], import_path: str | None = None) -> Callable[[], Training]:
+    """What makes the training behind a class, "module:Class", "module:function" or a command. Raises UserError naming what is
+    missing."""
     if isinstance(task, type):
-        return task
+        return training_class(task)
     if isinstance(task, Mapping):
         return _command(task, import_path)
     module_name, _, class_name = task.partition(":")
@@ -165,13 +313,12 @@ def load_task(task: str | type | Mapping[str, Any], import_path: str | None = No
         )
     if not isinstance(found, type):
         raise UserError(f"task {task!r}: module {module_name!r} has no class or function {class_name!r}")
-    missing = [name for name in CONTRACT if not callable(getattr(found, name, None))]
-    if missing:
+    if missing := missing_methods(found):
         raise UserError(f"task {task!r}: {class_name} has no {', '.join(missing)}; see tune_ssim.Task for the contract")
-    return found
+    return training_class(found)
 
 
-def _command(spec: Mapping[str, Any], cwd: str | None) -> Callable[[], Any]:
+def _command(spec: Mapping[str, Any], cwd: str | None) -> Callable[[], Training]:
     from tune_ssim.study.command_spec import CommandSpec
     from tune_ssim.trials.command.command_task import CommandTask
 

@@ -1,4 +1,4 @@
-"""One trial: a task watched by guards, advanced until it is done, pruned or broken. No Ray, no MLflow."""
+"""A trial: a training watched by guards, advanced until it is finished, pruned or broken. No Ray, no MLflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.guards import (
     Baseline,
     BaselineRun,
@@ -25,6 +24,7 @@ from tune_ssim.guards import (
     Violation,
     Watch,
 )
+from tune_ssim.guards.verdict import Action, Role, Verdict
 from tune_ssim.probes import collapse_statistics, file_contents, tensor_contents
 from tune_ssim.records import (
     ACTIVE_FRACTION,
@@ -40,11 +40,9 @@ from tune_ssim.records import (
 from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint, tensors_of
 from tune_ssim.trials.sample_check import require_kind, require_range
 from tune_ssim.trials.sample_grid import sample_grid
-from tune_ssim.trials.training import Number, Sample, Task
+from tune_ssim.trials.training import AUXILIARY_KEYS, Number, Sample, as_training
 
-LEAST_HARM = 0.05  # of a trial that got as far as the end: above zero, below the grade of any early prune
-# Keys in which a trial may always differ from the baseline: the auxiliary losses' own, and what only measures.
-AUXILIARY = ("ssim_", "pixel_", "kl_", "dino_", "measure_")
+MIN_HARM = 0.05  # of a harmful trial that nearly reached its end: above zero, below the harm of any early prune
 
 
 @dataclass(frozen=True)
@@ -65,37 +63,38 @@ class TrialPlan:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """verdict: safe, degraded, pruned, bad_setup or error (a scheduler adds `stopped` from outside)."""
+class Judgement:
+    """How a trial ended, and on what evidence."""
 
-    verdict: str
+    verdict: Verdict
     reason: str
     violation: Violation | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Trial:
-    """`start`, then `advance` until `verdict` is there. `save`/`load` at any step: what follows is the same, to the bit."""
+    """`start`, then `advance` until `verdict` is set. After `save` and `load` at any step it continues the same, to the bit."""
 
-    def __init__(self, task: Task, plan: TrialPlan) -> None:
-        self.task, self.plan = task, plan
-        self.verdict: Verdict | None = None
-        self.is_set_up = False  # `start` has come to its end
+    def __init__(self, task: Any, plan: TrialPlan) -> None:
+        """task: a `Training`, or an object that keeps its contract."""
+        self.task, self.plan = as_training(task), plan
+        self.verdict: Judgement | None = None
+        self.is_set_up = False  # `start` has returned
 
     def start(
         self,
         config: Mapping[str, Any],
         *,
         seed: int = 0,
-        role: str = "search",
+        role: Role | str = Role.SEARCH,
         baseline: Baseline | None = None,
         searched: Collection[str] = (),
         device: str | None = None,
     ) -> None:
-        """Sets the task up afresh. `baseline` None: nothing to compare with (a baseline run), so no norm guard.
+        """Sets the training up afresh. `baseline` None: nothing to compare with (a baseline run), so no norm guard.
 
         `searched`: keys in which the trial may differ from the baseline, besides the auxiliary losses'."""
-        self.config, self.seed, self.role, self.baseline = dict(config), seed, role, baseline
+        self.config, self.seed, self.role, self.baseline = dict(config), seed, Role(role), baseline
         self.task.setup(config, seed, device)
         self.searched = tuple(searched)
         self.effective = dict(self.task.effective())
@@ -104,14 +103,14 @@ class Trial:
         self.series: dict[str, dict[int, float]] = {}
         self.warnings: list[Violation] = []
         self.images: dict[int, bytes] = {}
-        self.last_words: list[Record] = []
+        self.records_before_error: list[Record] = []
         self.wrote: list[dict[str, Any]] = []  # contents of checkpoints, for the ledger of ruined ones
         self.first_active: int | None = None  # until then a trial is the baseline, to the bit
-        self.parents = ancestry(self.task)
+        self.parents = self.task.ancestry()
         self.watch = Watch(self._bound_guards())
-        self._heard = False
-        self._beyond: int | None = None  # the first step that it gave after the last of the plan
-        if hasattr(self.task, "want_samples_at") and self.smoke_test is not None:
+        self.first_record_seen = False
+        self.first_step_past_end: int | None = None
+        if self.smoke_test is not None:
             self.task.want_samples_at(self.smoke_test.at)
         self.is_set_up = True
 
@@ -121,9 +120,9 @@ class Trial:
         return not self.unpaired
 
     def advance(self, steps: int | None = None) -> list[Record]:
-        """At most `steps` optimiser steps (None: to the end) → the records made. Sets `verdict` when the trial is over.
+        """Takes at most `steps` optimiser steps (None: to the end) and returns their records. Sets `verdict` at the end.
 
-        What the task raises passes through; the records made until then are in `last_words`."""
+        Exceptions of the training pass through; the records made until then are in `records_before_error`."""
         made: list[Record] = []
         pending: list[tuple[int, Mapping[str, Number]]] = []
         try:
@@ -131,7 +130,7 @@ class Trial:
         except BaseException:
             with suppress(Exception):  # a device that has failed gives no numbers
                 made += _resolve(pending)
-            self.last_words = merge(made)
+            self.records_before_error = merge(made)
             raise
         return merge(made)
 
@@ -140,33 +139,33 @@ class Trial:
         if self.verdict is not None:
             return
         end = self.plan.steps if steps is None else min(self.plan.steps, self.step + steps)
-        if self.step == 0 and self._samples_itself is False and self.watch.state_of(SmokeTest.name)["start"] is None:
+        if self.step == 0 and self._takes_samples and self.watch.state_of(SmokeTest.name)["start"] is None:
             self._smoke(made)
         ended = False
-        # A process of its own has more to say after its last step: samples, held-out numbers. It is heard until it ends.
-        while self.verdict is None and not ended and (self.step < end or (self._is_process and end == self.plan.steps)):
+        read_to_end = self.task.reports_after_last_step and end == self.plan.steps
+        while self.verdict is None and not ended and (self.step < end or read_to_end):
             metrics, before = self.task.step(), self.step
             at = before + 1 if metrics is None else int(metrics.get("step", before + 1))
             if metrics is None or at > self.plan.steps:
                 ended = True
-                self._beyond = at if metrics is not None else None
+                self.first_step_past_end = at if metrics is not None else None
             else:
-                if self._is_process and not self._heard:
-                    self._heard = is_of_training(at, metrics.keys() - {"step"})
-                    self._look_again()
+                if self.task.effective_after_first_step and not self.first_record_seen:
+                    self.first_record_seen = is_of_training(at, metrics.keys() - {"step"})
+                    self._check_again()
                 self.step = max(before, at)
                 pending.append((at, {name: value for name, value in metrics.items() if name != "step"}))
-            smoke_due = self._samples_itself is False and not ended and self._due(before)
+            smoke_due = self._takes_samples and not ended and self._due(before)
             if smoke_due or len(pending) == self.plan.report_every or self.step >= end or ended:
                 records = _resolve(pending)
                 pending.clear()
                 self._judge(records, made)
                 if smoke_due and self.verdict is None:
                     self._smoke(made)
-        if self.verdict is None and (ended or (self.step >= self.plan.steps and not self._is_process)):
+        if self.verdict is None and (ended or (self.step >= self.plan.steps and not self.task.reports_after_last_step)):
             self._finish()
-        if self.verdict is not None and self._is_process:
-            self.task.close(self.verdict.verdict, self.verdict.reason)  # type: ignore[attr-defined]
+        if self.verdict is not None and self.task.reports_after_last_step:
+            self.task.close(self.verdict.verdict.value, self.verdict.reason)
             self._note_files()
 
     def summary_metrics(self) -> dict[str, float]:
@@ -191,7 +190,7 @@ class Trial:
 
     def baseline_run(self, trial_id: str = "") -> BaselineRun:
         """This run as one that others are compared with. Raises ValueError unless it is a baseline that ended well."""
-        if self.role != "baseline" or self.verdict is None or self.verdict.verdict != "safe":
+        if self.role != Role.BASELINE or self.verdict is None or self.verdict.verdict != Verdict.SAFE:
             raise ValueError("only a baseline run that ended safe can be compared with")
         return BaselineRun(self.seed, self.series, self.verdict.metrics, self.effective, trial_id)
 
@@ -204,7 +203,7 @@ class Trial:
 
     def save(self, folder: Path) -> None:
         trial = {
-            "step": self.step, "seed": self.seed, "role": self.role, "config": self.config,
+            "step": self.step, "seed": self.seed, "role": self.role.value, "config": self.config,
             "watch": self.watch.state_dict(), "warnings": [asdict(warning) for warning in self.warnings],
             "baseline": None if self.baseline is None else self.baseline.sha256,
             "series": {name: [[step, value] for step, value in points.items()] for name, points in self.series.items()},
@@ -226,8 +225,8 @@ class Trial:
     def _note_files(self) -> None:
         """Of a process that has ended: what a ruined one wrote, and the baseline, which is sound."""
         assert self.verdict is not None
-        wanted = self.verdict.verdict == "pruned" or (self.role == "baseline" and self.verdict.verdict == "safe")
-        for step, path in sorted(self.task.written().items()) if wanted and hasattr(self.task, "written") else ():
+        wanted = self.verdict.verdict == Verdict.PRUNED or (self.role == Role.BASELINE and self.verdict.verdict == Verdict.SAFE)
+        for step, path in sorted(self.task.written().items()) if wanted else ():
             contents = file_contents(path)
             if contents is not None:
                 self.wrote.append({"step": step, "path": str(path), "contents": asdict(contents), "parents": list(self.parents)})
@@ -250,26 +249,23 @@ class Trial:
         self.step = trial["step"]
         if (verdict := trial["verdict"]) is not None:  # saved after its end: there is nothing to go on with
             violation = verdict["violation"]
-            self.verdict = Verdict(**{**verdict, "violation": violation and Violation(**violation)})
+            self.verdict = Judgement(
+                **{**verdict, "verdict": Verdict(verdict["verdict"]), "violation": violation and Violation(**violation)}
+            )
         self.note_contents(folder)
 
     # -- judging
 
-    @property
-    def _is_process(self) -> bool:
-        """Whether the training is a process of its own, and this task only its reader."""
-        return hasattr(self.task, "takes_samples")
-
-    def _look_again(self) -> None:
-        """What is in force and how far the batches are the baseline's, now that the training has spoken."""
+    def _check_again(self) -> None:
+        """Repeats the checks of `start`, with the settings and pairing that the first record of the training revealed."""
         self.effective = dict(self.task.effective())
         self.verdict = self._check_effective() or self._check_baseline()
         self.watch.rebind(self._bound_guards())
 
     @property
-    def _samples_itself(self) -> bool | None:
-        """Whether samples come among the task's metrics; None where nobody judges samples."""
-        return None if self.smoke_test is None else self._is_process and not self.task.takes_samples  # type: ignore[attr-defined]
+    def _takes_samples(self) -> bool:
+        """Whether this trial takes samples for a smoke test; else they come among the records, or nothing judges them."""
+        return self.smoke_test is not None and self.task.takes_samples
 
     def _due(self, before: int) -> bool:
         """Whether a smoke test was due after one of the steps since `before`."""
@@ -287,25 +283,25 @@ class Trial:
         for guard in self.plan.guards:
             if not isinstance(guard, NormRatio):
                 bound.append(guard)
-            elif self.role == "baseline":
+            elif self.role == Role.BASELINE:
                 bound.append(NormThere())
             elif self.baseline is not None:
                 bound.append(guard.bind(self.baseline, self.seed if self.paired else None, clipped))
         return bound
 
-    def _check_effective(self) -> Verdict | None:
-        """What was asked for must be in force (note 001 §2.2: comments said 0.1, the script passed 1)."""
+    def _check_effective(self) -> Judgement | None:
+        """What was asked for must be in force (in a training that we know the comments gave 0.1, the script passed 1)."""
         for name, asked in self.config.items():
             if name in self.effective and not _same(asked, self.effective[name]):
                 in_force = self.effective[name]
-                line = self.task.where_said(name) if hasattr(self.task, "where_said") else None
+                line = self.task.where_printed(name)
                 words = f"{name} was set to {asked!r} but {in_force!r} is in force: the parameter does not reach the training"
                 if line:
                     words += f"; it printed {line!r}"
-                return Verdict("bad_setup", words)
+                return Judgement(Verdict.BAD_SETUP, words)
         return None
 
-    def _check_baseline(self) -> Verdict | None:
+    def _check_baseline(self) -> Judgement | None:
         """The baseline must be the same training but for the auxiliary loss. Where a searched key of the optimiser differs,
         the comparison goes on unpaired."""
         if self.baseline is None:
@@ -313,13 +309,13 @@ class Trial:
         self.unpaired = ""
         reference = self.baseline.reference(self.seed).effective
         for name in sorted(set(self.effective) & set(reference)):
-            if name.startswith(AUXILIARY) or _same(self.effective[name], reference[name]):
+            if name.startswith(AUXILIARY_KEYS) or _same(self.effective[name], reference[name]):
                 continue
             if name not in self.searched:
                 words = f"{name} is {self.effective[name]!r} here and {reference[name]!r} in the baseline: not comparable"
-                return Verdict("bad_setup", words)
+                return Judgement(Verdict.BAD_SETUP, words)
             self.unpaired = "a searched key of the optimiser differs from the baseline's"
-        if not getattr(self.task, "is_paired", True):
+        if not self.task.is_paired:
             self.unpaired = "the batches are the command's own: it is not told the seed"
         return None
 
@@ -330,7 +326,7 @@ class Trial:
                 violations = self.watch.update(record)
             except MissingMetric as error:
                 made.append(record)
-                self.verdict = Verdict("error", self._missing(error))
+                self.verdict = Judgement(Verdict.ERROR, self._missing(error))
                 return
             ratio = self.norm_ratio() if TOTAL_NORM in record.values else None
             made.append(record if ratio is None else Record(record.step, {**record.values, NORM_RATIO: ratio}))
@@ -339,10 +335,11 @@ class Trial:
             if self.first_active is None and TOTAL_NORM in record.values and record.values.get(ACTIVE_FRACTION, 1.0) > 0:
                 self.first_active = record.step
             for violation in violations:
-                if violation.action == "probe":
+                action = Action(violation.action)
+                if action is Action.PROBE:
                     self.warnings.append(violation)
                     self._probe(violation, made)
-                elif violation.action == "warn":
+                elif action is Action.WARN:
                     self.warnings.append(violation)
                 else:
                     self._end_with(violation)
@@ -350,32 +347,30 @@ class Trial:
                     return
 
     def _missing(self, error: MissingMetric) -> str:
-        """With what the log has in its place: a value may have been there and no number."""
-        trouble = self.task.reading_trouble() if hasattr(self.task, "reading_trouble") else ""
-        return f"{error}; {trouble}" if trouble else str(error)
+        """The error, with what could not be read of the log: the value may have been printed as no number."""
+        problem = self.task.reading_problem()
+        return f"{error}; {problem}" if problem else str(error)
 
     def _keep_image(self, record: Record) -> None:
-        """Of samples that came with the metrics."""
-        if self._samples_itself and any(name.startswith(SMOKE) for name in record.values):
-            image = self.task.image(record.step) if hasattr(self.task, "image") else None
-            if image is not None:
-                self.images[record.step] = image
+        """Keeps the picture of samples that came among the records."""
+        arrived = (
+            self.smoke_test is not None and not self.task.takes_samples and any(name.startswith(SMOKE) for name in record.values)
+        )
+        if arrived and (image := self.task.image(record.step)) is not None:
+            self.images[record.step] = image
 
     def _keep_series(self, record: Record) -> None:
         """A baseline run keeps the norms that later trials are compared with."""
-        if self.role == "baseline":
+        if self.role == Role.BASELINE:
             for name in (TOTAL_NORM, TOTAL_NORM_MAIN):
                 if name in record.values:
                     self.series.setdefault(name, {})[record.step] = record.values[name]
 
     def _probe(self, cause: Violation, made: list[Record]) -> None:
         """A smoke test at once: it fails with both noises, or the training goes on."""
-        if self._samples_itself is not False:  # nobody can be asked for samples now
-            self._end_with(replace(cause, action="prune"))
-            return
-        record = self._smoke_record(again=True)
+        record = self._smoke_record(again=True) if self._takes_samples else None
         if record is None:
-            self._end_with(replace(cause, action="prune"))
+            self._end_with(replace(cause, action=Action.PRUNE.value))
             return
         made.append(record)
         for violation in self.watch.update(record):
@@ -387,10 +382,11 @@ class Trial:
         return max((max(points) for points in series.values() if points), default=0)
 
     def _end_with(self, violation: Violation) -> None:
-        ruined = violation.action == "abort" or self.role == "baseline"
-        words = f"the baseline itself fails: {violation.sentence}" if self.role == "baseline" and self.step else violation.sentence
+        is_baseline = self.role == Role.BASELINE
+        words = f"the baseline itself fails: {violation.sentence}" if is_baseline and self.step else violation.sentence
+        ruined = Action(violation.action) is Action.ABORT or is_baseline
         self.step = violation.step
-        self.verdict = Verdict("bad_setup" if ruined else "pruned", words, violation)
+        self.verdict = Judgement(Verdict.BAD_SETUP if ruined else Verdict.PRUNED, words, violation)
 
     def _smoke(self, made: list[Record]) -> None:
         record = self._smoke_record()
@@ -421,55 +417,56 @@ class Trial:
         return Record(self.step, record)
 
     def _finish(self) -> None:
-        if self._beyond is not None and not self.step:
-            self.verdict = Verdict(
-                "error",
-                f"the training's first record after step 0 is at step {self._beyond}, but the trial has {self.plan.steps} steps: "
-                "nothing of it could be judged; let it log more often, or raise `steps` (a count of images or tokens is no step)",
+        if self.first_step_past_end is not None and not self.step:
+            self.verdict = Judgement(
+                Verdict.ERROR,
+                f"the training's first record after step 0 is at step {self.first_step_past_end}, but the trial has "
+                f"{self.plan.steps} steps: nothing of it could be judged; let it "
+                "log more often, or raise `steps` (a count of images or tokens is no step)",
             )
             return
         try:
             unjudged = self.watch.finish()
         except MissingMetric as error:
-            self.verdict = Verdict("error", self._missing(error))
+            self.verdict = Judgement(Verdict.ERROR, self._missing(error))
             return
         if self.baseline is not None and self.step < (last := self._last_step_of_baseline()) and self.step < self.plan.steps:
-            self.verdict = Verdict(
-                "error", f"the training ended by itself at step {self.step}, the baseline's at {last}: not comparable"
+            self.verdict = Judgement(
+                Verdict.ERROR, f"the training ended by itself at step {self.step}, the baseline's at {last}: not comparable"
             )
             return
         found = dict(self.task.evaluate())
         horizon = f"to step {self.step}"
         if self.baseline is None:
-            self.verdict = Verdict("safe", f"safe {horizon}", metrics=found)
+            self.verdict = Judgement(Verdict.SAFE, f"safe {horizon}", metrics=found)
             return
         reference = self.baseline.reference(self.seed).evaluation
         compared = dict.fromkeys(("ssim", "psnr", self.plan.objective.removeprefix("delta_")))
         deltas = {f"delta_{name}": found[name] - reference[name] for name in compared if name in found and name in reference}
         metrics = found | deltas
         if unjudged:
-            self.verdict = Verdict("error", "; ".join(unjudged), metrics=metrics)
+            self.verdict = Judgement(Verdict.ERROR, "; ".join(unjudged), metrics=metrics)
             return
         for rule in self.plan.keep:
             breach = rule.broken_by(found, reference)
             if breach is not None:
                 name, value, limit, words = breach
-                violation = Violation("objective", self.step, name, value, limit, "warn", words)
-                self.verdict = Verdict("degraded", words, violation, metrics)
+                violation = Violation("objective", self.step, name, value, limit, Action.WARN.value, words)
+                self.verdict = Judgement(Verdict.DEGRADED, words, violation, metrics)
                 return
         how = f" (unpaired: {self.unpaired})" if self.unpaired else ""
         words = f"safe {horizon}: no guard fired, nothing worse than the margins{how}"
-        self.verdict = Verdict("safe", words, metrics=metrics)
+        self.verdict = Judgement(Verdict.SAFE, words, metrics=metrics)
 
 
 def harm_of(verdict: str, evidence: Mapping[str, Any] | None, step: int, steps: int) -> float:
-    """For a constraint-aware sampler: <= 0 feasible, else how far beyond. A norm verdict grades by its excess in decades, any other
-    prune by the share of the training that was left."""
-    if verdict not in ("pruned", "degraded", "bad_setup"):
+    """A constraint for samplers that use one: <= 0 is feasible, else a grade of the harm. For the norm guard it is the excess in
+    decades, for any other prune the share of the training that was left."""
+    if verdict not in (Verdict.PRUNED, Verdict.DEGRADED, Verdict.BAD_SETUP):
         return 0.0
     if evidence is not None and evidence["guard"] == NormRatio.name and math.isfinite(float(evidence["value"])):
-        return max(LEAST_HARM, math.log10(float(evidence["value"]) / float(evidence["limit"])))
-    return max(LEAST_HARM, 1 - step / steps)
+        return max(MIN_HARM, math.log10(float(evidence["value"]) / float(evidence["limit"])))
+    return max(MIN_HARM, 1 - step / steps)
 
 
 def statistics_of(sample: Sample) -> dict[str, float]:
@@ -488,13 +485,6 @@ def statistics_of(sample: Sample) -> dict[str, float]:
         outside = (ids < 0) | (ids >= sample.vocabulary_size)  # SEEDS B1: such an id decodes to None
         found["undecodable_fraction"] = outside.double().mean().item() if ids.numel() else 0.0
     return {**found, **sample.statistics}
-
-
-def ancestry(task: Task) -> tuple[str, ...]:
-    """Content ids of the files that the task was loaded from, and of all that these were made from."""
-    parts = task.parts().values() if hasattr(task, "parts") else ()
-    files = [part.weights for part in parts if part.weights is not None]
-    return tuple(dict.fromkeys(parent for path in files for parent in TensorFile.open(path).ancestry()))
 
 
 def _resolve(pending: Sequence[tuple[int, Mapping[str, Number]]]) -> list[Record]:

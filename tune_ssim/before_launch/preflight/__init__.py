@@ -1,7 +1,7 @@
 """Is the set-up sound? Seconds of measurements before a study, so that no setting is blamed for a broken set-up.
 
 Effects are tested, not flags: what a step does, not what its configuration says. A task shows itself through the optional
-methods of `trials.training.Task`; what it does not show is `unknown`.
+methods of `trials.training.Training`; what it does not show is `unknown`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tune_ssim.before_launch.preflight.report import Check, Report
 from tune_ssim.before_launch.preflight.rules import setup_failed, unknown
 from tune_ssim.before_launch.preflight.subject import Failure, Subject, Unavailable, call, numbers, words
 from tune_ssim.guards import Guard, NormRatio, SmokeTest
-from tune_ssim.trials.training import load_task
+from tune_ssim.trials.training import Training, load_task
 
 if TYPE_CHECKING:
     from tune_ssim.study.study import Study
@@ -84,10 +84,10 @@ def _checks(
 
 
 def _start(
-    task: Any, steps: int, settings: Sequence[Mapping[str, Any]], guards: Sequence[Guard], smoke_test: SmokeTest | None
+    task: Training, steps: int, settings: Sequence[Mapping[str, Any]], guards: Sequence[Guard], smoke_test: SmokeTest | None
 ) -> Iterator[Check]:
     """Of the task as it is after its set-up. The one step that it takes comes last."""
-    sample, seen = call(task, "sample", 0), images.look(task) if hasattr(task, "forward") else None
+    sample, seen = call(task, "sample", 0), images.look(task) if task.abilities().forward else None
     yield Check("setup", "ok", "the task sets up, samples and runs forward" if seen else "the task sets up and samples")
     yield from _guarded("weights", lambda: networks.check_weights(task))
     yield from _guarded("text/tokens", lambda: launch.check_tokens(sample))

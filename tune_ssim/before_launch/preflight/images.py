@@ -122,9 +122,9 @@ def check_pairs(sample: Sample, seen: Seen | None) -> Iterator[Check]:
 
 def check_data(task: Any) -> Iterator[Check]:
     """What a task may say of its data: files that it left out, and the size of its latents."""
-    if hasattr(task, "left_out") and (files := call(task, "left_out")):
+    if task.abilities().left_out and (files := call(task, "left_out")):
         yield rules.left_out(files)
-    if hasattr(task, "latent_statistics"):
+    if task.abilities().latent_statistics:
         yield rules.latent_statistics(*call(task, "latent_statistics"))
 
 

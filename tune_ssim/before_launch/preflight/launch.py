@@ -12,9 +12,8 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.images import Seen
 from tune_ssim.before_launch.preflight.report import Check
-from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, attribute, call, numbers
+from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers, time_law
 from tune_ssim.guards import Guard, NormRatio
-from tune_ssim.losses import TimeLaw
 from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
 from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WEIGHT, Space
 from tune_ssim.trials.training import Sample
@@ -38,7 +37,7 @@ def check_gates(
     task: Any, seen: Seen | None, settings: Sequence[Mapping[str, Any]], steps: int, guards: Sequence[Guard]
 ) -> Iterator[Check]:
     """Expected active steps for every gate that may be launched."""
-    law: TimeLaw = attribute(task, "time_law")
+    law = time_law(task)
     batch = seen.batch_size if seen is not None else call(task, "effective").get("batch_size")
     if not isinstance(batch, int):
         raise Unavailable("neither forward() nor effective() says how large a batch is")
@@ -54,7 +53,7 @@ def check_gates(
 
 def check_law(task: Any, seen: Seen | None) -> Iterator[Check]:
     """The Kolmogorov-Smirnov distance between the times drawn and the declared law."""
-    law: TimeLaw = attribute(task, "time_law")
+    law = time_law(task)
     if seen is None:
         raise Unavailable("the task has no forward()")
     ordered = sorted(min(max(t, 0.0), 1.0) for t in seen.t.tolist())

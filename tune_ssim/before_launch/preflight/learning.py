@@ -29,7 +29,7 @@ SMALL_PUSH = 0.1  # the SSIM gradient of these steps over the main one: it reach
 def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest | None) -> Iterator[Check]:
     settings = {**base, **_small_ssim(subject, base)}
     task = subject.make(settings)
-    parts: dict[str, Part] = dict(call(task, "parts")) if hasattr(task, "parts") else {}
+    parts: dict[str, Part] = dict(call(task, "parts")) if task.abilities().parts else {}
     parameters = _named_parameters(task, parts)
     still = {name: part.module for name, part in parts.items() if not part.trains and part.kind == "raw"}
     hashes = {name: tensor_hashes(module.state_dict()) for name, module in still.items()}
@@ -110,7 +110,7 @@ class _Gradients:
 def _small_ssim(subject: Subject, base: Mapping[str, Any]) -> dict[str, float]:
     """An SSIM loss that is seen everywhere and pushes next to nothing; nothing where the task does not show its forward pass."""
     task = subject.make(base)
-    if not (hasattr(task, "forward") and hasattr(task, "trainable_parameters") and "ssim_loss_weight" in call(task, "effective")):
+    if not task.abilities().has("forward", "trainable_parameters") or "ssim_loss_weight" not in call(task, "effective"):
         return {}
     main, ssim, _ = own_gradient_norms(call(task, "forward", 1), list(call(task, "trainable_parameters")))
     return {"ssim_loss_weight": SMALL_PUSH * main / ssim, "ssim_loss_max_t": 1.0, "ssim_grad_scale": 1.0} if ssim > 0 else {}
@@ -119,7 +119,7 @@ def _small_ssim(subject: Subject, base: Mapping[str, Any]) -> dict[str, float]:
 def _too_slow(subject: Subject, settings: Mapping[str, Any], names: Sequence[str], rates: Mapping[str, float]) -> list[str]:
     """Which of the parameters that did not move do so at a learning rate that rounding cannot swallow."""
     task = subject.make({**settings, **{name: FASTER * rate for name, rate in rates.items()}})
-    parameters = _named_parameters(task, call(task, "parts") if hasattr(task, "parts") else {})
+    parameters = _named_parameters(task, call(task, "parts") if task.abilities().parts else {})
     before = {name: parameters[name].detach().clone() for name in names}
     call(task, "step")
     return [name for name in names if not torch.equal(before[name], parameters[name].detach())]
@@ -143,7 +143,7 @@ def _parameters_of(modules: Mapping[str, torch.nn.Module]) -> dict[Any, torch.nn
 
 
 def _named_parameters(task: Any, parts: Mapping[str, Part]) -> dict[str, torch.nn.Parameter]:
-    if not hasattr(task, "trainable_parameters"):
+    if not task.abilities().trainable_parameters:
         return {}
     names = {id(p): f"{part}.{key}" for part, found in parts.items() for key, p in found.module.named_parameters()}
     listed = list(call(task, "trainable_parameters"))

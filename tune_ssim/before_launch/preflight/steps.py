@@ -73,7 +73,7 @@ class Reading:
 def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
     """The first step that is not skipped, under `settings`."""
     task = subject.unmoved(settings)
-    parameters = list(call(task, "trainable_parameters")) if hasattr(task, "trainable_parameters") else []
+    parameters = list(call(task, "trainable_parameters")) if task.abilities().trainable_parameters else []
     before = [parameter.detach().clone() for parameter in parameters]
     n = 1
     metrics = numbers(_seeded(task, "step"))
@@ -99,7 +99,7 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
         cosine=None,
         expected=None,
     )
-    if not (parameters and hasattr(task, "forward")):
+    if not (parameters and task.abilities().forward):
         return reading
     forward, setting = _seeded(task, "forward", n), setting_of({**subject.config, **settings})
     found = expected(forward, setting, parameters)
@@ -206,7 +206,7 @@ class _Probe:
         self.readings: dict[str, Reading] = {}
         self.times: list[float] = []
         self.weights: dict[str, float] | None = None  # at which each auxiliary gradient is DOMINANCE times the main one
-        if hasattr(task, "forward") and hasattr(task, "trainable_parameters"):
+        if task.abilities().has("forward", "trainable_parameters"):
             forward: Forward = call(task, "forward", 1)
             self.times = forward.t.tolist()
             main, *own = own_gradient_norms(forward, list(call(task, "trainable_parameters")))

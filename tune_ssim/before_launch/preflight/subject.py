@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.losses import TimeLaw
+from tune_ssim.trials.training import OPTIONAL, Training, as_training
 
 
 class Failure(Exception):
@@ -27,22 +29,22 @@ class Subject:
     device: str | None
     disable_update: Mapping[str, Any]  # settings that switch the update off
 
-    def make(self, settings: Mapping[str, Any], seed: int | None = None) -> Any:
+    def make(self, settings: Mapping[str, Any], seed: int | None = None) -> Training:
         """A new instance. Raises UserError for settings that the task refuses, Failure for anything else."""
-        task = self.task_class()
+        task = as_training(self.task_class())
         try:
             task.setup({**self.config, **settings}, self.seed if seed is None else seed, self.device)
         except BadSetup as error:
             raise Failure(str(error)) from None
         except UserError:
             raise
-        except ValueError as error:  # how a task refuses a configuration (trials.training.Task.setup)
+        except ValueError as error:  # how a task refuses a configuration (trials.training.Training.setup)
             raise UserError(f"{self.task_class.__name__}: {error}") from None
         except Exception as error:
             raise Failure(f"setup() failed: {words(error)}") from error
         return task
 
-    def unmoved(self, settings: Mapping[str, Any]) -> Any:
+    def unmoved(self, settings: Mapping[str, Any]) -> Training:
         """One whose steps change nothing."""
         try:
             return self.make({**settings, **self.disable_update})
@@ -50,22 +52,20 @@ class Subject:
             raise Unavailable(f"the update cannot be switched off: {error}") from None
 
 
-def call(task: Any, method: str, *arguments: Any) -> Any:
+def call(task: Training, method: str, *arguments: Any) -> Any:
     """Raises Unavailable where the task has no such method, Failure where the method fails."""
-    function: Callable[..., Any] | None = getattr(task, method, None)
-    if function is None:
+    if method in OPTIONAL and not task.abilities().has(method):
         raise Unavailable(f"the task has no {method}()")
     try:
-        return function(*arguments)
+        return getattr(task, method)(*arguments)
     except Exception as error:
         raise Failure(f"{method}() failed: {words(error)}") from error
 
 
-def attribute(task: Any, name: str) -> Any:
-    found = getattr(task, name, None)
-    if found is None:
-        raise Unavailable(f"the task has no {name}")
-    return found
+def time_law(task: Training) -> TimeLaw:
+    if task.time_law is None:
+        raise Unavailable("the task has no time_law")
+    return task.time_law
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from tune_ssim.trials.channel import TAG, VARIABLE, TrialEnd, tagged_messages
 from tune_ssim.trials.command.echoes import Echoes
 from tune_ssim.trials.processes import OutputLog, SupervisedProcess, quote_of
 from tune_ssim.trials.processes.output_log import QUOTED_FROM
-from tune_ssim.trials.training import Number, Sample
+from tune_ssim.trials.training import Number, Sample, Training
 
 POLL_S = 0.05  # between looks at files; a step of a training worth tuning takes longer
 OF_TRAINING = ("smoke/", "dbg/", "loss", TOTAL_NORM, ACTIVE_FRACTION, LR)  # metrics that say nothing about held-out data
@@ -92,7 +92,7 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-class CommandTask:
+class CommandTask(Training):
     """A task whose steps are records of a running command; see `CommandSpec` for what can be said about it.
 
     It starts with the first step. A record has the step that the command gave it, so steps may be skipped. `held_out` numbers come
@@ -155,6 +155,14 @@ class CommandTask:
     def is_paired(self) -> bool:
         """Only a training that is told the seed, or reads it, can see the same batches as the baseline's."""
         return "seed" in self.spec.reached() | (self._read or set())
+
+    @property
+    def reports_after_last_step(self) -> bool:
+        return True
+
+    @property
+    def effective_after_first_step(self) -> bool:
+        return True
 
     @property
     def can_resume(self) -> bool:
@@ -427,7 +435,7 @@ class CommandTask:
                 if reader is not None:
                     reader.finish()
 
-    def reading_trouble(self) -> str:
+    def reading_problem(self) -> str:
         """What was printed or written for a record and could not be read, in one line; empty if there was nothing."""
         reader = self._source or self._parser
         return reader.trouble.sentence() if reader is not None else ""
@@ -441,8 +449,8 @@ class CommandTask:
             where = f"in {fill(records.file, self.fields)}"
         elif records.mlflow is not None:
             where = "in its run in MLflow"
-        trouble = self.reading_trouble()
-        return f" (looked {where}; {trouble})" if trouble else f" (looked {where})"
+        problem = self.reading_problem()
+        return f" (looked {where}; {problem})" if problem else f" (looked {where})"
 
     def _quote(self) -> str:
         last = self.log.quote()
@@ -589,7 +597,7 @@ class CommandTask:
         """As the training says; as it was told, where it says nothing."""
         return {"max_grad_norm": None, **self.spec.known, **self.config, **self._told}
 
-    def where_said(self, name: str) -> str | None:
+    def where_printed(self, name: str) -> str | None:
         """The printed line that says what a setting is."""
         return None if name in self._in_force else self._echoes.lines.get(name)
 
