@@ -540,7 +540,7 @@ def test_what_it_prints_is_what_is_in_force(printed: str, in_force: float | None
     task = run(f"print({printed!r})\n" + GOOD, {"ssim_loss_weight": 3.0}, environment={"W": "{ssim_loss_weight}"})
     records(task)
     assert task.effective()["ssim_loss_weight"] == (3.0 if in_force is None else in_force)
-    assert ("ssim_loss_weight" in task.unverified()) == (in_force is None)
+    assert (task.where_printed("ssim_loss_weight") is None) == (in_force is None)
 
 
 def test_another_value_in_force_stops_the_trial(tmp_path: Path) -> None:

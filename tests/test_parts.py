@@ -13,13 +13,18 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 from small_studies import SMALL
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.orchestration.run_study import _spread, run
-from tune_ssim.orchestration.workers import together
+from tune_ssim.orchestration.workers import WorkersTask, together
 from tune_ssim.study.study import Study, load_study
+from tune_ssim.trials.checkpoint import TENSORS, save_checkpoint
+from tune_ssim.trials.training import Abilities
+from tune_ssim.trials.trial import Trial, TrialPlan
 
 TESTS = Path(__file__).parent
 TRAININGS = TESTS / "trainings"
@@ -61,6 +66,25 @@ def test_two_workers_give_the_verdict_of_one_and_a_dead_one_is_replaced(tmp_path
     assert found[1] == found[2]
     assert found[2]["trial-00"][0] == "pruned" and found[2]["trial-01"][0] == "safe"
     assert (tmp_path / "died").exists()
+
+
+def test_a_training_over_workers_declares_its_parents(tmp_path: Path) -> None:
+    """What a ruined trial wrote is traced back to the weights that its ranks loaded."""
+    save_checkpoint(tmp_path / "start", {"x": torch.rand(3)}, parents=("a" * 64,))
+    weights = tmp_path / "start" / TENSORS
+    workers = WorkersTask("ranked_task:LoadedTask", str(TRAININGS), 2, cpus=1, gpus=0)
+    try:
+        trial = Trial(workers, TrialPlan(steps=2, guards=(), image_grids=False))
+        trial.start({"steps": 2, "mark": str(weights)})
+        trial.advance()
+        trial.save(tmp_path / "end")
+        abilities, fingerprints = workers.abilities(), workers.fingerprints()
+    finally:
+        workers.close()
+    assert trial.parents == TensorFile.open(weights).ancestry() and len(trial.parents) == 2
+    assert [made["parents"] for made in trial.wrote] == [list(trial.parents)]
+    assert abilities == Abilities(fingerprints=True)
+    assert fingerprints == {"data/rank": "0"}
 
 
 def test_sharded_and_copied_models_give_the_verdict_of_one_process(tmp_path: Path) -> None:

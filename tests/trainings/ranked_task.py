@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from small_task import SmallTask
 from torch import distributed
+
+from tune_ssim.trials.training import Part
 
 
 class RankedTask(SmallTask):
@@ -27,6 +30,16 @@ class RankedTask(SmallTask):
         found["total_norm"] = gradient.norm() * (1 + rank() if self.fault == "own_norm" else 1)
         found["rank"] = float(rank())
         return found
+
+
+class LoadedTask(RankedTask):
+    """Started from the weights in the file `mark`."""
+
+    def parts(self) -> dict[str, Part]:
+        return {"network": Part(torch.nn.Linear(2, 2), trains=True, weights=Path(self.config["mark"]))}
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"data/rank": str(rank())}
 
 
 def rank() -> int:

@@ -1,4 +1,4 @@
-"""Is the set-up sound, how hard does each setting push, and what is it made of: one look at a study before any trial."""
+"""Preflight, calibration and provenance of a study, measured before any trial."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from tune_ssim.trials.checkpoint import tensors_of
 from tune_ssim.trials.training import Training, load_task
 
 OWN_PROCESS = "the training is a process of its own: what reaches it is checked when the baseline runs, its weights are not"
+NO_CALIBRATION = (
+    "calibration: it takes steps inside the training's own process, and this training is a command or a function that is only "
+    "read; start the study with `tune-ssim run`, whose norm guard compares each trial with the baseline, or write the training as "
+    "a class (tune_ssim.Training)"
+)
 
 
 def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
-    """The same in this process, without Ray."""
+    """`inspect_study` in this process, without Ray. Raises UserError or BadSetup for what it could not measure."""
     return found_or_raise(inspect_study(study, preflight, calibration, provenance))
 
 
 def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
-    """On the worker."""
+    """The parts that are asked for, as plain data. A part that a process of its own cannot show is left out."""
     found: dict[str, Any] = {}
     try:
         task_class = load_task(study.task_path, study.import_path)
@@ -57,7 +62,7 @@ def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: 
             found["start"] = {"contents": contents, "parents": list(task.ancestry())}
     except (UserError, BadSetup) as error:
         return {"failed": type(error).__name__, "message": str(error)}
-    except Exception as error:  # of the task's own code: what cannot be looked at is not sound
+    except Exception as error:  # of the training's own code
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
         return {"failed": "BadSetup", "message": f"{type(error).__name__}: {' '.join(str(error).split())} ({where})"}
@@ -72,7 +77,7 @@ def found_or_raise(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _starting_contents(task: Training) -> list[Contents]:
-    """Of the state before the first step and of every part: what a trial has not made itself."""
+    """The contents of the state before the first step and of every part: what no trial has made."""
     all_tensors = (tensors_of(task.state_dict()), *(part.module.state_dict() for part in task.parts().values()))
     return [tensor_contents(tensors) for tensors in all_tensors if tensors]
 
@@ -82,9 +87,9 @@ def preflight_lines(report: dict[str, Any] | None) -> list[str]:
     if report is None:
         return []
     counts = Counter(check["status"] for check in report["checks"])
-    told = ", ".join(f"{counts[status]} {status}" for status in ("ok", "warn", "bad_setup", "unknown") if counts[status])
+    summary = ", ".join(f"{counts[status]} {status}" for status in ("ok", "warn", "bad_setup", "unknown") if counts[status])
     warnings = [check for check in report["checks"] if check["status"] == "warn"]
-    return [f"preflight: {told} ({report['seconds']:.0f} s)"] + [f"  warn  {c['name']}: {c['sentence']}" for c in warnings]
+    return [f"preflight: {summary} ({report['seconds']:.0f} s)"] + [f"  warn  {c['name']}: {c['sentence']}" for c in warnings]
 
 
 def bad_lines(report: dict[str, Any]) -> list[str]:

@@ -218,7 +218,10 @@ def preflight(study: str | None, space: str | None, seed: int | None, address: s
         console.print(preflight_table(report, console.options.ascii_only))
     if report["status"] == "bad_setup":
         raise BadSetup("\n".join(bad_lines(report)))
-    say_next("calibrate", *([study] if study else []), why="says how hard each setting pushes", to_stderr=as_json)
+    if resolved.calibrates and report["status"] != "unknown":  # of a process of its own nothing is known before it runs
+        say_next("calibrate", *([study] if study else []), why="says how hard each setting pushes", to_stderr=as_json)
+    else:
+        say_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
 
 
 @cli.command()
@@ -272,6 +275,10 @@ def _measured(study: Any, address: str | None, phase: str) -> dict[str, Any]:
             from tune_ssim.orchestration.run_study import inspect_on
 
             found = inspect_on(study, address=address, **wanted)
+    if phase not in found:
+        from tune_ssim.before_launch.inspection import NO_CALIBRATION
+
+        raise UserError(NO_CALIBRATION)
     return dict(jsonable(found[phase]))
 
 

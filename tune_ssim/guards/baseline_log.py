@@ -8,12 +8,11 @@ from itertools import pairwise
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun
-from tune_ssim.records import ACTIVE_FRACTION, LR, TOTAL_NORM, TOTAL_NORM_MAIN
+from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN, held_out_values
 from tune_ssim.records.readers import read_all
 
 NO_SEED = -1  # of no trial: norms are never paired with those of a log
 UNKNOWN = "its code, weights, data, seed and batches"
-OF_TRAINING = ("smoke/", "dbg/", "loss", TOTAL_NORM, ACTIVE_FRACTION, LR)
 
 
 def baseline_of_log(
@@ -38,7 +37,7 @@ def baseline_of_log(
         raise UserError(
             f"baseline.log: {path}: no {TOTAL_NORM} in it, found {found}; `names: {{theirs: total_norm}}` says what it is"
         )
-    evaluation = {name: value for name, value in last.items() if not name.startswith(OF_TRAINING)} | dict(held_out or {})
+    evaluation = held_out_values(last) | dict(held_out or {})
     return Baseline((BaselineRun(NO_SEED, {name: points for name, points in series.items() if points}, evaluation, {}, "log"),))
 
 

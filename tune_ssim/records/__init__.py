@@ -15,6 +15,7 @@ from tune_ssim.records.record import (
     TOTAL_NORM,
     TOTAL_NORM_MAIN,
     Record,
+    held_out_values,
     is_of_training,
     merge,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "TOTAL_NORM",
     "TOTAL_NORM_MAIN",
     "Record",
+    "held_out_values",
     "is_of_training",
     "merge",
 ]

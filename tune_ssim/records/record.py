@@ -48,6 +48,15 @@ def is_of_training(step: int, names: Iterable[str]) -> bool:
     return step > 0 or not all(name.startswith(SMOKE) for name in names)
 
 
+# Prefixes of metrics of the training itself: they say nothing about held-out data.
+TRAINING_METRICS = (SMOKE, "dbg/", LOSS, TOTAL_NORM, ACTIVE_FRACTION, LR)
+
+
+def held_out_values(values: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a log that may be of held-out data: all but those of the training itself."""
+    return {name: value for name, value in values.items() if not name.startswith(TRAINING_METRICS)}
+
+
 def merge(records: Iterable[Record]) -> list[Record]:
     """Records of one step become one, in the order of the steps; of a repeated key the last value stands."""
     by_step: dict[int, dict[str, float]] = {}

@@ -23,7 +23,7 @@ import torch
 
 from tune_ssim.base.errors import BadSetup, NothingToResume, UserError
 from tune_ssim.base.yaml_source import dump_yaml, read_yaml
-from tune_ssim.records import ACTIVE_FRACTION, LR, TOTAL_NORM, Record, is_of_training
+from tune_ssim.records import Record, held_out_values, is_of_training
 from tune_ssim.records.readers import LineParser, Source, open_source
 from tune_ssim.study.command_spec import CommandSpec, as_word, fill, fill_all, fill_value, is_neutral, placeholders
 from tune_ssim.trials.channel import TAG, VARIABLE, TrialEnd, tagged_messages
@@ -33,7 +33,6 @@ from tune_ssim.trials.processes.output_log import QUOTED_FROM
 from tune_ssim.trials.training import Number, Sample, Training
 
 POLL_S = 0.05  # between looks at files; a step of a training worth tuning takes longer
-OF_TRAINING = ("smoke/", "dbg/", "loss", TOTAL_NORM, ACTIVE_FRACTION, LR)  # metrics that say nothing about held-out data
 ANY_STEP = "\0"  # stands for a step in a path
 MLFLOW_POLL_S = 2.0  # each look fetches whole histories
 MAX_LINE = 2**20  # bytes of a line that is looked at for tags
@@ -569,7 +568,7 @@ class CommandTask(Training):
     def evaluate(self) -> dict[str, float]:
         """Held-out numbers: as told, as the evaluation's command prints them, or the last of each record."""
         self._collect()
-        found = {name: value for name, value in self._last.items() if not name.startswith(OF_TRAINING)} | self._held_out
+        found = held_out_values(self._last) | self._held_out
         spec = self.spec.evaluate
         if spec is not None:
             checkpoint = self._checkpoint()
@@ -600,10 +599,6 @@ class CommandTask(Training):
     def where_printed(self, name: str) -> str | None:
         """The printed line that says what a setting is."""
         return None if name in self._in_force else self._echoes.lines.get(name)
-
-    def unverified(self) -> list[str]:
-        """Settings that the training was told and has not confirmed."""
-        return sorted(name for name in set(self.config) - {"steps"} if name not in self._told)
 
 
 def _sizes(path: Path) -> list[tuple[str, int, int]]:
