@@ -53,15 +53,13 @@ def test_abilities_are_the_methods_that_a_class_has() -> None:
 
 def test_what_a_training_has_not_is_empty_or_refused() -> None:
     task = SmallTask()
-    empty: list[Any] = [
-        task.parts(),
-        task.trainable_parameters(),
-        task.fingerprints(),
-        task.left_out(),
-        task.written(),
-        task.ancestry(),
-    ]
-    assert not any(empty) and task.sample_ema() is None and task.image(0) is None and task.where_printed("lr") is None
+    empty = (task.parts, task.trainable_parameters, task.fingerprints, task.left_out, task.written, task.ancestry)
+    assert (
+        not any(method() for method in empty)
+        and task.sample_ema() is None
+        and task.image(0) is None
+        and task.where_printed("lr") is None
+    )
     assert task.takes_samples and task.is_paired and task.can_resume and not task.reports_after_last_step
     for call in (task.forward, task.training_images):
         with pytest.raises(NotImplementedError, match="SmallTask has no"):
