@@ -17,7 +17,6 @@ from tune_ssim.cli.tables import trials_table
 from tune_ssim.guards import Baseline, KeepRule, NormRatio
 from tune_ssim.probes import tensor_contents
 from tune_ssim.results.trial_text import setting_text, shown_metric, verdict_line
-from tune_ssim.results.winner import settings_of
 from tune_ssim.study.study import load_study
 from tune_ssim.tasks import patch_captions as captions
 from tune_ssim.tasks.flow_dino_kl import TAGS, FlowDinoKL
@@ -356,6 +355,6 @@ def test_settings_and_objectives_are_called_by_their_names() -> None:
     assert setting_text({"ssim_loss_weight": 30.0, "ssim_loss_max_t": 0.3}) == "gain 30 @ 0.3"
     of_vae = replace(trial("a"), config={"kl_alpha": 0.01}, objective="delta_elbo", metrics={"delta_elbo": 1.5})
     assert "kl_alpha 0.01  Δelbo +1.5000" in verdict_line(of_vae).plain
-    assert settings_of(of_vae) == {"kl_alpha": 0.01}
+    assert of_vae.settings == {"kl_alpha": 0.01}
     headings = [column.header for column in trials_table([of_vae], objective="delta_elbo").columns]
     assert headings == ["trial", "setting", "steps", "norm ratio", "Δelbo", "verdict", "why"]

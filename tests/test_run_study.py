@@ -22,11 +22,12 @@ from small_studies import SMALL
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline
 from tune_ssim.orchestration.run_study import _require_reachable, _where, plan_in_words, run
-from tune_ssim.orchestration.search import read_skipped
 from tune_ssim.orchestration.verification import read_export, verify
 from tune_ssim.probes import tensor_contents
+from tune_ssim.results.export import exported_config, format_export
+from tune_ssim.results.proof import proof_of
 from tune_ssim.results.study_folder import StudyFolder
-from tune_ssim.results.winner import best_safe, confirmations, exported_config, format_export, proof_of
+from tune_ssim.results.winner import best_safe, confirmations
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.tasks.fundus_sr import WEIGHTS, FundusSR
 from tune_ssim.trials.quarantine import Ledger
@@ -374,7 +375,7 @@ def test_settings_predicted_beyond_the_limit_are_listed_and_not_launched(cluster
     space = {**SMALL["space"], "points": [{"ssim_loss_weight": 2500.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0}]}
     study = small(name="skips", space=space, calibration={"batches": 12}, search={**SMALL["search"], "trials": 3})
     folder = run(study, storage=tmp_path)
-    skipped = read_skipped(folder.path / "skipped.jsonl")
+    skipped = folder.skipped()
     assert skipped[0].config["ssim_loss_weight"] == 2500.0 and skipped[0].predicted_ratio > 20
     launched = [trial.config["ssim_loss_weight"] for trial in folder.trials() if trial.role == "search"]
     assert len(launched) == 3 and 2500.0 not in launched

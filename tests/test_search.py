@@ -18,8 +18,9 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun
-from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space, read_skipped
+from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space
 from tune_ssim.orchestration.trainable import CONTEXT
+from tune_ssim.results.study_folder import read_skipped
 from tune_ssim.study.space import gain_of, load_space
 
 WIDE = load_space("wide").stages[0]

@@ -15,7 +15,8 @@ from ruamel.yaml import YAML
 from small_studies import SETTING, USUAL, baseline, study, trial
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.results.winner import NoSafeTrial, best_safe, experiment_name, exported_config, format_export, settings_of
+from tune_ssim.results.export import experiment_name, exported_config, format_export
+from tune_ssim.results.winner import NoSafeTrial, best_safe
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,9 @@ def test_the_study_says_what_is_maximised(tmp_path: Path) -> None:
     by_psnr = study(tmp_path, *trials, name="psnr", yaml="objective: {maximize: psnr}\n")
     assert best_safe(by_psnr).trial_id == "a"
     assert best_safe(str(by_psnr.path)).trial_id == "a"
-    for torn in ("", "objective: [\n", "objective: psnr\n", "- 1\n"):
-        assert best_safe(study(tmp_path, *trials, name="torn", yaml=torn)).trial_id == "b"
+    for foreign in ("", "objective: [\n", "objective: psnr\n", "- 1\n", "\0"):
+        with pytest.raises(UserError, match=r"foreign/study\.yaml"):
+            best_safe(study(tmp_path, *trials, name="foreign", yaml=foreign))
 
 
 def test_exported_config(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_exported_config(tmp_path: Path) -> None:
 
 def test_settings_are_what_a_script_must_be_given() -> None:
     config = {"lr": 1e-3, "gain": 30.0, "seed": 4, "pixel_loss_weight": 0}
-    assert list(settings_of(trial("a", config=config))) == [*SETTING, "lr", "pixel_loss_weight"]
+    assert list(trial("a", config=config).settings) == [*SETTING, "lr", "pixel_loss_weight"]
 
 
 def test_experiment_names_differ_where_a_checkpoint_must_not_be_shared() -> None:

@@ -148,8 +148,9 @@ def run(
         return
 
     from tune_ssim.orchestration.run_study import run as run_study
+    from tune_ssim.results.proof import proof_of
     from tune_ssim.results.trial_text import proof_line
-    from tune_ssim.results.winner import NoSafeTrial, best_safe, proof_of
+    from tune_ssim.results.winner import NoSafeTrial, best_safe
 
     console = _console(outlive_reader=True)
     started_s = time.time()
@@ -298,10 +299,9 @@ def trials(name: str | None, as_json: bool, storage: Path) -> None:
     if as_json:
         import json
 
-        from tune_ssim.results.winner import study_value
         from tune_ssim.tracking.mirror import run_ids
 
-        mirrored = run_ids(folder, study_value(folder, "tracking", "uri"))
+        mirrored = run_ids(folder, folder.tracking_uri)
         summaries = [trial.to_dict() | {"run_id": trial.run_id or mirrored.get(trial.trial_id)} for trial in folder.trials()]
         _print_exactly(json.dumps(jsonable(summaries), indent=2, allow_nan=False) + "\n")
     else:
@@ -327,8 +327,9 @@ def export(name: str | None, form: str, output: str | None, unproven: bool, stor
       json, yaml   the setting with its verdict, horizon, metrics and proof: `tune-ssim verify` checks it again
     """
     from tune_ssim.base.files import write_atomically
+    from tune_ssim.results.export import exported_config, format_export
     from tune_ssim.results.study_folder import find_study
-    from tune_ssim.results.winner import best_safe, exported_config, format_export
+    from tune_ssim.results.winner import best_safe
 
     target = _output_file(output)
     folder = find_study(storage, name)
@@ -457,13 +458,12 @@ def ui(name: str | None, port: int, tracking_uri: str | None, storage: Path) -> 
     Prints a link that shows its trials with their verdicts. Listens on 127.0.0.1 only. Ctrl-C ends it.
     """
     from tune_ssim.results.study_folder import find_study
-    from tune_ssim.results.winner import study_value
     from tune_ssim.tracking.mlflow_ui import serve_ui
 
     study: str | None = name
     if tracking_uri is None or name is not None:
         folder = find_study(storage, name)
-        study, tracking_uri = folder.name, tracking_uri or study_value(folder, "tracking", "uri")
+        study, tracking_uri = folder.name, tracking_uri or folder.tracking_uri
     say_next("export", *([study] if study else []), why="writes the best safe setting", to_stderr=True)
     try:
         serve_ui(storage, tracking_uri, name=study, port=port)
@@ -521,11 +521,10 @@ def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
     For a store that was away while the study ran. Doing it twice changes nothing.
     """
     from tune_ssim.results.study_folder import find_study
-    from tune_ssim.results.winner import study_value
     from tune_ssim.tracking.mirror import mirror_study
 
     folder = find_study(storage, name)
-    uri = tracking_uri or study_value(folder, "tracking", "uri")
+    uri = tracking_uri or folder.tracking_uri
     done, line = mirror_study(folder, uri, progress=lambda text: click.echo(text, err=True))
     if not done:
         raise UserError(f"{folder.name}: {line}")
@@ -698,11 +697,9 @@ def _say_how_to_resume(storage: Path, started_s: float, resumed: bool) -> None:
 
 
 def _show_trials(folder: StudyFolder, console: Console) -> None:
-    from tune_ssim.base.files import read_lines
     from tune_ssim.cli.tables import trials_table
-    from tune_ssim.results.proof import SKIPPED
     from tune_ssim.results.trial_text import setting_text
-    from tune_ssim.results.winner import NoSafeTrial, best_safe, objective_of
+    from tune_ssim.results.winner import NoSafeTrial, best_safe
 
     summaries = folder.trials()
     if not summaries:
@@ -717,12 +714,12 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
             summaries,
             width=console.width,
             ascii_only=console.options.ascii_only,
-            objective=objective_of(folder),
+            objective=folder.objective,
             winner=winner,
         )
     )
-    for line in read_lines(folder.path / SKIPPED):
-        console.print(_readable(f"not launched: {setting_text(line['config'])}: {line['sentence']}", console), markup=False)
+    for skipped in folder.skipped():
+        console.print(_readable(f"not launched: {setting_text(skipped.config)}: {skipped.sentence}", console), markup=False)
 
 
 def _console(outlive_reader: bool = False, to_stderr: bool = False) -> Console:

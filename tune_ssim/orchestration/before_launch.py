@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from tune_ssim.base.errors import BadSetup
-from tune_ssim.base.files import jsonable, write_atomically
+from tune_ssim.base.files import jsonable, parse_json, write_atomically
 from tune_ssim.before_launch.inspection import bad_lines, calibration_lines, found_or_raise, inspect_study, preflight_lines
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.report.heat_map import draw_heat_map
 from tune_ssim.results.events import EventWriter
-from tune_ssim.results.proof import CALIBRATION, PREFLIGHT, PROVENANCE, START, read_json
-from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.study_folder import CALIBRATION, PREFLIGHT, PROVENANCE, START, StartingState, StudyFolder
 from tune_ssim.trials.quarantine import Ledger
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ HEAT_MAP = "calibration.png"
 def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, table: LiveTable, gpus: float) -> None:
     """The phases before the first trial; a study that is resumed has them behind it. Raises BadSetup for an unsound one."""
     if (folder.path / PROVENANCE).exists():
-        _require_clean(folder, read_json(folder.path / START) or {})
+        _require_clean(folder)
         return
     phases = [name for name, wanted in (("preflight", study.preflight is not None), ("calibration", study.calibrates)) if wanted]
     if phases:
@@ -48,23 +47,21 @@ def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, table:
         table.say(line)
     if found.get("preflight", {}).get("status") == "bad_setup":
         raise BadSetup("\n".join(bad_lines(found["preflight"])))
-    _require_clean(folder, found[START.removesuffix(".json")])
+    _require_clean(folder)
 
 
-def _require_clean(folder: StudyFolder, start: dict[str, Any]) -> None:
+def _require_clean(folder: StudyFolder) -> None:
     """Raises BadSetup where a study starts from weights that are, or have become, quarantined."""
-    ledger = Ledger(folder.path.parent)
-    for contents in start.get("contents", []):
-        if refusal := ledger.check_hashes(contents["hashes"], start["parents"], "the weights that the study starts from"):
+    ledger, start = Ledger(folder.path.parent), folder.start() or StartingState((), ())
+    for contents in start.contents:
+        if refusal := ledger.check_hashes(contents.hashes, start.parents, "the weights that the study starts from"):
             raise BadSetup(str(refusal))
 
 
 def norm_model(folder: StudyFolder) -> tuple[NormModel | None, float | None, float | None]:
     """(model, the norm guard's limit, the predicted ratio beyond which nothing is launched) of a calibrated study."""
-    calibration = read_json(folder.path / CALIBRATION)
-    if calibration is None:
-        return None, None, None
-    return NormModel.from_dict(calibration["model"]), calibration["limit"], calibration["skip_above"]
+    found = parse_json(folder.path / CALIBRATION, lambda c: (NormModel.from_dict(c["model"]), c["limit"], c["skip_above"]))
+    return found or (None, None, None)
 
 
 def inspect(study: Study, gpus: float, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:

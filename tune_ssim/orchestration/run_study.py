@@ -29,14 +29,14 @@ from tune_ssim.guards.baseline_log import baseline_of_log, describe, require_ste
 from tune_ssim.orchestration.before_launch import before_launch, inspect, norm_model
 from tune_ssim.orchestration.confirm import PREFIX, ConfirmSearch, confirm_seeds, confirm_steps, longer
 from tune_ssim.orchestration.live_table import LiveTable
-from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, read_skipped
+from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch
 from tune_ssim.orchestration.study_callback import LIVE_TABLES, StudyCallback
 from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable, Parts, make_trainable
 from tune_ssim.results.events import EventWriter
-from tune_ssim.results.proof import SKIPPED, differences
+from tune_ssim.results.proof import differences
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.trial_text import setting_text
-from tune_ssim.results.winner import ranked, settings_of
+from tune_ssim.results.winner import ranked
 from tune_ssim.trials.summary import TrialSummary
 from tune_ssim.trials.training import load_task
 from tune_ssim.trials.trial import harm_of
@@ -377,7 +377,7 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         "model": model,
         "limit": limit,
         "skip_above": skip_above,
-        "skip_log": folder.path / SKIPPED,
+        "skip_log": folder.skipped_file,
         "seed": study.search.seed,
         "concurrency": concurrency,
         "deterministic": study.search.deterministic and study.scheduler is None,
@@ -422,7 +422,7 @@ def _search(study: Study, folder: StudyFolder, cluster: dict[str, float], concur
         guards=study.guard_list,
         scheduler=_scheduler(study),
     )
-    for skipped in read_skipped(folder.path / SKIPPED):
+    for skipped in folder.skipped():
         table.say(f"not launched: {setting_text(skipped.config)}: {skipped.sentence}")
     if inner.reason:
         table.say(f"the search ended early: {inner.reason}")
@@ -439,7 +439,7 @@ def _confirm(study: Study, folder: StudyFolder, cluster: dict[str, float], concu
     seeds, steps = confirm_seeds(study), confirm_steps(study)
     table.phase(f"confirm: the baseline and up to {len(finalists)} finalists, {len(seeds)} new seeds, {steps} steps")
     table.total = None  # how many finalists it takes is not known
-    settings = [(trial.trial_id, settings_of(trial)) for trial in finalists]
+    settings = [(trial.trial_id, trial.settings) for trial in finalists]
     _fit_confirmation(study, folder, cluster, concurrency, settings, seeds, steps)
 
 

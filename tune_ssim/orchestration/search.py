@@ -3,12 +3,11 @@ which trial happens to end first."""
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from ray.tune.search.optuna import OptunaSearch
 from scipy.stats import qmc
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.files import write_atomically
+from tune_ssim.base.files import append_line, write_atomically
 from tune_ssim.before_launch.forecast import forecast, gain_at, skip_sentence
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.orchestration.trainable import CONTEXT
 from tune_ssim.probes.norm_model import NormModel
+from tune_ssim.results.study_folder import Skipped
 from tune_ssim.results.trial_text import shown_metric
 from tune_ssim.study.space import GAIN, Choice, LogUniform, Space, Stage, Uniform, gain_of, resolve_settings
 from tune_ssim.trials.summary import OBJECTIVE
@@ -62,20 +62,6 @@ def _least_ratio(model: NormModel, stage: Stage) -> float:
     return forecast(model, Space(stage.name, (stage,))).widest[0]
 
 
-def read_skipped(log: str | Path) -> list[Skipped]:
-    """What was written to a `skip_log`, each suggestion once: a search that is restored from an older snapshot repeats some."""
-    path = Path(log)
-    found: list[Skipped] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            one = Skipped(**json.loads(line))
-        except (TypeError, ValueError):  # torn by a kill
-            continue
-        if one not in found:
-            found.append(one)
-    return found
-
-
 class _GainFromRatio:
     """The gain that gives the other settings of a configuration a sampled norm ratio."""
 
@@ -93,16 +79,6 @@ def _needed(model: NormModel | None, stage: Stage) -> NormModel:
     if model is None:
         raise UserError(f"stage {stage.name!r} gives its gain as a norm ratio: calibrate first and pass the norm model")
     return model
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A suggestion that was not launched: what it was, the norm ratio predicted or wanted, and why."""
-
-    stage: str
-    config: Mapping[str, Any]
-    predicted_ratio: float
-    sentence: str
 
 
 def _distribution(parameter: LogUniform | Uniform | Choice) -> optuna.distributions.BaseDistribution:
@@ -218,8 +194,7 @@ class GuardedOptunaSearch(OptunaSearch):
         skipped = Skipped(self.stage.name if self.stage else "", config, ratio, sentence)
         self.skipped.append(skipped)
         if self.skip_log is not None:
-            with Path(self.skip_log).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(skipped)) + "\n")
+            append_line(Path(self.skip_log), asdict(skipped))
 
     def _check_stage(self, stage: Stage) -> None:
         """Raises UserError unless something in the stage can be launched."""

@@ -10,12 +10,10 @@ from typing import Any
 import ray
 from ray.tune import Callback
 
-from tune_ssim.base.tensor_file import Contents
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.trainable import CONTEXT
 from tune_ssim.results.events import EventWriter
-from tune_ssim.results.proof import START, read_json
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.quarantine import Ledger
@@ -108,23 +106,23 @@ def quarantine(folder: StudyFolder, summary: TrialSummary) -> list[str]:
     Without contents that are known to be sound nothing is entered: the starting weights must never be. A training that is a
     process of its own does not show what it starts from; there the baseline's checkpoints say what no trial has made."""
     baselines = {trial.trial_id for trial in folder.trials() if trial.role == "baseline" and trial.verdict == "safe"}
-    found = [*(read_json(folder.path / START) or {}).get("contents", [])]
-    found += [checkpoint["contents"] for name in sorted(baselines) for checkpoint in folder.checkpoints(name)]
-    sound = [Contents(**contents) for contents in found]
+    start = folder.start()
+    sound = [*start.contents] if start else []
+    sound += [checkpoint.contents for name in sorted(baselines) for checkpoint in folder.checkpoints(name)]
     if not sound:
         return []
     ledger, evidence, ids = Ledger(folder.path.parent), summary.evidence or {}, []
     for checkpoint in folder.checkpoints(summary.trial_id):
         entered = ledger.add(
-            Contents(**checkpoint["contents"]),
+            checkpoint.contents,
             sound=sound,
             study=folder.name,
             trial_id=summary.trial_id,
-            step=checkpoint["step"],
+            step=checkpoint.step,
             reason=summary.reason,
             guard=evidence.get("guard"),
-            parents=checkpoint["parents"],
-            path=checkpoint["path"],
+            parents=checkpoint.parents,
+            path=checkpoint.path,
         )
         if entered.entry is not None and entered.entry.id not in ids:
             ids.append(entered.entry.id)

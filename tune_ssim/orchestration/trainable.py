@@ -31,7 +31,7 @@ from tune_ssim.tracking.mlflow_source import open_new_run
 from tune_ssim.trials.checkpoint import load_checkpoint
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.quarantine import Ledger
-from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
+from tune_ssim.trials.summary import OBJECTIVE, TrialSummary, reported_config
 from tune_ssim.trials.training import Training, load_task
 from tune_ssim.trials.trial import Judgement, Trial, TrialPlan
 
@@ -200,13 +200,12 @@ class GuardedTrainable(tune.Trainable):
         violation = verdict.violation
         objective = float(metrics.get(self.spec.plan.objective, math.nan))
         effective = dict(trial.effective) if trial else {}
-        without_ssim = {} if effective and "ssim_loss_weight" not in effective else WITHOUT_SSIM
         summary = TrialSummary(
             trial_id=self.trial_name_in_study,
             role=Role(self.role),
             seed=self.seed,
             objective=self.spec.plan.objective,
-            config={**without_ssim, **{name: effective[name] for name in REPORTED if name in effective}, **self.settings},
+            config=reported_config(self.settings, effective),
             verdict=verdict.verdict,
             reason=verdict.reason,
             horizon=trial.horizon() if trial else {},
@@ -314,14 +313,6 @@ def _beside(checkpoint: tune.Checkpoint) -> list[tune.Checkpoint]:
     entries = checkpoint.filesystem.get_file_info(FileSelector(trial, allow_not_found=True))
     names = sorted((entry.base_name for entry in entries if entry.base_name.startswith("checkpoint_")), reverse=True)
     return [tune.Checkpoint(f"{trial}/{name}", checkpoint.filesystem) for name in names]
-
-
-WITHOUT_SSIM = {
-    "ssim_loss_weight": 0.0,
-    "ssim_loss_max_t": None,
-    "ssim_grad_scale": 1.0,
-}  # where there is an SSIM loss, the three are always there
-REPORTED = ("ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t")
 
 
 def make_trainable(

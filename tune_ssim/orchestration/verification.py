@@ -12,8 +12,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.orchestration.run_study import confirm_again
+from tune_ssim.results.export import versions
 from tune_ssim.results.proof import comparison, differences, seals
-from tune_ssim.results.winner import holds, versions
+from tune_ssim.results.winner import holds
 from tune_ssim.study.study import Study, load_study
 
 if TYPE_CHECKING:

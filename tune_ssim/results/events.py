@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any
 
 from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.study.space import WEIGHT, gain_of
 
 BULKY = ("records", "images")  # keys of a result that need not stay in Ray's own snapshots
 
@@ -68,7 +69,7 @@ class EventWriter:
         self._add("image", trial_id=trial_id, step=step, path=path.as_posix(), name=f"smoke/step_{step:06d}.png")
 
     def verdict(self, trial_id: str, summary: Mapping[str, Any], effective: Mapping[str, Any] | None = None) -> None:
-        """`summary`: see `study_folder.TrialSummary`. `effective`: the parameters that were in force."""
+        """`summary`: of `TrialSummary.to_dict`. `effective`: the parameters that were in force."""
         self._add("verdict", trial_id=trial_id, summary=summary, effective=effective or {})
 
     def study_ended(self, reason: str = "") -> None:
@@ -93,7 +94,8 @@ def numbers_of(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def gain(config: Mapping[str, Any]) -> float | None:
     """weight · grad_scale of a configuration: the one effective strength of the auxiliary loss (SEEDS B6)."""
-    weight, scale = config.get("ssim_loss_weight"), config.get("ssim_grad_scale", 1.0)
-    if isinstance(weight, (int, float)) and isinstance(scale, (int, float)) and math.isfinite(weight * scale):
-        return float(f"{weight * scale:.12g}")  # 0.1 · 0.01 is 0.001, also in decimal
-    return None
+    try:
+        found = gain_of(config) if WEIGHT in config else math.nan
+    except (TypeError, ValueError):  # not numbers
+        return None
+    return float(f"{found:.12g}") if math.isfinite(found) else None  # 0.1 · 0.01 is 0.001, also in decimal

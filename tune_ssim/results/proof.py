@@ -6,20 +6,61 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import jsonable
 from tune_ssim.guards import KeepRule
+from tune_ssim.guards.verdict import Role
 from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.winner import confirmations, holds
 from tune_ssim.trials.summary import TrialSummary
 
 LEVEL = 0.95  # of the confidence intervals
-# In the study's folder. The first: subject → sha256, as they were when the study ran.
-PROVENANCE, PREFLIGHT, CALIBRATION = "provenance.json", "preflight.json", "calibration.json"
-SKIPPED = "skipped.jsonl"  # settings that were predicted to be ruinous and not launched
-START = "start.json"  # contents of everything that a trial starts from, as hashes: never to be quarantined
+
+
+def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
+    """What the setting of `summary` rests on. `unproven` says what is missing; nothing there means that it is proven."""
+    trials = folder.trials()
+    confirmed = confirmations(summary, trials)
+    baselines = [trial for trial in trials if trial.role is Role.BASELINE]
+    provenance = folder.provenance()
+    study = folder.study()
+    objective = folder.objective
+    unproven = []
+    if not holds(confirmed, objective):
+        unproven.append("it was not confirmed with further seeds")
+    if provenance is None:
+        unproven.append("the study recorded no hashes of its code, weights and data")
+    limits, rules = _limits(folder)
+    return {
+        "confirmed": not unproven,
+        "unproven": unproven,
+        "trials": [trial.trial_id for trial in confirmed],
+        "seeds": [trial.seed for trial in confirmed],
+        "horizon": confirmed[0].horizon if confirmed else None,
+        "objective": objective,
+        "comparison": comparison(confirmed),
+        "margins": margins(confirmed, baselines, limits, rules),
+        "switched_off": [name for name in ("preflight", "calibration", "confirm") if name in study and study[name] is None],
+        "preflight": folder.preflight(),
+        "calibration": folder.calibration(),
+        "setting": summary.settings,
+        "study": study,
+        "provenance": provenance,
+    }
+
+
+def _limits(folder: StudyFolder) -> tuple[dict[str, float], list[KeepRule]]:
+    """Metric → the limit of its guard, and the margins of `objective.keep`, as the study file has them."""
+    try:
+        norm_ratio = (folder.section("guards").get("norm_ratio") or {}).get("limit")
+        keep = folder.section("objective").get("keep") or {}
+        rules = [KeepRule(metric, **limit) for metric, limit in keep.items()]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{folder.study_file}: guards.norm_ratio or objective.keep is not what a study has: {error}") from None
+    return {"smoke_used_max": 1.0} | ({"norm_ratio_max": norm_ratio} if norm_ratio else {}), rules
 
 
 def paired(differences: Sequence[float]) -> dict[str, Any]:
@@ -93,16 +134,3 @@ def differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[s
         elif recorded[name] != found[name]:
             lines.append(f"{name} has changed ({recorded[name][:12]}… → {found[name][:12]}…)")
     return lines
-
-
-def read_provenance(folder: StudyFolder) -> dict[str, str] | None:
-    loaded = read_json(folder.path / PROVENANCE)
-    return loaded if isinstance(loaded, dict) else None
-
-
-def read_json(path: Path) -> Any:
-    """None for a file that is not there or not JSON."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None

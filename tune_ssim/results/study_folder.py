@@ -2,28 +2,68 @@
 
 <storage>/<study>/
   study.yaml            the study as resolved
+  preflight.json, calibration.json, provenance.json, start.json
+                        what was found before the first trial
   trials.jsonl          one line a trial, written when it ends: see TrialSummary
+  skipped.jsonl         settings that were predicted to be ruinous and not launched
+  checkpoints.jsonl     checkpoints that trials wrote, by their contents
   events.jsonl          everything that happened, in order; MLflow is a replay of it
   baseline/<sha256>.json
   images/<trial_id>/smoke_<step>.png
   ray/                  Ray Tune's own state and the checkpoints
+  writer.lock           while a process runs the study: see study_lock
+
+Whatever is read here raises UserError, naming the file and the line, where it is not what this package writes. Only a line
+whose end is missing is passed over: the process that wrote it was killed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.files import append_line, parse_lines, read_lines, write_atomically
-from tune_ssim.trials.summary import TrialSummary
+from tune_ssim.base.files import append_line, parse_json, parse_lines, read_lines, write_atomically
+from tune_ssim.base.tensor_file import Contents
+from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
 
 DEFAULT_STORAGE = "tune_ssim_results"
 STORAGE_VARIABLE = "TUNE_SSIM_STORAGE"
+PREFLIGHT, CALIBRATION, PROVENANCE, START = "preflight.json", "calibration.json", "provenance.json", "start.json"
+SKIPPED = "skipped.jsonl"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A suggestion that was not launched: what it was, the norm ratio predicted or wanted, and why."""
+
+    stage: str
+    config: Mapping[str, Any]
+    predicted_ratio: float
+    sentence: str
+
+
+@dataclass(frozen=True)
+class WrittenCheckpoint:
+    """What a trial wrote at `step`. `parents`: content ids of what it was trained from."""
+
+    trial_id: str
+    step: int
+    contents: Contents
+    parents: tuple[str, ...]
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class StartingState:
+    """Everything that a trial starts from, as hashes: never to be quarantined. `parents`: what its weights were made from."""
+
+    contents: tuple[Contents, ...]
+    parents: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -47,6 +87,10 @@ class StudyFolder:
         return self.path / "trials.jsonl"
 
     @property
+    def skipped_file(self) -> Path:
+        return self.path / SKIPPED
+
+    @property
     def ray_folder(self) -> Path:
         return self.path / "ray"
 
@@ -54,6 +98,48 @@ class StudyFolder:
         for folder in (self.path, self.path / "baseline", self.path / "images"):
             folder.mkdir(parents=True, exist_ok=True)
         return self
+
+    # -- the study and what was found before its first trial
+
+    def study(self) -> dict[str, Any]:
+        """The study.yaml as plain values, unchecked, so that a study of an earlier version can be read; empty without a file."""
+        from tune_ssim.base.yaml_source import read_yaml
+
+        return dict(read_yaml(self.study_file).value) if self.study_file.exists() else {}
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A mapping in the study.yaml; empty where it is absent or null. Raises UserError where it is something else."""
+        value = self.study().get(name)
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{self.study_file}: {name}: must be a mapping, got {str(value)[:60]!r}")
+        return value or {}
+
+    @property
+    def objective(self) -> str:
+        """The metric that the study maximises; `delta_ssim` if its study.yaml does not say."""
+        return str(self.section("objective").get("maximize") or OBJECTIVE)
+
+    @property
+    def tracking_uri(self) -> str | None:
+        """MLflow's, as the study file gives it."""
+        uri = self.section("tracking").get("uri")
+        return None if uri is None else str(uri)
+
+    def preflight(self) -> dict[str, Any] | None:
+        """The report, or None where preflight was switched off; so the next three."""
+        return parse_json(self.path / PREFLIGHT, _with(status=str, checks=list))
+
+    def calibration(self) -> dict[str, Any] | None:
+        return parse_json(self.path / CALIBRATION, _with(model=dict, settings=list))
+
+    def provenance(self) -> dict[str, str] | None:
+        """Subject → SHA-256 of code, weights and data as they were when the study ran."""
+        return parse_json(self.path / PROVENANCE, _hashes)
+
+    def start(self) -> StartingState | None:
+        return parse_json(self.path / START, _starting_state)
+
+    # -- what its trials did
 
     def write_image(self, trial_id: str, step: int, png: bytes) -> Path:
         path = self.path / "images" / trial_id / f"smoke_{step:06d}.png"
@@ -67,13 +153,20 @@ class StudyFolder:
     def events(self) -> Iterator[dict[str, Any]]:
         return read_lines(self.events_file)
 
+    def add_skipped(self, skipped: Skipped) -> None:
+        append_line(self.skipped_file, asdict(skipped))
+
+    def skipped(self) -> list[Skipped]:
+        """Each once: a search that is resumed repeats some."""
+        return read_skipped(self.skipped_file)
+
     def add_checkpoint(self, trial_id: str, checkpoint: Mapping[str, Any]) -> None:
         """Notes that a trial wrote one: its step, its path and its contents as hashes."""
         append_line(self.path / "checkpoints.jsonl", {"trial_id": trial_id, **checkpoint})
 
-    def checkpoints(self, trial_id: str) -> list[dict[str, Any]]:
+    def checkpoints(self, trial_id: str) -> list[WrittenCheckpoint]:
         lines = parse_lines(self.path / "checkpoints.jsonl", _checkpoint, containing=json.dumps(trial_id))
-        return [line for line in lines if line["trial_id"] == trial_id]
+        return [line for line in lines if line.trial_id == trial_id]
 
     def add_trial(self, summary: TrialSummary) -> bool:
         """False, and nothing is written, for a trial that has a verdict: its first one is final."""
@@ -85,7 +178,7 @@ class StudyFolder:
 
     def trials(self) -> list[TrialSummary]:
         """In the order in which they first ended. The first verdict of a trial is final; only one that is
-        `is_repeated_on_resume` gives way to a later line. Raises UserError for a line that is no summary of a trial."""
+        `is_repeated_on_resume` gives way to a later line."""
         return list(self._verdicts().values())
 
     def _verdicts(self, containing: str = "") -> dict[str, TrialSummary]:
@@ -97,12 +190,56 @@ class StudyFolder:
         return found
 
 
-def _checkpoint(line: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError, naming the key, for what is no line of checkpoints.jsonl."""
-    for name, kind in (("trial_id", str), ("step", int), ("contents", dict), ("parents", list)):
-        if not isinstance(line.get(name), kind):
-            raise ValueError(f"{name} is missing or of the wrong kind")
-    return line
+def read_skipped(log: Path) -> list[Skipped]:
+    """What was written to a log of settings that were not launched, each once."""
+    found: list[Skipped] = []
+    for one in parse_lines(log, _skipped):
+        if one not in found:
+            found.append(one)
+    return found
+
+
+def _with(**kinds: type) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A check that an object has these keys, with values of these types. It raises ValueError, naming the key."""
+
+    def checked(value: dict[str, Any]) -> dict[str, Any]:
+        for name, kind in kinds.items():
+            if not isinstance(value.get(name), kind):
+                got = f"got {str(value[name])[:60]!r}" if name in value else "it is missing"
+                raise ValueError(f"{name} must be a JSON {_JSON_NAMES[kind]}, {got}")
+        return value
+
+    return checked
+
+
+_JSON_NAMES = {str: "string", dict: "object", list: "array", int: "number", float: "number"}
+
+
+def _hashes(value: dict[str, Any]) -> dict[str, str]:
+    return _with(**dict.fromkeys(value, str))(value)
+
+
+def _contents(value: Any) -> Contents:
+    if not isinstance(value, dict):
+        raise ValueError(f"contents must be a JSON object, got {str(value)[:60]!r}")
+    _with(hashes=dict, distinctive=dict)(value)
+    return Contents(_hashes(value["hashes"]), _with(**dict.fromkeys(value["distinctive"], list))(value["distinctive"]))
+
+
+def _starting_state(value: dict[str, Any]) -> StartingState:
+    _with(contents=list, parents=list)(value)
+    return StartingState(tuple(map(_contents, value["contents"])), tuple(map(str, value["parents"])))
+
+
+def _checkpoint(line: dict[str, Any]) -> WrittenCheckpoint:
+    _with(trial_id=str, step=int, contents=dict, parents=list)(line)
+    contents, parents = _contents(line["contents"]), tuple(map(str, line["parents"]))
+    return WrittenCheckpoint(line["trial_id"], line["step"], contents, parents, line.get("path"))
+
+
+def _skipped(line: dict[str, Any]) -> Skipped:
+    _with(stage=str, config=dict, sentence=str)(line)
+    return Skipped(line["stage"], line["config"], float(line["predicted_ratio"]), line["sentence"])
 
 
 def storage_path(given: str | Path | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -9,9 +10,13 @@ from typing import Any
 
 from tune_ssim.base.files import jsonable
 from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, gain_of
 
 OBJECTIVE = "delta_ssim"  # what a study maximises unless its study file names another metric
 PROCESS_DIED = "the trial's process died"  # begins the reason of a trial without a result: a resumed study runs it again
+NOT_SETTINGS = (GAIN, "seed")  # of a `config`: what is derived from the others, and what the trial was seeded with
+WITHOUT_SSIM = {WEIGHT: 0.0, MAX_T: None, GRAD_SCALE: 1.0}  # of a training whose SSIM loss is off
+IMAGE_LOSSES = (*TRIPLE, "pixel_loss_weight", "pixel_loss_max_t")
 
 
 @dataclass(kw_only=True)
@@ -53,6 +58,23 @@ class TrialSummary:
             return True
         return self.role is not Role.SEARCH and self.verdict in (Verdict.ERROR, Verdict.BAD_SETUP)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a training script must be given: the three numbers of an SSIM loss first, then whatever else was set."""
+        first = {name: self.config[name] for name in TRIPLE if name in self.config}
+        return first | {name: value for name, value in self.config.items() if name not in (*TRIPLE, *NOT_SETTINGS)}
+
+    @property
+    def gain(self) -> float:
+        """weight · grad_scale."""
+        return gain_of(self.config)
+
+    @property
+    def setting_key(self) -> str:
+        """Equal for two trials that train alike: weight and grad_scale act only through their product (SEEDS B6)."""
+        others = {name: value for name, value in self.settings.items() if name not in (WEIGHT, GRAD_SCALE)}
+        return json.dumps(jsonable({**others, GAIN: f"{self.gain:.9g}"}), sort_keys=True, default=str)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `seed`, `warnings` and `quarantined` only where there are any."""
         left_out = [name for name in ("seed", "warnings", "quarantined") if vars(self)[name] in (None, [])]
@@ -68,15 +90,29 @@ class TrialSummary:
                 raise ValueError(f"{name} is missing")
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise ValueError(f"{name} must be {_KIND_NAMES[kind]}, got {str(value)[:60]!r}")
+        for name in (*TRIPLE, GAIN):
+            if name in data["config"] and (name, data["config"][name]) != (MAX_T, None):
+                _number(f"config.{name}", data["config"][name])
         given = {one.name: data[one.name] for one in fields(cls) if data.get(one.name) is not None}
         return cls(
             **given
             | {
                 "verdict": _word(Verdict, "verdict", data["verdict"]),
                 "role": _word(Role, "role", data.get("role") or Role.SEARCH),
-                "metrics": {name: _number(name, value) for name, value in data["metrics"].items() if value is not None},
+                "metrics": {
+                    name: _number(f"metrics.{name}", value) for name, value in data["metrics"].items() if value is not None
+                },
             }
         )
+
+
+def reported_config(settings: Mapping[str, Any], effective: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` of a summary: the settings of the trial and, of the image losses, what is in force beside them.
+
+    The SSIM loss's three numbers are always there, unless the training is known to have none (`effective` lacks its weight)."""
+    has_ssim = not effective or WEIGHT in effective
+    in_force = {name: effective[name] for name in IMAGE_LOSSES if name in effective}
+    return {**(WITHOUT_SSIM if has_ssim else {}), **in_force, **settings}
 
 
 _KINDS: dict[str, tuple[type, bool]] = {
@@ -99,4 +135,4 @@ def _number(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"metrics.{name} must be a number, got {str(value)[:60]!r}") from None
+        raise ValueError(f"{name} must be a number, got {str(value)[:60]!r}") from None

@@ -1,0 +1,151 @@
+"""The forms in which a training script can take a setting: YAML, JSON, shell variables, command-line arguments."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.base.files import jsonable
+from tune_ssim.results.proof import proof_of, seals
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.trials.summary import TrialSummary
+from tune_ssim.version import __version__
+
+FORMATS = ("yaml", "json", "env", "args")
+
+# Variables that a shell reads itself. A parameter of that name would break the shell that sources the lines.
+SHELL_VARIABLES = {"PATH", "IFS", "HOME", "ENV", "CDPATH", "PWD", "OLDPWD", "PS1", "PS2", "PS4", "SHELL", "TERM", "UID"}
+SHELL_PREFIXES = ("LC_", "LD_", "BASH", "PYTHON")
+
+
+def experiment_name(summary: TrialSummary, study_name: str) -> str:
+    """A new name for every setting and horizon, so that auto-resume cannot pick up another's checkpoint (SEEDS A10)."""
+    text = json.dumps(jsonable([summary.settings, summary.horizon]), sort_keys=True, default=str)
+    name = f"{study_name}-{summary.trial_id}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("-.")  # it becomes a folder, and a word of a command line
+
+
+def exported_config(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
+    """What `tune-ssim export` writes: plain JSON values, the three numbers at the top level of `config`, and the proof."""
+    trials = folder.trials()
+    baselines = [trial for trial in trials if trial.role == "baseline"]
+    exported: dict[str, Any] = jsonable(
+        {
+            "study": folder.name,
+            "trial_id": summary.trial_id,
+            "exp_name": experiment_name(summary, folder.name),
+            "config": summary.settings,
+            "gain": summary.gain,
+            "verdict": summary.verdict.value,
+            "horizon": summary.horizon,
+            "reason": summary.reason,
+            "steps": summary.steps,
+            "metrics": summary.metrics,
+            "baseline": [{key: vars(trial)[key] for key in ("trial_id", "seed", "steps", "metrics")} for trial in baselines],
+            "proof": proof_of(summary, folder),
+            "exported_with": versions(),
+        }
+    )
+    return exported | {"seals": seals(exported)}
+
+
+def versions() -> dict[str, str | None]:
+    return {"tune-ssim": __version__} | {name: _version(name) for name in ("torch", "ray", "optuna")}
+
+
+def format_export(exported: Mapping[str, Any], form: str) -> str:
+    """`exported_config` as text that ends in a newline. `form`: yaml, json, env or args.
+
+    Numbers are written with `repr`, so that reading them back gives the very same float. In env and args a null is an
+    option that is not given. Raises UserError for a parameter that the form cannot carry.
+    """
+    if form == "json":
+        return json.dumps(exported, indent=2, allow_nan=False) + "\n"
+    if form == "yaml":
+        return _yaml(exported)
+    if form == "env":
+        return _env_lines(exported)
+    if form == "args":
+        return _arguments(exported["config"]) + "\n"
+    raise UserError(f"format {form!r} is not one of {', '.join(FORMATS)}")
+
+
+def _yaml(exported: Mapping[str, Any]) -> str:
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = False, False, 4096  # type: ignore[assignment]
+    # Readers of YAML 1.1 (PyYAML) and 1.2 must agree: to the former 1e-05 is a string and `no` is False.
+    yaml.representer.add_representer(float, lambda to, value: to.represent_scalar(_FLOAT, _dotted(repr(value))))
+    yaml.representer.add_representer(str, lambda to, text: to.represent_scalar(_STR, text, style=_quotes(text)))
+    stream = io.StringIO()
+    yaml.dump(dict(exported), stream)
+    return stream.getvalue()
+
+
+_FLOAT, _STR = "tag:yaml.org,2002:float", "tag:yaml.org,2002:str"
+
+
+def _quotes(text: str) -> str | None:
+    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ .,/()-]*", text) and not text.endswith(" ")
+    return None if plain and not re.fullmatch(r"(?i)y|n|yes|no|on|off|true|false|null", text) else '"'
+
+
+def _dotted(text: str) -> str:
+    """1e-05 -> 1.0e-05"""
+    return re.sub(r"^(-?\d+)e", r"\1.0e", text)
+
+
+def _env_lines(exported: Mapping[str, Any]) -> str:
+    lines: dict[str, str] = {}
+    for key, value in exported["config"].items():
+        if value is None:
+            continue
+        name = key.upper()  # ssim_grad_scale -> SSIM_GRAD_SCALE, as the notes' scripts call it
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name) or name in SHELL_VARIABLES or name.startswith(SHELL_PREFIXES):
+            raise UserError(f"parameter {key!r} cannot be a shell variable; use --format args, json or yaml")
+        if name in lines or name == "EXP_NAME":
+            raise UserError(f"parameter {key!r}: the shell variable {name} is taken; use --format args, json or yaml")
+        lines[name] = _word(key, value)
+    lines["EXP_NAME"] = exported["exp_name"]
+    missing = exported.get("proof", {}).get("unproven") or []
+    head = f"# UNPROVEN: {'; '.join(missing)}\n" if missing else ""
+    return head + "".join(f"{name}={shlex.quote(value)}\n" for name, value in lines.items())
+
+
+def _arguments(config: Mapping[str, Any]) -> str:
+    words: list[str] = []
+    for key, value in config.items():
+        if value is None:
+            continue
+        word = _word(key, value)
+        # argparse takes "-1e-05" for an option unless it is tied to its own.
+        words += [f"--{key}={word}"] if word.startswith("-") else [f"--{key}", word]
+    return shlex.join(words)
+
+
+def _word(key: str, value: Any) -> str:
+    """One word of a command line. Lists and tables have no agreed form there."""
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str):
+        if "\0" in value:
+            raise UserError(f"parameter {key!r} contains a NUL character; use --format json or yaml")
+        return value
+    if isinstance(value, (int, float)):
+        return repr(value)
+    raise UserError(f"parameter {key!r} is a {type(value).__name__}; use --format json or yaml")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
