@@ -361,3 +361,33 @@ def test_callback_in_a_tuner_of_ones_own(tmp_path: Path, database: str) -> None:
     assert points(database, runs["10"], "loss") == [(1, 0.0), (2, 10.0), (3, 20.0)]
     assert runs["10"].data.tags["reason"] == "too hot"
     assert json.loads(folder.events_file.read_text().splitlines()[-1])["event"] == "end"
+
+
+def test_callback_beside_our_trainable(tmp_path: Path, database: str) -> None:
+    """The verdict, its evidence and what was in force arrive, and the end of the experiment does not wait in vain."""
+    ray = pytest.importorskip("ray")
+    from ray import tune
+
+    from tune_ssim import make_trainable
+    from tune_ssim.guards import NonFinite
+    from tune_ssim.orchestration import MLflowTracking
+
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    try:
+        trainable = make_trainable(
+            "small_task:SmallTask", guards=[NonFinite()], steps=10, objective="ssim", import_path=str(Path(__file__).parent)
+        )
+        space = {"fault": tune.grid_search(["none", "nan_at_5"]), "ssim_loss_weight": 1.0, "ssim_loss_max_t": 0.3}
+        run_config = tune.RunConfig(name="ours", storage_path=str(tmp_path), callbacks=[MLflowTracking(uri=database)], verbose=0)
+        tune.Tuner(trainable, param_space=space, run_config=run_config).fit()
+    finally:
+        ray.shutdown()
+    folder = StudyFolder(tmp_path / "ours")
+    assert read_state(folder, database)["offset"] == folder.events_file.stat().st_size  # nothing was left to wait for
+    runs = {run.data.params["fault"]: run for key, run in runs_of(database, folder).items() if key}
+    assert {fault: run.data.tags["verdict"] for fault, run in runs.items()} == {"none": "safe", "nan_at_5": "pruned"}
+    assert runs["nan_at_5"].data.tags["pruned_by"] == "non_finite" and runs["nan_at_5"].info.status == "KILLED"
+    assert runs["none"].data.params["lr"] == "0.1"  # in force, not asked for
+    assert runs["none"].data.params["gain"] == "1" and not any("tune_ssim" in name for name in runs["none"].data.params)
+    assert [step for step, _ in points(database, runs["none"], "loss")] == list(range(1, 11))

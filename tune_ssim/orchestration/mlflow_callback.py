@@ -8,6 +8,8 @@ from typing import Any
 
 from ray import tune
 
+from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable
+from tune_ssim.orchestration.trial_result import verdict_of
 from tune_ssim.results.events import BULKY, EventWriter, numbers_of
 from tune_ssim.results.study_folder import StudyFolder, storage_path
 from tune_ssim.tracking.mirror import MLflowMirror
@@ -20,14 +22,14 @@ class MLflowTracking(tune.Callback):
 
         tune.Tuner(train, run_config=tune.RunConfig(callbacks=[MLflowTracking()]), ...)
 
-    folder: where the events are kept that MLflow is made from; None: the experiment's own folder.
+    folder: where the events are kept that are mirrored into MLflow; None: the experiment's own folder.
     uri: MLflow's tracking URI; None: `mlflow.db` (SQLite) beside that folder.
-    drop_bulk: take `records` and `images` out of a result after use, lest they fill Ray's snapshots.
+    drop_bulk: remove `records` and `images` from a result after use, so that they do not fill Ray's snapshots.
     drain_timeout_s: how long the end of the experiment waits for MLflow. A server that is down stops nothing: the
-    numbers stay in `events.jsonl`, and `tune-ssim ui` brings them over later.
+    numbers stay in `events.jsonl`, and `tune-ssim ui` mirrors them later.
 
-    A trainable of ours says everything in its results (`records`, `images`, `summary`, `effective`). Of any other, all
-    numbers are logged at their `training_iteration`, and a result with a true `pruned` (and `reason`) means pruned.
+    Our own trainable (`make_trainable`) reports its records, images and verdict. Of any other, all numbers are logged at
+    their `training_iteration`, and a result with a true `pruned` (and `reason`) means pruned.
     """
 
     def __init__(
@@ -61,10 +63,9 @@ class MLflowTracking(tune.Callback):
             self._open(self.folder)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        events = self._events(trial)
-        config = {key: value for key, value in trial.config.items() if not key.startswith("__")}
+        role, config = _role_and_settings(trial)
         self._slots += 1
-        events.trial_started(trial.trial_id, config.get("role") or "search", _loggable(config), self._slots - 1)
+        self._events(trial).trial_started(trial.trial_id, role, config, self._slots - 1)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         self._events(trial).result(trial.trial_id, result)
@@ -73,16 +74,20 @@ class MLflowTracking(tune.Callback):
                 result.pop(key, None)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        last = trial.last_result or {}
-        summary = _summary(trial, last)
-        self._events(trial).verdict(trial.trial_id, summary, last.get("effective"))
+        self._end(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = trial.get_error()
-        lines = str(error or "").strip().splitlines()
-        reason = lines[-1] if lines else "the trial ended with an error"
-        summary = {**_summary(trial, trial.last_result or {}), "verdict": "error", "reason": reason, "evidence": None}
-        self._events(trial).verdict(trial.trial_id, summary)
+        lines = str(trial.get_error() or "").strip().splitlines()
+        self._end(trial, error=lines[-1] if lines else "the trial ended with an error")
+
+    def _end(self, trial: Any, error: str | None = None) -> None:
+        result = trial.last_result or {}
+        verdict = verdict_of(result)
+        summary, effective = (verdict[0].to_dict(), verdict[1]) if verdict is not None else (_summary(trial, result), {})
+        summary["trial_id"] = trial.trial_id
+        if error is not None:
+            summary |= {"verdict": "error", "reason": error, "evidence": None}
+        self._events(trial).verdict(trial.trial_id, summary, effective)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         if self._mirror is None:
@@ -112,22 +117,33 @@ def _folder_of(trial: Any) -> StudyFolder:
     return StudyFolder(storage_path(None) / trial.experiment_dir_name)
 
 
+def _role_and_settings(trial: Any) -> tuple[str, dict[str, Any]]:
+    """Of our trainable, the job under `CONTEXT` gives role and seed; of any other, the configuration itself."""
+    job = dict(trial.config.get(CONTEXT) or {})
+    config = {key: value for key, value in trial.config.items() if key != CONTEXT and not key.startswith("__")}
+    seed = {"seed": job["seed"]} if "seed" in job else {}
+    return str(job.get("role") or config.get("role") or "search"), _loggable({**config, **seed})
+
+
 def _summary(trial: Any, result: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(result.get("summary"), dict):
-        return dict(result["summary"])
-    pruned = bool(result.get("pruned"))
+    """Of a trial that gives no verdict of its own: a foreign trainable, or one that a scheduler has stopped."""
+    role, config = _role_and_settings(trial)
+    steps = int(result.get("step") or result.get("training_iteration") or 0)
+    # Nobody has judged a trial without guards: that is not `safe`.
+    verdict, reason, evidence = "unjudged", str(result.get("reason") or ""), None
+    if result.get("pruned"):
+        verdict, evidence = "pruned", {"guard": str(result.get("guard") or "trainable"), "step": steps}
+    elif issubclass(trial.get_trainable_cls(), GuardedTrainable):
+        verdict, reason = "stopped", "stopped by the scheduler before its last step"
     return {
         "trial_id": trial.trial_id,
-        "role": trial.config.get("role") or "search",
-        "config": _loggable(trial.config),
-        # Nobody has judged a trial without guards: that is not `safe`.
-        "verdict": "pruned" if pruned else "unjudged",
-        "reason": str(result.get("reason") or ""),
-        "evidence": {"guard": str(result.get("guard") or "trainable"), "step": result.get("training_iteration")}
-        if pruned
-        else None,
-        "steps": int(result.get("training_iteration") or 0),
-        "metrics": {} if "records" in result else numbers_of(result),
+        "role": role,
+        "config": config,
+        "verdict": verdict,
+        "reason": reason,
+        "evidence": evidence,
+        "steps": steps,
+        "metrics": numbers_of(result),
     }
 
 

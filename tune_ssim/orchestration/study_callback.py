@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from typing import Any
@@ -13,6 +12,7 @@ from ray.tune import Callback
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.live_table import LiveTable
 from tune_ssim.orchestration.trainable import CONTEXT
+from tune_ssim.orchestration.trial_result import verdict_of
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.space import resolve_settings
@@ -72,8 +72,8 @@ class StudyCallback(Callback):
             (errors / f"{name}.txt").write_text(result["traceback"])
         for checkpoint in result.get("wrote") or []:
             self.folder.add_checkpoint(name, checkpoint)
-        if isinstance(result.get("summary"), str):
-            self._end(name, TrialSummary.from_dict(json.loads(result["summary"])), json.loads(result.get("effective") or "{}"))
+        if (verdict := verdict_of(result)) is not None:
+            self._end(name, *verdict)
         for key in ("records", "images", "effective", "traceback", "wrote"):
             result.pop(key, None)
 
