@@ -384,7 +384,9 @@ def test_failures_inside_the_task_are_findings_and_mistakes_are_not() -> None:
         raise KeyError("vae")
 
     report = preflight_task(variant(setup=broken), {}, device="cpu")
-    assert report.checks == (rules.setup_failed("setup() failed: KeyError: 'vae'"),)
+    (check,) = report.checks
+    assert (check.name, check.status) == ("setup", "bad_setup")
+    assert check.sentence.startswith("setup() failed: KeyError: 'vae' (test_preflight.py:")
     with pytest.raises(UserError, match="unknown key 'presett'"):
         preflight_task(FundusSR, {"presett": "sgd"}, device="cpu")
 

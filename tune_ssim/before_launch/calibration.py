@@ -38,7 +38,7 @@ UNTOUCHED = 1e-5  # relative change of N²: float32 rounding is 1e-6, and at the
 
 
 @dataclass(frozen=True)
-class Check:
+class TrainingCheck:
     """Real training steps at one setting against the prediction."""
 
     setting: Mapping[str, float]
@@ -69,7 +69,7 @@ class Outliers:
 class Calibration:
     model: NormModel
     forecast: Forecast
-    check: Check
+    check: TrainingCheck
     gradient_at_decoder: Mapping[str, Outliers] | None  # `ssim`, `pixel`; None where the task has no `forward`
     dropped: tuple[int, ...] = ()  # batches with a norm that is not finite
     why: str = ""  # this method
@@ -328,7 +328,7 @@ class _Probe:
 
     # -- does it hold
 
-    def check(self, model: NormModel) -> Check:
+    def check(self, model: NormModel) -> TrainingCheck:
         """A few training steps with the gain split otherwise than it was measured: a parameter that is dropped on its way, a
         clamp, or an update that is not switched off shows here."""
         widest = next(max_t for i, max_t in reversed(list(enumerate(model.max_ts))) if model.active[i].any())
@@ -344,7 +344,7 @@ class _Probe:
         predicted = [float(np.sqrt(v @ model.q[i, k][np.ix_([MAIN, SSIM], [MAIN, SSIM])] @ v)) for k in positions]
         steps = tuple(model.batches[k] for k in positions)
         setting = {WEIGHT: gain / scale, MAX_T: widest, GRAD_SCALE: scale}
-        return Check(setting, steps, tuple(predicted), tuple(float(norms[n - 1]) for n in steps))
+        return TrainingCheck(setting, steps, tuple(predicted), tuple(float(norms[n - 1]) for n in steps))
 
     def _require_gradient(self, norms: Array) -> None:
         if not np.isfinite(norms).any():
@@ -389,7 +389,7 @@ def _model(probe: _Probe, measured: Measured) -> NormModel:
     )
 
 
-def _own_findings(check: Check) -> list[Finding]:
+def _own_findings(check: TrainingCheck) -> list[Finding]:
     if check.relative_error <= CHECK_TOLERANCE:
         return []
     where = ", ".join(f"{name}={value:.4g}" for name, value in check.setting.items())

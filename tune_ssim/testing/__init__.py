@@ -1,4 +1,4 @@
-"""A conformance suite for your own tasks: does `MyTask` keep the contract of `tune_ssim.Task`?
+"""A conformance suite for your own trainings: does `MyTask` keep the contract of `tune_ssim.Training`?
 
     from tune_ssim.testing import check_task
 
@@ -18,19 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.testing.findings import Finding, TaskReport
+from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.subject import Failure, describe_error, guarded
+from tune_ssim.testing.findings import Finding, TaskReport, broken, ok, unknown
 from tune_ssim.testing.inference import check_looking_on
 from tune_ssim.testing.runs import Run, check_afresh, check_repeatable, check_resume, check_seed, checkpoint_folder
 from tune_ssim.testing.settings import check_clipping, check_effective, check_setup, check_still, check_weight
 from tune_ssim.testing.signatures import check_class, check_methods
-from tune_ssim.testing.subject import Fault, Refused, Subject, global_generators_kept, short
+from tune_ssim.testing.subject import ClassUnderTest, global_generators_kept
 from tune_ssim.trials.training import load_task
 
 __all__ = ["Finding", "TaskReport", "check_task"]
 
 STEPS_OF_A_TRIAL = 200  # said to setup(), as a study would (study.DEFAULT_STEPS); only a few of them are taken
 DISABLE_UPDATE = {"lr": 0.0}  # the contract: a learning rate of 0 leaves the weights as they are
-CHECKS: dict[str, Callable[[Subject, Run], Iterator[Finding]]] = {
+CHECKS: dict[str, Callable[[ClassUnderTest, Run], Iterator[Check]]] = {
     "random/repeatable": check_repeatable,
     "still": check_still,
     "step/total_norm/clipping": check_clipping,
@@ -64,25 +66,25 @@ def check_task(
         name = task if isinstance(task, str) else getattr(task, "__name__", type(task).__name__)
         settings = {"steps": STEPS_OF_A_TRIAL, **(config or {})}
         findings = tuple(_findings(task, settings, seed, device, disable_update, steps))
-    return TaskReport(str(name), findings, time.perf_counter() - started)
+    return TaskReport(findings, time.perf_counter() - started, str(name))
 
 
 def _findings(
     task: str | type, config: Mapping[str, Any], seed: int, device: str | None, still: Mapping[str, Any], steps: int
-) -> Iterator[Finding]:
+) -> Iterator[Check]:
     """In the order in which one would mend them: what is there, what it accepts, what it does."""
     if isinstance(task, str):
         try:
             loaded = load_task(task)
         except UserError as error:
-            yield Finding("class", "broken", str(error), "give the class, or module:Class of an importable module")
+            yield broken("class", str(error), "give the class, or module:Class of an importable module")
             return
         except Exception as error:  # of the user's module, while it is imported
-            yield Finding("class", "broken", f"{task.partition(':')[0]} cannot be imported: {short(error)}", "mend the module")
+            yield broken("class", f"{task.partition(':')[0]} cannot be imported: {describe_error(error)}", "mend the module")
             return
         if not isinstance(loaded, type):
             sentence = f"{task} is a function: it reports through trial_context(), and no class is to be checked"
-            yield Finding("class", "broken", sentence, "give module:Class; a function is tried out by a study of a few steps")
+            yield broken("class", sentence, "give module:Class; a function is tried out by a study of a few steps")
             return
         task = loaded
     found = list(check_class(task))
@@ -93,60 +95,45 @@ def _findings(
     lacking = frozenset(finding.name.removeprefix("method/") for finding in methods if finding.status == "broken")
     yield from (finding for finding in methods if finding.status == "broken")
     if not lacking:
-        yield Finding("methods", "ok", f"the {len(methods)} methods are there, and can be called as a trial calls them")
+        yield ok("methods", f"the {len(methods)} methods are there, and can be called as a trial calls them")
     if "setup" in lacking:
         return
-    subject = Subject(task, config, seed, device, still, lacking)
-    found = list(_guarded("setup", lambda: check_setup(subject)))
+    subject = ClassUnderTest(task, config, seed, device, still, lacking)
+    found = list(guarded("setup", lambda: check_setup(subject), "broken"))
     yield from found
     if any(finding.name == "setup" and finding.status != "ok" for finding in found) or "step" in lacking:
         return
     if "effective" not in lacking:
-        yield from _guarded("effective", lambda: check_effective(subject))
+        yield from guarded("effective", lambda: check_effective(subject), "broken")
     yield from _training(subject, steps)
 
 
-def _training(subject: Subject, steps: int) -> Iterator[Finding]:
+def _training(subject: ClassUnderTest, steps: int) -> Iterator[Check]:
     with checkpoint_folder() as folder:
         try:
             run = Run(subject, steps, Path(folder))
-        except Fault as error:
-            yield Finding("step", "broken", str(error), error.remedy)
+        except Failure as error:
+            yield broken("step", str(error), error.remedy)
             return
         except Exception as error:  # without a run nothing is known, and that is no pass
-            yield Finding(
-                "step", "broken", f"the steps cannot be looked at: {short(error)}", "see tune_ssim.Task for what is expected"
+            yield broken(
+                "step", f"the steps could not be measured: {describe_error(error)}", "see tune_ssim.Training for what is expected"
             )
             return
         yield from run.findings
         if "step" in run.broken:
             return
-        # Every check adds to what is known to be broken, so that one fault is not said twice.
+        # Every check adds to what is known to be broken, so that one fault is reported once.
         for name, check in CHECKS.items():
             if name == "random/seed" and "random/repeatable" in run.broken:
-                yield Finding(
+                yield unknown(
                     "resume",
-                    "unknown",
-                    "whether a resumed run is the same run cannot be told, nor what looking at it changes",
+                    "a resumed run cannot be compared, nor a run that is looked at",
                     "mend random/repeatable first",
                 )
                 return
-            found = list(_guarded(name, partial(check, subject, run)))
+            found = list(guarded(name, partial(check, subject, run), "broken"))
             run.findings.extend(found)
             yield from found
             if not run.comparable:
                 return
-
-
-def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What fails inside the task is a finding; what no check was made for is unknown."""
-    try:
-        yield from check()
-    except Fault as error:
-        yield Finding(name, "broken", str(error), error.remedy)
-    except Refused as refusal:
-        yield Finding(
-            name, "unknown", f"setup() refuses the settings of this check: {refusal}", "accept them, if a study may set them"
-        )
-    except Exception as error:  # a returned object that no check was made for; the task's own failures come as Fault
-        yield Finding(name, "unknown", f"could not be looked at: {short(error)}", "see tune_ssim.Task for what is expected here")

@@ -8,93 +8,92 @@ from typing import Any
 
 import torch
 
-from tune_ssim.testing.findings import Finding
+from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.subject import Failure, call, describe_error, numbers
+from tune_ssim.testing.findings import broken, ok, warn
 from tune_ssim.testing.hooks import check_hooks
 from tune_ssim.testing.numbers import check_held_out
 from tune_ssim.testing.runs import LOOKS, Run
-from tune_ssim.testing.subject import Fault, Numbers, Subject, as_numbers, short
+from tune_ssim.testing.subject import ClassUnderTest, Numbers
 from tune_ssim.trials.training import Sample
 from tune_ssim.trials.trial import statistics_of
 
 SLACK = 1e-4  # beyond [0, 1]: rounding of a clamp in half precision
 
 
-def check_looking_on(subject: Subject, run: Run) -> Iterator[Finding]:
+def check_looking_on(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
     """One run with everything else called between the steps; its steps must be those of `run`."""
     task = subject.make()
-    looks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+    looks: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
         ("sample()", lambda: check_samples(subject, task)),
         ("sample(1)", lambda: check_second_draw(subject, task)),
         ("evaluate()", lambda: check_evaluation(subject, task)),
         ("state_dict() or effective()", lambda: _state(subject, task)),
-        ("one of the optional methods", lambda: check_hooks(subject, task, 2 * LOOKS - 1, run.steps[2 * LOOKS - 2])),
+        ("one of the optional methods", lambda: check_hooks(task, 2 * LOOKS - 1, run.steps[2 * LOOKS - 2])),
     )
     assert len(looks) == LOOKS
     for n, (what, look) in zip(range(1, 2 * LOOKS, 2), looks, strict=True):
         try:
             yield from look()
-        except Fault as error:
-            yield Finding(what.split("(")[0], "broken", str(error), error.remedy)
+        except Failure as error:
+            yield broken(what.split("(")[0], str(error), error.remedy)
         difference = subject.difference(run.steps[n - 1 : n + 1], subject.steps(task, 2), n)
         if difference:
-            yield Finding(
+            yield broken(
                 "untouched",
-                "broken",
                 f"{what} changes the training: after it {difference}",
                 "leave weights, optimiser, batch statistics, train()/eval() mode and generators as they were: use "
                 "torch.no_grad(), a "
                 "torch.Generator of its own, and put averaged weights back",
             )
             return
-    yield Finding("untouched", "ok", "looking at the task leaves its training as it is")
+    yield ok("untouched", "looking at the task leaves its training as it is")
 
 
-def _state(subject: Subject, task: Any) -> Iterator[Finding]:
+def _state(subject: ClassUnderTest, task: Any) -> Iterator[Check]:
     for method in ("state_dict", "effective"):
         if method not in subject.broken_methods:
-            subject.call(task, method)
+            call(task, method)
     yield from ()
 
 
-def check_second_draw(subject: Subject, task: Any) -> Iterator[Finding]:
+def check_second_draw(subject: ClassUnderTest, task: Any) -> Iterator[Check]:
     """After an update: a network whose last layer starts at 0 turns any noise into the same image."""
     if "sample" in subject.broken_methods:
         return
-    one, other = subject.call(task, "sample", 0), subject.call(task, "sample", 1)
+    one, other = call(task, "sample", 0), call(task, "sample", 1)
     if isinstance(one, Sample) and isinstance(one.images, torch.Tensor) and _alike(subject, one, other):
-        yield Finding(
+        yield warn(
             "sample/noise",
-            "warn",
             "sample(1) gives the images of sample(0): a failure at the last check is repeated with it in vain",
             "let noise choose between two fixed draws of the initial noise",
         )
 
 
-def check_samples(subject: Subject, task: Any) -> Iterator[Finding]:
+def check_samples(subject: ClassUnderTest, task: Any) -> Iterator[Check]:
     if "sample" in subject.broken_methods:
         return
-    sample = subject.call(task, "sample", 0)
+    sample = call(task, "sample", 0)
     problems = list(check_sample("sample", sample))
     yield from problems
     if not isinstance(sample, Sample) or any(problem.status == "broken" for problem in problems):
         return
-    if not _alike(subject, sample, subject.call(task, "sample", 0)):
-        yield Finding(
+    if not _alike(subject, sample, call(task, "sample", 0)):
+        yield broken(
             "sample/deterministic",
-            "broken",
             "sample(0) gives other images the second time",
             "fixed inputs, fixed noise of a generator with a constant seed, and the network in eval() mode",
         )
     else:
         count, _, height, width = sample.images.shape
-        yield Finding("sample", "ok", f"sample() gives the same {count} images of {height} x {width} each time, in [0, 1]")
+        yield ok("sample", f"sample() gives the same {count} images of {height} x {width} each time, in [0, 1]")
 
 
-def check_sample(name: str, sample: Any) -> Iterator[Finding]:
+def check_sample(name: str, sample: Any) -> Iterator[Check]:
     """What one call returned."""
     if not isinstance(sample, Sample):
         kind = "nothing (None)" if sample is None else f"a {type(sample).__name__}"
-        yield Finding(name, "broken", f"{name}() returned {kind}", "return tune_ssim.Sample(images, references, inputs)")
+        yield broken(name, f"{name}() returned {kind}", "return tune_ssim.Sample(images, references, inputs)")
         return
     problems = []
     shape = list(sample.images.shape) if isinstance(sample.images, torch.Tensor) else []
@@ -104,31 +103,30 @@ def check_sample(name: str, sample: Any) -> Iterator[Finding]:
             continue
         # A low-resolution input may have noise on it, and so leave [0, 1] a little.
         if problem := _picture_problem(images, slack=0.5 if part == "inputs" else SLACK):
-            problems.append(Finding(f"{name}/{part}", "broken", f"{part} {problem[0]}", problem[1]))
+            problems.append(broken(f"{name}/{part}", f"{part} {problem[0]}", problem[1]))
         elif part in ("references", "reconstructions") and list(images.shape) != shape:
             sentence = f"{part} is {list(images.shape)}, images is {shape}"
             remedy = "they are compared pixel by pixel: give the same crops in the same size"
-            problems.append(Finding(f"{name}/{part}", "broken", sentence, remedy))
+            problems.append(broken(f"{name}/{part}", sentence, remedy))
         elif part == "inputs" and shape and (len(images) != shape[0] or images.shape[-1] > shape[-1]):
             sentence = f"inputs is {list(images.shape)}, images is {shape}"
             remedy = "give one input a sample, not larger than it: the sample is averaged down to the input's size"
-            problems.append(Finding(f"{name}/inputs", "broken", sentence, remedy))
+            problems.append(broken(f"{name}/inputs", sentence, remedy))
     if sample.token_ids is not None and sample.vocabulary_size is None:
-        problems.append(Finding(f"{name}/token_ids", "broken", "token_ids without vocabulary_size", "say vocabulary_size"))
+        problems.append(broken(f"{name}/token_ids", "token_ids without vocabulary_size", "say vocabulary_size"))
     yield from problems
     if problems:
         return
     if sample.references is None and sample.inputs is None:
-        yield Finding(
+        yield warn(
             f"{name}/references",
-            "warn",
             f"{name}() has neither references nor inputs: only flat or noisy images can be told",
             "return the ground truth of fixed held-out crops as references, or the low-resolution inputs",
         )
     try:
         statistics_of(sample)
     except Exception as error:
-        yield Finding(name, "broken", f"the samples cannot be judged: {short(error)}", "see tune_ssim.Sample for shapes and ranges")
+        yield broken(name, f"the samples cannot be judged: {describe_error(error)}", "see tune_ssim.Sample for shapes and ranges")
 
 
 def _picture_problem(images: Any, slack: float) -> tuple[str, str] | None:
@@ -157,29 +155,28 @@ def _picture_problem(images: Any, slack: float) -> tuple[str, str] | None:
     return f"lies in [{low:.3g}, {high:.3g}], not in [0, 1]", remedy
 
 
-def check_evaluation(subject: Subject, task: Any) -> Iterator[Finding]:
+def check_evaluation(subject: ClassUnderTest, task: Any) -> Iterator[Check]:
     if "evaluate" in subject.broken_methods:
         return
-    found = subject.call(task, "evaluate")
+    found = call(task, "evaluate")
     yield from check_held_out(found)
-    once, again = as_numbers(found), as_numbers(subject.call(task, "evaluate"))
+    once, again = numbers(found), numbers(call(task, "evaluate"))
     difference = _difference(subject, once, again)
     if difference:
-        yield Finding(
+        yield broken(
             "evaluate/deterministic",
-            "broken",
             f"evaluate() gives other numbers the second time ({difference})",
             "the same held-out images, noise and t each time: a generator with a constant seed, and the network in eval() mode",
         )
     elif all(math.isfinite(number) for number in once.values()):
-        yield Finding("evaluate/deterministic", "ok", "evaluate() gives the same numbers each time")
+        yield ok("evaluate/deterministic", "evaluate() gives the same numbers each time")
 
 
-def _difference(subject: Subject, once: Numbers, again: Numbers) -> str:
+def _difference(subject: ClassUnderTest, once: Numbers, again: Numbers) -> str:
     return subject.difference([once], [again]).removeprefix("step 1: ")
 
 
-def _alike(subject: Subject, one: Sample, other: Any) -> bool:
+def _alike(subject: ClassUnderTest, one: Sample, other: Any) -> bool:
     if not isinstance(other, Sample) or one.images.shape != other.images.shape:
         return False
     return torch.allclose(one.images, other.images, rtol=0, atol=0 if subject.exact else 1e-3, equal_nan=True)

@@ -7,9 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tune_ssim.testing.findings import Finding
+from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.subject import Failure, call, numbers
+from tune_ssim.testing.findings import broken, ok
 from tune_ssim.testing.numbers import check_metrics
-from tune_ssim.testing.subject import Fault, Numbers, Subject, as_numbers, attributes
+from tune_ssim.testing.subject import ClassUnderTest, Numbers, attributes
 from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint, tensors_of
 
 GENERATORS = (
@@ -25,15 +27,15 @@ class Run:
     """A run with a checkpoint after k steps. steps: its numbers, at least 2k. saved: None where no checkpoint could be made.
     comparable: another run of the same configuration and seed is the same run."""
 
-    def __init__(self, subject: Subject, k: int, folder: Path) -> None:
+    def __init__(self, subject: ClassUnderTest, k: int, folder: Path) -> None:
         self.k, self.folder = k, folder
-        self.findings: list[Finding] = []
+        self.findings: list[Check] = []
         self.comparable = True
         self.saved: dict[str, str] | None = None  # digests of the attributes at the checkpoint
         task = subject.make()
-        first = subject.call(task, "step")
+        first = call(task, "step")
         self.findings.extend(check_metrics(first))
-        self.steps: list[Numbers] = [as_numbers(first), *subject.steps(task, k - 1)]
+        self.steps: list[Numbers] = [numbers(first), *subject.steps(task, k - 1)]
         self.findings.extend(self._save(subject, task))
         self.steps += subject.steps(task, max(k, 2 * LOOKS - k))
 
@@ -42,46 +44,43 @@ class Run:
         """Names of what is wrong already: what follows from it need not be said."""
         return {finding.name for finding in self.findings if finding.status == "broken"}
 
-    def _save(self, subject: Subject, task: Any) -> Iterator[Finding]:
+    def _save(self, subject: ClassUnderTest, task: Any) -> Iterator[Check]:
         if "state_dict" in subject.broken_methods:
             return
         try:
-            state = subject.call(task, "state_dict")
+            state = call(task, "state_dict")
             if not isinstance(state, dict):
                 kind = "nothing (None)" if state is None else f"a {type(state).__name__}"
-                yield Finding("state_dict", "broken", f"state_dict() returned {kind}", "return a dict of tensors and JSON values")
+                yield broken("state_dict", f"state_dict() returned {kind}", "return a dict of tensors and JSON values")
                 return
             save_checkpoint(self.folder, state)
         except TypeError as error:
-            yield Finding(
+            yield broken(
                 "state_dict",
-                "broken",
                 f"state_dict() cannot be stored without pickle: {error}",
                 "store tensors (torch.from_numpy, generator.get_state()), numbers, texts, and dicts and lists of "
                 "these; of an object "
                 "its state_dict()",
             )
             return
-        except Fault as error:
-            yield Finding("state_dict", "broken", str(error), error.remedy)
+        except Failure as error:
+            yield broken("state_dict", str(error), error.remedy)
             return
         count = len(tensors_of(state))
         if count:
             self.saved = attributes(task)
-            yield Finding("state_dict", "ok", f"state_dict() holds {count} tensors and JSON values only")
+            yield ok("state_dict", f"state_dict() holds {count} tensors and JSON values only")
         else:
-            yield Finding(
-                "state_dict", "broken", "state_dict() holds no tensor", "put the weights and the optimiser's state into it"
-            )
+            yield broken("state_dict", "state_dict() holds no tensor", "put the weights and the optimiser's state into it")
 
 
-def check_repeatable(subject: Subject, run: Run) -> Iterator[Finding]:
+def check_repeatable(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
     """Same seed, same numbers, also when somebody else draws from the global generators."""
     shaken = subject.steps(subject.make(chance=1), run.k, shake=True)
     difference = subject.difference(run.steps, shaken)
     if not difference:
         told = "to the bit" if subject.exact else "within rounding"
-        yield Finding("random/repeatable", "ok", f"the same seed gives the same {run.k} steps {told}")
+        yield ok("random/repeatable", f"the same seed gives the same {run.k} steps {told}")
         return
     again = subject.difference(run.steps, subject.steps(subject.make(), run.k))
     if again:
@@ -91,17 +90,16 @@ def check_repeatable(subject: Subject, run: Run) -> Iterator[Finding]:
     else:
         sentence = f"the steps follow the global random generators ({difference})"
         remedy = f"{GENERATORS}; before dropout, torch.manual_seed of the same number"
-    yield Finding("random/repeatable", "broken", sentence, remedy)
+    yield broken("random/repeatable", sentence, remedy)
 
 
-def check_seed(subject: Subject, run: Run) -> Iterator[Finding]:
+def check_seed(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
     other = subject.steps(subject.make(seed=subject.seed + 1), 1)
     if subject.difference(run.steps, other):
-        yield Finding("random/seed", "ok", "another seed gives other numbers")
+        yield ok("random/seed", "another seed gives other numbers")
     else:
-        yield Finding(
+        yield broken(
             "random/seed",
-            "broken",
             f"seeds {subject.seed} and {subject.seed + 1} give the same first step: "
             "repeating a setting with "
             "new seeds would measure no noise at all",
@@ -109,25 +107,24 @@ def check_seed(subject: Subject, run: Run) -> Iterator[Finding]:
         )
 
 
-def check_resume(subject: Subject, run: Run) -> Iterator[Finding]:
+def check_resume(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
     """A fresh instance that loads the checkpoint goes on as the run did."""
     if run.saved is None or "load_state_dict" in subject.broken_methods:
         return  # said already
     task = subject.make(chance=2)
     try:
-        subject.call(task, "load_state_dict", load_checkpoint(run.folder))
-    except Fault as error:
+        call(task, "load_state_dict", load_checkpoint(run.folder))
+    except Failure as error:
         hint = "; tuples come back as lists" if "tuple" in str(error) else ""
-        yield Finding("state_dict/resume", "broken", str(error), error.remedy + hint)
+        yield broken("state_dict/resume", str(error), error.remedy + hint)
         return
     restored = attributes(task)
     lost = [f"self.{name}" for name, digest in run.saved.items() if restored.get(name) != digest]
     difference = subject.difference(run.steps[run.k :], subject.steps(task, run.k), run.k + 1)
     if difference:
         which = f"; after loading {', '.join(lost[:6])} differ{'s' if len(lost) == 1 else ''}" if lost else ""
-        yield Finding(
+        yield broken(
             "state_dict/resume",
-            "broken",
             f"a run resumed after step {run.k} goes on otherwise ({difference}){which}",
             f"save and load {', '.join(lost[:6])}"
             if lost
@@ -135,24 +132,23 @@ def check_resume(subject: Subject, run: Run) -> Iterator[Finding]:
         )
     else:
         told = "to the bit" if subject.exact else "within rounding"
-        yield Finding("state_dict/resume", "ok", f"saved after step {run.k} and loaded afresh, the next {run.k} steps agree {told}")
+        yield ok("state_dict/resume", f"saved after step {run.k} and loaded afresh, the next {run.k} steps agree {told}")
 
 
-def check_afresh(subject: Subject, run: Run) -> Iterator[Finding]:
+def check_afresh(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
     """setup() on an instance that has trained builds everything anew."""
     task = subject.make()
     subject.steps(task, 1)
     subject.set_up(task)
     difference = subject.difference(run.steps, subject.steps(task, 1))
     if difference:
-        yield Finding(
+        yield broken(
             "setup/afresh",
-            "broken",
             f"a second setup() of the same instance does not start afresh ({difference})",
             "make model, optimiser, loaders and the step's number in setup(), not in __init__ or on the class",
         )
     else:
-        yield Finding("setup/afresh", "ok", "setup() builds everything afresh")
+        yield ok("setup/afresh", "setup() builds everything afresh")
 
 
 def checkpoint_folder() -> TemporaryDirectory[str]:

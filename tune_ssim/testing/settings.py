@@ -10,124 +10,117 @@ from typing import Any
 
 import torch
 
+from tune_ssim.base.errors import UserError
+from tune_ssim.before_launch.preflight.report import Check
 from tune_ssim.before_launch.preflight.rules import same
-from tune_ssim.before_launch.preflight.steps import NEUTRAL
+from tune_ssim.before_launch.preflight.steps import BLACK_BOX_GAINS, NEUTRAL
+from tune_ssim.before_launch.preflight.subject import Failure, call, failure_of
 from tune_ssim.records import ACTIVE_FRACTION, LOSS, LOSS_FLOW, LOSS_SSIM, TOTAL_NORM
-from tune_ssim.testing.findings import Finding
+from tune_ssim.testing.findings import broken, ok, unknown, warn
 from tune_ssim.testing.runs import GENERATORS, Run
-from tune_ssim.testing.subject import Fault, Numbers, Refused, Subject, fault
+from tune_ssim.testing.subject import ClassUnderTest, Numbers
 from tune_ssim.trials.training import Sample
 
 WEIGHT, MAX_T, GRAD_SCALE, CLIP = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "max_grad_norm"
 TINY = 1e-7  # a weight whose gradient is lost in float32's rounding of any main gradient
-GAINS = (1e2, 1e4, 1e6)  # weights tried in turn until total_norm follows, as preflight does
 FOLLOWS = 0.05  # relative change of total_norm that no rounding explains
 ACTIVE_STEPS = 8  # steps looked at for one with a sample behind the gate
 PARAMETER = "parameter"
 MISSPELT = "ssim_loss_wieght"
 
 
-def check_setup(subject: Subject) -> Iterator[Finding]:
+def check_setup(subject: ClassUnderTest) -> Iterator[Check]:
     """Does it accept the configuration, and refuse what it does not know?"""
     given, task = dict(subject.config), subject.task_class()
     try:
         task.setup(given, subject.seed, subject.device)
     except ValueError as error:
-        yield Finding(
+        yield broken(
             "setup",
-            "broken",
             f"setup() refuses the configuration {dict(subject.config)}: {error}",
             "accept 'steps', which every trial sets, or pass check_task(…, config={…}) with what it needs",
         )
         return
     except (Exception, SystemExit) as error:
-        found = fault(task, "setup", error)
-        yield Finding("setup", "broken", str(found), found.remedy)
+        found = failure_of(task, "setup", error)
+        yield broken("setup", str(found), found.remedy)
         return
     if given != dict(subject.config):
-        yield Finding("setup/config", "broken", "setup() changes the mapping that it is given", "copy it: config = dict(config)")
-    yield Finding("setup", "ok", f"setup() accepts {dict(subject.config)}")
+        yield broken("setup/config", "setup() changes the mapping that it is given", "copy it: config = dict(config)")
+    yield ok("setup", f"setup() accepts {dict(subject.config)}")
     try:
         subject.make({MISSPELT: 1.0})
-    except Refused as refusal:
-        named = MISSPELT in str(refusal)
-        yield Finding(
+    except UserError as refusal:
+        sentence = "setup() refuses a key it does not know"
+        if MISSPELT in str(refusal):
+            yield ok("setup/unknown_key", sentence)
+        else:
+            remedy = "name the key, and the known ones"
+            yield warn("setup/unknown_key", f"{sentence} without naming it: {refusal}", remedy)
+    except Failure as error:
+        yield broken(
             "setup/unknown_key",
-            "ok" if named else "warn",
-            "setup() refuses a key it does not know" + ("" if named else f" without naming it: {refusal}"),
-            "" if named else "say which key, and which are known",
-        )
-    except Fault as error:
-        yield Finding(
-            "setup/unknown_key",
-            "broken",
             f"an unknown key ends in {str(error).removeprefix('setup() failed: ')}",
             "raise ValueError for it, naming the key: a study takes anything else for a failure of the training",
         )
     else:
-        yield Finding(
+        yield broken(
             "setup/unknown_key",
-            "broken",
             f"setup() swallows the unknown key {MISSPELT!r}: a misspelt parameter would be searched in vain",
             "if unknown := set(config) - KNOWN: raise ValueError(f'unknown key {sorted(unknown)[0]!r}')",
         )
 
 
-def check_effective(subject: Subject) -> Iterator[Finding]:
+def check_effective(subject: ClassUnderTest) -> Iterator[Check]:
     task = subject.make()
     try:
-        found = subject.call(task, "effective")
-    except Fault as error:
-        yield Finding("effective", "broken", str(error), error.remedy)
+        found = call(task, "effective")
+    except Failure as error:
+        yield broken("effective", str(error), error.remedy)
         return
     if not isinstance(found, Mapping):
-        yield Finding("effective", "broken", f"effective() returned a {type(found).__name__}", "return a dict of JSON values")
+        yield broken("effective", f"effective() returned a {type(found).__name__}", "return a dict of JSON values")
         return
     for name, value in found.items():
         try:
             json.dumps(value)
         except (TypeError, ValueError):
-            yield Finding(
+            yield broken(
                 f"effective/{name}",
-                "broken",
                 f"effective() says {name} is a {type(value).__name__}, which JSON cannot hold",
                 "float(…), int(…), str(…) or .item() of it",
             )
     wrong = {name: asked for name, asked in subject.config.items() if name in found and not same(asked, found[name])}
     for name, asked in wrong.items():
-        yield Finding(
+        yield broken(
             f"effective/{name}",
-            "broken",
             f"{name} was set to {asked!r} but effective() says {found[name]!r}",
             f"follow {name} from the configuration to where it is used",
         )
-    if refused := [name for name, value in NEUTRAL.items() if name in found and not _accepts(subject, {name: value})]:
-        yield Finding(
+    if refused := [name for name, value in NEUTRAL.items() if name in found and not subject.accepts({name: value})]:
+        yield warn(
             "effective/settable",
-            "warn",
             f"effective() says {', '.join(refused)}, which setup() refuses: preflight takes what is in force for what can be set",
             "accept them in setup(), or leave them out of effective()",
         )
     if CLIP not in found:
-        yield Finding(
+        yield unknown(
             f"effective/{CLIP}",
-            "unknown",
             f"effective() does not say {CLIP}: a study takes that for no gradient clipping",
             f"say {CLIP}: the limit given to clip_grad_norm_, or None where nothing clips",
         )
     if not wrong:
-        yield Finding("effective", "ok", f"effective() says {len(found)} parameters in JSON values")
+        yield ok("effective", f"effective() says {len(found)} parameters in JSON values")
 
 
-def check_still(subject: Subject, run: Run) -> Iterator[Finding]:
+def check_still(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
     """The update can be switched off, and is on otherwise; each step has a batch of its own."""
-    words = ", ".join(f"{name} = {value!r}" for name, value in subject.still.items())
+    words = ", ".join(f"{name} = {value!r}" for name, value in subject.disable_update.items())
     try:
-        task = subject.make(subject.still)
-    except Refused as refusal:
-        yield Finding(
+        task = subject.make(subject.disable_update)
+    except UserError as refusal:
+        yield unknown(
             "still",
-            "unknown",
             f"the update cannot be switched off: setup() refuses {words}: {refusal}",
             "accept it, or name the setting that does it: check_task(…, disable_update={…}), and calibration: "
             "{disable_update: {…}}",
@@ -137,64 +130,58 @@ def check_still(subject: Subject, run: Run) -> Iterator[Finding]:
     metrics = subject.steps(task, max(2, run.k))
     moved = _moved(before, _weights(subject, task))
     if not before:
-        yield Finding(
+        yield unknown(
             "still",
-            "unknown",
             f"whether {words} leaves the weights as they are cannot be seen: there is nothing to look at",
             "give the task trainable_parameters(), or put its weights into state_dict()",
         )
     elif moved:
-        yield Finding(
+        yield broken(
             "still",
-            "broken",
             f"{len(metrics)} steps with {words} change {moved}: calibration would measure a model that moves",
             "a learning rate of 0 must leave everything as it is: no update outside the optimiser, no weight decay apart from lr, "
             "no floor of a schedule",
         )
     else:
-        yield Finding("still", "ok", f"{words} leaves the weights as they are")
+        yield ok("still", f"{words} leaves the weights as they are")
     if all(not subject.difference(metrics[:1], [later]) for later in metrics[1:]):
-        yield Finding(
+        yield broken(
             "random/batches",
-            "broken",
             f"with {words} all of {len(metrics)} steps record the same numbers: every step sees one batch",
             f"step n needs its own batch, t and noise; {GENERATORS}",
         )
     else:
-        yield Finding("random/batches", "ok", "each step has its own batch")
+        yield ok("random/batches", "each step has its own batch")
     task = subject.make()
     before = _weights(subject, task)
     subject.steps(task, 2 * run.k)
     if before and not _moved(before, _weights(subject, task)):
-        yield Finding(
+        yield warn(
             "trains",
-            "warn",
             f"nothing moves in {2 * run.k} steps",
             "is the learning rate 0 at the start? are the parameters the optimiser's?",
         )
 
 
-def check_weight(subject: Subject, run: Run) -> Iterator[Finding]:
+def check_weight(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
     """The auxiliary loss's weight: in force as asked, felt by total_norm, and not by the random numbers."""
     still, count = _still(subject, run)
     try:
         off = _Probe(subject, {**still, WEIGHT: 0.0}, count)
         tiny = _Probe(subject, {**still, WEIGHT: TINY, **_open(subject)}, count)
-    except Refused as refusal:
-        yield Finding(
+    except UserError as refusal:
+        yield broken(
             WEIGHT,
-            "broken",
             f"setup() refuses {WEIGHT}: {refusal}",
             f"accept {WEIGHT}, {MAX_T} and {GRAD_SCALE}: they are what a study searches (tune_ssim.losses.DecodedLoss takes them)",
         )
         return
     yield from _same_batches(off, tiny, subject)
-    known = [name for name in (MAX_T, GRAD_SCALE) if _accepts(subject, {name: 0.5})]
+    known = [name for name in (MAX_T, GRAD_SCALE) if subject.accepts({name: 0.5})]
     for name in (MAX_T, GRAD_SCALE):
         if name not in known:
-            yield Finding(
+            yield unknown(
                 name,
-                "unknown",
                 f"setup() does not know {name}: the bundled spaces set it",
                 f"accept it, or leave it out of your own space: {'gates' if name == MAX_T else 'scales'} as DecodedLoss does",
             )
@@ -205,33 +192,32 @@ def check_weight(subject: Subject, run: Run) -> Iterator[Finding]:
 class _Probe:
     """Steps under one setting."""
 
-    def __init__(self, subject: Subject, settings: Mapping[str, Any], count: int) -> None:
+    def __init__(self, subject: ClassUnderTest, settings: Mapping[str, Any], count: int) -> None:
         task = subject.make(settings)
         self.steps: list[Numbers] = subject.steps(task, count)
-        found = subject.call(task, "effective") if "effective" not in subject.broken_methods else {}
+        found = call(task, "effective") if "effective" not in subject.broken_methods else {}
         self.effective: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
 
 
-def _same_batches(off: _Probe, tiny: _Probe, subject: Subject) -> Iterator[Finding]:
+def _same_batches(off: _Probe, tiny: _Probe, subject: ClassUnderTest) -> Iterator[Check]:
     """A weight of next to nothing must not change what is drawn."""
     for n, (a, b) in enumerate(zip(off.steps, tiny.steps, strict=True), 1):
         for name in (LOSS_FLOW, LOSS):
             if name in a and name in b and _apart(a[name], b[name]):
-                yield Finding(
+                yield broken(
                     "random/configuration",
-                    "broken",
                     f"step {n}: {name} is {a[name]:.6g} at {WEIGHT} 0 and {b[name]:.6g} at {TINY:g}: the "
                     "configuration decides which random numbers are drawn, so trials and baseline see other batches",
                     f"{GENERATORS}, and none of the configuration; draw the same numbers whether or not a loss needs them",
                 )
                 return
-    yield Finding("random/configuration", "ok", f"{WEIGHT} 0 and {TINY:g} see the same batches over {len(off.steps)} steps")
+    yield ok("random/configuration", f"{WEIGHT} 0 and {TINY:g} see the same batches over {len(off.steps)} steps")
 
 
-def _force(subject: Subject, off: _Probe, still: Mapping[str, Any], count: int) -> Iterator[Finding]:
+def _force(subject: ClassUnderTest, off: _Probe, still: Mapping[str, Any], count: int) -> Iterator[Check]:
     """Raises the weight until total_norm follows; then what is recorded must follow as well."""
     on, gain, at = off, 0.0, None
-    for gain in GAINS:
+    for gain in BLACK_BOX_GAINS:
         on = _Probe(subject, {**still, WEIGHT: gain, **_open(subject)}, max(count, ACTIVE_STEPS if still else 1))
         base = _Probe(subject, {**still, WEIGHT: 0.0}, len(on.steps)) if len(off.steps) < len(on.steps) else off
         off = base
@@ -240,67 +226,59 @@ def _force(subject: Subject, off: _Probe, still: Mapping[str, Any], count: int) 
             break
     said = on.effective.get(WEIGHT)
     if WEIGHT not in on.effective:
-        yield Finding(
+        yield broken(
             f"effective/{WEIGHT}",
-            "broken",
             f"effective() does not say {WEIGHT}: whether what is searched arrives cannot be seen",
             "say it, read where it is used: **loss.effective() of a DecodedLoss",
         )
     elif not same(gain, said) or not same(0.0, off.effective.get(WEIGHT)):
-        yield Finding(
+        yield broken(
             f"effective/{WEIGHT}",
-            "broken",
             f"{WEIGHT} was set to {gain:g}, and effective() says {said!r}",
             f"follow {WEIGHT} from setup() to the loss; effective() must read it where it is used",
         )
     if not any(step.get(ACTIVE_FRACTION, 1.0) > 0 for step in on.steps):
         gated = MAX_T not in _open(subject)
-        yield Finding(
+        yield (unknown if gated else broken)(
             f"{WEIGHT}/felt",
-            "unknown" if gated else "broken",
             f"at {WEIGHT} {gain:g}{'' if gated else f' and {MAX_T} 1'} no sample takes part in {len(on.steps)} steps "
             f"({ACTIVE_FRACTION} 0), whatever effective() says",
             f"does {WEIGHT} reach the loss? is the gate the right way round? t = 0 is clean, and 0 < t <= max_t takes part",
         )
     elif at is None:
-        yield Finding(
+        yield broken(
             f"{WEIGHT}/felt",
-            "broken",
             f"total_norm does not follow {WEIGHT}: it is the same at 0 and at {gain:g}, whatever effective() says",
             "is the loss added to what backward() is called on? is the decoder inside no_grad() or detached? is the "
             "norm taken before clipping?",
         )
     else:
         a, b = off.steps[at][TOTAL_NORM], on.steps[at][TOTAL_NORM]
-        yield Finding(f"{WEIGHT}/felt", "ok", f"total_norm follows {WEIGHT}: {a:.4g} at 0, {b:.4g} at {gain:g}")
+        yield ok(f"{WEIGHT}/felt", f"total_norm follows {WEIGHT}: {a:.4g} at 0, {b:.4g} at {gain:g}")
         yield from _unweighted(off.steps[at], on.steps[at], gain, at + 1)
 
 
-def _unweighted(off: Numbers, on: Numbers, gain: float, n: int) -> Iterator[Finding]:
+def _unweighted(off: Numbers, on: Numbers, gain: float, n: int) -> Iterator[Check]:
     """loss_ssim is recorded before its weight, and loss is the sum with it."""
     if LOSS_SSIM not in on or LOSS not in on or LOSS not in off:
         return
     added, recorded = on[LOSS] - off[LOSS], on[LOSS_SSIM]
     if math.isclose(added, gain * recorded, rel_tol=0.02):
-        yield Finding(f"step/{LOSS_SSIM}", "ok", f"{LOSS} is the weighted sum, {LOSS_SSIM} comes before its weight")
+        yield ok(f"step/{LOSS_SSIM}", f"{LOSS} is the weighted sum, {LOSS_SSIM} comes before its weight")
     elif math.isclose(added, recorded, rel_tol=0.02):
-        yield Finding(
-            f"step/{LOSS_SSIM}",
-            "broken",
-            f"step {n}: {LOSS_SSIM} {recorded:.4g} includes its weight {gain:g}",
-            "record it before its weight",
+        yield broken(
+            f"step/{LOSS_SSIM}", f"step {n}: {LOSS_SSIM} {recorded:.4g} includes its weight {gain:g}", "record it before its weight"
         )
     else:
-        yield Finding(
+        yield warn(
             f"step/{LOSS_SSIM}",
-            "warn",
             f"step {n}: {WEIGHT} {gain:g} adds {added:.4g} to {LOSS}, where {LOSS_SSIM} is {recorded:.4g}",
             f"{LOSS} is the weighted sum that is minimised, {LOSS_SSIM} the mean over the samples that take part, "
             "before its weight",
         )
 
 
-def check_clipping(subject: Subject, run: Run) -> Iterator[Finding]:
+def check_clipping(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
     """total_norm is read before clipping: it does not depend on the limit."""
     name = f"step/{TOTAL_NORM}/clipping"
     still, _ = _still(subject, run)
@@ -309,32 +287,31 @@ def check_clipping(subject: Subject, run: Run) -> Iterator[Finding]:
         norm = free.steps[0].get(TOTAL_NORM, math.nan)
         limit = norm / 10 if math.isfinite(norm) and norm > 0 else 1e-3
         clipped = _Probe(subject, {**still, CLIP: limit}, 1)
-    except Refused:
+    except UserError:
         yield from _fixed_clipping(subject, run, name)
         return
     found = clipped.steps[0].get(TOTAL_NORM, math.nan)
     if math.isclose(found, norm, rel_tol=1e-3):
-        yield Finding(name, "ok", f"{TOTAL_NORM} is read before clipping: {norm:.4g} with and without a limit of {limit:.3g}")
+        yield ok(name, f"{TOTAL_NORM} is read before clipping: {norm:.4g} with and without a limit of {limit:.3g}")
     elif found <= 1.01 * limit:
         yield _after_clipping(name, f"{TOTAL_NORM} is {norm:.4g} without clipping and {found:.4g} with {CLIP} {limit:.3g}")
     elif not math.isnan(found):
-        yield Finding(
+        yield broken(
             name,
-            "broken",
             f"{TOTAL_NORM} is {norm:.4g} without clipping and {found:.4g} with {CLIP} {limit:.3g}",
             "the first step must have the same gradient whatever the limit",
         )
 
 
-def _without_clipping(subject: Subject, still: Mapping[str, Any]) -> _Probe:
+def _without_clipping(subject: ClassUnderTest, still: Mapping[str, Any]) -> _Probe:
     """None means no clipping; where a task does not know that, a limit that no norm reaches."""
     try:
         return _Probe(subject, {**still, CLIP: None}, 1)
-    except (Refused, Fault):
+    except (UserError, Failure):
         return _Probe(subject, {**still, CLIP: 1e9}, 1)
 
 
-def _fixed_clipping(subject: Subject, run: Run, name: str) -> Iterator[Finding]:
+def _fixed_clipping(subject: ClassUnderTest, run: Run, name: str) -> Iterator[Check]:
     """A limit that is no setting: a strong push must be seen to exceed it."""
     limit = _Probe(subject, {}, 1).effective.get(CLIP)
     if not isinstance(limit, (int, float)) or isinstance(limit, bool):
@@ -343,47 +320,36 @@ def _fixed_clipping(subject: Subject, run: Run, name: str) -> Iterator[Finding]:
     norms = [step.get(TOTAL_NORM, 0.0) for step in run.steps]
     if max(norms) <= 1.01 * limit:
         try:
-            norms += [s.get(TOTAL_NORM, 0.0) for s in _Probe(subject, {**still, WEIGHT: GAINS[-1], **_open(subject)}, count).steps]
-        except Refused:
+            norms += [
+                s.get(TOTAL_NORM, 0.0)
+                for s in _Probe(subject, {**still, WEIGHT: BLACK_BOX_GAINS[-1], **_open(subject)}, count).steps
+            ]
+        except UserError:
             pass
     if max(norms) > 1.01 * limit:
-        yield Finding(name, "ok", f"{TOTAL_NORM} exceeds {CLIP} {limit:g}: it is read before clipping")
+        yield ok(name, f"{TOTAL_NORM} exceeds {CLIP} {limit:g}: it is read before clipping")
     elif max(norms) > 0.99 * limit:
         yield _after_clipping(name, f"{TOTAL_NORM} never exceeds {CLIP} {limit:g}, whatever pushes")
     else:
-        yield Finding(
-            name, "unknown", f"no step came near {CLIP} {limit:g}", f"accept {CLIP} in setup(), so that it can be looked at"
-        )
+        yield unknown(name, f"no step came near {CLIP} {limit:g}", f"accept {CLIP} in setup(), so that it can be looked at")
 
 
-def _after_clipping(name: str, sentence: str) -> Finding:
-    return Finding(
+def _after_clipping(name: str, sentence: str) -> Check:
+    return broken(
         name,
-        "broken",
         f"{sentence}: it is measured after clipping, and hides every push",
         "norm = torch.nn.utils.clip_grad_norm_(parameters, limit) returns the norm before clipping: record that",
     )
 
 
-def _still(subject: Subject, run: Run) -> tuple[Mapping[str, Any], int]:
+def _still(subject: ClassUnderTest, run: Run) -> tuple[Mapping[str, Any], int]:
     """Settings with the update off and how many steps can be compared; one, where it cannot be switched off."""
-    return (subject.still, run.k) if _accepts(subject, subject.still) else ({}, 1)
+    return (subject.disable_update, run.k) if subject.accepts(subject.disable_update) else ({}, 1)
 
 
-def _open(subject: Subject) -> dict[str, float]:
+def _open(subject: ClassUnderTest) -> dict[str, float]:
     """No gate and no attenuation, as far as the task knows of them."""
-    return {name: 1.0 for name in (MAX_T, GRAD_SCALE) if _accepts(subject, {name: 1.0})}
-
-
-def _accepts(subject: Subject, settings: Mapping[str, Any]) -> bool:
-    key = (subject.task_class, repr(sorted(settings.items())))
-    if key not in subject.accepted:
-        try:
-            subject.make(settings)
-            subject.accepted[key] = True
-        except (Refused, Fault):
-            subject.accepted[key] = False
-    return subject.accepted[key]
+    return {name: 1.0 for name in (MAX_T, GRAD_SCALE) if subject.accepts({name: 1.0})}
 
 
 def _apart(a: float, b: float) -> bool:
@@ -395,21 +361,21 @@ def _follows(off: Numbers, on: Numbers) -> bool:
     return not math.isclose(a, b, rel_tol=FOLLOWS) and not (math.isnan(a) and math.isnan(b))
 
 
-def _weights(subject: Subject, task: Any) -> dict[str, torch.Tensor]:
+def _weights(subject: ClassUnderTest, task: Any) -> dict[str, torch.Tensor]:
     """What must stay where it is, by what it is: the parameters if the task shows them, else the tensors of its state, else what
     inference makes of them. Empty if there is nothing to look at."""
     if task.abilities().trainable_parameters:
-        found = subject.call(task, "trainable_parameters")
+        found = call(task, "trainable_parameters")
         listed = list(found) if isinstance(found, Iterable) else []
         if parameters := {f"{PARAMETER} {i}": p.detach().clone() for i, p in enumerate(listed) if isinstance(p, torch.Tensor)}:
             return parameters
     if "state_dict" not in subject.broken_methods:
-        with contextlib.suppress(Fault):  # said elsewhere
-            if tensors := dict(_state_tensors(subject.call(task, "state_dict"), "")):
+        with contextlib.suppress(Failure):  # said elsewhere
+            if tensors := dict(_state_tensors(call(task, "state_dict"), "")):
                 return tensors
     if "sample" in subject.broken_methods:
         return {}
-    sample = subject.call(task, "sample", 0)
+    sample = call(task, "sample", 0)
     return {"samples": sample.images.detach().clone()} if isinstance(sample, Sample) else {}
 
 

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from tune_ssim.testing.findings import Finding
-from tune_ssim.testing.subject import short
+from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.subject import describe_error
+from tune_ssim.testing.findings import broken, ok
 from tune_ssim.trials.training import CONTRACT, missing_methods
 
 # How a trial calls each method, and how it should read.
@@ -31,23 +32,22 @@ ALIASES = {
 }
 
 
-def check_class(task_class: Any) -> Iterator[Finding]:
+def check_class(task_class: Any) -> Iterator[Check]:
     if not isinstance(task_class, type):
         kind = type(task_class).__name__
         told = f"an object of {kind}" if not callable(task_class) or hasattr(task_class, "step") else f"a {kind}"
-        yield Finding("class", "broken", f"a task is a class, got {told}", f"pass the class: check_task({kind})")
+        yield broken("class", f"a task is a class, got {told}", f"pass the class: check_task({kind})")
         return
     try:
         bare(task_class)
     except (Exception, SystemExit) as error:
-        yield Finding(
+        yield broken(
             "class",
-            "broken",
-            f"{task_class.__name__}() failed: {short(error)}",
+            f"{task_class.__name__}() failed: {describe_error(error)}",
             "a trial makes the task without arguments and calls setup(config, seed, device): move the building there",
         )
         return
-    yield Finding("class", "ok", f"{task_class.__name__}() can be made without arguments")
+    yield ok("class", f"{task_class.__name__}() can be made without arguments")
 
 
 def bare(task_class: type) -> Any:
@@ -58,7 +58,7 @@ def bare(task_class: type) -> Any:
     return found()
 
 
-def check_methods(task_class: type) -> Iterator[Finding]:
+def check_methods(task_class: type) -> Iterator[Check]:
     """A finding for each of the seven; its name is `method/NAME`."""
     task, missing = bare(task_class), missing_methods(task_class)
     for name in CONTRACT:
@@ -68,20 +68,19 @@ def check_methods(task_class: type) -> Iterator[Finding]:
         if method is None or (name in missing and callable(written)):
             near = next((alias for alias in ALIASES[name] if callable(getattr(task, alias, None))), None)
             hint = f"rename {near}()" if near else "add it"
-            yield Finding(f"method/{name}", "broken", f"there is no {name}()", f"{hint}: {reads}; see tune_ssim.Task")
+            yield broken(f"method/{name}", f"there is no {name}()", f"{hint}: {reads}; see tune_ssim.Task")
         elif not callable(method):
-            yield Finding(f"method/{name}", "broken", f"{name} is a {type(method).__name__}, not a method", f"make it {reads}")
+            yield broken(f"method/{name}", f"{name} is a {type(method).__name__}, not a method", f"make it {reads}")
         elif inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
-            yield Finding(
+            yield broken(
                 f"method/{name}",
-                "broken",
                 f"{name}() is a generator or a coroutine: calling it does nothing",
                 f"make it an ordinary method that returns its result: {reads}",
             )
         elif refusal := _refusal(method, calls):
-            yield Finding(f"method/{name}", "broken", f"{name}{_signature(method)}: {refusal}", f"make it {reads}")
+            yield broken(f"method/{name}", f"{name}{_signature(method)}: {refusal}", f"make it {reads}")
         else:
-            yield Finding(f"method/{name}", "ok", f"{name}{_signature(method)}")
+            yield ok(f"method/{name}", f"{name}{_signature(method)}")
 
 
 def _refusal(method: Any, calls: tuple[tuple[Any, ...], ...]) -> str:

@@ -1,4 +1,4 @@
-"""The task under test: instances of it, its steps as numbers, and what its own code does wrong as a sentence."""
+"""The class under test: instances that can be compared step by step, whatever uses the global generators."""
 
 from __future__ import annotations
 
@@ -6,85 +6,58 @@ import contextlib
 import hashlib
 import math
 import random
-import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.trials.training import as_training
+from tune_ssim.before_launch.preflight.subject import Failure, Subject, call, numbers
+from tune_ssim.trials.training import Training
 
 Numbers = dict[str, float]
 
 
-class Fault(Exception):
-    """The task's own code fails. remedy: what to do about it."""
-
-    def __init__(self, sentence: str, remedy: str) -> None:
-        super().__init__(sentence)
-        self.remedy = remedy
-
-
-class Refused(Exception):
-    """setup() does not accept these settings, and says so as the contract wants it."""
-
-
 @dataclass(frozen=True)
-class Subject:
-    """A task's class and what it is set up with. Instances are made one after the other: two models may not fit into memory."""
+class ClassUnderTest(Subject):
+    """A subject whose runs are compared. broken_methods: absent or with a wrong signature; reported once, never called."""
 
-    task_class: type
-    config: Mapping[str, Any]
-    seed: int
-    device: str | None
-    still: Mapping[str, Any]  # settings that switch the update off
-    broken_methods: frozenset[str] = frozenset()  # absent or with a wrong signature: said once, not called
-    accepted: dict[Any, bool] = field(default_factory=dict, compare=False)  # settings that were tried on setup()
+    broken_methods: frozenset[str] = frozenset()
+    accepted: dict[str, bool] = field(default_factory=dict, compare=False)  # settings that were tried on setup()
 
     @property
     def exact(self) -> bool:
         """On a CPU equal means to the bit; kernels of an accelerator add in any order."""
         return self.device == "cpu" or not torch.accelerator.is_available()
 
-    def make(self, settings: Mapping[str, Any] | None = None, *, seed: int | None = None, chance: int = 0) -> Any:
-        """A new instance, set up while the global generators stand at `chance`. Raises Refused or Fault."""
-        task = as_training(self.task_class())
+    def make(self, settings: Mapping[str, Any] | None = None, seed: int | None = None, chance: int = 0) -> Training:
+        """A new instance, set up while the global generators stand at `chance`."""
         set_global_generators(chance)
-        self.set_up(task, settings, seed=seed)
-        return task
+        return super().make(settings, seed)
 
-    def set_up(self, task: Any, settings: Mapping[str, Any] | None = None, *, seed: int | None = None) -> None:
-        config = {**self.config, **(settings or {})}
-        try:
-            task.setup(config, self.seed if seed is None else seed, self.device)
-        except (UserError, ValueError) as error:
-            raise Refused(short(error)) from None
-        except (Exception, SystemExit) as error:
-            raise fault(task, "setup", error) from None
+    def accepts(self, settings: Mapping[str, Any]) -> bool:
+        key = repr(sorted(settings.items()))
+        if key not in self.accepted:
+            try:
+                self.make(settings)
+                self.accepted[key] = True
+            except (UserError, Failure):
+                self.accepted[key] = False
+        return self.accepted[key]
 
-    def call(self, task: Any, method: str, *arguments: Any) -> Any:
-        """Raises Fault where the method fails."""
-        try:
-            return getattr(task, method)(*arguments)
-        except (Exception, SystemExit) as error:
-            raise fault(task, method, error) from None
-
-    def steps(self, task: Any, count: int, *, shake: bool = False) -> list[Numbers]:
-        """The next `count` steps as numbers; `shake`: somebody else uses the global generators between them."""
+    def steps(self, task: Training, count: int, *, shake: bool = False) -> list[Numbers]:
+        """The next `count` steps as numbers. `shake`: the global generators are reseeded between them."""
         made = []
         for n in range(count):
             if shake:
                 set_global_generators(1000 + n)
-            made.append(as_numbers(self.call(task, "step")))
+            made.append(numbers(call(task, "step")))
         return made
 
     def difference(self, one: Sequence[Numbers], other: Sequence[Numbers], first: int = 1) -> str:
-        """Where two runs part, in words; empty if they do not."""
+        """Where two runs part; empty if they do not."""
         for n, (a, b) in enumerate(zip(one, other, strict=False), first):
             for name in sorted(a.keys() | b.keys()):
                 if name not in a or name not in b:
@@ -97,31 +70,6 @@ class Subject:
         if self.exact or not (math.isfinite(a) and math.isfinite(b)):
             return a == b or (math.isnan(a) and math.isnan(b))
         return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6)  # float32 sums of a few steps in another order
-
-
-def as_numbers(metrics: Any) -> Numbers:
-    """A step's metrics on the host; what is no number is left out (and found by the check of `step()`)."""
-    found: Numbers = {}
-    for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            found[str(name)] = float(value.detach() if isinstance(value, torch.Tensor) else value)
-    return found
-
-
-def fault(task: Any, method: str, error: BaseException) -> Fault:
-    """The sentence of an exception, with the line of the user's own file where it passed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = Path(str(getattr(sys.modules.get(type(task).__module__), "__file__", "")))
-    place = next((frame for frame in reversed(frames) if own.name and Path(frame.filename) == own), frames[-1])
-    where = f"{Path(place.filename).name}:{place.lineno}"
-    return Fault(f"{method}() failed: {short(error)} ({where})", f"mend {where}, in {place.name}()")
-
-
-def short(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, (UserError, ValueError)) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def set_global_generators(seed: int) -> None:

@@ -1,6 +1,6 @@
-"""Is the set-up sound? Seconds of measurements before a study, so that no setting is blamed for a broken set-up.
+"""Preflight: seconds of measurements before a study, so that no setting is blamed for a broken set-up.
 
-Effects are tested, not flags: what a step does, not what its configuration says. A task shows itself through the optional
+Effects are tested, not flags: what a step does, not what its configuration says. A training is seen through the optional
 methods of `trials.training.Training`; what it does not show is `unknown`.
 """
 
@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.preflight import images, launch, learning, networks
 from tune_ssim.before_launch.preflight import steps as readings
 from tune_ssim.before_launch.preflight.launch import settings_of
 from tune_ssim.before_launch.preflight.report import Check, Report
 from tune_ssim.before_launch.preflight.rules import setup_failed, unknown
-from tune_ssim.before_launch.preflight.subject import Failure, Subject, Unavailable, call, numbers, words
+from tune_ssim.before_launch.preflight.subject import Failure, Subject, call, guarded, numbers
 from tune_ssim.guards import Guard, NormRatio, SmokeTest
 from tune_ssim.trials.training import Training, load_task
 
@@ -76,11 +75,11 @@ def _checks(
     except Failure as failure:
         yield setup_failed(str(failure))
         return
-    yield from _guarded("parameter", lambda: readings.check_parameters(subject, baseline))
-    yield from _guarded("parameter/searched", lambda: launch.check_settings(subject, baseline, settings))
-    yield from _guarded("seeds", lambda: launch.check_seeds(subject, baseline))
-    yield from _guarded("trained", lambda: learning.check_learning(subject, baseline, smoke_test))
-    yield from _guarded("baseline/norm", lambda: launch.check_baseline(subject, baseline, limit))
+    yield from guarded("parameter", lambda: readings.check_parameters(subject, baseline))
+    yield from guarded("parameter/searched", lambda: launch.check_settings(subject, baseline, settings))
+    yield from guarded("seeds", lambda: launch.check_seeds(subject, baseline))
+    yield from guarded("trained", lambda: learning.check_learning(subject, baseline, smoke_test))
+    yield from guarded("baseline/norm", lambda: launch.check_baseline(subject, baseline, limit))
 
 
 def _start(
@@ -89,32 +88,18 @@ def _start(
     """Of the task as it is after its set-up. The one step that it takes comes last."""
     sample, seen = call(task, "sample", 0), images.look(task) if task.abilities().forward else None
     yield Check("setup", "ok", "the task sets up, samples and runs forward" if seen else "the task sets up and samples")
-    yield from _guarded("weights", lambda: networks.check_weights(task))
-    yield from _guarded("text/tokens", lambda: launch.check_tokens(sample))
+    yield from guarded("weights", lambda: networks.check_weights(task))
+    yield from guarded("text/tokens", lambda: launch.check_tokens(sample))
     if smoke_test is None:  # as in a training that starts from random weights
         yield unknown("smoke", "the study has switched its smoke test off")
     else:
-        yield from _guarded("smoke", lambda: networks.check_samples(task, smoke_test, sample))
-    yield from _guarded("frozen/decoder", lambda: learning.check_decoder(task))
-    yield from _guarded("data/pairs", lambda: images.check_pairs(sample, seen))
-    yield from _guarded("data/files", lambda: images.check_data(task))
-    yield from _guarded("data/training_images", lambda: images.check_training_images(task, steps, sample, seen))
-    yield from _guarded("loss/main", lambda: images.check_losses(seen))
-    yield from _guarded("ssim/precision", lambda: readings.check_ssim(task))
-    yield from _guarded("time_law", lambda: launch.check_law(task, seen))
-    yield from _guarded("gate", lambda: launch.check_gates(task, seen, settings, steps, guards))
-    yield from _guarded("loss/first_step", lambda: launch.check_first_step(sample, numbers(call(task, "step"))))
-
-
-def _guarded(name: str, measure: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """What the task cannot show is unknown; what fails inside it is a finding."""
-    try:
-        yield from measure()
-    except Unavailable as reason:
-        yield unknown(name, str(reason))
-    except Failure as failure:
-        yield Check(name, "bad_setup", str(failure))
-    except UserError as error:
-        yield unknown(name, f"the task refuses the settings of this check: {error}")
-    except Exception as error:  # shapes and types that no check was made for; a fault of the task's own comes as Failure
-        yield unknown(name, f"could not be measured: {words(error)}")
+        yield from guarded("smoke", lambda: networks.check_samples(task, smoke_test, sample))
+    yield from guarded("frozen/decoder", lambda: learning.check_decoder(task))
+    yield from guarded("data/pairs", lambda: images.check_pairs(sample, seen))
+    yield from guarded("data/files", lambda: images.check_data(task))
+    yield from guarded("data/training_images", lambda: images.check_training_images(task, steps, sample, seen))
+    yield from guarded("loss/main", lambda: images.check_losses(seen))
+    yield from guarded("ssim/precision", lambda: readings.check_ssim(task))
+    yield from guarded("time_law", lambda: launch.check_law(task, seen))
+    yield from guarded("gate", lambda: launch.check_gates(task, seen, settings, steps, guards))
+    yield from guarded("loss/first_step", lambda: launch.check_first_step(sample, numbers(call(task, "step"))))

@@ -1,4 +1,4 @@
-"""What preflight says: a verdict for every question about a set-up, each with its evidence. Plain data, JSON in and out."""
+"""Results of preflight and of `check_task`: a status for every question, with its evidence. Plain data, JSON in and out."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Status = Literal["ok", "unknown", "warn", "bad_setup"]
-SEVERITY: tuple[Status, ...] = ("ok", "unknown", "warn", "bad_setup")
+Status = Literal["ok", "unknown", "warn", "bad_setup", "broken"]
+SEVERITY: tuple[Status, ...] = ("ok", "unknown", "warn", "bad_setup", "broken")
+MARKS: dict[Status, str] = {"ok": "✓", "unknown": "?", "warn": "!", "bad_setup": "✗", "broken": "✗"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One verdict. name: `subject` or `subject/part`. evidence: the numbers behind the sentence."""
+    """The answer to one question. name: `subject` or `subject/part`. evidence: the numbers behind the sentence.
+
+    bad_setup: no study with this set-up can give a result. broken (of `check_task`): no study with this class can, or it would
+    misjudge. warn: it works, and something is lost. unknown: could not be measured. remedy: what to do; empty if all is well."""
 
     name: str
     status: Status
@@ -21,10 +25,14 @@ class Check:
     evidence: Mapping[str, float] = field(default_factory=dict)
     remedy: str = ""
 
+    def __str__(self) -> str:
+        line = f"{MARKS[self.status]} {self.name}: {self.sentence}"
+        return f"{line}\n    → {self.remedy}" if self.remedy else line
+
 
 @dataclass(frozen=True)
 class Report:
-    """All checks of one set-up, in the order in which one would look for a cause."""
+    """All checks of one set-up or class, in the order in which one would look for a cause."""
 
     checks: tuple[Check, ...]
     seconds: float = math.nan
@@ -38,7 +46,7 @@ class Report:
     @property
     def reason(self) -> str:
         """The first of the worst checks in one line; empty if all is well."""
-        if self.status not in ("warn", "bad_setup"):
+        if self.status in ("ok", "unknown"):
             return ""
         check = next(check for check in self.checks if check.status == self.status)
         return f"{check.name}: {check.sentence}"

@@ -1,27 +1,38 @@
-"""The task under test: what goes wrong inside it is a finding, what it does not show is unknown."""
+"""The training under test: failures inside it become checks, and what it does not show is unknown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.before_launch.preflight.report import Check, Status
 from tune_ssim.losses import TimeLaw
 from tune_ssim.trials.training import OPTIONAL, Training, as_training
 
 
 class Failure(Exception):
-    """A method of the task failed: the set-up is not sound, whatever the reason."""
+    """A method of the training failed: the set-up is not sound, whatever the reason. remedy: what to do about it."""
+
+    def __init__(self, sentence: str, remedy: str = "") -> None:
+        super().__init__(sentence)
+        self.remedy = remedy
 
 
 class Unavailable(Exception):
-    """The task does not show what is needed here: the check is `unknown`."""
+    """The training does not show what is needed here: the check is `unknown`."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A task's class and what it is set up with. One instance at a time: two copies of a model may not fit into memory."""
+    """A training's class and what it is set up with. One instance at a time: two copies of a model may not fit into memory."""
 
     task_class: Callable[[], Any]
     config: Mapping[str, Any]
@@ -29,20 +40,23 @@ class Subject:
     device: str | None
     disable_update: Mapping[str, Any]  # settings that switch the update off
 
-    def make(self, settings: Mapping[str, Any], seed: int | None = None) -> Training:
-        """A new instance. Raises UserError for settings that the task refuses, Failure for anything else."""
+    def make(self, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> Training:
+        """A new instance. Raises UserError for settings that the training refuses, Failure for anything else."""
         task = as_training(self.task_class())
+        self.set_up(task, settings, seed)
+        return task
+
+    def set_up(self, task: Training, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> None:
         try:
-            task.setup({**self.config, **settings}, self.seed if seed is None else seed, self.device)
+            task.setup({**self.config, **(settings or {})}, self.seed if seed is None else seed, self.device)
         except BadSetup as error:
             raise Failure(str(error)) from None
         except UserError:
             raise
-        except ValueError as error:  # how a task refuses a configuration (trials.training.Training.setup)
-            raise UserError(f"{self.task_class.__name__}: {error}") from None
-        except Exception as error:
-            raise Failure(f"setup() failed: {words(error)}") from error
-        return task
+        except ValueError as error:  # how a training refuses a configuration (Training.setup)
+            raise UserError(f"{type(task).__name__}: {error}") from None
+        except (Exception, SystemExit) as error:
+            raise failure_of(task, "setup", error) from error
 
     def unmoved(self, settings: Mapping[str, Any]) -> Training:
         """One whose steps change nothing."""
@@ -53,13 +67,38 @@ class Subject:
 
 
 def call(task: Training, method: str, *arguments: Any) -> Any:
-    """Raises Unavailable where the task has no such method, Failure where the method fails."""
+    """Raises Unavailable where the training has no such method, Failure where the method fails."""
     if method in OPTIONAL and not task.abilities().has(method):
         raise Unavailable(f"the task has no {method}()")
     try:
         return getattr(task, method)(*arguments)
-    except Exception as error:
-        raise Failure(f"{method}() failed: {words(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise failure_of(task, method, error) from error
+
+
+def failure_of(task: Any, method: str, error: BaseException) -> Failure:
+    """A failure of a method, with the line of the user's own file that it passed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = Path(str(getattr(sys.modules.get(type(task).__module__), "__file__", "")))
+    place = next((frame for frame in reversed(frames) if own.name and Path(frame.filename) == own), frames[-1])
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    return Failure(f"{method}() failed: {describe_error(error)} ({where})", f"mend {where}, in {place.name}()")
+
+
+def guarded(name: str, checks: Callable[[], Iterator[Check]], failed: Status = "bad_setup") -> Iterator[Check]:
+    """The checks. What the training does not show is `unknown`; what fails inside it has the status `failed`."""
+    try:
+        yield from checks()
+    except Unavailable as reason:
+        yield Check(name, "unknown", str(reason))
+    except Failure as failure:
+        yield Check(name, failed, str(failure), remedy=failure.remedy)
+    except UserError as error:
+        remedy = "accept them, if a study may set them"
+        yield Check(name, "unknown", f"the task refuses the settings of this check: {error}", remedy=remedy)
+    except Exception as error:  # shapes and types that no check was made for; a fault of the training's own comes as Failure
+        remedy = "see tune_ssim.Training for what is expected"
+        yield Check(name, "unknown", f"could not be measured: {describe_error(error)}", remedy=remedy)
 
 
 def time_law(task: Training) -> TimeLaw:
@@ -68,11 +107,17 @@ def time_law(task: Training) -> TimeLaw:
     return task.time_law
 
 
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """A step's metrics on the host."""
-    return {name: float(value) for name, value in metrics.items()}
+def numbers(metrics: Any) -> dict[str, float]:
+    """A step's metrics on the host, without those that are no numbers."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            found[str(name)] = float(value.detach() if isinstance(value, torch.Tensor) else value)
+    return found
 
 
-def words(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     text = " ".join(str(error).split())[:300]
+    if isinstance(error, UserError) and text:
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
