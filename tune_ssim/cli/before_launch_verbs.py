@@ -1,0 +1,134 @@
+"""Verbs that look at a study before it is launched: preflight, calibrate, spaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.cli.options import study_options
+from tune_ssim.cli.output import make_console, output_file, print_json, readable, say_next
+
+
+@click.command()
+@study_options
+@click.option("--json", "as_json", is_flag=True, help="Every check with its evidence, as one object.")
+def preflight(study: str | None, space: str | None, seed: int | None, address: str | None, as_json: bool) -> None:
+    """Is the set-up sound? Seconds, before anything is launched.
+
+    Tests what the training does, not what its configuration says: weights, parameters that must reach the loss, frozen
+    networks, images, the precision of the SSIM, the baseline. STUDY as for `run`. Exit code 3 for a bad set-up.
+    """
+    from tune_ssim.before_launch.inspection import bad_lines
+    from tune_ssim.study.study import load_study
+
+    resolved = load_study(study, {"space": space, "seed": seed})
+    report = _measured(resolved, address, "preflight")
+    if as_json:
+        print_json(report)
+    else:
+        from tune_ssim.cli.tables import preflight_table
+
+        console = make_console()
+        console.print(preflight_table(report, console.options.ascii_only))
+    if report["status"] == "bad_setup":
+        raise BadSetup("\n".join(bad_lines(report)))
+    if resolved.calibrates and report["status"] != "unknown":  # of a process of its own nothing is known before it runs
+        say_next("calibrate", *([study] if study else []), why="says how hard each setting pushes", to_stderr=as_json)
+    else:
+        say_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
+
+
+@click.command()
+@study_options
+@click.option("--json", "as_json", is_flag=True, help="Everything that was measured and predicted, as one object.")
+@click.option("--picture", metavar="FILE", help="Write the heat map there as PNG.  [default: <study>_calibration.png, here]")
+def calibrate(
+    study: str | None, space: str | None, seed: int | None, address: str | None, as_json: bool, picture: str | None
+) -> None:
+    """How hard does each setting push? Seconds, with the update switched off.
+
+    Predicts total_norm against the pixel-loss baseline for the whole space, names what is inert and what is deadly, and
+    draws a heat map. STUDY as for `run`.
+    """
+    from tune_ssim.base.files import write_atomically
+    from tune_ssim.report.heat_map import draw_heat_map
+    from tune_ssim.study.study import load_study
+
+    resolved = load_study(study, {"space": space, "seed": seed})
+    target = output_file(f"{resolved.name}_calibration.png" if picture is None else picture, "--picture")
+    calibration = _measured(resolved, address, "calibration")
+    if as_json:
+        print_json(calibration)
+    else:
+        from tune_ssim.cli.tables import calibration_words, gains_table, predictions_table
+
+        console = make_console()
+        for table in (gains_table, predictions_table):
+            console.print(table(calibration, console.options.ascii_only))
+        for line in calibration_words(calibration):
+            console.print(readable(line, console), markup=False)
+    assert target is not None
+    write_atomically(target, draw_heat_map(calibration, resolved.space, resolved.name))
+    click.echo(f"wrote {target}", err=as_json)
+    say_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON: a list, or one object for NAME.")
+def spaces(name: str | None, as_json: bool) -> None:
+    """List the search spaces, or show one.
+
+    NAME: a bundled space, or the path of a .yaml file; NAME:STAGE shows one stage.
+    """
+    from tune_ssim.study.space import bundled_spaces, load_space
+
+    found = [load_space(name)] if name else [load_space(bundled) for bundled in bundled_spaces()]
+    if as_json:
+        # Everything explicit, as `run --dry-run` has it; always with stages, so that a reader needs one form only.
+        data = [
+            {
+                "name": space.name,
+                "description": space.description,
+                "stages": [{"name": stage.name, "description": stage.description, **stage.to_yaml()} for stage in space.stages],
+            }
+            for space in found
+        ]
+        print_json(data[0] if name else data)
+    else:
+        from tune_ssim.cli.tables import spaces_table, stages_table
+
+        console = make_console()
+        ascii_only = console.options.ascii_only
+        if name:
+            console.print(readable(found[0].description, console), markup=False)
+            console.print(stages_table(found[0], ascii_only))
+        else:
+            console.print(spaces_table(found, ascii_only))
+    if name:
+        say_next("run", "--space", name, why="searches it", to_stderr=as_json)
+    elif found:
+        say_next("spaces", found[0].name, why="shows its ranges", to_stderr=as_json)
+
+
+def _measured(study: Any, address: str | None, phase: str) -> dict[str, Any]:
+    """One phase before launch as plain data: in this process, or with a trial's resources on a cluster."""
+    from tune_ssim.base.files import jsonable
+
+    wanted = {"preflight": phase == "preflight", "calibration": phase == "calibration", "provenance": False}
+    with make_console(to_stderr=True).status(f"{phase} of {study.name}"):
+        if address is None:
+            from tune_ssim.before_launch.inspection import inspect_here
+
+            found = inspect_here(study, **wanted)
+        else:
+            from tune_ssim.orchestration.run_study import inspect_on
+
+            found = inspect_on(study, address=address, **wanted)
+    if phase not in found:
+        from tune_ssim.before_launch.inspection import NO_CALIBRATION
+
+        raise UserError(NO_CALIBRATION)
+    return dict(jsonable(found[phase]))

@@ -1,0 +1,61 @@
+"""Exit codes of the command line, and what is printed with them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from textwrap import shorten
+
+import click
+
+from tune_ssim.cli.output import discard_stdout
+
+DONE, OURS, MISTAKE, BAD_SETUP, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
+DEBUG_VARIABLE = "TUNE_SSIM_DEBUG"
+# Errors of the file system that no code of ours can cause or cure: a full disk, a folder that may not be written.
+ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
+
+
+def fail(code: int, message: str) -> int:
+    """One line a problem: a study file may have several."""
+    for line in filter(None, map(str.strip, message.splitlines())):
+        try:
+            click.echo("error: " + "".join(letter if letter.isprintable() else " " for letter in line), err=True)
+        except BrokenPipeError:
+            break
+    return code
+
+
+def bug_report(error: Exception, storage: Path | None) -> str:
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
+        click.echo(text, err=True)
+    lines = str(error).strip().splitlines() or [""]
+    line = lines[-1] if lines[0].startswith("Traceback") else lines[0]  # Ray puts whole tracebacks into a message
+    said = f"a bug of tune-ssim, not of yours: {type(error).__name__}: {shorten(line, 300)}"
+    try:
+        folder = storage if storage is not None and storage.is_dir() else None
+        descriptor, path = tempfile.mkstemp(dir=folder, prefix="tune-ssim-error-", suffix=".txt")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        return f"{said}; {DEBUG_VARIABLE}=1 shows the traceback"
+    return f"{said}; traceback in {path}"
+
+
+def reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads (`| head`). Then the interpreter must not flush it again at exit."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
+    if gone:
+        discard_stdout()
+    return gone

@@ -1,0 +1,65 @@
+"""Options that several verbs share, and the group that lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tune_ssim.base.errors import UserError
+
+
+class Verbs(click.Group):
+    """Lists the verbs in the order of their use, and guesses what a misspelt one was meant to be."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, context: click.Context, arguments: list[str]) -> Any:
+        verb = arguments[0]
+        if not verb.startswith("-") and verb not in self.commands:
+            near = get_close_matches(verb, self.commands, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"unknown verb {verb!r}{meant} (there are {', '.join(self.commands)})", context)
+        return super().resolve_command(context, arguments)
+
+
+def _storage(context: click.Context, parameter: click.Parameter, value: str | None) -> Path:
+    from tune_ssim.results.study_folder import storage_path
+
+    path = storage_path(value)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"storage path {path}: a file, not a folder")
+    context.find_root().obj = path  # where a traceback of ours goes
+    return path
+
+
+def storage_option(verb: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--storage-path",
+        "storage",
+        metavar="FOLDER",
+        callback=_storage,
+        help="Where the studies are.  [default: $TUNE_SSIM_STORAGE, else ./tune_ssim_results]",
+    )(verb)
+
+
+def tracking_option(verb: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--tracking-uri", metavar="URI", help="MLflow's store.  [default: the study's, else SQLite in the storage path]"
+    )(verb)
+
+
+def study_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Of the verbs that look at a study before it is launched."""
+    for option in (
+        click.option("--address", help="Measure on a running Ray cluster, with a trial's resources.  [default: here]"),
+        click.option("--seed", type=click.IntRange(min=0), help="Seed of the search."),
+        click.option("--space", help="A search space by name, name:stage or path, in place of the study's."),
+        click.argument("study", required=False),
+    ):
+        verb = option(verb)
+    return verb

@@ -1,0 +1,91 @@
+"""What the verbs print: text, tables, JSON, and the next useful command."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tune_ssim.base.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def say_next(*words: str, why: str, to_stderr: bool = False) -> None:
+    """The next useful command, as it can be pasted."""
+    context = click.get_current_context()
+    if context.get_parameter_source("storage") is click.core.ParameterSource.COMMANDLINE:
+        words = (*words, "--storage-path", str(context.params["storage"]))
+    click.echo(f"next: tune-ssim {shlex.join(words)}  # {why}", err=to_stderr)
+
+
+def discard_stdout() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def make_console(outlive_reader: bool = False, to_stderr: bool = False) -> Console:
+    """stdout with rich: NO_COLOR is honoured, a pipe gets wide lines, and a letter that the encoding lacks is a `?`.
+
+    When nobody reads the pipe any more, a listing ends; a study goes on in silence (`outlive_reader`).
+    """
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            if not outlive_reader:
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+            discard_stdout()
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    console = Output(highlight=False, stderr=to_stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Output(highlight=False, stderr=to_stderr, width=200)
+    return console
+
+
+def readable(text: str, console: Console) -> str:
+    from tune_ssim.results.trial_text import readable
+
+    return readable(text, console.options.ascii_only)
+
+
+def print_exactly(text: str) -> None:
+    """UTF-8 whatever the locale, since a program reads it."""
+    stream, rest = sys.stdout.buffer, memoryview(text.encode())
+    while rest:
+        rest = rest[stream.write(rest) :]  # with PYTHONUNBUFFERED the stream is raw and may take a part only
+    stream.flush()
+
+
+def print_json(value: Any) -> None:
+    from tune_ssim.base.files import jsonable
+
+    print_exactly(json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def output_file(output: str | None, option: str = "--output") -> Path | None:
+    if output is None or output == "-":
+        return None
+    path = Path(output)
+    if not output.strip():
+        raise UserError(f"{option}: give a file's name")
+    if path.is_dir():
+        raise UserError(f"{option} {output}: a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{option} {output}: not a regular file")
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {output}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} {output}: {path.parent} may not be written")
+    return path

@@ -1,0 +1,272 @@
+"""Verbs of a study: run, trials, export, verify, and its mirror in MLflow."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.cli.options import storage_option, tracking_option
+from tune_ssim.cli.output import make_console, output_file, print_exactly, print_json, readable, say_next
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tune_ssim.results.study_folder import StudyFolder
+
+
+@click.command()
+@click.argument("study", required=False)
+@click.option("--space", help="A search space by name, name:stage or path, in place of the study's.")
+@click.option("--trials", type=click.IntRange(min=1), help="Trials of the search, without the baselines.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the search.")
+@click.option("--name", help="The study's name: its folder and its MLflow run.  [default: as in the study file]")
+@storage_option
+@tracking_option
+@click.option("--address", help="A running Ray cluster (`auto`, HOST:PORT).  [default: a local one for this study]")
+@click.option("--resume", is_flag=True, help="Go on with a study; without STUDY and --name, with the latest.")
+@click.option("--dry-run", is_flag=True, help="Print the study as resolved, every default included; start nothing.")
+def run(
+    study: str | None,
+    space: str | None,
+    trials: int | None,
+    seed: int | None,
+    name: str | None,
+    storage: Path,
+    tracking_uri: str | None,
+    address: str | None,
+    resume: bool,
+    dry_run: bool,
+) -> None:
+    """Tune: baseline, search, prune what ruins the model.
+
+    STUDY is a study file or the name of a bundled one. Without it: the bundled fundus study. A name that is taken gets
+    a suffix, unless --resume.
+    """
+    from tune_ssim.results.study_folder import find_study
+    from tune_ssim.study.study import load_study
+
+    source: str | Path | None = study
+    if resume and study is None:
+        folder = find_study(storage, name)
+        source, name = folder.study_file, folder.name
+    overrides = {"space": space, "trials": trials, "seed": seed, "name": name, "tracking_uri": tracking_uri}
+    resolved = load_study(source, overrides, launch=address is None)  # a cluster's nodes have programs of their own
+    if dry_run:
+        print_exactly(resolved.to_yaml())
+        given = [(f"--{key.replace('_', '-')}", str(value)) for key, value in overrides.items() if value is not None]
+        say_next(
+            "run",
+            *([study] if study else []),
+            *(word for pair in given for word in pair),
+            why="starts it",
+            to_stderr=True,
+        )
+        return
+
+    from tune_ssim.orchestration.run_study import run as run_study
+    from tune_ssim.results.proof import proof_of
+    from tune_ssim.results.trial_text import proof_line
+    from tune_ssim.results.winner import NoSafeTrial, best_safe
+
+    console = make_console(outlive_reader=True)
+    started_s = time.time()
+    try:
+        folder = run_study(
+            resolved,
+            storage=storage,
+            name=name,
+            address=address,
+            resume=resume,
+            tracking_uri=tracking_uri,
+            console=console,
+        )
+    except KeyboardInterrupt:
+        _say_how_to_resume(storage, started_s, resume)
+        raise
+    _show_trials(folder, console)
+    try:
+        best = best_safe(folder)
+    except NoSafeTrial as reason:
+        console.print(readable(str(reason), console), markup=False)
+        say_next("trials", folder.name, why="has every reason")
+    else:
+        proof = proof_of(best, folder)
+        console.print(readable(f"best safe: {best.trial_id}: {best.reason}", console), markup=False)
+        console.print(readable(proof_line(proof), console), markup=False)
+        option = ["--unproven"] if proof["unproven"] else []
+        say_next("export", folder.name, "--format", "env", *option, why="prints it for a training script")
+    say_next("ui", folder.name, why="browses the study in MLflow")
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="A stable list of objects: docs/trials_schema.md.")
+@storage_option
+def trials(name: str | None, as_json: bool, storage: Path) -> None:
+    """List the trials, each with its verdict and why.
+
+    The best come first. NAME: the study; without it the latest.
+    """
+    from tune_ssim.results.study_folder import find_study
+
+    folder = find_study(storage, name)
+    if as_json:
+        from tune_ssim.tracking.mirror import run_ids
+
+        mirrored = run_ids(folder, folder.tracking_uri)
+        summaries = [trial.to_dict() | {"run_id": trial.run_id or mirrored.get(trial.trial_id)} for trial in folder.trials()]
+        print_json(summaries)
+    else:
+        _show_trials(folder, make_console())
+    say_next("export", folder.name, why="writes the best safe setting", to_stderr=as_json)
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--format", "form", type=click.Choice(["yaml", "json", "env", "args"]), default="yaml", show_default=True)
+@click.option("-o", "--output", metavar="FILE", help="Write there, whole or not at all, instead of to stdout.")
+@click.option("--unproven", is_flag=True, help="Also a setting that no confirm phase has confirmed; the file says so.")
+@storage_option
+def export(name: str | None, form: str, output: str | None, unproven: bool, storage: Path) -> None:
+    """Print the best safe setting of a study.
+
+    Only a setting that was `safe`, beat the baseline, and held in the confirm phase with further seeds; never one that
+    was ruinous in another trial. If there is none, the exit code is 2 and the reason is said.
+
+    \b
+      env    SSIM_LOSS_WEIGHT=… lines, to be sourced by a shell; EXP_NAME is new for every setting
+      args   --ssim_loss_weight … in one line, for a torchrun script
+      json, yaml   the setting with its verdict, horizon, metrics and proof: `tune-ssim verify` checks it again
+    """
+    from tune_ssim.base.files import write_atomically
+    from tune_ssim.results.export import exported_config, format_export
+    from tune_ssim.results.study_folder import find_study
+    from tune_ssim.results.winner import best_safe
+
+    target = output_file(output)
+    folder = find_study(storage, name)
+    exported = exported_config(best_safe(folder), folder)
+    if missing := exported["proof"]["unproven"]:
+        words = f"{folder.name}: {exported['trial_id']} is unproven: {'; '.join(missing)}"
+        if not unproven:
+            raise UserError(f"{words}; `--unproven` exports it all the same and says so in the file")
+        click.echo(f"warning: {words}", err=True)
+    text = format_export(exported, form)
+    if target is None:
+        print_exactly(text)
+    else:
+        write_atomically(target, text.encode())
+        click.echo(f"wrote {target}")
+    say_next("ui", folder.name, why="shows what it was chosen from", to_stderr=target is None)
+
+
+@click.command()
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--address", help="A running Ray cluster (`auto`, HOST:PORT).  [default: a local one]")
+@click.option("--json", "as_json", is_flag=True, help="What was found, as one object.")
+def verify(file: Path, address: str | None, as_json: bool) -> None:
+    """Check an export again: same code, weights, data and setting, and does it still hold?
+
+    FILE: written by `tune-ssim export --format json` or yaml. Compares the hashes in it with what is here, then runs the
+    confirmation again. If anything differs the exit code is 3 and every difference is said.
+    """
+    from tune_ssim.orchestration.verification import read_export, version_notes
+    from tune_ssim.orchestration.verification import verify as verify_export
+
+    exported = read_export(file)
+    for line in version_notes(exported):
+        click.echo(f"note: {line}", err=True)
+    found, trials = verify_export(exported, address=address, console=make_console(to_stderr=as_json))
+    if as_json:
+        report = {"file": str(file), "holds": not found, "differences": found, "trials": [trial.to_dict() for trial in trials]}
+        print_json(report)
+    if found:
+        raise BadSetup("\n".join(f"{file}: {line}" for line in found))
+    confirmed = ", ".join(trial.trial_id for trial in trials if trial.role == "confirm")
+    click.echo(f"{file}: code, weights, data and setting are the ones it was proven with; {confirmed} hold", err=as_json)
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--port", type=click.IntRange(0, 65535), default=5000, show_default=True)
+@tracking_option
+@storage_option
+def ui(name: str | None, port: int, tracking_uri: str | None, storage: Path) -> None:
+    """Browse a study in MLflow.
+
+    Prints a link that shows its trials with their verdicts. Listens on 127.0.0.1 only. Ctrl-C ends it.
+    """
+    from tune_ssim.results.study_folder import find_study
+    from tune_ssim.tracking.mlflow_ui import serve_ui
+
+    study: str | None = name
+    if tracking_uri is None or name is not None:
+        folder = find_study(storage, name)
+        study, tracking_uri = folder.name, tracking_uri or folder.tracking_uri
+    say_next("export", *([study] if study else []), why="writes the best safe setting", to_stderr=True)
+    try:
+        serve_ui(storage, tracking_uri, name=study, port=port)
+    except KeyboardInterrupt:
+        click.echo()  # the way to end it; nothing to resume
+
+
+@click.command()
+@click.argument("name", required=False)
+@tracking_option
+@storage_option
+def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
+    """Write a study into MLflow again.
+
+    For a store that was away while the study ran. Doing it twice changes nothing.
+    """
+    from tune_ssim.results.study_folder import find_study
+    from tune_ssim.tracking.mirror import mirror_study
+
+    folder = find_study(storage, name)
+    uri = tracking_uri or folder.tracking_uri
+    done, line = mirror_study(folder, uri, progress=lambda text: click.echo(text, err=True))
+    if not done:
+        raise UserError(f"{folder.name}: {line}")
+    click.echo(line)
+    say_next("ui", folder.name, *(["--tracking-uri", tracking_uri] if tracking_uri else []), why="browses it")
+
+
+def _say_how_to_resume(storage: Path, started_s: float, resumed: bool) -> None:
+    from tune_ssim.results.study_folder import find_study
+
+    try:
+        folder = find_study(storage, None)
+    except UserError:
+        return  # nothing was begun
+    if resumed or folder.study_file.stat().st_mtime >= started_s:
+        say_next("run", "--resume", "--name", folder.name, why="goes on where it stopped", to_stderr=True)
+
+
+def _show_trials(folder: StudyFolder, console: Console) -> None:
+    from tune_ssim.cli.tables import trials_table
+    from tune_ssim.results.trial_text import setting_text
+    from tune_ssim.results.winner import NoSafeTrial, best_safe
+
+    summaries = folder.trials()
+    if not summaries:
+        console.print(f"{folder.name}: no trial has ended yet", markup=False)
+        return
+    try:
+        winner = best_safe(folder).trial_id
+    except NoSafeTrial:
+        winner = None
+    console.print(
+        trials_table(
+            summaries,
+            width=console.width,
+            ascii_only=console.options.ascii_only,
+            objective=folder.objective,
+            winner=winner,
+        )
+    )
+    for skipped in folder.skipped():
+        console.print(readable(f"not launched: {setting_text(skipped.config)}: {skipped.sentence}", console), markup=False)
