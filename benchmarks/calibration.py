@@ -22,7 +22,6 @@ import resource
 import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def study(method: str = "auto", batches: int = 24, **config: Any) -> Study:
     bundled = load_study("fundus_ssim")
     assert bundled.calibration is not None
     options = bundled.calibration.model_copy(update={"method": method, "batches": batches})
-    return replace(bundled, task_config={**bundled.task_config, **config}, calibration=options)
+    return bundled.replace(task_config={**bundled.task_config, **config}, calibration=options)
 
 
 def first_steps(setting: dict[str, Any], steps: int, **config: Any) -> list[float]:

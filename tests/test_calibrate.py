@@ -40,8 +40,7 @@ def study(task: str | type | None = None, space: Any = "wide", baseline: Mapping
     changes: dict[str, Any] = {} if task is None else {"task": f"{__name__}:{task.__name__}" if isinstance(task, type) else task}
     # Without the norm of the main loss alone: its extra backward passes are not needed here.
     overrides = {"pixel_loss_weight": 0.05, "pixel_loss_max_t": 0.3, **(baseline or {})}
-    return replace(
-        bundled,
+    return bundled.replace(
         space=load_space(space),
         task_config={**bundled.task_config, **config},
         baseline=BaselineRuns(overrides=overrides),
@@ -262,7 +261,7 @@ class Plain(SmallTask):
 
 def test_a_task_that_has_a_weight_and_nothing_else() -> None:
     space = {"parameters": {"ssim_loss_weight": {"log_uniform": [0.1, 100]}}}
-    plain = replace(study(Plain, space, grid=None), task_config={"steps": 20}, baseline=BaselineRuns(overrides={}))
+    plain = study(Plain, space, grid=None).replace(task_config={"steps": 20}, baseline=BaselineRuns(overrides={}))
     found = calibrate(plain)
     assert found.model.active.all() and found.check.relative_error < 1e-5
     assert found.model.predict(3.0, 1.0) == calibrate_small().model.predict(3.0, 1.0)
@@ -270,8 +269,8 @@ def test_a_task_that_has_a_weight_and_nothing_else() -> None:
 
 def calibrate_small() -> Calibration:
     space = {"parameters": {"gain": {"log_uniform": [0.1, 100]}}}
-    tiny = replace(study("small_task:SmallTask", space, grid=None), task_config={"steps": 20})
-    return calibrate(replace(tiny, baseline=BaselineRuns(overrides={"pixel_loss_weight": 0.0})))
+    tiny = study("small_task:SmallTask", space, grid=None).replace(task_config={"steps": 20})
+    return calibrate(tiny.replace(baseline=BaselineRuns(overrides={"pixel_loss_weight": 0.0})))
 
 
 class Quiet(FundusSR):
@@ -442,11 +441,11 @@ def test_no_sample_behind_any_gate() -> None:
 
 def test_refusals() -> None:
     for changed, says in (
-        (replace(study(), calibration=None), "null in the study switches it off"),
+        (study().replace(calibration=None), "null in the study switches it off"),
         (study(space={"parameters": {"lr": {"choice": [0.1, 0.2]}}}), "has an SSIM loss whose push could vary"),
         (study(Secretive, method="gram", disable_update={"lr": "none"}), "refuses to be set up"),
         (
-            replace(study("small_task:SmallTask", {"parameters": {"gain": {"choice": [1]}}}, method="gram"), task_config={}),
+            study("small_task:SmallTask", {"parameters": {"gain": {"choice": [1]}}}, method="gram").replace(task_config={}),
             "has no forward",
         ),
     ):

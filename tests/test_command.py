@@ -724,7 +724,7 @@ def test_templates() -> None:
     [
         ({"command": ["x", "{typo}"]}, "no setting 'typo'"),
         ({"command": ["x", "{checkpoint}"]}, "no setting 'checkpoint'"),
-        ({"command": ["x"], "records": {"pattern": "bagel"}}, "the space varies ssim_loss_weight, but the command is not told"),
+        ({"command": ["x"], "records": {"pattern": "bagel"}}, "the space varies ssim_loss_weight, but the command does not use it"),
         ({"command": []}, "must not be empty"),
         ({"command": ["{ssim_loss_weight}"], "records": {"pattern": "bagel"}}, "smoke_test: nothing makes samples"),
         ({"command": ["x"], "config_file": {"path": "a.toml"}}, "must end in .json or .yaml"),
@@ -755,7 +755,7 @@ def says(study: Any, **more: Any) -> str:
 def test_every_value_that_reaches_nothing_is_said_when_the_study_is_read() -> None:
     """The space fixes pixel_loss_weight at 0, which asks for nothing, and has points with a scale of 0.1."""
     found = says({**WIDE, "task": {"command": TOLD, "records": LINES}})
-    assert "task.command: the space has a point with ssim_grad_scale 0.1, but the command is not told" in found
+    assert "task.command: the space has a point with ssim_grad_scale 0.1, but the command does not use it" in found
     assert '"--ssim_grad_scale={ssim_grad_scale}"' in found and len(found.splitlines()) == 1
     fixed = {"ssim_grad_scale": 0.5, "ssim_loss_max_t": 1.0, "kl_weight": 0.0, "class_weight": 0.0}
     space = {"name": "s", "parameters": {"gain": {"log_uniform": [1, 2]}}, "fixed": fixed}
@@ -876,7 +876,7 @@ def test_the_baseline_has_a_value_for_every_placeholder() -> None:
     assert fill(" ".join(words), settings) == "x 0.0 1.0 1.0 0.1"
     space = {"name": "s", "parameters": {"gain": {"log_uniform": [1, 2]}, "lr": {"choice": [1.0, 2.0]}}}
     fixed = {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0}
-    with pytest.raises(UserError, match="baseline: has no lr, which the command is told"):
+    with pytest.raises(UserError, match="baseline: has no lr, which the command uses"):
         load_study({**given, "space": {**space, "fixed": fixed}})
     with pytest.raises(UserError, match=r"no value for the braces in '\{lr\}'"):
         fill("{lr}", {"steps": 3})

@@ -137,7 +137,7 @@ def test_a_diffusers_training_runs_resumes_and_samples(tmp_path: Path) -> None:
 def test_the_studies_reach_every_setting(name: str, rate: str) -> None:
     study = load_study(EXAMPLES / name / "study.yaml")
     assert not isinstance(study.task, str)
-    assert set(study.task.reached()) >= {
+    assert set(study.task.referenced_settings()) >= {
         "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t", rate, "seed", "exp_dir"
     }  # fmt: skip
     flags = {
@@ -149,10 +149,10 @@ def test_the_studies_reach_every_setting(name: str, rate: str) -> None:
     )
     assert not {setting for setting in study.task_config if setting != "steps"} - set(flags)
     told = {**study.task_config, **study.baseline_settings}
-    assert study.task.reached() <= {*told, *ALWAYS}  # a baseline has a value for every placeholder, and so has a trial
+    assert study.task.referenced_settings() <= {*told, *ALWAYS}  # a baseline has a value for every placeholder, and so has a trial
     stage = study.space.stages[0]
     launched = {*study.task_config, *stage.fixed, *stage.parameters, "ssim_loss_weight"}  # which is the gain over the scale
-    assert study.task.reached() <= {*launched, *ALWAYS}
+    assert study.task.referenced_settings() <= {*launched, *ALWAYS}
     folder = EXAMPLES / name
     scripts = [word for command in (study.task.command, study.task.smoke.command) for word in command if word.endswith(".py")]
     assert len(scripts) == 2 and all((folder / script).is_file() for script in scripts)

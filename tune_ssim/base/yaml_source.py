@@ -1,4 +1,4 @@
-"""YAML 1.2 text as plain Python values that remember their lines, so that every message can say where.
+"""YAML 1.2 text as plain Python values, with the line of each for error messages.
 
 `1e-4` is a number and `no` is a string here (YAML 1.2 core schema); in PyYAML's 1.1 it is the other way round.
 """
@@ -23,11 +23,10 @@ from tune_ssim.base.errors import UserError
 Loc = tuple[str | int, ...]
 """Keys and list positions from the top of a document to a value, as pydantic counts them."""
 
-# Far above any study (the longest bundled one has 2 KB), far below what costs seconds: a checkpoint given by mistake.
+# Far above any study (the longest bundled one has 2 KB); rejects a checkpoint given by mistake before it costs seconds.
 MAX_BYTES = 256 * 1024
 MAX_VALUES = 20_000  # after aliases are written out: nine lines of aliases to aliases would make 10**9
 MAX_DEPTH = 30
-MAX_PROBLEMS = 20  # lines in one message
 
 # https://yaml.org/spec/1.2.2/#103-core-schema
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -45,7 +44,7 @@ _SCALAR_TAGS = {"str", "int", "float", "bool", "null", "timestamp", "value", "me
 
 @dataclass(frozen=True)
 class Source:
-    """A value with its origin. `lines[loc]` counts from 1; `options[loc]` is the option that gave a value."""
+    """A value and where it comes from. `lines[loc]` counts from 1; `options[loc]` is the command-line option that gave a value."""
 
     label: str
     value: Any
@@ -53,14 +52,15 @@ class Source:
     options: Mapping[Loc, str] = field(default_factory=dict)
     prefix: Loc = ()
 
-    def part(self, *loc: str | int) -> Source:
-        """The value at `loc` (which must be there), with the same origin."""
+    def subtree(self, *loc: str | int) -> Source:
+        """The value at `loc`, which must be there, with the same lines."""
         value = self.value
         for key in loc:
             value = value[key]
         return Source(self.label, value, self.lines, self.options, self.prefix + loc)
 
     def option_at(self, loc: Loc) -> str | None:
+        """The command-line option that gave the value, if one did."""
         return next((self.options[key] for key in _upwards(self.prefix + loc) if key in self.options), None)
 
     def at(self, loc: Loc = ()) -> str:
@@ -71,54 +71,6 @@ class Source:
     def overridden(self, loc: Loc, value: Any, option: str) -> Source:
         """The same document with one value given by a command-line option."""
         return Source(self.label, _replaced(self.value, loc, value), self.lines, {**self.options, loc: option}, self.prefix)
-
-
-class Problems:
-    """Collects what is wrong with a document; `check` raises all of it as one UserError, a line each."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self._lines: list[tuple[int, str]] = []
-        self._added = 0
-
-    def add(self, loc: Loc, message: str, subject: str | None = None) -> None:
-        """`subject` names what is wrong where the dotted path to it would be too long; "": the message does so."""
-        option = self.source.option_at(loc)
-        if option is not None:
-            text = f"{option}: {message}"
-        else:
-            if subject is None:
-                subject = ".".join(str(key) for key in self.source.prefix + loc)
-            text = ": ".join(part for part in (self.source.at(loc), subject, message) if part)
-        where = self.source.at(loc).removeprefix(self.source.label + ":")
-        line = (int(where) if where.isdigit() else 0, text)
-        self._added += 1
-        if line not in self._lines:
-            self._lines.append(line)
-
-    def unknown_keys(self, loc: Loc, given: Iterable[str], valid: Iterable[str], where: str = "") -> None:
-        valid = list(valid)
-        for key in given:
-            if key not in valid:
-                message = f"unknown key {shown(key)}{where}{did_you_mean(key, valid)}"
-                self.add((*loc, key), message, subject=".".join(str(part) for part in loc))
-
-    def include(self, error: UserError) -> None:
-        """What the `check` of a part, or of another document, raised: as it is."""
-        for text in str(error).splitlines():
-            line = re.match(re.escape(self.source.label) + r":(\d+):", text)
-            self._lines.append((int(line[1]) if line else 0, text))
-            self._added += 1
-
-    def __len__(self) -> int:
-        """How often something was found wrong, the same thing twice included."""
-        return self._added
-
-    def check(self) -> None:
-        if self._lines:
-            texts = [text for _, text in sorted(self._lines, key=lambda line: line[0])]
-            more = len(texts) - MAX_PROBLEMS
-            raise UserError("\n".join(texts[:MAX_PROBLEMS] + ([f"… and {more} more"] if more > 0 else [])))
 
 
 def read_yaml(path: str | Path) -> Source:
@@ -139,7 +91,7 @@ def read_yaml(path: str | Path) -> Source:
 def parse_yaml(text: bytes | str, label: str) -> Source:
     """The mapping in `text`, which messages call `label`. Raises UserError for everything that is not one."""
     if len(text) > MAX_BYTES:
-        raise UserError(f"{label}: is larger than {MAX_BYTES // 1024} KiB, so it is hardly a study or a search space")
+        raise UserError(f"{label}: is larger than {MAX_BYTES // 1024} KiB, too large for a study or a search space")
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8-sig")
@@ -164,7 +116,7 @@ def parse_yaml(text: bytes | str, label: str) -> Source:
     if root is None:
         raise UserError(f"{label}: is empty")
     if not isinstance(root, MappingNode):
-        kind = "a list" if isinstance(root, SequenceNode) else f"the text {shown(root.value)}"
+        kind = "a list" if isinstance(root, SequenceNode) else f"the text {short_repr(root.value)}"
         raise UserError(f"{label}:{root.start_mark.line + 1}: must be a mapping (`key: value` lines), got {kind}")
     reader = _Reader(label)
     value = reader.value(root, ())
@@ -172,7 +124,7 @@ def parse_yaml(text: bytes | str, label: str) -> Source:
 
 
 class _Reader:
-    """Turns nodes into dicts, lists and scalars, and notes the line of each key and list item."""
+    """Turns nodes into dicts, lists and scalars, and records the line of each key and list item."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -198,20 +150,20 @@ class _Reader:
             for here, item in zip(places, node.value, strict=True):
                 self.lines[here] = item.start_mark.line + 1
             return [self.value(item, here) for here, item in zip(places, node.value, strict=True)]
-        raise self.fail(node, f"the tag {shown(str(node.tag))} is not used here: plain values only")
+        raise self.fail(node, f"the tag {short_repr(str(node.tag))} is not used here: plain values only")
 
     def mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = self.value(key_node, loc) if isinstance(key_node, ScalarNode) else None
             if not isinstance(key, str):
-                got = shown(key_node.value) if isinstance(key_node, ScalarNode) else "a list or mapping"
+                got = short_repr(key_node.value) if isinstance(key_node, ScalarNode) else "a list or mapping"
                 raise self.fail(key_node, f"a key must be a name, got {got}")
             if str(key_node.tag) == _PREFIX + "merge":
                 raise self.fail(key_node, "merge keys (<<) are not YAML 1.2; write the keys out")
             here = (*loc, key)
             if key in found:
-                raise self.fail(key_node, f"key {shown(key)} stands here twice (first in line {self.lines[here]})")
+                raise self.fail(key_node, f"key {short_repr(key)} appears twice (first in line {self.lines[here]})")
             self.lines[here] = key_node.start_mark.line + 1
             found[key] = self.value(value_node, here)
         return found
@@ -219,7 +171,7 @@ class _Reader:
     def scalar(self, node: ScalarNode, tag: str) -> Any:
         text: str = node.value
         if re.search("[\ud800-\udfff]", text):
-            raise self.fail(node, "half of a surrogate pair is no character")
+            raise self.fail(node, "half of a surrogate pair is not a character")
         if tag == "str":
             return text
         if text in _WORDS:
@@ -235,7 +187,7 @@ class _Reader:
         if _INF.fullmatch(text):
             return float(text.replace(".", ""))
         if text in (".nan", ".NaN", ".NAN"):
-            raise self.fail(node, "NaN is no setting")
+            raise self.fail(node, "NaN is not a setting")
         return text
 
 
@@ -285,24 +237,24 @@ def _styled(value: Any, top: bool = False) -> Any:
     return value
 
 
-def shown(value: Any) -> str:
-    """A value as messages quote it: short, in one line."""
+def short_repr(value: Any) -> str:
+    """The `repr` of a value, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…" + text[:1] * (text[:1] in "'\"")
 
 
-def kind_of(value: Any) -> str:
-    """`'0.1' (text)`, `[1, 2] (a list)`; numbers speak for themselves."""
-    names = ((bool, ""), (str, " (text)"), (Mapping, " (a mapping)"), ((list, tuple), " (a list)"))
+def describe(value: Any) -> str:
+    """A value with its type, as error messages quote it: `'0.1' (text)`, `[1, 2] (a list)`; a number without its type."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
         return str(value).lower()
-    return shown(value) + next((name for type_, name in names if isinstance(value, type_)), "")  # type: ignore[arg-type]
+    names = ((str, " (text)"), (Mapping, " (a mapping)"), (list, " (a list)"), (tuple, " (a list)"))
+    return short_repr(value) + next((name for kind, name in names if isinstance(value, kind)), "")
 
 
 def did_you_mean(word: Any, valid: Iterable[str]) -> str:
-    """`; did you mean 'max_t'?`, or else what there is."""
+    """`; did you mean 'max_t'?`, or all valid words where none is close."""
     valid = list(map(str, valid))
     lowered = {name.lower(): name for name in valid}
     close = difflib.get_close_matches(str(word).lower(), list(lowered), n=1, cutoff=0.6)

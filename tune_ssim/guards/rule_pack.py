@@ -11,17 +11,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PlainValidator, ValidationError, ValidationInfo, model_validator
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.yaml_source import Loc, Problems, Source, did_you_mean, kind_of, read_yaml, shown
+from tune_ssim.base.validation import Problem, Problems, Section, problem, problems_of, user_error
+from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, read_yaml, short_repr
 from tune_ssim.guards import EpochMean, FirstValue, MovingMean, Rule, Threshold, Trend
 from tune_ssim.guards.condition import Condition
-from tune_ssim.guards.violation import ACTIONS
+from tune_ssim.guards.violation import Action
 
-PACK_KEYS = ("name", "description", "known_by", "options", "branches", "rules")
-RULE_KEYS = ("when", "action", "sentence", "cause", "remedy", "source", "optional", "for_each")
-BRANCH_KEYS = ("loss", "gradient", "has_grad", "trainable", "may_be_flat", "may_rise")
 LIMITS = ("above", "below", "outside", "off")
 # What a condition may say, by its kind.
 CONDITION_KEYS = {
@@ -31,11 +31,11 @@ CONDITION_KEYS = {
     "epoch mean": ("metric", "of", *LIMITS, "by", "epoch", "steps_per_epoch"),
     "trend": ("metric", "trend", "steps", "by", "settled", "after"),
 }
-ALL_CONDITION_KEYS = tuple(dict.fromkeys(key for keys in CONDITION_KEYS.values() for key in keys))
-MAY_BE_MISSING = ("steps_per_epoch",)  # then the log has to say it
+CONDITIONS: dict[str, Any] = {
+    "value": Threshold, "first": FirstValue, "mean": MovingMean, "epoch mean": EpochMean, "trend": Trend,
+}  # fmt: skip
 MAX_STEP = 2**63 - 1  # as TensorBoard and MLflow store it
-PLACE = re.compile(r"\{\w+\}")
-TRENDS = ("rising", "not falling")
+PLACEHOLDER = re.compile(r"\{\w+\}")
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,26 @@ def load_rules(
     elif isinstance(pack, (str, Path)) and str(pack).strip():
         source = read_yaml(find_pack(str(pack), Path(relative_to or ".")))
     else:
-        raise UserError(f"a rule pack is a name, a path or a mapping, got {kind_of(pack)}")
-    return _Parser(source, dict(options or {})).pack()
+        raise UserError(f"a rule pack is a name, a path or a mapping, got {describe(pack)}")
+    stem = Path(source.label).stem
+    declared = source.value.get("options") or {}
+    for key, value in (options or {}).items():
+        if not isinstance(declared, Mapping) or key not in declared:
+            guess = did_you_mean(key, declared) if declared and isinstance(declared, Mapping) else "; it has none"
+            raise UserError(f"rule pack {stem}: no option {short_repr(key)}{guess}")
+        if not _is_number(value):
+            raise UserError(f"rule pack {stem}: option {key}: must be a number, got {describe(value)}")
+    try:
+        return build_pack({"name": stem, **source.value}, options)
+    except ValidationError as error:
+        raise user_error(source, problems_of(error)) from None
+
+
+def build_pack(document: Mapping[str, Any], options: Mapping[str, float] | None = None) -> RulePack:
+    """A pack of a mapping as in a file, with other values for its options. Raises ValidationError."""
+    if isinstance(document.get("options"), Mapping):
+        document = {**document, "options": {**document["options"], **(options or {})}}
+    return _PackFile.model_validate(document, context={}).pack(document)
 
 
 def find_pack(text: str, folder: Path) -> Path:
@@ -110,250 +128,263 @@ def find_pack(text: str, folder: Path) -> Path:
         return bundled_packs_folder() / f"{text}.yaml"
     if text.endswith((".yaml", ".yml")) or "/" in text:
         return folder / Path(text).expanduser()
-    raise UserError(f"unknown rule pack {shown(text)}{did_you_mean(text, bundled_packs())} (a path ends in .yaml)")
+    raise UserError(f"unknown rule pack {short_repr(text)}{did_you_mean(text, bundled_packs())} (a path ends in .yaml)")
 
 
-class _Parser:
-    """From a document to a pack; every problem with its line."""
+# ---- a pack as in a file ----
 
-    def __init__(self, source: Source, given: dict[str, float]) -> None:
-        self.source, self.given, self.problems = source, given, Problems(source)
-        self.options: dict[str, float | None] = {}
 
-    def pack(self) -> RulePack:
-        data, problems = self.source.value, self.problems
-        if not isinstance(data, Mapping):
-            raise UserError(f"{self.source.at()}: a rule pack must be a mapping, got {kind_of(data)}")
-        problems.unknown_keys((), data, PACK_KEYS)
-        stem = Path(self.source.label).stem
-        name = self.text(("name",), data.get("name", stem), least=1)
-        if "/" in name or name != name.strip():
-            problems.add(("name",), f"must be a plain name, got {shown(name)}")
-        self.read_options(data.get("options"))
-        known_by = self.names(("known_by",), data.get("known_by", []))
-        branches = tuple(self.branches(data.get("branches", {})))
-        rules = tuple(self.rules(name, data.get("rules")))
-        description = self.text(("description",), data.get("description", ""))
-        names = [rule.name for rule in rules]
-        for double in sorted({rule for rule in names if names.count(rule) > 1}):
-            problems.add(("rules",), f"two rules are called {shown(double)}")
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+        raise problem(f"must be a metric or a list of metrics, got {describe(given)}")
+    return tuple(names)
+
+
+def _number(given: Any, info: ValidationInfo) -> Any:
+    """A number, or `$name`: the value of an option, which may be missing where the log can say it as well."""
+    if isinstance(given, str) and given.startswith("$"):
+        options: dict[str, float | None] = info.context["options"]  # type: ignore[index]
+        if given[1:] not in options:
+            guess = did_you_mean(given[1:], options) if options else "; the pack has no options"
+            raise problem(f"{given} is not an option of the pack{guess}")
+        if options[given[1:]] is None:
+            if info.field_name == "steps_per_epoch":
+                return None
+            raise problem(f"the option {given} has no value; give the pack one")
+        given = options[given[1:]]
+    if not _is_number(given):
+        raise problem(f"must be a number, got {describe(given)}")
+    if isinstance(given, float) and not math.isfinite(given):
+        raise problem(f"must be a finite number, got {describe(given)}")
+    return given
+
+
+def _whole(given: Any, info: ValidationInfo) -> Any:
+    number = _number(given, info)
+    if number is not None and (number != int(number) or abs(number) > MAX_STEP):
+        raise problem(f"must be an integer, got {describe(number)}")
+    return None if number is None else int(number)
+
+
+def _bounds(given: Any, info: ValidationInfo) -> tuple[Any, ...]:
+    if not isinstance(given, (list, tuple)) or len(given) != 2:
+        raise problem(f"must be [lower, upper], got {describe(given)}")
+    problems, found = Problems(), []
+    for index, bound in enumerate(given):
+        with problems.at(index):
+            found.append(_number(bound, info))
+    problems.check()
+    return tuple(found)
+
+
+def _options(given: Any, info: ValidationInfo) -> dict[str, float | None]:
+    if given is not None and not isinstance(given, Mapping):
+        raise problem(f"must be a mapping from names to numbers, got {describe(given)}")
+    options = dict(given or {})
+    info.context["options"] = options  # type: ignore[index]
+    Problems(
+        Problem((key,), f"must be a number or null, got {describe(value)}")
+        for key, value in options.items()
+        if value is not None and not _is_number(value)
+    ).check()
+    return options
+
+
+def _for_each(given: Any) -> dict[str, list[str]]:
+    if not isinstance(given, Mapping):
+        raise problem(f"must be a mapping from a name to a list, got {describe(given)}")
+    problems = Problems()
+    for key, values in given.items():
+        if not isinstance(key, str):
+            problems.add((key,), f"must be a name, got {describe(key)}")
+        elif not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, str) for value in values):
+            problems.add((key,), f"must be a list of names, got {describe(values) if values else 'an empty list'}")
+    problems.check()
+    return dict(given)
+
+
+def _when(given: Any, info: ValidationInfo) -> tuple[_Condition, ...]:
+    if isinstance(given, Mapping):
+        return (_Condition.model_validate(given, context=info.context),)
+    if not isinstance(given, (list, tuple)) or not given:
+        raise problem(f"must be a condition or a list of them, got {describe(given)}")
+    problems, found = Problems(), []
+    for index, condition in enumerate(given):
+        with problems.at(index):
+            found.append(_Condition.model_validate(condition, context=info.context))
+    problems.check()
+    return tuple(found)
+
+
+def _plain_name(given: Any) -> str:
+    if not isinstance(given, str) or not given:
+        raise problem(f"must be text, got {describe(given)}")
+    if "/" in given or given != given.strip():
+        raise problem(f"must be a plain name, got {short_repr(given)}")
+    return _one_line(given)
+
+
+Text = Annotated[str, AfterValidator(_one_line)]
+Metric = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
+Names = Annotated[tuple[str, ...], PlainValidator(_names)]  # one name or a list of them
+Number = Annotated[float | None, PlainValidator(_number)]
+Whole = Annotated[int | None, PlainValidator(_whole)]
+
+
+class _Condition(Section):
+    metric: Metric
+    of: Literal["first", "mean", "epoch mean"] | None = None
+    trend: Literal["rising", "not falling"] | None = None
+    above: Number = None
+    below: Number = None
+    outside: Annotated[tuple[float, float] | None, PlainValidator(_bounds)] = None
+    off: Number = None
+    by: Number = None
+    over: Metric | None = None
+    records: Whole = None
+    steps: Whole = None
+    after: Whole = None
+    epoch: Whole = None
+    steps_per_epoch: Whole = None
+    settled: Number = None
+    from_start: bool | None = None
+
+    @property
+    def kind(self) -> str:
+        return "trend" if self.trend is not None else self.of or "value"
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> _Condition:
+        keys = CONDITION_KEYS[self.kind]
+        what = {"value": "a value", "trend": "a trend"}.get(self.kind, f"the {self.kind}")
+        problems = Problems()
+        for key in sorted(self.model_fields_set - set(keys)):
+            problems.add((key,), f"does not go with {what}, which takes {', '.join(keys)}")
         problems.check()
-        document = {**data, "name": name} | ({"options": dict(self.options)} if self.options else {})
-        return RulePack(name, rules, description, tuple(known_by), self.options, branches, document)
+        self.build({})
+        return self
 
-    def read_options(self, declared: Any) -> None:
-        declared = {} if declared is None else declared
-        if not isinstance(declared, Mapping):
-            self.problems.add(("options",), f"must be a mapping from names to numbers, got {kind_of(declared)}")
-            return
-        for key, value in declared.items():
-            if value is not None and not _is_number(value):
-                self.problems.add(("options", key), f"must be a number or null, got {kind_of(value)}")
-                value = None
-            self.options[key] = value
-        for key, value in self.given.items():
-            if key not in declared:
-                what = did_you_mean(key, declared) if declared else "; it has none"
-                raise UserError(f"rule pack {Path(self.source.label).stem}: no option {shown(key)}{what}")
-            if not _is_number(value):
-                raise UserError(f"rule pack {Path(self.source.label).stem}: option {key}: must be a number, got {kind_of(value)}")
-            self.options[key] = value
-
-    def branches(self, data: Any) -> Iterator[Branch]:
-        if not isinstance(data, Mapping):
-            self.problems.add(("branches",), f"must be a mapping from names to metrics, got {kind_of(data)}")
-            return
-        for name, metrics in data.items():
-            loc: Loc = ("branches", name)
-            if not isinstance(metrics, Mapping):
-                self.problems.add(loc, f"must be a mapping, got {kind_of(metrics)}")
-                continue
-            self.problems.unknown_keys(loc, metrics, BRANCH_KEYS)
-            if "loss" not in metrics:
-                self.problems.add(loc, "loss is missing: the metric that falls when the branch learns")
-            elif ("has_grad" in metrics) != ("trainable" in metrics):
-                self.problems.add(loc, "has_grad and trainable go together: the coverage is their quotient")
-            else:
-                texts = {
-                    key: self.text((*loc, key), metrics[key], 1) for key in BRANCH_KEYS[:4] if key in metrics and key != "gradient"
-                }
-                flags = {key: metrics.get(key, False) is True for key in ("may_be_flat", "may_rise")}
-                for key in flags:
-                    if not isinstance(metrics.get(key, False), bool):
-                        self.problems.add((*loc, key), f"must be true or false, got {kind_of(metrics[key])}")
-                gradient = tuple(self.names((*loc, "gradient"), metrics.get("gradient", [])))
-                may_be_flat, may_rise = flags.values()
-                yield Branch(name, gradient=gradient, may_be_flat=may_be_flat, may_rise=may_rise, **texts)
-
-    def names(self, loc: Loc, value: Any) -> list[str]:
-        """One name or a list of them."""
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) and name for name in value):
-            self.problems.add(loc, f"must be a metric or a list of metrics, got {kind_of(value)}")
-            return []
-        return list(value)
-
-    def rules(self, pack: str, data: Any) -> Iterator[Rule]:
-        if not isinstance(data, Mapping) or not data:
-            self.problems.add(("rules",), f"must be a mapping from names to rules, got {kind_of(data)}")
-            return
-        for name, rule in data.items():
-            loc: Loc = ("rules", name)
-            if not isinstance(rule, Mapping):
-                self.problems.add(loc, f"must be a mapping, got {kind_of(rule)}")
-                continue
-            self.problems.unknown_keys(loc, rule, RULE_KEYS)
-            for place in self.places((*loc, "for_each"), rule.get("for_each", {})):
-                yield from self.rule(":".join([f"{pack}/{name}", *place.values()]), loc, rule, place)
-
-    def places(self, loc: Loc, data: Any) -> list[dict[str, str]]:
-        """Every combination of what `for_each` lists; one without names where there is none."""
-        if not isinstance(data, Mapping):
-            self.problems.add(loc, f"must be a mapping from a name to a list, got {kind_of(data)}")
-            return []
-        for key, values in data.items():
-            if not isinstance(key, str):
-                self.problems.add((*loc, key), f"must be a name, got {kind_of(key)}")
-                return []
-            if not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, str) for value in values):
-                self.problems.add((*loc, key), f"must be a list of names, got {kind_of(values) if values else 'an empty list'}")
-                return []
-        return [dict(zip(data, values, strict=True)) for values in product(*data.values())]
-
-    def rule(self, name: str, loc: Loc, data: Mapping[str, Any], place: Mapping[str, str]) -> Iterator[Rule]:
-        before = len(self.problems)
-        when = data.get("when")
-        if isinstance(when, Mapping):
-            conditions = [self.condition((*loc, "when"), when, place)]
-        elif isinstance(when, (list, tuple)) and when:
-            conditions = [self.condition((*loc, "when", index), part, place) for index, part in enumerate(when)]
-        else:
-            self.problems.add(
-                loc, f"when must be a condition or a list of them, got {kind_of(when)}" if when else "when is missing"
-            )
-            return
-        action = data.get("action", "warn")
-        if action not in ACTIONS:
-            guess = did_you_mean(action, ACTIONS)
-            self.problems.add((*loc, "action"), f"must be one of {', '.join(ACTIONS)}, got {kind_of(action)}{guess}")
-        optional = data.get("optional", False)
-        if not isinstance(optional, bool):
-            self.problems.add((*loc, "optional"), f"must be true or false, got {kind_of(optional)}")
-        texts = {key: self.text((*loc, key), data.get(key, ""), place=place) for key in ("sentence", "cause", "remedy", "source")}
-        if len(self.problems) == before and None not in conditions:
-            yield Rule(name, tuple(filter(None, conditions)), action, **texts, optional=optional)
-
-    def condition(self, loc: Loc, data: Any, place: Mapping[str, str]) -> Condition | None:
-        if not isinstance(data, Mapping):
-            self.problems.add(loc, f"must be a mapping, got {kind_of(data)}")
-            return None
-        before = len(self.problems)
-        self.problems.unknown_keys(loc, data, ALL_CONDITION_KEYS)
-        kind = "trend" if "trend" in data else data.get("of", "value")
-        if not isinstance(kind, str) or kind not in CONDITION_KEYS:
-            self.problems.add((*loc, "of"), f"must be first, mean or epoch mean, got {kind_of(kind)}")
-            return None
-        for key in data:
-            if key in ALL_CONDITION_KEYS and key not in CONDITION_KEYS[kind]:
-                what = "a value" if kind == "value" else "a trend" if kind == "trend" else f"the {kind}"
-                self.problems.add((*loc, key), f"does not go with {what}, which takes {', '.join(CONDITION_KEYS[kind])}")
-        if "metric" not in data:
-            self.problems.add(loc, "metric is missing")
-        given = {key: self.value((*loc, key), key, data[key], place) for key in data if key in CONDITION_KEYS[kind]}
-        given = {key: value for key, value in given.items() if value is not None and key != "of"}
-        if kind != "trend":
-            given |= self.band(loc, given, data)
-            given = {key: value for key, value in given.items() if key not in (*LIMITS, "by")}
-        if len(self.problems) > before:
-            return None
+    def build(self, place: Mapping[str, str]) -> Condition:
+        """The condition at one place of `for_each`."""
+        given = {key: value for key in CONDITION_KEYS[self.kind] if (value := getattr(self, key)) is not None}
+        if self.kind != "trend":
+            given = {key: value for key, value in given.items() if key not in ("of", *LIMITS, "by")} | self._band()
         if "records" in given:
             given["patience"] = given.pop("records")
-        classes = {"value": Threshold, "first": FirstValue, "mean": MovingMean, "epoch mean": EpochMean, "trend": Trend}
+        given |= {key: _filled(given[key], place) for key in ("metric", "over") if key in given}
         try:
-            built: Condition = classes[kind](**given, action="warn")  # the rule's own action counts
+            built: Condition = CONDITIONS[self.kind](**given, action="warn")  # the rule's own action counts
         except ValueError as error:
-            self.problems.add(loc, str(error))
-            return None
+            raise problem(str(error)) from None
         return built
 
-    def value(self, loc: Loc, key: str, value: Any, place: Mapping[str, str]) -> Any:
-        if key in ("metric", "over", "of"):
-            return self.text(loc, value, 1, place)
-        if key == "trend":
-            if value not in TRENDS:
-                self.problems.add(loc, f"must be one of {', '.join(TRENDS)}, got {kind_of(value)}{did_you_mean(value, TRENDS)}")
-            return value
-        if key == "from_start":
-            if not isinstance(value, bool):
-                self.problems.add(loc, f"must be true or false, got {kind_of(value)}")
-            return value
-        if key == "outside":
-            if not isinstance(value, (list, tuple)) or len(value) != 2:
-                self.problems.add(loc, f"must be [lower, upper], got {kind_of(value)}")
-                return None
-            return [self.number((*loc, index), bound) for index, bound in enumerate(value)]
-        return self.number(loc, value, whole=key in ("records", "steps", "after", "epoch", "steps_per_epoch"))
-
-    def number(self, loc: Loc, value: Any, whole: bool = False) -> Any:
-        """A number, or `$name`: the value of an option."""
-        if isinstance(value, str) and value.startswith("$"):
-            if value[1:] not in self.options:
-                what = did_you_mean(value[1:], self.options) if self.options else "; the pack has no options"
-                self.problems.add(loc, f"{value} is no option of the pack{what}")
-                return None
-            option = value
-            value = self.options[value[1:]]
-            if value is None and loc[-1] not in MAY_BE_MISSING:
-                self.problems.add(loc, f"the option {option} has no value; give one to the pack, or say null here")
-            if value is None:
-                return None
-        if not _is_number(value):
-            self.problems.add(loc, f"must be a number, got {kind_of(value)}")
-            return None
-        try:
-            is_finite = math.isfinite(value)
-        except OverflowError:
-            is_finite = False
-        if not is_finite:
-            self.problems.add(loc, f"must be a finite number, got {kind_of(value)}")
-            return None
-        if whole and (value != int(value) or abs(value) > MAX_STEP):
-            self.problems.add(loc, f"must be an integer, got {kind_of(value)}")
-            return None
-        return int(value) if whole else value
-
-    def band(self, loc: Loc, given: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, float]:
+    def _band(self) -> dict[str, float]:
         """The bounds within which all is well."""
-        limits = [key for key in LIMITS if key in given]
-        if not limits and any(key in data for key in LIMITS):
-            return {}  # it was no number, which was said
+        limits = [key for key in LIMITS if getattr(self, key) is not None]
         if len(limits) != 1:
-            self.problems.add(loc, f"must have exactly one of {', '.join(LIMITS)} (or a trend); got {', '.join(limits) or 'none'}")
-            return {}
-        if ("by" in given) != (limits == ["off"]):
-            self.problems.add(loc, "off and by go together: off by more than this share, as in `off: 1, by: 0.1`")
-            return {}
-        value = given[limits[0]]
-        if limits == ["off"] and not given["by"] > 0:
-            self.problems.add((*loc, "by"), f"must be a share above 0, got {kind_of(given['by'])}")
-            return {}
-        if limits == ["off"]:
-            lower, upper = sorted((value * (1 - given["by"]), value * (1 + given["by"])))
+            raise problem(f"must have exactly one of {', '.join(LIMITS)} (or a trend); got {', '.join(limits) or 'none'}")
+        if (self.by is not None) != (self.off is not None):
+            raise problem("off and by go together: off by more than this share, as in `off: 1, by: 0.1`")
+        if self.off is not None and self.by is not None:
+            if not self.by > 0:
+                Problems([Problem(("by",), f"must be a share above 0, got {describe(self.by)}")]).check()
+            lower, upper = sorted((self.off * (1 - self.by), self.off * (1 + self.by)))
             return {"lower": lower, "upper": upper}
-        if limits == ["outside"]:
-            return dict(zip(("lower", "upper"), value, strict=True)) if None not in value else {}
-        return {"upper" if limits == ["above"] else "lower": value}
+        if self.outside is not None:
+            return dict(zip(("lower", "upper"), self.outside, strict=True))
+        return {"upper": self.above} if self.above is not None else {"lower": self.below}  # type: ignore[dict-item]
 
-    def text(self, loc: Loc, value: Any, least: int = 0, place: Mapping[str, str] | None = None) -> str:
-        if not isinstance(value, str) or len(value) < least:
-            self.problems.add(loc, f"must be text, got {kind_of(value)}")
-            return ""
-        for key, word in (place or {}).items():
-            value = value.replace("{" + key + "}", word)
-        if place is not None and (unknown := PLACE.search(value)):
-            names = ", ".join(f"{{{key}}}" for key in place) or "none: the rule has no for_each"
-            self.problems.add(loc, f"{unknown[0]} stands for nothing; known are {names}")
-        return " ".join(value.split())
+
+class _Rule(Section):
+    when: Annotated[tuple[_Condition, ...], PlainValidator(_when)]
+    action: Action = "warn"
+    sentence: Text = ""
+    cause: Text = ""
+    remedy: Text = ""
+    source: Text = ""
+    optional: bool = False
+    for_each: Annotated[dict[str, list[str]], PlainValidator(_for_each)] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _knows_its_placeholders(self) -> _Rule:
+        problems = Problems()
+        names = ", ".join(f"{{{key}}}" for key in self.for_each) or "none: the rule has no for_each"
+        for loc, text in self._texts():
+            unknown = PLACEHOLDER.search(_filled(text, dict.fromkeys(self.for_each, "")))
+            if unknown:
+                problems.add(loc, f"{unknown[0]} is not a name of for_each; there are {names}")
+        problems.check()
+        return self
+
+    def _texts(self) -> Iterator[tuple[Loc, str]]:
+        for key in ("sentence", "cause", "remedy", "source"):
+            yield (key,), getattr(self, key)
+        for index, condition in enumerate(self.when):
+            where: Loc = ("when", index) if len(self.when) > 1 else ("when",)
+            yield (*where, "metric"), condition.metric
+            yield (*where, "over"), condition.over or ""
+
+    def rules(self, name: str) -> Iterator[Rule]:
+        """One for every combination of what `for_each` lists."""
+        for values in product(*self.for_each.values()):
+            place = dict(zip(self.for_each, values, strict=True))
+            texts = {key: _filled(getattr(self, key), place) for key in ("sentence", "cause", "remedy", "source")}
+            when = tuple(condition.build(place) for condition in self.when)
+            yield Rule(":".join([name, *values]), when, self.action, **texts, optional=self.optional)
+
+
+class _Branch(Section):
+    loss: Metric
+    gradient: Names = ()
+    has_grad: Metric = ""
+    trainable: Metric = ""
+    may_be_flat: bool = False
+    may_rise: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_coverage_or_none(self) -> _Branch:
+        if bool(self.has_grad) != bool(self.trainable):
+            raise problem("has_grad and trainable go together: the coverage is their quotient")
+        return self
+
+
+class _PackFile(Section):
+    name: Annotated[str, PlainValidator(_plain_name)]
+    description: Text = ""
+    known_by: Names = ()
+    options: Annotated[dict[str, float | None], PlainValidator(_options)] = Field(default=None, validate_default=True)
+    branches: dict[str, _Branch] = Field(default_factory=dict)
+    rules: Annotated[dict[str, _Rule], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> _PackFile:
+        names = [rule.name for rule in self._rules()]
+        Problems(
+            Problem(("rules",), f"two rules are called {short_repr(name)}")
+            for name in sorted({name for name in names if names.count(name) > 1})
+        ).check()
+        return self
+
+    def _rules(self) -> Iterator[Rule]:
+        for name, rule in self.rules.items():
+            yield from rule.rules(f"{self.name}/{name}")
+
+    def pack(self, document: Mapping[str, Any]) -> RulePack:
+        branches = tuple(Branch(name, **dict(branch)) for name, branch in self.branches.items())
+        own = {**document, "name": self.name} | ({"options": dict(self.options)} if self.options else {})
+        return RulePack(self.name, tuple(self._rules()), self.description, self.known_by, self.options, branches, own)
+
+
+def _filled(text: str, place: Mapping[str, str]) -> str:
+    """With the words of a place of `for_each` for its placeholders."""
+    for key, word in place.items():
+        text = text.replace("{" + key + "}", word)
+    return text
 
 
 def _is_number(value: Any) -> bool:

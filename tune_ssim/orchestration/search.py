@@ -59,7 +59,7 @@ def _least_ratio(model: NormModel, stage: Stage) -> float:
     if stage.is_relative:
         domain = stage.parameters[GAIN]
         return float(min(domain.values) if isinstance(domain, Choice) else domain.lower)
-    return forecast(model, Space(stage.name, (stage,))).widest[0]
+    return forecast(model, Space(name=stage.name, stages=(stage,))).widest[0]
 
 
 class _GainFromRatio:

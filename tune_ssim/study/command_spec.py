@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.validation import Problems, Section
 from tune_ssim.base.yaml_source import did_you_mean
 from tune_ssim.records.readers import FORMATS, PRINTED, LineParser
 
@@ -32,11 +33,7 @@ Words = Annotated[list[str], Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ConfigFile(_Section):
+class ConfigFile(Section):
     """A file with the trial's settings, written before the command starts. path: where, usually in `{exp_dir}`; `.json` or `.yaml`.
     base: a file of the same kind to start from. set: dotted key → value; a value that is one placeholder keeps its type."""
 
@@ -52,7 +49,7 @@ class ConfigFile(_Section):
         return path
 
 
-class RecordsFrom(_Section):
+class RecordsFrom(Section):
     """Where the numbers of each step come from, if the training does not report them itself. Without `file` from what the command
     prints. file: that it writes, of any format that `records.readers` reads, or a folder of TensorBoard files; every trial needs
     its own, so `{exp_dir}` or `{exp_name}` is in it, or in the `cwd` that it is relative to. pattern: regular expressions with
@@ -72,7 +69,7 @@ class RecordsFrom(_Section):
         return self
 
 
-class SmokeCommand(_Section):
+class SmokeCommand(Section):
     """Inference by a second command: `{checkpoint}`, `{step}`, `{noise}` (0 or 1), and `{out}`, an empty folder for what it makes.
 
     images: a glob in `{out}`; all of one size. references: a folder with the truth of each, under the same file names.
@@ -101,14 +98,14 @@ class SmokeCommand(_Section):
         return self
 
 
-class EvaluateCommand(_Section):
+class EvaluateCommand(Section):
     """Held-out numbers by a command: the last line of JSON that it prints, e.g. {"ssim": 0.91, "psnr": 31.2}."""
 
     command: Words
     timeout_s: Seconds = 1800.0
 
 
-class CommandSpec(_Section):
+class CommandSpec(Section):
     """command: program and arguments; no shell sees them. `{name}` stands for a setting of the trial, or for one of `seed steps
     exp_name exp_dir python nodes node_rank master_addr master_port gpus`; `{name:.3e}` formats it, `{{` is a brace.
 
@@ -136,11 +133,13 @@ class CommandSpec(_Section):
 
     @model_validator(mode="after")
     def _readable(self) -> CommandSpec:
+        problems = Problems()
         for place, template, _ in self.templates():
             try:
                 placeholders(template)
             except ValueError as error:
-                raise ValueError(f"{place[0]}: {template!r}: {error}; a brace as such is written twice") from None
+                problems.add(place, f"{template!r}: {error}; write a literal brace twice")
+        problems.check()
         return self
 
     def templates(self) -> Iterator[tuple[tuple[str | int, ...], str, bool]]:
@@ -189,11 +188,12 @@ class CommandSpec(_Section):
                 f'command write, and say here, "{{exp_dir}}/{name}", or another path with {{exp_dir}} or {{exp_name}} in it',
             )
 
-    def untold(self, settings: Mapping[str, Sequence[Any]]) -> list[str]:
-        """Settings of which a value asks for something, and which the command is not told. None where it may look them up."""
+    def unused_settings(self, settings: Mapping[str, Sequence[Any]]) -> list[str]:
+        """Settings that have a value which matters, and for which the command has no placeholder. Empty for a command that pushes
+        its records: it may look its settings up."""
         if self.records is None:
             return []
-        known = {"steps", *self.reached()}
+        known = {"steps", *self.referenced_settings()}
         return [name for name, values in settings.items() if name not in known and not all(is_neutral(name, v) for v in values)]
 
     def missing_programs(self, home: str | None) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -224,14 +224,14 @@ class CommandSpec(_Section):
         path = os.path.normpath(file if at_home else os.path.join(self.cwd or "", file))  # noqa: PTH118  (`..` may leave the folder)
         return not set(placeholders(path)) & set(OF_A_TRIAL)
 
-    def reached(self) -> set[str]:
-        """Names that the command is told: they stand in its arguments, its environment or its config file."""
-        told = (template for place, template, in_smoke in self.templates() if not in_smoke and place[0] not in ("cwd", "records"))
-        return {name for template in told for name in placeholders(template)}
+    def referenced_settings(self) -> set[str]:
+        """Names of the placeholders in the command's arguments, its environment and its config file."""
+        parts = (template for place, template, in_smoke in self.templates() if not in_smoke and place[0] not in ("cwd", "records"))
+        return {name for template in parts for name in placeholders(template)}
 
 
 def is_neutral(name: str, value: Any) -> bool:
-    """Whether a setting of this value asks the training for nothing, so that it need not be told."""
+    """Whether a setting of this value changes nothing, so that the training need not get it."""
     return value in NEUTRAL.get(name, ()) or (AUXILIARY_WEIGHT.fullmatch(name) is not None and value == 0)
 
 

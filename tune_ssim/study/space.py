@@ -14,14 +14,16 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, PlainValidator, ValidationError, ValidationInfo, model_validator
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.yaml_source import Loc, Problems, Source, did_you_mean, kind_of, read_yaml, shown
+from tune_ssim.base.validation import Document, Problem, Problems, Section, problem, problems_error, unknown_keys, validate
+from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, read_yaml, short_repr
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -60,7 +62,7 @@ class _Interval:
         for side in ("lower", "upper"):
             value = getattr(self, side)
             if not _is_number(value):
-                raise ValueError(f"{side} must be a number, got {kind_of(value)}")
+                raise ValueError(f"{side} must be a number, got {describe(value)}")
             if not math.isfinite(_float(value)):
                 raise ValueError(f"{side} must be finite, got {_float(value):g}")
             object.__setattr__(self, side, float(value))
@@ -141,7 +143,7 @@ class Choice:
     def __post_init__(self) -> None:
         _check_unit(self.unit)
         if isinstance(self.values, str) or not isinstance(self.values, (list, tuple)):
-            raise ValueError(f"choice must be a list of values, got {kind_of(self.values)}")
+            raise ValueError(f"choice must be a list of values, got {describe(self.values)}")
         object.__setattr__(self, "values", tuple(self.values))
         if not self.values:
             raise ValueError("choice must have at least one value")
@@ -150,7 +152,7 @@ class Choice:
             if problem:
                 raise ValueError(problem)
             if any(_same(value, other) for other in self.values[:index]):
-                raise ValueError(f"choice has {shown(value)} twice")
+                raise ValueError(f"choice has {short_repr(value)} twice")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -196,33 +198,115 @@ DOMAINS: dict[str, type[LogUniform] | type[Uniform] | type[Choice]] = {
 }
 # A gain by what it does: the predicted total_norm over the baseline's.
 UNITS = (NORM_RATIO,)
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(:[A-Za-z0-9][\w.-]*)?")
 FORMS = "log_uniform: [lower, upper], uniform: [lower, upper] or choice: [value, …]"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of a route: the parameters searched, the settings fixed, and points to be tried first as written.
+def _name(given: Any) -> str:
+    if not isinstance(given, str) or not _NAME.fullmatch(given):
+        raise problem(f"must be letters, digits, '.', '_' or '-', got {describe(given)}")
+    return given
 
-    Raises ValueError when built with parts that do not fit together; `load_space` says the line too.
-    """
 
-    name: str
-    parameters: Mapping[str, Domain]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    points: tuple[Mapping[str, Any], ...] = ()
-    description: str = ""
+def _description(given: Any) -> str:
+    if given is not None and not isinstance(given, str):
+        raise problem(f"must be text, got {describe(given)}")
+    return " ".join((given or "").split())
 
-    def __post_init__(self) -> None:
-        fixed = {name: _as_number(name, value) for name, value in self.fixed.items()}
-        if GAIN in self.parameters:
-            # A sampled gain must become a weight: without attenuation unless the space says otherwise.
-            fixed.setdefault(GRAD_SCALE, 1.0)
-        points = tuple({name: _as_number(name, value) for name, value in point.items()} for point in self.points)
-        object.__setattr__(self, "parameters", _ordered(self.parameters))
-        object.__setattr__(self, "fixed", _ordered(fixed))
-        object.__setattr__(self, "points", tuple(_ordered(point) for point in points))
-        for loc, message in _problems(self):
-            raise ValueError(f"stage {self.name!r}: {'.'.join(map(str, loc))}: {message}")
+
+def _mapping(given: Any) -> dict[str, Any]:
+    """A mapping from names to anything; nothing at all is an empty one."""
+    if given is not None and not isinstance(given, Mapping):
+        raise problem(f"must be a mapping, got {describe(given)}")
+    Problems(Problem((), f"a key must be a name, got {short_repr(key)}") for key in given or () if not isinstance(key, str)).check()
+    return dict(given or {})
+
+
+def _parameters(given: Any) -> dict[str, Domain]:
+    found: dict[str, Domain] = {}
+    problems = Problems()
+    for name, value in _mapping(given).items():
+        with problems.at(name):
+            found[name] = _domain(name, value)
+    problems.check()
+    return _ordered(found)
+
+
+def _domain(name: str, given: Any) -> Domain:
+    loc: Loc = ()
+    try:
+        if isinstance(given, (LogUniform, Uniform, Choice)):
+            domain: Domain = given
+        else:
+            if not isinstance(given, Mapping):
+                raise ValueError(f"must say how to search it, {FORMS}; got {describe(given)}")
+            unknown = unknown_keys(given, [*DOMAINS, "unit"])
+            if unknown:
+                raise problems_error(unknown)
+            kinds = [key for key in given if key != "unit"]
+            if len(kinds) != 1:
+                raise ValueError(f"must have exactly one of {', '.join(DOMAINS)}; got {', '.join(kinds) or 'none'}")
+            (kind,) = kinds
+            values, unit, loc = given[kind], given.get("unit"), ("unit",)
+            _check_unit(unit)
+            loc = (kind,)
+            if kind == Choice.kind:
+                domain = Choice(values, unit)
+            elif not isinstance(values, (list, tuple)) or len(values) != 2:
+                raise ValueError(f"{kind} must be [lower, upper], got {describe(values)}")
+            else:
+                domain = (LogUniform if kind == LogUniform.kind else Uniform)(values[0], values[1], unit)
+            loc = ()
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            near = near_miss(name)
+            guess = f"; did you mean {near!r}?" if near else ""
+            raise ValueError(f"a parameter's name is lower_snake_case, got {name!r}{guess}")
+        found = [message for value in domain.listed if (message := setting_problem(name, value))]
+        if found:
+            raise ValueError(found[0])
+        if domain.unit is not None and name != GAIN:
+            raise ValueError(f"`unit: {domain.unit}` is for {GAIN} only: the norm ratio that a gain gives")
+    except ValidationError:
+        raise
+    except ValueError as error:
+        raise problems_error([Problem(loc, str(error))]) from None
+    return Choice(tuple(_as_number(name, value) for value in domain.values), domain.unit) if isinstance(domain, Choice) else domain
+
+
+def _fixed(given: Any, info: ValidationInfo) -> dict[str, Any]:
+    fixed = {name: _as_number(name, value) for name, value in _mapping(given).items()}
+    problems = Problems()
+    for name, value in fixed.items():
+        message = _scalar_problem(value) or setting_problem(name, value)
+        if message:
+            problems.add((name,), message)
+    problems.check()
+    parameters = info.data.get("parameters")
+    if isinstance(parameters, dict) and GAIN in parameters and GRAD_SCALE not in parameters:
+        # A sampled gain must become a weight: without attenuation unless the space says otherwise.
+        fixed.setdefault(GRAD_SCALE, 1.0)
+    return _ordered(fixed)
+
+
+def _points(given: Any) -> tuple[dict[str, Any], ...]:
+    if given is not None and not isinstance(given, (list, tuple)):
+        raise problem(f"must be a list of points, got {describe(given)}", subject="points")
+    Problems(
+        Problem((index,), f"a point must be a mapping, got {describe(point)}", subject="")
+        for index, point in enumerate(given or ())
+        if not isinstance(point, Mapping)
+    ).check()
+    return tuple(_ordered({name: _as_number(name, value) for name, value in _mapping(point).items()}) for point in given or ())
+
+
+class Stage(Document):
+    """One step of a route: the parameters searched, the settings fixed, and points to be tried first as written."""
+
+    name: Annotated[str, PlainValidator(_name)]
+    parameters: Annotated[dict[str, Domain], PlainValidator(_parameters)] = Field(default_factory=dict)
+    fixed: Annotated[dict[str, Any], PlainValidator(_fixed)] = Field(default_factory=dict, validate_default=True)
+    points: Annotated[tuple[dict[str, Any], ...], PlainValidator(_points)] = ()
+    description: Annotated[str, PlainValidator(_description)] = ""
 
     @property
     def is_relative(self) -> bool:
@@ -240,23 +324,66 @@ class Stage:
             "points": [dict(point) for point in self.points],
         }
 
+    def problems(self, context: Any) -> Iterator[Problem]:
+        if self.parameters == {}:
+            yield Problem(("parameters",), f"nothing to search; write e.g. `gain: {{log_uniform: [0.1, 30]}}` ({FORMS})")
+        parameters, fixed = self.parameters or {}, self.fixed or {}
+        for name in parameters:
+            if name in fixed:
+                yield Problem(("fixed", name), "is searched and fixed at once")
+        if GAIN in fixed:
+            yield Problem(("fixed", GAIN), f"fix {WEIGHT} and {GRAD_SCALE} instead: a gain is searched")
+        elif GAIN in parameters:
+            for part, settings in (("parameters", parameters), ("fixed", fixed)):
+                if WEIGHT in settings:
+                    yield Problem((part, WEIGHT), f"cannot stand beside {GAIN}: {GAIN} = {WEIGHT} x {GRAD_SCALE}")
+            if GRAD_SCALE in parameters:
+                message = f"must be fixed when {GAIN} is searched: only their quotient would change"
+                yield Problem(("parameters", GRAD_SCALE), message)
+            elif fixed.get(GRAD_SCALE) == 0:
+                yield Problem(("fixed", GRAD_SCALE), f"must be > 0 when {GAIN} is searched, got 0")
+        if self.parameters is not None and self.fixed is not None:  # else each point would seem to lie outside
+            for index, point in enumerate(self.points or ()):
+                yield from (one.under("points", index) for one in _point_problems(parameters, fixed, point))
 
-@dataclass(frozen=True)
-class Space:
+
+class Space(Section):
     """Stages in the order in which they are searched; a space without `stages:` has one, of its own name."""
 
-    name: str
+    name: Annotated[str, PlainValidator(_name)] = "inline"
     stages: tuple[Stage, ...]
-    description: str = ""
-    source: str = field(default="", compare=False)  # the file it was read from, for messages
+    description: Annotated[str, PlainValidator(_description)] = ""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
-        if not self.stages:
-            raise ValueError(f"space {self.name!r} has no stages")
-        names = [stage.name for stage in self.stages]
-        if len(set(names)) != len(names):
-            raise ValueError(f"space {self.name!r}: stages must have different names, got {', '.join(names)}")
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
+        """A space as in a file: its stages, or the keys of its only stage beside its own."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise problem(f"a space must be a mapping or a name, got {describe(given)}")
+        problems = Problems(unknown_keys(given, (*Stage.model_fields, "stages")))
+        head = {key: given[key] for key in ("name", "description") if key in given}
+        shared: Mapping[str, Any] = {}
+        if "stages" in given:
+            for key in {"parameters", "points"} & set(given):
+                problems.add((key,), "belongs to a stage, since this space has `stages`")
+            with problems.at("fixed"):
+                shared = _mapping(given.get("fixed"))
+            items = given["stages"]
+            if not isinstance(items, (list, tuple)) or not items:
+                problems.add(("stages",), f"must be a list of stages, got {describe(items)}")
+                items = ()
+            problems.found += _twice(items, shared)
+            stages = [_with_shared(item, shared) for item in items]
+        else:
+            own = {key: given[key] for key in ("parameters", "fixed", "points") if key in given}
+            stages = [{"name": head.get("name", "inline"), **own}]
+        with problems.at():
+            built = handler({**head, "stages": tuple(stages)})
+        problems.found = [_placed(one, "stages" in given, shared) for one in problems.found]
+        problems.check()
+        return built
 
     @property
     def parameter_names(self) -> list[str]:
@@ -277,7 +404,7 @@ class Space:
 
     def only(self, stage: str) -> Space:
         """The same space with one stage, named `space:stage`."""
-        return replace(self, name=f"{self.name}:{stage}", stages=(self.stage(stage),))
+        return self.replace(name=f"{self.name}:{stage}", stages=(self.stage(stage),))
 
     def to_yaml(self) -> dict[str, Any]:
         """As in a file, with everything explicit: `load_space` of this mapping is an equal space."""
@@ -287,6 +414,44 @@ class Space:
             return {**head, **first.to_yaml()}
         stages = [{"name": s.name, "description": s.description, **s.to_yaml()} for s in self.stages]
         return {**head, "stages": stages}
+
+
+def _with_shared(stage: Any, shared: Mapping[str, Any]) -> Any:
+    """A stage as in a file, with what is fixed for the whole space."""
+    if not isinstance(stage, Mapping) or not isinstance(stage.get("fixed") or {}, Mapping):
+        return stage
+    return {**stage, "fixed": {**shared, **(stage.get("fixed") or {})}}
+
+
+def _twice(stages: Iterable[Any], shared: Mapping[str, Any]) -> Iterator[Problem]:
+    """Names that two stages have, and settings that a stage fixes beside the space."""
+    names: set[Any] = set()
+    for index, stage in enumerate(stages):
+        is_built = isinstance(stage, Stage)
+        name = stage.name if is_built else stage.get("name") if isinstance(stage, Mapping) else None
+        if isinstance(name, str) and name in names:
+            yield Problem(("stages", index, "name"), f"two stages are called {name!r}", subject="")
+        names.add(name if isinstance(name, str) else None)
+        fixed = stage.get("fixed") if isinstance(stage, Mapping) else None
+        for key in fixed if isinstance(fixed, Mapping) else ():
+            if key in shared:
+                message = "is fixed for the whole space already"
+                yield Problem(("stages", index, "fixed", key), message, subject=str(key))
+
+
+def _placed(one: Problem, is_staged: bool, shared: Mapping[str, Any]) -> Problem:
+    """A problem of a stage at its place in the file, named by the setting that it is about."""
+    if len(one.loc) < 3 or one.loc[0] != "stages":
+        return one
+    part, *names = inner = one.loc[2:]
+    of_space = part == "fixed" and names and names[0] in shared and one.subject is None
+    loc = inner if of_space or not is_staged else one.loc
+    subject = one.subject
+    if subject is None and part in ("parameters", "fixed") and names:
+        subject = str(names[0])
+    elif subject is None and part == "points":
+        subject = str(names[1]) if len(names) > 1 else "point"
+    return replace(one, loc=loc, subject=subject)
 
 
 def resolve_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,9 +466,9 @@ def resolve_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{GAIN} and {WEIGHT} cannot both be given: {GAIN} = {WEIGHT} x {GRAD_SCALE}")
     gain, scale = settings.pop(GAIN), settings.setdefault(GRAD_SCALE, 1.0)
     if not _is_number(gain) or not 0 <= gain < math.inf:
-        raise UserError(f"{GAIN} must be a finite number >= 0, got {kind_of(gain)}")
+        raise UserError(f"{GAIN} must be a finite number >= 0, got {describe(gain)}")
     if not _is_number(scale) or not 0 < scale < math.inf:
-        raise UserError(f"{GRAD_SCALE} must be > 0 with a {GAIN}, got {kind_of(scale)}")
+        raise UserError(f"{GRAD_SCALE} must be > 0 with a {GAIN}, got {describe(scale)}")
     settings[WEIGHT] = gain / scale
     return settings
 
@@ -324,7 +489,7 @@ def setting_problem(name: str, value: Any) -> str | None:
         return None
     words, holds = KNOWN[name]
     if not _is_number(value):
-        return f"must be a number, got {kind_of(value)}"
+        return f"must be a number, got {describe(value)}"
     return None if holds(value) else f"must be {words}, got {_text(value)}"
 
 
@@ -366,13 +531,13 @@ def load_space(space: str | Path | Mapping[str, Any] | Source, *, relative_to: s
     Raises UserError with a line for each problem.
     """
     if isinstance(space, Source):
-        return _parse(space)
+        return _read(space)
     if isinstance(space, Mapping):
-        return _parse(Source("space", dict(space)))
+        return _read(Source("space", dict(space)))
     if not isinstance(space, (str, Path)) or not str(space).strip():
-        raise UserError(f"a space is a name, a path or a mapping, got {kind_of(space)}")
+        raise UserError(f"a space is a name, a path or a mapping, got {describe(space)}")
     path, stage = find_space(str(space), Path(relative_to or "."))
-    loaded = _parse(read_yaml(path))
+    loaded = _read(read_yaml(path))
     return loaded if stage is None else loaded.only(stage)
 
 
@@ -388,7 +553,7 @@ def find_space(text: str, folder: Path) -> tuple[Path, str | None]:
         if not _exists(path):
             raise UserError(f"{path}: no such file; bundled spaces: {', '.join(bundled_spaces())}")
         return path, stage
-    raise UserError(f"unknown space {shown(name)}{did_you_mean(name, bundled_spaces())} (a path ends in .yaml)")
+    raise UserError(f"unknown space {short_repr(name)}{did_you_mean(name, bundled_spaces())} (a path ends in .yaml)")
 
 
 def _exists(path: Path) -> bool:
@@ -398,216 +563,42 @@ def _exists(path: Path) -> bool:
         return False
 
 
-# ---- from a document to objects; every problem with its line ----
-
-_STAGE_KEYS = ("name", "description", "parameters", "fixed", "points")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(:[A-Za-z0-9][\w.-]*)?")
-
-
-def _parse(source: Source) -> Space:
-    problems = Problems(source)
-    data = source.value
-    if not isinstance(data, Mapping):
-        problems.add((), f"a space must be a mapping or a name, got {kind_of(data)}")
-        problems.check()
-    staged = "stages" in data
-    problems.unknown_keys((), data, (*_STAGE_KEYS, "stages"))
-    # A space in a study.yaml needs no name of its own; a file's stem is one, if it can be.
-    stem = Path(source.label).stem if not source.prefix else ""
-    name = _name(problems, (), data, default=stem if _NAME.fullmatch(stem) else "inline")
-    description = _description(problems, (), data)
-    stages: list[Stage | None] = []
-    if not staged:
-        stages = [_stage(problems, (), data, name, {}, "")]
-    else:
-        for key in ("parameters", "points"):
-            if key in data:
-                problems.add((key,), "belongs to a stage, since this space has `stages`", subject=key)
-        shared = _mapping(problems, ("fixed",), data.get("fixed"))
-        items = data["stages"]
-        if not isinstance(items, (list, tuple)) or not items:
-            problems.add(("stages",), f"must be a list of stages, got {kind_of(items)}", subject="stages")
-            items = []
-        names: set[str] = set()
-        for index, item in enumerate(items):
-            loc: Loc = ("stages", index)
-            if not isinstance(item, Mapping):
-                problems.add(loc, f"a stage must be a mapping, got {kind_of(item)}", subject=f"stage {index + 1}")
-                continue
-            problems.unknown_keys(loc, item, _STAGE_KEYS)
-            if "name" not in item:
-                problems.add(loc, "has no name", subject=f"stage {index + 1}")
-            stage_name = _name(problems, loc, item, default=str(index + 1))
-            if stage_name in names:
-                problems.add((*loc, "name"), f"two stages are called {stage_name!r}", subject="")
-            names.add(stage_name)
-            stages.append(_stage(problems, loc, item, stage_name, shared, _description(problems, loc, item)))
-    problems.check()
-    return Space(name, tuple(stage for stage in stages if stage is not None), description, source.label)
+def _read(source: Source) -> Space:
+    """A file's stem is the space's name, unless it has one."""
+    stem = Path(source.label).stem
+    return validate(Space, source, {"name": stem if _NAME.fullmatch(stem) else "inline", **source.value})
 
 
-def _stage(
-    problems: Problems, loc: Loc, data: Mapping[str, Any], name: str, shared: Mapping[str, Any], description: str
-) -> Stage | None:
-    before = len(problems)
-    parameters: dict[str, Domain] = {}
-    for key, value in _mapping(problems, (*loc, "parameters"), data.get("parameters")).items():
-        domain = _domain(problems, (*loc, "parameters", key), key, value)
-        if domain is not None:
-            parameters[key] = domain
-    if not data.get("parameters"):
-        problems.add((*loc, "parameters"), f"nothing to search; write e.g. `gain: {{log_uniform: [0.1, 30]}}` ({FORMS})")
-    own = _mapping(problems, (*loc, "fixed"), data.get("fixed"))
-    for key in [key for key in own if key in shared]:
-        problems.add((*loc, "fixed", key), "is fixed for the whole space already", subject=key)
-    points = data.get("points") or []
-    if not isinstance(points, (list, tuple)):
-        problems.add((*loc, "points"), f"must be a list of points, got {kind_of(points)}", subject="points")
-        points = []
-    points = [_mapping(problems, (*loc, "points", index), point, "a point") for index, point in enumerate(points)]
-    fixed = {key: _as_number(key, value) for key, value in {**shared, **own}.items()}
-    points = [{key: _as_number(key, value) for key, value in point.items()} for point in points]
-    sound = len(problems) == before  # else a parameter is missing here, and each point would seem to lie outside
-    for where, message in _problems(SimpleNamespace(parameters=parameters, fixed=fixed, points=points if sound else [])):
-        if where == ("parameters",):
-            continue  # said above
-        subject = str(where[1]) if where[0] != "points" else str(where[2]) if len(where) > 2 else "point"
-        of_space = where[0] == "fixed" and where[1] in shared
-        problems.add(where if of_space else (*loc, *where), message, subject=subject)
-    return Stage(name, parameters, fixed, tuple(points), description) if len(problems) == before else None
-
-
-def _domain(problems: Problems, loc: Loc, name: str, value: Any) -> Domain | None:
-    at = loc
-    try:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"must say how to search it, {FORMS}; got {kind_of(value)}")
-        for key in value:
-            if key not in (*DOMAINS, "unit"):
-                at = (*loc, key)
-                raise ValueError(f"unknown key {shown(key)}{did_you_mean(key, [*DOMAINS, 'unit'])}")
-        kinds = [key for key in value if key != "unit"]
-        if len(kinds) != 1:
-            raise ValueError(f"must have exactly one of {', '.join(DOMAINS)}; got {', '.join(kinds) or 'none'}")
-        unit = value.get("unit")
-        at = (*loc, "unit")
-        _check_unit(unit)
-        (kind,) = kinds
-        given, at = value[kind], (*loc, kind)
-        is_list = isinstance(given, (list, tuple))
-        if kind == Choice.kind:
-            return Choice(tuple(_as_number(name, item) for item in given) if is_list else given, unit)
-        if not is_list or len(given) != 2:
-            raise ValueError(f"{kind} must be [lower, upper], got {kind_of(given)}")
-        return (LogUniform if kind == LogUniform.kind else Uniform)(given[0], given[1], unit)
-    except ValueError as error:
-        problems.add(at, str(error), subject=name)
-        return None
-
-
-def _mapping(problems: Problems, loc: Loc, value: Any, what: str = "") -> dict[str, Any]:
-    """A mapping from names to anything; nothing at all is an empty one."""
-    if value is None and not what:
-        return {}
-    if not isinstance(value, Mapping):
-        problems.add(loc, f"{what} must be a mapping, got {kind_of(value)}".strip(), subject="" if what else str(loc[-1]))
-        return {}
-    for key in [key for key in value if not isinstance(key, str)]:
-        problems.add(loc, f"a key must be a name, got {shown(key)}", subject=str(loc[-1]))
-    return {key: item for key, item in value.items() if isinstance(key, str)}
-
-
-def _name(problems: Problems, loc: Loc, data: Mapping[str, Any], default: str) -> str:
-    name = data.get("name", default)
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        problems.add((*loc, "name"), f"must be letters, digits, '.', '_' or '-', got {kind_of(name)}", subject="name")
-        return default
-    return name
-
-
-def _description(problems: Problems, loc: Loc, data: Mapping[str, Any]) -> str:
-    text = data.get("description") or ""
-    if not isinstance(text, str):
-        problems.add((*loc, "description"), f"must be text, got {kind_of(text)}", subject="description")
-        return ""
-    return " ".join(text.split())
-
-
-# ---- what must hold between the parts of a stage ----
-
-
-def _problems(stage: Any) -> Iterator[tuple[Loc, str]]:
-    """Everything wrong with `parameters`, `fixed` and `points` together, each with its place in the stage."""
-    parameters, fixed = stage.parameters, stage.fixed
-    for name, domain in parameters.items():
-        loc: Loc = ("parameters", name)
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            near = near_miss(name)
-            yield (
-                loc,
-                f"a parameter's name is lower_snake_case, got {name!r}" + (f"; did you mean {near!r}?" if near else ""),
-            )
-            continue
-        found = [message for message in (setting_problem(name, value) for value in domain.listed) if message]
-        if found:
-            yield loc, found[0]
-        if domain.unit is not None and name != GAIN:
-            yield loc, f"`unit: {domain.unit}` is for {GAIN} only: the norm ratio that a gain gives"
-        if name in fixed:
-            yield ("fixed", name), "is searched and fixed at once"
-    if not parameters:
-        yield ("parameters",), "nothing to search"
-    for name, value in fixed.items():
-        message = _scalar_problem(value) or setting_problem(name, value)
-        if message:
-            yield ("fixed", name), message
-    if GAIN in fixed:
-        yield ("fixed", GAIN), f"fix {WEIGHT} and {GRAD_SCALE} instead: a gain is searched"
-    elif GAIN in parameters:
-        for part in ("parameters", "fixed"):
-            if WEIGHT in getattr(stage, part):
-                yield (part, WEIGHT), f"cannot stand beside {GAIN}: {GAIN} = {WEIGHT} x {GRAD_SCALE}"
-        if GRAD_SCALE in parameters:
-            yield ("parameters", GRAD_SCALE), f"must be fixed when {GAIN} is searched: only their quotient would change"
-        elif _is_number(fixed.get(GRAD_SCALE, 1.0)) and fixed.get(GRAD_SCALE, 1.0) == 0:
-            yield ("fixed", GRAD_SCALE), f"must be > 0 when {GAIN} is searched, got 0"
-    for index, point in enumerate(stage.points):
-        for loc, message in _point_problems(parameters, fixed, point):
-            yield ("points", index, *loc), message
-
-
-def _point_problems(
-    parameters: Mapping[str, Domain], fixed: Mapping[str, Any], point: Mapping[str, Any]
-) -> Iterator[tuple[Loc, str]]:
+def _point_problems(parameters: Mapping[str, Domain], fixed: Mapping[str, Any], point: Mapping[str, Any]) -> Iterator[Problem]:
     """A point is a full triple, launched as written; it belongs to the space if what is searched admits it."""
     if GAIN in point:
-        yield (GAIN,), f"a point gives {WEIGHT} and {GRAD_SCALE}, not their product"
+        yield Problem((GAIN,), f"a point gives {WEIGHT} and {GRAD_SCALE}, not their product")
         return
     about_ssim = any(name in KNOWN and not name.startswith("pixel") for name in (*parameters, *fixed))
     needed = _ordered({name: None for name in ((*TRIPLE, *parameters) if about_ssim else parameters) if name != GAIN})
     missing = [name for name in needed if name not in point]
     if missing:
-        yield (), f"{', '.join(missing)} missing; a point gives {', '.join(needed)}"
+        yield Problem((), f"{', '.join(missing)} missing; a point gives {', '.join(needed)}")
         return
     wrong = False
     for name, value in point.items():
         message = _scalar_problem(value) or setting_problem(name, value)
         if not message and name not in needed and name not in fixed:
-            message = f"is neither searched nor fixed in this space{did_you_mean(name, [*needed, *fixed])}"
+            message = f"is neither searched nor fixed in this space{did_you_mean(name, {**needed, **fixed})}"
         if message:
             wrong = True
-            yield (name,), message
+            yield Problem((name,), message)
     if wrong:
         return
     # A point's norm ratio is known once the model is calibrated; the searcher checks it then.
     if GAIN in parameters and parameters[GAIN].unit is None and gain_of(point) not in parameters[GAIN]:
-        yield (), f"gain {gain_of(point):g} (= {WEIGHT} x {GRAD_SCALE}) is outside the space: {parameters[GAIN]}"
+        yield Problem((), f"gain {gain_of(point):g} (= {WEIGHT} x {GRAD_SCALE}) is outside the space: {parameters[GAIN]}")
     for name, value in point.items():
         if name in parameters and value not in parameters[name]:
-            yield (name,), f"{_text(value)} is outside the space: {parameters[name]}"
+            yield Problem((name,), f"{_text(value)} is outside the space: {parameters[name]}")
         # With a searched gain the weight and the scale of a point may be split in any way: only the product acts.
         elif name in fixed and not (name == GRAD_SCALE and GAIN in parameters) and not _same(value, fixed[name]):
-            yield (name,), f"{_text(value)} is outside the space: fixed at {_text(fixed[name])}"
+            yield Problem((name,), f"{_text(value)} is outside the space: fixed at {_text(fixed[name])}")
 
 
 # ---- numbers ----
@@ -631,7 +622,7 @@ def _float(value: float) -> float:
 
 def _check_unit(unit: Any) -> None:
     if unit is not None and unit not in UNITS:
-        raise ValueError(f"`unit` must be {' or '.join(UNITS)}, or left out, got {kind_of(unit)}")
+        raise ValueError(f"`unit` must be {' or '.join(UNITS)}, or left out, got {describe(unit)}")
 
 
 def _unit_yaml(unit: str | None) -> dict[str, Any]:
@@ -644,8 +635,8 @@ def _unit_words(unit: str | None) -> str:
 
 def _scalar_problem(value: Any) -> str | None:
     if value is not None and not isinstance(value, (int, float, str, bool)):
-        return f"must be a single value, got {kind_of(value)}"
-    return "NaN is no setting" if isinstance(value, float) and math.isnan(value) else None
+        return f"must be a single value, got {describe(value)}"
+    return "NaN is not a setting" if isinstance(value, float) and math.isnan(value) else None
 
 
 def _same(one: Any, other: Any) -> bool:

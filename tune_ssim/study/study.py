@@ -7,20 +7,32 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import check_name
-from tune_ssim.base.yaml_source import Loc, Problems, Source, did_you_mean, dump_yaml, kind_of, read_yaml, shown
+from tune_ssim.base.validation import (
+    Document,
+    Problem,
+    Problems,
+    Section,
+    build_dataclass,
+    lines_of,
+    plain_mapping,
+    problem,
+    problems_error,
+    unknown_keys,
+    user_error,
+    validate,
+)
+from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, dump_yaml, read_yaml, short_repr
 from tune_ssim.guards import Guard, KeepRule, NonFinite, NormRatio, SmokeTest, Threshold
-from tune_ssim.guards.rule_pack import RulePack, load_rules
+from tune_ssim.guards.rule_pack import RulePack, build_pack, load_rules
 from tune_ssim.study.command_spec import CommandSpec, reading_problems
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Space, find_space, load_space, setting_problem
 
@@ -36,13 +48,7 @@ DEFAULT_SPACE = "wide"
 DEFAULT_STEPS = 200  # FACTS §2: gains that ruin the model have done so by then, and safe ones show their gain
 
 
-class _Section(BaseModel):
-    """Strict: the text "12" is no number and 1 is not true."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class BaselineLog(_Section):
+class BaselineLog(Section):
     """The log of a pixel-loss run. names: theirs → ours; held_out: numbers measured after it, e.g. `{ssim: 0.91}`."""
 
     file: Annotated[str, Field(min_length=1)]
@@ -52,7 +58,7 @@ class BaselineLog(_Section):
     held_out: dict[str, float] = Field(default_factory=dict)
 
 
-class BaselineRuns(_Section):
+class BaselineRuns(Section):
     """The same training with the pixel loss only (note 000 §1): `overrides` of the task's configuration make it so."""
 
     overrides: dict[str, Any] = Field(
@@ -62,14 +68,14 @@ class BaselineRuns(_Section):
     log: BaselineLog | None = None  # of a run that is over, in place of runs in the search; the confirm phase has its own
 
 
-class Search(_Section):
+class Search(Section):
     strategy: Literal["optuna", "random"] = "optuna"  # FACTS §6: TPE finds a good safe setting twice as often as random
     trials: Annotated[int, Field(ge=1)] = 12  # FACTS §2: 63-107 s on two cores; baselines are not counted
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's range
     concurrency: int | Literal["auto"] = 2  # trials at a time; auto: as many as the cluster's resources admit
     deterministic: bool = True  # DESIGN "Order": the same suggestions whichever trial ends first
-    # Times the norm guard's limit: settings predicted beyond are listed, not launched; None launches everything. Over steps 25-75
-    # the norm is 0.5 to 1.1 times the prediction (FACTS §1, benchmarks/calibration.py), so what is left out would be pruned.
+    # Times the norm guard's limit: settings whose predicted ratio exceeds it are listed, not launched; None launches everything.
+    # Over steps 25-75 the norm is 0.5 to 1.1 times the prediction (FACTS §1, benchmarks/calibration.py): they would be pruned.
     skip_beyond: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 2.0
 
     @field_validator("concurrency", mode="plain")
@@ -77,10 +83,10 @@ class Search(_Section):
     def _concurrency(cls, value: Any) -> Any:
         if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             return value
-        raise ValueError(f"must be an integer >= 1 or auto, got {kind_of(value)}")
+        raise ValueError(f"must be an integer >= 1 or auto, got {describe(value)}")
 
 
-class Asha(_Section):
+class Asha(Section):
     """Steps are training steps. (What Ray calls `max_t` here has nothing to do with `ssim_loss_max_t`.)"""
 
     max_steps: Annotated[int, Field(ge=1)]  # default: the trial's steps
@@ -88,7 +94,7 @@ class Asha(_Section):
     reduction_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0  # FACTS §6
 
 
-class Keep(_Section):
+class Keep(Section):
     """How far a held-out metric may get worse than the baseline's: one limit on the difference or on the quotient."""
 
     min_delta: float | None = None
@@ -103,7 +109,9 @@ class Keep(_Section):
             raise ValueError(f"must have exactly one of {names}; got {', '.join(self.limit) or 'none'}")
         (name, value), *_ = self.limit.items()
         if not math.isfinite(value) or (name.endswith("ratio") and value <= 0):
-            raise ValueError(f"{name} must be a finite number{' > 0' if name.endswith('ratio') else ''}, got {value:g}")
+            problems = Problems()
+            problems.add((name,), f"must be a finite number{' > 0' if name.endswith('ratio') else ''}, got {value:g}")
+            problems.check()
         return self
 
     @property
@@ -120,18 +128,20 @@ def _default_keep() -> dict[str, Keep]:
     }
 
 
-class Objective(_Section):
+class Objective(Section):
     """`maximize` a held-out metric; a trial that breaks a `keep` rule is `degraded` and never exported."""
 
     maximize: Annotated[str, Field(min_length=1)] = "delta_ssim"
-    keep: dict[str, Keep] = Field(default_factory=_default_keep)
+    keep: Annotated[dict[str, Keep], BeforeValidator(lambda given: _default_keep() if given is None else given)] = Field(
+        default_factory=_default_keep
+    )
 
     @property
     def rules(self) -> tuple[KeepRule, ...]:
         return tuple(KeepRule(metric, **rule.limit) for metric, rule in self.keep.items())
 
 
-class Resources(_Section):
+class Resources(Section):
     """Of one trial. gpus auto: one GPU where the cluster has them, else none; fractions share a GPU.
 
     workers: processes of one trial, as ranks of one torch process group; cpus and gpus are then those of each worker, and so is
@@ -149,7 +159,7 @@ class Resources(_Section):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value == "auto" or (is_number and 0 <= value < math.inf):
             return float(value) if is_number else value
-        raise ValueError(f"must be a number >= 0 or auto, got {kind_of(value)}")
+        raise ValueError(f"must be a number >= 0 or auto, got {describe(value)}")
 
     @property
     def parts(self) -> int:
@@ -157,11 +167,11 @@ class Resources(_Section):
         return self.workers * self.nodes
 
 
-class Preflight(_Section):
+class Preflight(Section):
     """Before anything is launched: is the set-up sound? No options yet; `preflight: null` switches it off."""
 
 
-class CalibrationOptions(_Section):
+class CalibrationOptions(Section):
     """Before anything is launched: how hard does each setting push? Measured with the update switched off."""
 
     batches: Annotated[int, Field(ge=1)] = 24  # medians of >= 10 active steps (FACTS §1), also behind gates that half of them pass
@@ -179,7 +189,7 @@ class CalibrationOptions(_Section):
         return grid
 
 
-class Confirm(_Section):
+class Confirm(Section):
     """Before anything is exported: the best settings and the baseline again, with further seeds and for longer."""
 
     finalists: Annotated[int, Field(ge=1)] = 3  # tried in their order until one holds
@@ -187,7 +197,7 @@ class Confirm(_Section):
     steps: Annotated[int, Field(ge=1)] | None = None  # of a trial; None: ten times the search's (SEEDS A9)
 
 
-class Tracking(_Section):
+class Tracking(Section):
     """MLflow; uri None: SQLite in the storage path."""
 
     uri: Annotated[str, Field(min_length=1)] | None = None
@@ -198,34 +208,282 @@ def default_guards() -> dict[str, Guard]:
     return {guard.name: guard for guard in (NormRatio(), SmokeTest(), NonFinite())}
 
 
+# ---- what a file may say for each part, and what that means ----
+
+
 @dataclass(frozen=True)
-class Study:
-    """Raises ValueError when built with parts that do not fit together; `load_study` says the line too."""
+class _File:
+    """The file that a study is read from. folder: where its relative paths start; the current folder for a mapping.
+    is_launch: the study is to be started from this machine."""
 
-    name: str
-    space: Space
-    task: str | CommandSpec = "fundus_sr"  # a key of BUILT_IN_TASKS, module:Class, module:function, or a command
-    task_config: Mapping[str, Any] = field(default_factory=lambda: {"steps": DEFAULT_STEPS})
-    baseline: BaselineRuns = field(default_factory=BaselineRuns)
-    search: Search = field(default_factory=Search)
-    scheduler: Asha | None = None  # FACTS §6: a fifth of ASHA's best picks were not fully trained
-    guards: Mapping[str, Guard] = field(default_factory=default_guards)  # by the guard's name; absent = off
-    rules: tuple[RulePack, ...] = ()  # further guards, as packs; none: not every training is one that a pack is about
-    objective: Objective = field(default_factory=Objective)
-    resources: Resources = field(default_factory=Resources)
-    preflight: Preflight | None = field(default_factory=Preflight)  # None: off, and the proof says so
-    calibration: CalibrationOptions | None = field(default_factory=CalibrationOptions)  # None: off; then nothing is predicted
-    confirm: Confirm | None = field(default_factory=Confirm)  # None: off; then nothing is exported without --unproven
-    report_every: int = 1  # steps between transfers from the device, and so between verdicts; 1 on CPU (DESIGN)
-    result_every: int | None = None  # steps per result that Ray sees; None: one in two seconds (a result costs it milliseconds)
-    checkpoint_every: int = 50  # steps; DESIGN
-    tracking: Tracking | None = field(default_factory=Tracking)  # None: off
-    import_path: str | None = None  # a folder in which to look for one's own task; default the study file's
+    source: Source
+    folder: Path
+    is_launch: bool = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "task_config", {"steps": DEFAULT_STEPS, **self.task_config})
-        for loc, message in _problems(self):
-            raise ValueError(f"study {self.name!r}: {'.'.join(map(str, loc))}: {message}")
+    @property
+    def is_mapping(self) -> bool:
+        return not self.source.lines
+
+    def path(self, text: str) -> str:
+        return str((self.folder / Path(text).expanduser()).absolute())
+
+
+S = TypeVar("S")
+# `search:` with nothing behind it is the section with its defaults.
+OrDefaults = Annotated[S, BeforeValidator(lambda given: {} if given is None else given)]
+
+
+def _study_name(given: Any) -> str:
+    if not _is_name(given):
+        words = "letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit"
+        raise problem(f"{words}; got {describe(given)}")
+    return given
+
+
+def _count(given: Any) -> int:
+    if not _is_count(given):
+        raise problem(f"must be an integer >= 1, got {describe(given)}")
+    return given
+
+
+def _count_or_null(given: Any) -> int | None:
+    if given is not None and not _is_count(given):
+        raise problem(f"must be an integer >= 1 or null, got {describe(given)}")
+    return given
+
+
+def _task(given: Any) -> str | CommandSpec:
+    if isinstance(given, (Mapping, CommandSpec)):
+        return CommandSpec.model_validate(given)
+    if isinstance(given, str) and (given in BUILT_IN_TASKS or _is_path(given)):
+        return given
+    guess = did_you_mean(given, BUILT_IN_TASKS) if isinstance(given, str) else ""
+    raise problem(f"unknown task {short_repr(given)}{guess} (your own: my_pkg.train:MyTask, or a command)")
+
+
+def _task_config(given: Any, info: ValidationInfo) -> dict[str, Any]:
+    config = {"steps": DEFAULT_STEPS, **plain_mapping(given)}
+    problems = Problems(_setting_problems(config))
+    if not _is_count(config["steps"]):
+        problems.add(("steps",), f"must be an integer >= 1, got {describe(config['steps'])}")
+    problems.check()
+    file: _File | None = info.context
+    return config if file is None else _with_paths(config, Path() if file.is_mapping else file.folder, info.data.get("task"))
+
+
+def _with_paths(config: dict[str, Any], folder: Path, task: Any) -> dict[str, Any]:
+    """Files and folders as absolute paths, since workers run elsewhere. They are meant relative to the study file: the values of
+    PATHS, and for a task of one's own every value that begins with `./`, `../` or `~/`."""
+    named = PATHS.get(task, ()) if isinstance(task, str) else ()
+
+    def absolute(key: str, value: Any) -> Any:
+        if not isinstance(value, str) or not value or "\0" in value:
+            return value
+        is_path = key in named if named else value.startswith(("./", "../", "~/"))
+        return os.path.normpath((folder / Path(value).expanduser()).absolute()) if is_path else value
+
+    return {key: absolute(key, value) for key, value in config.items()}
+
+
+def _setting_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
+    for key, value in settings.items():
+        message = "belongs in a space" if key == GAIN else setting_problem(key, value)
+        if message:
+            yield Problem((key,), message)
+
+
+def _usual_baseline(done: dict[str, Any]) -> BaselineRuns:
+    """A script that has no pixel loss has a baseline without any auxiliary loss."""
+    usual, task = BaselineRuns(), done.get("task")
+    if not isinstance(task, CommandSpec):
+        return usual
+    known = task.referenced_settings()
+    return usual.replace(overrides={name: value for name, value in usual.overrides.items() if name in known})
+
+
+def _baseline(given: Any, info: ValidationInfo) -> BaselineRuns:
+    """As in a file: the settings that differ from `task_config`, beside `seeds` and `log`."""
+    if given is None:
+        raise problem("every verdict compares with a baseline; leave the key out for the pixel loss only")
+    if isinstance(given, BaselineRuns):
+        Problems(_baseline_problems(given.overrides)).check()
+        return given
+    overrides = plain_mapping(given)
+    parts = {key: overrides.pop(key) for key in ("seeds", "log") if key in overrides}
+    log = parts.get("log")
+    if log is not None:
+        log = {"file": log} if isinstance(log, str) else log
+        if isinstance(log, Mapping) and isinstance(log.get("file"), str) and log["file"] and info.context is not None:
+            log = {**log, "file": info.context.path(log["file"])}
+        parts["log"] = log
+    problems = Problems(_baseline_problems(overrides))
+    with problems.at():
+        built = BaselineRuns.model_validate({**parts, "overrides": overrides})
+    problems.check()
+    return built
+
+
+def _baseline_problems(overrides: Mapping[str, Any]) -> Iterator[Problem]:
+    yield from _setting_problems(overrides)
+    if overrides.get(WEIGHT):
+        yield Problem((WEIGHT,), f"the baseline has no SSIM loss, got {describe(overrides[WEIGHT])}")
+
+
+def _space(given: Any, info: ValidationInfo) -> Space:
+    """Written out, or the name or path of one."""
+    if isinstance(given, (Mapping, Space)):
+        return Space.model_validate(given)
+    if not isinstance(given, str) or not given.strip():
+        raise problem(f"must be a name, a path or a mapping, got {describe(given)}")
+    file: _File | None = info.context
+    folder = file.folder if file is not None and not file.source.option_at(("space",)) else Path()
+    try:
+        path, stage = find_space(given, folder)
+    except UserError as error:
+        raise problem(str(error)) from None
+    try:
+        space = load_space(path)
+    except UserError as error:
+        raise problems_error(lines_of(error)) from None
+    try:
+        return space if stage is None else space.only(stage)
+    except UserError as error:
+        raise problem(str(error)) from None
+
+
+def _scheduler(given: Any, info: ValidationInfo) -> Asha | None:
+    """`{asha: {...}}`, which lasts as long as a trial unless it says otherwise."""
+    if given is None or isinstance(given, Asha):
+        return given
+    if not isinstance(given, Mapping):
+        raise problem(f"must be null or asha: {{grace_steps: 25}}, got {describe(given)}")
+    problems = Problems(unknown_keys(given, ["asha"]))
+    asha, built = given.get("asha", {}), None
+    config = info.data.get("task_config")
+    if (asha is None or isinstance(asha, Mapping)) and isinstance(config, dict):
+        asha = {"max_steps": config["steps"], **(asha or {})}
+    if "asha" in given:
+        with problems.at("asha"):
+            built = Asha.model_validate(asha)
+    problems.check()
+    return built
+
+
+def _guards(given: Any, info: ValidationInfo) -> dict[str, Guard]:
+    """Of a file: options by the guard's name, null for off, and a list of thresholds."""
+    if not isinstance(given, Mapping):
+        raise problem(f"must be a mapping, got {describe(given)}; `norm_ratio: null` in it switches one off")
+    if info.context is None:
+        return dict(given)
+    problems = Problems(unknown_keys(given, [*_GUARDS, "threshold"]))
+    guards: dict[str, Guard] = {}
+    for name, (guard, names) in _GUARDS.items():
+        options = given.get(name, {})
+        if options is not None:
+            with problems.at(name):
+                guards[name] = build_dataclass(guard, options, names)
+    thresholds = given.get("threshold") or []
+    if not isinstance(thresholds, (list, tuple)):
+        problems.add(("threshold",), f"must be a list, got {describe(thresholds)}")
+        thresholds = []
+    for index, options in enumerate(thresholds):
+        with problems.at("threshold", index):
+            threshold = build_dataclass(Threshold, options, _THRESHOLD)
+            if threshold.name in guards:
+                raise problem(f"there is a threshold for {threshold.metric!r} already")
+            guards[threshold.name] = threshold
+    problems.check()
+    return guards
+
+
+def _rules(given: Any, info: ValidationInfo) -> tuple[RulePack, ...]:
+    """Each a name, a path, or a pack written out; {pack: name, options: {...}} sets a pack's options."""
+    if given is not None and not isinstance(given, (list, tuple)):
+        raise problem(f"must be a list of rule packs, got {describe(given)}")
+    packs: list[RulePack] = []
+    problems = Problems()
+    for index, entry in enumerate(given or ()):
+        with problems.at(index):
+            packs.append(entry if isinstance(entry, RulePack) else _pack(entry, info.context))
+    names = [pack.name for pack in packs]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.add((), f"there are two rule packs named {name!r}")
+    problems.check()
+    return tuple(packs)
+
+
+def _pack(entry: Any, file: _File | None) -> RulePack:
+    options: Mapping[str, Any] = {}
+    if isinstance(entry, Mapping) and "pack" not in entry:
+        stem = {} if file is None else {"name": Path(file.source.label).stem}
+        return build_pack({**stem, **entry})
+    if isinstance(entry, Mapping):
+        Problems(unknown_keys(entry, ("pack", "options"))).check()
+        entry, options = entry["pack"], entry.get("options") or {}
+        if not isinstance(options, Mapping) or not isinstance(entry, str):
+            raise problem("must be {pack: name or path, options: {name: number}}")
+    if not isinstance(entry, str) or not entry.strip():
+        raise problem(f"must be a name, a path or a mapping, got {describe(entry)}")
+    try:
+        return load_rules(entry, options, relative_to=None if file is None else file.folder)
+    except UserError as error:
+        raise problem(str(error), subject="") from None
+
+
+def _not_for_commands(given: Any, info: ValidationInfo) -> Any:
+    if given is not None and isinstance(info.data.get("task"), CommandSpec):
+        raise problem("looks into the task's own process; a command has another one: leave it out")
+    return given
+
+
+def _unless_command(section: type[S]) -> Any:
+    """By default on, and off for a command."""
+    return Field(default_factory=lambda done: None if isinstance(done.get("task"), CommandSpec) else section())
+
+
+def _import_path(given: Any, info: ValidationInfo) -> str | None:
+    """Absolute, so that workers find it too; only a task of one's own, in a study with a file, has one by default."""
+    file: _File | None = info.context
+    task = info.data.get("task")
+    if given is None:
+        if file is None or file.is_mapping or (isinstance(task, str) and task in BUILT_IN_TASKS):
+            return None
+        return str(file.folder.absolute())
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise problem(f"must be a folder, got {describe(given)}")
+    return given if file is None else str(((Path() if file.is_mapping else file.folder) / Path(given).expanduser()).absolute())
+
+
+class Study(Document):
+    """Raises ValueError when built with parts that do not fit together; `load_study` also gives the line of each problem."""
+
+    name: Annotated[str, PlainValidator(_study_name)]
+    space: Annotated[Space, PlainValidator(_space)]
+    # A key of BUILT_IN_TASKS, module:Class, module:function, or a command.
+    task: Annotated[str | CommandSpec, PlainValidator(_task)] = "fundus_sr"
+    task_config: Annotated[dict[str, Any], PlainValidator(_task_config)] = Field(default_factory=lambda: {"steps": DEFAULT_STEPS})
+    baseline: Annotated[BaselineRuns, PlainValidator(_baseline)] = Field(default_factory=_usual_baseline)
+    search: OrDefaults[Search] = Field(default_factory=Search)
+    scheduler: Annotated[Asha | None, PlainValidator(_scheduler)] = None  # FACTS §6: a fifth of its best were not fully trained
+    # By the guard's name; absent: off.
+    guards: Annotated[dict[str, Guard], PlainValidator(_guards)] = Field(default_factory=default_guards)
+    # Further guards, as packs; none by default: not every training is one that a pack is about.
+    rules: Annotated[tuple[RulePack, ...], PlainValidator(_rules)] = ()
+    objective: OrDefaults[Objective] = Field(default_factory=Objective)
+    resources: OrDefaults[Resources] = Field(default_factory=Resources)
+    # None: off, and the proof says so.
+    preflight: Annotated[Preflight | None, BeforeValidator(_not_for_commands)] = _unless_command(Preflight)
+    # None: off; then nothing is predicted.
+    calibration: Annotated[CalibrationOptions | None, BeforeValidator(_not_for_commands)] = _unless_command(CalibrationOptions)
+    confirm: Confirm | None = Field(default_factory=Confirm)  # None: off; then nothing is exported without --unproven
+    # Steps between transfers from the device, and so between verdicts; 1 on CPU (DESIGN).
+    report_every: Annotated[int, PlainValidator(_count)] = 1
+    # Steps per result that Ray sees; None: one in two seconds (a result costs it milliseconds).
+    result_every: Annotated[int | None, PlainValidator(_count_or_null)] = None
+    checkpoint_every: Annotated[int, PlainValidator(_count)] = 50  # steps; DESIGN
+    tracking: Tracking | None = Field(default_factory=Tracking)  # None: off
+    # A folder in which to look for one's own task; default the study file's.
+    import_path: Annotated[str | None, PlainValidator(_import_path)] = Field(default=None, validate_default=True)
 
     @property
     def steps(self) -> int:
@@ -263,7 +521,9 @@ class Study:
                     found.setdefault(name, stage.fixed[name])
                 elif domain is not None:
                     found.setdefault(name, domain.listed[-1])
-        return {name: value for name, value in found.items() if name in self.task.reached() and name not in self.task_config}
+        return {
+            name: value for name, value in found.items() if name in self.task.referenced_settings() and name not in self.task_config
+        }
 
     @property
     def has_ssim(self) -> bool:
@@ -309,6 +569,11 @@ class Study:
             "tracking": None if self.tracking is None else self.tracking.model_dump(),
             "import_path": self.import_path,
         }
+
+    def problems(self, context: _File | None) -> Iterable[Problem]:
+        yield from _problems(self)
+        if context is not None and context.is_launch:
+            yield from _missing(self)
 
     def to_yaml(self) -> str:
         """The text of a study.yaml; `load_study` reads an equal study from it."""
@@ -371,7 +636,29 @@ def load_study(
         if value is not None:
             loc, option = {**_BY_PLACE, **_OPTIONS}[key]
             source = source.overridden(loc, value, option)
-    return _parse(source, folder, launch)
+    source = _plain(source)
+    stem = Path(source.label).stem.replace("_", "-")
+    given = {"name": stem if _is_name(stem) else "study", "space": DEFAULT_SPACE, **source.value}
+    return validate(Study, source, given, _File(source, folder, launch))
+
+
+def _plain(source: Source) -> Source:
+    """With lists for tuples and text for paths: what a file can say."""
+    problems, value = Problems(), {}
+    for key, item in source.value.items():
+        try:
+            value[key] = json.loads(json.dumps(item, default=_path_text))
+        except (TypeError, ValueError) as error:
+            problems.add((key,), f"must hold plain values: {error}")
+    if problems.found:
+        raise user_error(source, problems.found)
+    return replace(source, value=value)
+
+
+def _path_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _find(study: str | Path) -> Path:
@@ -380,7 +667,7 @@ def _find(study: str | Path) -> Path:
         return bundled_studies_folder() / f"{name}.yaml"
     if isinstance(study, Path) or name.endswith((".yaml", ".yml")) or "/" in name or (name and _exists(name)):
         return Path(name).expanduser()
-    raise UserError(f"unknown study {shown(name)}{did_you_mean(name, bundled_studies())} (a path ends in .yaml)")
+    raise UserError(f"unknown study {short_repr(name)}{did_you_mean(name, bundled_studies())} (a path ends in .yaml)")
 
 
 def _exists(name: str) -> bool:
@@ -390,402 +677,89 @@ def _exists(name: str) -> bool:
         return False
 
 
-# ---- from a document to objects; every problem with its line ----
-
-
-def _parse(source: Source, folder: Path, launch: bool) -> Study:
-    problems, data = Problems(source), source.value
-    problems.unknown_keys((), data, [f.name for f in fields(Study)])
-    defaults = {
-        f.name: f.default_factory() if f.default_factory is not MISSING else f.default
-        for f in fields(Study)
-        if not (f.default is MISSING and f.default_factory is MISSING)
-    }
-    stem = Path(source.label).stem.replace("_", "-")
-    found: dict[str, Any] = {**defaults, "name": stem if _is_name(stem) else "study"}
-    found |= {key: data[key] for key in ("name", "task", "report_every", "result_every", "checkpoint_every") if key in data}
-    if isinstance(data.get("task"), Mapping):
-        spec = _section(problems, ("task",), data["task"], CommandSpec)
-        found["task"] = defaults["task"] if spec is None else spec  # what is wrong with it is on the list by now
-    found["space"] = _space(problems, source, folder)
-    found["task_config"] = {"steps": DEFAULT_STEPS, **_settings(problems, "task_config", data.get("task_config"))}
-    found["task_config"] = _with_paths(found["task_config"], folder if source.lines else Path(), found["task"])
-    found["baseline"] = _baseline(problems, data, found["task"], folder)
-    for key, model in (("search", Search), ("resources", Resources)):
-        found[key] = _section(problems, (key,), data.get(key) or {}, model)
-    found["scheduler"] = _scheduler(problems, data.get("scheduler"), found["task_config"]["steps"])
-    found["guards"] = _guards(problems, data.get("guards", {}))
-    found["rules"] = _rules(problems, source, folder)
-    found["objective"] = _objective(problems, data.get("objective") or {})
-    optional = {"tracking": Tracking, "preflight": Preflight, "calibration": CalibrationOptions, "confirm": Confirm}
-    for key, section in optional.items():
-        given = data.get(key, {})
-        if isinstance(found["task"], CommandSpec) and key in ("preflight", "calibration"):
-            if data.get(key) is not None:
-                problems.add((key,), "looks into the task's own process; a command has another one: leave it out")
-            given = None
-        found[key] = None if given is None else _section(problems, (key,), given, section)
-    found["import_path"] = _import_path(problems, data, folder if source.lines else None, found["task"])
-    for loc, message in _problems(SimpleNamespace(**found)):
-        problems.add(loc, message)
-    for loc, message in _missing(SimpleNamespace(**found)) if launch else ():
-        problems.add(loc, message)
-    problems.check()
-    return Study(**found)
-
-
-def _missing(study: Any) -> Iterator[tuple[Loc, str]]:
-    """What is not on this machine; of several nodes the others may look different."""
-    if isinstance(study.task, CommandSpec) and study.resources is not None and study.resources.nodes == 1:
-        for place, wrong in study.task.missing_programs(study.import_path):
-            yield ("task", *place), wrong
-    log = study.baseline.log if study.baseline is not None else None
-    if log is not None and not Path(log.file).exists():
-        yield ("baseline", "log"), f"{log.file}: no such file"
-
-
-def _space(problems: Problems, source: Source, folder: Path) -> Space | None:
-    given = source.value.get("space", DEFAULT_SPACE)
-    try:
-        if isinstance(given, Mapping):
-            return load_space(source.part("space"))
-        if not isinstance(given, (str, Path)) or not str(given).strip():
-            problems.add(("space",), f"must be a name, a path or a mapping, got {kind_of(given)}")
-            return None
-        start = Path() if source.option_at(("space",)) else folder
-        try:
-            path, stage = find_space(str(given), start)
-        except UserError as error:
-            problems.add(("space",), str(error))
-            return None
-        space = load_space(path)
-    except UserError as error:  # the space's own file or lines
-        problems.include(error)
-        return None
-    try:
-        return space if stage is None else space.only(stage)
-    except UserError as error:
-        problems.add(("space",), str(error))
-        return None
-
-
-def _settings(problems: Problems, key: str, value: Any) -> dict[str, Any]:
-    """A mapping of plain values for the task; nothing at all is an empty one."""
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        problems.add((key,), f"must be a mapping, got {kind_of(value)}")
-        return {}
-    try:
-        return json.loads(json.dumps(dict(value)))  # lists for tuples, text for keys: what a file can say
-    except (TypeError, ValueError) as error:
-        problems.add((key,), f"must hold plain values: {error}")
-        return {}
-
-
-def _with_paths(config: dict[str, Any], folder: Path, task: Any) -> dict[str, Any]:
-    """Files and folders as absolute paths, since workers run elsewhere. They are meant relative to the study file: the values of
-    PATHS, and for a task of one's own every value that begins with `./`, `../` or `~/`."""
-    named = PATHS.get(task, ()) if isinstance(task, str) else ()
-
-    def absolute(key: str, value: Any) -> Any:
-        if not isinstance(value, str) or not value or "\0" in value:
-            return value
-        is_path = key in named if named else value.startswith(("./", "../", "~/"))
-        return os.path.normpath((folder / Path(value).expanduser()).absolute()) if is_path else value
-
-    return {key: absolute(key, value) for key, value in config.items()}
-
-
-def _baseline(problems: Problems, data: Mapping[str, Any], task: Any, folder: Path | None) -> BaselineRuns | None:
-    if "baseline" not in data:
-        usual = BaselineRuns()
-        if not isinstance(task, CommandSpec):
-            return usual
-        # A script that has no pixel loss has a baseline without any auxiliary loss.
-        told = {name: value for name, value in usual.overrides.items() if name in task.reached()}
-        return usual.model_copy(update={"overrides": told})
-    if data["baseline"] is None:
-        problems.add(("baseline",), "every verdict compares with a baseline; leave the key out for the pixel loss only")
-        return None
-    overrides = _settings(problems, "baseline", data["baseline"])
-    given = {"seeds": overrides.pop("seeds")} if "seeds" in overrides else {}
-    if overrides.get("log") is None:
-        overrides.pop("log", None)
-    else:
-        log = overrides.pop("log")
-        log = {"file": log} if isinstance(log, str) else log
-        if isinstance(log, Mapping) and isinstance(log.get("file"), str) and log["file"] and folder is not None:
-            log = {**log, "file": str((folder / Path(log["file"]).expanduser()).absolute())}
-        read = _section(problems, ("baseline", "log"), log, BaselineLog)
-        given["log"] = None if read is None else read.model_dump()
-    return _section(problems, ("baseline",), {**given, "overrides": overrides}, BaselineRuns)
-
-
-def _scheduler(problems: Problems, value: Any, steps: Any) -> Asha | None:
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        problems.add(("scheduler",), f"must be null or asha: {{grace_steps: 25}}, got {kind_of(value)}")
-        return None
-    problems.unknown_keys(("scheduler",), value, ["asha"])
-    if "asha" not in value:
-        return None
-    asha = value["asha"] if value["asha"] is not None else {}
-    if isinstance(asha, Mapping) and "max_steps" not in asha and _is_count(steps):
-        asha = {**asha, "max_steps": steps}
-    return _section(problems, ("scheduler", "asha"), asha, Asha)
-
-
-def _guards(problems: Problems, value: Any) -> dict[str, Guard]:
-    if not isinstance(value, Mapping):
-        problems.add(("guards",), f"must be a mapping, got {kind_of(value)}; `norm_ratio: null` in it switches one off")
-        return {}
-    problems.unknown_keys(("guards",), value, [*_GUARDS, "threshold"])
-    guards: dict[str, Guard] = {}
-    for name, (guard, names) in _GUARDS.items():
-        options = value.get(name, {})
-        if options is not None:
-            guards[name] = _section(problems, ("guards", name), options, guard, names)
-    thresholds = value.get("threshold") or []
-    if not isinstance(thresholds, (list, tuple)):
-        problems.add(("guards", "threshold"), f"must be a list, got {kind_of(thresholds)}")
-        thresholds = []
-    for index, options in enumerate(thresholds):
-        loc: Loc = ("guards", "threshold", index)
-        threshold = _section(problems, loc, options, Threshold, _THRESHOLD)
-        if threshold is not None and threshold.name in guards:
-            problems.add(loc, f"there is a threshold for {threshold.metric!r} already")
-        elif threshold is not None:
-            guards[threshold.name] = threshold
-    return guards
-
-
-def _rules(problems: Problems, source: Source, folder: Path) -> tuple[RulePack, ...]:
-    """Each a name, a path, or a pack written out; {pack: name, options: {...}} sets a pack's options."""
-    given = source.value.get("rules")
-    given = [] if given is None else given
-    if not isinstance(given, (list, tuple)):
-        problems.add(("rules",), f"must be a list of rule packs, got {kind_of(given)}")
-        return ()
-    packs: list[RulePack] = []
-    for index, entry in enumerate(given):
-        loc: Loc = ("rules", index)
-        try:
-            if isinstance(entry, Mapping) and "pack" in entry:
-                problems.unknown_keys(loc, entry, ("pack", "options"))
-                options = entry.get("options") or {}
-                if not isinstance(options, Mapping) or not isinstance(entry["pack"], str):
-                    problems.add(loc, "must be {pack: name or path, options: {name: number}}")
-                    continue
-                packs.append(load_rules(entry["pack"], options, relative_to=folder))
-            elif isinstance(entry, Mapping):
-                packs.append(load_rules(source.part("rules", index)))
-            elif isinstance(entry, str) and entry.strip():
-                packs.append(load_rules(entry, relative_to=folder))
-            else:
-                problems.add(loc, f"must be a name, a path or a mapping, got {kind_of(entry)}")
-        except UserError as error:
-            if isinstance(entry, Mapping) and "pack" not in entry:
-                problems.include(error)
-            else:
-                problems.add(loc, str(error), subject="")
-    names = [pack.name for pack in packs]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        problems.add(("rules",), f"there are two rule packs named {name!r}")
-    return tuple(packs)
-
-
-def _objective(problems: Problems, value: Any) -> Objective | None:
-    if not isinstance(value, Mapping) or value.get("keep") is None:
-        given = {key: item for key, item in value.items() if key != "keep"} if isinstance(value, Mapping) else value
-        return _section(problems, ("objective",), given, Objective)
-    keep, rules = value["keep"], {}
-    if not isinstance(keep, Mapping):
-        problems.add(("objective", "keep"), f"must be a mapping from metrics to limits, got {kind_of(keep)}")
-        keep = {}
-    for metric, limit in keep.items():
-        rules[metric] = _section(problems, ("objective", "keep", metric), limit, Keep)
-    plain = {key: item for key, item in value.items() if key != "keep"}
-    objective = _section(problems, ("objective",), plain, Objective)
-    return objective if objective is None else objective.model_copy(update={"keep": rules})
-
-
-def _import_path(problems: Problems, data: Mapping[str, Any], folder: Path | None, task: Any) -> str | None:
-    """Absolute, so that workers find it too; only a task of one's own, in a study with a file, has one by default."""
-    given = data.get("import_path")
-    if given is None:
-        return str(folder.absolute()) if folder is not None and not (isinstance(task, str) and task in BUILT_IN_TASKS) else None
-    if not isinstance(given, str) or not given or "\0" in given:
-        problems.add(("import_path",), f"must be a folder, got {kind_of(given)}")
-        return None
-    return str(((folder or Path()) / Path(given).expanduser()).absolute())
-
-
-def _section(problems: Problems, loc: Loc, value: Any, model: type, names: tuple[str, ...] = ()) -> Any:
-    """`model` built from a mapping, or None and the reasons. `names`: the keys allowed, default all fields."""
-    before = len(problems)
-    if not isinstance(value, Mapping):
-        problems.add(loc, f"must be a mapping, got {kind_of(value)}")
-        return None
-    valid = names or tuple(model.model_fields)  # type: ignore[attr-defined]
-    problems.unknown_keys(loc, value, valid)
-    known = {key: item for key, item in value.items() if key in valid}
-    try:
-        # Through JSON: only there does pydantic's strict mode take lists for tuples and mappings for dataclasses.
-        built = _adapter(model).validate_json(json.dumps(known), strict=True)
-    except TypeError as error:
-        problems.add(loc, f"must hold plain values: {error}")
-        return None
-    except ValidationError as error:
-        for detail in error.errors():
-            where, message = _words(detail, known)
-            problems.add((*loc, *where), message)
-        return None
-    return built if len(problems) == before else None
-
-
-@lru_cache
-def _adapter(model: type) -> TypeAdapter[Any]:
-    return TypeAdapter(model)
-
-
-def _words(detail: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Loc, str]:
-    """A pydantic error in our own words, and its place."""
-    loc, kind, context = detail["loc"], detail["type"], detail.get("ctx", {})
-    got = f", got {kind_of(detail['input'])}"
-    if kind == "value_error":
-        message = str(context["error"])
-        # A check of the whole object begins with the name of the option it is about.
-        option = message.split(" ", 1)[0]
-        if not loc and option in given:
-            return (option,), message.removeprefix(option + " ") if message.startswith(option + " must") else message
-        return loc, message
-    if kind in ("missing", "missing_argument"):
-        return loc[:-1], f"{loc[-1]} is missing"
-    comparisons = {"greater_than_equal": (">=", "ge"), "greater_than": (">", "gt"), "less_than": ("<", "lt")}
-    if kind in comparisons:
-        sign, key = comparisons[kind]
-        return loc, f"must be {sign} {context[key]:g}{got}"
-    words = {
-        "int_type": "must be an integer",
-        "int_from_float": "must be an integer",
-        "float_type": "must be a number",
-        "finite_number": "must be a finite number",
-        "bool_type": "must be true or false",
-        "string_type": "must be text",
-        "string_too_short": "must not be empty",
-        "tuple_type": "must be a list",
-        "list_type": "must be a list",
-        "too_short": "must not be empty",
-        "dict_type": "must be a mapping",
-    }
-    if kind == "literal_error":
-        return loc, f"must be one of {context['expected'].replace(' or ', ', ')}{got}"
-    return loc, words.get(kind, detail["msg"][:1].lower() + detail["msg"][1:]) + got
-
-
 # ---- what must hold between the parts of a study ----
 
 
-def _problems(study: Any) -> Iterator[tuple[Loc, str]]:
-    """Everything wrong with the parts together, each with its place; parts that are None were reported already."""
-    if not _is_name(study.name):
-        got = kind_of(study.name)
-        yield (
-            ("name",),
-            f"letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit; got {got}",
-        )
+def _problems(study: Study) -> Iterator[Problem]:
+    """Everything wrong with the parts together. A part that is wrong itself is None here."""
+    is_command = isinstance(study.task, CommandSpec)
+    steps = None if study.task_config is None else study.steps
     if isinstance(study.task, CommandSpec):
-        whole = study.space is not None and study.baseline is not None  # else a name may be missing for that alone
-        for place, wrong in study.task.problems(_values_of(study) if whole else None):
-            yield ("task", *place), wrong
-        yield from _untold(study)
-        if whole:
-            # What every trial has; without a weight the gate and the scale mean nothing, and get some value (`_untouched`).
-            always = {*study.task_config, *study.baseline.overrides, WEIGHT, MAX_T, GRAD_SCALE}
-            for name in sorted((study.task.reached() & _settings_of(study)) - always):
-                yield ("baseline",), f"has no {name}, which the command is told: set it here, or in task_config"
-        if study.task.records is not None and study.task.smoke is None and SmokeTest.name in study.guards:
-            yield (
-                ("guards", "smoke_test"),
-                "nothing makes samples: give the task a `smoke: {command: [...]}`, or say smoke_test: null",
-            )
-    elif not isinstance(study.task, str) or not (study.task in BUILT_IN_TASKS or _is_path(study.task)):
-        guess = did_you_mean(study.task, BUILT_IN_TASKS) if isinstance(study.task, str) else ""
-        yield ("task",), f"unknown task {shown(study.task)}{guess} (your own: my_pkg.train:MyTask, or a command)"
-    for key in ("report_every", "result_every", "checkpoint_every"):
-        may_be = " or null" if key == "result_every" else ""
-        if not (_is_count(getattr(study, key)) or (may_be and getattr(study, key) is None)):
-            yield (key,), f"must be an integer >= 1{may_be}, got {kind_of(getattr(study, key))}"
-    steps = study.task_config["steps"]
-    if not _is_count(steps):
-        yield ("task_config", "steps"), f"must be an integer >= 1, got {kind_of(steps)}"
-    overrides = {} if study.baseline is None else study.baseline.overrides
-    for part, settings in (("task_config", study.task_config), ("baseline", overrides)):
-        for key, value in settings.items():
-            message = "belongs in a space" if key == GAIN else setting_problem(key, value)
-            if message:
-                yield (part, key), message
+        yield from _command_problems(study, study.task)
     if study.baseline is not None and study.baseline.log is not None:
-        for place, wrong in reading_problems(study.baseline.log.pattern, study.baseline.log.format):
-            yield ("baseline", "log", *place), wrong
-    if overrides.get(WEIGHT):
-        yield ("baseline", WEIGHT), f"the baseline has no SSIM loss, got {kind_of(overrides[WEIGHT])}"
+        log = study.baseline.log
+        yield from (Problem(("baseline", "log", *loc), message) for loc, message in reading_problems(log.pattern, log.format))
     if study.space is not None:
         for stage in study.space.stages:
             for key, value in stage.fixed.items():
-                if key in study.task_config and study.task_config[key] != value:
-                    own = kind_of(study.task_config[key])
-                    where = f"the space {study.space.name!r} fixes it at {value}"
-                    yield ("task_config", key), f"is {own}, but {where}; say it in one place"
+                if key in (study.task_config or {}) and study.task_config[key] != value:
+                    own = describe(study.task_config[key])
+                    message = f"is {own}, but the space {study.space.name!r} fixes it at {value}; say it in one place"
+                    yield Problem(("task_config", key), message)
         stages = len(study.space.stages)
         if study.search is not None and study.search.trials < stages:
-            yield (
-                ("search", "trials"),
-                f"a route of {stages} stages needs at least {stages} trials, got {study.search.trials}",
-            )
-        if study.space.is_relative and study.calibration is None:
-            yield ("calibration",), f"is null, but the space {study.space.name!r} gives its gain as a norm ratio, which needs it"
+            message = f"a route of {stages} stages needs at least {stages} trials, got {study.search.trials}"
+            yield Problem(("search", "trials"), message)
+        if study.space.is_relative and study.calibration is None and not is_command:
+            message = f"is null, but the space {study.space.name!r} gives its gain as a norm ratio, which needs it"
+            yield Problem(("calibration",), message)
     if study.resources is not None and study.task is not None:
-        is_command = isinstance(study.task, CommandSpec)
         if is_command and study.resources.workers > 1:
-            yield ("resources", "workers"), "a command starts its own workers, e.g. by torchrun; `nodes` is how often it is started"
+            message = "a command starts its own workers, e.g. by torchrun; `nodes` is how often it is started"
+            yield Problem(("resources", "workers"), message)
         if not is_command and study.resources.nodes > 1:
-            yield ("resources", "nodes"), "is for commands; a task in Python has `workers`"
-    confirm = study.confirm
-    if confirm is not None and confirm.steps is not None and _is_count(steps) and confirm.steps < steps:
-        yield ("confirm", "steps"), f"must be at least the trial's {steps} steps, got {confirm.steps}"
+            yield Problem(("resources", "nodes"), "is for commands; a task in Python has `workers`")
+    if study.confirm is not None and steps is not None and study.confirm.steps is not None and study.confirm.steps < steps:
+        yield Problem(("confirm", "steps"), f"must be at least the trial's {steps} steps, got {study.confirm.steps}")
     asha = study.scheduler
-    if asha is not None and isinstance(study.task, CommandSpec) and study.task.evaluate is None:
-        yield (
-            ("scheduler",),
-            "asha needs held-out numbers while the training goes on: an `evaluate: {command: [...]}`",
-        )
-    if asha is not None and _is_count(steps):
+    if asha is not None and steps is not None:
         if asha.max_steps > steps:
-            yield ("scheduler", "asha", "max_steps"), f"must be at most the trial's {steps} steps, got {asha.max_steps}"
+            message = f"must be at most the trial's {steps} steps, got {asha.max_steps}"
+            yield Problem(("scheduler", "asha", "max_steps"), message)
         if asha.grace_steps > asha.max_steps:
-            got = f"got {asha.grace_steps}"
-            yield ("scheduler", "asha", "grace_steps"), f"must be at most max_steps ({asha.max_steps}), {got}"
+            message = f"must be at most max_steps ({asha.max_steps}), got {asha.grace_steps}"
+            yield Problem(("scheduler", "asha", "grace_steps"), message)
 
 
-def _settings_of(study: Any) -> set[str]:
-    """Every setting that a trial of the study has."""
-    return set(_values_of(study))
+def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
+    has_settings = study.space is not None and study.baseline is not None and study.task_config is not None
+    for loc, message in task.problems(_values_of(study) if has_settings else None):  # else a name may be missing for that alone
+        yield Problem(("task", *loc), message)
+    yield from _unused(study, task)
+    if has_settings:
+        # What every trial has; without a weight the gate and the scale mean nothing, and get some value (`_untouched`).
+        always = {*study.task_config, *study.baseline.overrides, WEIGHT, MAX_T, GRAD_SCALE}
+        for name in sorted((task.referenced_settings() & set(_values_of(study))) - always):
+            yield Problem(("baseline",), f"has no {name}, which the command uses: set it here, or in task_config")
+    if task.records is not None and task.smoke is None and SmokeTest.name in (study.guards or ()):
+        message = "nothing makes samples: give the task a `smoke: {command: [...]}`, or set smoke_test: null"
+        yield Problem(("guards", "smoke_test"), message)
+    if study.scheduler is not None and task.evaluate is None:
+        message = "asha needs held-out numbers while the training goes on: an `evaluate: {command: [...]}`"
+        yield Problem(("scheduler",), message)
 
 
-def _values_of(study: Any) -> dict[str, list[Any]]:
+def _missing(study: Study) -> Iterator[Problem]:
+    """What is not on this machine; of several nodes the others may look different."""
+    if isinstance(study.task, CommandSpec) and study.resources is not None and study.resources.nodes == 1:
+        for loc, message in study.task.missing_programs(study.import_path):
+            yield Problem(("task", *loc), message)
+    log = study.baseline.log if study.baseline is not None else None
+    if log is not None and not Path(log.file).exists():
+        yield Problem(("baseline", "log"), f"{log.file}: no such file")
+
+
+def _values_of(study: Study) -> dict[str, list[Any]]:
     """Every setting that a trial of the study has, with values that it takes."""
     found: dict[str, list[Any]] = {}
     baseline = study.baseline.overrides if study.baseline is not None else {}
-    for settings in (study.task_config, baseline, *(values for _, values in _of_space(study))):
+    for settings in (study.task_config or {}, baseline, *(values for _, values in _of_space(study))):
         for name, value in settings.items():
             found.setdefault(name, []).append(value)
     return found
 
 
-def _of_space(study: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _of_space(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, setting → value): every value that the space names, and the bounds of those that it draws."""
     for stage in study.space.stages if study.space is not None else ():
         for name, domain in stage.parameters.items():
@@ -799,22 +773,23 @@ def _of_space(study: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "has a point with", {name: value for name, value in point.items() if name != GAIN}
 
 
-def _untold(study: Any) -> Iterator[tuple[Loc, str]]:
-    """Settings that reach nothing: every trial that has one would be a bad set-up."""
-    said: set[str] = set()
-    hint = 'but the command is not told: put {{{0}}} where it belongs, e.g. "--{0}={{{0}}}"'
+def _unused(study: Study, task: CommandSpec) -> Iterator[Problem]:
+    """Settings that the command does not use: every trial that has one would be a bad set-up."""
+    seen: set[str] = set()
+    hint = 'but the command does not use it: put {{{0}}} where it belongs, e.g. "--{0}={{{0}}}"'
     for how, values in _of_space(study):
-        for name in study.task.untold({name: [value] for name, value in values.items()}):
-            if name not in said:
-                said.add(name)
+        for name in task.unused_settings({name: [value] for name, value in values.items()}):
+            if name not in seen:
+                seen.add(name)
                 what = name if how == "varies" else f"{name} {values[name]!r}"
-                yield ("task", "command"), f"the space {how} {what}, {hint.format(name)}, or take a space without it"
+                message = f"the space {how} {what}, {hint.format(name)}, or take a space without it"
+                yield Problem(("task", "command"), message)
     overrides = study.baseline.overrides if study.baseline is not None else {}
-    for part, settings in (("task_config", study.task_config), ("baseline", overrides)):
-        for name in study.task.untold({name: [value] for name, value in settings.items()}):
-            if name not in said:
-                said.add(name)
-                yield (part, name), f"is {kind_of(settings[name])}, {hint.format(name)}"
+    for part, settings in (("task_config", study.task_config or {}), ("baseline", overrides)):
+        for name in task.unused_settings({name: [value] for name, value in settings.items()}):
+            if name not in seen:
+                seen.add(name)
+                yield Problem((part, name), f"is {describe(settings[name])}, {hint.format(name)}")
 
 
 def _is_name(name: Any) -> bool:

@@ -153,7 +153,7 @@ class CommandTask(Training):
     @property
     def is_paired(self) -> bool:
         """Only a training that is told the seed, or reads it, can see the same batches as the baseline's."""
-        return "seed" in self.spec.reached() | (self._read or set())
+        return "seed" in self.spec.referenced_settings() | (self._read or set())
 
     @property
     def reports_after_last_step(self) -> bool:
@@ -461,7 +461,7 @@ class CommandTask(Training):
         if self._is_checked:
             return
         self._is_checked = True
-        known = self.spec.reached() | (self._read or set()) | set(self._told) | {"steps"}
+        known = self.spec.referenced_settings() | (self._read or set()) | set(self._told) | {"steps"}
         for name, value in self.config.items():
             if name not in known and not is_neutral(name, value):
                 raise BadSetup(
@@ -469,7 +469,9 @@ class CommandTask(Training):
                     f"environment or its config file, or read it with trial_context().config[{name!r}]"
                 )
         if self.spec.echo == "required":
-            silent = sorted(name for name in self.spec.reached() & set(self.config) - {"steps"} if name not in self._told)
+            silent = sorted(
+                name for name in self.spec.referenced_settings() & set(self.config) - {"steps"} if name not in self._told
+            )
             if silent:
                 raise BadSetup(
                     f"the command does not print {silent[0]}: it is not known to have reached the training (echo: required); "

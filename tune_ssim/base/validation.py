@@ -1,0 +1,271 @@
+"""Documents that users write, as pydantic models, and what is wrong with them as lines `file:line: place: message`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from typing_extensions import Self
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, short_repr
+
+MAX_PROBLEMS = 20  # lines in one message
+
+_COMPARISONS = {"greater_than_equal": (">=", "ge"), "greater_than": (">", "gt"), "less_than": ("<", "lt")}
+_MESSAGES = {
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "too_short": "must not be empty",
+    "dict_type": "must be a mapping",
+}
+T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong at `loc`.
+
+    subject: what the line names before the message; None: the dotted path to `loc`, or for a key the path to its mapping.
+    about: a value, a key that is not valid, or a whole line (the message), e.g. of another file."""
+
+    loc: Loc
+    message: str
+    subject: str | None = None
+    about: Literal["value", "key", "line"] = "value"
+
+    def under(self, *loc: str | int) -> Problem:
+        """The same problem of a larger document."""
+        return replace(self, loc=(*loc, *self.loc))
+
+
+def problems_error(problems: Iterable[Problem]) -> ValidationError:
+    """For a validator to raise: pydantic puts the place of the value in front of each problem's `loc`."""
+    details: list[InitErrorDetails] = [
+        {
+            "type": PydanticCustomError("problem", "{message}", {"message": one.message, "problem": one}),
+            "loc": one.loc,
+            "input": None,
+        }
+        for one in problems
+    ]
+    return ValidationError.from_exception_data("invalid settings", details)
+
+
+def lines_of(error: UserError) -> list[Problem]:
+    """The lines of an error in another document."""
+    return [Problem((), line, about="line") for line in str(error).splitlines()]
+
+
+class Problems:
+    """The problems of several parts, raised together by `check`."""
+
+    def __init__(self, found: Iterable[Problem] = ()) -> None:
+        self.found = list(found)
+
+    def add(self, loc: Loc, message: str, subject: str | None = None) -> None:
+        self.found.append(Problem(loc, message, subject))
+
+    @contextmanager
+    def at(self, *loc: str | int) -> Iterator[None]:
+        """Collects what is raised about the value at `loc`."""
+        try:
+            yield
+        except ValidationError as error:
+            self.found += [problem.under(*loc) for problem in problems_of(error)]
+
+    def check(self) -> None:
+        if self.found:
+            raise problems_error(self.found)
+
+
+def problem(message: str, subject: str | None = None) -> ValidationError:
+    """An error about the value that a validator was given."""
+    return problems_error([Problem((), message, subject)])
+
+
+def problems_of(error: ValidationError, given: Any = None) -> list[Problem]:
+    """What pydantic found wrong with `given`, in our words."""
+    return [_problem(detail, given) for detail in error.errors(include_url=False)]
+
+
+def user_error(source: Source, problems: Iterable[Problem]) -> UserError:
+    """One line a problem, in the order of the document, each once."""
+    lines: list[tuple[int, str]] = []
+    for one in problems:
+        option = source.option_at(one.loc)
+        path = source.prefix + (one.loc[:-1] if one.about == "key" else one.loc)
+        subject = ".".join(map(str, path)) if one.subject is None else one.subject
+        place = source.at(one.loc)
+        if one.about == "line":
+            text = one.message
+        elif option is not None:
+            text = f"{option}: {one.message}"
+        else:
+            text = ": ".join(part for part in (place, subject, one.message) if part)
+        number = re.match(re.escape(source.label) + r":(\d+)", text if one.about == "line" else place)
+        line = (int(number[1]) if number else 0, text)
+        if line not in lines:
+            lines.append(line)
+    texts = [text for _, text in sorted(lines, key=lambda line: line[0])]
+    more = len(texts) - MAX_PROBLEMS
+    return UserError("\n".join(texts[:MAX_PROBLEMS] + ([f"… and {more} more"] if more > 0 else [])))
+
+
+def validate(model: type[Model], source: Source, given: Any, context: Any = None) -> Model:
+    """A model of `given`, which was read from `source`. Raises UserError with a line for each problem."""
+    try:
+        return model.model_validate(given, context=context)
+    except ValidationError as error:
+        raise user_error(source, problems_of(error)) from None
+
+
+def unknown_keys(given: Iterable[Any], valid: Iterable[str]) -> list[Problem]:
+    """A problem for each key of `given` that is not valid; the line names the mapping that has it."""
+    valid = list(valid)
+    return [
+        Problem((key,), f"unknown key {short_repr(key)}{did_you_mean(key, valid)}", about="key")
+        for key in given
+        if key not in valid
+    ]
+
+
+def checked(given: Any, valid: Iterable[str], build: Callable[[dict[str, Any]], T]) -> T:
+    """`build` of a mapping without its unknown keys. Raises what is wrong with the keys and with the values together."""
+    if not isinstance(given, Mapping):
+        raise problem(f"must be a mapping, got {describe(given)}")
+    valid = list(valid)
+    known = {key: given[key] for key in given if key in valid}
+    problems = unknown_keys(given, valid)
+    try:
+        built = build(known)
+    except ValidationError as error:
+        raise problems_error([*problems, *problems_of(error, known)]) from None
+    if problems:
+        raise problems_error(problems)
+    return built
+
+
+def build_dataclass(kind: type[T], given: Any, valid: Iterable[str]) -> T:
+    """A dataclass from a mapping with some of its fields. Raises ValidationError."""
+    # Through JSON: only there does pydantic's strict mode take lists for tuples and mappings for dataclasses.
+    return checked(
+        given,
+        valid,
+        lambda known: _adapter(kind).validate_json(  # type: ignore[arg-type]
+            json.dumps(known), strict=True
+        ),
+    )
+
+
+def plain_mapping(value: Any) -> dict[str, Any]:
+    """A mapping as a file can hold it: lists for tuples, text for keys; nothing at all is an empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise problem(f"must be a mapping, got {describe(value)}")
+    try:
+        return json.loads(json.dumps(dict(value)))
+    except (TypeError, ValueError) as error:
+        raise problem(f"must hold plain values: {error}") from None
+
+
+class Section(BaseModel):
+    """Frozen, and strict: the text "12" is no number and 1 is not true."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
+        return given if isinstance(given, cls) else checked(given, cls.model_fields, handler)
+
+    def replace(self, **changes: Any) -> Self:
+        """The same with other values, checked again."""
+        return type(self)(**{**dict(self), **changes})
+
+
+class Document(Section):
+    """A section whose fields must fit together. `problems` is asked even if some fields are wrong, so that a user sees
+    everything at once; such a field is None there."""
+
+    def problems(self, context: Any) -> Iterable[Problem]:
+        """What is wrong with the fields together. context: that of the validation."""
+        return ()
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _keep_problems(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            return _Wrong(problems_of(error))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(cls, given: Any, handler: Callable[[Any], Any], info: ValidationInfo) -> Any:
+        if isinstance(given, cls):
+            return given
+        return checked(given, cls.model_fields, lambda known: handler(known)._fitting(info.context))
+
+    def _fitting(self, context: Any) -> Self:
+        wrong = {name: value for name, value in self if isinstance(value, _Wrong)}
+        found = [one.under(name) for name, value in wrong.items() for one in value.problems]
+        found += self.model_copy(update=dict.fromkeys(wrong)).problems(context)
+        if found:
+            raise problems_error(found)
+        return self
+
+
+@dataclass(frozen=True)
+class _Wrong:
+    """In place of a field's value."""
+
+    problems: list[Problem]
+
+
+def _problem(detail: Mapping[str, Any], given: Any) -> Problem:
+    loc, kind, context = tuple(detail["loc"]), detail["type"], detail.get("ctx", {})
+    got = f", got {describe(detail['input'])}"
+    if kind == "problem":
+        one: Problem = context["problem"]
+        return one.under(*loc[: len(loc) - len(one.loc)])
+    if loc and loc[-1] == "[key]":
+        return Problem(loc[:-2], f"a key must be a name{got}")
+    if kind == "value_error":
+        message = str(context["error"])
+        # A check of a whole object begins with the name of the option it is about.
+        option = message.split(" ", 1)[0]
+        if not loc and isinstance(given, Mapping) and option in given:
+            return Problem((option,), message.removeprefix(option + " ") if message.startswith(option + " must") else message)
+        return Problem(loc, message)
+    if kind in ("missing", "missing_argument"):
+        return Problem(loc[:-1], f"{loc[-1]} is missing")
+    if kind in _COMPARISONS:
+        sign, key = _COMPARISONS[kind]
+        return Problem(loc, f"must be {sign} {context[key]:g}{got}")
+    if kind == "literal_error":
+        guess = did_you_mean(detail["input"], re.findall("'([^']*)'", context["expected"]))
+        close = guess if guess.startswith("; did") else ""
+        return Problem(loc, f"must be one of {context['expected'].replace(' or ', ', ')}{got}{close}")
+    return Problem(loc, _MESSAGES.get(kind, detail["msg"][:1].lower() + detail["msg"][1:]) + got)
+
+
+@lru_cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
