@@ -146,7 +146,7 @@ def test_a_task_of_ones_own_is_looked_for_beside_the_study(written: Any, tmp_pat
 
 def test_a_study_from_python() -> None:
     assert load_study({"search": {"trials": 3}}).search.trials == 3
-    with pytest.raises(ValueError, match=r"task_config\.steps\n.*must be an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"task_config\.steps: must be an integer >= 1, got 0"):
         Study(name="s", space=load_space("wide"), task_config={"steps": 0})
     with pytest.raises(UserError, match="plain values"):
         load_study({"task_config": {"model": object()}})

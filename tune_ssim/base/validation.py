@@ -11,8 +11,6 @@ from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
-from typing_extensions import Self
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, short_repr
@@ -53,30 +51,22 @@ class Problem:
         """The same problem of a larger document."""
         return replace(self, loc=(*loc, *self.loc))
 
-
-def problems_error(problems: Iterable[Problem]) -> ValidationError:
-    """For a validator to raise: pydantic puts the place of the value in front of each problem's `loc`."""
-    details: list[InitErrorDetails] = [
-        {
-            "type": PydanticCustomError("problem", "{message}", {"message": one.message, "problem": one}),
-            "loc": one.loc,
-            "input": None,
-        }
-        for one in problems
-    ]
-    return ValidationError.from_exception_data("invalid settings", details)
+    def text(self, prefix: Loc = ()) -> str:
+        path = (*prefix, *(self.loc[:-1] if self.about == "key" else self.loc))
+        subject = ".".join(map(str, path)) if self.subject is None else self.subject
+        return f"{subject}: {self.message}" if subject and self.about != "line" else self.message
 
 
-def lines_of(error: UserError) -> list[Problem]:
-    """The lines of an error in another document."""
-    return [Problem((), line, about="line") for line in str(error).splitlines()]
-
-
-class Problems:
-    """The problems of several parts, raised together by `check`."""
+class Problems(ValueError):
+    """What is wrong with a value and its parts. A validator collects problems and raises them together with `check`; pydantic
+    adds the place of the value to them."""
 
     def __init__(self, found: Iterable[Problem] = ()) -> None:
+        super().__init__()
         self.found = list(found)
+
+    def __str__(self) -> str:
+        return "\n".join(one.text() for one in self.found)
 
     def add(self, loc: Loc, message: str, subject: str | None = None) -> None:
         self.found.append(Problem(loc, message, subject))
@@ -86,39 +76,36 @@ class Problems:
         """Collects what is raised about the value at `loc`."""
         try:
             yield
-        except ValidationError as error:
-            self.found += [problem.under(*loc) for problem in problems_of(error)]
+        except (ValidationError, Problems) as error:
+            self.found += [one.under(*loc) for one in problems_of(error)]
 
     def check(self) -> None:
         if self.found:
-            raise problems_error(self.found)
+            raise self
 
 
-def problem(message: str, subject: str | None = None) -> ValidationError:
+def problem(message: str, subject: str | None = None) -> Problems:
     """An error about the value that a validator was given."""
-    return problems_error([Problem((), message, subject)])
+    return Problems([Problem((), message, subject)])
 
 
-def problems_of(error: ValidationError, given: Any = None) -> list[Problem]:
-    """What pydantic found wrong with `given`, in our words."""
-    return [_problem(detail, given) for detail in error.errors(include_url=False)]
+def problems_of(error: ValidationError | Problems, given: Any = None) -> list[Problem]:
+    """What was found wrong with `given`, in our words."""
+    if isinstance(error, Problems):
+        return error.found
+    return [one for detail in error.errors(include_url=False) for one in _problems_in(detail, given)]
 
 
 def user_error(source: Source, problems: Iterable[Problem]) -> UserError:
     """One line a problem, in the order of the document, each once."""
     lines: list[tuple[int, str]] = []
     for one in problems:
-        option = source.option_at(one.loc)
-        path = source.prefix + (one.loc[:-1] if one.about == "key" else one.loc)
-        subject = ".".join(map(str, path)) if one.subject is None else one.subject
-        place = source.at(one.loc)
+        option, place = source.option_at(one.loc), source.at(one.loc)
         if one.about == "line":
-            text = one.message
-        elif option is not None:
-            text = f"{option}: {one.message}"
+            text = place = one.message
         else:
-            text = ": ".join(part for part in (place, subject, one.message) if part)
-        number = re.match(re.escape(source.label) + r":(\d+)", text if one.about == "line" else place)
+            text = f"{place}: {one.text(source.prefix)}" if option is None else f"{option}: {one.message}"
+        number = re.match(re.escape(source.label) + r":(\d+)", place)
         line = (int(number[1]) if number else 0, text)
         if line not in lines:
             lines.append(line)
@@ -136,13 +123,10 @@ def validate(model: type[Model], source: Source, given: Any, context: Any = None
 
 
 def unknown_keys(given: Iterable[Any], valid: Iterable[str]) -> list[Problem]:
-    """A problem for each key of `given` that is not valid; the line names the mapping that has it."""
+    """A problem for each key of `given` that is not valid."""
     valid = list(valid)
-    return [
-        Problem((key,), f"unknown key {short_repr(key)}{did_you_mean(key, valid)}", about="key")
-        for key in given
-        if key not in valid
-    ]
+    unknown = [key for key in given if key not in valid]
+    return [Problem((key,), f"unknown key {short_repr(key)}{did_you_mean(key, valid)}", about="key") for key in unknown]
 
 
 def checked(given: Any, valid: Iterable[str], build: Callable[[dict[str, Any]], T]) -> T:
@@ -151,26 +135,20 @@ def checked(given: Any, valid: Iterable[str], build: Callable[[dict[str, Any]], 
         raise problem(f"must be a mapping, got {describe(given)}")
     valid = list(valid)
     known = {key: given[key] for key in given if key in valid}
-    problems = unknown_keys(given, valid)
+    problems = Problems(unknown_keys(given, valid))
     try:
         built = build(known)
-    except ValidationError as error:
-        raise problems_error([*problems, *problems_of(error, known)]) from None
-    if problems:
-        raise problems_error(problems)
+    except (ValidationError, Problems) as error:
+        problems.found += problems_of(error, known)
+    problems.check()
     return built
 
 
 def build_dataclass(kind: type[T], given: Any, valid: Iterable[str]) -> T:
-    """A dataclass from a mapping with some of its fields. Raises ValidationError."""
+    """A dataclass from a mapping with some of its fields. Raises Problems."""
     # Through JSON: only there does pydantic's strict mode take lists for tuples and mappings for dataclasses.
-    return checked(
-        given,
-        valid,
-        lambda known: _adapter(kind).validate_json(  # type: ignore[arg-type]
-            json.dumps(known), strict=True
-        ),
-    )
+    adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]
+    return checked(given, valid, lambda known: adapter.validate_json(json.dumps(known), strict=True))
 
 
 def plain_mapping(value: Any) -> dict[str, Any]:
@@ -186,7 +164,7 @@ def plain_mapping(value: Any) -> dict[str, Any]:
 
 
 class Section(BaseModel):
-    """Frozen, and strict: the text "12" is no number and 1 is not true."""
+    """Frozen, and strict: the text "12" is not a number and 1 is not true."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -195,7 +173,7 @@ class Section(BaseModel):
     def _read(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
         return given if isinstance(given, cls) else checked(given, cls.model_fields, handler)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: Model, **changes: Any) -> Model:
         """The same with other values, checked again."""
         return type(self)(**{**dict(self), **changes})
 
@@ -223,12 +201,11 @@ class Document(Section):
             return given
         return checked(given, cls.model_fields, lambda known: handler(known)._fitting(info.context))
 
-    def _fitting(self, context: Any) -> Self:
+    def _fitting(self: Model, context: Any) -> Model:
         wrong = {name: value for name, value in self if isinstance(value, _Wrong)}
-        found = [one.under(name) for name, value in wrong.items() for one in value.problems]
-        found += self.model_copy(update=dict.fromkeys(wrong)).problems(context)
-        if found:
-            raise problems_error(found)
+        problems = Problems(one.under(name) for name, value in wrong.items() for one in value.problems)
+        problems.found += self.model_copy(update=dict.fromkeys(wrong)).problems(context)  # type: ignore[attr-defined]
+        problems.check()
         return self
 
 
@@ -239,31 +216,31 @@ class _Wrong:
     problems: list[Problem]
 
 
-def _problem(detail: Mapping[str, Any], given: Any) -> Problem:
+def _problems_in(detail: Mapping[str, Any], given: Any) -> list[Problem]:
     loc, kind, context = tuple(detail["loc"]), detail["type"], detail.get("ctx", {})
     got = f", got {describe(detail['input'])}"
-    if kind == "problem":
-        one: Problem = context["problem"]
-        return one.under(*loc[: len(loc) - len(one.loc)])
-    if loc and loc[-1] == "[key]":
-        return Problem(loc[:-2], f"a key must be a name{got}")
+    message = _MESSAGES.get(kind, detail["msg"][:1].lower() + detail["msg"][1:]) + got
     if kind == "value_error":
+        if isinstance(context["error"], Problems):
+            return [one.under(*loc) for one in context["error"].found]
         message = str(context["error"])
         # A check of a whole object begins with the name of the option it is about.
         option = message.split(" ", 1)[0]
         if not loc and isinstance(given, Mapping) and option in given:
-            return Problem((option,), message.removeprefix(option + " ") if message.startswith(option + " must") else message)
-        return Problem(loc, message)
-    if kind in ("missing", "missing_argument"):
-        return Problem(loc[:-1], f"{loc[-1]} is missing")
-    if kind in _COMPARISONS:
+            loc = (option,)
+            message = message.removeprefix(option + " ") if message.startswith(option + " must") else message
+    elif loc and loc[-1] == "[key]":
+        loc, message = loc[:-2], f"a key must be a name{got}"
+    elif kind in ("missing", "missing_argument"):
+        loc, message = loc[:-1], f"{loc[-1]} is missing"
+    elif kind in _COMPARISONS:
         sign, key = _COMPARISONS[kind]
-        return Problem(loc, f"must be {sign} {context[key]:g}{got}")
-    if kind == "literal_error":
+        message = f"must be {sign} {context[key]:g}{got}"
+    elif kind == "literal_error":
         guess = did_you_mean(detail["input"], re.findall("'([^']*)'", context["expected"]))
         close = guess if guess.startswith("; did") else ""
-        return Problem(loc, f"must be one of {context['expected'].replace(' or ', ', ')}{got}{close}")
-    return Problem(loc, _MESSAGES.get(kind, detail["msg"][:1].lower() + detail["msg"][1:]) + got)
+        message = f"must be one of {context['expected'].replace(' or ', ', ')}{got}{close}"
+    return [Problem(loc, message)]
 
 
 @lru_cache

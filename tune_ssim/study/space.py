@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, PlainValidator, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, PlainValidator, ValidationInfo, model_validator
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.validation import Document, Problem, Problems, Section, problem, problems_error, unknown_keys, validate
+from tune_ssim.base.validation import Document, Problem, Problems, Section, problem, unknown_keys, validate
 from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, read_yaml, short_repr
 
 if TYPE_CHECKING:
@@ -240,9 +240,7 @@ def _domain(name: str, given: Any) -> Domain:
         else:
             if not isinstance(given, Mapping):
                 raise ValueError(f"must say how to search it, {FORMS}; got {describe(given)}")
-            unknown = unknown_keys(given, [*DOMAINS, "unit"])
-            if unknown:
-                raise problems_error(unknown)
+            Problems(unknown_keys(given, [*DOMAINS, "unit"])).check()
             kinds = [key for key in given if key != "unit"]
             if len(kinds) != 1:
                 raise ValueError(f"must have exactly one of {', '.join(DOMAINS)}; got {', '.join(kinds) or 'none'}")
@@ -266,10 +264,10 @@ def _domain(name: str, given: Any) -> Domain:
             raise ValueError(found[0])
         if domain.unit is not None and name != GAIN:
             raise ValueError(f"`unit: {domain.unit}` is for {GAIN} only: the norm ratio that a gain gives")
-    except ValidationError:
+    except Problems:
         raise
     except ValueError as error:
-        raise problems_error([Problem(loc, str(error))]) from None
+        raise Problems([Problem(loc, str(error))]) from None
     return Choice(tuple(_as_number(name, value) for value in domain.values), domain.unit) if isinstance(domain, Choice) else domain
 
 

@@ -22,10 +22,8 @@ from tune_ssim.base.validation import (
     Problems,
     Section,
     build_dataclass,
-    lines_of,
     plain_mapping,
     problem,
-    problems_error,
     unknown_keys,
     user_error,
     validate,
@@ -344,7 +342,7 @@ def _space(given: Any, info: ValidationInfo) -> Space:
     try:
         space = load_space(path)
     except UserError as error:
-        raise problems_error(lines_of(error)) from None
+        raise Problems(Problem((), line, about="line") for line in str(error).splitlines()) from None
     try:
         return space if stage is None else space.only(stage)
     except UserError as error:
