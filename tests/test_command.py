@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, NonFinite, NormRatio, SmokeTest
-from tune_ssim.orchestration.study_callback import quarantine
+from tune_ssim.orchestration.recorder import quarantine_checkpoints
 from tune_ssim.probes import file_contents, tensor_contents
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.command_spec import CommandSpec, fill, fill_value
@@ -128,10 +128,10 @@ def test_the_checkpoints_of_a_ruined_command_are_quarantined(tmp_path: Path) -> 
         for checkpoint in trial.wrote:
             folder.add_checkpoint(name, checkpoint)
         summaries.append({"trial_id": name, "role": role, "verdict": trial.verdict.verdict, "reason": "ruined", "evidence": None})
-    assert quarantine(folder, summaries[1]) == []  # nothing is known to be sound yet
+    assert quarantine_checkpoints(folder, summaries[1]) == []  # nothing is known to be sound yet
     folder.add_trial(summaries[0])
     written = ruined.task.written()
-    assert len(written) >= 2 and len(quarantine(folder, summaries[1])) == len(written)
+    assert len(written) >= 2 and len(quarantine_checkpoints(folder, summaries[1])) == len(written)
     ledger = Ledger(tmp_path)
     for path in written.values():
         refusal = ledger.check(path)

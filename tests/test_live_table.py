@@ -14,13 +14,13 @@ from pathlib import Path
 from rich.console import Console
 from small_studies import SETTING, USUAL, trial
 
-from tune_ssim.orchestration.live_table import LiveTable
+from tune_ssim.cli.live_table import LiveTable
 
 SCRIPT = """
 import sys, time
 sys.path.insert(0, "tests")
 from small_studies import SETTING, USUAL
-from tune_ssim.orchestration.live_table import LiveTable
+from tune_ssim.cli.live_table import LiveTable
 from rich.console import Console
 with LiveTable(6, Console()) as table:
     table.phase("search")

@@ -19,7 +19,8 @@ from small_studies import SMALL
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.tensor_file import TensorFile
-from tune_ssim.orchestration.run_study import _spread, run
+from tune_ssim.cli.launch import run
+from tune_ssim.orchestration.ray_cluster import spread
 from tune_ssim.orchestration.workers import WorkersTask, together
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.trials.checkpoint import TENSORS, save_checkpoint
@@ -119,7 +120,7 @@ def test_sharded_and_copied_models_give_the_verdict_of_one_process(tmp_path: Pat
     [([2, 2], 2, 2), ([4], 2, 0), ([1, 3], 2, 1), ([1, 1, 1], 2, 1), ([2, 1, 1], 2, 2), ([], 2, 0), ([9, 1, 1], 3, 1)],
 )
 def test_trials_that_fit_on_different_nodes(room: list[int], parts: int, fits: int) -> None:
-    assert _spread(room, parts) == fits
+    assert spread(room, parts) == fits
 
 
 def test_what_no_node_can_hold_is_said_at_once(tmp_path: Path) -> None:

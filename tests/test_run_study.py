@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from small_studies import SMALL
 
 from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.cli.launch import run
 from tune_ssim.guards import Baseline
-from tune_ssim.orchestration.run_study import _require_reachable, _where, plan_in_words, run
+from tune_ssim.orchestration.ray_cluster import describe_cluster, require_reachable
+from tune_ssim.orchestration.run_study import describe_plan
 from tune_ssim.orchestration.verification import read_export, verify
 from tune_ssim.probes import tensor_contents
 from tune_ssim.results.export import exported_config, format_export
@@ -292,7 +294,7 @@ def test_confirm_runs_the_best_and_the_baseline_again_with_new_seeds(confirmed: 
 
 
 def test_it_is_said_whether_rays_fence_is_up(cluster: None) -> None:
-    assert _where(ray.cluster_resources()) == "Ray: 2 CPUs, no GPU; token authentication is on"
+    assert describe_cluster(ray.cluster_resources()) == "Ray: 2 CPUs, no GPU; token authentication is on"
 
 
 def test_a_study_without_a_confirm_phase_is_unproven(done: StudyFolder) -> None:
@@ -414,11 +416,11 @@ def test_a_malformed_export_is_refused_by_its_place(confirmed: StudyFolder, tmp_
 
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--address 127\.0\.0\.1:9: "):
-        _require_reachable("127.0.0.1:9")
+        require_reachable("127.0.0.1:9")
     with pytest.raises(UserError, match=r"--address ray://nohost\.invalid:6379: "):
-        _require_reachable("ray://nohost.invalid:6379")
+        require_reachable("ray://nohost.invalid:6379")
 
 
 def test_one_baseline_is_not_several() -> None:
-    assert plan_in_words(1, 2, 2) == "1 baseline, then 2 trials, 2 at a time"
-    assert plan_in_words(0, 1, 1) == "0 baselines, then 1 trial, 1 at a time"
+    assert describe_plan(1, 2, 2) == "1 baseline, then 2 trials, 2 at a time"
+    assert describe_plan(0, 1, 1) == "0 baselines, then 1 trial, 1 at a time"

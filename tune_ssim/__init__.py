@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tune_ssim.version import __version__
 
 if TYPE_CHECKING:
-    from tune_ssim.orchestration.run_study import run
+    from tune_ssim.cli.launch import run
     from tune_ssim.orchestration.trainable import make_trainable
     from tune_ssim.records import Record
     from tune_ssim.results.winner import best_safe
@@ -55,7 +55,7 @@ _MODULE_OF = {
     "load_study": "tune_ssim.study.study",
     "make_trainable": "tune_ssim.orchestration.trainable",
     "resolve_settings": "tune_ssim.study.space",
-    "run": "tune_ssim.orchestration.run_study",
+    "run": "tune_ssim.cli.launch",
     "trial_context": "tune_ssim.trials.push",
 }
 

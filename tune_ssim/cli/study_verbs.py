@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @storage_option
 @tracking_option
 @click.option("--address", help="A running Ray cluster (`auto`, HOST:PORT).  [default: a local one for this study]")
+@click.option("--in-process", is_flag=True, help="Without Ray, trial by trial in this process: breakpoint() works.")
 @click.option("--resume", is_flag=True, help="Go on with a study; without STUDY and --name, with the latest.")
 @click.option("--dry-run", is_flag=True, help="Print the study as resolved, every default included; start nothing.")
 def run(
@@ -38,6 +39,7 @@ def run(
     storage: Path,
     tracking_uri: str | None,
     address: str | None,
+    in_process: bool,
     resume: bool,
     dry_run: bool,
 ) -> None:
@@ -49,6 +51,8 @@ def run(
     from tune_ssim.results.study_folder import find_study
     from tune_ssim.study.study import load_study
 
+    if in_process and address is not None:
+        raise UserError("--in-process and --address cannot be given together")
     source: str | Path | None = study
     if resume and study is None:
         folder = find_study(storage, name)
@@ -67,7 +71,7 @@ def run(
         )
         return
 
-    from tune_ssim.orchestration.run_study import run as run_study
+    from tune_ssim.cli.launch import run as run_study
     from tune_ssim.results.proof import proof_of
     from tune_ssim.results.trial_text import proof_line
     from tune_ssim.results.winner import NoSafeTrial, best_safe
@@ -80,6 +84,7 @@ def run(
             storage=storage,
             name=name,
             address=address,
+            in_process=in_process,
             resume=resume,
             tracking_uri=tracking_uri,
             console=console,
@@ -174,13 +179,15 @@ def verify(file: Path, address: str | None, as_json: bool) -> None:
     FILE: written by `tune-ssim export --format json` or yaml. Compares the hashes in it with what is here, then runs the
     confirmation again. If anything differs the exit code is 3 and every difference is said.
     """
+    from tune_ssim.cli.live_table import LiveTable
     from tune_ssim.orchestration.verification import read_export, version_notes
     from tune_ssim.orchestration.verification import verify as verify_export
 
     exported = read_export(file)
     for line in version_notes(exported):
         click.echo(f"note: {line}", err=True)
-    found, trials = verify_export(exported, address=address, console=make_console(to_stderr=as_json))
+    with LiveTable(None, make_console(to_stderr=as_json)) as table:
+        found, trials = verify_export(exported, address=address, progress=table)
     if as_json:
         report = {"file": str(file), "holds": not found, "differences": found, "trials": [trial.to_dict() for trial in trials]}
         print_json(report)

@@ -1,4 +1,4 @@
-"""Everything that knows Ray, and in `tracking` MLflow. Names load on first use: importing the package costs nothing."""
+"""The phases of a study and who executes them: Ray Tune, or this process. Names load on first use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tune_ssim.orchestration.mlflow_callback import MLflowTracking
-    from tune_ssim.orchestration.search import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space
+    from tune_ssim.orchestration.ray_search import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space
     from tune_ssim.orchestration.trainable import make_trainable
 
 __all__ = [
@@ -20,12 +20,12 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "BaselineFirst": "tune_ssim.orchestration.search",
-    "GuardedOptunaSearch": "tune_ssim.orchestration.search",
+    "BaselineFirst": "tune_ssim.orchestration.ray_search",
+    "GuardedOptunaSearch": "tune_ssim.orchestration.ray_search",
     "MLflowTracking": "tune_ssim.orchestration.mlflow_callback",
-    "StagedSearch": "tune_ssim.orchestration.search",
+    "StagedSearch": "tune_ssim.orchestration.ray_search",
     "make_trainable": "tune_ssim.orchestration.trainable",
-    "param_space": "tune_ssim.orchestration.search",
+    "param_space": "tune_ssim.orchestration.ray_search",
 }
 
 

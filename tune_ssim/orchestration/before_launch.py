@@ -1,6 +1,4 @@
-"""What is known before any trial is launched: is the set-up sound, how hard does each setting push, what is it made of.
-
-Runs as one Ray task with a trial's resources: the node that drives a study may have no accelerator."""
+"""The phases before the first trial: preflight, calibration, and what the study is made of."""
 
 from __future__ import annotations
 
@@ -8,11 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 from tune_ssim.base.errors import BadSetup
 from tune_ssim.base.files import jsonable, parse_json, write_atomically
-from tune_ssim.before_launch.inspection import bad_lines, calibration_lines, found_or_raise, inspect_study, preflight_lines
+from tune_ssim.before_launch.inspection import bad_lines, calibration_lines, preflight_lines
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.report.heat_map import draw_heat_map
 from tune_ssim.results.events import EventWriter
@@ -20,21 +16,22 @@ from tune_ssim.results.study_folder import CALIBRATION, PREFLIGHT, PROVENANCE, S
 from tune_ssim.trials.quarantine import Ledger
 
 if TYPE_CHECKING:
-    from tune_ssim.orchestration.live_table import LiveTable
+    from tune_ssim.orchestration.executor import Executor
+    from tune_ssim.orchestration.progress import Progress
     from tune_ssim.study.study import Study
 
 HEAT_MAP = "calibration.png"
 
 
-def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, table: LiveTable, gpus: float) -> None:
+def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, progress: Progress, executor: Executor) -> None:
     """The phases before the first trial; a study that is resumed has them behind it. Raises BadSetup for an unsound one."""
     if (folder.path / PROVENANCE).exists():
         _require_clean(folder)
         return
     phases = [name for name, wanted in (("preflight", study.preflight is not None), ("calibration", study.calibrates)) if wanted]
     if phases:
-        table.phase(" and ".join(phases))
-    found = inspect(study, gpus, preflight=study.preflight is not None, calibration=study.calibrates, provenance=True)
+        progress.phase(" and ".join(phases))
+    found = executor.inspect(study, preflight=study.preflight is not None, calibration=study.calibrates, provenance=True)
     if "calibration" in found:
         write_atomically(folder.path / HEAT_MAP, draw_heat_map(found["calibration"], study.space, study.name))
         writer.file(HEAT_MAP, "before_launch")
@@ -44,7 +41,7 @@ def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, table:
             write_json(folder.path / name, found[subject])
             writer.file(name, "before_launch")
     for line in (*preflight_lines(found.get("preflight")), *calibration_lines(found.get("calibration"))):
-        table.say(line)
+        progress.say(line)
     if found.get("preflight", {}).get("status") == "bad_setup":
         raise BadSetup("\n".join(bad_lines(found["preflight"])))
     _require_clean(folder)
@@ -62,14 +59,6 @@ def norm_model(folder: StudyFolder) -> tuple[NormModel | None, float | None, flo
     """(model, the norm guard's limit, the predicted ratio beyond which nothing is launched) of a calibrated study."""
     found = parse_json(folder.path / CALIBRATION, lambda c: (NormModel.from_dict(c["model"]), c["limit"], c["skip_above"]))
     return found or (None, None, None)
-
-
-def inspect(study: Study, gpus: float, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
-    """The parts that are asked for, as plain data: `preflight`, `calibration`, `provenance`. Needs a connection to Ray.
-
-    After a bad set-up nothing further is measured. Raises UserError for a task that cannot be set up with this study."""
-    remote = ray.remote(num_cpus=study.resources.cpus, num_gpus=gpus, max_retries=1)(inspect_study)
-    return found_or_raise(ray.get(remote.remote(study, preflight, calibration, provenance)))
 
 
 def write_json(path: Path, value: Any) -> None:

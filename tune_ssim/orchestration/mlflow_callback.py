@@ -8,11 +8,12 @@ from typing import Any
 
 from ray import tune
 
-from tune_ssim.orchestration.trainable import CONTEXT, GuardedTrainable
-from tune_ssim.orchestration.trial_result import verdict_of
+from tune_ssim.orchestration.ray_job import JOB, verdict_of
+from tune_ssim.orchestration.trainable import GuardedTrainable
 from tune_ssim.results.events import BULKY, EventWriter, numbers_of
 from tune_ssim.results.study_folder import StudyFolder, storage_path
 from tune_ssim.tracking.mirror import MLflowMirror
+from tune_ssim.trials.job import TrialJob
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +119,12 @@ def _folder_of(trial: Any) -> StudyFolder:
 
 
 def _role_and_settings(trial: Any) -> tuple[str, dict[str, Any]]:
-    """Of our trainable, the job under `CONTEXT` gives role and seed; of any other, the configuration itself."""
-    job = dict(trial.config.get(CONTEXT) or {})
-    config = {key: value for key, value in trial.config.items() if key != CONTEXT and not key.startswith("__")}
-    seed = {"seed": job["seed"]} if "seed" in job else {}
-    return str(job.get("role") or config.get("role") or "search"), _loggable({**config, **seed})
+    """Of a trial with a job, its role and seed; of any other, the configuration itself."""
+    job = trial.config.get(JOB)
+    config = {key: value for key, value in trial.config.items() if key != JOB and not key.startswith("__")}
+    if not isinstance(job, TrialJob):
+        return str(config.get("role") or "search"), _loggable(config)
+    return job.role.value, _loggable({**config, "seed": job.seed})
 
 
 def _summary(trial: Any, result: dict[str, Any]) -> dict[str, Any]:

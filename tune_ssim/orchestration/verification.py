@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.run_study import confirm_again
 from tune_ssim.results.export import versions
 from tune_ssim.results.proof import comparison, differences, seals
@@ -18,8 +19,7 @@ from tune_ssim.results.winner import holds
 from tune_ssim.study.study import Study, load_study
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from tune_ssim.orchestration.progress import Progress
     from tune_ssim.trials.summary import TrialSummary
 
 
@@ -110,7 +110,7 @@ def version_notes(exported: Mapping[str, Any]) -> list[str]:
 
 
 def verify(
-    exported: Mapping[str, Any], *, address: str | None = None, console: Console | None = None
+    exported: Mapping[str, Any], *, address: str | None = None, progress: Progress | None = None
 ) -> tuple[list[str], list[TrialSummary]]:
     """What differs from what was proven, a line each, and the trials of the confirmation that was run again.
 
@@ -130,7 +130,7 @@ def verify(
             recorded=proof["provenance"],
             storage=Path(folder),
             address=address,
-            console=console,
+            progress=progress,
         )
     lines = differences(proof["provenance"], found)
     return (lines, trials) if lines else (_result_differences(proof, trials), trials)
@@ -144,8 +144,8 @@ def _study(proof: Mapping[str, Any]) -> Study:
 
 
 def _result_differences(proof: Mapping[str, Any], trials: list[TrialSummary]) -> list[str]:
-    confirmed = [trial for trial in trials if trial.role == "confirm"]
-    lines = [f"{trial.trial_id} is {trial.verdict}: {trial.reason}" for trial in trials if trial.verdict != "safe"]
+    confirmed = [trial for trial in trials if trial.role == Role.CONFIRM]
+    lines = [f"{trial.trial_id} is {trial.verdict}: {trial.reason}" for trial in trials if trial.verdict != Verdict.SAFE]
     if lines:
         return lines
     objective = proof["objective"]

@@ -1,6 +1,6 @@
 """The writer's lock of a study's folder: at most one process runs a study, on this machine or on any that shares the storage.
 
-Relied on: creating a file with O_CREAT | O_EXCL and renaming one are atomic (POSIX; on NFS from version 3 on), and opening a
+Relied on: linking a file to a name that must not be there yet, and renaming one, are atomic (POSIX; NFS too), and opening a
 file fetches its attributes anew (NFS's close-to-open consistency). Not relied on: flock, lockd, clocks that agree.
 """
 
@@ -176,16 +176,19 @@ class StudyLock:
 
 
 def _create(path: Path) -> tuple[Owner, int]:
-    """Raises FileExistsError."""
+    """Raises FileExistsError. The file appears with its whole content: an owner that is killed in between leaves no lock."""
     owner = Owner.this_process()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    whole = path.with_name(f".{path.name.lstrip('.')}.{owner.token}")
+    descriptor = os.open(whole, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         os.write(descriptor, json.dumps(asdict(owner)).encode())
         os.fsync(descriptor)
+        os.link(whole, path)
     except BaseException:
         os.close(descriptor)
-        path.unlink(missing_ok=True)
         raise
+    finally:
+        whole.unlink(missing_ok=True)
     return owner, descriptor
 
 

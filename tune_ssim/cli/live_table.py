@@ -1,4 +1,4 @@
-"""What a study shows while it runs. Fed by plain method calls; knows nothing of Ray.
+"""What a study shows while it runs: the `Progress` of a terminal, and of a pipe.
 
 On a terminal: the running trials, redrawn at most four times a second, and above them one line for every trial that
 has ended. Elsewhere (a pipe, CI): the same lines and nothing that moves.
@@ -69,6 +69,13 @@ class LiveTable:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def expect(self, total: int | None, done: int | None = None) -> None:
+        """Trials to come in this phase, None where that is open; `done` of them ended in an earlier start."""
+        with self._lock:
+            if total is not None:
+                self.ended = done or 0
+            self.total = total
 
     def phase(self, text: str) -> None:
         """What the study is doing now, e.g. "baseline" or "search: conservative"."""

@@ -1,0 +1,172 @@
+"""Studies without Ray: same trials as under Ray, a breakpoint that works, and a stop at any moment that can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_studies import SMALL, TESTS
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.orchestration.run_study import run_study
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.study.study import Study, load_study
+
+CONFIRMED = {"confirm": {"finalists": 2, "seeds": 2, "steps": 60}}
+
+
+def small(**changes: Any) -> Study:
+    return load_study({**SMALL, **changes})
+
+
+def facts(folder: StudyFolder) -> dict[str, Any]:
+    """Everything of the trials that does not depend on the clock."""
+    found = {}
+    for trial in folder.trials():
+        metrics = {name: value for name, value in trial.metrics.items() if name != "seconds"}
+        found[trial.trial_id] = (trial.config, trial.verdict, trial.reason, trial.evidence, trial.steps, metrics)
+    return found
+
+
+@pytest.fixture(scope="module")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    return run_study(small(**CONFIRMED), storage=tmp_path_factory.mktemp("storage"), in_process=True)
+
+
+def test_same_trials_and_verdicts_as_under_ray(in_process: StudyFolder, tmp_path: Path) -> None:
+    under_ray = run_study(small(**CONFIRMED), storage=tmp_path)
+    assert facts(under_ray) == facts(in_process)
+    assert {trial.verdict for trial in in_process.trials()} >= {"safe", "pruned"}
+    assert any(trial.role == "confirm" for trial in in_process.trials())
+
+
+def test_no_ray_is_loaded(tmp_path: Path) -> None:
+    study = tmp_path / "small.yaml"
+    study.write_text(small(search={"trials": 2}).to_yaml())
+    code = """
+import sys
+from tune_ssim.cli.app import exit_code
+code = exit_code(["run", sys.argv[1], "--in-process", "--storage-path", sys.argv[2]])
+print("ray" in sys.modules, code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(study), str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False 0", done.stderr
+
+
+def test_a_breakpoint_in_the_users_task_works(tmp_path: Path) -> None:
+    (tmp_path / "paused.py").write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(TESTS)!r})
+from small_task import SmallTask
+class Paused(SmallTask):
+    def evaluate(self):
+        found = super().evaluate()
+        breakpoint()
+        return found
+"""
+    )
+    study = tmp_path / "paused.yaml"
+    study.write_text(small(task="paused:Paused", import_path=str(tmp_path), search={"trials": 2}, baseline={"seeds": 1}).to_yaml())
+    done = subprocess.run(
+        [sys.executable, "-m", "tune_ssim", "run", str(study), "--in-process", "--storage-path", str(tmp_path)],
+        input="p sorted(found)\nc\n" * 4,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONBREAKPOINT"},
+    )
+    assert done.returncode in (0, 2), done.stderr
+    assert done.stdout.count("(Pdb) ['psnr', 'ssim']") >= 2, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resources": {"workers": 2}}, "workers and nodes need Ray"),
+        ({"scheduler": {"asha": {"grace_steps": 10}}}, "asha needs trials side by side"),
+    ],
+)
+def test_what_needs_ray_is_said(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        run_study(small(**changes), storage=tmp_path, in_process=True)
+
+
+# ---- a stop at any write ----
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """The exit code of `action` in a copy of this process; -9 for one that was killed."""
+    if (pid := os.fork()) == 0:
+        code = 70
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at(write: int, action: Callable[[], Any]) -> Callable[[], None]:
+    """`action`, killed in place of its n-th write to a file or rename; each of them is a moment at which a machine may fail."""
+    count = 0
+
+    def or_die(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == write:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+
+        return call
+
+    def run() -> None:
+        os.write, os.fsync, os.replace = or_die(os.write), or_die(os.fsync), or_die(os.replace)  # type: ignore[assignment]
+        os.rename, Path.replace = or_die(os.rename), or_die(Path.replace)  # type: ignore[assignment,method-assign]
+        action()
+
+    return run
+
+
+def test_a_study_stopped_at_any_write_of_any_phase_is_resumed(in_process: StudyFolder, tmp_path: Path) -> None:
+    """The same trials and verdicts as undisturbed, no finished trial run again, no trial with two verdicts."""
+    study = small(**CONFIRMED)
+    every = 1 if os.environ.get("TUNE_SSIM_E2E") else 23  # `make e2e` takes each of them
+    write, n_killed = 1, 0
+    while True:
+        storage = tmp_path / str(write)
+
+        def run(resume: bool, storage: Path = storage) -> StudyFolder:
+            resume = resume and (storage / study.name / "study.yaml").exists()
+            return run_study(study, storage=storage, in_process=True, resume=resume)
+
+        code = in_child(killed_at(write, lambda: run(resume=False)))
+        if code == 0:
+            break  # there were fewer writes
+        assert code == -signal.SIGKILL, write
+        n_killed += 1
+        folder = StudyFolder(storage / study.name)
+        before = [json.loads(line) for line in _whole_lines(folder.path / "trials.jsonl")]
+        assert in_child(lambda: run(resume=True)) == 0, write
+        assert facts(folder) == facts(in_process), write
+        lines = [json.loads(line) for line in _whole_lines(folder.path / "trials.jsonl")]
+        assert lines[: len(before)] == before, write  # what had ended was not run again
+        assert len({line["trial_id"] for line in lines}) == len(lines), write
+        write += every
+    assert n_killed >= 10
+
+
+def _whole_lines(file: Path) -> list[str]:
+    if not file.exists():
+        return []
+    return [line for line in file.read_text().split("\n")[:-1] if line.endswith("}")]

@@ -1,0 +1,21 @@
+"""A study from Python, shown as `tune-ssim run` shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune_ssim.orchestration.run_study import run_study
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.study.study import Study
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run(study: Study, *, storage: Path, console: Console | None = None, **options: Any) -> StudyFolder:
+    """See `orchestration.run_study.run_study` for the options. console: None is the terminal."""
+    from tune_ssim.cli.live_table import LiveTable
+
+    with LiveTable(None, console) as table:
+        return run_study(study, storage=Path(storage), progress=table, **options)

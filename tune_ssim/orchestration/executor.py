@@ -1,0 +1,70 @@
+"""Who executes the trials of a study: Ray Tune, or this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tune_ssim.guards.verdict import Verdict
+from tune_ssim.orchestration.recorder import StudyRecorder
+from tune_ssim.search.search import Done, Outcome, Wait
+from tune_ssim.study.study import Asha, Study
+from tune_ssim.trials.job import TrialJob
+from tune_ssim.trials.trial_run import TrialResult, TrialSpec
+
+
+class JobSearch(Protocol):
+    """A search that gives whole jobs: `search.baseline_first.BaselineFirst`."""
+
+    def ask(self) -> TrialJob | Wait | Done: ...
+
+    def tell(self, trial_id: str, outcome: Outcome) -> None: ...
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The trials of a study that are executed together. name: of its folder; concurrency: trials at a time."""
+
+    name: str
+    spec: TrialSpec
+    concurrency: int
+    scheduler: Asha | None = None
+
+
+class Executor(Protocol):
+    """A context manager. Nothing else differs between the executors: same jobs, same verdicts, same folder."""
+
+    def describe(self) -> str:
+        """Where trials run, in a line."""
+
+    def concurrency(self, study: Study) -> int:
+        """Trials at a time. Raises UserError where not even one fits."""
+
+    def inspect(self, study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
+        """What is known before launch, measured where a trial would run: see `before_launch.inspection`."""
+
+    def run(self, phase: Phase, search: JobSearch, recorder: StudyRecorder) -> None:
+        """Executes jobs until the search is done, or until Ctrl-C: then `recorder.unfinished` is not empty."""
+
+    def __enter__(self) -> Executor: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def outcome_of(result: TrialResult) -> Outcome:
+    summary = result.summary
+    return Outcome(
+        verdict=summary.verdict,
+        value=summary.metric(summary.objective) if summary.verdict.has_result else float("nan"),
+        harm=result.harm,
+        reason=summary.reason,
+        settings=summary.config,
+        baseline=result.baseline,
+        died=False,
+    )
+
+
+def ends_study(outcomes: Sequence[Outcome]) -> bool:
+    """Whether a baseline among them is a bad set-up: no setting is to blame, no further step is worth taking."""
+    return any(outcome.verdict in (Verdict.BAD_SETUP, Verdict.ERROR) for outcome in outcomes)

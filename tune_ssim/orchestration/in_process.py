@@ -1,0 +1,74 @@
+"""A study trial by trial in this process, without Ray: a breakpoint in a user's task works, and a test takes a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.before_launch.inspection import inspect_here
+from tune_ssim.orchestration.executor import JobSearch, Phase, outcome_of
+from tune_ssim.orchestration.recorder import StudyRecorder
+from tune_ssim.search.search import Done, Wait
+from tune_ssim.study.study import Study
+from tune_ssim.trials.job import TrialJob
+from tune_ssim.trials.trial_run import TrialRun
+
+CHECKPOINTS = "checkpoints"  # in the study's folder, where Ray would have its own
+
+
+class InProcessExecutor:
+    """Jobs in the very order in which Ray gets them, so that suggestions and verdicts are the same."""
+
+    def describe(self) -> str:
+        return "in this process, one trial after the other"
+
+    def concurrency(self, study: Study) -> int:
+        """As Ray would have it where everything fits: the order of the suggestions depends on it. One trial runs at a time."""
+        if study.resources.parts > 1:
+            raise UserError("resources: workers and nodes need Ray; leave out --in-process")
+        if study.scheduler is not None:
+            raise UserError("scheduler: asha needs trials side by side; leave out --in-process")
+        wanted = study.search.concurrency
+        return 1 if wanted == "auto" else int(wanted)
+
+    def inspect(self, study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
+        return inspect_here(study, preflight=preflight, calibration=calibration, provenance=provenance)
+
+    def run(self, phase: Phase, search: JobSearch, recorder: StudyRecorder) -> None:
+        while isinstance(job := search.ask(), TrialJob):
+            self._run_job(phase, job, search, recorder)
+        assert not isinstance(job, Wait), "a search waits although every trial was told"
+        assert isinstance(job, Done)
+
+    def _run_job(self, phase: Phase, job: TrialJob, search: JobSearch, recorder: StudyRecorder) -> None:
+        recorder.trial_started(job)
+        own = recorder.folder.path / CHECKPOINTS / job.trial_id
+        found = sorted(own.glob("step_*"), reverse=True) if own.is_dir() else []
+        run = TrialRun(phase.spec, job, checkpoints=found)
+        try:
+            result = None
+            while result is None:
+                report = run.advance()
+                recorder.reported(job.trial_id, report)
+                result = report.result
+                if result is not None or report.wants_checkpoint:
+                    _save(run, own, report.step)
+        finally:
+            run.close()
+        search.tell(job.trial_id, outcome_of(result))
+
+    def __enter__(self) -> InProcessExecutor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def _save(run: TrialRun, folder: Path, step: int) -> None:
+    """Keeps the newest two: one that a kill cuts short is not the only one."""
+    run.save(folder / f"step_{step:08d}")
+    for old in sorted(folder.glob("step_*"), reverse=True)[2:]:
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()

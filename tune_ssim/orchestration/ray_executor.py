@@ -1,0 +1,248 @@
+"""Trials on Ray Tune: side by side, on one machine or many."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from contextlib import AbstractContextManager
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune import Callback, CheckpointConfig, FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.stopper import Stopper
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.before_launch.inspection import found_or_raise, inspect_study
+from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.orchestration.executor import JobSearch, Phase
+from tune_ssim.orchestration.progress import NoProgress
+from tune_ssim.orchestration.ray_cluster import concurrency_of, connection, describe_cluster, gpus_of
+from tune_ssim.orchestration.ray_internals import keep_actors
+from tune_ssim.orchestration.ray_job import BULKY, job_of, report_of
+from tune_ssim.orchestration.ray_search import JobSearcher
+from tune_ssim.orchestration.recorder import StudyRecorder
+from tune_ssim.orchestration.trainable import TrialResources, trainable_class
+from tune_ssim.study.study import Asha, Study
+from tune_ssim.trials.job import TrialJob
+from tune_ssim.trials.summary import PROCESS_DIED
+
+PROCESS_FAILURES = 2  # a trial whose process died goes on from its checkpoint; exceptions of the training are verdicts
+PENDING_S = 30.0  # the process of a trial has usually started by then
+MAX_PENDING = "TUNE_MAX_PENDING_TRIALS_PG"  # a setting of Ray Tune; with a searcher its own choice is one trial at a time
+
+
+class RayExecutor:
+    """address: of a Ray cluster; None starts a local one. An existing connection of this process is used as it is."""
+
+    def __init__(self, study: Study, address: str | None = None) -> None:
+        self._connection: AbstractContextManager[dict[str, float]] = connection(study, address)
+        self._study = study
+
+    def __enter__(self) -> RayExecutor:
+        self.cluster = self._connection.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._connection.__exit__(*error)
+
+    def describe(self) -> str:
+        return describe_cluster(self.cluster)
+
+    def concurrency(self, study: Study) -> int:
+        return concurrency_of(study, self.cluster)
+
+    def inspect(self, study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
+        """As one Ray task with a trial's resources: the node that drives a study may have no accelerator."""
+        gpus = gpus_of(study, self.cluster)
+        remote = ray.remote(num_cpus=study.resources.cpus, num_gpus=gpus, max_retries=1)(inspect_study)
+        return found_or_raise(ray.get(remote.remote(study, preflight, calibration, provenance)))
+
+    def run(self, phase: Phase, search: JobSearch, recorder: StudyRecorder) -> None:
+        """Nothing of Ray's own state is needed later, which a kill may leave torn or out of date."""
+        wanted = self._study.resources
+        resources = TrialResources(wanted.workers, wanted.nodes, wanted.cpus, gpus_of(self._study, self.cluster))
+        placement, objective = resources.placement(), phase.spec.plan.objective
+        before = os.environ.get(MAX_PENDING)
+        os.environ[MAX_PENDING] = before or str(phase.concurrency)
+        tuner = Tuner(
+            tune.with_resources(trainable_class(phase.spec, resources), placement),
+            tune_config=TuneConfig(
+                search_alg=JobSearcher(search, objective),
+                scheduler=_scheduler(phase.scheduler, placement, phase.concurrency),
+                num_samples=-1,  # until the search is done
+                max_concurrent_trials=phase.concurrency,
+                reuse_actors=True,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=RunConfig(
+                name=_attempt(recorder, phase.name),
+                storage_path=str(recorder.folder.ray_folder),
+                callbacks=[_RecorderCallback(recorder)],
+                stop=_BaselineStopper(),
+                failure_config=FailureConfig(max_failures=PROCESS_FAILURES),
+                checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_at_end=True),
+                verbose=0,
+            ),
+        )
+        try:
+            _require_baselines(tuner.fit())
+        finally:
+            if before is None:
+                del os.environ[MAX_PENDING]
+
+
+def _trial_name(trial: Any) -> str:
+    return job_of(trial.config, trial.trial_id).trial_id
+
+
+def _attempt(recorder: StudyRecorder, phase: str) -> str:
+    """The phase's name, numbered from its second start on."""
+    count = sum(1 for path in recorder.folder.ray_folder.glob(f"{phase}*") if path.is_dir())
+    return phase if count == 0 else f"{phase}-{count + 1}"
+
+
+def _require_baselines(results: ResultGrid) -> None:
+    """A trial whose process died is a line in the table. Of a baseline it is the end: nothing can be compared."""
+    for result in results:
+        job = job_of(result.config or {}, "")
+        if result.error is not None and job.role == Role.BASELINE:
+            last = [line for line in str(result.error).splitlines() if line.strip()][-1].strip()
+            raise UserError(f"{job.trial_id}: its process died: {last} (--resume tries again)")
+
+
+class _RecorderCallback(Callback):
+    """Takes the bulky keys out of a result, so that they do not fill Ray's snapshots."""
+
+    def __init__(self, recorder: StudyRecorder) -> None:
+        self.recorder = recorder
+        self._pending: dict[str, float] = {}  # trial → since when it waits, by the monotonic clock; NaN: that was said
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For Ray's snapshot, which nothing is ever made from again: what draws on the screen cannot travel."""
+        return {"recorder": StudyRecorder(self.recorder.folder, NoProgress(), self.recorder.steps), "_pending": {}}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Explains a trial that waits."""
+        for trial in trials:
+            if trial.status != "PENDING":
+                continue
+            name = _trial_name(trial)
+            since_s = self._pending.setdefault(name, time.monotonic())
+            if time.monotonic() - since_s > PENDING_S:
+                self._pending[name] = math.nan
+                self.recorder.progress.say(f"{name} waits: {_what_it_waits_for(trial)}")
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.recorder.trial_started(_job(trial))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        self.recorder.reported(_job(trial).trial_id, report_of(result))
+        for key in BULKY:
+            result.pop(key, None)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial without a verdict of its own was ended by a scheduler."""
+        reason = "stopped by the scheduler before its last step"
+        self.recorder.ended_without_result(_job(trial), Verdict.STOPPED, reason, trial.last_result or {})
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        lines = [line for line in str(getattr(trial, "error_msg", None) or "").splitlines() if line.strip()]
+        reason = f"{PROCESS_DIED}: {lines[-1].strip() if lines else 'no message'}"
+        self.recorder.ended_without_result(_job(trial), Verdict.ERROR, reason, trial.last_result or {})
+
+
+def _job(trial: Any) -> TrialJob:
+    return job_of(trial.config, trial.trial_id)
+
+
+def _what_it_waits_for(trial: Any) -> str:
+    bundles = trial.placement_group_factory.bundles
+    free = ray.available_resources()
+    needed = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
+    short = [kind for kind, count in needed.items() if count > free.get(kind, 0.0)]
+    if not short:
+        return f"its process is starting since {PENDING_S:g} s, or the free resources are on too many nodes"
+    return "it needs " + " and ".join(
+        f"{needed[kind]:g} {kind}s, {free.get(kind, 0.0):g} are free (other trials or jobs have the rest)" for kind in short
+    )
+
+
+class _BaselineStopper(Stopper):
+    """Ends a phase at once when its baseline is a bad set-up: no setting is to blame, no further step is worth taking."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        is_baseline = job_of(result.get("config") or {}, trial_id).role == Role.BASELINE
+        self.is_over = self.is_over or (is_baseline and result.get("verdict") in (Verdict.BAD_SETUP, Verdict.ERROR))
+        return False
+
+    def stop_all(self) -> bool:
+        return self.is_over
+
+
+class _KeepActors:
+    """What both schedulers do besides: see `ray_internals.keep_actors`."""
+
+    def _keep(self, controller: Any, placement: Any, count: int) -> None:
+        if not vars(self).get("_is_kept"):
+            self._is_kept = True
+            keep_actors(controller, placement, count)
+
+
+class _InOrder(_KeepActors, FIFOScheduler):
+    """Every trial to its end."""
+
+    def __init__(self, placement: Any, concurrency: int) -> None:
+        super().__init__()
+        self._placement, self._concurrency = placement, concurrency
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._keep(tune_controller, self._placement, self._concurrency)
+        super().on_trial_add(tune_controller, trial)
+
+
+class GuardedASHA(_KeepActors, ASHAScheduler):
+    """ASHA over training steps that leaves the baseline alone."""
+
+    def __init__(self, placement: Any, concurrency: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._placement, self._concurrency = placement, concurrency
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._keep(tune_controller, self._placement, self._concurrency)
+        if not _is_baseline(trial):
+            super().on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if _is_baseline(trial):
+            return TrialScheduler.CONTINUE
+        return str(super().on_trial_result(tune_controller, trial, result))
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if not _is_baseline(trial):
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+def _is_baseline(trial: Any) -> bool:
+    return _job(trial).role == Role.BASELINE
+
+
+def _scheduler(asha: Asha | None, placement: Any, concurrency: int) -> TrialScheduler:
+    if asha is None:
+        return _InOrder(placement, concurrency)
+    return GuardedASHA(
+        placement,
+        concurrency,
+        time_attr="step",
+        metric="held_out_now",
+        mode="max",
+        max_t=asha.max_steps,
+        grace_period=asha.grace_steps,
+        reduction_factor=asha.reduction_factor,
+    )

@@ -1,0 +1,123 @@
+"""A trial job as Ray's config and back, and a trial's report as Ray's result and back: the only place that knows either form."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ray.tune.result import SHOULD_CHECKPOINT
+
+from tune_ssim.base.files import jsonable
+from tune_ssim.guards import Baseline
+from tune_ssim.guards.verdict import Verdict
+from tune_ssim.records import Record
+from tune_ssim.search.search import Outcome
+from tune_ssim.trials.job import TrialJob
+from tune_ssim.trials.summary import PROCESS_DIED, TrialSummary
+from tune_ssim.trials.trial_run import TrialReport, TrialResult
+
+JOB = "trial_job"  # in a config, beside the settings
+# Of a result: what the recorder takes out, so that it does not fill Ray's snapshots.
+BULKY = ("records", "images", "effective", "traceback", "wrote")
+
+
+def config_of(job: TrialJob) -> dict[str, Any]:
+    """The settings, as every scheduler and callback of Ray expects them, and the job."""
+    return {**job.settings, JOB: job}
+
+
+def job_of(config: Mapping[str, Any], trial_id: str) -> TrialJob:
+    """Of a trial outside a study, in a user's own Tuner, the config is all that is known; a `seed` in it is the trial's."""
+    job = config.get(JOB)
+    if isinstance(job, TrialJob):
+        return job
+    settings = {key: value for key, value in config.items() if key not in (JOB, "seed")}
+    return TrialJob(trial_id, settings, seed=int(config.get("seed", 0)), searched=tuple(settings))
+
+
+def result_of(report: TrialReport, objective: str) -> dict[str, Any]:
+    """docs/own_training.md, "The results of a trainable", lists the keys."""
+    result: dict[str, Any] = {
+        "step": report.step,
+        "records": [record.to_json() for record in report.records],
+        "images": report.images,
+        "wrote": report.checkpoints,
+        "norm_ratio": report.norm_ratio,
+        objective: math.nan,  # until the end; Ray insists that every result has the searcher's metric
+        **report.last,
+    }
+    if report.wants_checkpoint:
+        result[SHOULD_CHECKPOINT] = True
+    if report.held_out is not None:
+        result["held_out_now"] = report.held_out
+    if (ended := report.result) is None:
+        return result
+    summary = ended.summary
+    guard = summary.evidence["guard"] if summary.evidence and summary.verdict == Verdict.PRUNED else ""
+    result |= {
+        "done": True,
+        "verdict": summary.verdict.value,
+        "reason": summary.reason,
+        "pruned": int(summary.verdict == Verdict.PRUNED),
+        "pruned_by": guard,
+        "harm": ended.harm,
+        # A trial that did not reach its end has no objective: no sampler may take it for a result.
+        objective: summary.metric(objective) if summary.verdict.has_result else math.nan,
+        "summary": json.dumps(summary.to_dict()),
+        "effective": json.dumps(jsonable(ended.effective)),
+        "traceback": ended.traceback,
+    }
+    if ended.baseline is not None:
+        result["baseline_run"] = ended.baseline.to_bytes().decode()
+    return result
+
+
+def report_of(result: Mapping[str, Any]) -> TrialReport:
+    """The inverse of `result_of`."""
+    ended = None
+    if (verdict := verdict_of(result)) is not None:
+        summary, effective = verdict
+        baseline = result.get("baseline_run")
+        ended = TrialResult(
+            summary,
+            harm=float(result.get("harm") or 0.0),
+            effective=effective,
+            baseline=Baseline.from_bytes(baseline.encode()) if baseline else None,
+            traceback=result.get("traceback") or "",
+        )
+    return TrialReport(
+        step=int(result.get("step") or 0),
+        records=[Record.from_json(record) for record in result.get("records") or []],
+        images=dict(result.get("images") or {}),
+        checkpoints=list(result.get("wrote") or []),
+        norm_ratio=result.get("norm_ratio"),
+        result=ended,
+    )
+
+
+def outcome_of(
+    result: Mapping[str, Any] | None, objective: str, error: bool = False, settings: Mapping[str, Any] | None = None
+) -> Outcome:
+    """For a search. A foreign trainable gives the objective and no verdict."""
+    result = result or {}
+    verdict, baseline, value, harm = (result.get(key) for key in ("verdict", "baseline_run", objective, "harm"))
+    return Outcome(
+        verdict=Verdict(verdict) if verdict else None,
+        value=math.nan if value is None else float(value),
+        harm=math.nan if harm is None else float(harm),
+        reason=str(result.get("reason") or (PROCESS_DIED if error else "")),
+        settings=settings or {},
+        baseline=Baseline.from_bytes(baseline.encode()) if baseline else None,
+        died=error,
+    )
+
+
+def verdict_of(result: Mapping[str, Any]) -> tuple[TrialSummary, dict[str, Any]] | None:
+    """The summary and the parameters that were in force; None before the trial's end, and for a trainable that is not ours.
+
+    Both travel as JSON text, since Ray flattens nested dicts in a result and its loggers refuse odd values."""
+    if not isinstance(result.get("summary"), str):
+        return None
+    return TrialSummary.from_dict(json.loads(result["summary"])), json.loads(result.get("effective") or "{}")

@@ -1,0 +1,281 @@
+"""Searches as Ray Tune asks them: for a study, and for a `tune.Tuner` of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch as RayOptunaSearch
+from ray.tune.utils.util import unflatten_dict
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.before_launch.forecast import gain_at
+from tune_ssim.guards import Baseline
+from tune_ssim.orchestration.executor import JobSearch
+from tune_ssim.orchestration.ray_job import config_of, outcome_of
+from tune_ssim.probes.norm_model import NormModel
+from tune_ssim.results.study_folder import Skipped
+from tune_ssim.search import baseline_first, optuna_search, staged
+from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
+from tune_ssim.study.space import GAIN, MAX_T, LogUniform, Space, Stage, Uniform
+from tune_ssim.trials.job import TrialJob
+from tune_ssim.trials.summary import OBJECTIVE
+
+
+def param_space(space: Space | Stage, model: NormModel | None = None) -> dict[str, Any]:
+    """A space as Ray domains, for `tune.Tuner(param_space=…)`: trainables made by `make_trainable` understand `gain`.
+
+    A gain with `unit: norm_ratio` needs a calibrated `model`. It is then a function of the other domains, which Ray's own random
+    search resolves; a searcher with distributions of its own needs `GuardedOptunaSearch(stage, model=model)` instead.
+    Raises ValueError for a route of several stages, UserError without a model that is needed."""
+    stages = space.stages if isinstance(space, Space) else (space,)
+    if len(stages) != 1:
+        raise ValueError(f"a route of {len(stages)} stages is not one space: pick a stage, or use StagedSearch")
+    domains: dict[str, Any] = dict(stages[0].fixed)
+    for name, parameter in stages[0].parameters.items():
+        if isinstance(parameter, LogUniform):
+            domains[name] = tune.loguniform(parameter.lower, parameter.upper)
+        elif isinstance(parameter, Uniform):
+            domains[name] = tune.uniform(parameter.lower, parameter.upper)
+        else:
+            domains[name] = tune.choice(list(parameter.values))
+    if stages[0].is_relative:
+        if model is None:
+            raise UserError(f"stage {stages[0].name!r} gives its gain as a norm ratio: calibrate first and pass the norm model")
+        domains[GAIN] = tune.sample_from(_GainFromRatio(model, domains[GAIN]))
+    return domains
+
+
+class _GainFromRatio:
+    """The gain that gives the other settings of a configuration a sampled norm ratio."""
+
+    def __init__(self, model: NormModel, ratio: Any) -> None:
+        self.model, self.ratio = model, ratio
+
+    def __call__(self, spec: Any) -> float:
+        config = spec.config if "config" in spec else spec
+        # As attributes: only so does Ray see that it must draw them first.
+        others = {name: getattr(config, name) for name in (MAX_T, "pixel_loss_weight") if name in config}
+        return gain_at(self.model, self.ratio.sample(), others)
+
+
+class JobSearcher(Searcher):
+    """The jobs of a study as Ray Tune asks for them. A study is resumed from its own folder, never from Ray's snapshot."""
+
+    def __init__(self, search: JobSearch, objective: str) -> None:
+        super().__init__(metric=objective, mode="max")
+        self.search = search
+        self._names: dict[str, str] = {}  # Ray's id → the trial's in the study
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        job = self.search.ask()
+        if not isinstance(job, TrialJob):
+            return Searcher.FINISHED if isinstance(job, Done) else None
+        self._names[trial_id] = job.trial_id
+        return config_of(job)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: a search must not depend on how far other trials happen to be."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id in self._names:
+            self.search.tell(self._names.pop(trial_id), outcome_of(result, str(self.metric), error))
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).write_text("{}")
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise UserError("a study is resumed by `tune-ssim run --resume`, not by Ray")
+
+
+class _SearchAdapter(Searcher):
+    """A plain search as a Ray searcher. Its saved state is the calls that were made; restoring repeats them."""
+
+    search: optuna_search.OptunaSearch | staged.StagedSearch | None
+
+    def __init__(self, metric: str | None, mode: str | None) -> None:
+        super().__init__(metric=metric, mode=mode)
+        self.reason = ""  # why the search ended by itself
+        self._slots: dict[str, int] = {}  # Ray's id → slot
+        self._calls: list[tuple[str, dict[str, Any] | None]] = []  # (Ray's id, what was told of it; None: it was asked for)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Suggestions that were not launched."""
+        return [] if self.search is None else self.search.skipped
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        suggestion = self._ask()
+        if isinstance(suggestion, Done):
+            self.reason = suggestion.reason
+            return Searcher.FINISHED
+        if isinstance(suggestion, Wait):
+            return None
+        self._slots[trial_id] = suggestion.slot
+        self._calls.append((trial_id, None))
+        return dict(unflatten_dict(dict(suggestion.settings)))
+
+    def _ask(self) -> Suggestion | Wait | Done:
+        assert self.search is not None, "without a stage the space comes from the Tuner's param_space"
+        return self.search.ask()
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: what a sampler learns must not depend on how far other trials happen to be."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id not in self._slots or self.search is None:
+            return
+        told = {key: (result or {}).get(key) for key in ("verdict", "harm", self.metric)} | {"error": error}
+        self._calls.append((trial_id, told))
+        self.search.tell(self._slots.pop(trial_id), outcome_of(told, str(self.metric), error))
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).write_text(json.dumps(self._calls))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Into a searcher that was made with the same arguments and not asked yet."""
+        for trial_id, told in json.loads(Path(checkpoint_path).read_text()):
+            if told is None:
+                self.suggest(trial_id)
+            else:
+                self.on_trial_complete(trial_id, told, told["error"])
+
+
+class GuardedOptunaSearch(_SearchAdapter):
+    """Optuna that knows about pruning, for a `tune.Tuner` of one's own: see `search.optuna_search.OptunaSearch` for the options.
+
+    `stage` None: the distributions come from the Tuner's `param_space`, as with Ray's own OptunaSearch."""
+
+    search: optuna_search.OptunaSearch | None
+
+    def __init__(self, stage: Stage | None = None, *, metric: str = OBJECTIVE, mode: str = "max", **options: Any) -> None:
+        super().__init__(metric, mode)
+        if "skip_above" in options:  # its name in the first version
+            options["max_ratio"] = options.pop("skip_above")
+        self._options = {**options, "direction": "maximize" if mode == "max" else "minimize"}
+        self.search = None if stage is None else optuna_search.OptunaSearch(stage, **self._options)
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        if self.search is not None:
+            return False
+        if metric:
+            self._metric = metric
+        if mode:
+            self._mode = mode
+            self._options["direction"] = "maximize" if mode == "max" else "minimize"
+        self.search = optuna_search.OptunaSearch(distributions=RayOptunaSearch.convert_search_space(config), **self._options)
+        return True
+
+
+class StagedSearch(_SearchAdapter):
+    """A route, for a `tune.Tuner` of one's own: see `search.staged.StagedSearch`."""
+
+    search: staged.StagedSearch
+
+    def __init__(self, space: Space, trials: int, *, metric: str = OBJECTIVE, **options: Any) -> None:
+        super().__init__(metric, "max")
+        self.search = staged.StagedSearch(space, trials, objective=metric, **options)
+
+
+class _RaySearch:
+    """Any searcher of Ray as a plain search, asked under the names of its slots."""
+
+    def __init__(self, searcher: Searcher) -> None:
+        self.searcher, self._n_asked = searcher, 0
+
+    def ask(self) -> Suggestion | Wait | Done:
+        settings = self.searcher.suggest(slot_name(self._n_asked))
+        if settings is None:
+            return Wait()
+        if isinstance(settings, str):
+            return Done()
+        self._n_asked += 1
+        return Suggestion(self._n_asked - 1, settings)
+
+    def tell(self, slot: int, outcome: Outcome) -> None:
+        """Nothing: `BaselineFirst` forwards Ray's own result, of which a searcher may want to know more."""
+
+    def replace(self, slot: int, settings: Mapping[str, Any]) -> bool:
+        return False
+
+
+def slot_name(slot: int) -> str:
+    return f"slot-{slot}"
+
+
+class BaselineFirst(Searcher):
+    """The baseline first, then the suggestions of any searcher of Ray, for a `tune.Tuner` of one's own.
+
+    See `search.baseline_first.BaselineFirst` for the arguments. Trials made by `make_trainable` are compared with the baseline."""
+
+    def __init__(
+        self,
+        searcher: Searcher,
+        baseline_config: Mapping[str, Any],
+        *,
+        folder: str | Path,
+        seeds: Sequence[int] = (0, 1),
+        baseline: Baseline | None = None,
+        searched: Sequence[str] = (),
+        storage: str | Path | None = None,
+    ) -> None:
+        super().__init__(metric=searcher.metric, mode=searcher.mode)
+        self.searcher = searcher  # the name by which Ray finds what it wraps
+        self._inner = _RaySearch(searcher)
+        self._jobs = baseline_first.BaselineFirst(
+            self._inner, baseline_config, folder=folder, seeds=seeds, baseline=baseline, searched=searched, storage=storage
+        )
+        self._running: dict[str, TrialJob] = {}  # by Ray's id
+
+    @property
+    def failure(self) -> str:
+        return self._jobs.failure
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Suggestions that were not launched."""
+        return self.searcher.skipped if isinstance(self.searcher, _SearchAdapter) else []
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return bool(self.searcher.set_search_properties(metric, mode, config, **spec))
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        job = self._jobs.ask()
+        if not isinstance(job, TrialJob):
+            return Searcher.FINISHED if isinstance(job, Done) else None
+        self._running[trial_id] = job
+        return config_of(job)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        job = self._running.get(trial_id)
+        if job is not None and job.baseline is not None:
+            self.searcher.on_trial_result(slot_name(job.slot or 0), result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        job = self._running.pop(trial_id, None)
+        if job is None:
+            return
+        if job.baseline is not None:
+            self.searcher.on_trial_complete(slot_name(job.slot or 0), result, error)
+        self._jobs.tell(job.trial_id, outcome_of(result, str(self.metric), error))
+
+    # Ray saves wrappers by get_state and the innermost searcher by save.
+
+    def get_state(self) -> dict[str, Any]:
+        running = {name: job.to_dict() for name, job in self._running.items()}
+        return {"jobs": self._jobs.state_dict(), "running": running, "n_asked": self._inner._n_asked}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._jobs.load_state_dict(state["jobs"])
+        self._running = {name: TrialJob.from_dict(job) for name, job in state["running"].items()}
+        self._inner._n_asked = state["n_asked"]
+
+    def save(self, checkpoint_path: str) -> None:
+        self.searcher.save(checkpoint_path)
+
+    def restore(self, checkpoint_path: str) -> None:
+        self.searcher.restore(checkpoint_path)

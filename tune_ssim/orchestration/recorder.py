@@ -1,0 +1,102 @@
+"""What happens to the trials of a study → its folder, its events, and whoever watches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.orchestration.progress import Progress
+from tune_ssim.results.events import EventWriter
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.study.space import resolve_settings
+from tune_ssim.trials.job import TrialJob
+from tune_ssim.trials.quarantine import Ledger
+from tune_ssim.trials.summary import TrialSummary
+from tune_ssim.trials.trial_run import TrialReport, TrialResult
+
+
+class StudyRecorder:
+    """Every executor calls it; the first verdict of a trial is the one that counts."""
+
+    def __init__(self, folder: StudyFolder, progress: Progress, steps: int) -> None:
+        self.folder, self.progress, self.steps = folder, progress, steps
+        self.writer = EventWriter(folder)
+        self.started: set[str] = set()
+        self.ended: set[str] = set()
+
+    @property
+    def unfinished(self) -> set[str]:
+        return self.started - self.ended
+
+    def trial_started(self, job: TrialJob) -> None:
+        settings = resolve_settings(job.settings)
+        self.started.add(job.trial_id)
+        self.writer.trial_started(job.trial_id, job.role.value, settings, job.slot)
+        self.progress.trial_started(job.trial_id, settings)
+
+    def reported(self, trial_id: str, report: TrialReport) -> None:
+        if trial_id in self.ended:
+            return
+        self.writer.result(trial_id, {"records": [record.to_json() for record in report.records], "images": report.images})
+        self.progress.trial_progress(trial_id, report.step, self.steps, report.norm_ratio)
+        for checkpoint in report.checkpoints:
+            self.folder.add_checkpoint(trial_id, checkpoint)
+        if report.result is not None:
+            self.trial_ended(report.result)
+
+    def trial_ended(self, result: TrialResult) -> None:
+        summary = result.summary
+        if summary.trial_id in self.ended:
+            return
+        self.ended.add(summary.trial_id)
+        if result.traceback:
+            errors = self.folder.path / "errors"
+            errors.mkdir(exist_ok=True)
+            (errors / f"{summary.trial_id}.txt").write_text(result.traceback)
+        if summary.verdict == Verdict.PRUNED:
+            summary.quarantined = quarantine_checkpoints(self.folder, summary)
+        if not self.folder.add_trial(summary):
+            return  # its first verdict is final
+        self.writer.verdict(summary.trial_id, summary.to_dict(), result.effective)
+        self.progress.trial_ended(summary)
+
+    def ended_without_result(self, job: TrialJob, verdict: Verdict, reason: str, last: Mapping[str, Any]) -> None:
+        """A trial without a verdict of its own: a scheduler stopped it, or its process died."""
+        steps = int(last.get("step") or 0)
+        metrics = {name: float(last[name]) for name in ("norm_ratio", "held_out_now") if last.get(name) is not None}
+        settings = resolve_settings(job.settings)
+        summary = TrialSummary(
+            trial_id=job.trial_id, role=job.role, seed=job.seed, config=settings, verdict=verdict, reason=reason,
+            horizon={"steps": steps}, steps=steps, metrics=metrics,
+        )  # fmt: skip
+        self.trial_ended(TrialResult(summary))
+
+
+def quarantine_checkpoints(folder: StudyFolder, summary: TrialSummary) -> list[str]:
+    """Enters every checkpoint that a ruined trial wrote into the storage path's ledger; returns their ids.
+
+    Without contents that are known to be sound nothing is entered: the starting weights must never be. A training that is a
+    process of its own does not show what it starts from; there the baseline's checkpoints say what no trial has made."""
+    baselines = {trial.trial_id for trial in folder.trials() if trial.role == Role.BASELINE and trial.verdict == Verdict.SAFE}
+    start = folder.start()
+    sound = [*start.contents] if start else []
+    sound += [checkpoint.contents for name in sorted(baselines) for checkpoint in folder.checkpoints(name)]
+    if not sound:
+        return []
+    ledger, evidence, ids = Ledger(folder.path.parent), summary.evidence or {}, []
+    for checkpoint in folder.checkpoints(summary.trial_id):
+        entered = ledger.add(
+            checkpoint.contents,
+            sound=sound,
+            study=folder.name,
+            trial_id=summary.trial_id,
+            step=checkpoint.step,
+            reason=summary.reason,
+            guard=evidence.get("guard"),
+            parents=checkpoint.parents,
+            path=checkpoint.path,
+        )
+        if entered.entry is not None and entered.entry.id not in ids:
+            ids.append(entered.entry.id)
+    return ids

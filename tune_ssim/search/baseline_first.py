@@ -1,0 +1,187 @@
+"""The baseline first, then the trials of a search that are compared with it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tune_ssim.base.files import write_atomically
+from tune_ssim.guards import Baseline, BaselineRun
+from tune_ssim.guards.verdict import Role
+from tune_ssim.search.search import Done, Outcome, Search, Wait
+from tune_ssim.study.space import resolve_settings
+from tune_ssim.trials.job import BaselineFile, TrialJob
+
+SAME_SETTING = 1e-9  # relative; settings went through JSON once
+RUNS = "runs"  # below the baseline's folder: each run by itself, as it ends
+MIN_EQUAL_FAILURES = 2  # DESIGN: a failing baseline, or two identical set-up errors, stop the study
+
+
+class BaselineFirst:
+    """Makes the jobs of a phase: the baseline (one run a seed, side by side), and then those of `search`, with the baseline's file.
+
+    baseline_settings: what the baseline sets; a key that the space searches must be in it. seeds[0] is the study's own: later
+    trials run with it and see the same batches. folder: where the baseline's files go; every node must reach it under that path.
+    baseline: one that is there already. runs: of a phase that is resumed, the baseline's runs that are there, by trial id.
+    previous: of a phase that is resumed, how its trials ended, by trial id: the search is asked and told as it was then, and only
+    what is missing becomes a job. max_trials: besides the baseline, previous ones included.
+
+    If a baseline fails, or the first two trials that end fail alike, the phase is over and `failure` says why. Once one trial came
+    through, what fails is the setting's fault and costs its own trial only."""
+
+    def __init__(
+        self,
+        search: Search,
+        baseline_settings: Mapping[str, Any],
+        *,
+        folder: str | Path,
+        seeds: Sequence[int] = (0, 1),
+        baseline: Baseline | None = None,
+        runs: Mapping[str, BaselineRun] | None = None,
+        searched: Sequence[str] = (),
+        prefix: str = "",
+        storage: str | Path | None = None,
+        study: str | None = None,
+        previous: Mapping[str, Outcome] | None = None,
+        max_trials: int | None = None,
+    ) -> None:
+        if baseline is None and not seeds:
+            raise ValueError("a baseline needs at least one seed")
+        self.search = search
+        self.baseline_settings, self.seeds, self.folder = dict(baseline_settings), list(seeds), Path(folder)
+        self.searched, self.prefix, self.max_trials = tuple(searched), prefix, max_trials
+        self.storage, self.study = None if storage is None else str(storage), study
+        self.previous = dict(previous or {})
+        self.failure = ""
+        self.end_reason = ""  # why the search ended before its last trial
+        self._baseline_ids = [f"{prefix}baseline-{index}" for index in range(len(seeds))]
+        self._runs = {name: run for name, run in (runs or {}).items() if name in self._baseline_ids}
+        self._asked: set[str] = set(self._runs)  # baseline runs
+        self._slots: dict[str, int] = {}  # trial id → slot of the search
+        self._n_trials = 0
+        self._failures: dict[str, int] = {}  # by reason
+        self._one_came_through = any(outcome.was_judged for outcome in self.previous.values())
+        self.baseline_file: BaselineFile | None = None
+        if baseline is not None:
+            self.baseline_file = self._write(baseline)
+        elif self._runs:
+            self._combine()
+
+    def ask(self) -> TrialJob | Wait | Done:
+        if self.failure:
+            return Done(self.failure, failed=True)
+        if self.baseline_file is None:
+            return self._next_baseline()
+        while self.max_trials is None or self._n_trials < self.max_trials:
+            suggestion = self.search.ask()
+            if isinstance(suggestion, Wait):
+                return suggestion
+            if isinstance(suggestion, Done):
+                self.end_reason = suggestion.reason
+                return suggestion
+            self._n_trials += 1
+            job = TrialJob(
+                suggestion.trial_id or f"trial-{suggestion.slot:02d}",
+                suggestion.settings,
+                role=suggestion.role,
+                seed=suggestion.seed if suggestion.seed is not None else self.seeds[0] if self.seeds else 0,
+                slot=suggestion.slot,
+                stage=suggestion.stage,
+                searched=self.searched or tuple(suggestion.settings),
+                baseline=self.baseline_file,
+                storage=self.storage,
+                study=self.study,
+            )
+            self._slots[job.trial_id] = suggestion.slot
+            if not self._replay(job):
+                return job
+        return Done()
+
+    def tell(self, trial_id: str, outcome: Outcome) -> None:
+        self._count_failure(trial_id, outcome)
+        if trial_id in self._slots:
+            self.search.tell(self._slots[trial_id], outcome)
+        elif trial_id in self._baseline_ids:
+            if outcome.baseline is None:
+                self.failure = self.failure or outcome.reason
+                return
+            self._write(outcome.baseline, RUNS)  # at once: a study that is stopped now need not run it again
+            self._runs[trial_id] = outcome.baseline.runs[0]
+            self._combine()
+
+    def _next_baseline(self) -> TrialJob | Wait:
+        for index, name in enumerate(self._baseline_ids):
+            if name not in self._asked:
+                self._asked.add(name)
+                return TrialJob(
+                    name,
+                    self.baseline_settings,
+                    role=Role.BASELINE,
+                    seed=self.seeds[index],
+                    slot=index,
+                    storage=self.storage,
+                    study=self.study,
+                )
+        return Wait()
+
+    def _combine(self) -> None:
+        """In the order of the seeds, whichever run ended first."""
+        if len(self._runs) == len(self.seeds):
+            self.baseline_file = self._write(Baseline(tuple(self._runs[name] for name in self._baseline_ids)))
+
+    def _write(self, baseline: Baseline, below: str = "") -> BaselineFile:
+        path = self.folder / below / f"{baseline.sha256}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, baseline.to_bytes())
+        return BaselineFile(str(path), baseline.sha256)
+
+    def _replay(self, job: TrialJob) -> bool:
+        """Whether this trial has ended before; then the search is told how."""
+        outcome = self.previous.get(job.trial_id)
+        if outcome is None:
+            return False
+        asked = resolve_settings(job.settings)
+        same = all(_equal(value, outcome.settings.get(name)) for name, value in asked.items())
+        # Without a fixed order a sampler may come to other suggestions; what was run is still worth knowing.
+        if not same and not self.search.replace(self._slots[job.trial_id], outcome.settings):
+            return False
+        self.search.tell(self._slots[job.trial_id], outcome)
+        return True
+
+    def _count_failure(self, trial_id: str, outcome: Outcome) -> None:
+        is_baseline = trial_id in self._baseline_ids
+        self._one_came_through |= not is_baseline and outcome.was_judged
+        if outcome.failed and not outcome.died and not self._one_came_through:
+            kind = re.sub(r"[-+.\de]*\d", "#", outcome.reason)  # alike but for the numbers, which are the trials' own
+            self._failures[kind] = self._failures.get(kind, 0) + 1
+            if self._failures[kind] >= MIN_EQUAL_FAILURES and not self.failure:
+                self.failure = f"two trials failed alike: {outcome.reason}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON: for whoever cannot ask again from the start, such as a Tuner that Ray restores."""
+        return {
+            "failure": self.failure,
+            "runs": {name: Baseline((run,)).to_bytes().decode() for name, run in self._runs.items()},
+            "asked": sorted(self._asked),
+            "slots": dict(self._slots),
+            "n_trials": self._n_trials,
+            "failures": dict(self._failures),
+            "one_came_through": self._one_came_through,
+            "baseline_file": None if self.baseline_file is None else [self.baseline_file.path, self.baseline_file.sha256],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.failure, self._n_trials = state["failure"], state["n_trials"]
+        self._runs = {name: Baseline.from_bytes(text.encode()).runs[0] for name, text in state["runs"].items()}
+        self._asked, self._slots, self._failures = set(state["asked"]), dict(state["slots"]), dict(state["failures"])
+        self._one_came_through = state["one_came_through"]
+        self.baseline_file = BaselineFile(*state["baseline_file"]) if state["baseline_file"] else None
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return math.isclose(one, other, rel_tol=SAME_SETTING)
+    return bool(one == other)

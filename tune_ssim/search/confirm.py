@@ -1,0 +1,77 @@
+"""The confirm phase: the finalists of a search and the baseline again, with further seeds and for longer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from tune_ssim.guards import Guard, SmokeTest
+from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
+from tune_ssim.study.study import Study
+
+PREFIX = "confirm-"  # of the trial ids
+
+
+class ConfirmSearch:
+    """Suggests one finalist at a time, the best first, once a seed; the next one only if the one before did not hold.
+
+    finalists: (trial id of the search, settings). A finalist holds if all its trials are safe and its mean objective is above
+    zero: it beats the baseline on seeds that the search has not seen."""
+
+    def __init__(self, finalists: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int]) -> None:
+        self.finalists, self.seeds = [(name, dict(settings)) for name, settings in finalists], list(seeds)
+        self._index = 0  # of the finalist under test
+        self._next_slot = self._first_slot = 0
+        self._outcomes: dict[int, Outcome] = {}  # of the finalist under test, by slot
+
+    def ask(self) -> Suggestion | Wait | Done:
+        n_suggested = self._next_slot - self._first_slot
+        if self._index < len(self.finalists) and n_suggested == len(self.seeds):
+            # After one trial that is not safe the finalist cannot hold any more: no need to wait for the others.
+            lost = any(outcome.verdict != Verdict.SAFE for outcome in self._outcomes.values())
+            if len(self._outcomes) < n_suggested and not lost:
+                return Wait()
+            if not lost and fmean(outcome.value for outcome in self._outcomes.values()) > 0:
+                return Done()
+            self._index += 1
+            self._first_slot, self._outcomes = self._next_slot, {}
+        if self._index >= len(self.finalists):
+            return Done()
+        name, settings = self.finalists[self._index]
+        slot, seed = self._next_slot, self.seeds[self._next_slot - self._first_slot]
+        self._next_slot += 1
+        return Suggestion(slot, settings, trial_id=f"{PREFIX}{name}-seed-{seed}", role=Role.CONFIRM, seed=seed)
+
+    def tell(self, slot: int, outcome: Outcome) -> None:
+        if slot >= self._first_slot:
+            self._outcomes[slot] = outcome
+
+    def replace(self, slot: int, settings: Mapping[str, Any]) -> bool:
+        return False
+
+
+def confirm_seeds(study: Study) -> list[int]:
+    """Seeds that neither the search nor its baselines have seen."""
+    assert study.confirm is not None
+    first = study.search.seed + max(1, study.baseline_seeds)
+    return [first + index for index in range(study.confirm.seeds)]
+
+
+def confirm_steps(study: Study) -> int:
+    assert study.confirm is not None
+    return study.confirm.steps or 10 * study.steps
+
+
+def for_longer(guards: Sequence[Guard], steps: int) -> tuple[Guard, ...]:
+    """The same guards for a longer training: smoke tests go on, twice as far apart each time."""
+    return tuple(replace(guard, at=_extended(guard.at, steps)) if isinstance(guard, SmokeTest) else guard for guard in guards)
+
+
+def _extended(at: tuple[int, ...], steps: int) -> tuple[int, ...]:
+    found = list(at)
+    while (following := 2 * max(*found, 1)) < steps:
+        found.append(following)
+    return tuple(found)

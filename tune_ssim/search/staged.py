@@ -1,0 +1,81 @@
+"""A route: the stages of a space one after the other, from conservative to aggressive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.results.study_folder import Skipped
+from tune_ssim.results.trial_text import shown_metric
+from tune_ssim.search.optuna_search import DEFAULT_LATIN_POINTS, OptunaSearch
+from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
+from tune_ssim.study.space import Space
+
+
+class StagedSearch:
+    """Opens the next stage only if the one before was stable *but ineffective* (note 000 §5.1).
+
+    A stage with a harmful trial ends the route, and so does one that already beats the baseline by more than `effective_above`.
+    search: options of `OptunaSearch`. Raises UserError where the first stage holds nothing that could be launched."""
+
+    def __init__(
+        self, space: Space, trials: int, *, objective: str = "delta_ssim", effective_above: float = 0.0, **search: Any
+    ) -> None:
+        if trials < len(space.stages):
+            raise ValueError(f"a route of {len(space.stages)} stages needs at least as many trials, got {trials}")
+        self.space, self.objective, self.effective_above = space, objective, effective_above
+        share, more = divmod(trials, len(space.stages))
+        self.budgets = [share + (index < more) for index in range(len(space.stages))]
+        self.options = dict(search)
+        self._open(0, [])
+
+    def _open(self, index: int, skipped: list[Skipped]) -> None:
+        stage, budget = self.space.stages[index], self.budgets[index]
+        n_latin = max(0, min(self.options.get("n_latin", DEFAULT_LATIN_POINTS), budget - len(stage.points)))
+        self._search = OptunaSearch(stage, **{**self.options, "n_latin": n_latin})
+        self._skipped_before = skipped
+        self._stage_index, self._first_slot, self._n_suggested = index, sum(self.budgets[:index]), 0
+        self._outcomes: dict[int, Outcome] = {}
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Suggestions of all stages so far that were not launched."""
+        return [*self._skipped_before, *self._search.skipped]
+
+    def ask(self) -> Suggestion | Wait | Done:
+        if self._n_suggested == self.budgets[self._stage_index]:
+            if len(self._outcomes) < self._n_suggested:
+                return Wait()
+            reason = self._reason_to_stop()
+            if reason or self._stage_index + 1 == len(self.space.stages):
+                return Done(reason)
+            try:
+                self._open(self._stage_index + 1, self.skipped)
+            except UserError as error:  # nothing in it can be launched
+                return Done(str(error))
+        suggestion = self._search.ask()
+        if isinstance(suggestion, Done):
+            return Done(f"stage {self.space.stages[self._stage_index].name!r}: {suggestion.reason}")
+        if isinstance(suggestion, Wait):
+            return suggestion
+        self._n_suggested += 1
+        return Suggestion(self._first_slot + suggestion.slot, suggestion.settings, suggestion.stage)
+
+    def tell(self, slot: int, outcome: Outcome) -> None:
+        if slot >= self._first_slot:
+            self._outcomes[slot] = outcome
+            self._search.tell(slot - self._first_slot, outcome)
+
+    def replace(self, slot: int, settings: Mapping[str, Any]) -> bool:
+        return self._search.replace(slot - self._first_slot, settings)
+
+    def _reason_to_stop(self) -> str:
+        name = self.space.stages[self._stage_index].name
+        if any(outcome.verdict is not None and outcome.verdict.speaks_against_setting for outcome in self._outcomes.values()):
+            return f"stage {name!r} had a harmful trial: no further stage is opened"
+        best = max((outcome.value for outcome in self._outcomes.values() if math.isfinite(outcome.value)), default=-math.inf)
+        if best > self.effective_above:
+            return f"stage {name!r} is effective ({shown_metric(self.objective)} {best:+.4f}): no need to push harder"
+        return ""

@@ -1,0 +1,269 @@
+"""A trial job from its start to its summary, whoever executes it: nothing of Ray, nothing of the study's folder."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tune_ssim.base.errors import BadSetup, NothingToResume, UserError
+from tune_ssim.guards import Baseline, Violation
+from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.records import Record
+from tune_ssim.study.space import resolve_settings
+from tune_ssim.trials.job import TrialJob
+from tune_ssim.trials.quarantine import Ledger, Refusal
+from tune_ssim.trials.summary import TrialSummary, reported_config
+from tune_ssim.trials.training import Training, load_task
+from tune_ssim.trials.trial import Judgement, Trial, TrialPlan
+
+RESULT_S = 2.0  # a result costs the driver 8 ms (benchmarks/command.py): with ten trials at once it stays below 5 % of a core
+WORK = "work"  # in a study's folder: what the trainings themselves leave behind, a folder a trial
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """Everything about a trial that is the same for all of a phase; travels to the workers.
+
+    task: "my_pkg.train:MyTask", the class itself, or a command as a mapping. result_every: training steps per report; None: one
+    in RESULT_S seconds. checkpoint_every: training steps; None: none besides the last. evaluate_every: training steps between
+    held-out evaluations for a scheduler; None: at the end only. import_path: put in front of sys.path, for a task beside the
+    study file."""
+
+    task: str | type | Mapping[str, Any]
+    plan: TrialPlan
+    task_config: Mapping[str, Any] = field(default_factory=dict)
+    result_every: int | None = 10
+    checkpoint_every: int | None = None
+    evaluate_every: int | None = None
+    import_path: str | None = None
+
+    def make_training(self) -> Training:
+        training: Training = load_task(self.task, self.import_path)()
+        return training
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended. harm: a graded constraint, feasible <= 0. baseline: of a safe baseline run, what others are compared
+    with. effective: the parameters that were in force. traceback: of an exception of the training."""
+
+    summary: TrialSummary
+    harm: float = 0.0
+    effective: Mapping[str, Any] = field(default_factory=dict)
+    baseline: Baseline | None = None
+    traceback: str = ""
+
+
+@dataclass
+class TrialReport:
+    """What happened since the report before. checkpoints: what the training or we wrote, by content. images: PNG by step.
+    last: the newest loss and total_norm. held_out: for a scheduler. result: of a trial that has ended."""
+
+    step: int = 0
+    records: list[Record] = field(default_factory=list)
+    images: dict[int, bytes] = field(default_factory=dict)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    norm_ratio: float | None = None
+    last: dict[str, float] = field(default_factory=dict)
+    held_out: float | None = None
+    wants_checkpoint: bool = False
+    result: TrialResult | None = None
+
+
+class TrialRun:
+    """`advance` until a report has a result, then `close`. An exception of the training is the verdict `error`, never raised.
+
+    make_training: called once; `training` may be handed to the next trial. checkpoints: of earlier starts of this trial, the newest
+    first. pass_through: exceptions that are not the training's, such as the death of a worker."""
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        job: TrialJob,
+        make_training: Callable[[], Training] | None = None,
+        *,
+        checkpoints: Sequence[Path] = (),
+        pass_through: tuple[type[BaseException], ...] = (),
+    ) -> None:
+        self.spec, self.job = spec, job
+        self.training: Training | None = None
+        self.trial: Trial | None = None
+        self.settings: dict[str, Any] = {}
+        self.failure: Judgement | None = None
+        self._traceback = ""
+        self._pass_through = pass_through
+        self._started_s = time.perf_counter()
+        self._is_started = False
+        self._guarded(lambda: self._start(make_training or spec.make_training, checkpoints))
+
+    def _start(self, make_training: Callable[[], Training], checkpoints: Sequence[Path]) -> None:
+        job = self.job
+        self.settings = resolve_settings(job.settings)
+        self.training = make_training()
+        if job.storage and job.study:
+            self.training.identify(f"{job.study}-{job.trial_id}", Path(job.storage, job.study, WORK))
+        self.trial = Trial(self.training, self.spec.plan)
+        self._start_afresh()
+        for checkpoint in checkpoints if self.training.can_resume else ():
+            if self._load(checkpoint):
+                break
+
+    def _start_afresh(self) -> None:
+        assert self.trial is not None
+        config = {"steps": self.spec.plan.steps, **self.spec.task_config, **self.settings}
+        baseline = None if self.job.baseline is None else self.job.baseline.read()
+        self._is_started = False
+        self.trial.start(config, seed=self.job.seed, role=self.job.role, baseline=baseline, searched=self.job.searched)
+        self._is_started = True
+
+    def load(self, checkpoint: Path) -> bool:
+        """Goes on from a checkpoint; False where that one cannot be used and the trial is as it was, or began again."""
+        loaded = False
+
+        def load() -> None:
+            nonlocal loaded
+            loaded = self._load(checkpoint)
+
+        if self.failure is None:
+            self._guarded(load)
+        return loaded
+
+    def _load(self, checkpoint: Path) -> bool:
+        """Raises BadSetup for a checkpoint that another trial ruined."""
+        trial, training = self.trial, self.training
+        assert trial is not None and training is not None
+        if not training.can_resume:
+            return False  # it begins again
+        if self.job.storage:
+            try:
+                refusal = Ledger(self.job.storage).check(checkpoint)
+            except BadSetup:  # torn by a kill: no checkpoint
+                return False
+            if refusal is not None:
+                if (refusal.entry.study, refusal.entry.trial_id) != (self.job.study, self.job.trial_id):
+                    raise BadSetup(str(refusal))
+                trial.verdict = _pruned_before(refusal)
+                trial.step = refusal.entry.step
+                return True
+        try:
+            trial.load(checkpoint)
+        except NothingToResume:
+            return True
+        except (OSError, UserError):  # torn by a kill, or of another configuration
+            self._start_afresh()
+            return False
+        return True
+
+    def save(self, folder: Path) -> None:
+        if self.failure is None and self.trial is not None:
+            self.trial.save(folder)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.failure is not None or (self.trial is not None and self.trial.verdict is not None)
+
+    def advance(self) -> TrialReport:
+        """Trains until there is something to report."""
+        report = TrialReport()
+        if self.failure is None:
+            self._guarded(lambda: self._advance(report))
+        judgement = self.failure or (self.trial.verdict if self.trial else None)
+        if judgement is not None:
+            report.result = self._result(judgement)
+            if judgement.verdict == Verdict.PRUNED and self.trial is not None and self._is_started:
+                # The state is saved once more after this report: that checkpoint is known before it is written.
+                self._guarded(self.trial.note_contents)
+                report.checkpoints += self.trial.wrote
+        return report
+
+    def _advance(self, report: TrialReport) -> None:
+        """Fills the report; where the training raises an exception, with all that it gave until then."""
+        trial, spec = self.trial, self.spec
+        assert trial is not None and self.training is not None
+        before, began_s = trial.step, time.monotonic()
+        is_due = wants_evaluation = False
+        try:
+            while not (trial.verdict is not None or report.wants_checkpoint or wants_evaluation or is_due):
+                report.records += trial.advance(spec.result_every or spec.plan.report_every)
+                report.wants_checkpoint = self.training.can_resume and _passed(spec.checkpoint_every, before, trial.step)
+                wants_evaluation = trial.verdict is None and _passed(spec.evaluate_every, before, trial.step)
+                is_due = spec.result_every is not None or time.monotonic() - began_s >= RESULT_S
+        finally:
+            report.records += trial.records_before_error
+            report.step, report.norm_ratio = trial.step, trial.norm_ratio()
+            report.images, trial.images = trial.images, {}
+            report.checkpoints, trial.wrote = trial.wrote, []
+            newest = report.records[-1].values if report.records else {}
+            report.last = {name: newest[name] for name in ("loss", "total_norm") if name in newest}
+        if wants_evaluation:
+            name, found = spec.plan.objective.removeprefix("delta_"), self.training.evaluate()
+            if name not in found:
+                raise UserError(f"step {trial.step}: no held-out {name} for the scheduler, found {', '.join(found) or 'nothing'}")
+            report.held_out = found[name]
+
+    def _result(self, judgement: Judgement) -> TrialResult:
+        trial = self.trial if self._is_started else None  # of one that failed before its start there is nothing to say
+        objective, violation = self.spec.plan.objective, judgement.violation
+        metrics = dict(trial.summary_metrics()) if trial and not self.failure else {}
+        effective = dict(trial.effective) if trial else {}
+        summary = TrialSummary(
+            trial_id=self.job.trial_id,
+            role=self.job.role,
+            verdict=judgement.verdict,
+            reason=judgement.reason,
+            seed=self.job.seed,
+            objective=objective,
+            config=reported_config(self.settings, effective),
+            horizon=trial.horizon() if trial else {},
+            evidence=violation.evidence() if violation else None,
+            steps=trial.step if trial else 0,
+            metrics={**metrics, "seconds": round(time.perf_counter() - self._started_s, 3)},
+            warnings=[warning.sentence for warning in trial.warnings] if trial else [],
+        )
+        baseline = None
+        if trial is not None and judgement.verdict == Verdict.SAFE and self.job.role == Role.BASELINE:
+            baseline = Baseline((trial.baseline_run(self.job.trial_id),))
+        return TrialResult(summary, trial.harm() if trial and not self.failure else 0.0, effective, baseline, self._traceback)
+
+    def close(self) -> None:
+        """Ends what the training runs outside this process."""
+        if self.training is not None:
+            self.training.close()
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Runs `action`. An exception becomes the verdict, with its place, and a traceback in the result."""
+        try:
+            action()
+        except UserError as error:
+            self.failure = Judgement(Verdict.ERROR, str(error))
+        except BadSetup as finding:
+            self.failure = Judgement(Verdict.BAD_SETUP, str(finding))
+        except self._pass_through:
+            raise
+        except Exception as error:
+            self._traceback = traceback.format_exc()
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            self.failure = Judgement(Verdict.ERROR, f"{type(error).__name__}: {error} ({where})")
+        finally:
+            if self.failure is not None:
+                with suppress(Exception):  # it has failed already
+                    self.close()
+
+
+def _pruned_before(refusal: Refusal) -> Judgement:
+    """The verdict of a trial that finds its own ruined checkpoint."""
+    entry = refusal.entry
+    violation = Violation(entry.guard or "quarantine", entry.step, "", math.nan, math.nan, "prune", entry.reason)
+    return Judgement(Verdict.PRUNED, entry.reason, violation)
+
+
+def _passed(every: int | None, before: int, step: int) -> bool:
+    """Whether a multiple of `every` lies in (before, step]."""
+    return every is not None and step // every > before // every
