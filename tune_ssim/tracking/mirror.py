@@ -1,8 +1,8 @@
 """Mirrors a study into MLflow from a process of its own, so that nothing MLflow does can stop or slow training.
 
-The process (`tracking`) reads the study's events from the last byte that MLflow has acknowledged. It is niced, holds a
-quarter of a megabyte of events at a time, and goes on trying while a server is down. Ending it at any moment loses
-nothing: the next one, tomorrow if need be, begins where it stopped. Neither mlflow nor ray is imported here.
+The process (`mirror_process`) reads the study's events from the last byte that MLflow has acknowledged. It runs at low
+priority, holds a quarter of a megabyte of events at a time, and keeps trying while a server is down. Ending it at any moment
+loses nothing: the next one begins where it stopped. Neither mlflow nor ray is imported here.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tune_ssim.results.study_folder import StudyFolder
 
 EXPERIMENT = "tune_ssim"
 POLL_S = 2.0  # larger batches cost MLflow less: 25 ms a batch, 0.2 ms a metric
-LONGEST_PAUSE_S = 30.0
-ORPHAN_S = 60.0  # how long a mirror whose study was killed goes on
+MAX_PAUSE_S = 30.0
+ORPHAN_TIMEOUT_S = 60.0  # how long a mirror continues after its study was killed
 
-# Gentle on a dead server: our own back-off does the rest. What the user has set stands.
+# Few retries of MLflow's own: `mirror_process` has its own back-off. The user's settings win.
 _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -39,14 +39,14 @@ _SETTINGS = {
 
 
 class State(TypedDict):
-    """How far a mirror is; a small file in the study's folder, one a tracking URI."""
+    """The progress of a mirror; a small file in the study's folder, one for each tracking URI."""
 
     offset: int  # bytes of events.jsonl that MLflow has
     events: int
     experiment_id: str | None
     share_key: str | None
     runs: dict[str, str]  # trial_id → run_id; the parent run is ""
-    refused: list[str]  # what MLflow would not take, in words
+    refused: list[str]  # what MLflow did not accept, as messages
     error: str | None
 
 
@@ -64,7 +64,7 @@ class MLflowMirror:
         return {**self.__dict__, "_process": None}
 
     def start(self) -> None:
-        """At once: MLflow's import and its database happen in the other process."""
+        """Returns at once: importing MLflow and opening its database happen in the other process."""
         if self._process is not None and self._process.poll() is None:
             return
         self._problem = None
@@ -72,28 +72,28 @@ class MLflowMirror:
             state_file(self.folder, self.uri).parent.mkdir(parents=True, exist_ok=True)
             with state_file(self.folder, self.uri).with_suffix(".log").open("wb") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "tune_ssim.tracking.replay"],
+                    [sys.executable, "-m", "tune_ssim.tracking.mirror_process"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
                     stderr=log,
                     env=process_environment(),
-                    start_new_session=True,  # Ctrl-C is for the study, which then drains
+                    start_new_session=True,  # Ctrl-C must reach the study only, which then drains
                 )
-            # Not an argument: a URI may hold a password, and arguments are there for every user to see.
+            # Not an argument: a URI may hold a password, and every user can see the arguments of a process.
             job = {"folder": str(self.folder.path.absolute()), "uri": self.uri, "experiment": self.experiment}
-            self._tell(json.dumps(job))
+            self._send(json.dumps(job))
         except OSError as error:
-            self._problem = in_words(error)
+            self._problem = describe_error(error)
 
     def drain(self, timeout_s: float = 60.0, progress: Callable[[str], None] | None = None) -> bool:
-        """Ends the mirror when MLflow has everything (True), or after `timeout_s`; `status()` then says why not."""
+        """Ends the mirror when MLflow has everything (True) or after `timeout_s` (False); `status()` then says why."""
         if not self._pending_bytes() and self._process is None:
             return True
         self.start()  # if it was never started, or has died
         process, ends = self._process, time.monotonic() + timeout_s
         if process is None:
             return False
-        self._tell(f"drain {timeout_s:g}")
+        self._send(f"drain {timeout_s:g}")
         while process.poll() is None and time.monotonic() < ends + 2:
             if progress is not None:
                 progress(self.status())
@@ -113,12 +113,12 @@ class MLflowMirror:
         return code == 0
 
     def reached(self) -> bool:
-        """Whether MLflow has taken anything of this study, or at least not refused to answer."""
+        """Whether MLflow has anything of this study, or at least gave no error yet."""
         state = read_state(self.folder, self.uri)
         return state["events"] > 0 or state["error"] is None
 
     def status(self) -> str:
-        """In one line: how much of it MLflow has, and what is in the way."""
+        """How much of the study MLflow has, and what the problem is; one line."""
         state = read_state(self.folder, self.uri)
         pending = self._pending_events(state["offset"])
         where = hide_password(self.uri)
@@ -130,13 +130,13 @@ class MLflowMirror:
             text += f"; {len(state['refused'])} refused, e.g. {state['refused'][0]}"
         return text
 
-    def _tell(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         try:
             if self._process is not None and self._process.stdin is not None:
                 self._process.stdin.write(line.encode() + b"\n")
                 self._process.stdin.flush()
         except OSError:
-            pass  # it is gone; `drain` sees its exit code
+            pass  # it has ended; `drain` sees its exit code
 
     def _pending_bytes(self) -> bool:
         return self._pending_events(read_state(self.folder, self.uri)["offset"]) > 0
@@ -157,7 +157,7 @@ def mirror_study(
     timeout_s: float = 600.0,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[bool, str]:
-    """Brings what is pending of a study into MLflow now; whether it is all there, and a line that says so."""
+    """Mirrors what is pending of a study now. Returns whether MLflow has all of it, and the status in one line."""
     mirror = MLflowMirror(folder, uri, experiment)
     done = mirror.drain(timeout_s, progress)
     return done, mirror.status()
@@ -181,7 +181,7 @@ def lock_file(folder: StudyFolder, uri: str) -> Path:
 
 
 def read_state(folder: StudyFolder, uri: str) -> State:
-    """Of a mirror that has not begun, or whose file is lost or damaged: nothing done yet, which is always safe."""
+    """Zero progress where there is no file or it is damaged, which is always safe: applying an event twice changes nothing."""
     empty = State(offset=0, events=0, experiment_id=None, share_key=None, runs={}, refused=[], error=None)
     try:
         return State(**{**empty, **json.loads(state_file(folder, uri).read_bytes())})  # type: ignore[typeddict-item]
@@ -190,7 +190,7 @@ def read_state(folder: StudyFolder, uri: str) -> State:
 
 
 def process_environment() -> dict[str, str]:
-    """For processes that use MLflow: this package can be imported there, the user's own settings stand."""
+    """For processes that use MLflow: this package can be imported there, and the user's own settings win."""
     import tune_ssim
 
     package = str(Path(tune_ssim.__file__).parent.parent)
@@ -198,12 +198,12 @@ def process_environment() -> dict[str, str]:
     return {**_SETTINGS, **os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUTF8": "1"}
 
 
-def in_words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """One short line without passwords."""
     text = " ".join(str(error).split())
-    for told in ("Connection refused", "Name or service not known", "timed out", "database is locked"):
-        if told.lower() in text.lower():
-            return told.lower()
+    for cause in ("connection refused", "name or service not known", "timed out", "database is locked"):
+        if cause in text.lower():
+            return cause
     text = hide_password(text)
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 

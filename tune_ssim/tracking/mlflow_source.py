@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,8 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
 from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.trouble import Trouble
-from tune_ssim.tracking.mirror import hide_password, in_words
+from tune_ssim.tracking.mirror import describe_error, hide_password
+from tune_ssim.tracking.mlflow_internals import restored
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -47,7 +47,7 @@ def open_run(
     try:
         client.get_run(run_id)
     except (MlflowException, OSError) as error:
-        raise UserError(f"{run}: {in_words(error)} {where}") from None
+        raise UserError(f"{run}: {describe_error(error)} {where}") from None
     source = MLflowRun(client, run_id, names)
     if state is not None:
         source.load_state(state)
@@ -55,8 +55,8 @@ def open_run(
 
 
 def open_new_run(tracking_uri: str, name: str, names: Mapping[str, str] | None = None) -> tuple[MLflowRun, dict[str, str]]:
-    """A run that does not exist yet, and the environment in which `mlflow.start_run()` takes it up: how a script that logs to
-    MLflow is followed without knowing what it calls its runs. Raises UserError if the tracking server does not answer."""
+    """A new, empty run, and the environment in which `mlflow.start_run()` continues it. So a script that logs to MLflow is followed
+    without knowing what it calls its runs. Raises UserError if the tracking server does not answer."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -66,14 +66,14 @@ def open_new_run(tracking_uri: str, name: str, names: Mapping[str, str] | None =
         experiment = found.experiment_id if found is not None else client.create_experiment(COMMANDS)
         run_id = client.create_run(experiment, run_name=name).info.run_id
     except (MlflowException, OSError) as error:
-        raise UserError(f"records.mlflow: {in_words(error)} (tracking URI {hide_password(tracking_uri)})") from None
+        raise UserError(f"records.mlflow: {describe_error(error)} (tracking URI {hide_password(tracking_uri)})") from None
     environment = {"MLFLOW_TRACKING_URI": tracking_uri, "MLFLOW_EXPERIMENT_ID": str(experiment), "MLFLOW_RUN_ID": run_id}
     return MLflowRun(client, run_id, names), environment
 
 
 class MLflowRun:
     """See `tune_ssim.records.readers.Source`. Each `read` asks for the whole histories, in pages; what was released before is not
-    released again. Of values that a metric has twice at one step, the first stands."""
+    released again. If a metric is logged twice at a step, the first value wins."""
 
     format = "mlflow"
 
@@ -105,15 +105,15 @@ class MLflowRun:
         yield self._rows.steps.take()
 
     def _fetch(self, complete: bool) -> None:
-        """`complete`: nothing will be logged any more. Else steps that began after the first question are left for the
-        next time: of the metrics asked for early they may lack."""
+        """`complete`: nothing will be logged any more. Otherwise steps that began after the first request are left for the next
+        call: metrics that were fetched early may lack them."""
         from mlflow.exceptions import MlflowException
 
         try:
             latest = self._client.get_run(self.run_id).data.to_proto().metrics
             histories = {metric.key: self._client.get_metric_history(self.run_id, metric.key) for metric in latest}
         except (MlflowException, OSError) as error:
-            self.trouble.note(f"run {self.run_id}: {in_words(error)}")
+            self.trouble.note(f"run {self.run_id}: {describe_error(error)}")
             return
         newest = sys.maxsize if complete else max((metric.step for metric in latest), default=-1)
         by_step: dict[int, dict[str, float]] = {}
@@ -134,8 +134,3 @@ class MLflowRun:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._rows.load_json(state["rows"])
-
-
-def restored(value: float) -> float:
-    """MLflow's SQL stores keep an infinity as the largest float (1.8e308)."""
-    return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else value

@@ -1,4 +1,4 @@
-"""`tune-ssim ui`: everything into MLflow, its server on loopback, and a link that opens on the trials, best first."""
+"""`tune-ssim ui`: mirrors everything, starts MLflow's server on loopback, prints a link to the trials, best first."""
 
 from __future__ import annotations
 
@@ -18,20 +18,13 @@ from pathlib import Path
 from tune_ssim.base.errors import UserError
 from tune_ssim.results.study_folder import StudyFolder, find_study
 from tune_ssim.tracking.mirror import default_uri, hide_password, mirror_study, process_environment, read_state
+from tune_ssim.tracking.mlflow_internals import runs_page
 
 START_TIMEOUT_S = 90.0  # a cold import of MLflow on a busy machine
 
 
-def ui_link(server: str, experiment_id: str, share_key: str | None = None) -> str:
-    """The runs of an experiment in MLflow's pages, in the shared view `share_key` if given.
-
-    `workflowType` turns MLflow 3 from its GenAI pages to those of model training."""
-    view = f"&viewStateShareKey={share_key}" if share_key else ""
-    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?workflowType=machine_learning{view}"
-
-
 def studies_of(storage: Path) -> list[StudyFolder]:
-    """Those with events, the one started last at the end."""
+    """The studies with events, the last started at the end."""
     found = [StudyFolder(path.parent) for path in storage.glob("*/events.jsonl")]
     return sorted(found, key=lambda folder: (_started(folder), folder.name))
 
@@ -61,7 +54,7 @@ def serve_ui(
     if uri.startswith(("http://", "https://")):
         if state["experiment_id"] is None:
             raise UserError(f"MLflow at {hide_password(uri)}: {state['error'] or 'nothing could be mirrored'}")
-        say(ui_link(hide_password(uri), state["experiment_id"], state["share_key"]))
+        say(f"{hide_password(uri).rstrip('/')}/{runs_page(state['experiment_id'], state['share_key'])}")
         return
     port = _free_port(host, port)
     if threading.current_thread() is threading.main_thread():
@@ -79,8 +72,8 @@ def serve_ui(
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:
         _wait_until_it_answers(server, address)
-        link = ui_link(address, state["experiment_id"], state["share_key"]) if state["experiment_id"] else address
-        say(f"{link}\nCtrl-C ends it.")
+        page = runs_page(state["experiment_id"], state["share_key"]) if state["experiment_id"] else ""
+        say(f"{address}/{page}\nCtrl-C ends it.")
         server.wait()
         raise UserError(f"MLflow's server at {address} has ended (code {server.returncode})")
     except KeyboardInterrupt:
@@ -108,7 +101,7 @@ def _free_port(host: str, port: int) -> int:
 
 
 def _wait_until_it_answers(server: subprocess.Popen[bytes], address: str) -> None:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is nobody's proxy's business
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy
     ends = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < ends:
         if server.poll() is not None:

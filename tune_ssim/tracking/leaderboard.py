@@ -1,0 +1,183 @@
+"""What people read of a study in MLflow: the names of its runs, and the table in the description of the parent run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tune_ssim.results.events import gain
+from tune_ssim.results.trial_text import STYLES, shown_metric
+from tune_ssim.tracking.mlflow_internals import MAX_NAME_LENGTH, MAX_NOTE_LENGTH, run_page, runs_page
+from tune_ssim.trials.summary import OBJECTIVE
+
+Summary = Mapping[str, Any]  # a trial's summary as an event holds it; a foreign trainable's verdict may be "unjudged"
+VERDICTS = list(STYLES)  # best first
+
+
+@dataclass
+class Leaderboard:
+    """What the events of a study say about its trials."""
+
+    name: str
+    note: str = ""
+    has_ended: bool = False
+    roles: dict[str, str] = field(default_factory=dict)
+    configs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    summaries: dict[str, Summary] = field(default_factory=dict)
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        kind, trial_id = event["event"], event.get("trial_id", "")
+        if kind == "study":
+            self.name, self.note, self.has_ended = event.get("name") or self.name, event.get("note") or "", False
+        elif kind == "trial":
+            self.roles[trial_id], self.configs[trial_id] = event.get("role") or "search", event.get("config") or {}
+        elif kind == "verdict":
+            self.summaries[trial_id] = event["summary"]
+        elif kind == "end":
+            self.has_ended = True
+
+    def run_name(self, trial_id: str) -> str:
+        """gain 1 @ t≤0.3 · safe · ΔSSIM +0.0084"""
+        parts = [_setting(self.roles.get(trial_id, "search"), self.configs.get(trial_id, {})) or trial_id]
+        if (summary := self.summaries.get(trial_id)) is not None:
+            evidence, verdict = summary.get("evidence") or {}, summary["verdict"]
+            if verdict == "pruned" and evidence.get("guard"):
+                verdict = f"pruned by {evidence['guard']} at {evidence.get('step')}"
+            parts.append("bad setup" if verdict == "bad_setup" else verdict)
+            value = number((summary.get("metrics") or {}).get(_objective(summary)))
+            if value is not None and summary.get("role") != "baseline":
+                parts.append(f"{shown_metric(_objective(summary))} {_signed(value)}")
+        return " · ".join(parts)[:MAX_NAME_LENGTH]
+
+    def study_name(self) -> str:
+        """fundus-ssim: best gain 1 @ t≤0.3, ΔSSIM +0.0084"""
+        if not self.summaries:
+            return self.name
+        best = next((one for _, one in self.ranked() if one["verdict"] == "safe" and _objective_value(one) > 0), None)
+        if best is None:
+            return f"{self.name}: no safe gain {'found' if self.has_ended else 'yet'}"[:MAX_NAME_LENGTH]
+        result = f"{shown_metric(_objective(best))} {_signed(_objective_value(best))}"
+        return f"{self.name}: best {_setting('search', best.get('config') or {})}, {result}"[:MAX_NAME_LENGTH]
+
+    def ranked(self) -> list[tuple[str, Summary]]:
+        """By verdict, then by the objective, best first; baselines last."""
+
+        def place(item: tuple[str, Summary]) -> tuple[bool, int, float]:
+            summary = item[1]
+            verdict = summary["verdict"]
+            rank = VERDICTS.index(verdict) if verdict in VERDICTS else len(VERDICTS)
+            return summary.get("role") == "baseline", rank, -_objective_value(summary)
+
+        return sorted(self.summaries.items(), key=place)
+
+    def text(self, experiment_id: str, share_key: str, runs: Mapping[str, str]) -> str:
+        """Markdown: the result in one sentence, then a table whose rows link to the runs. `runs`: trial_id → run_id."""
+        counts = Counter(one["verdict"] for one in self.summaries.values() if one.get("role") != "baseline")
+        verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) or "no trial has ended yet"
+        objective = next((_objective(summary) for summary in self.summaries.values()), OBJECTIVE)
+        lines = [
+            f"**{_cell(self.study_name())}** ({verdicts}). [All trials, best first]({runs_page(experiment_id, share_key)})",
+            "",
+            *([self.note, ""] if self.note else []),
+            f"| setting | verdict | reason | {_cell(shown_metric(objective))} | PSNR | norm ratio |",
+            "|---|---|---|---|---|---|",
+        ]
+        text = "\n".join(lines)
+        for n, row in enumerate(self._rows(objective, experiment_id, runs)):
+            if len(text) + len(row) > MAX_NOTE_LENGTH - 60:
+                text += f"\n\n… and {len(self.summaries) - n} more in the table of runs."
+                break
+            text += f"\n{row}"
+        return text[:MAX_NOTE_LENGTH]
+
+    def _rows(self, objective: str, experiment_id: str, runs: Mapping[str, str]) -> Iterator[str]:
+        for trial_id, summary in self.ranked():
+            metrics = summary.get("metrics") or {}
+            config = {**self.configs.get(trial_id, {}), **(summary.get("config") or {})}
+            setting = _setting(summary.get("role") or "search", config) or trial_id
+            cells = [
+                f"[{_cell(setting)}]({run_page(experiment_id, runs.get(trial_id, ''))})",
+                summary["verdict"],
+                _cell(shortened(str(summary.get("reason") or ""), 160)),
+                _cell_number(metrics.get(objective), "+.4f"),
+                _cell_number(metrics.get("psnr"), ".2f"),
+                _cell_number(metrics.get("norm_ratio_max"), ".3g"),
+            ]
+            yield f"| {' | '.join(cells)} |"
+
+
+def number(value: Any) -> float | None:
+    """Also of the strings in which `jsonable` writes NaN and infinities; None for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def plain(value: Any) -> str:
+    """1.0 and 1 are one setting; 0.1 · 0.01 is 0.001."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return str(value)
+    if isinstance(value, (int, float)):
+        return f"{value:.12g}" if abs(value) < 1e15 else str(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}"""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found.update(flattened(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _setting(role: str, config: Mapping[str, Any]) -> str:
+    """gain 30 @ t≤0.3"""
+    seed = f"seed {config['seed']}" if "seed" in config else ""
+    if role == "baseline":
+        return f"baseline {seed}".strip()
+    strength, max_t = gain(config), config.get("ssim_loss_max_t")
+    if strength is None or max_t is None:
+        return ", ".join(f"{key.rsplit('.', 1)[-1]} {plain(value)}" for key, value in flattened(config).items())[:100]
+    setting = f"gain {strength:.4g} @ t≤{plain(max_t)}"
+    return f"{role}: {setting} {seed}".strip() if role != "search" else setting
+
+
+def _objective(summary: Summary) -> str:
+    return str(summary.get("objective") or OBJECTIVE)
+
+
+def _objective_value(summary: Summary) -> float:
+    """-Inf where it was not measured."""
+    value = number((summary.get("metrics") or {}).get(_objective(summary)))
+    return -math.inf if value is None or math.isnan(value) else value
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def _cell(text: str) -> str:
+    """Text that is safe in a Markdown table; a reason may contain anything."""
+    return re.sub(r"([\\|\[\]<>`*_])", r"\\\1", " ".join(text.split()))
+
+
+def _cell_number(value: Any, form: str) -> str:
+    found = number(value)
+    return "–" if found is None else format(found, form).replace("-", "−")
