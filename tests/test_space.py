@@ -249,8 +249,8 @@ BAD = [
     (PINNED + "  gain: 1", "not valid YAML"),
     (PINNED.replace("ssim_grad_scale: 0.1", "gain: 0.1"), "s.yaml:5: gain: fix ssim_loss_weight and ssim_grad_scale instead"),
     # points
-    (GOOD + "points: {a: 1}", "s.yaml:5: points: must be a list of points"),
-    (GOOD + "points: [3]", "s.yaml:5: a point must be a mapping, got 3"),
+    (GOOD + "points: {a: 1}", "s.yaml:5: points: must be a list, got {'a': 1} (a mapping)"),
+    (GOOD + "points: [3]", "s.yaml:5: point: must be a mapping, got 3"),
     (GOOD + "points:\n  - {ssim_loss_weight: 1}", "s.yaml:6: point: ssim_loss_max_t, ssim_grad_scale missing"),
     (GOOD + "points:\n  - {gain: 1, ssim_loss_max_t: 0.1}", "s.yaml:6: gain: a point gives ssim_loss_weight and"),
     (

@@ -283,7 +283,7 @@ BAD = [
     ("a: [", "s.yaml:1: not valid YAML"),
     (b"\x80\x02}q\0.", "s.yaml: is not a text file"),
     ("gurads: {}", "s.yaml:1: unknown key 'gurads'; did you mean 'guards'?"),
-    ("xyz: {}", "s.yaml:1: unknown key 'xyz'; valid: name, space, task"),
+    ("xyz: {}", "s.yaml:1: unknown key 'xyz'; valid: name, task, task_config, baseline, space"),
     ("name: 3", "s.yaml:1: name: letters, digits"),
     ("name: ../x", "s.yaml:1: name: letters, digits"),
     ("task: fundus_s", "s.yaml:1: task: unknown task 'fundus_s'; did you mean 'fundus_sr'?"),

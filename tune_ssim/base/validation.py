@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, short_repr
@@ -152,15 +163,24 @@ def build_dataclass(kind: type[T], given: Any, valid: Iterable[str]) -> T:
 
 
 def plain_mapping(value: Any) -> dict[str, Any]:
-    """A mapping as a file can hold it: lists for tuples, text for keys; nothing at all is an empty one."""
+    """A mapping as a file can hold it: lists for tuples, text for keys and paths; nothing at all is an empty one."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         raise problem(f"must be a mapping, got {describe(value)}")
     try:
-        return json.loads(json.dumps(dict(value)))
+        return json.loads(json.dumps(dict(value), default=os.fspath))
     except (TypeError, ValueError) as error:
         raise problem(f"must hold plain values: {error}") from None
+
+
+def or_empty(kind: Callable[[], Any]) -> BeforeValidator:
+    """`key:` with nothing behind it is an empty list, mapping, text."""
+    return BeforeValidator(lambda given: kind() if given is None else given)
+
+
+Text = Annotated[str, or_empty(str), AfterValidator(lambda text: " ".join(text.split()))]
+"""Text in one line."""
 
 
 class Section(BaseModel):

@@ -88,6 +88,24 @@ def read_yaml(path: str | Path) -> Source:
     return parse_yaml(text, label)
 
 
+def find_document(what: str, text: str, folder: Path, bundled: Path) -> Path:
+    """The file that a name or path means: one of the folder `bundled`, or a path that starts from `folder`. Raises UserError
+    with the names there are."""
+    names = sorted(path.stem for path in bundled.glob("*.yaml"))
+    if text in names:
+        return bundled / f"{text}.yaml"
+    if text.endswith((".yaml", ".yml")) or "/" in text or is_file(folder / text):
+        return folder / Path(text).expanduser()
+    raise UserError(f"unknown {what} {short_repr(text)}{did_you_mean(text, names)} (a path ends in .yaml)")
+
+
+def is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name, a NUL character
+        return False
+
+
 def parse_yaml(text: bytes | str, label: str) -> Source:
     """The mapping in `text`, which messages call `label`. Raises UserError for everything that is not one."""
     if len(text) > MAX_BYTES:

@@ -13,11 +13,11 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, PlainValidator, ValidationError, ValidationInfo, model_validator
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.validation import Problem, Problems, Section, problem, problems_of, user_error
-from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, read_yaml, short_repr
+from tune_ssim.base.validation import Problem, Problems, Section, Text, problem, problems_of, user_error
+from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, find_document, read_yaml, short_repr
 from tune_ssim.guards import EpochMean, FirstValue, MovingMean, Rule, Threshold, Trend
 from tune_ssim.guards.condition import Condition
 from tune_ssim.guards.violation import Action
@@ -98,7 +98,7 @@ def load_rules(
     elif isinstance(pack, Source):
         source = pack
     elif isinstance(pack, (str, Path)) and str(pack).strip():
-        source = read_yaml(find_pack(str(pack), Path(relative_to or ".")))
+        source = read_yaml(find_document("rule pack", str(pack), Path(relative_to or "."), bundled_packs_folder()))
     else:
         raise UserError(f"a rule pack is a name, a path or a mapping, got {describe(pack)}")
     stem = Path(source.label).stem
@@ -122,20 +122,7 @@ def build_pack(document: Mapping[str, Any], options: Mapping[str, float] | None 
     return _PackFile.model_validate(document, context={}).pack(document)
 
 
-def find_pack(text: str, folder: Path) -> Path:
-    """The file that a name or path means. Raises UserError naming the bundled packs."""
-    if text in bundled_packs():
-        return bundled_packs_folder() / f"{text}.yaml"
-    if text.endswith((".yaml", ".yml")) or "/" in text:
-        return folder / Path(text).expanduser()
-    raise UserError(f"unknown rule pack {short_repr(text)}{did_you_mean(text, bundled_packs())} (a path ends in .yaml)")
-
-
 # ---- a pack as in a file ----
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _names(given: Any) -> tuple[str, ...]:
@@ -195,27 +182,13 @@ def _options(given: Any, info: ValidationInfo) -> dict[str, float | None]:
     return options
 
 
-def _for_each(given: Any) -> dict[str, list[str]]:
-    if not isinstance(given, Mapping):
-        raise problem(f"must be a mapping from a name to a list, got {describe(given)}")
-    problems = Problems()
-    for key, values in given.items():
-        if not isinstance(key, str):
-            problems.add((key,), f"must be a name, got {describe(key)}")
-        elif not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, str) for value in values):
-            problems.add((key,), f"must be a list of names, got {describe(values) if values else 'an empty list'}")
-    problems.check()
-    return dict(given)
-
-
 def _when(given: Any, info: ValidationInfo) -> tuple[_Condition, ...]:
-    if isinstance(given, Mapping):
-        return (_Condition.model_validate(given, context=info.context),)
-    if not isinstance(given, (list, tuple)) or not given:
+    is_one = isinstance(given, Mapping)
+    if not is_one and (not isinstance(given, (list, tuple)) or not given):
         raise problem(f"must be a condition or a list of them, got {describe(given)}")
     problems, found = Problems(), []
-    for index, condition in enumerate(given):
-        with problems.at(index):
+    for index, condition in enumerate([given] if is_one else given):
+        with problems.at(*(() if is_one else (index,))):
             found.append(_Condition.model_validate(condition, context=info.context))
     problems.check()
     return tuple(found)
@@ -226,11 +199,10 @@ def _plain_name(given: Any) -> str:
         raise problem(f"must be text, got {describe(given)}")
     if "/" in given or given != given.strip():
         raise problem(f"must be a plain name, got {short_repr(given)}")
-    return _one_line(given)
+    return " ".join(given.split())
 
 
-Text = Annotated[str, AfterValidator(_one_line)]
-Metric = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
+Metric = Annotated[Text, Field(min_length=1)]
 Names = Annotated[tuple[str, ...], PlainValidator(_names)]  # one name or a list of them
 Number = Annotated[float | None, PlainValidator(_number)]
 Whole = Annotated[int | None, PlainValidator(_whole)]
@@ -308,7 +280,7 @@ class _Rule(Section):
     remedy: Text = ""
     source: Text = ""
     optional: bool = False
-    for_each: Annotated[dict[str, list[str]], PlainValidator(_for_each)] = Field(default_factory=dict)
+    for_each: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _knows_its_placeholders(self) -> _Rule:

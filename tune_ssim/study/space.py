@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, PlainValidator, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationInfo, model_validator
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.validation import Document, Problem, Problems, Section, problem, unknown_keys, validate
-from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, read_yaml, short_repr
+from tune_ssim.base.validation import Document, Problem, Problems, Section, Text, or_empty, problem, unknown_keys, validate
+from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, find_document, is_file, read_yaml, short_repr
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -208,24 +208,10 @@ def _name(given: Any) -> str:
     return given
 
 
-def _description(given: Any) -> str:
-    if given is not None and not isinstance(given, str):
-        raise problem(f"must be text, got {describe(given)}")
-    return " ".join((given or "").split())
-
-
-def _mapping(given: Any) -> dict[str, Any]:
-    """A mapping from names to anything; nothing at all is an empty one."""
-    if given is not None and not isinstance(given, Mapping):
-        raise problem(f"must be a mapping, got {describe(given)}")
-    Problems(Problem((), f"a key must be a name, got {short_repr(key)}") for key in given or () if not isinstance(key, str)).check()
-    return dict(given or {})
-
-
-def _parameters(given: Any) -> dict[str, Domain]:
+def _parameters(given: dict[str, Any]) -> dict[str, Domain]:
     found: dict[str, Domain] = {}
     problems = Problems()
-    for name, value in _mapping(given).items():
+    for name, value in given.items():
         with problems.at(name):
             found[name] = _domain(name, value)
     problems.check()
@@ -271,40 +257,31 @@ def _domain(name: str, given: Any) -> Domain:
     return Choice(tuple(_as_number(name, value) for value in domain.values), domain.unit) if isinstance(domain, Choice) else domain
 
 
-def _fixed(given: Any, info: ValidationInfo) -> dict[str, Any]:
-    fixed = {name: _as_number(name, value) for name, value in _mapping(given).items()}
-    problems = Problems()
-    for name, value in fixed.items():
-        message = _scalar_problem(value) or setting_problem(name, value)
-        if message:
-            problems.add((name,), message)
-    problems.check()
-    parameters = info.data.get("parameters")
+def _fixed(given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    parameters = (info.data or {}).get("parameters")
     if isinstance(parameters, dict) and GAIN in parameters and GRAD_SCALE not in parameters:
         # A sampled gain must become a weight: without attenuation unless the space says otherwise.
-        fixed.setdefault(GRAD_SCALE, 1.0)
-    return _ordered(fixed)
+        given = {GRAD_SCALE: 1.0, **given}
+    problems = Problems()
+    for name, value in given.items():
+        message = _scalar_problem(value) or setting_problem(name, value)
+        if message:
+            problems.add((name,), message, subject=name)
+    problems.check()
+    return _numbers(given)
 
 
-def _points(given: Any) -> tuple[dict[str, Any], ...]:
-    if given is not None and not isinstance(given, (list, tuple)):
-        raise problem(f"must be a list of points, got {describe(given)}", subject="points")
-    Problems(
-        Problem((index,), f"a point must be a mapping, got {describe(point)}", subject="")
-        for index, point in enumerate(given or ())
-        if not isinstance(point, Mapping)
-    ).check()
-    return tuple(_ordered({name: _as_number(name, value) for name, value in _mapping(point).items()}) for point in given or ())
+Settings = Annotated[dict[str, Any], or_empty(dict)]
 
 
 class Stage(Document):
     """One step of a route: the parameters searched, the settings fixed, and points to be tried first as written."""
 
     name: Annotated[str, PlainValidator(_name)]
-    parameters: Annotated[dict[str, Domain], PlainValidator(_parameters)] = Field(default_factory=dict)
-    fixed: Annotated[dict[str, Any], PlainValidator(_fixed)] = Field(default_factory=dict, validate_default=True)
-    points: Annotated[tuple[dict[str, Any], ...], PlainValidator(_points)] = ()
-    description: Annotated[str, PlainValidator(_description)] = ""
+    parameters: Annotated[Settings, AfterValidator(_parameters)] = Field(default_factory=dict)  # by name, a Domain each
+    fixed: Annotated[Settings, AfterValidator(_fixed)] = Field(default_factory=dict, validate_default=True)
+    points: Annotated[tuple[Annotated[dict[str, Any], AfterValidator(_numbers)], ...], or_empty(tuple), Field(strict=False)] = ()
+    description: Text = ""
 
     @property
     def is_relative(self) -> bool:
@@ -350,7 +327,7 @@ class Space(Section):
 
     name: Annotated[str, PlainValidator(_name)] = "inline"
     stages: tuple[Stage, ...]
-    description: Annotated[str, PlainValidator(_description)] = ""
+    description: Text = ""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -367,7 +344,7 @@ class Space(Section):
             for key in {"parameters", "points"} & set(given):
                 problems.add((key,), "belongs to a stage, since this space has `stages`")
             with problems.at("fixed"):
-                shared = _mapping(given.get("fixed"))
+                shared = _fixed_by_all.validate_python(given.get("fixed"))
             items = given["stages"]
             if not isinstance(items, (list, tuple)) or not items:
                 problems.add(("stages",), f"must be a list of stages, got {describe(items)}")
@@ -379,7 +356,7 @@ class Space(Section):
             stages = [{"name": head.get("name", "inline"), **own}]
         with problems.at():
             built = handler({**head, "stages": tuple(stages)})
-        problems.found = [_placed(one, "stages" in given, shared) for one in problems.found]
+        problems.found = [_placed(one, "stages" in given) for one in problems.found]
         problems.check()
         return built
 
@@ -414,6 +391,9 @@ class Space(Section):
         return {**head, "stages": stages}
 
 
+_fixed_by_all: TypeAdapter[dict[str, Any]] = TypeAdapter(Annotated[Settings, AfterValidator(_fixed)])
+
+
 def _with_shared(stage: Any, shared: Mapping[str, Any]) -> Any:
     """A stage as in a file, with what is fixed for the whole space."""
     if not isinstance(stage, Mapping) or not isinstance(stage.get("fixed") or {}, Mapping):
@@ -437,19 +417,17 @@ def _twice(stages: Iterable[Any], shared: Mapping[str, Any]) -> Iterator[Problem
                 yield Problem(("stages", index, "fixed", key), message, subject=str(key))
 
 
-def _placed(one: Problem, is_staged: bool, shared: Mapping[str, Any]) -> Problem:
+def _placed(one: Problem, is_staged: bool) -> Problem:
     """A problem of a stage at its place in the file, named by the setting that it is about."""
     if len(one.loc) < 3 or one.loc[0] != "stages":
         return one
     part, *names = inner = one.loc[2:]
-    of_space = part == "fixed" and names and names[0] in shared and one.subject is None
-    loc = inner if of_space or not is_staged else one.loc
     subject = one.subject
     if subject is None and part in ("parameters", "fixed") and names:
         subject = str(names[0])
-    elif subject is None and part == "points":
+    elif subject is None and part == "points" and names:
         subject = str(names[1]) if len(names) > 1 else "point"
-    return replace(one, loc=loc, subject=subject)
+    return replace(one, loc=one.loc if is_staged else inner, subject=subject)
 
 
 def resolve_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -541,24 +519,13 @@ def load_space(space: str | Path | Mapping[str, Any] | Source, *, relative_to: s
 
 def find_space(text: str, folder: Path) -> tuple[Path, str | None]:
     """The file that a name or path means, and the stage. Raises UserError naming the bundled spaces."""
-    name, _, stage = text.rpartition(":") if ":" in text and not _exists(folder / text) else (text, "", None)
+    name, _, stage = text.rpartition(":") if ":" in text and not is_file(folder / text) else (text, "", None)
     if text.endswith(":"):
         raise UserError(f"space {text!r}: no stage after ':'")
-    if name in bundled_spaces():
-        return bundled_spaces_folder() / f"{name}.yaml", stage
-    if name.endswith((".yaml", ".yml")) or "/" in name or _exists(folder / name):
-        path = folder / Path(name).expanduser()
-        if not _exists(path):
-            raise UserError(f"{path}: no such file; bundled spaces: {', '.join(bundled_spaces())}")
-        return path, stage
-    raise UserError(f"unknown space {short_repr(name)}{did_you_mean(name, bundled_spaces())} (a path ends in .yaml)")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long a name, a NUL character
-        return False
+    path = find_document("space", name, folder, bundled_spaces_folder())
+    if not is_file(path) and not path.is_dir():
+        raise UserError(f"{path}: no such file; bundled spaces: {', '.join(bundled_spaces())}")
+    return path, stage
 
 
 def _read(source: Source) -> Space:
@@ -604,6 +571,11 @@ def _point_problems(parameters: Mapping[str, Domain], fixed: Mapping[str, Any], 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """In their order, the known ones as real numbers."""
+    return _ordered({name: _as_number(name, value) for name, value in settings.items()})
 
 
 def _as_number(name: str, value: Any) -> Any:

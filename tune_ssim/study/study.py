@@ -8,11 +8,20 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import check_name
@@ -22,13 +31,14 @@ from tune_ssim.base.validation import (
     Problems,
     Section,
     build_dataclass,
+    or_empty,
     plain_mapping,
     problem,
     unknown_keys,
     user_error,
     validate,
 )
-from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, dump_yaml, read_yaml, short_repr
+from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, dump_yaml, find_document, read_yaml, short_repr
 from tune_ssim.guards import Guard, KeepRule, NonFinite, NormRatio, SmokeTest, Threshold
 from tune_ssim.guards.rule_pack import RulePack, build_pack, load_rules
 from tune_ssim.study.command_spec import CommandSpec, reading_problems
@@ -40,6 +50,7 @@ BUILT_IN_TASKS = {
     "two_stage_vlm": "tune_ssim.tasks.two_stage_vlm:TwoStageVLM",
     "vae_kl": "tune_ssim.tasks.vae_kl:VAEKL",
 }
+_TASK_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 PATHS = {"fundus_sr": ("data", "vae", "weights")}  # keys of a built-in task's task_config that name a file or folder
 DEFAULT_STUDY = "fundus_ssim"
 DEFAULT_SPACE = "wide"
@@ -116,6 +127,10 @@ class Keep(Section):
     def limit(self) -> dict[str, float]:
         """The one that is set, e.g. `{"min_delta": -0.3}`."""
         return {name: value for name, value in self if value is not None}
+
+    @model_serializer
+    def _as_in_a_file(self) -> dict[str, float]:
+        return self.limit
 
 
 def _default_keep() -> dict[str, Keep]:
@@ -211,24 +226,19 @@ def default_guards() -> dict[str, Guard]:
 
 @dataclass(frozen=True)
 class _File:
-    """The file that a study is read from. folder: where its relative paths start; the current folder for a mapping.
+    """What a study is read from. folder: where its relative paths start; the current one for a mapping.
     is_launch: the study is to be started from this machine."""
 
     source: Source
     folder: Path
     is_launch: bool = False
 
-    @property
-    def is_mapping(self) -> bool:
-        return not self.source.lines
-
     def path(self, text: str) -> str:
         return str((self.folder / Path(text).expanduser()).absolute())
 
 
 S = TypeVar("S")
-# `search:` with nothing behind it is the section with its defaults.
-OrDefaults = Annotated[S, BeforeValidator(lambda given: {} if given is None else given)]
+OrDefaults = Annotated[S, or_empty(dict)]
 
 
 def _study_name(given: Any) -> str:
@@ -238,38 +248,40 @@ def _study_name(given: Any) -> str:
     return given
 
 
-def _count(given: Any) -> int:
-    if not _is_count(given):
-        raise problem(f"must be an integer >= 1, got {describe(given)}")
+def _count(given: Any, or_null: str = "") -> int:
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise problem(f"must be an integer >= 1{or_null}, got {describe(given)}")
     return given
 
 
 def _count_or_null(given: Any) -> int | None:
-    if given is not None and not _is_count(given):
-        raise problem(f"must be an integer >= 1 or null, got {describe(given)}")
-    return given
+    return None if given is None else _count(given, " or null")
 
 
 def _task(given: Any) -> str | CommandSpec:
     if isinstance(given, (Mapping, CommandSpec)):
         return CommandSpec.model_validate(given)
-    if isinstance(given, str) and (given in BUILT_IN_TASKS or _is_path(given)):
+    if isinstance(given, str) and (given in BUILT_IN_TASKS or _TASK_PATH.fullmatch(given)):
         return given
     guess = did_you_mean(given, BUILT_IN_TASKS) if isinstance(given, str) else ""
     raise problem(f"unknown task {short_repr(given)}{guess} (your own: my_pkg.train:MyTask, or a command)")
 
 
+def _task_text(task: str | CommandSpec) -> str | dict[str, Any]:
+    return task.model_dump() if isinstance(task, CommandSpec) else task
+
+
 def _task_config(given: Any, info: ValidationInfo) -> dict[str, Any]:
     config = {"steps": DEFAULT_STEPS, **plain_mapping(given)}
     problems = Problems(_setting_problems(config))
-    if not _is_count(config["steps"]):
-        problems.add(("steps",), f"must be an integer >= 1, got {describe(config['steps'])}")
+    with problems.at("steps"):
+        _count(config["steps"])
     problems.check()
     file: _File | None = info.context
-    return config if file is None else _with_paths(config, Path() if file.is_mapping else file.folder, info.data.get("task"))
+    return config if file is None else _with_paths(config, file, info.data.get("task"))
 
 
-def _with_paths(config: dict[str, Any], folder: Path, task: Any) -> dict[str, Any]:
+def _with_paths(config: dict[str, Any], file: _File, task: Any) -> dict[str, Any]:
     """Files and folders as absolute paths, since workers run elsewhere. They are meant relative to the study file: the values of
     PATHS, and for a task of one's own every value that begins with `./`, `../` or `~/`."""
     named = PATHS.get(task, ()) if isinstance(task, str) else ()
@@ -278,7 +290,7 @@ def _with_paths(config: dict[str, Any], folder: Path, task: Any) -> dict[str, An
         if not isinstance(value, str) or not value or "\0" in value:
             return value
         is_path = key in named if named else value.startswith(("./", "../", "~/"))
-        return os.path.normpath((folder / Path(value).expanduser()).absolute()) if is_path else value
+        return os.path.normpath(file.path(value)) if is_path else value
 
     return {key: absolute(key, value) for key, value in config.items()}
 
@@ -319,6 +331,10 @@ def _baseline(given: Any, info: ValidationInfo) -> BaselineRuns:
         built = BaselineRuns.model_validate({**parts, "overrides": overrides})
     problems.check()
     return built
+
+
+def _flat_baseline(baseline: BaselineRuns) -> dict[str, Any]:
+    return {**baseline.overrides, **baseline.model_dump(include={"seeds", "log"})}
 
 
 def _baseline_problems(overrides: Mapping[str, Any]) -> Iterator[Problem]:
@@ -394,6 +410,16 @@ def _guards(given: Any, info: ValidationInfo) -> dict[str, Guard]:
     return guards
 
 
+def _guard_options(guards: dict[str, Any]) -> dict[str, Any]:
+    def options(guard: Any, names: tuple[str, ...]) -> dict[str, Any]:
+        values = {name: getattr(guard, name) for name in names}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    found: dict[str, Any] = {name: options(guards[name], names) if name in guards else None for name, (_, names) in _GUARDS.items()}
+    thresholds = [guards[name] for name in sorted(guards) if isinstance(guards[name], Threshold)]
+    return {**found, "threshold": [options(guard, _THRESHOLD) for guard in thresholds]}
+
+
 def _rules(given: Any, info: ValidationInfo) -> tuple[RulePack, ...]:
     """Each a name, a path, or a pack written out; {pack: name, options: {...}} sets a pack's options."""
     if given is not None and not isinstance(given, (list, tuple)):
@@ -444,29 +470,38 @@ def _import_path(given: Any, info: ValidationInfo) -> str | None:
     file: _File | None = info.context
     task = info.data.get("task")
     if given is None:
-        if file is None or file.is_mapping or (isinstance(task, str) and task in BUILT_IN_TASKS):
+        if file is None or not file.source.lines or (isinstance(task, str) and task in BUILT_IN_TASKS):
             return None
         return str(file.folder.absolute())
     if not isinstance(given, str) or not given or "\0" in given:
         raise problem(f"must be a folder, got {describe(given)}")
-    return given if file is None else str(((Path() if file.is_mapping else file.folder) / Path(given).expanduser()).absolute())
+    return given if file is None else file.path(given)
 
 
 class Study(Document):
     """Raises ValueError when built with parts that do not fit together; `load_study` also gives the line of each problem."""
 
     name: Annotated[str, PlainValidator(_study_name)]
-    space: Annotated[Space, PlainValidator(_space)]
     # A key of BUILT_IN_TASKS, module:Class, module:function, or a command.
-    task: Annotated[str | CommandSpec, PlainValidator(_task)] = "fundus_sr"
+    task: Annotated[str | CommandSpec, PlainValidator(_task), PlainSerializer(_task_text)] = "fundus_sr"
     task_config: Annotated[dict[str, Any], PlainValidator(_task_config)] = Field(default_factory=lambda: {"steps": DEFAULT_STEPS})
-    baseline: Annotated[BaselineRuns, PlainValidator(_baseline)] = Field(default_factory=_usual_baseline)
+    baseline: Annotated[BaselineRuns, PlainValidator(_baseline), PlainSerializer(_flat_baseline)] = Field(
+        default_factory=_usual_baseline
+    )
+    space: Annotated[Space, PlainValidator(_space), PlainSerializer(Space.to_yaml)]
     search: OrDefaults[Search] = Field(default_factory=Search)
-    scheduler: Annotated[Asha | None, PlainValidator(_scheduler)] = None  # FACTS §6: a fifth of its best were not fully trained
+    # FACTS §6: a fifth of ASHA's best picks were not fully trained.
+    scheduler: Annotated[
+        Asha | None, PlainValidator(_scheduler), PlainSerializer(lambda asha: asha and {"asha": asha.model_dump()})
+    ] = None
     # By the guard's name; absent: off.
-    guards: Annotated[dict[str, Guard], PlainValidator(_guards)] = Field(default_factory=default_guards)
+    guards: Annotated[dict[str, Guard], PlainValidator(_guards), PlainSerializer(_guard_options)] = Field(
+        default_factory=default_guards
+    )
     # Further guards, as packs; none by default: not every training is one that a pack is about.
-    rules: Annotated[tuple[RulePack, ...], PlainValidator(_rules)] = ()
+    rules: Annotated[
+        tuple[RulePack, ...], PlainValidator(_rules), PlainSerializer(lambda packs: [dict(pack.document) for pack in packs])
+    ] = ()
     objective: OrDefaults[Objective] = Field(default_factory=Objective)
     resources: OrDefaults[Resources] = Field(default_factory=Resources)
     # None: off, and the proof says so.
@@ -536,37 +571,7 @@ class Study(Document):
 
     def to_dict(self) -> dict[str, Any]:
         """As in a file, with everything explicit."""
-        thresholds = [self.guards[name] for name in sorted(self.guards) if isinstance(self.guards[name], Threshold)]
-        guards: dict[str, Any] = {
-            name: _options(self.guards[name], names) if name in self.guards else None for name, (_, names) in _GUARDS.items()
-        }
-        guards["threshold"] = [_options(guard, _THRESHOLD) for guard in thresholds]
-        keep = {metric: rule.limit for metric, rule in self.objective.keep.items()}
-        return {
-            "name": self.name,
-            "task": self.task.model_dump() if isinstance(self.task, CommandSpec) else self.task,
-            "task_config": dict(self.task_config),
-            "baseline": {
-                **self.baseline.overrides,
-                "seeds": self.baseline.seeds,
-                "log": None if self.baseline.log is None else self.baseline.log.model_dump(),
-            },
-            "space": self.space.to_yaml(),
-            "search": self.search.model_dump(),
-            "scheduler": None if self.scheduler is None else {"asha": self.scheduler.model_dump()},
-            "guards": guards,
-            "rules": [dict(pack.document) for pack in self.rules],
-            "objective": {"maximize": self.objective.maximize, "keep": keep},
-            "resources": self.resources.model_dump(),
-            "preflight": None if self.preflight is None else self.preflight.model_dump(),
-            "calibration": None if self.calibration is None else self.calibration.model_dump(),
-            "confirm": None if self.confirm is None else self.confirm.model_dump(),
-            "report_every": self.report_every,
-            "result_every": self.result_every,
-            "checkpoint_every": self.checkpoint_every,
-            "tracking": None if self.tracking is None else self.tracking.model_dump(),
-            "import_path": self.import_path,
-        }
+        return self.model_dump()
 
     def problems(self, context: _File | None) -> Iterable[Problem]:
         yield from _problems(self)
@@ -628,51 +633,24 @@ def load_study(
     if isinstance(study, Mapping):
         source = Source("study", dict(study))
     else:
-        path = _find(DEFAULT_STUDY if study is None else study)
+        is_path = isinstance(study, Path)
+        name = DEFAULT_STUDY if study is None else str(study)
+        path = Path(name).expanduser() if is_path else find_document("study", name, Path(), bundled_studies_folder())
         source, folder = read_yaml(path), path.parent
     for key, value in (overrides or {}).items():
         if value is not None:
             loc, option = {**_BY_PLACE, **_OPTIONS}[key]
             source = source.overridden(loc, value, option)
-    source = _plain(source)
-    stem = Path(source.label).stem.replace("_", "-")
-    given = {"name": stem if _is_name(stem) else "study", "space": DEFAULT_SPACE, **source.value}
-    return validate(Study, source, given, _File(source, folder, launch))
-
-
-def _plain(source: Source) -> Source:
-    """With lists for tuples and text for paths: what a file can say."""
-    problems, value = Problems(), {}
-    for key, item in source.value.items():
-        try:
-            value[key] = json.loads(json.dumps(item, default=_path_text))
-        except (TypeError, ValueError) as error:
-            problems.add((key,), f"must hold plain values: {error}")
+    problems = Problems()
+    given: dict[str, Any] = {}
+    for key, value in source.value.items():
+        with problems.at(key):
+            given |= plain_mapping({key: value})
     if problems.found:
         raise user_error(source, problems.found)
-    return replace(source, value=value)
-
-
-def _path_text(value: Any) -> str:
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
-
-
-def _find(study: str | Path) -> Path:
-    name = str(study)
-    if name in bundled_studies():
-        return bundled_studies_folder() / f"{name}.yaml"
-    if isinstance(study, Path) or name.endswith((".yaml", ".yml")) or "/" in name or (name and _exists(name)):
-        return Path(name).expanduser()
-    raise UserError(f"unknown study {short_repr(name)}{did_you_mean(name, bundled_studies())} (a path ends in .yaml)")
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).exists()
-    except (OSError, ValueError):
-        return False
+    stem = Path(source.label).stem.replace("_", "-")
+    given = {"name": stem if _is_name(stem) else "study", "space": DEFAULT_SPACE, **given}
+    return validate(Study, source, given, _File(source, folder, launch))
 
 
 # ---- what must hold between the parts of a study ----
@@ -795,19 +773,6 @@ def _is_name(name: Any) -> bool:
         return isinstance(name, str) and bool(check_name(name))
     except UserError:
         return False
-
-
-def _is_path(task: str) -> bool:
-    return re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", task) is not None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _options(guard: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    values = {name: getattr(guard, name) for name in names}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _canonical(value: Any) -> Any:
