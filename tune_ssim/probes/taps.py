@@ -1,9 +1,11 @@
 """Is every branch working? What arrives at each tagged module in the real backward pass (note 002 §3).
 
     taps = GradientTaps({"flow": model.transformer, "dino_head": model.dino_head}, every=16, accumulation=4)
-    ...
-        loss.backward()                     # the last of the step's micro-batches
+    for step in range(steps):
+        for batch in micro_batches(4):
+            loss_of(model, batch).backward()
         metrics |= taps.read()              # before optimizer.step(): what the optimiser is about to see
+        optimizer.step()
 
 A branch works when its loss falls, its gradient is not zero and its coverage is 1, all at once."""
 

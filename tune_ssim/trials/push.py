@@ -1,10 +1,11 @@
 """Three lines inside any training loop make it a trial; outside a study they only find mistakes.
 
-    with tune_ssim.trial_context(ssim_loss_weight=0.1) as t:           # what to use when nothing is being tuned
-        loss = DecodedLoss(weight=t.config["ssim_loss_weight"])
+    with tune_ssim.trial_context(ssim_loss_weight=0.1) as t:           # the values outside a study
+        weight = t.config["ssim_loss_weight"]
         for step, batch in enumerate(loader, 1):
-            ...
-            t.report(step=step, loss=loss, total_norm=norm)
+            loss = loss_of(model, batch) + weight * model.losses(batch)["loss_head"]
+            loss.backward()
+            t.report(step=step, loss=loss, total_norm=torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
 
 Works in a script that a study runs as a command, and in a function that a study names. The trial itself, with its guards, is
 another process: it reads what is reported from a folder, and its verdict is found there.
