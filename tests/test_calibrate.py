@@ -220,9 +220,9 @@ def test_a_route_of_the_notes_is_inert_here() -> None:
 
 
 def test_what_is_not_launched() -> None:
-    assert calibrate(study(batches=1, grid=[1.0], skip_beyond=2.0)).forecast.skip_above == 20
+    assert calibrate(study(batches=1, grid=[1.0], skip_beyond=2.0)).forecast.max_ratio == 20
     clipped = calibrate(study(batches=1, grid=[1.0], skip_beyond=2.0, preset="adamw_clip"))
-    assert clipped.forecast.skip_above is None and names(clipped) == ["clipped"]  # FACTS §2: a false alarm under clipping
+    assert clipped.forecast.max_ratio is None and names(clipped) == ["clipped"]  # FACTS §2: a false alarm under clipping
 
 
 def test_a_baseline_that_pushes_harder_than_the_main_loss() -> None:
@@ -404,7 +404,7 @@ def test_what_cannot_be_calibrated(task: type, method: str, error: type[Exceptio
 def test_a_parameter_that_does_not_arrive_is_seen(method: str) -> None:
     found = calibrate(study(Unscaled, batches=2, grid=[1.0], method=method, skip_beyond=2.0))
     assert names(found)[0] == "inexact" and found.check.relative_error > 1  # ten times the gain; measured 5.8
-    assert found.forecast.skip_above is None  # nothing is decided on what does not hold
+    assert found.forecast.max_ratio is None  # nothing is decided on what does not hold
     with pytest.raises(
         BadSetup, match=r"the space 'moderate' gives its gain as a norm ratio, but training steps at ssim_loss_weight="
     ):

@@ -51,7 +51,7 @@ def test_a_deadly_space() -> None:
 
 
 def test_shares_are_of_the_space_as_it_is_sampled() -> None:
-    told = forecast(MODEL, space({"log_uniform": [0.01, 10_000]}), limit=10, skip_above=100)
+    told = forecast(MODEL, space({"log_uniform": [0.01, 10_000]}), limit=10, max_ratio=100)
     # Inert below 10 · sqrt(0.002001) = 0.447, beyond 10 from 99.5 on, beyond 100 from 1000 on; six decades in all.
     inert, beyond, skipped = (math.log10(x) / 6 for x in (0.447 / 0.01, 10_000 / 99.5, 10_000 / 1000))
     assert told.shares == pytest.approx({"inert": inert, "beyond_limit": beyond, "skipped": skipped}, abs=0.02)
@@ -122,9 +122,9 @@ def test_other_settings_that_are_searched_too() -> None:
 
 
 def test_settings_by_name() -> None:
-    told = forecast(MODEL, load_space("wide"), limit=10, skip_above=20)
+    told = forecast(MODEL, load_space("wide"), limit=10, max_ratio=20)
     assert [(named.name, named.judgement) for named in told.settings] == [("v1", "pushes"), ("v2", "inert"), ("v3", "inert")]
-    harsh = forecast(MODEL, space({"log_uniform": [1, 3000]}, [(150.0, 0.3, 1.0), (2500.0, 0.3, 1.0)]), limit=10, skip_above=20)
+    harsh = forecast(MODEL, space({"log_uniform": [1, 3000]}, [(150.0, 0.3, 1.0), (2500.0, 0.3, 1.0)]), limit=10, max_ratio=20)
     assert [(named.name, named.judgement) for named in harsh.settings[3:]] == [
         ("point 1", "beyond the limit"),
         ("point 2", "not launched"),
@@ -141,7 +141,7 @@ def calibration(name: str, **guard: Any) -> dict[str, Any]:
     check = {"setting": {}, "steps": [1, 2, 3], "predicted": [1.0], "measured": [1.0], "relative_error": 2e-7}
     loss = {"rms": 1e-3, "peak_over_rms": 6.0, "top_share": 0.15}
     made = {
-        **{key: told[key] for key in ("findings", "limit", "skip_above", "shares", "settings")},
+        **{key: told[key] for key in ("findings", "limit", "shares", "settings")}, "skip_above": told["max_ratio"],
         "method": "gram", "why": "as asked", "ratios": told["widest"], "by_max_t": told["landmarks"], "check": check,
         "baseline_ratio_main": 1.0, "gradient_at_decoder": {"ssim": loss, "pixel": {**loss, "rms": 1e-6}},
         "dropped_batches": [], "wall_s": 3.2, "share_of_study": 0.03, "model": MODEL.to_dict(),
@@ -150,7 +150,7 @@ def calibration(name: str, **guard: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", bundled_spaces())
-@pytest.mark.parametrize("guard", [{}, {"limit": 10.0, "skip_above": 20.0}])
+@pytest.mark.parametrize("guard", [{}, {"limit": 10.0, "max_ratio": 20.0}])
 def test_every_space_can_be_shown(name: str, guard: dict[str, float]) -> None:
     data = calibration(name, **guard)
     console = Console(width=100, file=io.StringIO(), legacy_windows=False)

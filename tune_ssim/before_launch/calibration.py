@@ -90,7 +90,7 @@ class Calibration:
             "why": self.why,
             "findings": [asdict(finding) for finding in self.findings],
             "limit": told["limit"],
-            "skip_above": told["skip_above"],
+            "skip_above": told["max_ratio"],  # the key of the first version
             "shares": told["shares"],
             "ratios": list(self.forecast.widest),
             "baseline_ratio_main": self.model.baseline_ratio_main,
@@ -122,8 +122,8 @@ def calibrate(study: Study, *, device: str | None = None) -> Calibration:
     findings = _own_findings(check)
     if findings and study.space.is_relative:
         raise BadSetup(f"calibration: the space {study.space.name!r} gives its gain as a norm ratio, but {findings[0].sentence}")
-    limit, skip_above = _limits(study, probe, findings)
-    told = forecast(model, study.space, limit, skip_above)
+    limit, max_ratio = _limits(study, probe, findings)
+    told = forecast(model, study.space, limit, max_ratio)
     wall_s = time.perf_counter() - started
     training_s = probe.step_s * study.steps * (study.search.trials + study.baseline_seeds)
     return Calibration(

@@ -55,12 +55,12 @@ class Named:
 
 @dataclass(frozen=True)
 class Forecast:
-    """limit: the norm guard's, None if it is off. skip_above: settings with a larger predicted ratio are not launched.
+    """limit: the norm guard's, None if it is off. max_ratio: settings whose predicted ratio exceeds it are not launched.
 
     shares: of the space, measured as it is sampled: `inert`, `beyond_limit`, `skipped`. `widest`: its predicted ratios."""
 
     limit: float | None
-    skip_above: float | None
+    max_ratio: float | None
     shares: Mapping[str, float]
     widest: tuple[float, float]
     landmarks: tuple[Landmarks, ...]
@@ -71,8 +71,8 @@ class Forecast:
         return asdict(self)
 
 
-def forecast(model: NormModel, space: Space, limit: float | None = None, skip_above: float | None = None) -> Forecast:
-    """limit, skip_above: see `Forecast`."""
+def forecast(model: NormModel, space: Space, limit: float | None = None, max_ratio: float | None = None) -> Forecast:
+    """limit, max_ratio: see `Forecast`."""
     scans = [scan for stage in space.stages for scan in _scans(model, stage)]
     findings = list(_findings(model, space, scans, limit))
     weights = np.concatenate([np.full(len(scan.gains), scan.share) for scan in scans]) if scans else np.zeros(0)
@@ -85,36 +85,36 @@ def forecast(model: NormModel, space: Space, limit: float | None = None, skip_ab
     shares = {
         "inert": share(np.abs(changes) < INERT),
         "beyond_limit": share(ratios > limit) if limit is not None else 0.0,
-        "skipped": share(ratios > skip_above) if skip_above is not None else 0.0,
+        "skipped": share(ratios > max_ratio) if max_ratio is not None else 0.0,
     }
     return Forecast(
         limit=limit,
-        skip_above=skip_above,
+        max_ratio=max_ratio,
         shares=shares,
         widest=(float(ratios.min()), float(ratios.max())) if ratios.size else (math.nan, math.nan),
         landmarks=tuple(_landmarks(model, max_t, limit) for max_t in model.max_ts),
-        settings=tuple(_named(model, space, limit, skip_above)),
+        settings=tuple(_named(model, space, limit, max_ratio)),
         findings=tuple(findings),
     )
 
 
-def judgement(model: NormModel, prediction: Prediction, limit: float | None, skip_above: float | None = None) -> str:
+def judgement(model: NormModel, prediction: Prediction, limit: float | None, max_ratio: float | None = None) -> str:
     """A setting's prospects in a few words."""
     if not prediction.active_batches:
         return "no calibrated batch is active"
     alone = model.ratios([0.0], prediction.max_t, prediction.pixel_weight)[0]
-    if skip_above is not None and prediction.ratio > skip_above:
+    if max_ratio is not None and prediction.ratio > max_ratio:
         return "not launched"
     if limit is not None and prediction.ratio > limit:
         return "beyond the limit"
     return "inert" if abs(prediction.ratio / alone - 1) < INERT else "pushes"
 
 
-def skip_sentence(prediction: Prediction, skip_above: float, limit: float) -> str:
+def skip_sentence(prediction: Prediction, max_ratio: float, limit: float) -> str:
     """Why a setting was not launched."""
     return (
         f"total_norm predicted {prediction.ratio:.3g}x the baseline's at step 0, "
-        f"beyond {skip_above:g} ({skip_above / limit:g}x the norm guard's limit {limit:g})"
+        f"beyond {max_ratio:g} ({max_ratio / limit:g}x the norm guard's limit {limit:g})"
     )
 
 
@@ -221,23 +221,23 @@ def _gain_or_none(model: NormModel, ratio: float, at_rest: Prediction) -> float 
         return None
 
 
-def _named(model: NormModel, space: Space, limit: float | None, skip_above: float | None) -> Iterator[Named]:
+def _named(model: NormModel, space: Space, limit: float | None, max_ratio: float | None) -> Iterator[Named]:
     seen: list[dict[str, Any]] = []
     for name, triple in NOTES.items():
         seen.append(dict(zip(TRIPLE, triple, strict=True)))
-        yield _with_name(model, name, seen[-1], limit, skip_above)
+        yield _with_name(model, name, seen[-1], limit, max_ratio)
     for stage in space.stages:
         for index, point in enumerate(stage.point_configs(), 1):
             if not set(TRIPLE) <= set(point) or any(all(point[key] == other[key] for key in TRIPLE) for other in seen):
                 continue
             seen.append(point)
             where = f"{stage.name} point {index}" if len(space.stages) > 1 else f"point {index}"
-            yield _with_name(model, where, point, limit, skip_above)
+            yield _with_name(model, where, point, limit, max_ratio)
 
 
-def _with_name(model: NormModel, name: str, setting: dict[str, Any], limit: float | None, skip_above: float | None) -> Named:
+def _with_name(model: NormModel, name: str, setting: dict[str, Any], limit: float | None, max_ratio: float | None) -> Named:
     prediction = model.predict_setting(setting)
-    return Named(name, setting, prediction, judgement(model, prediction, limit, skip_above))
+    return Named(name, setting, prediction, judgement(model, prediction, limit, max_ratio))
 
 
 # -- findings

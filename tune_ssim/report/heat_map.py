@@ -33,7 +33,7 @@ def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "")
     model = NormModel.from_dict(calibration["model"])
     pixel_weight = next((s.fixed["pixel_loss_weight"] for s in space.stages if "pixel_loss_weight" in s.fixed), None)
     pixel_weight = float(model.held.get("pixel_loss_weight", 0.0) if pixel_weight is None else pixel_weight)
-    limit, skip_above = calibration["limit"], calibration["skip_above"]
+    limit, max_ratio = calibration["limit"], calibration["skip_above"]
     gates = np.geomspace(*_gate_range(model), ROWS)
     segments = list(_segments(model, space))
     gains = np.geomspace(*_gain_range(model, calibration, segments, pixel_weight), COLUMNS)
@@ -46,7 +46,7 @@ def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "")
     mesh = axes.pcolormesh(
         gains, gates, np.clip(ratios, 1, TOP), cmap=colours, norm=LogNorm(1, TOP), shading="gouraud", rasterized=True
     )
-    _contours(axes, gains, gates, ratios, limit, skip_above)
+    _contours(axes, gains, gates, ratios, limit, max_ratio)
     _inert_zone(axes, model, gains, gates, pixel_weight)
     _space(axes, space, segments)
     _named(axes, calibration["settings"])
@@ -108,15 +108,15 @@ def _segments(model: NormModel, space: Space) -> Iterator[tuple[str, float, Arra
                 yield stage.name, max_t, np.sort(gains[gains > 0])
 
 
-def _contours(axes: Axes, gains: Array, gates: Array, ratios: Array, limit: float | None, skip_above: float | None) -> None:
+def _contours(axes: Axes, gains: Array, gates: Array, ratios: Array, limit: float | None, max_ratio: float | None) -> None:
     from matplotlib import patheffects
 
     halo = [patheffects.withStroke(linewidth=2.5, foreground="white", alpha=0.75)]
     lines: list[tuple[float, str, str, float, str]] = [(ratio, f"{ratio:g}×", INK, 0.7, "-") for ratio in LANDMARKS]
     if limit is not None:
         lines.append((limit, f"guard's limit {limit:g}×", LIMIT, 2.0, "-"))
-    if skip_above is not None:
-        lines.append((skip_above, f"not launched beyond {skip_above:g}×", LIMIT, 1.3, "--"))
+    if max_ratio is not None:
+        lines.append((max_ratio, f"not launched beyond {max_ratio:g}×", LIMIT, 1.3, "--"))
     for ratio, words, colour, width, style in lines:
         if not np.nanmin(ratios) < ratio < np.nanmax(ratios):
             continue

@@ -83,7 +83,7 @@ class Search(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's range
     concurrency: int | Literal["auto"] = 2  # trials at a time; auto: as many as the cluster's resources admit
     deterministic: bool = True  # DESIGN "Order": the same suggestions whichever trial ends first
-    # Times the norm guard's limit: settings whose predicted ratio exceeds it are listed, not launched; None launches everything.
+    # Times the norm guard's limit, the `max_ratio`: settings whose predicted ratio exceeds it are not launched; None: all are.
     # Over steps 25-75 the norm is 0.5 to 1.1 times the prediction (FACTS §1, benchmarks/calibration.py): they would be pruned.
     skip_beyond: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 2.0
 
