@@ -321,7 +321,7 @@ def test_what_follows_from_a_nan_is_said_in_a_line(tmp_path: Path, capsys: pytes
     report = checked(log)
     assert len(report["alerts"]) > 5 and report["ended"]["guard"] == "non_finite"
     _, out, _ = run(capsys, log)
-    _, _, after_that = " ".join(out.split()).partition("after that, rules whose metrics are no numbers any more: ")
+    _, _, after_that = " ".join(out.split()).partition("after that, rules whose metrics became non-finite: ")
     assert "recon_flat (step" in after_that and "kl_vanished (step" in after_that
     assert out.count("cannot be kept") == 0 and out.count("likely cause") == 1
 

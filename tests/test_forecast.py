@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tune_ssim.base.files import jsonable
 from tune_ssim.before_launch.forecast import Forecast, forecast, inert_below
-from tune_ssim.cli.tables import calibration_words, gains_table, predictions_table
+from tune_ssim.cli.tables import calibration_sentences, gains_table, predictions_table
 from tune_ssim.report.heat_map import draw_heat_map
 from tune_ssim.study.space import bundled_spaces, load_space
 
@@ -159,7 +159,7 @@ def test_every_space_can_be_shown(name: str, guard: dict[str, float]) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(version in text for version in ("v1", "v2", "v3")) and "4.58" in text
     assert ("10× (limit)" in text) == ("limit" in guard)
-    words = calibration_words(data)
+    words = calibration_sentences(data)
     assert any("the SSIM gradient is 1e+03 times the pixel loss's" in line for line in words)
     assert ("the whole space changes" in words[0]) == name.startswith("note")
     picture = draw_heat_map(data, load_space(name), "a study")

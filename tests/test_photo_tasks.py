@@ -16,7 +16,7 @@ from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.cli.tables import trials_table
 from tune_ssim.guards import Baseline, KeepRule, NormRatio
 from tune_ssim.probes import tensor_contents
-from tune_ssim.results.trial_text import setting_text, shown_metric, verdict_line
+from tune_ssim.results.trial_text import format_setting, metric_label, verdict_line
 from tune_ssim.study.study import load_study
 from tune_ssim.tasks import patch_captions as captions
 from tune_ssim.tasks.flow_dino_kl import TAGS, FlowDinoKL
@@ -350,9 +350,9 @@ def test_a_trial_is_compared_by_the_metric_that_its_study_maximises() -> None:
 
 
 def test_settings_and_objectives_are_called_by_their_names() -> None:
-    assert [shown_metric(name) for name in ("delta_ssim", "delta_elbo", "psnr")] == ["ΔSSIM", "Δelbo", "PSNR"]
-    assert setting_text({"kl_alpha": 0.01, "kl_schedule": "linear"}) == "kl_alpha 0.01, kl_schedule linear"
-    assert setting_text({"ssim_loss_weight": 30.0, "ssim_loss_max_t": 0.3}) == "gain 30 @ 0.3"
+    assert [metric_label(name) for name in ("delta_ssim", "delta_elbo", "psnr")] == ["ΔSSIM", "Δelbo", "PSNR"]
+    assert format_setting({"kl_alpha": 0.01, "kl_schedule": "linear"}) == "kl_alpha 0.01, kl_schedule linear"
+    assert format_setting({"ssim_loss_weight": 30.0, "ssim_loss_max_t": 0.3}) == "gain 30 @ 0.3"
     of_vae = replace(trial("a"), config={"kl_alpha": 0.01}, objective="delta_elbo", metrics={"delta_elbo": 1.5})
     assert "kl_alpha 0.01  Δelbo +1.5000" in verdict_line(of_vae).plain
     assert of_vae.settings == {"kl_alpha": 0.01}

@@ -413,7 +413,7 @@ def test_a_foreign_line_is_an_error_not_a_pass(tmp_path: Path, line: str) -> Non
     enter(ledger, small("a"), SOUND)
     with ledger.file.open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(UserError, match=f"{LEDGER}: not a line of a quarantine ledger"):
+    with pytest.raises(UserError, match=f"{LEDGER}:2: not a line of a quarantine ledger"):
         ledger.check_hashes(small("a").hashes)
 
 

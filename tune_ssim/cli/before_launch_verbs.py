@@ -8,7 +8,7 @@ import click
 
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.cli.options import study_options
-from tune_ssim.cli.output import make_console, output_file, print_json, readable, say_next
+from tune_ssim.cli.output import make_console, output_file, print_json, readable, suggest_next
 
 
 @click.command()
@@ -24,7 +24,7 @@ def preflight(study: str | None, space: str | None, seed: int | None, address: s
     from tune_ssim.study.study import load_study
 
     resolved = load_study(study, {"space": space, "seed": seed})
-    report = _measured(resolved, address, "preflight")
+    report = _inspect(resolved, address, "preflight")
     if as_json:
         print_json(report)
     else:
@@ -35,9 +35,9 @@ def preflight(study: str | None, space: str | None, seed: int | None, address: s
     if report["status"] == "bad_setup":
         raise BadSetup("\n".join(bad_lines(report)))
     if resolved.calibrates and report["status"] != "unknown":  # of a process of its own nothing is known before it runs
-        say_next("calibrate", *([study] if study else []), why="says how hard each setting pushes", to_stderr=as_json)
+        suggest_next("calibrate", *([study] if study else []), why="says how hard each setting pushes", to_stderr=as_json)
     else:
-        say_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
+        suggest_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
 
 
 @click.command()
@@ -49,8 +49,8 @@ def calibrate(
 ) -> None:
     """How hard does each setting push? Seconds, with the update switched off.
 
-    Predicts total_norm against the pixel-loss baseline for the whole space, names what is inert and what is deadly, and
-    draws a heat map. STUDY as for `run`.
+    Predicts total_norm against the pixel-loss baseline for the whole space, names settings that have no effect and settings
+    that would be pruned, and draws a heat map. STUDY as for `run`.
     """
     from tune_ssim.base.files import write_atomically
     from tune_ssim.report.heat_map import draw_heat_map
@@ -58,21 +58,21 @@ def calibrate(
 
     resolved = load_study(study, {"space": space, "seed": seed})
     target = output_file(f"{resolved.name}_calibration.png" if picture is None else picture, "--picture")
-    calibration = _measured(resolved, address, "calibration")
+    calibration = _inspect(resolved, address, "calibration")
     if as_json:
         print_json(calibration)
     else:
-        from tune_ssim.cli.tables import calibration_words, gains_table, predictions_table
+        from tune_ssim.cli.tables import calibration_sentences, gains_table, predictions_table
 
         console = make_console()
         for table in (gains_table, predictions_table):
             console.print(table(calibration, console.options.ascii_only))
-        for line in calibration_words(calibration):
+        for line in calibration_sentences(calibration):
             console.print(readable(line, console), markup=False)
     assert target is not None
     write_atomically(target, draw_heat_map(calibration, resolved.space, resolved.name))
     click.echo(f"wrote {target}", err=as_json)
-    say_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
+    suggest_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
 
 
 @click.command()
@@ -87,7 +87,7 @@ def spaces(name: str | None, as_json: bool) -> None:
 
     found = [load_space(name)] if name else [load_space(bundled) for bundled in bundled_spaces()]
     if as_json:
-        # Everything explicit, as `run --dry-run` has it; always with stages, so that a reader needs one form only.
+        # Everything explicit, as in `run --dry-run`; always with stages, so that a program has one form to read.
         data = [
             {
                 "name": space.name,
@@ -108,13 +108,13 @@ def spaces(name: str | None, as_json: bool) -> None:
         else:
             console.print(spaces_table(found, ascii_only))
     if name:
-        say_next("run", "--space", name, why="searches it", to_stderr=as_json)
+        suggest_next("run", "--space", name, why="searches it", to_stderr=as_json)
     elif found:
-        say_next("spaces", found[0].name, why="shows its ranges", to_stderr=as_json)
+        suggest_next("spaces", found[0].name, why="shows its ranges", to_stderr=as_json)
 
 
-def _measured(study: Any, address: str | None, phase: str) -> dict[str, Any]:
-    """One phase before launch as plain data: in this process, or with a trial's resources on a cluster."""
+def _inspect(study: Any, address: str | None, phase: str) -> dict[str, Any]:
+    """The result of preflight or calibration as plain data; measured in this process, or on a cluster with a trial's resources."""
     from tune_ssim.base.files import jsonable
 
     wanted = {"preflight": phase == "preflight", "calibration": phase == "calibration", "provenance": False}

@@ -1,4 +1,4 @@
-"""A checked log in plain words, for a terminal."""
+"""A checked log as text for a terminal."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ STYLES = {
     "works": "green", "does not work": "bold red", "unknown": "yellow",
     "warn": "yellow", "probe": "cyan", "prune": "red", "abort": "bold magenta",
 }  # fmt: skip
-SHOWN = 6  # names of metrics in one line
-WHAT_THEY_MEAN = {
+MAX_NAMES = 6  # of metrics in one line
+ACTION_MEANINGS = {
     "warn": "look at it",
-    "probe": "live, the samples would be looked at at once",
-    "prune": "live, the trial would end here",
-    "abort": "live, the study would end here: a bad set-up",
+    "probe": "a live trial would be given a smoke test at once",
+    "prune": "a live trial would end here",
+    "abort": "a live study would end here: the set-up is bad",
 }
 
 
-def check_words(report: Report, ascii_only: bool = False, with_alerts: bool = True) -> RenderableType:
-    """`with_alerts` False: they were printed as they came."""
+def format_check(report: Report, ascii_only: bool = False, with_alerts: bool = True) -> RenderableType:
+    """The whole report. `with_alerts` is False where the alerts were printed as they came."""
 
     def show(text: str) -> str:
         return readable(text, ascii_only)
@@ -38,9 +38,9 @@ def check_words(report: Report, ascii_only: bool = False, with_alerts: bool = Tr
     if report.branches:
         parts.append(_branches(report.branches, ascii_only))
     if with_alerts:
-        parts += [alert_words(alert, ascii_only) for alert in report.alerts if not _follows(alert)]
+        parts += [format_alert(alert, ascii_only) for alert in report.alerts if not _follows(alert)]
         if followed := [alert for alert in report.alerts if _follows(alert)]:
-            parts.append(_plain(Text(_followed(followed)), ascii_only))
+            parts.append(_plain(Text(_list_followers(followed)), ascii_only))
     parts += [Text(show(line), "yellow") for line in _unknown(report)]
     parts += [Text(show(f"note: {line}"), "dim") for line in report.notes]
     parts.append(Text(show(_verdict(report)), "bold"))
@@ -48,16 +48,16 @@ def check_words(report: Report, ascii_only: bool = False, with_alerts: bool = Tr
 
 
 def _follows(alert: Alert) -> bool:
-    """A rule that met what is no number after that would have ended the training: no news."""
+    """Whether a rule fired on non-finite values after the step at which the training would have been ended: that is no news."""
     return alert.after_end and alert.violation.cause == NOT_A_SIZE
 
 
-def _followed(alerts: Sequence[Alert]) -> str:
+def _list_followers(alerts: Sequence[Alert]) -> str:
     names = ", ".join(f"{alert.violation.guard.split('/')[-1]} (step {alert.violation.step})" for alert in alerts)
-    return f"after that, rules whose metrics are no numbers any more: {names}\n"
+    return f"after that, rules whose metrics became non-finite: {names}\n"
 
 
-def alert_words(alert: Alert, ascii_only: bool = False) -> RenderableType:
+def format_alert(alert: Alert, ascii_only: bool = False) -> RenderableType:
     violation = alert.violation
     style = STYLES[violation.action]
     head = Text.assemble((f"step {violation.step}", "bold"), "  ", (violation.action, style), "  ", violation.sentence)
@@ -99,13 +99,13 @@ def _branches(branches: tuple[BranchReport, ...], ascii_only: bool) -> Table:
 
 
 def _unknown(report: Report) -> Iterator[str]:
-    """One line for each reason: metrics that are not there first, then what else keeps rules from judging."""
+    """One line for each reason why rules could not judge: first the metrics that are absent, then the rest."""
     absent = [unknown for unknown in report.unknown if unknown.missing]
     metrics = list(dict.fromkeys(metric for unknown in absent for metric in unknown.missing))
     if absent:
-        more = f" and {len(metrics) - SHOWN} more" if len(metrics) > SHOWN else ""
+        more = f" and {len(metrics) - MAX_NAMES} more" if len(metrics) > MAX_NAMES else ""
         rules = "a rule" if len(absent) == 1 else f"{len(absent)} rules"
-        yield f"unknown: no metric {', '.join(metrics[:SHOWN])}{more}, so {rules} could not judge"
+        yield f"unknown: no metric {', '.join(metrics[:MAX_NAMES])}{more}, so {rules} could not judge"
         if any(metric.startswith("dbg/") for metric in metrics):
             yield "  dbg/… come from gradient taps in the training: docs/probes.md; `--map theirs=ours` renames others"
     for unknown in report.unknown:
@@ -127,5 +127,5 @@ def _verdict(report: Report) -> str:
         broken = ", ".join(branch.branch for branch in report.branches if branch.verdict == "does not work")
         return f"does not work: {broken}; no alert; {judged}"
     count = sum(alert.times for alert in report.alerts)
-    ended = f"; {WHAT_THEY_MEAN[report.ended.action].replace('here', f'at step {report.ended.step}')}" if report.ended else ""
+    ended = f"; {ACTION_MEANINGS[report.ended.action].replace('here', f'at step {report.ended.step}')}" if report.ended else ""
     return f"{count} alert{'s' if count > 1 else ''}; {judged}{ended}"

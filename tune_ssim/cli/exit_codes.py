@@ -22,7 +22,7 @@ ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUO
 
 
 def fail(code: int, message: str) -> int:
-    """One line a problem: a study file may have several."""
+    """Prints the message, a line for each problem (a study file may have several), and returns the code."""
     for line in filter(None, map(str.strip, message.splitlines())):
         try:
             click.echo("error: " + "".join(letter if letter.isprintable() else " " for letter in line), err=True)
@@ -32,20 +32,21 @@ def fail(code: int, message: str) -> int:
 
 
 def bug_report(error: Exception, storage: Path | None) -> str:
+    """Writes the traceback to a file in the storage path, else in the temporary folder. Returns the message to print."""
     text = "".join(traceback.format_exception(error))
     if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
         click.echo(text, err=True)
     lines = str(error).strip().splitlines() or [""]
     line = lines[-1] if lines[0].startswith("Traceback") else lines[0]  # Ray puts whole tracebacks into a message
-    said = f"a bug of tune-ssim, not of yours: {type(error).__name__}: {shorten(line, 300)}"
+    message = f"a bug of tune-ssim, not of yours: {type(error).__name__}: {shorten(line, 300)}"
     try:
         folder = storage if storage is not None and storage.is_dir() else None
         descriptor, path = tempfile.mkstemp(dir=folder, prefix="tune-ssim-error-", suffix=".txt")
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
     except OSError:
-        return f"{said}; {DEBUG_VARIABLE}=1 shows the traceback"
-    return f"{said}; traceback in {path}"
+        return f"{message}; {DEBUG_VARIABLE}=1 shows the traceback"
+    return f"{message}; traceback in {path}"
 
 
 def reader_is_gone() -> bool:

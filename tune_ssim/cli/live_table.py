@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tune_ssim.results.trial_text import number_text, readable, setting_text, verdict_line
+from tune_ssim.results.trial_text import format_number, format_setting, readable, verdict_line
 from tune_ssim.trials.summary import TrialSummary
 
 REFRESHES_PER_S = 4
@@ -89,7 +89,7 @@ class LiveTable:
 
     def trial_started(self, trial_id: str, config: Mapping[str, Any] | str) -> None:
         """`config`: the trial's settings, or a word such as "baseline"."""
-        label = config if isinstance(config, str) else setting_text(config)
+        label = config if isinstance(config, str) else format_setting(config)
         with self._lock:
             self._running[trial_id] = _Running(readable(label, self._ascii))
 
@@ -132,7 +132,7 @@ class LiveTable:
                 Text(trial.label),
                 ProgressBar(total=max(trial.steps, 1), completed=trial.step, width=16),
                 f"{trial.step}/{trial.steps}" if trial.steps else "starting",
-                "" if trial.norm_ratio is None else f"norm {number_text(trial.norm_ratio, '.3g')}x",
+                "" if trial.norm_ratio is None else f"norm {format_number(trial.norm_ratio, '.3g')}x",
                 Text(f"smoke {trial.smoke}" if trial.smoke else ""),
             )
         return Group(title, table)

@@ -12,7 +12,7 @@ from tune_ssim.records.readers.source import MLFLOW
 
 
 def open_log(log: str, names: Mapping[str, str], pattern: Sequence[str] = (), *, follow: bool = False) -> Source:
-    """A file, a folder or `mlflow:RUN_ID`. Raises UserError; a file that is not there yet can be followed."""
+    """A file, a folder or `mlflow:RUN_ID`. Raises UserError for a file that does not exist, unless it is to be followed."""
     if log.startswith(MLFLOW):
         from tune_ssim.tracking.mlflow_source import open_run
 

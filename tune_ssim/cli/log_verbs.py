@@ -6,7 +6,7 @@ import click
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.cli.exit_codes import BAD_SETUP
-from tune_ssim.cli.output import make_console, output_file, print_json, say_next
+from tune_ssim.cli.output import make_console, output_file, print_json, suggest_next
 
 
 @click.command()
@@ -39,7 +39,7 @@ def check(
     works, what does not, the likely cause and what to try first. Exit code 3 when there are alerts, or
     a branch does not work.
     """
-    from tune_ssim.cli.check_text import alert_words, check_words
+    from tune_ssim.cli.check_text import format_alert, format_check
     from tune_ssim.cli.log_arguments import open_log, pairs
     from tune_ssim.guards.log_check import baseline_of, check_log
 
@@ -55,13 +55,13 @@ def check(
         options=pairs("--set", options, float),
         baseline=compared,
         follow=follow,
-        on_alert=(lambda alert: console.print(alert_words(alert, ascii_only))) if follow and not as_json else None,
+        on_alert=(lambda alert: console.print(format_alert(alert, ascii_only))) if follow and not as_json else None,
         label=log,
     )
     if as_json:
         print_json(report.to_json())
     else:
-        console.print(check_words(report, ascii_only, with_alerts=not follow))
+        console.print(format_check(report, ascii_only, with_alerts=not follow))
     if target is not None:
         from tune_ssim.base.files import write_atomically
         from tune_ssim.report.check_picture import draw_check
@@ -69,6 +69,6 @@ def check(
         write_atomically(target, draw_check(report))
         click.echo(f"wrote {target}", err=as_json)
     elif not as_json:
-        say_next("check", log, "--picture", "check.png", why="draws the curves with the alerts marked")
+        suggest_next("check", log, "--picture", "check.png", why="draws the curves with the alerts marked")
     if report.verdict in ("alerts", "does_not_work"):
         raise click.exceptions.Exit(BAD_SETUP)

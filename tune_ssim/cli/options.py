@@ -13,7 +13,7 @@ from tune_ssim.base.errors import UserError
 
 
 class Verbs(click.Group):
-    """Lists the verbs in the order of their use, and guesses what a misspelt one was meant to be."""
+    """A group that lists its verbs in the order of their use and suggests the right one for a misspelt name."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
@@ -33,7 +33,7 @@ def _storage(context: click.Context, parameter: click.Parameter, value: str | No
     path = storage_path(value)
     if path.exists() and not path.is_dir():
         raise UserError(f"storage path {path}: a file, not a folder")
-    context.find_root().obj = path  # where a traceback of ours goes
+    context.find_root().obj = path  # the folder for the traceback of a bug
     return path
 
 
@@ -54,7 +54,7 @@ def tracking_option(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def study_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Of the verbs that look at a study before it is launched."""
+    """The arguments of preflight and calibrate."""
     for option in (
         click.option("--address", help="Measure on a running Ray cluster, with a trial's resources.  [default: here]"),
         click.option("--seed", type=click.IntRange(min=0), help="Seed of the search."),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def say_next(*words: str, why: str, to_stderr: bool = False) -> None:
+def suggest_next(*words: str, why: str, to_stderr: bool = False) -> None:
     """The next useful command, as it can be pasted."""
     context = click.get_current_context()
     if context.get_parameter_source("storage") is click.core.ParameterSource.COMMANDLINE:
@@ -28,15 +28,16 @@ def say_next(*words: str, why: str, to_stderr: bool = False) -> None:
 
 
 def discard_stdout() -> None:
+    """Sends everything that is printed from now on to /dev/null."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 
 def make_console(outlive_reader: bool = False, to_stderr: bool = False) -> Console:
-    """stdout with rich: NO_COLOR is honoured, a pipe gets wide lines, and a letter that the encoding lacks is a `?`.
+    """A rich console: it honours NO_COLOR, a pipe gets wide lines, and a character that the encoding lacks becomes `?`.
 
-    When nobody reads the pipe any more, a listing ends; a study goes on in silence (`outlive_reader`).
+    When the reader of a pipe has gone, a listing ends; with `outlive_reader` (a study) the process goes on without output.
     """
     from rich.console import Console
 
@@ -61,7 +62,7 @@ def readable(text: str, console: Console) -> str:
 
 
 def print_exactly(text: str) -> None:
-    """UTF-8 whatever the locale, since a program reads it."""
+    """To stdout as UTF-8 whatever the locale: a program reads it."""
     stream, rest = sys.stdout.buffer, memoryview(text.encode())
     while rest:
         rest = rest[stream.write(rest) :]  # with PYTHONUNBUFFERED the stream is raw and may take a part only
@@ -69,12 +70,14 @@ def print_exactly(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
+    """To stdout, with the strings "NaN" and "Infinity" for non-finite numbers."""
     from tune_ssim.base.files import jsonable
 
     print_exactly(json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
 
 
 def output_file(output: str | None, option: str = "--output") -> Path | None:
+    """The path to write to; None for stdout. Raises UserError where no file can be written."""
     if output is None or output == "-":
         return None
     path = Path(output)

@@ -8,12 +8,12 @@ import click
 
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.cli.options import Verbs, storage_option
-from tune_ssim.cli.output import make_console, print_json, readable, say_next
+from tune_ssim.cli.output import make_console, print_json, readable, suggest_next
 
 
 @click.group(cls=Verbs)
 def quarantine() -> None:
-    """Checkpoints of ruined trials: nothing is trained on from them.
+    """Checkpoints of ruined trials, which no training may start from.
 
     They are known by the content of their tensors, whatever their name.
     """
@@ -39,7 +39,7 @@ def quarantine_list(as_json: bool, storage: Path) -> None:
     from tune_ssim.cli.tables import quarantine_table
 
     console.print(quarantine_table(entries, console.options.ascii_only))
-    say_next("quarantine", "why", entries[-1].id[:12], why="says more; a file or folder may be given too")
+    suggest_next("quarantine", "why", entries[-1].id[:12], why="says more; a file or folder may be given too")
 
 
 @quarantine.command("why")

@@ -1,4 +1,4 @@
-"""Verbs of a study: run, trials, export, verify, and its mirror in MLflow."""
+"""Verbs of a study: run, trials, export, verify, ui, mirror."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.cli.options import storage_option, tracking_option
-from tune_ssim.cli.output import make_console, output_file, print_exactly, print_json, readable, say_next
+from tune_ssim.cli.output import make_console, output_file, print_exactly, print_json, readable, suggest_next
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +62,7 @@ def run(
     if dry_run:
         print_exactly(resolved.to_yaml())
         given = [(f"--{key.replace('_', '-')}", str(value)) for key, value in overrides.items() if value is not None]
-        say_next(
+        suggest_next(
             "run",
             *([study] if study else []),
             *(word for pair in given for word in pair),
@@ -90,21 +90,21 @@ def run(
             console=console,
         )
     except KeyboardInterrupt:
-        _say_how_to_resume(storage, started_s, resume)
+        _suggest_resume(storage, started_s, resume)
         raise
     _show_trials(folder, console)
     try:
         best = best_safe(folder)
     except NoSafeTrial as reason:
         console.print(readable(str(reason), console), markup=False)
-        say_next("trials", folder.name, why="has every reason")
+        suggest_next("trials", folder.name, why="shows every reason")
     else:
         proof = proof_of(best, folder)
         console.print(readable(f"best safe: {best.trial_id}: {best.reason}", console), markup=False)
         console.print(readable(proof_line(proof), console), markup=False)
         option = ["--unproven"] if proof["unproven"] else []
-        say_next("export", folder.name, "--format", "env", *option, why="prints it for a training script")
-    say_next("ui", folder.name, why="browses the study in MLflow")
+        suggest_next("export", folder.name, "--format", "env", *option, why="prints it for a training script")
+    suggest_next("ui", folder.name, why="browses the study in MLflow")
 
 
 @click.command()
@@ -127,20 +127,20 @@ def trials(name: str | None, as_json: bool, storage: Path) -> None:
         print_json(summaries)
     else:
         _show_trials(folder, make_console())
-    say_next("export", folder.name, why="writes the best safe setting", to_stderr=as_json)
+    suggest_next("export", folder.name, why="writes the best safe setting", to_stderr=as_json)
 
 
 @click.command()
 @click.argument("name", required=False)
 @click.option("--format", "form", type=click.Choice(["yaml", "json", "env", "args"]), default="yaml", show_default=True)
-@click.option("-o", "--output", metavar="FILE", help="Write there, whole or not at all, instead of to stdout.")
-@click.option("--unproven", is_flag=True, help="Also a setting that no confirm phase has confirmed; the file says so.")
+@click.option("-o", "--output", metavar="FILE", help="Write to this file (never half of it) instead of stdout.")
+@click.option("--unproven", is_flag=True, help="Also export a setting that no confirm phase has confirmed; the file says so.")
 @storage_option
 def export(name: str | None, form: str, output: str | None, unproven: bool, storage: Path) -> None:
     """Print the best safe setting of a study.
 
     Only a setting that was `safe`, beat the baseline, and held in the confirm phase with further seeds; never one that
-    was ruinous in another trial. If there is none, the exit code is 2 and the reason is said.
+    was ruinous in another trial. If there is none, the exit code is 2 and the reason is printed.
 
     \b
       env    SSIM_LOSS_WEIGHT=… lines, to be sourced by a shell; EXP_NAME is new for every setting
@@ -166,7 +166,7 @@ def export(name: str | None, form: str, output: str | None, unproven: bool, stor
     else:
         write_atomically(target, text.encode())
         click.echo(f"wrote {target}")
-    say_next("ui", folder.name, why="shows what it was chosen from", to_stderr=target is None)
+    suggest_next("ui", folder.name, why="shows what it was chosen from", to_stderr=target is None)
 
 
 @click.command()
@@ -177,9 +177,10 @@ def verify(file: Path, address: str | None, as_json: bool) -> None:
     """Check an export again: same code, weights, data and setting, and does it still hold?
 
     FILE: written by `tune-ssim export --format json` or yaml. Compares the hashes in it with what is here, then runs the
-    confirmation again. If anything differs the exit code is 3 and every difference is said.
+    confirmation again. If anything differs, the exit code is 3 and every difference is printed.
     """
     from tune_ssim.cli.live_table import LiveTable
+    from tune_ssim.guards.verdict import Role
     from tune_ssim.orchestration.verification import read_export, version_notes
     from tune_ssim.orchestration.verification import verify as verify_export
 
@@ -193,7 +194,7 @@ def verify(file: Path, address: str | None, as_json: bool) -> None:
         print_json(report)
     if found:
         raise BadSetup("\n".join(f"{file}: {line}" for line in found))
-    confirmed = ", ".join(trial.trial_id for trial in trials if trial.role == "confirm")
+    confirmed = ", ".join(trial.trial_id for trial in trials if trial.role is Role.CONFIRM)
     click.echo(f"{file}: code, weights, data and setting are the ones it was proven with; {confirmed} hold", err=as_json)
 
 
@@ -214,11 +215,11 @@ def ui(name: str | None, port: int, tracking_uri: str | None, storage: Path) -> 
     if tracking_uri is None or name is not None:
         folder = find_study(storage, name)
         study, tracking_uri = folder.name, tracking_uri or folder.tracking_uri
-    say_next("export", *([study] if study else []), why="writes the best safe setting", to_stderr=True)
+    suggest_next("export", *([study] if study else []), why="writes the best safe setting", to_stderr=True)
     try:
         serve_ui(storage, tracking_uri, name=study, port=port)
     except KeyboardInterrupt:
-        click.echo()  # the way to end it; nothing to resume
+        click.echo()  # Ctrl-C is the way to end it: no error
 
 
 @click.command()
@@ -228,7 +229,7 @@ def ui(name: str | None, port: int, tracking_uri: str | None, storage: Path) -> 
 def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
     """Write a study into MLflow again.
 
-    For a store that was away while the study ran. Doing it twice changes nothing.
+    For a store that could not be reached while the study ran. Doing it twice changes nothing.
     """
     from tune_ssim.results.study_folder import find_study
     from tune_ssim.tracking.mirror import mirror_study
@@ -239,23 +240,23 @@ def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
     if not done:
         raise UserError(f"{folder.name}: {line}")
     click.echo(line)
-    say_next("ui", folder.name, *(["--tracking-uri", tracking_uri] if tracking_uri else []), why="browses it")
+    suggest_next("ui", folder.name, *(["--tracking-uri", tracking_uri] if tracking_uri else []), why="browses it")
 
 
-def _say_how_to_resume(storage: Path, started_s: float, resumed: bool) -> None:
+def _suggest_resume(storage: Path, started_s: float, resumed: bool) -> None:
     from tune_ssim.results.study_folder import find_study
 
     try:
         folder = find_study(storage, None)
     except UserError:
-        return  # nothing was begun
+        return  # nothing was started
     if resumed or folder.study_file.stat().st_mtime >= started_s:
-        say_next("run", "--resume", "--name", folder.name, why="goes on where it stopped", to_stderr=True)
+        suggest_next("run", "--resume", "--name", folder.name, why="goes on where it stopped", to_stderr=True)
 
 
 def _show_trials(folder: StudyFolder, console: Console) -> None:
     from tune_ssim.cli.tables import trials_table
-    from tune_ssim.results.trial_text import setting_text
+    from tune_ssim.results.trial_text import format_setting
     from tune_ssim.results.winner import NoSafeTrial, best_safe
 
     summaries = folder.trials()
@@ -276,4 +277,4 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
         )
     )
     for skipped in folder.skipped():
-        console.print(readable(f"not launched: {setting_text(skipped.config)}: {skipped.sentence}", console), markup=False)
+        console.print(readable(f"not launched: {format_setting(skipped.config)}: {skipped.sentence}", console), markup=False)

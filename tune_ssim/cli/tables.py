@@ -1,4 +1,4 @@
-"""Tables of a study for people: rich renderables that say in words whatever they say in colour."""
+"""Tables for a terminal. Whatever a colour says, a word says too."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_ssim.base.files import number
-from tune_ssim.results.trial_text import STYLES, number_text, readable, setting_text, shown_metric
+from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.results.trial_text import VERDICT_STYLES, format_number, format_setting, metric_label, readable
 from tune_ssim.study.space import WEIGHT, Space, gain_of
 from tune_ssim.trials.quarantine import Entry
 from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
 
-# What fits into so many columns and leaves room for the reason.
+# Minimal width of the terminal → the columns that fit and leave room for the reason.
 COLUMNS = {
     120: ("gain", "weight", "max_t", "grad_scale", "steps", "norm ratio", "objective", "PSNR"),
     72: ("gain", "max_t", "steps", "ratio", "objective", "PSNR"),
@@ -24,8 +25,8 @@ COLUMNS = {
 }
 # Of a task without an SSIM loss.
 OTHER_COLUMNS = {120: ("setting", "steps", "norm ratio", "objective"), 72: ("setting", "steps", "objective"), 0: ("objective",)}
-WIDE = 120  # from here on the reason has a column of its own
-ORDER = tuple(STYLES)  # of verdicts, best first
+WIDE = 120  # from this width on the reason has a column of its own
+VERDICT_ORDER = list(Verdict)
 
 
 def trials_table(
@@ -45,9 +46,9 @@ def trials_table(
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("trial", no_wrap=True, overflow="fold")
-    names = next(names for least, names in (COLUMNS if has_ssim else OTHER_COLUMNS).items() if width >= least)
+    names = next(names for min_width, names in (COLUMNS if has_ssim else OTHER_COLUMNS).items() if width >= min_width)
     for name in names:
-        heading = shown_metric(objective) if name == "objective" else name
+        heading = metric_label(objective) if name == "objective" else name
         table.add_column(show(heading), justify="left" if name == "setting" else "right", no_wrap=True)
     if wide:
         table.add_column("verdict", no_wrap=True)
@@ -57,21 +58,21 @@ def trials_table(
     for summary in best_first(summaries, objective):
         config, metrics = summary.config, summary.metrics
         mark = show("★ ") if summary.trial_id == winner else ""
-        told = summary.role == "search" or summary.trial_id.startswith(summary.role)
-        role = "" if told else f" {summary.role}"
+        is_in_name = summary.role is Role.SEARCH or summary.trial_id.startswith(summary.role)
+        role = "" if is_in_name else f" {summary.role}"
         cells = {
-            "gain": number_text(gain_of(config)),
-            "weight": number_text(config.get("ssim_loss_weight")),
-            "max_t": number_text(config.get("ssim_loss_max_t")),
-            "grad_scale": number_text(config.get("ssim_grad_scale")),
+            "gain": format_number(gain_of(config)),
+            "weight": format_number(config.get("ssim_loss_weight")),
+            "max_t": format_number(config.get("ssim_loss_max_t")),
+            "grad_scale": format_number(config.get("ssim_grad_scale")),
             "steps": str(summary.steps),
-            "norm ratio": number_text(metrics.get("norm_ratio_max"), ".3g"),
-            "objective": number_text(metrics.get(objective), "+.4f"),
-            "PSNR": number_text(metrics.get("psnr"), ".2f"),
-            "setting": setting_text(config),
+            "norm ratio": format_number(metrics.get("norm_ratio_max"), ".3g"),
+            "objective": format_number(metrics.get(objective), "+.4f"),
+            "PSNR": format_number(metrics.get("psnr"), ".2f"),
+            "setting": format_setting(config),
         }
         cells["ratio"] = cells["norm ratio"]
-        verdict = Text(summary.verdict.value, STYLES.get(summary.verdict, ""))
+        verdict = Text(summary.verdict.value, VERDICT_STYLES[summary.verdict])
         why = show(summary.reason)
         table.add_row(
             Text(show(f"{mark}{summary.trial_id}{role}"), "bold" if mark else ""),
@@ -82,27 +83,26 @@ def trials_table(
 
 
 def _joined(verdict: Text, why: str) -> Text:
-    """pruned: total_norm is …; "safe to step 200" says its verdict itself."""
+    """`pruned: total_norm is …`; a reason such as "safe to step 200" begins with its verdict itself."""
     if why.startswith(verdict.plain):
         return verdict + Text(why[len(verdict) :])
     return verdict + Text(f": {why}" if why else "")
 
 
 def best_first(summaries: Iterable[TrialSummary], objective: str = OBJECTIVE) -> list[TrialSummary]:
-    """By verdict, then by objective; a trial without one comes last of its verdict."""
+    """By verdict, then by objective; among equal verdicts a trial without an objective comes last."""
 
     def key(summary: TrialSummary) -> tuple[int, float]:
         value = summary.metric(objective)
-        verdict = summary.verdict
-        if math.isnan(value) and summary.role == "baseline":
+        if math.isnan(value) and summary.role is Role.BASELINE:
             value = 0.0
-        return ORDER.index(verdict) if verdict in ORDER else len(ORDER), math.inf if math.isnan(value) else -value
+        return VERDICT_ORDER.index(summary.verdict), math.inf if math.isnan(value) else -value
 
     return sorted(summaries, key=key)
 
 
 def quarantine_table(entries: Iterable[Entry], ascii_only: bool = False) -> Table:
-    """One row a ruined checkpoint."""
+    """One row for each ruined checkpoint."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in ("id", "study", "trial", "step"):
         table.add_column(column, no_wrap=True, justify="right" if column == "step" else "left")
@@ -114,7 +114,7 @@ def quarantine_table(entries: Iterable[Entry], ascii_only: bool = False) -> Tabl
 
 
 def spaces_table(spaces: Iterable[Space], ascii_only: bool = False) -> Table:
-    """One row a search space: its stages in their order and what it searches."""
+    """One row for each search space, with its stages in order."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("space", no_wrap=True, style="bold")
     table.add_column("stages", overflow="fold")
@@ -126,7 +126,7 @@ def spaces_table(spaces: Iterable[Space], ascii_only: bool = False) -> Table:
 
 
 def stages_table(space: Space, ascii_only: bool = False) -> Table:
-    """A search space in detail: one section a stage, with what it searches, what it fixes and what it tries first."""
+    """One section for each stage of a search space: what it searches, what it fixes, what it tries first."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("stage", no_wrap=True, style="bold")
     table.add_column("setting", no_wrap=True)
@@ -136,7 +136,7 @@ def stages_table(space: Space, ascii_only: bool = False) -> Table:
         rows += [(name, f"fixed at {_value_text(value)}") for name, value in stage.fixed.items()]
         for index, point in enumerate(stage.points, 1):
             numbers = ", ".join(f"{name} {_value_text(value)}" for name, value in point.items())
-            rows.append((f"point {index}", f"{numbers} (gain {number_text(gain_of(point))})"))
+            rows.append((f"point {index}", f"{numbers} (gain {format_number(gain_of(point))})"))
         for index, row in enumerate(rows):
             cells = ("" if index else stage.name, *row)
             table.add_row(*(Text(readable(text, ascii_only)) for text in cells), end_section=index == len(rows) - 1)
@@ -144,7 +144,7 @@ def stages_table(space: Space, ascii_only: bool = False) -> Table:
 
 
 def gains_table(calibration: Mapping[str, Any], ascii_only: bool = False) -> Table:
-    """One row a gate of `Calibration.to_dict()`: the gains at which total_norm is so many times the baseline's."""
+    """One row for each max_t of `Calibration.to_dict()`: the gains that give total_norm a certain multiple of the baseline's."""
     gates = calibration["by_max_t"]
     ratios = list(gates[0]["gain_for"])
     table = Table(
@@ -159,13 +159,13 @@ def gains_table(calibration: Mapping[str, Any], ascii_only: bool = False) -> Tab
     for gate in gates:
         gains = [gate["inert_below"], *gate["gain_for"].values()]
         cells = [f"{gate['max_t']:g}", f"{gate['active_batches']}/{batches}"]
-        cells += [number_text(gain, ".3g") for gain in gains] + [_measured(gate["cosine"], "+.2f")]
+        cells += [format_number(gain, ".3g") for gain in gains] + [_measured(gate["cosine"], "+.2f")]
         table.add_row(*(Text(readable(cell, ascii_only)) for cell in cells))
     return table
 
 
 def predictions_table(calibration: Mapping[str, Any], ascii_only: bool = False) -> Table:
-    """One row a named setting of `Calibration.to_dict()`: the notes' versions and the space's points, and what each will do."""
+    """One row for each named setting of `Calibration.to_dict()` (the notes' versions, the space's points), with its prediction."""
     table = Table(
         box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", title_justify="left", title_style="bold"
     )
@@ -175,61 +175,62 @@ def predictions_table(calibration: Mapping[str, Any], ascii_only: bool = False) 
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("prospects", overflow="fold")
     for named in calibration["settings"]:
-        said = named["prediction"]
-        shares = [_measured(said["ratio"], ".4g"), _measured(said["ratio_main"], ".4g"), _measured(said["auxiliary_share"], ".2%")]
-        cells = [named["name"], f"{said['gain']:.4g}", f"{said['max_t']:g}", *shares, named["judgement"]]
+        predicted = named["prediction"]
+        shares = [_measured(predicted["ratio"], ".4g"), _measured(predicted["ratio_main"], ".4g")]
+        shares.append(_measured(predicted["auxiliary_share"], ".2%"))
+        cells = [named["name"], f"{predicted['gain']:.4g}", f"{predicted['max_t']:g}", *shares, named["judgement"]]
         table.add_row(*(Text(readable(cell, ascii_only)) for cell in cells))
     return table
 
 
-def calibration_words(calibration: Mapping[str, Any]) -> list[str]:
-    """The rest of `Calibration.to_dict()` in sentences, what matters most first."""
+def calibration_sentences(calibration: Mapping[str, Any]) -> list[str]:
+    """The rest of `Calibration.to_dict()` as sentences, the most important first."""
     low, high = (number(ratio) for ratio in calibration["ratios"])
     shares = {name: number(share) for name, share in calibration["shares"].items()}
-    words = [f"{f['sentence']}; {f['remedy']}" if f["remedy"] else f["sentence"] for f in calibration["findings"]]
+    sentences = [f"{f['sentence']}; {f['remedy']}" if f["remedy"] else f["sentence"] for f in calibration["findings"]]
     space = f"the space pushes {low:.3g} to {high:.3g} times the baseline's total_norm: {shares['inert']:.0%} of it is inert"
     if calibration["limit"] is not None:
         space += f", {shares['beyond_limit']:.0%} beyond the norm guard's limit {calibration['limit']:g}"
     if calibration["skip_above"] is not None:
         space += f", {shares['skipped']:.0%} beyond {calibration['skip_above']:g} and not launched"
-    words += [space, f"the baseline itself pushes {calibration['baseline_ratio_main']:.3g} times the main loss"]
-    seen = calibration["gradient_at_decoder"] or {}
-    if {"ssim", "pixel"} <= set(seen):
-        ssim, pixel = ({name: number(value) for name, value in seen[loss].items()} for loss in ("ssim", "pixel"))
-        words.append(
+    sentences += [space, f"the baseline itself pushes {calibration['baseline_ratio_main']:.3g} times the main loss"]
+    gradients = calibration["gradient_at_decoder"] or {}
+    if {"ssim", "pixel"} <= set(gradients):
+        ssim, pixel = ({name: number(value) for name, value in gradients[loss].items()} for loss in ("ssim", "pixel"))
+        sentences.append(
             f"at the decoder's output the SSIM gradient is {ssim['rms'] / pixel['rms']:.3g} times the pixel loss's; "
             f"its peak is {ssim['peak_over_rms']:.3g} rms (pixel {pixel['peak_over_rms']:.3g}), and 1 % of the elements carry "
             f"{ssim['top_share']:.0%} of its squared norm (pixel {pixel['top_share']:.0%})"
         )
     check, error = calibration["check"], number(calibration["check"]["relative_error"])
     how = f"{calibration['method']}: {calibration['why']}"
-    words.append(f"{len(check['steps'])} training steps checked it: off by at most {error:.1g} ({how})")
+    sentences.append(f"{len(check['steps'])} training steps checked it: off by at most {error:.1g} ({how})")
     if calibration["dropped_batches"]:
-        words.append(f"batches left out, since a norm is not finite: {', '.join(map(str, calibration['dropped_batches']))}")
-    words.append(f"took {calibration['wall_s']:.1f} s, {calibration['share_of_study']:.1%} of what the search's training takes")
-    return words
+        sentences.append(f"batches left out, since a norm is not finite: {', '.join(map(str, calibration['dropped_batches']))}")
+    sentences.append(f"took {calibration['wall_s']:.1f} s, {calibration['share_of_study']:.1%} of what the search's training takes")
+    return sentences
 
 
 CHECK_STYLES = {"ok": "green", "unknown": "dim", "warn": "yellow", "bad_setup": "bold magenta"}
 
 
 def preflight_table(report: Mapping[str, Any], ascii_only: bool = False) -> Table:
-    """One row a check of `guards.preflight.Report.to_dict()`; what is not well has its remedy below it."""
+    """One row for each check of preflight's `Report.to_dict()`; a warning or fault has its remedy below it."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("check", no_wrap=True, overflow="fold")
     table.add_column("verdict", no_wrap=True)
     table.add_column("what was measured", overflow="fold", ratio=1)
     for check in report["checks"]:
-        said = readable(check["sentence"], ascii_only)
+        text = readable(check["sentence"], ascii_only)
         if check["remedy"] and check["status"] in ("warn", "bad_setup"):
-            said += f"\n{readable(check['remedy'], ascii_only)}"
-        table.add_row(Text(readable(check["name"], ascii_only)), Text(check["status"], CHECK_STYLES[check["status"]]), Text(said))
+            text += f"\n{readable(check['remedy'], ascii_only)}"
+        table.add_row(Text(readable(check["name"], ascii_only)), Text(check["status"], CHECK_STYLES[check["status"]]), Text(text))
     return table
 
 
 def _measured(value: Any, form: str) -> str:
-    """A number that may not have been measured, and then is NaN, as JSON or not."""
-    return number_text(None if math.isnan(number(value)) else number(value), form)
+    """A number, or a dash where it is NaN (also JSON's string "NaN"): it was not measured."""
+    return format_number(None if math.isnan(number(value)) else number(value), form)
 
 
 def _value_text(value: Any) -> str:

@@ -22,7 +22,7 @@ from tune_ssim.results.events import EventWriter
 from tune_ssim.results.proof import differences
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.study_lock import LOCK_FILE, StudyLock
-from tune_ssim.results.trial_text import setting_text
+from tune_ssim.results.trial_text import format_setting
 from tune_ssim.results.winner import ranked
 from tune_ssim.search.baseline_first import BaselineFirst
 from tune_ssim.search.confirm import PREFIX, ConfirmSearch, confirm_seeds, confirm_steps, for_longer
@@ -138,7 +138,7 @@ class _StudyRun:
         self.progress.expect(study.search.trials + study.baseline_seeds, len(previous) + len(runs))
         self._run(SEARCH, search, study.steps, study.guard_list, with_scheduler=True)
         for skipped in self.folder.skipped():
-            self.progress.say(f"not launched: {setting_text(skipped.config)}: {skipped.sentence}")
+            self.progress.say(f"not launched: {format_setting(skipped.config)}: {skipped.sentence}")
         if search.end_reason:
             self.progress.say(f"the search ended early: {search.end_reason}")
         return search.failure

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, ROW, DPI = 9.6, 1.35, 125  # inches; 1200 pixels wide
-MOST_PANELS = 8
-MOST_MARKS = 12  # alerts in one panel
-LANES, LANE = 4, 0.18  # of labels in a panel, one below the other; of its height
-OF_A_LETTER = 0.0078  # of a panel's width: a letter of a label
+MAX_PANELS = 8
+MAX_MARKS = 12  # alerts marked in one panel
+LANES, LANE_HEIGHT = 4, 0.18  # rows of labels in a panel, and the share of its height that each takes
+LETTER_WIDTH = 0.0078  # of a label, as a share of the panel's width
 INK, GREY, LINE, CLOUD = "#1d2733", "#51606f", "#2a67a3", "#a9cbea"
 COLOURS = {"warn": "#e08a1e", "probe": "#2a67a3", "prune": "#b5343c", "abort": "#7a1f5c"}
-SMOOTH = 40  # parts whose medians make the line through a noisy curve
+SMOOTHING_PARTS = 40  # a noisy curve is drawn through the medians of so many parts
 
 
 def draw_check(report: Report) -> bytes:
-    """PNG."""
+    """The report as a PNG image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -38,7 +38,7 @@ def draw_check(report: Report) -> bytes:
     first, last = report.steps or (0, 1)
     for axes, (metric, curve, alerts) in zip(rows, panels, strict=False):
         _draw(axes, metric, curve)
-        _mark(axes, alerts[:MOST_MARKS], curve, first, max(last, first + 1))
+        _mark(axes, alerts[:MAX_MARKS], curve, first, max(last, first + 1))
     margin = 0.01 * max(last - first, 1)
     rows[-1].set_xlim(first - margin, last + margin)
     if report.ended is not None:
@@ -47,7 +47,7 @@ def draw_check(report: Report) -> bytes:
     rows[-1].set_xlabel("step", color=INK)
     plain = {"healthy": "no alert", "unknown": "nothing could be judged", "does_not_work": "a branch does not work"}
     verdict = plain.get(report.verdict, _count(report))
-    figure.suptitle(f"{_short(report.log)}: {verdict}", x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
+    figure.suptitle(f"{_shorten_start(report.log)}: {verdict}", x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
     words = "; ".join(f"{branch.branch} {branch.verdict}" for branch in report.branches)
     alarmed = {alert.violation.metric for alert in report.alerts} & set(report.curves) - {metric for metric, _, _ in panels}
     if alarmed:
@@ -65,15 +65,15 @@ def draw_check(report: Report) -> bytes:
 
 
 def _panels(report: Report) -> list[tuple[str, Curve, list[Alert]]]:
-    """The curves with alerts first, the gravest before others, then the losses of the branches, then others, as many as fit; in
-    the order of the rules."""
+    """At most MAX_PANELS curves, in the order of the rules: those with alerts (the most severe first), then the losses of the
+    branches, then others."""
     alerts: dict[str, list[Alert]] = {}
     for alert in sorted(report.alerts, key=lambda alert: SEVERITY.index(alert.violation.action)):
         alerts.setdefault(alert.violation.metric, []).append(alert)
     names = [name for pack in report.packs for branch in pack.branches for name in (branch.loss, *branch.gradient)]
     wanted = dict.fromkeys([*alerts, *names, *(key for key in report.curves if isinstance(key, str))])
     drawn = [name for name in wanted if name in report.curves and (name in alerts or _varies(report.curves[name]))]
-    chosen = drawn[:MOST_PANELS]
+    chosen = drawn[:MAX_PANELS]
     order = {name: index for index, name in enumerate(key for key in report.curves if isinstance(key, str))}
     return [(name, report.curves[name], alerts.get(name, [])) for name in sorted(chosen, key=lambda name: order[name])]
 
@@ -86,18 +86,18 @@ def _varies(curve: Curve) -> bool:
 def _draw(axes: Axes, metric: str, curve: Curve) -> None:
     steps, mean = curve.steps, curve.mean
     axes.fill_between(steps, curve.low, curve.high, color=CLOUD, lw=0, alpha=0.6)
-    noisy = len(steps) > 2 * SMOOTH
-    gaps = np.where(curve.broken > 0, np.nan, mean)  # where a value is not finite the line stops
+    noisy = len(steps) > 2 * SMOOTHING_PARTS
+    gaps = np.where(curve.broken > 0, np.nan, mean)  # the line stops at non-finite values
     axes.plot(steps, gaps, color=CLOUD if noisy else LINE, lw=0.8 if noisy else 1.3)
     if noisy:
-        parts = np.array_split(np.arange(len(steps)), SMOOTH)
+        parts = np.array_split(np.arange(len(steps)), SMOOTHING_PARTS)
         middle = [float(np.median(gaps[part])) for part in parts]  # NaN where one is
         axes.plot([steps[part].mean() for part in parts], middle, color=LINE, lw=1.6)
     finite = mean[np.isfinite(mean)]
     positive = finite[finite > 0]
     if positive.size == finite.size > 0 and positive.max() / positive.min() > 100:
         axes.set_yscale("log")
-    axes.set_ylabel(_middle_cut(metric, 20), color=INK, fontsize=8.5, rotation=0, ha="right", va="center")
+    axes.set_ylabel(_shorten_middle(metric, 20), color=INK, fontsize=8.5, rotation=0, ha="right", va="center")
     axes.tick_params(colors=GREY, labelsize=7.5, length=2.5)
     axes.margins(y=0.12)
     axes.grid(axis="y", color="#e6ebf0", lw=0.6)
@@ -114,9 +114,9 @@ def _mark(axes: Axes, alerts: Sequence[Alert], curve: Curve, first: int, last: i
     ends = [-1.0] * LANES  # of the last label in each lane, as a share of the width
     for step in sorted(at):
         names = ", ".join(alert.violation.guard.split("/")[-1] for alert in at[step])
-        colour = COLOURS[at[step][0].violation.action]  # the gravest comes first
+        colour = COLOURS[at[step][0].violation.action]  # the most severe comes first
         label, place = f"{names}, step {step}", (step - first) / (last - first)
-        width = OF_A_LETTER * len(label)
+        width = LETTER_WIDTH * len(label)
         left = place + width > 1
         begin = place - width if left else place
         lane = next((k for k, end in enumerate(ends) if end <= begin), LANES - 1)
@@ -124,13 +124,13 @@ def _mark(axes: Axes, alerts: Sequence[Alert], curve: Curve, first: int, last: i
         axes.axvline(step, color=colour, lw=0.9, alpha=0.5)
         index = min(int(np.searchsorted(curve.steps, step)), len(curve.steps) - 1)
         height = float(curve.mean[index])
-        seen = bool(np.isfinite(height))  # a value that is none has no height: its triangle stands at the foot
+        seen = bool(np.isfinite(height))  # a non-finite value is marked at the bottom of the panel
         axes.plot(
             [step], [height if seen else 0.08], "v", color=colour, ms=6.5, mec="white", mew=0.7, zorder=5,
             transform=axes.transData if seen else axes.get_xaxis_transform(),
         )  # fmt: skip
         axes.annotate(
-            label, (step, 0.98 - LANE * lane), xycoords=("data", "axes fraction"),
+            label, (step, 0.98 - LANE_HEIGHT * lane), xycoords=("data", "axes fraction"),
             xytext=(-4 if left else 4, 0), textcoords="offset points", ha="right" if left else "left", va="top",
             fontsize=7.5, color=colour,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}, zorder=6,
@@ -142,11 +142,11 @@ def _count(report: Report) -> str:
     return f"{count} alert{'s' if count > 1 else ''}"
 
 
-def _middle_cut(text: str, most: int) -> str:
-    """Names differ at their ends: `dbg/update…o/mu_head`."""
-    half = (most - 1) // 2
-    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+def _shorten_middle(text: str, max_length: int) -> str:
+    """`dbg/update…o/mu_head`: names differ at their ends."""
+    half = (max_length - 1) // 2
+    return text if len(text) <= max_length else f"{text[:half]}…{text[-half:]}"
 
 
-def _short(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else "…" + text[1 - most :]
+def _shorten_start(text: str, max_length: int = 60) -> str:
+    return text if len(text) <= max_length else "…" + text[1 - max_length :]

@@ -1,4 +1,4 @@
-"""A calibration as a picture: gain × max_t → how hard the first step pushes, with what the space and the notes ask for."""
+"""The heat map of a calibration: predicted norm ratio over gain and max_t, with the search space and the notes' settings."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT, DPI = 9.6, 5.4, 125  # inches; 1200 × 675 pixels
 COLUMNS, ROWS = 360, 120
-TOP = 100.0  # the colours end here
-PAPER = [(0.0, "#f4f6f8"), (0.06, "#e3eedd"), (0.25, "#f7e3a1"), (0.5, "#f0994d"), (0.75, "#b5343c"), (1.0, "#3d1028")]
+MAX_RATIO = 100.0  # larger ratios have the last colour
+COLOUR_STOPS = [(0.0, "#f4f6f8"), (0.06, "#e3eedd"), (0.25, "#f7e3a1"), (0.5, "#f0994d"), (0.75, "#b5343c"), (1.0, "#3d1028")]
 INK, LIMIT = "#1d2733", "#8e1024"
-SPACE = ["#a9cbea", "#7fb0dd", "#4f8cc4", "#2a67a3", "#123f70"]  # stages, the later the darker
+STAGE_COLOURS = ["#a9cbea", "#7fb0dd", "#4f8cc4", "#2a67a3", "#123f70"]  # later stages are darker
 
 
 def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "") -> bytes:
@@ -42,14 +42,20 @@ def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "")
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    colours = LinearSegmentedColormap.from_list("push", PAPER)
+    colours = LinearSegmentedColormap.from_list("norm_ratio", COLOUR_STOPS)
     mesh = axes.pcolormesh(
-        gains, gates, np.clip(ratios, 1, TOP), cmap=colours, norm=LogNorm(1, TOP), shading="gouraud", rasterized=True
+        gains,
+        gates,
+        np.clip(ratios, 1, MAX_RATIO),
+        cmap=colours,
+        norm=LogNorm(1, MAX_RATIO),
+        shading="gouraud",
+        rasterized=True,
     )
-    _contours(axes, gains, gates, ratios, limit, max_ratio)
-    _inert_zone(axes, model, gains, gates, pixel_weight)
-    _space(axes, space, segments)
-    _named(axes, calibration["settings"])
+    _draw_contours(axes, gains, gates, ratios, limit, max_ratio)
+    _draw_inert_zone(axes, model, gains, gates, pixel_weight)
+    _draw_space(axes, space, segments)
+    _draw_settings(axes, calibration["settings"])
 
     axes.set(xscale="log", yscale="log", xlim=(gains[0], gains[-1]), ylim=(gates[0], gates[-1]))
     axes.set_xlabel("gain = ssim_loss_weight · ssim_grad_scale", color=INK)
@@ -62,7 +68,7 @@ def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "")
     for side in axes.spines.values():
         side.set_visible(False)
     bar = figure.colorbar(mesh, ax=axes, pad=0.015, fraction=0.035, aspect=28, extend="max")
-    ticks = [1, 1.5, 3, 10, 30, TOP]
+    ticks = [1, 1.5, 3, 10, 30, MAX_RATIO]
     bar.set_ticks(ticks, labels=[f"{tick:g}×" for tick in ticks])
     bar.minorticks_off()
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -79,36 +85,36 @@ def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "")
 
 
 def _gate_range(model: NormModel) -> tuple[float, float]:
-    """A little air around the calibrated gates that mean something."""
+    """The calibrated gates that had active batches, with a margin."""
     usable = [gate for gate, active in zip(model.max_ts, model.active, strict=True) if active.any()]
     return min(usable) / 1.12, max(usable) * 1.12
 
 
 def _gain_range(model: NormModel, calibration: Mapping[str, Any], segments: list[Any], pixel_weight: float) -> tuple[float, float]:
-    """Everything that is drawn, and the limit where the loss reaches it."""
-    shown = [gain for _, _, gains in segments for gain in (gains[0], gains[-1])]
-    shown += [gain_of(named["setting"]) for named in calibration["settings"]]
+    """Covers every gain that is drawn, and the gain that reaches 1.5 times the limit."""
+    drawn = [gain for _, _, gains in segments for gain in (gains[0], gains[-1])]
+    drawn += [gain_of(named["setting"]) for named in calibration["settings"]]
     for gate, active in zip(model.max_ts, model.active, strict=True):
         if active.any():
             try:
-                shown.append(
+                drawn.append(
                     model.gain_for(1.5 * max(calibration["limit"] or 10.0, calibration["skip_above"] or 0), gate, pixel_weight)
                 )
             except ValueError:
                 continue
-    positive = [gain for gain in shown if gain > 0]
+    positive = [gain for gain in drawn if gain > 0]
     return min(positive, default=1e-3) / 3, max(positive, default=1e3) * 2
 
 
 def _segments(model: NormModel, space: Space) -> Iterator[tuple[str, float, Array]]:
-    """(stage, gate, its gains) of every gate that a stage names."""
+    """(stage, max_t, the gains searched there) for every max_t that a stage names."""
     for stage in space.stages:
         for max_t, _, gains in gains_of(model, stage):
             if gains.size and gains.max() > 0:
                 yield stage.name, max_t, np.sort(gains[gains > 0])
 
 
-def _contours(axes: Axes, gains: Array, gates: Array, ratios: Array, limit: float | None, max_ratio: float | None) -> None:
+def _draw_contours(axes: Axes, gains: Array, gates: Array, ratios: Array, limit: float | None, max_ratio: float | None) -> None:
     from matplotlib import patheffects
 
     halo = [patheffects.withStroke(linewidth=2.5, foreground="white", alpha=0.75)]
@@ -127,8 +133,8 @@ def _contours(axes: Axes, gains: Array, gates: Array, ratios: Array, limit: floa
             label.set(color=colour, path_effects=halo)
 
 
-def _inert_zone(axes: Axes, model: NormModel, gains: Array, gates: Array, pixel_weight: float) -> None:
-    """Straight between the calibrated gates."""
+def _draw_inert_zone(axes: Axes, model: NormModel, gains: Array, gates: Array, pixel_weight: float) -> None:
+    """Below this edge a setting changes the norm by less than 0.1 %; interpolated between the calibrated gates."""
     usable = [gate for gate, active in zip(model.max_ts, model.active, strict=True) if active.any()]
     found = [inert_below(model, gate, pixel_weight) for gate in usable]
     edges = [gains[-1] if gain is None else gain for gain in found]
@@ -136,17 +142,17 @@ def _inert_zone(axes: Axes, model: NormModel, gains: Array, gates: Array, pixel_
     axes.fill_betweenx(gates, gains[0], edge, facecolor="none", edgecolor="#bcc7d1", hatch="///", linewidth=0)
     axes.plot(edge, gates, color="#7d8b99", lw=1, ls=":")
     place = (float(np.sqrt(gains[0] * np.median(edges))), float(gates[int(0.66 * len(gates))]))
-    box = {"facecolor": PAPER[0][1], "edgecolor": "none", "pad": 2.5}
+    box = {"facecolor": COLOUR_STOPS[0][1], "edgecolor": "none", "pad": 2.5}
     axes.text(*place, "inert\n< 0.1 %", ha="center", va="center", fontsize=9, color="#51606f", bbox=box)
 
 
-def _space(axes: Axes, space: Space, segments: list[tuple[str, float, Array]]) -> None:
-    """The gains that each stage searches behind each gate, the later the darker."""
+def _draw_space(axes: Axes, space: Space, segments: list[tuple[str, float, Array]]) -> None:
+    """The gains that each stage searches at each max_t; later stages are darker."""
     stages = [stage.name for stage in space.stages]
     for index, name in enumerate(stages):
-        colour = SPACE[round((index + 1) * (len(SPACE) - 1) / len(stages))]
+        colour = STAGE_COLOURS[round((index + 1) * (len(STAGE_COLOURS) - 1) / len(stages))]
         words = f"space {name}" if len(stages) == 1 else name
-        shift = 1 + 0.03 * (index - (len(stages) - 1) / 2)  # stages that share a gate lie side by side
+        shift = 1 + 0.03 * (index - (len(stages) - 1) / 2)  # stages that share a gate are drawn side by side
         for stage, gate, gains in segments:
             if stage == name:
                 ends, height = [gains[0], gains[-1]], [gate * shift] * 2
@@ -154,8 +160,8 @@ def _space(axes: Axes, space: Space, segments: list[tuple[str, float, Array]]) -
                 words = "_"  # one entry a stage in the legend
 
 
-def _named(axes: Axes, settings: list[Mapping[str, Any]]) -> None:
-    """The notes' versions, and the space's own points, which the table names."""
+def _draw_settings(axes: Axes, settings: list[Mapping[str, Any]]) -> None:
+    """The settings that the table names: the notes' versions, and the points of the space."""
     from matplotlib import patheffects
 
     halo = [patheffects.withStroke(linewidth=2.5, foreground="white", alpha=0.8)]
@@ -163,7 +169,9 @@ def _named(axes: Axes, settings: list[Mapping[str, Any]]) -> None:
     for named in settings:
         setting, is_note = named["setting"], named["name"] in NOTES
         place = (gain_of(setting), setting["ssim_loss_max_t"])
-        look: dict[str, Any] = {"ms": 7.5, "mfc": "white", "mec": INK} if is_note else {"ms": 5.5, "mfc": SPACE[-1], "mec": "white"}
+        look: dict[str, Any] = (
+            {"ms": 7.5, "mfc": "white", "mec": INK} if is_note else {"ms": 5.5, "mfc": STAGE_COLOURS[-1], "mec": "white"}
+        )
         axes.plot(
             *place, "o" if is_note else "D", mew=1.6 if is_note else 0.8, zorder=5, ls="", label=labels.pop(is_note, "_"), **look
         )

@@ -1,7 +1,7 @@
-"""A study as a line of events. Whoever runs it writes them here; `tracking` replays them into MLflow.
+"""The events of a study, in order. The process that runs it writes them; `tracking` replays them into MLflow.
 
-Neither Ray nor MLflow is imported: an event is a plain JSON object in the study's `events.jsonl`, and its `time_ms` is
-fixed when it is written. That makes a replay repeatable: the same rows, at the same time, however often it is done.
+Neither Ray nor MLflow is imported: an event is a plain JSON object in the study's `events.jsonl`, with the time at which it was
+written. A replay is therefore repeatable: it gives the same rows with the same times however often it is done.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.space import WEIGHT, gain_of
 
-BULKY = ("records", "images")  # keys of a result that need not stay in Ray's own snapshots
+BULKY = ("records", "images")  # keys of a result that are dropped from Ray's own snapshots
 
-# What Ray Tune adds to every result and nobody looks for in a plot.
+# What Ray Tune adds to every result and nobody plots.
 _BOOKKEEPING = frozenset(
     {"timestamp", "pid", "training_iteration", "iterations_since_restore", "time_since_restore", "time_this_iter_s"}
     | {"config", "done", "trial_id", "checkpoint_dir_name", "experiment_tag", "date", "hostname", "node_ip"}
@@ -27,7 +27,7 @@ _BOOKKEEPING = frozenset(
 
 @dataclass(frozen=True)
 class EventWriter:
-    """Appends what happened to the study's folder. Has no state of its own, so it can be pickled and made again."""
+    """Appends events to the study's folder. It has no state of its own, so it can be pickled."""
 
     folder: StudyFolder
 
@@ -47,13 +47,13 @@ class EventWriter:
         slot: int | None = None,
         parameters: Mapping[str, Any] | None = None,
     ) -> None:
-        """`config`: what was asked for. `parameters`: what is in force, if it is known already."""
+        """`config`: the settings that were requested. `parameters`: those in force, if they are known already."""
         self._add("trial", trial_id=trial_id, role=role, config=config, slot=slot, parameters=parameters or {})
 
     def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """A result of our trainable: its `records` ([[step, {name: number}], …]) and its `images` ({step: PNG bytes}).
 
-        Of any other trainable: all its numbers, at its `training_iteration`."""
+        For any other trainable: all its numbers, at its `training_iteration`."""
         records: Iterable[Any] = result.get("records") or []
         if "records" not in result:
             values = numbers_of(result)
@@ -69,7 +69,7 @@ class EventWriter:
         self._add("image", trial_id=trial_id, step=step, path=path.as_posix(), name=f"smoke/step_{step:06d}.png")
 
     def verdict(self, trial_id: str, summary: Mapping[str, Any], effective: Mapping[str, Any] | None = None) -> None:
-        """`summary`: of `TrialSummary.to_dict`. `effective`: the parameters that were in force."""
+        """`summary`: of `TrialSummary.to_dict`. `effective`: the parameters in force."""
         self._add("verdict", trial_id=trial_id, summary=summary, effective=effective or {})
 
     def study_ended(self, reason: str = "") -> None:
@@ -80,7 +80,7 @@ class EventWriter:
 
 
 def numbers_of(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a (nested) result under flat names, without Ray's bookkeeping and without truth values."""
+    """The numbers of a (nested) result under flat names, without Ray's bookkeeping and without booleans."""
     found: dict[str, float] = {}
     for key, value in result.items():
         if not prefix and key in _BOOKKEEPING:
@@ -93,7 +93,7 @@ def numbers_of(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def gain(config: Mapping[str, Any]) -> float | None:
-    """weight · grad_scale of a configuration: the one effective strength of the auxiliary loss (SEEDS B6)."""
+    """The gain of a configuration for display, rounded; None where it has no SSIM loss (SEEDS B6)."""
     try:
         found = gain_of(config) if WEIGHT in config else math.nan
     except (TypeError, ValueError):  # not numbers

@@ -1,4 +1,4 @@
-"""The forms in which a training script can take a setting: YAML, JSON, shell variables, command-line arguments."""
+"""Export of a setting for a training script: YAML, JSON, shell variables, command-line arguments."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import jsonable
+from tune_ssim.guards.verdict import Role
 from tune_ssim.results.proof import proof_of, seals
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.trials.summary import TrialSummary
@@ -26,16 +27,16 @@ SHELL_PREFIXES = ("LC_", "LD_", "BASH", "PYTHON")
 
 
 def experiment_name(summary: TrialSummary, study_name: str) -> str:
-    """A new name for every setting and horizon, so that auto-resume cannot pick up another's checkpoint (SEEDS A10)."""
+    """A different name for every setting and horizon: a script that resumes by name finds no other checkpoint (SEEDS A10)."""
     text = json.dumps(jsonable([summary.settings, summary.horizon]), sort_keys=True, default=str)
     name = f"{study_name}-{summary.trial_id}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("-.")  # it becomes a folder, and a word of a command line
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("-.")  # it becomes a folder's name and an argument
 
 
 def exported_config(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
-    """What `tune-ssim export` writes: plain JSON values, the three numbers at the top level of `config`, and the proof."""
+    """What `tune-ssim export` writes, as plain JSON values: the setting in `config`, its result, and the proof."""
     trials = folder.trials()
-    baselines = [trial for trial in trials if trial.role == "baseline"]
+    baselines = [trial for trial in trials if trial.role is Role.BASELINE]
     exported: dict[str, Any] = jsonable(
         {
             "study": folder.name,
@@ -60,21 +61,21 @@ def versions() -> dict[str, str | None]:
     return {"tune-ssim": __version__} | {name: _version(name) for name in ("torch", "ray", "optuna")}
 
 
-def format_export(exported: Mapping[str, Any], form: str) -> str:
-    """`exported_config` as text that ends in a newline. `form`: yaml, json, env or args.
+def format_export(exported: Mapping[str, Any], format: str) -> str:
+    """`exported_config` as text that ends in a newline. `format`: yaml, json, env or args.
 
-    Numbers are written with `repr`, so that reading them back gives the very same float. In env and args a null is an
-    option that is not given. Raises UserError for a parameter that the form cannot carry.
+    Numbers are written with `repr`, so that reading them back gives the very same float. In env and args a null
+    parameter is left out. Raises UserError for a parameter that the format cannot express.
     """
-    if form == "json":
+    if format == "json":
         return json.dumps(exported, indent=2, allow_nan=False) + "\n"
-    if form == "yaml":
+    if format == "yaml":
         return _yaml(exported)
-    if form == "env":
+    if format == "env":
         return _env_lines(exported)
-    if form == "args":
+    if format == "args":
         return _arguments(exported["config"]) + "\n"
-    raise UserError(f"format {form!r} is not one of {', '.join(FORMATS)}")
+    raise UserError(f"format {format!r} is not one of {', '.join(FORMATS)}")
 
 
 def _yaml(exported: Mapping[str, Any]) -> str:
@@ -113,7 +114,7 @@ def _env_lines(exported: Mapping[str, Any]) -> str:
             raise UserError(f"parameter {key!r} cannot be a shell variable; use --format args, json or yaml")
         if name in lines or name == "EXP_NAME":
             raise UserError(f"parameter {key!r}: the shell variable {name} is taken; use --format args, json or yaml")
-        lines[name] = _word(key, value)
+        lines[name] = _argument(key, value)
     lines["EXP_NAME"] = exported["exp_name"]
     missing = exported.get("proof", {}).get("unproven") or []
     head = f"# UNPROVEN: {'; '.join(missing)}\n" if missing else ""
@@ -125,14 +126,14 @@ def _arguments(config: Mapping[str, Any]) -> str:
     for key, value in config.items():
         if value is None:
             continue
-        word = _word(key, value)
+        word = _argument(key, value)
         # argparse takes "-1e-05" for an option unless it is tied to its own.
         words += [f"--{key}={word}"] if word.startswith("-") else [f"--{key}", word]
     return shlex.join(words)
 
 
-def _word(key: str, value: Any) -> str:
-    """One word of a command line. Lists and tables have no agreed form there."""
+def _argument(key: str, value: Any) -> str:
+    """One value as text. There is no agreed form for lists and mappings."""
     if isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""What an exported setting rests on: paired comparisons, margins, and the hashes of all that it was obtained with."""
+"""The proof of an exported setting: paired comparisons, margins, and the hashes of code, weights and data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ LEVEL = 0.95  # of the confidence intervals
 
 
 def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
-    """What the setting of `summary` rests on. `unproven` says what is missing; nothing there means that it is proven."""
+    """The evidence for the setting of `summary`. `unproven` lists what is missing; where it is empty the setting is proven.
+
+    Raises UserError where a file of the study cannot be read."""
     trials = folder.trials()
     confirmed = confirmations(summary, trials)
     baselines = [trial for trial in trials if trial.role is Role.BASELINE]
@@ -64,8 +66,8 @@ def _limits(folder: StudyFolder) -> tuple[dict[str, float], list[KeepRule]]:
 
 
 def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """Mean and confidence interval (Student's t, two-sided) of paired differences, one a seed; no interval for a single one."""
-    from scipy.stats import t as student_t  # half a second that `tune-ssim trials` need not wait
+    """Mean and confidence interval (Student's t, two-sided) of paired differences, one per seed; no interval for a single seed."""
+    from scipy.stats import t as student_t  # imported here: it takes half a second, which `tune-ssim trials` does not need
 
     mean = fmean(differences)
     if len(differences) < 2:
@@ -75,7 +77,7 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
 
 
 def comparison(confirmed: Sequence[TrialSummary]) -> dict[str, Any]:
-    """Every `delta_…` that all confirming trials measured: `paired`, and the difference of each seed."""
+    """`paired` and the difference for each seed, of every `delta_…` that all trials of the confirm phase measured."""
     names = sorted(
         set.intersection(*({name for name in trial.metrics if name.startswith("delta_")} for trial in confirmed))
         if confirmed
@@ -91,9 +93,9 @@ def comparison(confirmed: Sequence[TrialSummary]) -> dict[str, Any]:
 def margins(
     confirmed: Sequence[TrialSummary], baselines: Sequence[TrialSummary], limits: Mapping[str, Any], rules: Iterable[KeepRule]
 ) -> dict[str, Any]:
-    """How near the worst of the confirming trials came to each guard's limit and to each margin of the objective.
+    """How near the worst trial of the confirm phase came to each guard's limit and to each margin of `objective.keep`.
 
-    `limits`: guard → its limit, for guards whose summaries say `<guard>_max`."""
+    `limits`: metric → the limit of its guard."""
     found: dict[str, Any] = {}
     for metric, limit in limits.items():
         values = [trial.metric(metric) for trial in confirmed if metric in trial.metrics]
@@ -113,12 +115,12 @@ def margins(
 
 
 def digest(value: Any) -> str:
-    """sha256 of plain values, whatever the order of their keys."""
+    """SHA-256 of plain values; the order of keys has no influence."""
     return hashlib.sha256(json.dumps(jsonable(value), sort_keys=True).encode()).hexdigest()
 
 
 def seals(exported: Mapping[str, Any]) -> dict[str, str]:
-    """A digest of every part of an export, by its place, so that a change of the file itself can be named."""
+    """The digest of every part of an export, so that `verify` can name the part of the file that was changed."""
     parts = {name: value for name, value in exported.items() if name not in ("proof", "seals")}
     return {name: digest(value) for name, value in (parts | {f"proof.{k}": v for k, v in exported["proof"].items()}).items()}
 

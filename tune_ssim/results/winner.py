@@ -25,7 +25,7 @@ def best_safe(
 
     `study`: a study's folder, its path, or summaries. `objective`: a metric's name; without it `objective.maximize` of
     the folder's study.yaml, else `delta_ssim`. What qualifies: see `ranked`. Where there was a confirm phase, only a
-    setting that held there does: all its trials safe, and a mean objective above zero. Of equals the earlier one wins.
+    setting that held there does: all its trials safe, and a mean objective above zero. Among equals the first one wins.
 
     Raises NoSafeTrial if nothing qualifies, and also if the best delta is not above zero: a setting that does not
     beat the baseline is no winner.
@@ -38,7 +38,7 @@ def best_safe(
     else:
         summaries, objective = list(study), objective or OBJECTIVE
     tried = [summary for summary in summaries if summary.role is not Role.BASELINE]
-    candidates = _safe(summaries, objective)
+    candidates = _safe_trials(summaries, objective)
     if not candidates:
         raise NoSafeTrial(f"{where}: no safe trial to export: {_why_none(tried, objective)}")
     best = candidates[0]
@@ -51,10 +51,10 @@ def best_safe(
         return best
     held = [summary for summary in ranked(summaries, objective) if holds(confirmations(summary, summaries), objective)]
     if not held:
-        words = "; ".join(
+        reasons = "; ".join(
             _why_not_held(summary, summaries, objective) for summary in candidates if confirmations(summary, summaries)
         )
-        raise NoSafeTrial(f"{where}: no finalist held in the confirm phase: {words}")
+        raise NoSafeTrial(f"{where}: no finalist held in the confirm phase: {reasons}")
     return held[0]
 
 
@@ -65,11 +65,13 @@ def ranked(summaries: Iterable[TrialSummary], objective: str = OBJECTIVE) -> lis
     them is `degraded`), its objective is finite and, where it is a difference to the baseline, above zero, and no other
     trial of the same setting was pruned or degraded."""
     return [
-        summary for summary in _safe(summaries, objective) if summary.metric(objective) > 0 or not objective.startswith("delta_")
+        summary
+        for summary in _safe_trials(summaries, objective)
+        if summary.metric(objective) > 0 or not objective.startswith("delta_")
     ]
 
 
-def _safe(summaries: Iterable[TrialSummary], objective: str) -> list[TrialSummary]:
+def _safe_trials(summaries: Iterable[TrialSummary], objective: str) -> list[TrialSummary]:
     tried = [summary for summary in summaries if summary.role is not Role.BASELINE]
     searched = [summary for summary in tried if summary.role is Role.SEARCH] or tried
     refuted = {summary.setting_key for summary in searched if summary.verdict.speaks_against_setting}
@@ -88,7 +90,7 @@ def confirmations(summary: TrialSummary, summaries: Iterable[TrialSummary]) -> l
 
 
 def holds(confirmed: Sequence[TrialSummary], objective: str = OBJECTIVE) -> bool:
-    """Whether at least two further trials of a setting were all safe and beat the baseline on average."""
+    """Whether a setting had at least two trials in the confirm phase, all of them safe and on average better than the baseline."""
     if len(confirmed) < 2 or any(trial.verdict is not Verdict.SAFE for trial in confirmed):
         return False
     return not objective.startswith("delta_") or fmean(trial.metric(objective) for trial in confirmed) > 0

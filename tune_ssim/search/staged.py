@@ -8,7 +8,7 @@ from typing import Any
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.results.study_folder import Skipped
-from tune_ssim.results.trial_text import shown_metric
+from tune_ssim.results.trial_text import metric_label
 from tune_ssim.search.optuna_search import DEFAULT_LATIN_POINTS, OptunaSearch
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
 from tune_ssim.study.space import Space
@@ -77,5 +77,5 @@ class StagedSearch:
             return f"stage {name!r} had a harmful trial: no further stage is opened"
         best = max((outcome.value for outcome in self._outcomes.values() if math.isfinite(outcome.value)), default=-math.inf)
         if best > self.effective_above:
-            return f"stage {name!r} is effective ({shown_metric(self.objective)} {best:+.4f}): no need to push harder"
+            return f"stage {name!r} is effective ({metric_label(self.objective)} {best:+.4f}): no need to push harder"
         return ""

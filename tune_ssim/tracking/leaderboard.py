@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tune_ssim.guards.verdict import Verdict
 from tune_ssim.results.events import gain
-from tune_ssim.results.trial_text import STYLES, shown_metric
+from tune_ssim.results.trial_text import metric_label
 from tune_ssim.tracking.mlflow_internals import MAX_NAME_LENGTH, MAX_NOTE_LENGTH, run_page, runs_page
 from tune_ssim.trials.summary import OBJECTIVE
 
 Summary = Mapping[str, Any]  # a trial's summary as an event holds it; a foreign trainable's verdict may be "unjudged"
-VERDICTS = list(STYLES)  # best first
+VERDICTS = [verdict.value for verdict in Verdict]  # best first
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Leaderboard:
             parts.append("bad setup" if verdict == "bad_setup" else verdict)
             value = number((summary.get("metrics") or {}).get(_objective(summary)))
             if value is not None and summary.get("role") != "baseline":
-                parts.append(f"{shown_metric(_objective(summary))} {_signed(value)}")
+                parts.append(f"{metric_label(_objective(summary))} {_signed(value)}")
         return " · ".join(parts)[:MAX_NAME_LENGTH]
 
     def study_name(self) -> str:
@@ -61,7 +62,7 @@ class Leaderboard:
         best = next((one for _, one in self.ranked() if one["verdict"] == "safe" and _objective_value(one) > 0), None)
         if best is None:
             return f"{self.name}: no safe gain {'found' if self.has_ended else 'yet'}"[:MAX_NAME_LENGTH]
-        result = f"{shown_metric(_objective(best))} {_signed(_objective_value(best))}"
+        result = f"{metric_label(_objective(best))} {_signed(_objective_value(best))}"
         return f"{self.name}: best {_setting('search', best.get('config') or {})}, {result}"[:MAX_NAME_LENGTH]
 
     def ranked(self) -> list[tuple[str, Summary]]:
@@ -84,7 +85,7 @@ class Leaderboard:
             f"**{_cell(self.study_name())}** ({verdicts}). [All trials, best first]({runs_page(experiment_id, share_key)})",
             "",
             *([self.note, ""] if self.note else []),
-            f"| setting | verdict | reason | {_cell(shown_metric(objective))} | PSNR | norm ratio |",
+            f"| setting | verdict | reason | {_cell(metric_label(objective))} | PSNR | norm ratio |",
             "|---|---|---|---|---|---|",
         ]
         text = "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The ledger of ruined checkpoints: nothing may be trained on from them, under whatever name (note 003, SEEDS D4).
+"""The ledger of ruined checkpoints: no training may start from them, under whatever name (note 003, SEEDS D4).
 
 <storage>/quarantine.jsonl, one line an event, only ever appended to. A checkpoint is known by its content, the hashes of the
 tensors that its training made, and by what its descendants declare; renaming a file or its keys changes nothing.
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from tune_ssim.base.errors import BadSetup, UserError
-from tune_ssim.base.files import append_line, read_lines
+from tune_ssim.base.files import append_line, parse_lines
 from tune_ssim.base.tensor_file import Contents, TensorFile, content_id
 
 LEDGER = "quarantine.jsonl"
-LEAST_ID = 6  # digits by which an id may be abbreviated on the command line
-SHORT_ID = 12  # digits of an id in messages
+MIN_ID_LENGTH = 6  # digits that an abbreviated id must have on the command line
+SHORT_ID_LENGTH = 12  # digits of an id in messages
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class Release:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why `where` may not be used: `how` it is akin to a ruined checkpoint."""
+    """Why `where` may not be used: `how` it is related to a ruined checkpoint."""
 
     where: str
     how: str
     entry: Entry
 
     def __str__(self) -> str:
-        short = self.entry.id[:SHORT_ID]
+        short = self.entry.id[:SHORT_ID_LENGTH]
         return (
             f"{self.where}: quarantined: {self.how} {short}; {self.entry}; start from other weights, "
             f"or lift it with `tune-ssim quarantine release {short}`"
@@ -79,7 +79,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Entered:
-    """What `add` did: `entry` is None if nothing was left to enter; `sentence` says why."""
+    """The result of `add`: `entry` is None if there was nothing to enter; `sentence` says why."""
 
     entry: Entry | None
     sentence: str
@@ -118,7 +118,7 @@ class Ledger:
             raise ValueError("`sound` is empty: give the hashes of the starting weights, or they would be quarantined too")
         trained = [versions for own, versions in contents.distinctive.items() if own not in spared]
         tensors = sorted(set().union(*trained) - spared)
-        short = contents.id[:SHORT_ID]
+        short = contents.id[:SHORT_ID_LENGTH]
         if not tensors:
             return Entered(None, f"{short}: not quarantined: no tensor in it is the work of this training")
         entry = Entry(
@@ -174,7 +174,7 @@ class Ledger:
     # -- reading and writing
 
     def _refusals(self, where: str, hashes: Mapping[str, str], parents: Collection[str]) -> list[Refusal]:
-        """The plainest first: the whole content, then a tensor, then a declared parent."""
+        """The most direct relation first: the same content, then a shared tensor, then a declared parent."""
         own, ancestors, names = content_id(hashes), set(parents), {value: name for name, value in hashes.items()}
         content, tensor, descent = [], [], []
         for entry in self._in_force(
@@ -189,7 +189,7 @@ class Ledger:
         return content + tensor + descent
 
     def _in_force(self, concerns: Callable[[Entry], bool]) -> list[Entry]:
-        """Of the lines that concern, those not released since. One pass that keeps nothing else: ledgers grow."""
+        """The entries that `concerns` accepts and that were not released later. One pass that keeps nothing else: ledgers grow."""
         found: list[Entry] = []
         for line in self._lines():
             if isinstance(line, Release):
@@ -199,12 +199,8 @@ class Ledger:
         return found
 
     def _lines(self) -> Iterator[Entry | Release]:
-        """A torn line was never acknowledged, and is passed over; one that is whole and foreign is not."""
         try:
-            for line in read_lines(self.file):
-                if (parsed := _parse(line)) is None:
-                    raise UserError(f"{self.file}: not a line of a quarantine ledger: {str(line)[:100]}")
-                yield parsed
+            yield from parse_lines(self.file, _parse)
         except OSError as error:
             raise UserError(f"{self.file}: {error.strerror or error}") from None
 
@@ -212,7 +208,7 @@ class Ledger:
         is_new = os.fstat(descriptor).st_size == 0
         append_line(self.file, {"action": action, **asdict(line)})
         os.fsync(descriptor)
-        if is_new:  # the name of a new file is a matter of its folder
+        if is_new:  # the name of a new file is stored in its folder
             folder = os.open(self.file.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -221,7 +217,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
-        """One writer at a time: else a line could be glued to one that a killed process left torn. A lock dies with its process."""
+        """One writer at a time: else a line could be joined to the half line of a killed one. The lock ends with its process."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -234,27 +230,29 @@ class Ledger:
 KINDS: dict[str, type[Entry] | type[Release]] = {"quarantine": Entry, "release": Release}
 
 
-def _parse(line: Mapping[str, Any]) -> Entry | Release | None:
+def _parse(line: Mapping[str, Any]) -> Entry | Release:
+    """Raises ValueError for what is no line of a ledger."""
     kind = KINDS.get(str(line.get("action")))
     lists = [line.get(name) for name in ("parents", "tensors")] if kind is Entry else []
-    if kind is None or not all(isinstance(value, list) for value in lists) or not isinstance(line.get("id"), str):
-        return None
+    is_whole = kind is not None and isinstance(line.get("id"), str) and all(isinstance(value, list) for value in lists)
     try:
-        return kind(**{field.name: line[field.name] for field in fields(kind) if field.name in line})
+        if kind is not None and is_whole:
+            return kind(**{field.name: line[field.name] for field in fields(kind) if field.name in line})
     except TypeError:  # a field is absent
-        return None
+        pass
+    raise ValueError(f"not a line of a quarantine ledger: {str(line)[:100]}")
 
 
 def _resolve(id: str, lines: Iterable[Entry | Release], where: Path) -> str:
-    """The one whole id that begins so."""
-    if len(id) < LEAST_ID:
-        raise UserError(f"id {id!r}: give at least {LEAST_ID} digits, or the path of a file that exists")
+    """The only id that begins with `id`. Raises UserError where there is none, or several."""
+    if len(id) < MIN_ID_LENGTH:
+        raise UserError(f"id {id!r}: give at least {MIN_ID_LENGTH} digits, or the path of a file that exists")
     known = list(dict.fromkeys(line.id for line in lines))
     found = [whole for whole in known if whole.startswith(id.lower())]
     if len(found) > 1:
         raise UserError(f"id {id!r}: {len(found)} in {where} begin so; give more digits")
     if not found:
-        listed = ", ".join(whole[:SHORT_ID] for whole in known[-5:]) or "none"
+        listed = ", ".join(whole[:SHORT_ID_LENGTH] for whole in known[-5:]) or "none"
         raise UserError(f"id {id!r} is not in {where}, and no file has that name; the latest ids: {listed}")
     return found[0]
 
