@@ -160,7 +160,7 @@ def test_a_metric_of_any_name_is_kept(trial: TrialEnd, name: str) -> None:
     assert {"step": 3, "loss": 1.0, name: 2.0} in trial.read()
     task = CommandTask(CommandSpec(command=["true"]))
     task.setup({"steps": 9}, 0)
-    task._take(tagged_messages(b'TUNE_SSIM {"step": 3, "loss": 1, "%s": 2}' % name.encode())[0])
+    task._dispatch(tagged_messages(b'TUNE_SSIM {"step": 3, "loss": 1, "%s": 2}' % name.encode())[0])
     assert task._records == [(3, {"loss": 1.0, name: 2.0})]
 
 

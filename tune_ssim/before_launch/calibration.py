@@ -84,18 +84,18 @@ class Calibration:
         - `by_max_t`: `Landmarks` of every gate; `settings`: `Named`, each with its `prediction`
 
         and `model`, which `NormModel.from_dict` reads again. Non-finite numbers are left to `study_folder.jsonable`."""
-        told = self.forecast.to_dict()
+        forecasts = self.forecast.to_dict()
         return {
             "method": self.model.method,
             "why": self.why,
             "findings": [asdict(finding) for finding in self.findings],
-            "limit": told["limit"],
-            "skip_above": told["max_ratio"],  # the key of the first version
-            "shares": told["shares"],
+            "limit": forecasts["limit"],
+            "skip_above": forecasts["max_ratio"],  # the key of the first version
+            "shares": forecasts["shares"],
             "ratios": list(self.forecast.widest),
             "baseline_ratio_main": self.model.baseline_ratio_main,
-            "by_max_t": told["landmarks"],
-            "settings": told["settings"],
+            "by_max_t": forecasts["landmarks"],
+            "settings": forecasts["settings"],
             "gradient_at_decoder": self.gradient_at_decoder and {name: asdict(o) for name, o in self.gradient_at_decoder.items()},
             "check": {**asdict(self.check), "relative_error": self.check.relative_error},
             "dropped_batches": list(self.dropped),
@@ -123,19 +123,19 @@ def calibrate(study: Study, *, device: str | None = None) -> Calibration:
     if findings and study.space.is_relative:
         raise BadSetup(f"calibration: the space {study.space.name!r} gives its gain as a norm ratio, but {findings[0].sentence}")
     limit, max_ratio = _limits(study, probe, findings)
-    told = forecast(model, study.space, limit, max_ratio)
+    prospects = forecast(model, study.space, limit, max_ratio)
     wall_s = time.perf_counter() - started
     training_s = probe.step_s * study.steps * (study.search.trials + study.baseline_seeds)
     return Calibration(
         model=model,
-        forecast=told,
+        forecast=prospects,
         check=check,
         gradient_at_decoder=measured.outliers,
         dropped=tuple(sorted(set(probe.batches) - set(model.batches))),
         why=probe.why_not_gram or "the task shows its forward pass",
         wall_s=wall_s,
         share_of_study=wall_s / training_s if training_s else 0.0,
-        findings=(*findings, *told.findings),
+        findings=(*findings, *prospects.findings),
     )
 
 
@@ -309,20 +309,20 @@ class _Probe:
     def gram(self) -> Measured:
         task: Any = self.task
         parameters = [p for p in task.trainable_parameters() if p.requires_grad]
-        shown = [gradients_of(task.forward(n), parameters, self.max_ts) for n in self.batches]
+        gradients = [gradients_of(task.forward(n), parameters, self.max_ts) for n in self.batches]
         self.task = task = None
         outliers = {
             name: Outliers(*(float(np.median(column)) for column in zip(*found, strict=True)))
             for name in ("ssim", "pixel")
-            if (found := [one.outliers[name] for one in shown if name in one.outliers])
+            if (found := [one.outliers[name] for one in gradients if name in one.outliers])
         }
-        q = np.stack([one.q for one in shown], axis=1)
+        q = np.stack([one.q for one in gradients], axis=1)
         return Measured(
             self.max_ts,
             q,
-            np.stack([one.active for one in shown], axis=1),
+            np.stack([one.active for one in gradients], axis=1),
             self.baseline(q[0]),
-            np.max([one.peaks for one in shown], axis=0),
+            np.max([one.peaks for one in gradients], axis=0),
             outliers,
         )
 

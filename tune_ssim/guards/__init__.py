@@ -7,7 +7,7 @@ from tune_ssim.guards.guard import Guard
 from tune_ssim.guards.keep_rule import KeepRule
 from tune_ssim.guards.moving_mean import MovingMean
 from tune_ssim.guards.non_finite import NonFinite
-from tune_ssim.guards.norm_ratio import NormRatio, NormThere
+from tune_ssim.guards.norm_ratio import NormRatio, RequireTotalNorm
 from tune_ssim.guards.rule import Rule
 from tune_ssim.guards.smoke_test import SmokeTest
 from tune_ssim.guards.threshold import Threshold
@@ -26,7 +26,7 @@ __all__ = [
     "MovingMean",
     "NonFinite",
     "NormRatio",
-    "NormThere",
+    "RequireTotalNorm",
     "Rule",
     "SmokeTest",
     "Threshold",

@@ -16,8 +16,8 @@ from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM, TOTAL_N
 
 
 @dataclass(frozen=True)
-class NormThere:
-    """`NormRatio` of a baseline run: there is nothing to compare with yet, but the norm must be in its records."""
+class RequireTotalNorm:
+    """`NormRatio` of a baseline run: nothing to compare with yet, but its records must have the norm."""
 
     name = "norm_ratio"
     metrics = (TOTAL_NORM,)

@@ -1,14 +1,14 @@
-"""Between a training in a process of its own and the trial that judges it: a folder with small files.
+"""The channel between a training in a process of its own and the trial that judges it: a folder with small files.
 
-    config.json     what the training is to run with (written by the trial)
-    records.jsonl   what it reports, a JSON object a line (written by the training, one of its processes)
-    images/N.png    its samples at step N, as a picture
-    verdict.json    how the trial ended (written by the trial): the training may stop
+    config.json     the settings to train with (written by the trial)
+    records.jsonl   its reports, one JSON object a line (written by one process of the training)
+    images/N.png    its samples at step N as one picture
+    verdict.json    how the trial ended (written by the trial): the training may exit
 
-A line of `records.jsonl` is one message: numbers with their `step`; or `effective`, parameters as read where they are used; or
-`held_out`, numbers measured at the end; or `read`, the settings that were looked up so far; or `ended`, how the loop was left.
-The same objects behind the word TUNE_SSIM are understood in whatever a command prints. A number of a step may have any name, those
-of the other kinds too.
+A line of `records.jsonl` is one message: numbers with their `step`; or `effective`, settings as read where they are used; or
+`held_out`, numbers measured at the end; or `read`, the settings looked up so far; or `ended`, how the loop was left. The same
+objects are read from a command's output where the word TUNE_SSIM precedes them. A number of a step may have any name, also `read`
+or `ended`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class TrialEnd:
         self._position, self._rest = 0, b""
 
     def open(self, config: Mapping[str, Any], seed: int, smoke_at: tuple[int, ...], steps: int) -> None:
-        """Makes the folder. smoke_at: steps at which samples are wanted, the last of `steps` besides."""
+        """Makes the folder. smoke_at: steps at which samples are wanted, in addition to the last."""
         (self.folder / IMAGES).mkdir(parents=True)
-        told = {"config": dict(config), "seed": seed, "smoke_at": list(smoke_at), "steps": steps}
-        write_atomically(self.folder / CONFIG, json.dumps(told).encode())
+        settings = {"config": dict(config), "seed": seed, "smoke_at": list(smoke_at), "steps": steps}
+        write_atomically(self.folder / CONFIG, json.dumps(settings).encode())
 
     def read(self) -> list[dict[str, Any]]:
-        """Messages that came since the last call; a line that is no message is passed over."""
+        """Messages since the last call; lines that are no message are skipped."""
         path = self.folder / RECORDS
         try:
             if path.stat().st_size <= self._position:
@@ -70,14 +70,14 @@ class TrainingEnd:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        told = json.loads((folder / CONFIG).read_bytes())
-        self.config: dict[str, Any] = told["config"]
-        self.seed: int = told["seed"]
-        self.steps: int = told["steps"]
-        self.smoke_at: tuple[int, ...] = tuple(told["smoke_at"])
+        settings = json.loads((folder / CONFIG).read_bytes())
+        self.config: dict[str, Any] = settings["config"]
+        self.seed: int = settings["seed"]
+        self.steps: int = settings["steps"]
+        self.smoke_at: tuple[int, ...] = tuple(settings["smoke_at"])
 
     def send(self, message: Mapping[str, Any]) -> None:
-        # One write a line: whoever reads it, or kills us, sees whole lines or a last one that is cut.
+        # One write a line: a reader sees whole lines, or a last one cut by a kill.
         descriptor = os.open(self.folder / RECORDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, json.dumps(message).encode() + b"\n")

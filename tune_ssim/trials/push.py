@@ -1,4 +1,4 @@
-"""Three lines inside any training loop make it a trial; outside a study they only find mistakes.
+"""`trial_context`: three lines that make any training loop a trial. Outside a study they only validate their arguments.
 
     with tune_ssim.trial_context(ssim_loss_weight=0.1) as t:           # the values outside a study
         weight = t.config["ssim_loss_weight"]
@@ -7,8 +7,8 @@
             loss.backward()
             t.report(step=step, loss=loss, total_norm=torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
 
-Works in a script that a study runs as a command, and in a function that a study names. The trial itself, with its guards, is
-another process: it reads what is reported from a folder, and its verdict is found there.
+Works in a script that a study runs as a command, and in a function that a study names. The trial itself, with its guards, runs in
+another process: it reads the reports from a folder and writes its verdict there.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class TrialPruned(Exception):
 
 
 def trial_context(**defaults: Any) -> TrialContext:
-    """For a `with`; see the module. `defaults`: the configuration where nothing is being tuned, and of every key that the study
-    does not set. Safe on every rank of a distributed training: all of them may report, the first one is heard."""
+    """A context manager; see the module. `defaults`: the configuration outside a study, and of every key that the study does not
+    set. Safe on every rank of a distributed training: all of them may report, only rank 0 sends."""
     folder = os.environ.get(VARIABLE)
-    if not folder or not Path(folder).is_dir():  # on further nodes the folder may not be there; their rank is not 0 either
+    if not folder or not Path(folder).is_dir():  # on further nodes the folder may be absent; their rank is not 0 either
         return TrialContext(None, defaults)
     return TrialContext(TrainingEnd(Path(folder)), defaults)
 
@@ -53,7 +53,7 @@ class TrialContext:
         self._channel = channel
         self.config = _Settings({**defaults, **(channel.config if channel else {})})
         self.steps = channel.steps if channel else None
-        self._step, self._told_read = 0, -1
+        self._step, self._n_read_sent = 0, -1
 
     @property
     def is_active(self) -> bool:
@@ -88,8 +88,8 @@ class TrialContext:
         vocabulary_size: int | None = None,
         **statistics: float,
     ) -> None:
-        """What inference on fixed inputs and fixed noise makes of the model: the smoke test judges it. `tune_ssim.Sample` says what
-        each argument is. step: the last reported one. Call it when `due(step)`; step 0 is before the first update.
+        """Samples from fixed inputs and fixed noise, which the smoke test judges. `tune_ssim.Sample` describes the arguments.
+        step: the last reported one. Call it when `due(step)`; step 0 is before the first update.
 
         Raises UserError, a ValueError, for images that are no float tensors `[n, 3, H, W]`, and within a study for references or
         inputs far outside [0, 1]."""
@@ -143,43 +143,43 @@ class TrialContext:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        self._tell_read()
+        self._send_read()
         ended = "finished" if error is None else "pruned" if isinstance(error, TrialPruned) else f"failed: {error!r}"
         self._send({"ended": ended})
         return isinstance(error, TrialPruned)
 
-    def _tell_read(self) -> None:
-        if len(self.config.read) != self._told_read:
-            self._told_read = len(self.config.read)
+    def _send_read(self) -> None:
+        if len(self.config.read) != self._n_read_sent:
+            self._n_read_sent = len(self.config.read)
             self._send({"read": sorted(self.config.read)})
 
     def _send_record(self, step: int, values: Mapping[str, float]) -> None:
-        self._tell_read()  # first: with a record the trial judges whether its settings are looked up
+        self._send_read()  # first: on a record the trial checks which settings were looked up
         self._send({**values, "step": step})
 
     def _send(self, message: Mapping[str, Any]) -> None:
-        if (channel := self._listening) is not None:
+        if (channel := self._sender) is not None:
             channel.send(message)
 
     @property
-    def _listening(self) -> TrainingEnd | None:
-        """Where what this process says goes, if anywhere; what it says is validated in any case."""
+    def _sender(self) -> TrainingEnd | None:
+        """The channel of rank 0; None on other ranks and outside a study, where reports are only validated."""
         return self._channel if _rank() == 0 else None
 
     def _plain(self, value: Any) -> Any:
-        """A tensor or array of one element as a number of Python's, anything else as it is. Where nobody listens nothing is
-        transferred from another device, and any number, 0, stands for the one there."""
+        """A tensor or array of one element as a Python number, anything else as it is. Without a sender nothing is transferred
+        from another device: 0 takes the place of its number."""
         shape = getattr(value, "shape", None)
         if shape is None or math.prod(shape) != 1 or not hasattr(value, "item"):
             return value
         device = getattr(getattr(value, "device", None), "type", "cpu")
-        return value.item() if device == "cpu" or self._listening is not None else 0
+        return value.item() if device == "cpu" or self._sender is not None else 0
 
     def _number(self, where: str, name: str, value: Any) -> float:
         try:
             return float(self._plain(value))
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise TypeError(f"{where}: {name} must be one number, got {_described(value)}") from None
+            raise TypeError(f"{where}: {name} must be one number, got {_short_repr(value)}") from None
 
     def _whole(self, where: str, step: Any) -> int:
         try:
@@ -187,14 +187,14 @@ class TrialContext:
         except (TypeError, ValueError, RuntimeError):
             plain = step
         if isinstance(plain, bool) or not isinstance(plain, int | float) or plain < 0 or plain % 1 != 0:
-            raise ValueError(f"{where}: step must be an integer >= 0, got {_described(step)}")
+            raise ValueError(f"{where}: step must be an integer >= 0, got {_short_repr(step)}")
         return int(plain)
 
     def _stated(self, name: str, value: Any) -> Any:
         try:
             return json.loads(json.dumps(value, default=self._plain))
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"in_force: {name} must be a plain value, got {_described(value)}") from None
+            raise TypeError(f"in_force: {name} must be a plain value, got {_short_repr(value)}") from None
 
 
 class _Settings(Mapping[str, Any]):
@@ -226,6 +226,6 @@ def _rank() -> int:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
 
 
-def _described(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     shape = getattr(value, "shape", None)
     return repr(value) if shape is None or not len(shape) else f"a tensor of shape {list(shape)}"

@@ -1,4 +1,4 @@
-"""Are the images of a `Sample` of the kind that can be judged? Else the verdict would blame the model for the user's mistake."""
+"""Checks that the images of a `Sample` can be judged: else a verdict would blame the model for a mistake of the user."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ WANTED = "float [n, 3, height, width] in [0, 1]"
 
 def require_kind(sample: Sample) -> None:
     """Raises UserError for images that are no float tensors `[n, 3 or 1, H, W]`, or do not fit each other, and for tokens that are
-    no integers. Nothing is transferred from a device unless there is something to say. A sample of text alone has no images."""
+    no integers. Nothing is transferred from a device unless there is an error. A sample of text alone has no images."""
     ids, images = sample.token_ids, sample.images
     if ids is not None and (not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.is_complex()):
-        raise UserError(f"samples: token_ids must be a tensor of integers, got {_kind(ids)}")
+        raise UserError(f"samples: token_ids must be a tensor of integers, got {_describe(ids)}")
     if isinstance(images, torch.Tensor) and images.ndim and not len(images):
         return
     for name in ("images", "references", "inputs", "reconstructions", "examples"):
@@ -34,7 +34,7 @@ def require_kind(sample: Sample) -> None:
             and found.shape[1] in (1, 3)
             and found.numel()
         ):
-            raise UserError(f"samples: {name} must be {WANTED}, got {_kind(found)}")
+            raise UserError(f"samples: {name} must be {WANTED}, got {_describe(found)}")
     for name in ("references", "inputs"):
         beside = getattr(sample, name)
         if beside is None:
@@ -48,13 +48,15 @@ def require_range(sample: Sample) -> str:
     """Raises UserError where real images, which no model made, lie far outside [0, 1]. Returns a warning, or "".
 
     What the model made is never refused for its range: a ruined one gives anything, NaN too, and that is for the smoke test to
-    judge. So it is only said that another range would explain it as well."""
+    judge. The warning mentions that another range would explain it too."""
     for name in ("references", "inputs", "examples"):
         real = getattr(sample, name)
         if real is not None and len(sample.images) and _is_far_out(real):
-            raise UserError(f"samples: {name} must be {WANTED} (they may be up to {OVERSHOOT:g} beyond), got {_kind(real)}")
+            raise UserError(f"samples: {name} must be {WANTED} (they may be up to {OVERSHOOT:g} beyond), got {_describe(real)}")
     if _is_far_out(sample.images):
-        return f"samples: images should be {WANTED}, got {_kind(sample.images)}: in another range, or of a model that is ruined?"
+        return (
+            f"samples: images should be {WANTED}, got {_describe(sample.images)}: in another range, or of a model that is ruined?"
+        )
     return ""
 
 
@@ -62,15 +64,15 @@ def _is_far_out(images: torch.Tensor) -> bool:
     return bool(((images < -OVERSHOOT) | (images > 1 + OVERSHOOT)).any())  # NaN is neither
 
 
-def _kind(found: Any) -> str:
+def _describe(found: Any) -> str:
     """E.g. `uint8 [4, 3, 32, 32] from 0 to 255`."""
     if not isinstance(found, torch.Tensor):
         shape = getattr(found, "shape", None)
         kind = f"{type(found).__module__}.{type(found).__name__}".removeprefix("builtins.")
         return kind if shape is None else f"{kind} {getattr(found, 'dtype', '')} {list(shape)}"
-    words = f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
+    described = f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
     if found.is_complex():
-        return words
+        return described
     finite = found.detach().double().flatten()
     finite = finite[torch.isfinite(finite)]
-    return f"{words} from {finite.min().item():.4g} to {finite.max().item():.4g}" if len(finite) else words
+    return f"{described} from {finite.min().item():.4g} to {finite.max().item():.4g}" if len(finite) else described

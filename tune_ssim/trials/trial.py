@@ -19,7 +19,7 @@ from tune_ssim.guards import (
     KeepRule,
     MissingMetric,
     NormRatio,
-    NormThere,
+    RequireTotalNorm,
     SmokeTest,
     Violation,
     Watch,
@@ -284,7 +284,7 @@ class Trial:
             if not isinstance(guard, NormRatio):
                 bound.append(guard)
             elif self.role == Role.BASELINE:
-                bound.append(NormThere())
+                bound.append(RequireTotalNorm())
             elif self.baseline is not None:
                 bound.append(guard.bind(self.baseline, self.seed if self.paired else None, clipped))
         return bound
@@ -316,7 +316,7 @@ class Trial:
                 return Judgement(Verdict.BAD_SETUP, words)
             self.unpaired = "a searched key of the optimiser differs from the baseline's"
         if not self.task.is_paired:
-            self.unpaired = "the batches are the command's own: it is not told the seed"
+            self.unpaired = "the batches are the command's own: it does not get the seed"
         return None
 
     def _judge(self, records: Sequence[Record], made: list[Record]) -> None:

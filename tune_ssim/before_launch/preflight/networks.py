@@ -19,7 +19,7 @@ from tune_ssim.records import SMOKE, Record
 from tune_ssim.trials.training import Part, Sample
 from tune_ssim.trials.trial import statistics_of
 
-LEAST_WEIGHTS = 256  # of a layer; fewer cannot be told from a trained layer's
+MIN_WEIGHTS = 256  # of a layer; fewer look like a trained layer's
 
 
 def check_weights(task: Any) -> Iterator[Check]:
@@ -59,7 +59,7 @@ def fresh_layers(module: torch.nn.Module) -> list[str]:
     Training leaves that interval: of the bundled networks' 29 layers each has an element beyond it, by 16 % at least."""
     found = []
     for name, layer in module.named_modules():
-        if not isinstance(layer, (torch.nn.Linear, torch.nn.modules.conv._ConvNd)) or layer.weight.numel() < LEAST_WEIGHTS:
+        if not isinstance(layer, (torch.nn.Linear, torch.nn.modules.conv._ConvNd)) or layer.weight.numel() < MIN_WEIGHTS:
             continue
         with torch.no_grad():
             scaled = layer.weight.detach().double() * layer.weight[0].numel() ** 0.5

@@ -199,7 +199,7 @@ def tokens(ids: int, outside: int, smallest: int, largest: int, vocabulary_size:
 RANGE_SLACK = 0.01  # resampling overshoots [0, 1] a little; the known mix-ups by 1 and more
 MAX_CONSTANT = 0.5  # share of the images; sound 0
 MAX_MAPPING_RATIO = 1.5
-LEAST_IMAGES = 8  # fewer pairs tell nothing
+MIN_IMAGES = 8  # with fewer pairs nothing can be decided
 MIN_OWN_WINS = 0.8
 MAX_LATENT_RATIO = 1.0
 MIN_RECONSTRUCTION_CORRELATION = 0.3
@@ -254,7 +254,7 @@ def mapping(name: str, what: str, identity: float, mixed_up: Mapping[str, float]
 def own_partner(name: str, what: str, wins: float, images: int) -> Check:
     """wins: share of the comparisons in which an image is more like its own partner than like another's; chance gives 0.5."""
     check, evidence = f"data/{name}", {"own_wins": wins, "images": images}
-    if images < LEAST_IMAGES or math.isnan(wins):
+    if images < MIN_IMAGES or math.isnan(wins):
         why = "they are all alike" if math.isnan(wins) else f"there are only {images}"
         return Check(check, "unknown", f"{what} cannot be told from others': {why}", evidence)
     is_sound = wins >= MIN_OWN_WINS
@@ -269,7 +269,7 @@ def latent_scale(error: float, rescaled: Mapping[float, float], explained: float
     best = min(rescaled, key=lambda scale: rescaled[scale])
     ratio = error / max(rescaled[best], 1e-12)
     evidence = {"mean_square": error, **{f"mean_square@{scale:g}": value for scale, value in rescaled.items()}, "ratio": ratio}
-    if images < LEAST_IMAGES:
+    if images < MIN_IMAGES:
         return Check("data/latents", "unknown", f"there are only {images} predictions at low t", evidence)
     is_sound = ratio <= MAX_LATENT_RATIO
     sentence = f"predictions at low t fit their targets best as they are (mean square {error:.2g})"
@@ -392,9 +392,9 @@ def parameter(
     evidence = {key: float(value) for key, value in (("asked", asked), ("in_force", in_force)) if _is_number(value)}
     check, remedy = f"parameter/{name}", f"follow {name} from the configuration to the line that uses it"
     if not same(asked, in_force):
-        sentence = f"{name} was set to {_shown(asked)} but {_shown(in_force)} is in force: it does not reach the training"
+        sentence = f"{name} was set to {_short_repr(asked)} but {_short_repr(in_force)} is in force: it does not reach the training"
         return Check(check, "bad_setup", sentence, evidence, remedy)
-    said = f"{name} is said to be {_shown(in_force)}, as asked"
+    said = f"{name} is said to be {_short_repr(in_force)}, as asked"
     if factor is None:
         return Check(check, "unknown", f"{said}; no effect of it can be seen here", evidence)
     is_sound = abs(factor - 1) <= slack
@@ -562,7 +562,7 @@ def _list(*clauses: str) -> str:
     return "; ".join(clause for clause in clauses if clause)
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     return f"{value:.4g}" if _is_number(value) else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""A training that is somebody's program: started with a trial's settings, read while it runs, ended with all that it started."""
+"""A training that is a command: started with a trial's settings, read while it runs, ended with all that it started."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from tune_ssim.trials.processes.output_log import QUOTED_FROM
 from tune_ssim.trials.training import Number, Sample, Training
 
 POLL_S = 0.05  # between looks at files; a step of a training worth tuning takes longer
-ANY_STEP = "\0"  # stands for a step in a path
+ANY_STEP = "\0"  # placeholder for a step in a path
 MLFLOW_POLL_S = 2.0  # each look fetches whole histories
-MAX_LINE = 2**20  # bytes of a line that is looked at for tags
-LAST_ROWS_S = 10.0  # for the rest of the last step's rows, and of its checkpoint: buffered writers flush every few seconds
-LAST_WORDS_S = 2.0  # for a loop that was told of its verdict to leave by itself
+MAX_LINE = 2**20  # bytes of a line that is searched for tags
+LAST_ROWS_S = 10.0  # to wait for the rest of the last step's rows and its checkpoint: buffered writers flush every few seconds
+LEAVE_S = 2.0  # for a loop that reads its verdict to exit by itself
 
 
 class Process(Protocol):
-    """What `SupervisedProcess` is, and what runs on several nodes looks like."""
+    """A running command: `SupervisedProcess` here, `NodesProcess` on several nodes."""
 
     def wait(self, timeout: float | None = None) -> bool: ...
     def stop(self) -> None: ...
@@ -52,13 +52,13 @@ class Process(Protocol):
     def exit_code(self) -> int | None: ...
     @property
     def failure(self) -> BaseException | None:
-        """Of whoever takes the output: what came later was not read."""
+        """The exception of the output's consumer; later output was not read."""
         ...
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """What to start: on each node the same but for the fields of the node. environment: besides what is there."""
+    """What to start, the same on each node but for the node's fields. environment: added to the existing one."""
 
     argv: list[str]
     environment: dict[str, str]
@@ -67,15 +67,15 @@ class Invocation:
 
 
 Launch = Callable[[Callable[[Mapping[str, Any]], Invocation], Callable[[bytes], None], Path], Process]
-"""(node's fields → what to start there, what to do with the first node's output, folder for the output of the others)."""
+"""(render: a node's fields → what to start there, callback for the first node's output, folder for the others' output)."""
 
 
 OpenMLflow = Callable[[str, str, Mapping[str, str]], tuple[Source, dict[str, str]]]
-"""(tracking URI, name of the run, theirs → ours) → (its records, what the command must find in its environment)."""
+"""(tracking URI, name of the run, their names → ours) → (its records, variables that the command needs)."""
 
 
 def _no_mlflow(tracking_uri: str, name: str, names: Mapping[str, str]) -> tuple[Source, dict[str, str]]:
-    raise UserError("records.mlflow: only in a study: outside nothing here may speak to MLflow")
+    raise UserError("records.mlflow: works only in a study")
 
 
 def launch_here(render: Callable[[Mapping[str, Any]], Invocation], on_output: Callable[[bytes], None], folder: Path) -> Process:
@@ -92,10 +92,10 @@ def free_port(host: str) -> int:
 
 
 class CommandTask(Training):
-    """A task whose steps are records of a running command; see `CommandSpec` for what can be said about it.
+    """A training whose steps are records of a running command, described by a `CommandSpec`.
 
-    It starts with the first step. A record has the step that the command gave it, so steps may be skipped. `held_out` numbers come
-    from the command itself, from the evaluation's command, or from the last record, whichever there is.
+    The command starts with the first step. A record has the step that the command gave it, so steps may be skipped. Held-out
+    numbers come from the command itself, from the evaluation's command, or from the last record, whichever exists.
     """
 
     def __init__(self, spec: CommandSpec, cwd: str | None = None) -> None:
@@ -103,14 +103,13 @@ class CommandTask(Training):
         self.launch: Launch = launch_here
         self.open_mlflow: OpenMLflow = _no_mlflow
         self.name, self.folder = "trial", Path()
-        self._made: Path | None = None  # a temporary folder of our own
+        self._temporary_folder: Path | None = None
         self._process: Process | None = None
         self._parsing = threading.Lock()  # the pipe's thread feeds the parser
 
     # -- before and after
 
     def identify(self, name: str, folder: Path) -> None:
-        """Called before `setup`: what the trial is called, and a folder for what it leaves behind."""
         self.name, self.folder = name, folder
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -130,30 +129,29 @@ class CommandTask(Training):
         self._channel: TrialEnd | None = None
         self._line = b""
         self._echoes = Echoes(self.config, self.spec)
-        self._in_force: set[str] = set()  # settings that a loop stated: these go before what it printed
+        self._in_force: set[str] = set()  # settings that a loop stated: they take precedence over printed ones
         self._resume_from: Path | None = None
-        self._told: dict[str, Any] = {}  # parameters as the training says that they are
-        self._read: set[str] | None = None  # settings that a loop looked up
+        self._stated: dict[str, Any] = {}  # settings as the training stated or printed them
+        self._settings_read: set[str] | None = None  # settings that a loop looked up; None: it is no loop of ours
         self._held_out: dict[str, float] = {}
         self._last: dict[str, float] = {}
-        self._any = False
+        self._first_record_seen = False
         self._is_checked = False  # whether the settings reached the training
-        self._overdue = False  # the last record came only because nothing followed it in time
-        self._settling: tuple[Any, float] = (None, 0.0)  # what there is of the last step, and since when it is so
+        self._released_late = False  # the last record was released by a timeout
+        self._last_change: tuple[Any, float] = (None, 0.0)  # state of the last step's output, and since when
 
     def want_samples_at(self, steps: Sequence[int]) -> None:
-        """Called after `setup`: where a loop that pushes its samples should do so."""
         self.smoke_at = tuple(steps)
 
     @property
     def takes_samples(self) -> bool:
-        """Whether `sample` makes any; else the training sends them, or there are none."""
+        """Whether there is a command for samples; else the training sends them, or there are none."""
         return self.spec.smoke is not None
 
     @property
     def is_paired(self) -> bool:
-        """Only a training that is told the seed, or reads it, can see the same batches as the baseline's."""
-        return "seed" in self.spec.referenced_settings() | (self._read or set())
+        """Only a training that gets the seed, or reads it, can see the same batches as the baseline."""
+        return "seed" in self.spec.referenced_settings() | (self._settings_read or set())
 
     @property
     def reports_after_last_step(self) -> bool:
@@ -168,19 +166,19 @@ class CommandTask(Training):
         return self.spec.resume is not None and self.spec.checkpoints is not None
 
     def close(self, verdict: str = "stopped", reason: str = "the trial is over") -> None:
-        """Ends the command with all that it started."""
+        """Ends the command and every process that it started."""
         process, self._process = self._process, None
         if process is not None:
             channel = self._channel
             if channel is not None and not process.has_ended:
                 channel.close(verdict, reason)
-                if self._read is not None:  # it listens
-                    process.wait(LAST_WORDS_S)
+                if self._settings_read is not None:  # a loop of ours: it reads the verdict
+                    process.wait(LEAVE_S)
             process.stop()
             self.log.close()
-        if self._made is not None:
-            shutil.rmtree(self._made, ignore_errors=True)
-            self._made = None
+        if self._temporary_folder is not None:
+            shutil.rmtree(self._temporary_folder, ignore_errors=True)
+            self._temporary_folder = None
 
     def __del__(self) -> None:
         if getattr(self, "_process", None) is not None:
@@ -191,15 +189,15 @@ class CommandTask(Training):
     def step(self) -> Mapping[str, Number] | None:
         """The next record with its `step`; None when the command has ended well.
 
-        Raises UserError when it failed, or says nothing for too long; BadSetup when a setting does not reach it."""
+        Raises UserError when it failed, or gave no record for too long; BadSetup when a setting does not reach it."""
         if self._process is None:
             self._start()
         assert self._process is not None
-        limit = self.spec.silence_s if self._any else self.spec.first_record_s
-        deadline = time.monotonic() + (0.0 if self._overdue else limit)
-        self._overdue = False
+        limit = self.spec.silence_s if self._first_record_seen else self.spec.first_record_s
+        deadline = time.monotonic() + (0.0 if self._released_late else limit)
+        self._released_late = False
         while not self._records:
-            ended = self._process.has_ended  # looked at before the last read: what came until then is complete
+            ended = self._process.has_ended  # checked before the last read, so that the read is complete
             self._collect(final=ended)
             if self._records:
                 break
@@ -207,27 +205,27 @@ class CommandTask(Training):
                 raise self._process.failure
             if ended:
                 self._require_good_end()
-                self._check_reached()
+                self._require_settings_used()
                 return None
             settled, late = self._has_settled(), time.monotonic() > deadline
             if settled or late:
                 self._release()
                 if self._records:
-                    self._overdue = late
+                    self._released_late = late
                     break
                 if self.step_now >= self.steps:
-                    return None  # it has trained all it was asked for
+                    return None  # all steps are done
                 hint = ""
-                if not self._any and (self._parser is not None or self._source is not None):
-                    self._read_to_the_end()
-                    hint = self._no_record_hint()
-                what = f"no record after step {self.step_now}" if self._any else "no record"
+                if not self._first_record_seen and (self._parser is not None or self._source is not None):
+                    self._finish_readers()
+                    hint = self._where_looked()
+                what = f"no record after step {self.step_now}" if self._first_record_seen else "no record"
                 raise UserError(f"the command gave {what} for {limit:g} s{hint}; {self._quote()}")
             self._wait()
         step, values = self._records.pop(0)
-        self._any = True
+        self._first_record_seen = True
         if is_of_training(step, values):
-            self._check_reached()
+            self._require_settings_used()
         self.step_now = max(self.step_now, step)
         self._last |= values
         return {**values, "step": step}
@@ -262,10 +260,10 @@ class CommandTask(Training):
         self._process = self.launch(self._invocation, self._take_output, folder)
 
     def _fresh_folder(self) -> tuple[str, Path]:
-        """A name that nothing was ever saved under: what a training finds under its name it may resume from (SEEDS A10)."""
+        """A name and folder never used before: a training may resume from whatever it finds under its name (SEEDS A10)."""
         if self.folder == Path():
-            self._made = Path(tempfile.mkdtemp(prefix="tune-ssim-"))
-            self.folder = self._made
+            self._temporary_folder = Path(tempfile.mkdtemp(prefix="tune-ssim-"))
+            self.folder = self._temporary_folder
         for attempt in range(1, 1000):
             name = self.name if attempt == 1 else f"{self.name}-try{attempt}"
             try:
@@ -319,12 +317,12 @@ class CommandTask(Training):
             json.dumps(contents, indent=1) if path.suffix == ".json" else dump_yaml(contents, for_any_reader=True), encoding="utf-8"
         )
 
-    # -- what it says
+    # -- its output
 
     def _take_output(self, data: bytes) -> None:
         """In the thread that reads the pipe."""
         self.log.write(data)
-        # Before the records of the same piece: with the first of them the settings are judged.
+        # Before the records of the same piece: the first record has the settings checked.
         if self.spec.echo != "off" and (found := self._echoes.feed(data)):
             self._messages.put({"echoed": found})
         if self._parser is not None:
@@ -336,68 +334,68 @@ class CommandTask(Training):
         complete, _, rest = self._line.rpartition(b"\n")
         self._line = rest[-MAX_LINE:]
         for line in complete.split(b"\n") if looks else ():
-            self._take_line(line)
+            self._read_tagged_line(line)
 
-    def _take_line(self, line: bytes) -> None:
+    def _read_tagged_line(self, line: bytes) -> None:
         for message in tagged_messages(line):
-            # Records behind the tag are the parser's where it knows them, with the names that they have here.
+            # Tagged records belong to the parser where it reads JSON lines: it maps their names.
             if "step" not in message or self._parser is None or self._parser.format != "jsonl":
                 self._messages.put(message)
 
     def _collect(self, final: bool = False) -> None:
-        """Everything that was said until now, from all doors, into `_records`."""
+        """Moves everything that arrived, from all sources, into `_records`."""
         if final and self._line:
             line, self._line = self._line, b""
             if self.spec.echo != "off":
                 self._messages.put({"echoed": self._echoes.finish()})
-            self._take_line(line)
+            self._read_tagged_line(line)
         if self._channel is not None:
             for message in self._channel.read():
-                self._take(message)
+                self._dispatch(message)
         while not self._messages.empty():
-            self._take(self._messages.get())
-        if final and self._parser is not None:  # the step that it held back comes after all that it gave
-            self._keep(self._parser.finish())
+            self._dispatch(self._messages.get())
+        if final and self._parser is not None:  # the held-back step comes last
+            self._add_records(self._parser.finish())
         if self._source is not None and (final or time.monotonic() >= self._source_due):
             self._source_due = time.monotonic() + self._source_every
-            self._keep(self._source.finish() if final else self._source.read())
+            self._add_records(self._source.finish() if final else self._source.read())
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _dispatch(self, message: dict[str, Any]) -> None:
         if "step" in message:  # first: a number of a step may have any name
             self._records.append((message["step"], numbers_of(message, without=("step",))))
         elif "effective" in message:
             stated = message["effective"] if isinstance(message["effective"], dict) else {}
-            self._told |= stated
+            self._stated |= stated
             self._in_force |= set(stated)
         elif "read" in message:
             looked_up = message["read"] if isinstance(message["read"], list) else []
-            self._read = (self._read or set()) | {str(name) for name in looked_up}
+            self._settings_read = (self._settings_read or set()) | {str(name) for name in looked_up}
         elif "held_out" in message:
             self._held_out |= numbers_of(message["held_out"])
         elif "echoed" in message:
-            self._told |= {name: value for name, value in message["echoed"].items() if name not in self._in_force}
+            self._stated |= {name: value for name, value in message["echoed"].items() if name not in self._in_force}
 
-    def _keep(self, records: Iterable[Record]) -> None:
+    def _add_records(self, records: Iterable[Record]) -> None:
         self._records += [(record.step, dict(record.values)) for record in records]
 
     def _release(self) -> None:
-        """The step that is held back for later rows, into `_records`."""
+        """Moves the step that is held back for later rows into `_records`."""
         if self._parser is not None:
             with self._parsing:
                 for record in self._parser.release():
                     self._messages.put({**record.values, "step": record.step})
             self._collect()
         elif self._source is not None:
-            self._keep(self._source.release())
+            self._add_records(self._source.release())
 
     def _has_settled(self) -> bool:
-        """Whether nothing more is to be waited for of a training that has logged its last step and does not end: a teardown that
-        hangs, an upload. What it prints besides makes no difference; what it may still be making does."""
+        """Whether a training that has logged its last step but does not exit (a hanging teardown, an upload) is complete. Other
+        output makes no difference; a checkpoint that is still being written does."""
         reader = self._source or self._parser
-        if reader is None or self._read is not None:  # a loop that pushes says more, samples for one
+        if reader is None or self._settings_read is not None:  # a loop of ours may still send samples
             return False
-        held = reader.held() == self.steps  # not beyond: that may be a number misread
-        # Held-out numbers come from the checkpoint that the evaluation reads, or from the training itself, when it likes to.
+        held = reader.held() == self.steps  # a later step may be a misread number
+        # Held-out numbers come from the checkpoint that the evaluation reads, or from the training itself, at any time.
         evaluable = self.spec.checkpoints is not None if self.spec.evaluate is not None else bool(self._held_out)
         if not held and not (self.step_now >= self.steps and evaluable):
             return False
@@ -408,9 +406,9 @@ class CommandTask(Training):
                 return False
             made = _sizes(checkpoint)
         now = time.monotonic()
-        if self._settling[0] != (held, made):
-            self._settling = (held, made), now
-        return now - self._settling[1] > LAST_ROWS_S
+        if self._last_change[0] != (held, made):
+            self._last_change = (held, made), now
+        return now - self._last_change[1] > LAST_ROWS_S
 
     def _wait(self) -> None:
         assert self._process is not None
@@ -421,25 +419,25 @@ class CommandTask(Training):
     def _require_good_end(self) -> None:
         process = self._process
         assert process is not None
-        if not self._any or process.exit_code != 0:
-            after = f"after step {self.step_now}" if self._any else "without a record"
-            failed_in_loop = self._read is not None and process.exit_code != 0  # it would have reported
-            hint = "" if self._any or failed_in_loop else self._no_record_hint()
+        if not self._first_record_seen or process.exit_code != 0:
+            after = f"after step {self.step_now}" if self._first_record_seen else "without a record"
+            failed_in_loop = self._settings_read is not None and process.exit_code != 0  # it would have reported
+            hint = "" if self._first_record_seen or failed_in_loop else self._where_looked()
             raise UserError(f"the command ended {after}, {process.describe_exit()}{hint}; {self._quote()}")
 
-    def _read_to_the_end(self) -> None:
-        """Of a command that is given up: what stands there and is no record, for the reader's trouble to say so."""
+    def _finish_readers(self) -> None:
+        """Lets the readers note what they could not read, of a command that is given up."""
         with self._parsing:
             for reader in (self._parser, self._source):
                 if reader is not None:
                     reader.finish()
 
     def reading_problem(self) -> str:
-        """What was printed or written for a record and could not be read, in one line; empty if there was nothing."""
+        """See `Training`."""
         reader = self._source or self._parser
         return reader.trouble.sentence() if reader is not None else ""
 
-    def _no_record_hint(self) -> str:
+    def _where_looked(self) -> str:
         records = self.spec.records
         if records is None:
             return " (nothing was reported through tune_ssim.trial_context, and no line TUNE_SSIM {json} was printed)"
@@ -455,13 +453,13 @@ class CommandTask(Training):
         last = self.log.quote()
         return f"all that it printed is in {self.log.path}" + (f", last: {last}" if last else " (nothing)")
 
-    def _check_reached(self) -> None:
-        """What the trial sets must be told to the command, or looked up by it, and be in force where the command says what is.
-        Asked once: at the first record of the training itself, or at the end."""
+    def _require_settings_used(self) -> None:
+        """Raises BadSetup for a setting of the trial that the command neither gets nor looks up, or, with `echo: required`, does
+        not print. Checked once: at the first record of the training itself, or at the end."""
         if self._is_checked:
             return
         self._is_checked = True
-        known = self.spec.referenced_settings() | (self._read or set()) | set(self._told) | {"steps"}
+        known = self.spec.referenced_settings() | (self._settings_read or set()) | set(self._stated) | {"steps"}
         for name, value in self.config.items():
             if name not in known and not is_neutral(name, value):
                 raise BadSetup(
@@ -470,7 +468,7 @@ class CommandTask(Training):
                 )
         if self.spec.echo == "required":
             silent = sorted(
-                name for name in self.spec.referenced_settings() & set(self.config) - {"steps"} if name not in self._told
+                name for name in self.spec.referenced_settings() & set(self.config) - {"steps"} if name not in self._stated
             )
             if silent:
                 raise BadSetup(
@@ -478,10 +476,10 @@ class CommandTask(Training):
                     f"print it as {silent[0]}=…, or with trial_context().in_force({silent[0]}=…); {self._quote()}"
                 )
 
-    # -- what it made
+    # -- its samples, numbers and checkpoints
 
     def sample(self, noise: int = 0) -> Sample | None:
-        """By the smoke test's command, of the newest checkpoint that is not beyond this step; None where there is none yet."""
+        """Runs the smoke test's command on the newest checkpoint up to this step; None where there is none yet."""
         spec = self.spec.smoke
         assert spec is not None
         checkpoint = self._checkpoint() if self.step_now else (spec.at_start and fill(spec.at_start, self._idle_fields()))
@@ -496,7 +494,7 @@ class CommandTask(Training):
             shutil.rmtree(out, ignore_errors=True)
 
     def _idle_fields(self) -> dict[str, Any]:
-        """Before the command has started there is nothing in its folder, but its settings are known."""
+        """Fields known before the command has started."""
         own = {"exp_name": self.name, "exp_dir": str(self.folder / self.name), "python": sys.executable, "gpus": 0}
         return {**own, **self.config, "seed": self.seed, **getattr(self, "fields", {})}
 
@@ -505,12 +503,12 @@ class CommandTask(Training):
         return None if template is None else newest_checkpoint(template, self.fields, self._path, self.step_now)
 
     def written(self) -> dict[int, Path]:
-        """By their step, the checkpoints that are there: whatever it may be resumed or started from."""
+        """Existing checkpoints by their step."""
         template = self.spec.checkpoints
         return {} if template is None or not hasattr(self, "fields") else checkpoints(template, self.fields, self._path)
 
     def _run(self, words: Sequence[str], fields: Mapping[str, Any], timeout_s: float, what: str) -> str:
-        """Its standard output. Raises UserError unless it exits with 0 in time."""
+        """Runs a command and returns its standard output. Raises UserError unless it exits with 0 in time."""
         node = {"nodes": 1, "node_rank": 0, "master_addr": "127.0.0.1", "master_port": free_port("127.0.0.1")}
         argv = fill_all(words, {**fields, **node})
         output: list[bytes] = []
@@ -564,11 +562,10 @@ class CommandTask(Training):
         )
 
     def image(self, step: int) -> bytes | None:
-        """A picture of samples that the training sent."""
         return self._channel.image(step) if self._channel is not None else None
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out numbers: as told, as the evaluation's command prints them, or the last of each record."""
+        """Held-out numbers: those sent, those printed by the evaluation's command, and the last value of each other metric."""
         self._collect()
         found = held_out_values(self._last) | self._held_out
         spec = self.spec.evaluate
@@ -595,29 +592,28 @@ class CommandTask(Training):
         self.step_now, self._resume_from = state["step"], Path(state["checkpoint"])
 
     def effective(self) -> dict[str, Any]:
-        """As the training says; as it was told, where it says nothing."""
-        return {"max_grad_norm": None, **self.spec.known, **self.config, **self._told}
+        """The settings as the training stated or printed them, else as it got them."""
+        return {"max_grad_norm": None, **self.spec.known, **self.config, **self._stated}
 
     def where_printed(self, name: str) -> str | None:
-        """The printed line that says what a setting is."""
         return None if name in self._in_force else self._echoes.lines.get(name)
 
 
 def _sizes(path: Path) -> list[tuple[str, int, int]]:
-    """(file, bytes, time in ns) of a checkpoint, a file or a folder: what changes while it is written."""
+    """(file, bytes, modification time in ns) of a checkpoint, a file or a folder: these change while it is written."""
     found = []
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         try:
             status = file.stat()
-        except OSError:  # moved while we looked
+        except OSError:  # moved meanwhile
             continue
         found.append((str(file), status.st_size, status.st_mtime_ns))
     return found
 
 
 def _require_unwritten(path: Path) -> None:
-    """Raises UserError for records from before the command was started: of another run, or of an earlier one under this name. A
-    command that is resumed has a new name, so what is its own is never there yet."""
+    """Raises UserError for a file of records that exists before the command is started: it is another run's. A resumed command has
+    a new name, so its own file never exists yet."""
     try:
         if path.is_dir():
             old = next((file for file in path.rglob("*tfevents.*") if file.is_file() and file.stat().st_size), None)
@@ -636,7 +632,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def read_images(paths: Sequence[Path], what: str) -> torch.Tensor:
-    """`[n, 3, H, W]` in [0, 1]. Raises UserError for files that are none, or not of one size."""
+    """`[n, 3, H, W]` in [0, 1]. Raises UserError for files that are no images, or not of one size."""
     import numpy as np
     from PIL import Image
 
@@ -656,13 +652,13 @@ def read_images(paths: Sequence[Path], what: str) -> torch.Tensor:
 
 
 def newest_checkpoint(template: str, fields: Mapping[str, Any], place: Callable[[str], Path], step: int) -> Path | None:
-    """Of the paths that the template means with any step up to `step`, the one with the highest."""
+    """The path with the highest step up to `step` that matches the template."""
     found = checkpoints(template, fields, place)
     return found[max(upto)] if (upto := [at for at in found if at <= step]) else None
 
 
 def checkpoints(template: str, fields: Mapping[str, Any], place: Callable[[str], Path]) -> dict[int, Path]:
-    """The paths that the template means, by their step."""
+    """The paths that match the template, by their step."""
     pieces = []
     for literal, name, form, _ in string.Formatter().parse(template):
         pieces.append(literal)
@@ -678,7 +674,7 @@ def checkpoints(template: str, fields: Mapping[str, Any], place: Callable[[str],
 
 
 def numbers_of(values: Any, without: Sequence[str] = ()) -> dict[str, float]:
-    """The numbers of a mapping, NaN and Inf among them; anything else is left out."""
+    """The numbers of a mapping, NaN and Inf included; other values are left out."""
     found: dict[str, float] = {}
     for name, value in values.items() if isinstance(values, Mapping) else ():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in without:

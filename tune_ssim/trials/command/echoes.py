@@ -1,4 +1,4 @@
-"""What a training prints of its settings, told apart from what it prints of its steps."""
+"""Settings that a training prints, as opposed to metrics of its steps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tune_ssim.records.readers import RecordLines
 from tune_ssim.study.command_spec import CommandSpec, as_word, placeholders
 from tune_ssim.trials.channel import TAG
 
-MAX_LINE = 2**20  # bytes of a line that is looked at
-ECHO_BYTES = 2**24  # of output in which settings are looked for; then the first record has long been there
-SHOWN = 160  # characters of a line in a message
-AT_LEAST_DIGITS = 2  # significant ones, for a number that stands for one that was rounded to it: 0.1 is not 0.13
+MAX_LINE = 2**20  # bytes of a line that is searched
+ECHO_BYTES = 2**24  # of output that is searched for settings; the first record comes long before
+QUOTED_CHARACTERS = 160  # characters of a line in a message
+MIN_DIGITS = 2  # significant ones, for a printed number to count as a rounded one: 0.1 is not 0.13
 QUOTED = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'")
 BARE = re.compile(r"[^\s,;)}\]]+")
 NUMBER = re.compile(r"[-+]?(\d*)\.?(\d*)(?:[eE][-+]?\d+)?")
@@ -25,15 +25,15 @@ NUMBER = re.compile(r"[-+]?(\d*)\.?(\d*)(?:[eE][-+]?\d+)?")
 class Echoes:
     """`name=value`, `name: value`, `"name": value` of settings, in bytes of any size.
 
-    What a name is in force with is the value asked for if any mention of it agrees, else the value of the first one that does not:
-    output also speaks of defaults, schedules and other runs, while a script that uses another value and prints its settings never
-    prints the one that was asked for. It may do so in the words of its own command line, so `--name=value` counts only where
-    nothing else speaks of the name. Lines that are records say how a step was, not what was set."""
+    The value in force is the one asked for if any mention of the name agrees with it, else the first other value: output also
+    mentions defaults, schedules and other runs, while a script that uses another value and prints its settings never prints the one
+    asked for. A script may print its own command line, so `--name=value` counts only where nothing else mentions the name. Lines
+    that are records are metrics, not settings."""
 
     def __init__(self, config: Mapping[str, Any], spec: CommandSpec) -> None:
         templates = [template for _, template, _ in spec.templates()]
         self.config = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
-        self._told = {name: [value, *told_as(name, value, templates)] for name, value in self.config.items()}
+        self._accepted = {name: [value, *as_formatted(name, value, templates)] for name, value in self.config.items()}
         named = "|".join(re.escape(name) for name in sorted(self.config, key=len, reverse=True)) or "(?!)"
         self._mention = re.compile(rf"(?<![\w.-])(--?)?({named})[\"']?\s{{0,8}}[=:]\s{{0,8}}")
         records = spec.records
@@ -48,7 +48,7 @@ class Echoes:
         self.lines: dict[str, str] = {}  # where each value was found
 
     def feed(self, data: bytes) -> dict[str, Any]:
-        """Values of settings that the lines which are complete now say."""
+        """Values of settings in the lines completed by `data`."""
         if self._seen >= ECHO_BYTES:
             return {}
         self._seen += len(data)
@@ -57,7 +57,7 @@ class Echoes:
         return self.read(complete) if end else {}
 
     def finish(self) -> dict[str, Any]:
-        """Of a last line without an end."""
+        """Values of settings in a last line without a newline."""
         rest, self._rest = self._rest, b""
         return self.read(rest)
 
@@ -75,21 +75,21 @@ class Echoes:
 
     def _weigh(self, mention: re.Match[str], line: str) -> dict[str, Any]:
         name = mention[2]
-        agrees, value = compare(line[mention.end() :], self._told[name])
+        agrees, value = compare(line[mention.end() :], self._accepted[name])
         if agrees is None:
             return {}
         rank = (2 if agrees else 1) + (0 if mention[1] else 2)
         if rank <= self._rank.get(name, 0):
             return {}
         self._rank[name] = rank
-        begin = max(0, mention.start() - SHOWN // 2) if len(line) > SHOWN else 0
-        shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[begin : begin + SHOWN])
-        self.lines[name] = shown.strip()
+        begin = max(0, mention.start() - QUOTED_CHARACTERS // 2) if len(line) > QUOTED_CHARACTERS else 0
+        printed = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[begin : begin + QUOTED_CHARACTERS])
+        self.lines[name] = printed.strip()
         return {name: self.config[name] if agrees else value}
 
 
-def told_as(name: str, value: Any, templates: Sequence[str]) -> list[Any]:
-    """The value as the formats in the braces make it: what `{weight:.2e}` told is what is in force."""
+def as_formatted(name: str, value: Any, templates: Sequence[str]) -> list[Any]:
+    """The value as each format in the templates renders it, e.g. `{weight:.2e}`."""
     found: list[Any] = []
     for template in templates:
         if name in placeholders(template):
@@ -101,7 +101,7 @@ def told_as(name: str, value: Any, templates: Sequence[str]) -> list[Any]:
 
 
 def compare(text: str, asked: Sequence[Any]) -> tuple[bool | None, Any]:
-    """(whether the value at the beginning of `text` is one of those asked for, that value); None: it says neither."""
+    """(whether the value at the beginning of `text` is one of those asked for, that value); (None, None): undecided."""
     quoted, bare = QUOTED.match(text), BARE.match(text)
     if quoted is None and bare is None:
         return None, None
@@ -128,7 +128,7 @@ def _compare_text(text: str, quoted: re.Match[str] | None, asked: Sequence[Any])
         with contextlib.suppress(ValueError):
             forms.add(str(json.loads(quoted[0])))
         return bool(forms & {one for whole in asked for one in (whole, repr(whole)[1:-1])}), inner
-    for one in asked:  # without quotes nobody knows where it ends, unless it is what was asked for
+    for one in asked:  # without quotes its end is known only where it is the one asked for
         if text.startswith(one) and re.match(r"\.?(?:[\s,;)}\]\"']|$)", text[len(one) :]):
             return True, one
     bare = BARE.match(text)
@@ -139,7 +139,7 @@ def _compare_text(text: str, quoted: re.Match[str] | None, asked: Sequence[Any])
 
 
 def agrees(word: str, asked: float) -> bool | None:
-    """Whether a printed number is the one asked for, to as many digits as were printed; None: too few of them to tell.
+    """Whether a printed number is the one asked for, to as many digits as were printed; None: too few digits to decide.
 
     A whole number for a fraction, or a single digit for more of them, is another number: 0.1 is a default where 0.13 was asked
     for. A zero that was printed with several places may be anything that small."""
@@ -158,8 +158,8 @@ def _agrees(word: str, asked: float, printed: Decimal, wanted: Decimal) -> bool 
         return True
     places = -int(printed.as_tuple().exponent)
     if printed == 0:
-        return None if places >= AT_LEAST_DIGITS and abs(wanted) <= Decimal(5).scaleb(-places - 1) else False
-    return len(printed.as_tuple().digits) >= AT_LEAST_DIGITS and _rounds_to(wanted, printed) and not _is_whole(word)
+        return None if places >= MIN_DIGITS and abs(wanted) <= Decimal(5).scaleb(-places - 1) else False
+    return len(printed.as_tuple().digits) >= MIN_DIGITS and _rounds_to(wanted, printed) and not _is_whole(word)
 
 
 def _rounds_to(wanted: Decimal, printed: Decimal) -> bool:

@@ -1,4 +1,4 @@
-"""A command as its owner sees it: output to read, an exit code, and an end that reaches the whole tree."""
+"""A command below a supervisor: its output, its exit code, and an end that reaches its whole process tree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stands between a command and whoever owns it, as a program of its own:
+"""The supervisor of a command, a program of its own between the command and its owner:
 
     python supervisor.py GRACE_S STATUS_FD -- COMMAND ARGUMENT…
 
@@ -43,7 +43,7 @@ def main() -> None:
     pid = _start(libc, argv, status)
     if pid is None:
         return
-    _tell(status, {"pid": pid})
+    _write_status(status, {"pid": pid})
     # The command has its own copies; the owner must see the end of the output when the command's tree is gone.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -51,11 +51,11 @@ def main() -> None:
     code = _wait(pid)
     left = len(_descendants()) if code is not None else 0
     stopped = _end_tree(grace, pid)
-    _tell(status, {"exit": stopped if code is None else code, "left": left})
+    _write_status(status, {"exit": stopped if code is None else code, "left": left})
 
 
 def _start(libc: ctypes.CDLL, argv: list[str], status: int) -> int | None:
-    """The command's pid, or None after saying why there is none."""
+    """The command's pid; None where it could not be started, with the reason in the status."""
     reader, writer = os.pipe()
     os.set_inheritable(writer, False)
     pid = os.fork()
@@ -79,7 +79,7 @@ def _start(libc: ctypes.CDLL, argv: list[str], status: int) -> int | None:
     os.close(reader)
     if failed:
         os.waitpid(pid, 0)
-        _tell(status, {"failed": failed})
+        _write_status(status, {"failed": failed})
         return None
     return pid
 
@@ -116,7 +116,7 @@ def _end_tree(grace: float, pid: int) -> int | None:
     """TERM to all, KILL to what is left after `grace` seconds, until nothing is; the exit code of `pid` if it was alive."""
     code: int | None = None
     end = time.monotonic() + grace
-    told: set[int] = set()
+    signalled: set[int] = set()
     while True:
         reaped = _reap(pid)
         code = code if reaped is None else reaped
@@ -125,8 +125,8 @@ def _end_tree(grace: float, pid: int) -> int | None:
             return code
         number = signal.SIGTERM if time.monotonic() < end else signal.SIGKILL
         for one in alive:
-            if number == signal.SIGKILL or one not in told:
-                told.add(one)
+            if number == signal.SIGKILL or one not in signalled:
+                signalled.add(one)
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(one, number)
                     os.kill(one, signal.SIGCONT)  # a stopped process takes no SIGTERM
@@ -155,8 +155,8 @@ def _descendants() -> list[int]:
     return found
 
 
-def _tell(status: int, message: dict[str, object]) -> None:
-    with contextlib.suppress(OSError):  # an owner that is gone does not listen
+def _write_status(status: int, message: dict[str, object]) -> None:
+    with contextlib.suppress(OSError):  # the owner may be gone
         os.write(status, json.dumps(message).encode() + b"\n")
 
 
