@@ -1,1 +1,1 @@
-"""Is the set-up sound, and how hard does each setting push: preflight, calibration, forecast."""
+"""Preflight, calibration and forecast: whether the set-up is sound, and how hard each setting pushes."""

@@ -87,7 +87,7 @@ def _bins(forward: Forward, max_ts: Sequence[float]) -> list[torch.Tensor]:
 
 
 def _gradient(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor | None]:
-    """By an ordinary backward pass, which works through activation checkpointing and hooks; leaves no gradient behind."""
+    """Computed by an ordinary backward pass, which works with activation checkpointing and hooks; leaves no gradient behind."""
     for parameter in parameters:
         parameter.grad = None
     if loss.requires_grad:

@@ -57,7 +57,7 @@ class TrainingCheck:
 
 @dataclass(frozen=True)
 class Outliers:
-    """Of the gradient that one loss sends into the decoder's output, at weight 1 and per sample: a few pixels may rule the
+    """Outliers of the gradient that one loss sends into the decoder's output, at weight 1 and per sample: a few pixels may rule the
     direction while every norm looks harmless (note 001). Medians over batches."""
 
     rms: float
@@ -209,7 +209,7 @@ class _Probe:
         return task
 
     def _why_not_gram(self, task: Training) -> str | None:
-        """None: the gradients themselves are read."""
+        """The reason to take readings of total_norm; None where the gradients themselves are available."""
         if self.options.method == "readings":
             return "calibration.method says so"
         reason = _no_gram(task, len(GATES) + 2)

@@ -171,7 +171,7 @@ def _scans(model: NormModel, stage: Stage) -> Iterator[Scan]:
 
 
 def _values(stage: Stage, model: NormModel, name: str) -> Sequence[float | None]:
-    """What a setting may be: choices, or the calibrated values and ends of a range, or the one it is held at."""
+    """Values that a setting may have: choices, or the calibrated values and ends of a range, or the one it is held at."""
     domain = stage.parameters.get(name)
     if domain is None:
         return [stage.fixed.get(name, model.held.get(name))]

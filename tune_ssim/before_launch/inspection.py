@@ -93,7 +93,7 @@ def preflight_lines(report: dict[str, Any] | None) -> list[str]:
 
 
 def bad_lines(report: dict[str, Any]) -> list[str]:
-    """What makes a set-up unsound, each with its remedy."""
+    """The faults of an unsound set-up, each with its remedy."""
     return [
         f"{check['name']}: {check['sentence']}; {check['remedy']}" if check["remedy"] else f"{check['name']}: {check['sentence']}"
         for check in report["checks"]

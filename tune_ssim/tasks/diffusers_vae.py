@@ -59,14 +59,14 @@ class DiffusersVAE(nn.Module):
 
 
 def _in_chunks(function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
-    """Where no gradient is wanted, some at a time: an evaluation's 128 images of a real VAE would fill the memory."""
+    """In small batches where no gradient is wanted: an evaluation's 128 images of a real VAE would fill the memory."""
     if torch.is_grad_enabled():
         return function(batch)
     return torch.cat([function(chunk) for chunk in batch.split(CHUNK)])
 
 
 def load_diffusers_vae(folder: str | Path) -> DiffusersVAE:
-    """Of `CLASSES`, from a local folder; pickled weights (.bin) are not read, nothing is downloaded.
+    """One of `CLASSES`, loaded from a local folder; pickled weights (.bin) are not read, nothing is downloaded.
 
     Raises UserError for a folder that is not one of these or a missing diffusers, BadSetup for weights that do not fit."""
     folder = Path(folder)

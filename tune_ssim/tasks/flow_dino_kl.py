@@ -43,7 +43,7 @@ TAGS = ("flow", "dino_t_head", "mu_head", "logvar_head")  # names of note 002 §
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """What a study's `task_config` may say."""
+    """The `task_config` of a study."""
 
     steps: int = 400  # optimiser steps of a trial
     batch_size: int = 32  # patches of one micro-batch
@@ -151,7 +151,7 @@ class FlowDinoKL(Training):
         return {**means, "dino_alpha": self.dino_alpha(self.step_count), "total_norm": norm, **readings, **pushes}
 
     def _losses(self, n: int, micro: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Of micro-batch `micro` of step n, on the graph, and the latent that all branches meet in."""
+        """The losses of micro-batch `micro` of step n, on the graph, and the latent that all branches share."""
         patches, condition, noise, t = self._batch(n, micro)
         mu, log_var = self.networks.encode(condition)
         z = reparameterise(mu, log_var, noise)

@@ -50,7 +50,7 @@ IMAGE_STREAM, NOISE_STREAM, LOW_RES_STREAM = 0, 1, 2  # independent random strea
 
 @dataclass(frozen=True)
 class FundusConfig:
-    """What a study's `task_config` may say."""
+    """The `task_config` of a study."""
 
     preset: str = "sgd"  # fills optimizer, lr and max_grad_norm where they are not given
     optimizer: str | None = None  # sgd | adamw
@@ -132,7 +132,7 @@ class FundusConfig:
 
 
 class FundusSR(Training):
-    """See `trials.training.Task` for the contract."""
+    """Super-resolution fine-tuning; see the module."""
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         self.config = FundusConfig.from_mapping(config)
@@ -189,7 +189,7 @@ class FundusSR(Training):
         return {**metrics, **auxiliary.metrics()}
 
     def forward(self, n: int) -> Forward:
-        """Of step `n`: what the losses are made from."""
+        """The inputs of the losses of step `n`."""
         x0, low, z0, noise, t_host = self._batch(n)
         t = t_host.to(self.device)
         z_t, target = noisy_latent(z0, noise, t), velocity_target(z0, noise)
@@ -398,9 +398,9 @@ class FundusSR(Training):
 
 
 def _pretrain(config: FundusConfig) -> str:
-    """How to come by a denoiser that fits."""
-    said = {"data": config.data, "data-side": config.data_side, "vae": config.vae}
-    flags = "".join(f" --{name} {value}" for name, value in said.items() if value is not None)
+    """How to get a denoiser that fits."""
+    options = {"data": config.data, "data-side": config.data_side, "vae": config.vae}
+    flags = "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
     return (
         f"pretrain one with `python -m tune_ssim.tasks.pretrain_fundus{flags} --crop {config.crop} --width {config.width}"
         f" --out FOLDER` and say weights: FOLDER"

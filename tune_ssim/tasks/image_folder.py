@@ -91,7 +91,7 @@ class FolderImages:
 
     def _crop(self, file: ImageFile, generator: torch.Generator) -> torch.Tensor:
         """Of a few places the first that shows enough, else the one that shows most: fundus photographs are framed in black."""
-        pixels, shown = CACHE.pixels(file, self.side), []
+        pixels, candidates = CACHE.pixels(file, self.side), []
         rows = torch.randint(file.height - self.crop + 1, (CANDIDATES,), generator=generator).tolist()
         columns = torch.randint(file.width - self.crop + 1, (CANDIDATES,), generator=generator).tolist()
         for row, column in zip(rows, columns, strict=True):
@@ -99,8 +99,8 @@ class FolderImages:
             background = (crop.amax(dim=0) < BACKGROUND).float().mean().item()
             if background <= MAX_BACKGROUND:
                 return crop
-            shown.append((background, crop))
-        return min(shown, key=lambda item: item[0])[1]
+            candidates.append((background, crop))
+        return min(candidates, key=lambda item: item[0])[1]
 
 
 def load_folder_images(folder: str | Path, crop: int, side: int | None = None, errors: str = "skip") -> FolderImages:

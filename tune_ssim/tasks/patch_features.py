@@ -37,7 +37,7 @@ class PatchFeatures(nn.Module):
 
 
 def load_named_network(name: str) -> nn.Module:
-    """What the function "module:function" returns, frozen. Raises UserError naming what is missing."""
+    """The network that the function "module:function" returns, frozen. Raises UserError naming what is missing."""
     module_name, _, function = name.partition(":")
     try:
         made = getattr(importlib.import_module(module_name), function)()

@@ -142,12 +142,12 @@ def _save(module: torch.nn.Module, path: Path, metadata: dict[str, str] | None =
 
 
 def _say(arguments: argparse.Namespace, vae: VAE | DiffusersVAE) -> None:
-    """What was reached on held-out images, and what a study has to say."""
-    told = {"data": arguments.data, "data_side": arguments.data_side, "weights": arguments.out.absolute()}
-    told |= {"vae": arguments.vae} if isinstance(vae, DiffusersVAE) else {}
-    told |= {"crop": arguments.crop} if arguments.crop != CROP else {}
-    told |= {"width": arguments.width} if arguments.width != 48 else {}
-    config = {name: str(value) if isinstance(value, Path) else value for name, value in told.items() if value is not None}
+    """Held-out quality, and the settings that a study needs to use these weights."""
+    needed = {"data": arguments.data, "data_side": arguments.data_side, "weights": arguments.out.absolute()}
+    needed |= {"vae": arguments.vae} if isinstance(vae, DiffusersVAE) else {}
+    needed |= {"crop": arguments.crop} if arguments.crop != CROP else {}
+    needed |= {"width": arguments.width} if arguments.width != 48 else {}
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in needed.items() if value is not None}
     task = FundusSR()
     task.setup(config, 0)
     found, sample = task.evaluate(), task.sample()

@@ -1,4 +1,4 @@
-"""Settings of a bundled task: unknown names and values out of range are said in one line."""
+"""Settings of a bundled task: unknown names and values out of range give one-line errors."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ DIALOGUE_STREAM, ORDER_STREAM = 0, 1  # independent random streams of one step
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """What a study's `task_config` may say."""
+    """The `task_config` of a study."""
 
     steps: int = 1270  # optimiser steps of a trial, both stages together
     stage1_steps: int = 254  # of them; 0: stage 2 only; all of them: stage 1 only
@@ -128,7 +128,7 @@ class TwoStageVLM(Training):
 
     @property
     def stage(self) -> int:
-        """Of the next step."""
+        """The stage of the next step."""
         return 1 if self.step_count < self.config.stage1_steps else 2
 
     def step(self) -> dict[str, Number]:

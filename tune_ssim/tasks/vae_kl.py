@@ -40,7 +40,7 @@ LINEAR_SHARE, SLOW_LINEAR_SHARE, CYCLES = 0.1, 0.5, 4
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """What a study's `task_config` may say."""
+    """The `task_config` of a study."""
 
     steps: int = 600  # optimiser steps of a trial: the schedules of alpha are shares of it
     batch_size: int = 64
@@ -71,7 +71,7 @@ class VAEConfig:
         )
 
     def schedule(self) -> Schedule:
-        """Of alpha, by the number of the step."""
+        """The schedule of alpha, by step."""
         if self.kl_schedule == "constant":
             return Constant(self.kl_alpha)
         if self.kl_schedule == "cyclical":

@@ -30,7 +30,7 @@ from tune_ssim.trials.training import load_task
 
 __all__ = ["Finding", "TaskReport", "check_task"]
 
-STEPS_OF_A_TRIAL = 200  # said to setup(), as a study would (study.DEFAULT_STEPS); only a few of them are taken
+STEPS_OF_A_TRIAL = 200  # passed to setup(), as a study would (study.DEFAULT_STEPS); only a few of them are taken
 DISABLE_UPDATE = {"lr": 0.0}  # the contract: a learning rate of 0 leaves the weights as they are
 CHECKS: dict[str, Callable[[ClassUnderTest, Run], Iterator[Check]]] = {
     "random/repeatable": check_repeatable,

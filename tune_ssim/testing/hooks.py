@@ -121,10 +121,10 @@ def _parts(task: Training, parameters: list[Any]) -> Iterator[Check]:
     for name, part in parts.items():
         theirs = [id(parameter) in trained for parameter in part.module.parameters()]
         if parameters and theirs and part.trains != any(theirs):
-            said = "trains" if part.trains else "is frozen"
+            stated = "trains" if part.trains else "is frozen"
             yield broken(
                 f"parts/{name}",
-                f"parts() says {name} {said}, and {sum(theirs)} of its {len(theirs)} parameters are among trainable_parameters()",
+                f"parts() says {name} {stated}, and {sum(theirs)} of its {len(theirs)} parameters are among trainable_parameters()",
                 "say trains=True of what the optimiser updates, and of nothing else",
             )
         if part.weights is not None and not part.weights.is_file():

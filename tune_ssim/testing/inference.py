@@ -1,4 +1,4 @@
-"""sample() and evaluate(): the right shapes and ranges, the same each time, and the training goes on as if nothing had been."""
+"""Checks of sample() and evaluate(): shapes, ranges, repeatability, and no effect on the training."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def check_samples(subject: ClassUnderTest, task: Any) -> Iterator[Check]:
 
 
 def check_sample(name: str, sample: Any) -> Iterator[Check]:
-    """What one call returned."""
+    """Checks the result of one call."""
     if not isinstance(sample, Sample):
         kind = "nothing (None)" if sample is None else f"a {type(sample).__name__}"
         yield broken(name, f"{name}() returned {kind}", "return tune_ssim.Sample(images, references, inputs)")
@@ -120,7 +120,7 @@ def check_sample(name: str, sample: Any) -> Iterator[Check]:
     if sample.references is None and sample.inputs is None:
         yield warn(
             f"{name}/references",
-            f"{name}() has neither references nor inputs: only flat or noisy images can be told",
+            f"{name}() has neither references nor inputs: only flat or noisy images can be recognised",
             "return the ground truth of fixed held-out crops as references, or the low-resolution inputs",
         )
     try:
@@ -130,7 +130,7 @@ def check_sample(name: str, sample: Any) -> Iterator[Check]:
 
 
 def _picture_problem(images: Any, slack: float) -> tuple[str, str] | None:
-    """What is wrong and what to do about it."""
+    """(problem, remedy) of a batch of images."""
     if not isinstance(images, torch.Tensor):
         return f"is a {type(images).__name__}", "return a float tensor [n, channels, height, width]"
     if images.ndim != 4 or not len(images):

@@ -1,4 +1,4 @@
-"""Is what step() and evaluate() return numbers, under the names that guards and rules look for?"""
+"""Checks that step() and evaluate() return numbers, under the names that guards and rules look for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MEANING = {
     "psnr": "the mean PSNR of held-out samples in dB",
 }
 NEEDED = {
-    records.LOSS: "nothing tells a NaN",
+    records.LOSS: "a NaN is not noticed",
     records.TOTAL_NORM: "the norm guard cannot judge, and a trial ends as an error",
     records.ACTIVE_FRACTION: "the norm guard would judge steps without an SSIM gradient too",
     "ssim": "there is no ΔSSIM, so nothing to search for",
@@ -42,7 +42,7 @@ HELD_OUT_ALIASES = {"ssim": ("mean_ssim", "ssim_mean", "structural_similarity"),
 
 
 def check_metrics(metrics: Any) -> Iterator[Check]:
-    """What one call of step() returned."""
+    """Checks the result of one call of step()."""
     yield from _check_kind("step", metrics, "def step(self): … return {'loss': loss.detach(), 'total_norm': norm, …}")
     if not isinstance(metrics, Mapping):
         return
@@ -64,7 +64,7 @@ def check_metrics(metrics: Any) -> Iterator[Check]:
 
 
 def check_held_out(found: Any) -> Iterator[Check]:
-    """What one call of evaluate() returned."""
+    """Checks the result of one call of evaluate()."""
     yield from _check_kind("evaluate", found, "def evaluate(self): … return {'ssim': …, 'psnr': …}")
     if not isinstance(found, Mapping):
         return
@@ -140,7 +140,7 @@ def _check_ranges(metrics: Mapping[Any, Any]) -> Iterator[Check]:
 
 
 def _number(value: Any) -> float | None:
-    """None for what a record cannot hold."""
+    """The number of a metric; None if a record cannot hold it."""
     if isinstance(value, torch.Tensor):
         return float(value.detach()) if value.ndim == 0 and not value.is_complex() else None
     is_number = isinstance(value, numbers.Real) or (getattr(value, "ndim", None) == 0 and hasattr(value, "item"))

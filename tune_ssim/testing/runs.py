@@ -1,4 +1,4 @@
-"""Are the steps those of (seed, n) alone: again, after a resume, and whatever is looked at in between?"""
+"""Checks that the steps depend on (seed, n) alone: when repeated, after a resume, whatever is called in between."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def broken(self) -> set[str]:
-        """Names of what is wrong already: what follows from it need not be said."""
+        """Names of what is broken already: its consequences need not be reported."""
         return {finding.name for finding in self.findings if finding.status == "broken"}
 
     def _save(self, subject: ClassUnderTest, task: Any) -> Iterator[Check]:
@@ -79,8 +79,8 @@ def check_repeatable(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
     shaken = subject.steps(subject.make(chance=1), run.k, shake=True)
     difference = subject.difference(run.steps, shaken)
     if not difference:
-        told = "to the bit" if subject.exact else "within rounding"
-        yield ok("random/repeatable", f"the same seed gives the same {run.k} steps {told}")
+        how = "to the bit" if subject.exact else "within rounding"
+        yield ok("random/repeatable", f"the same seed gives the same {run.k} steps {how}")
         return
     again = subject.difference(run.steps, subject.steps(subject.make(), run.k))
     if again:
@@ -110,7 +110,7 @@ def check_seed(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
 def check_resume(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
     """A fresh instance that loads the checkpoint goes on as the run did."""
     if run.saved is None or "load_state_dict" in subject.broken_methods:
-        return  # said already
+        return  # reported already
     task = subject.make(chance=2)
     try:
         call(task, "load_state_dict", load_checkpoint(run.folder))
@@ -131,8 +131,8 @@ def check_resume(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
             else "save and load all that the next step depends on: weights, momentum, averages, schedules, the step's number",
         )
     else:
-        told = "to the bit" if subject.exact else "within rounding"
-        yield ok("state_dict/resume", f"saved after step {run.k} and loaded afresh, the next {run.k} steps agree {told}")
+        how = "to the bit" if subject.exact else "within rounding"
+        yield ok("state_dict/resume", f"saved after step {run.k} and loaded afresh, the next {run.k} steps agree {how}")
 
 
 def check_afresh(subject: ClassUnderTest, run: Run) -> Iterator[Check]:

@@ -1,4 +1,4 @@
-"""Does setup() understand its configuration, and is in force what effective() says? Judged by effects, with the update off."""
+"""Checks of setup() and effective(), judged by effects with the update switched off."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MISSPELT = "ssim_loss_wieght"
 
 
 def check_setup(subject: ClassUnderTest) -> Iterator[Check]:
-    """Does it accept the configuration, and refuse what it does not know?"""
+    """Checks that setup() accepts the configuration and refuses unknown keys."""
     given, task = dict(subject.config), subject.task_class()
     try:
         task.setup(given, subject.seed, subject.device)
@@ -132,7 +132,7 @@ def check_still(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
     if not before:
         yield unknown(
             "still",
-            f"whether {words} leaves the weights as they are cannot be seen: there is nothing to look at",
+            f"no weights are visible, so whether {words} leaves them as they are is unknown",
             "give the task trainable_parameters(), or put its weights into state_dict()",
         )
     elif moved:
@@ -224,17 +224,17 @@ def _force(subject: ClassUnderTest, off: _Probe, still: Mapping[str, Any], count
         at = next((n for n, (a, b) in enumerate(zip(off.steps, on.steps, strict=False)) if _follows(a, b)), None)
         if at is not None:
             break
-    said = on.effective.get(WEIGHT)
+    stated = on.effective.get(WEIGHT)
     if WEIGHT not in on.effective:
         yield broken(
             f"effective/{WEIGHT}",
             f"effective() does not say {WEIGHT}: whether what is searched arrives cannot be seen",
             "say it, read where it is used: **loss.effective() of a DecodedLoss",
         )
-    elif not same(gain, said) or not same(0.0, off.effective.get(WEIGHT)):
+    elif not same(gain, stated) or not same(0.0, off.effective.get(WEIGHT)):
         yield broken(
             f"effective/{WEIGHT}",
-            f"{WEIGHT} was set to {gain:g}, and effective() says {said!r}",
+            f"{WEIGHT} was set to {gain:g}, and effective() says {stated!r}",
             f"follow {WEIGHT} from setup() to the loss; effective() must read it where it is used",
         )
     if not any(step.get(ACTIVE_FRACTION, 1.0) > 0 for step in on.steps):
@@ -304,7 +304,7 @@ def check_clipping(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
 
 
 def _without_clipping(subject: ClassUnderTest, still: Mapping[str, Any]) -> _Probe:
-    """None means no clipping; where a task does not know that, a limit that no norm reaches."""
+    """Steps without clipping: max_grad_norm None, or where the task refuses that, a limit that no norm reaches."""
     try:
         return _Probe(subject, {**still, CLIP: None}, 1)
     except (UserError, Failure):
@@ -362,7 +362,7 @@ def _follows(off: Numbers, on: Numbers) -> bool:
 
 
 def _weights(subject: ClassUnderTest, task: Any) -> dict[str, torch.Tensor]:
-    """What must stay where it is, by what it is: the parameters if the task shows them, else the tensors of its state, else what
+    """The tensors that must not move, by name: the parameters if the task shows them, else the tensors of its state, else what
     inference makes of them. Empty if there is nothing to look at."""
     if task.abilities().trainable_parameters:
         found = call(task, "trainable_parameters")
@@ -370,7 +370,7 @@ def _weights(subject: ClassUnderTest, task: Any) -> dict[str, torch.Tensor]:
         if parameters := {f"{PARAMETER} {i}": p.detach().clone() for i, p in enumerate(listed) if isinstance(p, torch.Tensor)}:
             return parameters
     if "state_dict" not in subject.broken_methods:
-        with contextlib.suppress(Failure):  # said elsewhere
+        with contextlib.suppress(Failure):  # reported elsewhere
             if tensors := dict(_state_tensors(call(task, "state_dict"), "")):
                 return tensors
     if "sample" in subject.broken_methods:

@@ -1,4 +1,4 @@
-"""Are the seven methods there, and can they be called as a trial calls them?"""
+"""Checks that the seven methods exist and can be called as a trial calls them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ ALIASES = {
 def check_class(task_class: Any) -> Iterator[Check]:
     if not isinstance(task_class, type):
         kind = type(task_class).__name__
-        told = f"an object of {kind}" if not callable(task_class) or hasattr(task_class, "step") else f"a {kind}"
-        yield broken("class", f"a task is a class, got {told}", f"pass the class: check_task({kind})")
+        got = f"an object of {kind}" if not callable(task_class) or hasattr(task_class, "step") else f"a {kind}"
+        yield broken("class", f"a task is a class, got {got}", f"pass the class: check_task({kind})")
         return
     try:
         bare(task_class)

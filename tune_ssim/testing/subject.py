@@ -1,4 +1,4 @@
-"""The class under test: instances that can be compared step by step, whatever uses the global generators."""
+"""The class under test: instances whose runs are compared step by step."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def set_global_generators(seed: int) -> None:
 
 @contextlib.contextmanager
 def global_generators_kept() -> Iterator[None]:
-    """Whoever calls the suite finds the generators as they were."""
+    """Restores the global generators at the end."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -90,7 +90,7 @@ def global_generators_kept() -> Iterator[None]:
 
 
 def digests(value: Any, name: str = "", depth: int = 0) -> dict[str, str]:
-    """Of every tensor, number and text in nested containers and in objects with a state_dict(): place → digest."""
+    """Digests of every tensor, number and text in nested containers and in objects with a state_dict(), by place."""
     if isinstance(value, torch.Tensor):
         data = value.detach().cpu().contiguous()
         return {name: hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b"").hexdigest()}

@@ -1,4 +1,4 @@
-"""What is to be run: one trial of a study."""
+"""A trial to be run: its settings, role, seed and baseline."""
 
 from __future__ import annotations
 

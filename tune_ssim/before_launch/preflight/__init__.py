@@ -85,7 +85,7 @@ def _checks(
 def _start(
     task: Training, steps: int, settings: Sequence[Mapping[str, Any]], guards: Sequence[Guard], smoke_test: SmokeTest | None
 ) -> Iterator[Check]:
-    """Of the task as it is after its set-up. The one step that it takes comes last."""
+    """Checks of the task as it is after its set-up. The one step that it takes comes last."""
     sample, seen = call(task, "sample", 0), images.look(task) if task.abilities().forward else None
     yield Check("setup", "ok", "the task sets up, samples and runs forward" if seen else "the task sets up and samples")
     yield from guarded("weights", lambda: networks.check_weights(task))

@@ -1,4 +1,4 @@
-"""The images: their range, who belongs to whom, and whether what is held out is trained on."""
+"""Checks of images: their range, their pairing, and whether held-out images are trained on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MIN_TEXTURE = 2.0  # standard deviation of a patch in grey levels of 255: flat o
 
 @dataclass
 class Seen:
-    """What the forward passes of the first steps showed."""
+    """Results of the forward passes of the first steps."""
 
     main: float  # main loss, mean over the passes
     trivial: float | None  # the same of the best constant velocity
@@ -121,7 +121,7 @@ def check_pairs(sample: Sample, seen: Seen | None) -> Iterator[Check]:
 
 
 def check_data(task: Any) -> Iterator[Check]:
-    """What a task may say of its data: files that it left out, and the size of its latents."""
+    """Files of the data that are left out, and the statistics of the latents."""
     if task.abilities().left_out and (files := call(task, "left_out")):
         yield rules.left_out(files)
     if task.abilities().latent_statistics:
@@ -129,7 +129,7 @@ def check_data(task: Any) -> Iterator[Check]:
 
 
 def check_training_images(task: Any, steps: int, sample: Sample, seen: Seen | None) -> Iterator[Check]:
-    """As many training images as the trial will see, or as fit into the budget."""
+    """Checks of the training images that the trial will see, as many as fit into the budget."""
     batches, pixels = [], 0
     for n in range(1, steps + 1):
         batch = call(task, "training_images", n).float().cpu()
@@ -220,7 +220,7 @@ def shared_patches(training: Tensor, held_out: Tensor) -> tuple[list[int], list[
 
 
 def _patch_hashes(images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Of every `PATCH` x `PATCH` square at multiples of `stride`: its hash, `[n, squares]` int64, and whether it has texture."""
+    """For every `PATCH` x `PATCH` square at multiples of `stride`: its hash, `[n, squares]` int64, and whether it has texture."""
     levels = (images * 255).round().clamp(0, 255)
     generator = torch.Generator().manual_seed(255)
     # Integers so small that every sum is exact in float32: 255 · 64 · 8 · 8 · 3 < 2^24.

@@ -1,4 +1,4 @@
-"""What is about to be launched: will the guards have enough to judge by, and is the baseline a yardstick?"""
+"""Checks of the planned trials: enough active steps for the guards, settings in force, a usable baseline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BASELINE_STEPS = 6  # the median of their norms
 
 
 def settings_of(space: Space) -> list[dict[str, Any]]:
-    """What a space may launch, as far as preflight needs it: its points, and the ends of every parameter but the gain's."""
+    """Settings that represent a space: its points, and the ends of every parameter but the gain's."""
     settings: list[dict[str, Any]] = []
     for stage in space.stages:
         settings += stage.point_configs()
@@ -70,12 +70,12 @@ def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence
     asked = {name: value for setting in settings for name, value in setting.items() if name not in KNOWN}
     for name, value in asked.items():
         try:
-            said = call(subject.make({**base, name: value}), "effective")
+            in_force_now = call(subject.make({**base, name: value}), "effective")
         except UserError as error:
             yield Check(f"parameter/{name}", "bad_setup", f"the space sets {name} to {value!r}: {error}", {}, "change the space")
             continue
-        if not rules.same(value, said.get(name)):
-            yield rules.parameter(name, value, said.get(name))
+        if not rules.same(value, in_force_now.get(name)):
+            yield rules.parameter(name, value, in_force_now.get(name))
     misspelt = next(name for name in ("ssim_los_weight", "ssim_los_weight_") if name not in in_force)
     try:
         subject.make({**base, misspelt: 1.0})

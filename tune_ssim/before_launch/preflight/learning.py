@@ -1,4 +1,4 @@
-"""A few real steps: what must stay frozen, what must move, and how far the learning rate carries it."""
+"""Checks of a few real steps: frozen networks stay, trained ones move, and the samples survive."""
 
 from __future__ import annotations
 

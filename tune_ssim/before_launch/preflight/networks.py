@@ -1,4 +1,4 @@
-"""The starting weights: are they those of their files, and can inference be done with them?"""
+"""Checks of the starting weights: against their files, and by the samples they give."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def check_samples(task: Any, guard: SmokeTest, raw: Sample) -> Iterator[Check]:
 
 
 def findings_of(guard: SmokeTest, statistics: dict[str, float]) -> list[str]:
-    """What the guard says of these as the first samples of a trial."""
+    """The guard's findings about these statistics, as those of the first samples of a trial."""
     record = Record(0, {SMOKE + name: value for name, value in statistics.items()})
     _, violation = guard.update(guard.init(), record)
     return [] if violation is None else [violation.sentence.split(": ", 1)[-1]]

@@ -1,4 +1,4 @@
-"""What a step's gradient must be, worked out apart from the code that is being tested.
+"""The gradient that a step must have, computed independently of the tested code.
 
 SSIM from its definition, in float64, differentiated by autograd; the gate, the gradient's scale and clamp and the pixel loss
 as `losses.DecodedLoss` documents them. Slow and short: a check that called the tested code could not fail.
@@ -127,7 +127,7 @@ def expected(forward: Forward, setting: Setting, parameters: Sequence[torch.nn.P
 
 
 def own_gradient_norms(forward: Forward, parameters: Sequence[torch.nn.Parameter]) -> tuple[float, float, float]:
-    """Of the main, the SSIM and the pixel loss, each alone with weight 1 and open gate."""
+    """Gradient norms of the main, the SSIM and the pixel loss, each alone with weight 1 and open gate."""
     main = expected(forward, Setting(), parameters).gradients
     sizes = []
     for setting in (Setting(ssim_loss_weight=1.0), Setting(pixel_loss_weight=1.0)):
@@ -141,7 +141,7 @@ def norm(gradients: Sequence[Tensor | None]) -> float:
 
 
 def cosine(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
-    """Of two gradients of the same parameters; NaN if one is zero or not finite."""
+    """The cosine of two gradients of the same parameters; NaN if one is zero or not finite."""
     pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
     product = sum((a * b).sum().item() for a, b in pairs)
     norms = norm(one) * norm(other)

@@ -1,7 +1,7 @@
-"""The rules of preflight: what was measured at step 0 → a verdict. Numbers in, `Check` out; pure Python.
+"""The rules of preflight: measurements at step 0 → verdicts. Numbers in, `Check` out; pure Python.
 
-`bad_setup` means that no setting of the space is to blame and none can help. Every limit stands between what sound and what
-broken set-ups measure: the figures beside it, sound against broken, are those of `benchmarks/preflight.py`.
+`bad_setup` means that no setting of the space is to blame and none can help. Every limit lies between the measurements of
+sound and of broken set-ups: the figures beside it, sound against broken, are those of `benchmarks/preflight.py`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def ema_distance(part: str, of: str, distance: float) -> Check:
 
 
 def smoke(kind: str, findings: Sequence[str], statistics: Mapping[str, float]) -> Check:
-    """The smoke test on the starting weights; `findings` are SmokeTest's words for what is on the wrong side."""
+    """The smoke test on the starting weights; `findings`: the sentences of SmokeTest."""
     name = f"smoke/{kind}"
     if not statistics:
         return unknown(name, "the samples have nothing by which they could be judged")
@@ -156,7 +156,7 @@ def caption_loss(loss: float, vocabulary_size: int | None, label_fraction: float
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a known training logs at its first step, with its weights and without them."""
+    """First-step metrics of a known training, with its weights and without them."""
 
     healthy: float
     ruined: float
@@ -221,7 +221,7 @@ MIX_UPS = {
 
 
 def image_range(name: str, lowest: float, highest: float, non_finite: int, images: int) -> Check:
-    """Of the images called `name`, which must lie in [0, 1]; `non_finite` of them have a pixel that is not finite."""
+    """The range of the images called `name`, which must be [0, 1]; `non_finite` of them have a pixel that is not finite."""
     evidence = {"min": lowest, "max": highest, "non_finite_images": non_finite, "images": images}
     check, shown = f"data/{name}", name.replace("_", " ")
     if non_finite:
@@ -284,7 +284,7 @@ def latent_scale(error: float, rescaled: Mapping[float, float], explained: float
 
 
 def autoencoder(psnr: float, explained: float, correlation: float) -> Check:
-    """How well the frozen autoencoder gives the held-out images back. explained: share of the variance within images."""
+    """How well the frozen autoencoder reconstructs the held-out images. explained: share of the variance within images."""
     evidence = {"psnr": psnr, "explained_variance": explained, "correlation": correlation}
     sentence = f"reconstructions have {psnr:.1f} dB and correlate {correlation:.2f} with the held-out images"
     if not correlation >= MIN_RECONSTRUCTION_CORRELATION:
@@ -394,11 +394,11 @@ def parameter(
     if not same(asked, in_force):
         sentence = f"{name} was set to {_short_repr(asked)} but {_short_repr(in_force)} is in force: it does not reach the training"
         return Check(check, "bad_setup", sentence, evidence, remedy)
-    said = f"{name} is said to be {_short_repr(in_force)}, as asked"
+    reported = f"effective() reports {name} {_short_repr(in_force)}, as asked"
     if factor is None:
-        return Check(check, "unknown", f"{said}; no effect of it can be seen here", evidence)
+        return Check(check, "unknown", f"{reported}; its effect cannot be measured here", evidence)
     is_sound = abs(factor - 1) <= slack
-    sentence = f"{name} acts as it should" if is_sound else f"{said}, but does not act so: {response}"
+    sentence = f"{name} acts as it should" if is_sound else f"{reported}, but it does not act so: {response}"
     return _judge(check, is_sound, sentence, evidence | {"factor": factor}, remedy)
 
 
@@ -415,9 +415,9 @@ def clipping(limit: float | None, before: float, after: float, expected: float |
         return Check(name, "bad_setup", sentence, evidence, remedy)
     sees = f"of a total_norm of {before:.4g} the optimiser sees {after:.4g}"
     is_sound = abs(after - target) <= MAX_DEVIATION * target
-    said = "no clipping is in force" if limit is None else f"max_grad_norm {limit:g} is in force"
+    stated = "no clipping is in force" if limit is None else f"max_grad_norm {limit:g} is in force"
     remedy = "follow max_grad_norm from the configuration to the call that clips"
-    return _judge(name, is_sound, sees if is_sound else f"{said}, but {sees}", evidence, remedy)
+    return _judge(name, is_sound, sees if is_sound else f"{stated}, but {sees}", evidence, remedy)
 
 
 def frozen(part: str, *, tensors: int, changed: Sequence[str], with_gradient: Sequence[str], training: Sequence[str]) -> Check:
@@ -537,7 +537,7 @@ def baseline_push(norm: float, main_norm: float, limit: float) -> Check:
     return _judge("baseline/norm", is_sound, sentence, evidence, remedy, "warn")
 
 
-# -- words
+# -- sentences
 
 
 def same(asked: Any, found: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a training step really does: steps with the update switched off, against what their own forward pass must give.
+"""Checks of training steps: their gradients, with the update switched off, against those of their own forward pass.
 
 A parameter is judged by its effect: the setting is changed, and total_norm must follow. The gain of the base setting is so
 large that SSIM rules the gradient; that it would ruin a training does not matter, for nothing is updated.
@@ -138,7 +138,7 @@ def _with_gate(
 
 
 def _numbers_of(found: Expected) -> Expected:
-    """Without the gradients themselves: many readings are kept, and each would be as large as the model."""
+    """`found` without its gradients: many readings are kept, and each would be as large as the model."""
     return replace(found, gradients=())
 
 
@@ -180,7 +180,7 @@ def check_ssim(task: Any) -> Iterator[Check]:
 
 
 def check_parameters(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
-    """Every auxiliary parameter by its effect, the other settings by what is said to be in force."""
+    """Checks every auxiliary parameter by its effect, the other settings by `effective()`."""
     probe = _Probe(subject, base)
     main = probe.read("the main loss alone")
     yield from _switched_off(main, subject)
@@ -234,7 +234,7 @@ def _loss(probe: _Probe, loss: str, main: Reading) -> Iterator[Check]:
     full = _strong(probe, loss, main)
     weight = full.settings[weight_name]
     if _batches(probe).status == "bad_setup":
-        return  # nothing can be compared; said at the end
+        return  # nothing can be compared; `check_parameters` reports it at the end
     if loss == "ssim":
         clipping = _clipping(full)
         yield clipping
@@ -283,7 +283,7 @@ def _strong(probe: _Probe, loss: str, main: Reading) -> Reading:
 
 
 def _gate(probe: _Probe, loss: str, weight: float, main: Reading, full: Reading | None) -> Check:
-    """Below every t of the step it must leave the main loss alone; amid them it must let those below pass."""
+    """Checks that a gate below every t of the step leaves the main loss alone, and that one amid them lets the lower t pass."""
     weight_name, name = LOSSES[loss]
     times = sorted({t for t in probe.times if t > 0})
     if not times:
@@ -302,7 +302,7 @@ def _gate(probe: _Probe, loss: str, weight: float, main: Reading, full: Reading 
     assert partly.expected is not None
     recorded, share = partly.metrics.get(ACTIVE_FRACTION), partly.expected.active_fraction
     if loss == "ssim" and recorded is not None and abs(recorded - share) > 1e-6:
-        response = f"at {half:.3g} a share of {recorded:g} of the batch is said to take part; {share:g} lies below it"
+        response = f"at {half:.3g} a share of {recorded:g} of the batch is recorded as active; {share:g} lies below it"
         return rules.parameter(name, half, partly.effective[name], recorded / share if share else math.inf, response)
     response = f"at {half:.3g} total_norm is {partly.total_norm:.4g}; the samples below it give {partly.expected.total_norm:.4g}"
     return rules.parameter(name, half, partly.effective[name], partly.agreement, response)
@@ -326,17 +326,17 @@ def _clipping(reading: Reading) -> Check:
 
 
 def _others(probe: _Probe) -> Iterator[Check]:
-    """What has no effect of its own here: at least it must be said to be in force."""
+    """Settings without an effect that can be measured here must at least be in `effective()`."""
     reading = next(iter(probe.readings.values()))
-    asked, said = {**probe.subject.config, **reading.settings}, reading.effective
+    asked, stated = {**probe.subject.config, **reading.settings}, reading.effective
     if "batch_size" in asked and probe.times:
         factor, response = len(probe.times) / asked["batch_size"], f"a step has {len(probe.times)} samples"
-        yield rules.parameter("batch_size", asked["batch_size"], said.get("batch_size"), factor, response)
+        yield rules.parameter("batch_size", asked["batch_size"], stated.get("batch_size"), factor, response)
     done = {*probe.known, "max_grad_norm", "batch_size", *probe.subject.disable_update}
-    names = [name for name in asked if name in said and name not in done]
-    wrong = [name for name in names if not rules.same(asked[name], said[name])]
+    names = [name for name in asked if name in stated and name not in done]
+    wrong = [name for name in names if not rules.same(asked[name], stated[name])]
     for name in wrong:
-        yield rules.parameter(name, asked[name], said[name])
+        yield rules.parameter(name, asked[name], stated[name])
     if not wrong:
         yield Check("parameter/others", "ok", f"{len(names)} further settings are in force as asked", {"settings": len(names)})
 

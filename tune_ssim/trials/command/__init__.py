@@ -1,1 +1,1 @@
-"""A training that is a program of its own."""
+"""Trainings that are commands, or functions run in a process of their own."""

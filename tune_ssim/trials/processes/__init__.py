@@ -1,4 +1,4 @@
-"""Programs of other people, run so that nothing of them outlives their owner, whatever happens to it."""
+"""Commands run so that none of their processes outlives their owner, however it ends."""
 
 from tune_ssim.trials.processes.output_log import OutputLog, quote_of
 from tune_ssim.trials.processes.supervised import SupervisedProcess

@@ -1,4 +1,4 @@
-"""What a command printed, kept on disk within bounds."""
+"""The output of a command, kept on disk in bounded size."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-PART_BYTES = 32 * 2**20  # of one file; three are kept, so that a command that prints for ever does not fill the disk
+PART_BYTES = 32 * 2**20  # of one file; three are kept, so that endless output does not fill the disk
 ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
-QUOTED_FROM = 60  # lines in which a traceback is looked for: a launcher may say more after it
+QUOTED_FROM = 60  # last lines that are searched for a traceback: a launcher may print more after it
 QUOTE_LINES, QUOTE_CHARACTERS, QUOTE_WIDTH = 5, 400, 200
 FRAME = re.compile(r"\s*(Traceback \(most recent call last\)|File \".*\", line \d+)")
 RAISED = re.compile(r"[A-Za-z_][\w.]*(: |$)")  # `ValueError: the data is gone`, at the beginning of a line
@@ -18,7 +18,7 @@ MARKS = re.compile(r"[\s^~|+-]+")  # under the place in a traceback, and rules
 
 
 def quote_of(lines: Sequence[str]) -> str:
-    """The last lines in one, of at most QUOTE_CHARACTERS: what a Python traceback raised comes first."""
+    """The last lines as one of at most QUOTE_CHARACTERS; the exception of a Python traceback comes first."""
     lines = [" ".join(line.split())[:QUOTE_WIDTH] if not line[:1].isspace() else line for line in lines if line.strip()]
     frames = [at for at, line in enumerate(lines) if FRAME.match(line)]
     raised = next((at for at in range(frames[-1] + 1, len(lines)) if RAISED.match(lines[at])), None) if frames else None
@@ -35,8 +35,8 @@ def quote_of(lines: Sequence[str]) -> str:
 
 
 class OutputLog:
-    """Appends to `path`. What came first stays in `path.first`, the latest is in `path` and before it `path.1`; `dropped` bytes
-    are between them."""
+    """Appends to `path`. The beginning stays in `path.first`, the latest output is in `path`, preceded by `path.1`; `dropped` bytes
+    are missing between them."""
 
     def __init__(self, path: Path, part_bytes: int = PART_BYTES) -> None:
         self.path, self.part_bytes = path, part_bytes
@@ -66,7 +66,7 @@ class OutputLog:
         self._file.close()
 
     def last_lines(self, count: int = 5, width: int = 300) -> list[str]:
-        """The last lines that say something, as text that a terminal can show."""
+        """The last non-empty lines, as text that a terminal can show."""
         self._file.flush()
         text = b""
         for path in (self.before, self.path):
