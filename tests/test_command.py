@@ -602,7 +602,7 @@ def test_a_printed_value_is_compared_as_it_is_printed(printed: str, config: dict
         task._collect(final=True)
         asked = task.config[name]
         assert task.effective()[name] == (asked if in_force is None or (in_force is True) else in_force)
-        assert (name in task._told) == (in_force is not None)
+        assert (name in task._stated) == (in_force is not None)
 
 
 @pytest.mark.parametrize("pattern", [r"step (?P<step>\d+) \| loss (?P<loss>\S+) \| lr: (?P<lr>\S+)", "key_values", None])
@@ -615,10 +615,10 @@ def test_a_record_is_no_echo(pattern: str | None) -> None:
     for rows in ({"pattern": pattern}, None):
         task = run(WARM_UP + GOOD, {"lr": 0.01}, environment={"LR": "{lr}"}, records=rows)
         records(task)
-        assert "lr" not in task._told
+        assert "lr" not in task._stated
     task = run('print(\'TUNE_SSIM {"step": 1, "lr": 0.5}\')\n' + GOOD, {"lr": 0.01}, environment={"LR": "{lr}"})
     records(task)
-    assert "lr" not in task._told
+    assert "lr" not in task._stated
 
 
 def test_what_a_format_told_is_in_force() -> None:
