@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.guards import Baseline, NonFinite, NormRatio, SmokeTest
+from tune_ssim.guards.verdict import Role
 from tune_ssim.orchestration.recorder import quarantine_checkpoints
 from tune_ssim.probes import file_contents, tensor_contents
 from tune_ssim.results.study_folder import StudyFolder
@@ -28,6 +29,7 @@ from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.command.echoes import agrees
 from tune_ssim.trials.processes import OutputLog
 from tune_ssim.trials.quarantine import Ledger
+from tune_ssim.trials.summary import TrialSummary
 from tune_ssim.trials.training import load_task
 from tune_ssim.trials.trial import Trial, TrialPlan
 
@@ -123,11 +125,11 @@ def test_the_checkpoints_of_a_ruined_command_are_quarantined(tmp_path: Path) -> 
     reference = Baseline((baseline.baseline_run("baseline-0"),))
     ruined = finish(start(door, tmp_path / "work", 1000.0, baseline=reference))
     summaries = []
-    for name, trial, role in (("baseline-0", baseline, "baseline"), ("trial-00", ruined, "search")):
+    for name, trial, role in (("baseline-0", baseline, Role.BASELINE), ("trial-00", ruined, Role.SEARCH)):
         assert trial.verdict
         for checkpoint in trial.wrote:
             folder.add_checkpoint(name, checkpoint)
-        summaries.append({"trial_id": name, "role": role, "verdict": trial.verdict.verdict, "reason": "ruined", "evidence": None})
+        summaries.append(TrialSummary(trial_id=name, role=role, verdict=trial.verdict.verdict, reason="ruined"))
     assert quarantine_checkpoints(folder, summaries[1]) == []  # nothing is known to be sound yet
     folder.add_trial(summaries[0])
     written = ruined.task.written()
