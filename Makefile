@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint format bench docs
+.PHONY: run test e2e lint format bench docs
 
 run: $(VENV)/.installed
 	$(BIN)/tune-ssim run
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# Everything, the minutes-long tests too; a study is stopped at each of its writes instead of a sample of them.
+e2e: $(VENV)/.installed
+	TUNE_SSIM_E2E=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m ""
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,1 +1,5 @@
 """What people type and see: verbs, tables, live progress, exit codes."""
+
+from tune_ssim.cli.app import main
+
+__all__ = ["main"]
