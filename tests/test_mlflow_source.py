@@ -45,13 +45,10 @@ def test_a_run_is_followed(uri: str, run: tuple[mlflow.MlflowClient, str]) -> No
     log(run, 1, val_loss=0.25)
     log(run, 2, loss=-math.inf, grad_norm=1.0)
     log(run, 0, at=9, loss=7.0)  # the step again, after a restart
-    state = json.loads(json.dumps(source.state()))
     wanted = exact([Record(1, {"loss": math.nan, "total_norm": math.inf, "val_loss": 0.25})])
     assert exact(source.read()) == wanted
     assert source.finish() == [Record(2, {"loss": -math.inf, "total_norm": 1.0})]
     assert source.trouble.sentence() == ""
-    resumed = open_run(f"runs:/{run[1]}", tracking_uri=uri, names={"grad_norm": "total_norm"}, state=state)
-    assert exact(resumed.read()) == wanted
     whole = open_run(f"runs:/{run[1]}", tracking_uri=uri)
     assert [record.values["loss"] for record in whole.finish()][::2] == [0.5, -math.inf]
 

@@ -389,12 +389,6 @@ def among_parts(branches: Sequence[BranchReport]) -> list[BranchReport]:
     return [replace(branch, findings=tuple(map(seen, branch.findings))) for branch in branches]
 
 
-def packs_for(names: Iterable[str]) -> list[str]:
-    """The names of the bundled packs that are about a log with these metrics."""
-    names = set(names)
-    return [name for name in bundled_packs() if names & set(load_rules(name).known_by)]
-
-
 def _all_parts(source: Source) -> Iterator[Sequence[Record]]:
     yield from source.parts()
     yield source.finish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
@@ -27,9 +27,8 @@ def open_run(
     *,
     tracking_uri: str | None = None,
     names: Mapping[str, str] | None = None,
-    state: Mapping[str, Any] | None = None,
 ) -> MLflowRun:
-    """The metrics of a run, named `mlflow:RUN_ID` or `runs:/RUN_ID`, from its first step or from where `state` was taken.
+    """The metrics of a run, named `mlflow:RUN_ID` or `runs:/RUN_ID`, from its first step.
 
     `tracking_uri`: None is MLflow's own choice ($MLFLOW_TRACKING_URI). `names`: their metric names → ours. Raises UserError if
     there is no such run, or the tracking server does not answer."""
@@ -48,10 +47,7 @@ def open_run(
         client.get_run(run_id)
     except (MlflowException, OSError) as error:
         raise UserError(f"{run}: {describe_error(error)} {where}") from None
-    source = MLflowRun(client, run_id, names)
-    if state is not None:
-        source.load_state(state)
-    return source
+    return MLflowRun(client, run_id, names)
 
 
 def open_new_run(tracking_uri: str, name: str, names: Mapping[str, str] | None = None) -> tuple[MLflowRun, dict[str, str]]:
@@ -128,9 +124,3 @@ class MLflowRun:
             ours = {names[name]: value for name, value in values.items() if name not in names.given}
             ours |= {names.given[name]: value for name, value in values.items() if name in names.given}
             self._rows.add(step, ours, step, f"step {step}")
-
-    def state(self) -> dict[str, Any]:
-        return {"kind": "mlflow", "run_id": self.run_id, "rows": self._rows.to_json()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self._rows.load_json(state["rows"])

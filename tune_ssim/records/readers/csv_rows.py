@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -110,14 +109,6 @@ class CsvRows:
             if number is not None:
                 values[name] = number
         return values
-
-    def to_json(self) -> dict[str, Any]:
-        return {"header": list(self._header), "delimiter": self._delimiter}
-
-    def load_json(self, data: Mapping[str, Any]) -> None:
-        self._delimiter = data["delimiter"]
-        if data["header"]:
-            self._begin(data["header"])
 
 
 def delimiter_of(line: str) -> str:

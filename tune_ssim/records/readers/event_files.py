@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
@@ -139,13 +139,6 @@ class EventFiles:
     def _skip(self, reason: str) -> None:
         self.trouble.lines += 1
         self.trouble.skip(self.trouble.lines, "", reason)
-
-    def state(self) -> dict[str, Any]:
-        return {"kind": "tensorboard", "offsets": dict(self._offsets), "rows": self._rows.to_json()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self._offsets = dict(state["offsets"])
-        self._rows.load_json(state["rows"])
 
 
 def event_files(folder: Path) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tune_ssim.records import Record
 from tune_ssim.records.readers.json_lines import json_object
@@ -107,18 +106,6 @@ class JsonFile:
     def _as_lines(self) -> LineFile:
         self._lines = LineFile(self.path, LineParser(format="jsonl", names=self._names))
         return self._lines
-
-    def state(self) -> dict[str, Any]:
-        if self._lines:
-            return {"kind": "json", "lines": self._lines.state()}
-        return {"kind": "json", "rows": self._rows.to_json(), "done": self._done}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        if "lines" in state:
-            self._as_lines().load_state(state["lines"])
-        else:
-            self._rows.load_json(state["rows"])
-            self._done = state["done"]
 
 
 def holds_lines(start: bytes) -> bool:

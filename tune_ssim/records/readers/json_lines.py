@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tune_ssim.records.readers.rows import Rows
@@ -91,12 +91,6 @@ class JsonLines:
             self._rows.trouble.skip(number, line[begin:], "no JSON object after the tag")
         else:
             self._rows.add_object(row, number, line)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"tagged": self.tagged}
-
-    def load_json(self, data: Mapping[str, Any]) -> None:
-        self.tagged = data["tagged"]
 
 
 def columns_of(lines: Sequence[str]) -> dict[str, NDArray[Any]] | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tune_ssim.records import Record
 from tune_ssim.records.readers.parser import LineParser
@@ -80,7 +79,7 @@ class LineFile:
         status = os.fstat(self._file.fileno())
         identity = [status.st_dev, status.st_ino]
         if self._identity not in (None, identity):
-            self._begin_anew(WAS_REPLACED)  # between two lives of this source
+            self._begin_anew(WAS_REPLACED)
         self._identity = identity
         return True
 
@@ -118,23 +117,6 @@ class LineFile:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def state(self) -> dict[str, Any]:
-        """An unfinished line is read again: it is not in the state."""
-        held = self._parser.held_bytes
-        tail = self._tail[: max(0, len(self._tail) - held)]
-        return {
-            "kind": "lines",
-            "offset": self._offset - held,
-            "identity": self._identity,
-            "tail": tail.decode("latin-1"),
-            "parser": self._parser.to_json(),
-        }
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self._offset, self._identity = state["offset"], state["identity"]
-        self._tail = state["tail"].encode("latin-1")
-        self._parser.load_json(state["parser"])
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:

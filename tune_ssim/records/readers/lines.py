@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 # A longer line is no line of a log (a picture, a model that was printed, a file without newlines); it is passed over.
 MAX_LINE_BYTES = 4 * 1024 * 1024
@@ -61,13 +59,6 @@ class Lines:
         self._part.clear()
         self._skipping = self._after_return = False
         self._at_start = True
-
-    def to_json(self) -> dict[str, Any]:
-        """All but the bytes held back."""
-        return {"skipping": self._skipping, "after_return": self._after_return, "at_start": self._at_start}
-
-    def load_json(self, data: Mapping[str, Any]) -> None:
-        self._skipping, self._after_return, self._at_start = data["skipping"], data["after_return"], data["at_start"]
 
     def _hold(self, data: bytes) -> None:
         self._part += data

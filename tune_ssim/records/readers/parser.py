@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
@@ -24,8 +24,6 @@ class LineFormat(Protocol):
     def format(self) -> str: ...
 
     def take(self, lines: list[str], number: int) -> None: ...
-    def to_json(self) -> dict[str, Any]: ...
-    def load_json(self, data: Mapping[str, Any]) -> None: ...
 
 
 class LineParser:
@@ -116,20 +114,6 @@ class LineParser:
             self._format.take(lines, trouble.lines + 1)
             self.trouble.lines += len(lines)
 
-    def to_json(self) -> dict[str, Any]:
-        """The state without the bytes of an unfinished line, which are to be fed again."""
-        return {
-            "rows": self._rows.to_json(),
-            "lines": self._lines.to_json(),
-            "format": self._format.format,
-            "of_format": self._format.to_json(),
-        }
-
-    def load_json(self, data: Mapping[str, Any]) -> None:
-        self._rows.load_json(data["rows"])
-        self._lines.load_json(data["lines"])
-        self._format.load_json(data["of_format"])
-
 
 class AnyLines:
     """The format of the first line that is a row of one; until then lines are passed over."""
@@ -196,19 +180,3 @@ class AnyLines:
             f"no row of a training in {self._seen} line{'s' if self._seen > 1 else ''}, beginning with {shown}; "
             f"give a format ({', '.join(LINE_FORMATS)}), or a pattern: {' or '.join(PRINTED)}, or {HOW_A_PATTERN_LOOKS}"
         )
-
-    def to_json(self) -> dict[str, Any]:
-        chosen = self._chosen
-        return {
-            "chosen": chosen.format if chosen else None,
-            "of_chosen": chosen.to_json() if chosen else {},
-            "first": list(self._first),
-            "seen": self._seen,
-        }
-
-    def load_json(self, data: Mapping[str, Any]) -> None:
-        self._first, self._seen = list(data["first"]), data["seen"]
-        made: dict[str, LineFormat] = {"jsonl": JsonLines(self._rows), "csv": CsvRows(self._rows), "text": self._printed}
-        self._chosen = made.get(data["chosen"])
-        if self._chosen is not None:
-            self._chosen.load_json(data["of_chosen"])

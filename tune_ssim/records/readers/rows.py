@@ -108,10 +108,3 @@ class Rows:
         """What was taken for rows, and for unreadable ones, was other output. What was released stays so."""
         self.trouble.forget()
         self.steps.forget()
-
-    def to_json(self) -> dict[str, Any]:
-        return {"trouble": self.trouble.to_json(), "steps": self.steps.to_json()}
-
-    def load_json(self, data: Mapping[str, Any]) -> None:
-        self.trouble = self.steps.trouble = Trouble.from_json(data["trouble"])
-        self.steps.load_json(data["steps"])

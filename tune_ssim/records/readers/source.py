@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
@@ -43,12 +43,6 @@ class Source(Protocol):
     def parts(self) -> Iterator[Sequence[Record]]:
         """What `read` returns, in parts of bounded size."""
 
-    def state(self) -> dict[str, Any]:
-        """Plain JSON with which `open_source` goes on after a restart, without a record lost or repeated."""
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Before the first read."""
-
 
 def open_source(
     path: str | Path,
@@ -56,9 +50,8 @@ def open_source(
     format: str | None = None,
     names: Mapping[str, str] | None = None,
     pattern: str | Sequence[str] | None = None,
-    state: Mapping[str, Any] | None = None,
 ) -> Source:
-    """A source that reads `path` from its beginning, or from where `state` was taken.
+    """A source that reads `path` from its beginning.
 
     `format`: one of FORMATS; None: found from the content, once there is some. `names`: their metric names → ours;
     ours may be `step`. `pattern`: a built-in pattern, regular expressions with a group `step`, see docs/logs.md.
@@ -74,12 +67,7 @@ def open_source(
         raise UserError(f"pattern: goes with format text, not with {format}")
     if str(path).startswith(MLFLOW):
         raise UserError(f"{path}: a run in MLflow is opened by tune_ssim.tracking.mlflow_source.open_run")
-    if state is not None:
-        source = _of_kind(state["kind"], path, format, names, pattern)
-        source.load_state(state)
-        return source
-    kind = _kind(path, format, names)
-    return _of_kind(kind, path, format, names, pattern)
+    return _of_kind(_kind(path, format, names), path, format, names, pattern)
 
 
 def _of_kind(
@@ -199,12 +187,6 @@ class NotThereYet:
             return "tensorboard"
         # A document may be half written yet; JsonFile sees for itself whether it holds lines.
         return "json" if self.path.suffix == ".json" or holds_document(start) else "lines"
-
-    def state(self) -> dict[str, Any]:
-        return self._source.state() if self._source else {"kind": "unknown"}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Nothing was read."""
 
 
 def read_all(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 from tune_ssim.records import Record
 from tune_ssim.records.readers.trouble import Trouble
@@ -168,30 +167,6 @@ class Steps:
         for _, line, text in self._waiting:
             self.trouble.skip(line, text, "no step")
         self._waiting = []
-
-    def to_json(self) -> dict[str, Any]:
-        """For another `Steps` to go on. Records that were not taken yet are not in it."""
-        return {
-            "last": self.last,
-            "held": [self._step, dict(self._values)],
-            "gone_back": self._gone_back,
-            "given": None if self._given is None else sorted(self._given),
-            "ahead": [[step, dict(values)] for step, values in self._ahead.items()],
-            "rows": self._rows,
-            "has_steps": self._has_steps,
-            "waiting": [list(row) for row in self._waiting],
-            "heard_up_to": self._heard_up_to,
-        }
-
-    def load_json(self, data: Mapping[str, Any]) -> None:
-        self.last, (self._step, self._values) = data["last"], data["held"]
-        self._values, self._gone_back = dict(self._values), data["gone_back"]
-        given = data.get("given")
-        self._given = None if given is None else frozenset(given)
-        self._ahead = {step: dict(values) for step, values in data["ahead"]}
-        self._rows, self._has_steps = data["rows"], data["has_steps"]
-        self._waiting = [(dict(values), line, text) for values, line, text in data["waiting"]]
-        self._heard_up_to = data["heard_up_to"]
 
 
 def joined(parts: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:

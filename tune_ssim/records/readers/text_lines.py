@@ -150,12 +150,6 @@ class PatternLines:
                 values[self._rows.names[name]] = value
         return values
 
-    def to_json(self) -> dict[str, Any]:
-        return {"never": self._unmatched.never}
-
-    def load_json(self, data: Mapping[str, Any]) -> None:
-        self._unmatched.never = data.get("never", False)
-
 
 class PrintedLines:
     """Rows by a built-in pattern: `name`, or the first of them that knows a line; `bagel` then beats the generic one
@@ -255,13 +249,6 @@ class PrintedLines:
     def unmatched(self) -> str:
         """Says so if no line was a row."""
         return self._unmatched.sentence(f"the built-in pattern {self.name or ' or '.join(PRINTED)}")
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "never": self._unmatched.never}
-
-    def load_json(self, data: Mapping[str, Any]) -> None:
-        self.name = data["name"]
-        self._unmatched.never = data.get("never", False)
 
 
 def shortened(lines: list[str]) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 SHOWN = 3  # first places that are kept with their text; more would not fit a message
 EXCERPT = 80  # characters of a line in a message
@@ -54,13 +52,6 @@ class Trouble:
                 " logged twice, or a validation that counts epochs): the first values stand"
             )
         return "; ".join([*parts, *self.notes])
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "first": list(self.first), "notes": list(self.notes)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Trouble:
-        return cls(**{**data, "first": list(data["first"]), "notes": list(data["notes"])})
 
 
 def excerpt(text: str) -> str:
