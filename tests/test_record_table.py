@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logs_of_branches import HEALTHY, changed, falling, flat, records
+from naive_guards import violations_of
 
-from tune_ssim.guards import EpochMean, FirstValue, MovingMean, NonFinite, Rule, Threshold, Trend, Watch
+from tune_ssim.guards import EpochMean, FirstValue, Guard, MovingMean, NonFinite, Rule, Threshold, Trend, Violation, Watch
 from tune_ssim.guards.rule_pack import bundled_packs, load_rules
 from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
@@ -67,24 +68,14 @@ def test_a_column_knows_where_its_values_stand() -> None:
     assert table.quotient("a", "c") is None
 
 
-def said_of_records(guards: Sequence[object], stream: Sequence[Record]) -> tuple[list[list[object]], dict[str, object]]:
+def violations_of_watch(
+    guards: Sequence[Guard], stream: Sequence[Record], cuts: Sequence[int]
+) -> tuple[list[list[Violation]], dict[str, dict[str, object]]]:
     watch = Watch(guards, strict=False)
-    return [said for said in map(watch.update, stream) if said], state_of(watch)
-
-
-def said_of_tables(
-    guards: Sequence[object], stream: Sequence[Record], cuts: Sequence[int]
-) -> tuple[list[list[object]], dict[str, object]]:
-    watch = Watch(guards, strict=False)
-    said: list[list[object]] = []
+    found: list[list[Violation]] = []
     for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
-        said += watch.update_table(Table.of(stream[begin:end]))
-    return said, state_of(watch)
-
-
-def state_of(watch: Watch) -> dict[str, object]:
-    """Without the names that a message would show: they are remembered until all that is needed was found, table by table."""
-    return {key: value for key, value in watch.state_dict().items() if key != "names"}
+        found += watch.update_table(Table.of(stream[begin:end]))
+    return found, {guard.name: watch.state_of(guard.name) for guard in guards}
 
 
 VALUES = st.one_of(st.floats(-1, 2, width=16), st.sampled_from([0.0, -0.0, 1e160, -1e308, math.nan, math.inf, -math.inf]))
@@ -109,7 +100,10 @@ def test_any_log_is_judged_alike_however_it_is_cut(gaps: list[int], data: st.Dat
         )
     stream = [Record(record.step, {name: float(value) for name, value in record.values.items()}) for record in stream]
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=4)))
-    assert repr(said_of_tables(GUARDS, stream, cuts)) == repr(said_of_records(GUARDS, stream))
+    expected = violations_of(GUARDS, stream)
+    assert repr(violations_of_watch(GUARDS, stream, cuts)) == repr(expected)
+    live = Watch(GUARDS, strict=False)
+    assert repr([found for found in map(live.update, stream) if found]) == repr(expected[0])
 
 
 @pytest.mark.parametrize("pack", bundled_packs())
@@ -122,6 +116,6 @@ def test_the_bundled_rules_say_the_same_at_the_same_steps(pack: str) -> None:
     )
     for metrics in (base, ruined):
         stream = records(1500, **metrics)
-        expected = said_of_records(rules, stream)
-        assert repr(said_of_tables(rules, stream, [1, 20, 21, 700])) == repr(expected)
+        expected = violations_of(rules, stream)
+        assert repr(violations_of_watch(rules, stream, [1, 20, 21, 700])) == repr(expected)
     assert expected[0]  # else nothing was compared

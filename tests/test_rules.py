@@ -237,8 +237,7 @@ def test_conditions(guard: Guard, made: list[Record], steps: list[int]) -> None:
 
 def test_a_rule_joins_what_its_conditions_saw() -> None:
     rule = Rule("r", (Threshold("m", upper=1), Threshold("n", lower=0)), "prune", "both", "a cause", "a remedy", "SEEDS X")
-    state = rule.init()
-    violation = rule.bound(state)(Record(3, {"m": 2.0, "n": -1.0}))
+    _, violation = rule.update(rule.init(), Record(3, {"m": 2.0, "n": -1.0}))
     said = "both: m is 2, above 1 and n is -1, below 0"
     assert violation == Violation("r", 3, "m", 2.0, 1, "prune", said, "a remedy", "a cause")
     assert rule.metrics == ("m", "n")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tune_ssim.guards import Trend, Violation, Watch
 from tune_ssim.guards.trend import BLOCKS, BUFFER, CERTAIN_FALL, Line
 from tune_ssim.records import Record
+from tune_ssim.records.record_table import Table
 
 Array = NDArray[np.float64]
 N = 3000
@@ -44,12 +45,9 @@ KINDS: dict[str, Callable[[np.random.Generator], Array]] = {
 
 
 def said(guard: Trend, values: Iterable[float], every: int = 1) -> list[Violation]:
-    state, found = guard.init(), []
-    fold = guard.bound(state)
-    for i, value in enumerate(values):
-        violation = fold(Record(i * every, {"m": float(value)}))
-        found += [] if violation is None else [violation]
-    return found
+    numbers = [float(value) for value in values]
+    found = guard.fold(guard.init(), Table([i * every for i in range(len(numbers))], columns={"m": numbers}))
+    return [violation for _, violation in found]
 
 
 def alarms(guard: Trend, shape: Callable[[Array], Array], kind: str, runs: int = 4) -> int:
@@ -173,13 +171,13 @@ def test_the_state_is_plain_json_and_does_not_grow(seed: int, cut: int, trend: A
     records = [Record(i, {"m": value}) for i, value in enumerate(values.tolist())]
     whole, first = guard.init(), guard.init()
     for record in records:
-        guard.bound(whole)(record)
+        guard.fold(whole, Table.of([record]))
     for record in records[:cut]:
-        guard.bound(first)(record)
-        guard.bound(first)(record)  # a line that is logged twice counts once
+        guard.fold(first, Table.of([record]))
+        guard.fold(first, Table.of([record]))  # a line that is logged twice counts once
     again = json.loads(json.dumps(first))
     for record in records[cut:]:
-        guard.bound(again)(record)
+        guard.fold(again, Table.of([record]))
     assert again == whole
     assert len(whole["values"]) <= BUFFER
     assert all(len(scale["levels"]) <= BLOCKS for scale in whole["scales"])

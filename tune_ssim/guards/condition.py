@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Protocol
 
-from tune_ssim.guards.guard import Fold, Found, Guard, State
+from tune_ssim.guards.guard import Found, Guard, State
 from tune_ssim.guards.violation import ACTIONS, Violation
 from tune_ssim.records.record_table import Column, Table
 
 
 class Condition(Guard, Protocol):
-    """Its state has a key `holds`; it speaks when that turns true, and again only after it was false in between."""
+    """Its state has a key `holds`. It fires when `holds` becomes true, and again only after it was false in between."""
 
-    def bound(self, state: State) -> Fold:
-        """As `update`, in place."""
+    def fold(self, state: State, table: Table) -> list[Found]:
+        """See `TableGuard.fold`."""
         ...
-
-    def fold_table(self, state: State, table: Table) -> list[Found]: ...
 
     def finding(self, state: State) -> Violation:
         """What it says, or would say again, while `state["holds"]`."""
@@ -40,20 +36,8 @@ def check_action(action: str) -> None:
         raise ValueError(f"action must be {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}, got {action!r}")
 
 
-def measured(values: Mapping[str, float], metric: str, over: str | None) -> float | None:
-    """A metric of a record, or its quotient with another; None where one is missing. By zero the quotient is infinite with the
-    sign of what is divided, and 0 of zero itself: nothing of nothing."""
-    value = values.get(metric)
-    if value is None or over is None:
-        return value
-    below = values.get(over)
-    if below is None:
-        return None
-    return value / below if below else 0.0 if not value else math.copysign(math.inf, value)
-
-
 def measured_column(table: Table, metric: str, over: str | None) -> Column | None:
-    """The same of every record that has it."""
+    """A metric, or its quotient with another, of the records that have it."""
     return table.column(metric) if over is None else table.quotient(metric, over)
 
 

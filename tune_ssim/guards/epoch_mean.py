@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 from tune_ssim.guards.condition import band_words, check_action, check_band, check_count
-from tune_ssim.guards.guard import Fold, InPlace, State
+from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.violation import Action, Violation
 from tune_ssim.records import EPOCH, Record
+from tune_ssim.records.record_table import Table
 
 
 @dataclass(frozen=True)
-class EpochMean(InPlace):
+class EpochMean(TableGuard):
     """Fires when the mean of `metric` over an epoch is outside [`lower`, `upper`] (SEEDS D1). NaN counts as outside.
 
     Epochs are told apart by the metric `epoch` (2.7 lies in epoch 2) or, with `steps_per_epoch`, by counting steps. An
@@ -51,8 +51,8 @@ class EpochMean(InPlace):
             "last_step": -1, "judged": 0, "value": None, "holds": False,
         }  # fmt: skip
 
-    def bound(self, state: State) -> Fold:
-        return partial(self._advance, state)
+    def fold(self, state: State, table: Table) -> list[Found]:
+        return [(row, found) for row, record in enumerate(table) if (found := self._advance(state, record)) is not None]
 
     def _advance(self, state: State, record: Record) -> Violation | None:
         value = record.values.get(self.metric)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 from tune_ssim.guards.condition import band_words, check_action, check_band
-from tune_ssim.guards.guard import Fold, Found, InPlace, State
+from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.violation import Action, Violation
-from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
 
 
 @dataclass(frozen=True)
-class FirstValue(InPlace):
+class FirstValue(TableGuard):
     """Fires if the first record of `metric` has it outside [`lower`, `upper`], and never afterwards (SEEDS D2, D3)."""
 
     metric: str
@@ -37,24 +35,13 @@ class FirstValue(InPlace):
     def init(self) -> State:
         return {"step": None, "value": None, "holds": False}
 
-    def bound(self, state: State) -> Fold:
-        return partial(self._advance, state)
-
-    def fold_table(self, state: State, table: Table) -> list[Found]:
+    def fold(self, state: State, table: Table) -> list[Found]:
         column = None if state["step"] is not None else table.column(self.metric)
         if column is None:
             return []
-        violation = self._advance(state, table[column.rows[0]])
-        return [] if violation is None else [(column.rows[0], violation)]
-
-    def _advance(self, state: State, record: Record) -> Violation | None:
-        if state["step"] is not None:
-            return None
-        value = record.values.get(self.metric)
-        if value is None:
-            return None
-        state |= {"step": record.step, "value": value, "holds": not self.lower <= value <= self.upper}
-        return self.finding(state) if state["holds"] else None
+        value = column.values[0]
+        state |= {"step": column.steps[0], "value": value, "holds": not self.lower <= value <= self.upper}
+        return [(column.rows[0], self.finding(state))] if state["holds"] else []
 
     def finding(self, state: State) -> Violation:
         value = state["value"]

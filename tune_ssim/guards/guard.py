@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from tune_ssim.guards.violation import Violation
@@ -36,23 +35,19 @@ class Guard(Protocol):
         ...
 
 
-Fold = Callable[[Record], Violation | None]
-Found = tuple[int, Violation]  # in which row of a table, and what
+Found = tuple[int, Violation]  # row of a table, and the violation there
 
 
-class InPlace:
-    """A guard that says how a state moves on in place: `update` is the same on a copy. A `Watch` owns its states, and a log of
-    millions of records is folded without a new dictionary for each record and guard."""
+class TableGuard:
+    """A guard that folds many records at once: a log of millions is judged a column at a time, a live trial one record at a time
+    by the same code."""
 
     def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+        """`fold` of a single record, on a copy of the state."""
         state = copy.deepcopy(state)
-        return state, self.bound(state)(record)
+        found = self.fold(state, Table([record.step], rows=[record.values]))
+        return state, found[0][1] if found else None
 
-    def bound(self, state: State) -> Fold:
-        """A function of a record that changes `state`."""
+    def fold(self, state: State, table: Table) -> list[Found]:
+        """Changes `state` in place. The steps of the table increase; rows whose step `state` has seen already are ignored."""
         raise NotImplementedError
-
-    def fold_table(self, state: State, table: Table) -> list[Found]:
-        """As `bound(state)` of each record. `table.grows`, and its first step is later than all that `state` has seen."""
-        fold = self.bound(state)
-        return [(row, said) for row, record in enumerate(table) if (said := fold(record)) is not None]

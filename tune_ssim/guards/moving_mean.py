@@ -6,17 +6,16 @@ import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, measured, measured_column
-from tune_ssim.guards.guard import Fold, Found, InPlace, State
+from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, measured_column
+from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.violation import Action, Violation
-from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
 
 BLOCKS = 20  # of a window, as of a trend's: it moves on by a twentieth of its length
 
 
 @dataclass(frozen=True)
-class MovingMean(InPlace):
+class MovingMean(TableGuard):
     """Fires when the mean of `metric` over the last `steps` training steps is outside [`lower`, `upper`]. NaN counts as outside.
 
     `over`: another metric of the same record; the mean is of their quotient. The window is of BLOCKS blocks of steps/BLOCKS
@@ -57,22 +56,7 @@ class MovingMean(InPlace):
             "last_step": self.after - 1, "until": -1, "value": None, "holds": False, "over": False,
         }  # fmt: skip
 
-    def bound(self, state: State) -> Fold:
-        metric, over = self.metric, self.over
-
-        def advance(record: Record) -> Violation | None:
-            step, value = record.step, measured(record.values, metric, over)
-            if value is None or step <= state["last_step"]:
-                return None
-            violation = self._close(state, step) if step >= state["end"] else None
-            state["sum"] += value
-            state["count"] += 1
-            state["last_step"] = step
-            return violation
-
-        return advance
-
-    def fold_table(self, state: State, table: Table) -> list[Found]:
+    def fold(self, state: State, table: Table) -> list[Found]:
         column = measured_column(table, self.metric, self.over)
         if column is None:
             return []

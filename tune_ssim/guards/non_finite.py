@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
-from tune_ssim.guards.guard import Fold, Found, InPlace, State
+from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import LOSS, STEP_SKIPPED, TOTAL_NORM, Record
 from tune_ssim.records.record_table import Table
 
 
 @dataclass(frozen=True)
-class NonFinite(InPlace):
+class NonFinite(TableGuard):
     """Looks at every metric whose name begins with one of `prefixes`.
 
     A step that a GradScaler skipped is routine (fp16: the scale is being found) and is not judged,
@@ -35,9 +34,6 @@ class NonFinite(InPlace):
 
     def init(self) -> State:
         return {"skipped": 0, "last_step": -1}
-
-    def bound(self, state: State) -> Fold:
-        return partial(self._advance, state)
 
     def _advance(self, state: State, record: Record) -> Violation | None:
         values = record.values
@@ -61,11 +57,11 @@ class NonFinite(InPlace):
                 return self._violation(record.step, metric, value, f"{metric} is {value} at step {record.step}")
         return None
 
-    def fold_table(self, state: State, table: Table) -> list[Found]:
+    def fold(self, state: State, table: Table) -> list[Found]:
         columns = {name: table.column(name) for name in table.metrics if name.startswith((LOSS, *self.prefixes))}
         judged = (column for name, column in columns.items() if column and name.startswith(self.prefixes))
         if STEP_SKIPPED in table.metrics or not all(column.all_finite for column in judged):
-            return super().fold_table(state, table)
+            return [(row, found) for row, record in enumerate(table) if (found := self._advance(state, record)) is not None]
         last = max((column.steps[-1] for name, column in columns.items() if column and name.startswith(LOSS)), default=None)
         if last is not None:
             state["skipped"], state["last_step"] = 0, last

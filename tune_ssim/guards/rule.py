@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tune_ssim.guards.condition import Condition, check_action
-from tune_ssim.guards.guard import Fold, Found, InPlace, State
+from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.violation import Action, Violation
-from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
 
 NOT_A_SIZE = "a number went out of range, here or in what it is computed from"
@@ -18,7 +17,7 @@ FIND_THE_FIRST = "look for the first value that is not finite: a step too large,
 
 
 @dataclass(frozen=True)
-class Rule(InPlace):
+class Rule(TableGuard):
     """Fires when all conditions of `when` have come to hold at once; again only after one of them did not in between."""
 
     name: str
@@ -48,40 +47,28 @@ class Rule(InPlace):
         """`holds` at the record before, all of them together; of a single condition that is its own affair."""
         return {"parts": [condition.init() for condition in self.when], "holds": False}
 
-    def bound(self, state: State) -> Fold:
-        parts = state["parts"]
-        folds = [condition.bound(part) for condition, part in zip(self.when, parts, strict=True)]
-        if len(folds) == 1:
-            (only,) = folds
-            return lambda record: self.finding(state) if only(record) is not None else None
-
-        def advance(record: Record) -> Violation | None:
-            for fold in folds:
-                fold(record)
-            for part in parts:
-                if not part["holds"]:
-                    state["holds"] = False
-                    return None
-            if state["holds"]:
-                return None
-            state["holds"] = True
-            return self.finding(state)
-
-        return advance
-
-    def fold_table(self, state: State, table: Table) -> list[Found]:
+    def fold(self, state: State, table: Table) -> list[Found]:
         parts = state["parts"]
         if len(parts) == 1:
-            return [(row, self._of([said])) for row, said in self.when[0].fold_table(parts[0], table)]
+            return [(row, self._of([found])) for row, found in self.when[0].fold(parts[0], table)]
+        if len(table) == 1:
+            return self._fold_one(state, table)
         before = pickle.loads(pickle.dumps(parts))  # plain data: ten times as fast as deepcopy
-        said = [condition.fold_table(part, table) for condition, part in zip(self.when, parts, strict=True)]
-        # A condition speaks when it comes to hold: one that is silent and does not hold now did not hold at any record.
-        if any(not found and not part["holds"] and not old["holds"] for found, part, old in zip(said, parts, before, strict=True)):
+        found = [condition.fold(part, table) for condition, part in zip(self.when, parts, strict=True)]
+        # A condition fires when it comes to hold: one that is silent and does not hold now did not hold at any record.
+        if any(not one and not part["holds"] and not old["holds"] for one, part, old in zip(found, parts, before, strict=True)):
             state["holds"] = False
             return []
         for part, old in zip(parts, before, strict=True):
             part |= old
-        return super().fold_table(state, table)
+        return [(row, violation) for row in range(len(table)) for _, violation in self._fold_one(state, table[row : row + 1])]
+
+    def _fold_one(self, state: State, table: Table) -> list[Found]:
+        """The same for a table of one record."""
+        for condition, part in zip(self.when, state["parts"], strict=True):
+            condition.fold(part, table)
+        held, state["holds"] = state["holds"], self.holds(state)
+        return [(0, self.finding(state))] if state["holds"] and not held else []
 
     def holds(self, state: State) -> bool:
         """Whether all conditions hold now."""

@@ -6,15 +6,14 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, measured, measured_column
-from tune_ssim.guards.guard import Fold, Found, InPlace, State
+from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, measured_column
+from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.violation import Action, Violation
-from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
 
 
 @dataclass(frozen=True)
-class Threshold(InPlace):
+class Threshold(TableGuard):
     """Fires after `patience` records in a row with `metric` outside [`lower`, `upper`]. NaN counts as outside.
 
     `over`: another metric of the same record; what is judged is their quotient. `steps`: the records in a row must also
@@ -55,26 +54,7 @@ class Threshold(InPlace):
             "records": 0, "first_step": None, "last_step": self.after - 1,
         }  # fmt: skip
 
-    def bound(self, state: State) -> Fold:
-        metric, over, lower, upper = self.metric, self.over, self.lower, self.upper
-
-        def advance(record: Record) -> Violation | None:
-            step, value = record.step, measured(record.values, metric, over)
-            if value is None or step <= state["last_step"]:
-                return None
-            state["last_step"] = step
-            state["records"] += 1
-            if state["first_step"] is None:
-                state["first_step"] = step
-            if lower <= value <= upper:
-                if state["outside"]:
-                    state["outside"], state["holds"] = 0, False
-                return None
-            return self._outside(state, step, value)
-
-        return advance
-
-    def fold_table(self, state: State, table: Table) -> list[Found]:
+    def fold(self, state: State, table: Table) -> list[Found]:
         column = measured_column(table, self.metric, self.over)
         begin = 0 if column is None else bisect_right(column.steps, state["last_step"])
         if column is None or begin == len(column):

@@ -11,9 +11,8 @@ from operator import lt, mul
 from typing import Any, Literal, NamedTuple
 
 from tune_ssim.guards.condition import check_action, check_count
-from tune_ssim.guards.guard import Fold, Found, InPlace, State
+from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.violation import Action, Violation
-from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
 
 BLOCKS = 20  # of a window: enough to see how strong the noise is, few enough to judge at each
@@ -36,7 +35,7 @@ CERTAIN_STALL = 3.5
 
 
 @dataclass(frozen=True)
-class Trend(InPlace):
+class Trend(TableGuard):
     """Fires when `metric` is "rising", or "not falling", over a window of at least `steps` training steps.
 
     A window is BLOCKS blocks of steps/BLOCKS steps, or of one record where the training logs less often, so it may span more
@@ -90,26 +89,7 @@ class Trend(InPlace):
             "blocks": 0, "scales": scales, "peak": None, "since": None, "first": None, "last": None, "nan": False,
         }  # fmt: skip
 
-    def bound(self, state: State) -> Fold:
-        metric = self.metric
-
-        def advance(record: Record) -> Violation | None:
-            value = record.values.get(metric)
-            step = record.step
-            if value is None or step <= state["last_step"]:
-                return None
-            state["last_step"] = step
-            values = state["values"]
-            if value != value:
-                value, state["nan"] = math.inf, True  # as bad as can be, and has no place in an order
-            values.append(value)
-            if step < state["end"] and len(values) < BUFFER:
-                return None
-            return self._close(state, step)
-
-        return advance
-
-    def fold_table(self, state: State, table: Table) -> list[Found]:
+    def fold(self, state: State, table: Table) -> list[Found]:
         column = table.column(self.metric)
         if column is None:
             return []

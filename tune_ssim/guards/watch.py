@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from tune_ssim.guards.guard import Fold, Found, Guard, InPlace, State
+from tune_ssim.guards.guard import Found, Guard, State, TableGuard
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
@@ -39,6 +38,7 @@ class Watch:
     _records: int = field(init=False, default=0)  # of different steps: one logged twice, or in two parts, counts once
     _last_step: int = field(init=False, default=-1)
     _names: list[str] = field(init=False, default_factory=list)
+    _searched: frozenset[str] = field(init=False, default=frozenset())  # names of metrics that were looked at already
 
     def __post_init__(self) -> None:
         names = [guard.name for guard in self.guards]
@@ -46,7 +46,6 @@ class Watch:
             raise ValueError(f"guards must have different names, got {names}")
         self._states = {guard.name: guard.init() for guard in self.guards}
         self._seen = {guard.name: not guard.metrics for guard in self.guards}
-        self._bind()
 
     def update(self, record: Record) -> list[Violation]:
         """What the guards say about a record, the gravest first. Raises MissingMetric when a guard's metric is absent
@@ -58,31 +57,34 @@ class Watch:
             self._last_step = record.step
         if not self._found_all:
             self._remember(record.values)
-        violations = []
-        for fold in self._folds:
-            violation = fold(record)
-            if violation is not None:
-                violations.append(violation)
-        if violations:
-            violations.sort(key=lambda violation: SEVERITY.index(violation.action))
-        return violations
+        found = self._fold(Table([record.step], rows=[record.values]))
+        return found[0] if found else []
 
     def update_table(self, table: Table) -> list[list[Violation]]:
-        """As `update` of each record: what the guards say about those of which they say something, in their order."""
+        """As `update` of each record: the violations of each record that has some, in the order of the records."""
         if self.strict or not table.grows or not table or table.steps[0] <= self._last_step:
-            return [said for said in map(self.update, table) if said]
+            return [found for found in map(self.update, table) if found]
         self._records += len(table)
         self._last_step = table.steps[-1]
         if not self._found_all:
             self._remember(table.metrics)
+        return self._fold(table)
+
+    def _fold(self, table: Table) -> list[list[Violation]]:
         found: list[Found] = []
-        for guard, fold in zip(self.guards, self._folds, strict=True):
-            if isinstance(guard, InPlace):
-                found += guard.fold_table(self._states[guard.name], table)
-            elif not guard.metrics or any(named(metric, table.metrics) for metric in guard.metrics):  # else it can say nothing
-                found += [(row, said) for row, record in enumerate(table) if (said := fold(record)) is not None]
+        for guard in self.guards:
+            if isinstance(guard, TableGuard):
+                found += guard.fold(self._states[guard.name], table)
+            elif len(table) == 1 or not guard.metrics or any(named(metric, table.metrics) for metric in guard.metrics):
+                found += self._fold_records(guard, table)  # else none of these records concerns the guard
         found.sort(key=lambda one: (one[0], SEVERITY.index(one[1].action)))
-        return [[said for _, said in of_row] for _, of_row in groupby(found, key=itemgetter(0))]
+        return [[violation for _, violation in of_row] for _, of_row in groupby(found, key=itemgetter(0))]
+
+    def _fold_records(self, guard: Guard, table: Table) -> Iterator[Found]:
+        for row, record in enumerate(table):
+            self._states[guard.name], violation = guard.update(self._states[guard.name], record)
+            if violation is not None:
+                yield row, violation
 
     def fold(self, records: Iterable[Record]) -> list[Violation]:
         """Violations up to and with the first that ends the run; later records are not looked at."""
@@ -123,47 +125,30 @@ class Watch:
         state = copy.deepcopy(state)
         self._states, self._seen = state["states"], state["seen"]
         self._records, self._last_step, self._names = state["records"], state["last_step"], state["names"]
-        self._bind()
+        self._searched = frozenset()
 
     def rebind(self, guards: Sequence[Guard]) -> None:
         """The same guards with other parameters; they go on from the states that are there. Raises ValueError for others."""
         if [guard.name for guard in guards] != [guard.name for guard in self.guards]:
             raise ValueError(f"guards {[guard.name for guard in guards]} are not {[guard.name for guard in self.guards]}")
         self.guards = guards
-        self._bind()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_folds"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._bind()
-
-    def _bind(self) -> None:
-        """What `update` needs at every record: a log of millions is folded at the speed of that."""
-        self._looked_at: frozenset[str] = frozenset()  # names that were searched already
-        self._found_all = all(self._seen.values())  # from then on the names of metrics are of no use
-        self._folds: list[Fold] = [
-            guard.bound(self._states[guard.name]) if isinstance(guard, InPlace) else partial(self._replace, guard)
-            for guard in self.guards
-        ]
-
-    def _replace(self, guard: Guard, record: Record) -> Violation | None:
-        self._states[guard.name], violation = guard.update(self._states[guard.name], record)
-        return violation
+    @property
+    def _found_all(self) -> bool:
+        """Whether every guard has seen its metrics: from then on names are of no use."""
+        return all(self._seen.values())
 
     def _remember(self, metrics: Collection[str]) -> None:
         """The names of metrics: every one that a guard needs, and of the others as many as a message can show."""
-        if self._looked_at.issuperset(metrics):
+        if self._searched.issuperset(metrics):
             return
         for name in sorted(set(metrics) - set(self._names)):
             absent = [m for guard in self.guards for m in guard.metrics if not named(m, self._names)]
             if any(named(metric, [name]) for metric in absent) or len(self._names) < SHOWN_NAMES:
                 self._names.append(name)
-        self._looked_at = frozenset(metrics).union(self._names)
+        self._searched = frozenset(metrics).union(self._names)
         for guard in self.guards:
             self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
-        self._found_all = all(self._seen.values())
 
     def _require(self, where: str, step: float = math.inf) -> None:
         """By this step. A guard whose metric comes rarely says `expected_by` when the first one is due."""

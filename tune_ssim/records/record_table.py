@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # the guards import this, and cost nothing until there is a t
     Array = NDArray[np.float64]
 
 
+MIN_NUMPY = 16  # values from which on an array is faster than a loop; a live trial has one
+
+
 class Column:
     """A metric's `values`, with the `steps` that have one and the `rows` of the table in which they stand."""
 
@@ -39,12 +42,16 @@ class Column:
 
     @cached_property
     def all_finite(self) -> bool:
+        if len(self) < MIN_NUMPY:
+            return all(map(math.isfinite, self.values))
         import numpy as np
 
         return bool(np.isfinite(self.array).all())
 
     def outside(self, lower: float, upper: float, begin: int = 0) -> list[int]:
-        """Places from `begin` on whose value is outside [`lower`, `upper`], NaN among them."""
+        """Indices from `begin` on whose value is outside [`lower`, `upper`], NaN included."""
+        if len(self) < MIN_NUMPY:
+            return [k for k in range(begin, len(self)) if not lower <= self.values[k] <= upper]
         import numpy as np
 
         with np.errstate(invalid="ignore"):
