@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from small_studies import USUAL, study, trial
 from test_cli import mistake, tune_ssim
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.files import append_line
 from tune_ssim.results.export import exported_config
 from tune_ssim.results.study_folder import Skipped, StudyFolder
 from tune_ssim.results.winner import NoSafeTrial, best_safe
@@ -163,6 +165,6 @@ def test_no_trial_that_can_be_read_breaks_what_is_made_of_it(
 def test_what_was_not_launched_comes_back(tmp_path: Path) -> None:
     folder = study(tmp_path)
     one = Skipped("wide", {"gain": 3000.0}, 25.5, "it would push too hard")
-    folder.add_skipped(one)
-    folder.add_skipped(one)  # a search that is resumed repeats it
+    append_line(folder.skipped_file, asdict(one))
+    append_line(folder.skipped_file, asdict(one))  # a search that is resumed repeats it
     assert folder.skipped() == [one]

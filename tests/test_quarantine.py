@@ -417,6 +417,14 @@ def test_a_foreign_line_is_an_error_not_a_pass(tmp_path: Path, line: str) -> Non
         ledger.check_hashes(small("a").hashes)
 
 
+@pytest.mark.parametrize("line", ["plain words", "[1]", '{"action": quarantine}'])
+def test_garbage_in_the_ledger_is_an_error_not_a_pass(tmp_path: Path, line: str) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.file.write_text(line + "\n")
+    with pytest.raises(UserError, match=f"{LEDGER}:1: not "):
+        ledger.check_hashes(small("a").hashes)
+
+
 def test_a_ledger_that_cannot_be_read_is_an_error_not_a_pass(tmp_path: Path) -> None:
     (tmp_path / LEDGER).mkdir()
     with pytest.raises(UserError, match=LEDGER):

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_studies import SMALL, study
+from test_cli import mistake, tune_ssim
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.results.study_lock import LOCK_FILE, Owner, StudyLock
+from tune_ssim.study.study import load_study
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
@@ -135,6 +138,15 @@ def test_a_second_writer_is_refused_with_host_process_and_time(tmp_path: Path) -
     with lock(folder):
         pass
     assert left_in(folder) == []
+
+
+@pytest.mark.parametrize("option", [[], ["--in-process"]])
+def test_a_study_that_runs_cannot_be_resumed_beside_it(tmp_path: Path, option: list[str]) -> None:
+    folder = study(tmp_path, name="small", yaml=load_study(SMALL).to_yaml())
+    with lock(folder.path):
+        before = left_in(folder.path)
+        mistake(tune_ssim("run", "--resume", *option, cwd=tmp_path), f"study small is being run by {socket.gethostname()}")
+        assert left_in(folder.path) == before
 
 
 def test_the_same_process_has_it_once(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT, DPI = 9.6, 5.4, 125  # inches; 1200 × 675 pixels
 COLUMNS, ROWS = 360, 120
-MAX_RATIO = 100.0  # larger ratios have the last colour
+MAX_COLOUR = 100.0  # larger ratios have the last colour
 COLOUR_STOPS = [(0.0, "#f4f6f8"), (0.06, "#e3eedd"), (0.25, "#f7e3a1"), (0.5, "#f0994d"), (0.75, "#b5343c"), (1.0, "#3d1028")]
 INK, LIMIT = "#1d2733", "#8e1024"
 STAGE_COLOURS = ["#a9cbea", "#7fb0dd", "#4f8cc4", "#2a67a3", "#123f70"]  # later stages are darker
@@ -46,9 +46,9 @@ def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "")
     mesh = axes.pcolormesh(
         gains,
         gates,
-        np.clip(ratios, 1, MAX_RATIO),
+        np.clip(ratios, 1, MAX_COLOUR),
         cmap=colours,
-        norm=LogNorm(1, MAX_RATIO),
+        norm=LogNorm(1, MAX_COLOUR),
         shading="gouraud",
         rasterized=True,
     )
@@ -68,7 +68,7 @@ def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "")
     for side in axes.spines.values():
         side.set_visible(False)
     bar = figure.colorbar(mesh, ax=axes, pad=0.015, fraction=0.035, aspect=28, extend="max")
-    ticks = [1, 1.5, 3, 10, 30, MAX_RATIO]
+    ticks = [1, 1.5, 3, 10, 30, MAX_COLOUR]
     bar.set_ticks(ticks, labels=[f"{tick:g}×" for tick in ticks])
     bar.minorticks_off()
     bar.outline.set_visible(False)  # type: ignore[operator]

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +152,6 @@ class StudyFolder:
 
     def events(self) -> Iterator[dict[str, Any]]:
         return read_lines(self.events_file)
-
-    def add_skipped(self, skipped: Skipped) -> None:
-        append_line(self.skipped_file, asdict(skipped))
 
     def skipped(self) -> list[Skipped]:
         """Each once: a search that is resumed repeats some."""
