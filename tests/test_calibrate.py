@@ -23,8 +23,9 @@ from tune_ssim.base.files import jsonable
 from tune_ssim.before_launch.calibration import CHECK_TOLERANCE, Calibration, calibrate, gates_of
 from tune_ssim.before_launch.forecast import forecast
 from tune_ssim.probes.norm_model import NormModel
+from tune_ssim.study.sections import BaselineRuns
 from tune_ssim.study.space import load_space
-from tune_ssim.study.study import BaselineRuns, Study, load_study
+from tune_ssim.study.study import Study, load_study
 from tune_ssim.tasks.fundus_sr import FundusSR
 from tune_ssim.trials.training import Forward
 

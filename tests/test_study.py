@@ -15,21 +15,9 @@ from hypothesis import strategies as st
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.yaml_source import dump_yaml, parse_yaml
 from tune_ssim.guards import NonFinite, NormRatio, SmokeTest, Threshold
+from tune_ssim.study.sections import Asha, BaselineRuns, CalibrationOptions, Keep, Objective, Resources, Search, Tracking
 from tune_ssim.study.space import load_space
-from tune_ssim.study.study import (
-    Asha,
-    BaselineRuns,
-    CalibrationOptions,
-    Keep,
-    Objective,
-    Resources,
-    Search,
-    Study,
-    Tracking,
-    bundled_studies,
-    bundled_studies_folder,
-    load_study,
-)
+from tune_ssim.study.study import Study, bundled_studies, bundled_studies_folder, load_study
 
 # Reading a study takes tens of milliseconds: few examples, and no minutes of shrinking when one fails.
 QUICK: dict[str, Any] = {
@@ -500,3 +488,28 @@ def test_reading_a_study_imports_nothing_heavy() -> None:
     code = "import sys, tune_ssim.study.study as s; s.load_study(); print([m for m in ('torch', 'ray', 'mlflow', 'optuna') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_command_cannot_have_a_gain_in_relative_units(written: Any) -> None:
+    """Nothing calibrates it, so nothing turns the ratio into a gain."""
+    task = "task: {command: [x, '{ssim_loss_weight}', '{ssim_loss_max_t}', '{ssim_grad_scale}']}\n"
+    with pytest.raises(UserError, match="gives its gain as a norm ratio, which needs it"):
+        load_study(written(task + "space: moderate\n"))
+
+
+def test_what_is_wrong_in_a_part_and_between_parts_comes_at_once(written: Any) -> None:
+    with pytest.raises(UserError) as error:
+        load_study(written("search: {trials: 0}\nconfirm: {steps: 5}\ntask: fundus_s\nresources: {nodes: 2}\nfoo: 1\n"))
+    found = [line.split("s.yaml:")[1] for line in str(error.value).splitlines()]
+    assert [line[:24] for line in found] == [
+        "1: search.trials: must b", "2: confirm.steps: must b", "3: task: unknown task 'f", "5: unknown key 'foo'; va",
+    ]  # fmt: skip
+
+
+def test_a_copy_with_other_values_is_checked_too() -> None:
+    study = load_study_once()
+    assert study.replace(report_every=3).report_every == 3
+    with pytest.raises(ValueError, match="report_every: must be an integer >= 1, got 0"):
+        study.replace(report_every=0)
+    with pytest.raises(ValueError, match=r"search\.trials: a route of 4 stages needs at least 4 trials, got 1"):
+        study.replace(search=study.search.replace(trials=1))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     BeforeValidator,
@@ -18,9 +17,6 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
 )
 
 from tune_ssim.base.errors import UserError
@@ -29,7 +25,6 @@ from tune_ssim.base.validation import (
     Document,
     Problem,
     Problems,
-    Section,
     build_dataclass,
     or_empty,
     plain_mapping,
@@ -39,9 +34,21 @@ from tune_ssim.base.validation import (
     validate,
 )
 from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, dump_yaml, find_document, read_yaml, short_repr
-from tune_ssim.guards import Guard, KeepRule, NonFinite, NormRatio, SmokeTest, Threshold
+from tune_ssim.guards import Guard, NonFinite, NormRatio, SmokeTest, Threshold
 from tune_ssim.guards.rule_pack import RulePack, build_pack, load_rules
-from tune_ssim.study.command_spec import CommandSpec, reading_problems
+from tune_ssim.study.command_spec import CommandSpec
+from tune_ssim.study.consistency import missing_files, part_problems
+from tune_ssim.study.sections import (
+    Asha,
+    BaselineRuns,
+    CalibrationOptions,
+    Confirm,
+    Objective,
+    Preflight,
+    Resources,
+    Search,
+    Tracking,
+)
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Space, find_space, load_space, setting_problem
 
 BUILT_IN_TASKS = {
@@ -55,165 +62,6 @@ PATHS = {"fundus_sr": ("data", "vae", "weights")}  # keys of a built-in task's t
 DEFAULT_STUDY = "fundus_ssim"
 DEFAULT_SPACE = "wide"
 DEFAULT_STEPS = 200  # FACTS §2: gains that ruin the model have done so by then, and safe ones show their gain
-
-
-class BaselineLog(Section):
-    """The log of a pixel-loss run. names: theirs → ours; held_out: numbers measured after it, e.g. `{ssim: 0.91}`."""
-
-    file: Annotated[str, Field(min_length=1)]
-    format: str | None = None
-    pattern: str | list[str] | None = None
-    names: dict[str, str] = Field(default_factory=dict)
-    held_out: dict[str, float] = Field(default_factory=dict)
-
-
-class BaselineRuns(Section):
-    """The same training with the pixel loss only (note 000 §1): `overrides` of the task's configuration make it so."""
-
-    overrides: dict[str, Any] = Field(
-        default_factory=lambda: {"pixel_loss_weight": 0.05, "pixel_loss_max_t": 0.3}  # note 000 §1.2
-    )
-    seeds: Annotated[int, Field(ge=1)] = 2  # DESIGN: two side by side cost no extra wall time, and give the noise floor
-    log: BaselineLog | None = None  # of a run that is over, in place of runs in the search; the confirm phase has its own
-
-
-class Search(Section):
-    strategy: Literal["optuna", "random"] = "optuna"  # FACTS §6: TPE finds a good safe setting twice as often as random
-    trials: Annotated[int, Field(ge=1)] = 12  # FACTS §2: 63-107 s on two cores; baselines are not counted
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's range
-    concurrency: int | Literal["auto"] = 2  # trials at a time; auto: as many as the cluster's resources admit
-    deterministic: bool = True  # DESIGN "Order": the same suggestions whichever trial ends first
-    # Times the norm guard's limit, the `max_ratio`: settings whose predicted ratio exceeds it are not launched; None: all are.
-    # Over steps 25-75 the norm is 0.5 to 1.1 times the prediction (FACTS §1, benchmarks/calibration.py): they would be pruned.
-    skip_beyond: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 2.0
-
-    @field_validator("concurrency", mode="plain")
-    @classmethod
-    def _concurrency(cls, value: Any) -> Any:
-        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-            return value
-        raise ValueError(f"must be an integer >= 1 or auto, got {describe(value)}")
-
-
-class Asha(Section):
-    """Steps are training steps. (What Ray calls `max_t` here has nothing to do with `ssim_loss_max_t`.)"""
-
-    max_steps: Annotated[int, Field(ge=1)]  # default: the trial's steps
-    grace_steps: Annotated[int, Field(ge=1)] = 25  # FACTS §6
-    reduction_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0  # FACTS §6
-
-
-class Keep(Section):
-    """How far a held-out metric may get worse than the baseline's: one limit on the difference or on the quotient."""
-
-    min_delta: float | None = None
-    max_delta: float | None = None
-    min_ratio: float | None = None
-    max_ratio: float | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Keep:
-        if len(self.limit) != 1:
-            names = ", ".join(type(self).model_fields)
-            raise ValueError(f"must have exactly one of {names}; got {', '.join(self.limit) or 'none'}")
-        (name, value), *_ = self.limit.items()
-        if not math.isfinite(value) or (name.endswith("ratio") and value <= 0):
-            problems = Problems()
-            problems.add((name,), f"must be a finite number{' > 0' if name.endswith('ratio') else ''}, got {value:g}")
-            problems.check()
-        return self
-
-    @property
-    def limit(self) -> dict[str, float]:
-        """The one that is set, e.g. `{"min_delta": -0.3}`."""
-        return {name: value for name, value in self if value is not None}
-
-    @model_serializer
-    def _as_in_a_file(self) -> dict[str, float]:
-        return self.limit
-
-
-def _default_keep() -> dict[str, Keep]:
-    return {
-        "psnr": Keep(min_delta=-0.3),  # dB, DESIGN; ruined settings lose 3 and more (FACTS §2)
-        "ssim": Keep(min_delta=-0.005),  # about two standard deviations between seeds at high gains (FACTS §6)
-        "flow_loss_bins": Keep(max_ratio=2.0),  # DESIGN; smoothing under clipping shows as 0.45 -> 0.8 at low t (FACTS §2)
-    }
-
-
-class Objective(Section):
-    """`maximize` a held-out metric; a trial that breaks a `keep` rule is `degraded` and never exported."""
-
-    maximize: Annotated[str, Field(min_length=1)] = "delta_ssim"
-    keep: Annotated[dict[str, Keep], BeforeValidator(lambda given: _default_keep() if given is None else given)] = Field(
-        default_factory=_default_keep
-    )
-
-    @property
-    def rules(self) -> tuple[KeepRule, ...]:
-        return tuple(KeepRule(metric, **rule.limit) for metric, rule in self.keep.items())
-
-
-class Resources(Section):
-    """Of one trial. gpus auto: one GPU where the cluster has them, else none; fractions share a GPU.
-
-    workers: processes of one trial, as ranks of one torch process group; cpus and gpus are then those of each worker, and so is
-    gpus_per_worker, which goes before gpus. nodes: on how many of them a command is started; cpus and gpus are then of each."""
-
-    workers: Annotated[int, Field(ge=1)] = 1
-    nodes: Annotated[int, Field(ge=1)] = 1
-    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # FACTS §2: one thread a process
-    gpus: float | Literal["auto"] = "auto"
-
-    @field_validator("gpus", mode="plain")
-    @classmethod
-    def _gpus(cls, value: Any) -> Any:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value == "auto" or (is_number and 0 <= value < math.inf):
-            return float(value) if is_number else value
-        raise ValueError(f"must be a number >= 0 or auto, got {describe(value)}")
-
-    @property
-    def parts(self) -> int:
-        """Bundles of `cpus` and `gpus` that a trial takes."""
-        return self.workers * self.nodes
-
-
-class Preflight(Section):
-    """Before anything is launched: is the set-up sound? No options yet; `preflight: null` switches it off."""
-
-
-class CalibrationOptions(Section):
-    """Before anything is launched: how hard does each setting push? Measured with the update switched off."""
-
-    batches: Annotated[int, Field(ge=1)] = 24  # medians of >= 10 active steps (FACTS §1), also behind gates that half of them pass
-    grid: Annotated[list[float], Field(min_length=1)] | None = None  # of max_t; None: what the space can take
-    # What leaves the weights as they are; for any launcher (FACTS §1).
-    disable_update: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.0})
-    # gram: from the gradients themselves; readings: from total_norm alone, as any training reports it; auto: gram where it fits.
-    method: Literal["auto", "gram", "readings"] = "auto"
-
-    @field_validator("grid")
-    @classmethod
-    def _grid(cls, grid: list[float] | None) -> list[float] | None:
-        if grid is not None and (len(set(grid)) < len(grid) or not all(0 < max_t <= 1 for max_t in grid)):
-            raise ValueError(f"must be different values of max_t above 0 and at most 1, got {grid}")
-        return grid
-
-
-class Confirm(Section):
-    """Before anything is exported: the best settings and the baseline again, with further seeds and for longer."""
-
-    finalists: Annotated[int, Field(ge=1)] = 3  # tried in their order until one holds
-    seeds: Annotated[int, Field(ge=2)] = 3  # an interval needs two; FACTS §6: the noise between seeds is as large as the gain
-    steps: Annotated[int, Field(ge=1)] | None = None  # of a trial; None: ten times the search's (SEEDS A9)
-
-
-class Tracking(Section):
-    """MLflow; uri None: SQLite in the storage path."""
-
-    uri: Annotated[str, Field(min_length=1)] | None = None
 
 
 def default_guards() -> dict[str, Guard]:
@@ -574,9 +422,9 @@ class Study(Document):
         return self.model_dump()
 
     def problems(self, context: _File | None) -> Iterable[Problem]:
-        yield from _problems(self)
+        yield from part_problems(self)
         if context is not None and context.is_launch:
-            yield from _missing(self)
+            yield from missing_files(self)
 
     def to_yaml(self) -> str:
         """The text of a study.yaml; `load_study` reads an equal study from it."""
@@ -651,121 +499,6 @@ def load_study(
     stem = Path(source.label).stem.replace("_", "-")
     given = {"name": stem if _is_name(stem) else "study", "space": DEFAULT_SPACE, **given}
     return validate(Study, source, given, _File(source, folder, launch))
-
-
-# ---- what must hold between the parts of a study ----
-
-
-def _problems(study: Study) -> Iterator[Problem]:
-    """Everything wrong with the parts together. A part that is wrong itself is None here."""
-    is_command = isinstance(study.task, CommandSpec)
-    steps = None if study.task_config is None else study.steps
-    if isinstance(study.task, CommandSpec):
-        yield from _command_problems(study, study.task)
-    if study.baseline is not None and study.baseline.log is not None:
-        log = study.baseline.log
-        yield from (Problem(("baseline", "log", *loc), message) for loc, message in reading_problems(log.pattern, log.format))
-    if study.space is not None:
-        for stage in study.space.stages:
-            for key, value in stage.fixed.items():
-                if key in (study.task_config or {}) and study.task_config[key] != value:
-                    own = describe(study.task_config[key])
-                    message = f"is {own}, but the space {study.space.name!r} fixes it at {value}; say it in one place"
-                    yield Problem(("task_config", key), message)
-        stages = len(study.space.stages)
-        if study.search is not None and study.search.trials < stages:
-            message = f"a route of {stages} stages needs at least {stages} trials, got {study.search.trials}"
-            yield Problem(("search", "trials"), message)
-        if study.space.is_relative and study.calibration is None and not is_command:
-            message = f"is null, but the space {study.space.name!r} gives its gain as a norm ratio, which needs it"
-            yield Problem(("calibration",), message)
-    if study.resources is not None and study.task is not None:
-        if is_command and study.resources.workers > 1:
-            message = "a command starts its own workers, e.g. by torchrun; `nodes` is how often it is started"
-            yield Problem(("resources", "workers"), message)
-        if not is_command and study.resources.nodes > 1:
-            yield Problem(("resources", "nodes"), "is for commands; a task in Python has `workers`")
-    if study.confirm is not None and steps is not None and study.confirm.steps is not None and study.confirm.steps < steps:
-        yield Problem(("confirm", "steps"), f"must be at least the trial's {steps} steps, got {study.confirm.steps}")
-    asha = study.scheduler
-    if asha is not None and steps is not None:
-        if asha.max_steps > steps:
-            message = f"must be at most the trial's {steps} steps, got {asha.max_steps}"
-            yield Problem(("scheduler", "asha", "max_steps"), message)
-        if asha.grace_steps > asha.max_steps:
-            message = f"must be at most max_steps ({asha.max_steps}), got {asha.grace_steps}"
-            yield Problem(("scheduler", "asha", "grace_steps"), message)
-
-
-def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
-    has_settings = study.space is not None and study.baseline is not None and study.task_config is not None
-    for loc, message in task.problems(_values_of(study) if has_settings else None):  # else a name may be missing for that alone
-        yield Problem(("task", *loc), message)
-    yield from _unused(study, task)
-    if has_settings:
-        # What every trial has; without a weight the gate and the scale mean nothing, and get some value (`_untouched`).
-        always = {*study.task_config, *study.baseline.overrides, WEIGHT, MAX_T, GRAD_SCALE}
-        for name in sorted((task.referenced_settings() & set(_values_of(study))) - always):
-            yield Problem(("baseline",), f"has no {name}, which the command uses: set it here, or in task_config")
-    if task.records is not None and task.smoke is None and SmokeTest.name in (study.guards or ()):
-        message = "nothing makes samples: give the task a `smoke: {command: [...]}`, or set smoke_test: null"
-        yield Problem(("guards", "smoke_test"), message)
-    if study.scheduler is not None and task.evaluate is None:
-        message = "asha needs held-out numbers while the training goes on: an `evaluate: {command: [...]}`"
-        yield Problem(("scheduler",), message)
-
-
-def _missing(study: Study) -> Iterator[Problem]:
-    """What is not on this machine; of several nodes the others may look different."""
-    if isinstance(study.task, CommandSpec) and study.resources is not None and study.resources.nodes == 1:
-        for loc, message in study.task.missing_programs(study.import_path):
-            yield Problem(("task", *loc), message)
-    log = study.baseline.log if study.baseline is not None else None
-    if log is not None and not Path(log.file).exists():
-        yield Problem(("baseline", "log"), f"{log.file}: no such file")
-
-
-def _values_of(study: Study) -> dict[str, list[Any]]:
-    """Every setting that a trial of the study has, with values that it takes."""
-    found: dict[str, list[Any]] = {}
-    baseline = study.baseline.overrides if study.baseline is not None else {}
-    for settings in (study.task_config or {}, baseline, *(values for _, values in _of_space(study))):
-        for name, value in settings.items():
-            found.setdefault(name, []).append(value)
-    return found
-
-
-def _of_space(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, setting → value): every value that the space names, and the bounds of those that it draws."""
-    for stage in study.space.stages if study.space is not None else ():
-        for name, domain in stage.parameters.items():
-            if name == GAIN:  # the weight is drawn; the gate and the scale stand elsewhere
-                yield "varies", {WEIGHT: 0.5, GRAD_SCALE: 1.0, MAX_T: 1.0}
-                continue
-            for value in domain.listed:
-                yield "varies", {name: value}
-        yield "fixes", dict(stage.fixed)
-        for point in stage.points:
-            yield "has a point with", {name: value for name, value in point.items() if name != GAIN}
-
-
-def _unused(study: Study, task: CommandSpec) -> Iterator[Problem]:
-    """Settings that the command does not use: every trial that has one would be a bad set-up."""
-    seen: set[str] = set()
-    hint = 'but the command does not use it: put {{{0}}} where it belongs, e.g. "--{0}={{{0}}}"'
-    for how, values in _of_space(study):
-        for name in task.unused_settings({name: [value] for name, value in values.items()}):
-            if name not in seen:
-                seen.add(name)
-                what = name if how == "varies" else f"{name} {values[name]!r}"
-                message = f"the space {how} {what}, {hint.format(name)}, or take a space without it"
-                yield Problem(("task", "command"), message)
-    overrides = study.baseline.overrides if study.baseline is not None else {}
-    for part, settings in (("task_config", study.task_config or {}), ("baseline", overrides)):
-        for name in task.unused_settings({name: [value] for name, value in settings.items()}):
-            if name not in seen:
-                seen.add(name)
-                yield Problem((part, name), f"is {describe(settings[name])}, {hint.format(name)}")
 
 
 def _is_name(name: Any) -> bool:

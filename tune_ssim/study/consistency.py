@@ -1,0 +1,128 @@
+"""What must hold between the parts of a study, each problem with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune_ssim.base.validation import Problem
+from tune_ssim.base.yaml_source import describe
+from tune_ssim.guards import SmokeTest
+from tune_ssim.study.command_spec import CommandSpec, reading_problems
+from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT
+
+if TYPE_CHECKING:
+    from tune_ssim.study.study import Study
+
+
+def part_problems(study: Study) -> Iterator[Problem]:
+    """What is wrong with the parts together. A part that is wrong itself is None here."""
+    is_command = isinstance(study.task, CommandSpec)
+    steps = None if study.task_config is None else study.steps
+    if isinstance(study.task, CommandSpec):
+        yield from _command_problems(study, study.task)
+    if study.baseline is not None and study.baseline.log is not None:
+        log = study.baseline.log
+        yield from (Problem(("baseline", "log", *loc), message) for loc, message in reading_problems(log.pattern, log.format))
+    if study.space is not None:
+        for stage in study.space.stages:
+            for key, value in stage.fixed.items():
+                if key in (study.task_config or {}) and study.task_config[key] != value:
+                    own = describe(study.task_config[key])
+                    message = f"is {own}, but the space {study.space.name!r} fixes it at {value}; say it in one place"
+                    yield Problem(("task_config", key), message)
+        stages = len(study.space.stages)
+        if study.search is not None and study.search.trials < stages:
+            message = f"a route of {stages} stages needs at least {stages} trials, got {study.search.trials}"
+            yield Problem(("search", "trials"), message)
+        if study.space.is_relative and study.calibration is None:
+            message = f"is null, but the space {study.space.name!r} gives its gain as a norm ratio, which needs it"
+            yield Problem(("calibration",), message)
+    if study.resources is not None and study.task is not None:
+        if is_command and study.resources.workers > 1:
+            message = "a command starts its own workers, e.g. by torchrun; `nodes` is how often it is started"
+            yield Problem(("resources", "workers"), message)
+        if not is_command and study.resources.nodes > 1:
+            yield Problem(("resources", "nodes"), "is for commands; a task in Python has `workers`")
+    if study.confirm is not None and steps is not None and study.confirm.steps is not None and study.confirm.steps < steps:
+        yield Problem(("confirm", "steps"), f"must be at least the trial's {steps} steps, got {study.confirm.steps}")
+    asha = study.scheduler
+    if asha is not None and steps is not None:
+        if asha.max_steps > steps:
+            message = f"must be at most the trial's {steps} steps, got {asha.max_steps}"
+            yield Problem(("scheduler", "asha", "max_steps"), message)
+        if asha.grace_steps > asha.max_steps:
+            message = f"must be at most max_steps ({asha.max_steps}), got {asha.grace_steps}"
+            yield Problem(("scheduler", "asha", "grace_steps"), message)
+
+
+def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
+    has_settings = study.space is not None and study.baseline is not None and study.task_config is not None
+    for loc, message in task.problems(_values_of(study) if has_settings else None):  # else a name may be missing for that alone
+        yield Problem(("task", *loc), message)
+    yield from _unused(study, task)
+    if has_settings:
+        # What every trial has; without a weight the gate and the scale mean nothing, and get some value (`_untouched`).
+        always = {*study.task_config, *study.baseline.overrides, WEIGHT, MAX_T, GRAD_SCALE}
+        for name in sorted((task.referenced_settings() & set(_values_of(study))) - always):
+            yield Problem(("baseline",), f"has no {name}, which the command uses: set it here, or in task_config")
+    if task.records is not None and task.smoke is None and SmokeTest.name in (study.guards or ()):
+        message = "nothing makes samples: give the task a `smoke: {command: [...]}`, or set smoke_test: null"
+        yield Problem(("guards", "smoke_test"), message)
+    if study.scheduler is not None and task.evaluate is None:
+        message = "asha needs held-out numbers while the training goes on: an `evaluate: {command: [...]}`"
+        yield Problem(("scheduler",), message)
+
+
+def missing_files(study: Study) -> Iterator[Problem]:
+    """What is not on this machine; of several nodes the others may look different."""
+    if isinstance(study.task, CommandSpec) and study.resources is not None and study.resources.nodes == 1:
+        for loc, message in study.task.missing_programs(study.import_path):
+            yield Problem(("task", *loc), message)
+    log = study.baseline.log if study.baseline is not None else None
+    if log is not None and not Path(log.file).exists():
+        yield Problem(("baseline", "log"), f"{log.file}: no such file")
+
+
+def _values_of(study: Study) -> dict[str, list[Any]]:
+    """Every setting that a trial of the study has, with values that it takes."""
+    found: dict[str, list[Any]] = {}
+    baseline = study.baseline.overrides if study.baseline is not None else {}
+    for settings in (study.task_config or {}, baseline, *(values for _, values in _of_space(study))):
+        for name, value in settings.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _of_space(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, setting → value): every value that the space names, and the bounds of those that it draws."""
+    for stage in study.space.stages if study.space is not None else ():
+        for name, domain in stage.parameters.items():
+            if name == GAIN:  # the weight is drawn; the gate and the scale stand elsewhere
+                yield "varies", {WEIGHT: 0.5, GRAD_SCALE: 1.0, MAX_T: 1.0}
+                continue
+            for value in domain.listed:
+                yield "varies", {name: value}
+        yield "fixes", dict(stage.fixed)
+        for point in stage.points:
+            yield "has a point with", {name: value for name, value in point.items() if name != GAIN}
+
+
+def _unused(study: Study, task: CommandSpec) -> Iterator[Problem]:
+    """Settings that the command does not use: every trial that has one would be a bad set-up."""
+    seen: set[str] = set()
+    hint = 'but the command does not use it: put {{{0}}} where it belongs, e.g. "--{0}={{{0}}}"'
+    for how, values in _of_space(study):
+        for name in task.unused_settings({name: [value] for name, value in values.items()}):
+            if name not in seen:
+                seen.add(name)
+                what = name if how == "varies" else f"{name} {values[name]!r}"
+                message = f"the space {how} {what}, {hint.format(name)}, or take a space without it"
+                yield Problem(("task", "command"), message)
+    overrides = study.baseline.overrides if study.baseline is not None else {}
+    for part, settings in (("task_config", study.task_config or {}), ("baseline", overrides)):
+        for name in task.unused_settings({name: [value] for name, value in settings.items()}):
+            if name not in seen:
+                seen.add(name)
+                yield Problem((part, name), f"is {describe(settings[name])}, {hint.format(name)}")

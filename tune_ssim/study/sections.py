@@ -1,0 +1,168 @@
+"""The parts of a study that are options of one subject each: baseline, search, scheduler, objective, resources, phases."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_serializer, model_validator
+
+from tune_ssim.base.validation import Problem, Problems, Section, or_empty
+from tune_ssim.base.yaml_source import describe
+from tune_ssim.guards import KeepRule
+
+
+class BaselineLog(Section):
+    """The log of a pixel-loss run. names: theirs → ours; held_out: numbers measured after it, e.g. `{ssim: 0.91}`."""
+
+    file: Annotated[str, Field(min_length=1)]
+    format: str | None = None
+    pattern: str | list[str] | None = None
+    names: dict[str, str] = Field(default_factory=dict)
+    held_out: dict[str, float] = Field(default_factory=dict)
+
+
+class BaselineRuns(Section):
+    """The same training with the pixel loss only (note 000 §1): `overrides` of the task's configuration make it so."""
+
+    overrides: dict[str, Any] = Field(
+        default_factory=lambda: {"pixel_loss_weight": 0.05, "pixel_loss_max_t": 0.3}  # note 000 §1.2
+    )
+    seeds: Annotated[int, Field(ge=1)] = 2  # DESIGN: two side by side cost no extra wall time, and give the noise floor
+    log: BaselineLog | None = None  # of a run that is over, in place of runs in the search; the confirm phase has its own
+
+
+class Search(Section):
+    strategy: Literal["optuna", "random"] = "optuna"  # FACTS §6: TPE finds a good safe setting twice as often as random
+    trials: Annotated[int, Field(ge=1)] = 12  # FACTS §2: 63-107 s on two cores; baselines are not counted
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's range
+    concurrency: int | Literal["auto"] = 2  # trials at a time; auto: as many as the cluster's resources admit
+    deterministic: bool = True  # DESIGN "Order": the same suggestions whichever trial ends first
+    # Times the norm guard's limit, the `max_ratio`: settings whose predicted ratio exceeds it are not launched; None: all are.
+    # Over steps 25-75 the norm is 0.5 to 1.1 times the prediction (FACTS §1, benchmarks/calibration.py): they would be pruned.
+    skip_beyond: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 2.0
+
+    @field_validator("concurrency", mode="plain")
+    @classmethod
+    def _concurrency(cls, value: Any) -> Any:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(f"must be an integer >= 1 or auto, got {describe(value)}")
+
+
+class Asha(Section):
+    """Steps are training steps. (What Ray calls `max_t` here has nothing to do with `ssim_loss_max_t`.)"""
+
+    max_steps: Annotated[int, Field(ge=1)]  # default: the trial's steps
+    grace_steps: Annotated[int, Field(ge=1)] = 25  # FACTS §6
+    reduction_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0  # FACTS §6
+
+
+class Keep(Section):
+    """How far a held-out metric may get worse than the baseline's: one limit on the difference or on the quotient."""
+
+    min_delta: float | None = None
+    max_delta: float | None = None
+    min_ratio: float | None = None
+    max_ratio: float | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Keep:
+        if len(self.limit) != 1:
+            names = ", ".join(type(self).model_fields)
+            raise ValueError(f"must have exactly one of {names}; got {', '.join(self.limit) or 'none'}")
+        (name, value), *_ = self.limit.items()
+        if not math.isfinite(value) or (name.endswith("ratio") and value <= 0):
+            message = f"must be a finite number{' > 0' if name.endswith('ratio') else ''}, got {value:g}"
+            raise Problems([Problem((name,), message)])
+        return self
+
+    @property
+    def limit(self) -> dict[str, float]:
+        """The one that is set, e.g. `{"min_delta": -0.3}`."""
+        return {name: value for name, value in self if value is not None}
+
+    @model_serializer
+    def _as_in_a_file(self) -> dict[str, float]:
+        return self.limit
+
+
+def _default_keep() -> dict[str, Keep]:
+    return {
+        "psnr": Keep(min_delta=-0.3),  # dB, DESIGN; ruined settings lose 3 and more (FACTS §2)
+        "ssim": Keep(min_delta=-0.005),  # about two standard deviations between seeds at high gains (FACTS §6)
+        "flow_loss_bins": Keep(max_ratio=2.0),  # DESIGN; smoothing under clipping shows as 0.45 -> 0.8 at low t (FACTS §2)
+    }
+
+
+class Objective(Section):
+    """`maximize` a held-out metric; a trial that breaks a `keep` rule is `degraded` and never exported."""
+
+    maximize: Annotated[str, Field(min_length=1)] = "delta_ssim"
+    keep: Annotated[dict[str, Keep], or_empty(_default_keep)] = Field(default_factory=_default_keep)
+
+    @property
+    def rules(self) -> tuple[KeepRule, ...]:
+        return tuple(KeepRule(metric, **rule.limit) for metric, rule in self.keep.items())
+
+
+class Resources(Section):
+    """Of one trial. gpus auto: one GPU where the cluster has them, else none; fractions share a GPU.
+
+    workers: processes of one trial, as ranks of one torch process group; cpus and gpus are then those of each worker, and so is
+    gpus_per_worker, which goes before gpus. nodes: on how many of them a command is started; cpus and gpus are then of each."""
+
+    workers: Annotated[int, Field(ge=1)] = 1
+    nodes: Annotated[int, Field(ge=1)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # FACTS §2: one thread a process
+    gpus: float | Literal["auto"] = "auto"
+
+    @field_validator("gpus", mode="plain")
+    @classmethod
+    def _gpus(cls, value: Any) -> Any:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value == "auto" or (is_number and 0 <= value < math.inf):
+            return float(value) if is_number else value
+        raise ValueError(f"must be a number >= 0 or auto, got {describe(value)}")
+
+    @property
+    def parts(self) -> int:
+        """Bundles of `cpus` and `gpus` that a trial takes."""
+        return self.workers * self.nodes
+
+
+class Preflight(Section):
+    """Before anything is launched: is the set-up sound? No options yet; `preflight: null` switches it off."""
+
+
+class CalibrationOptions(Section):
+    """Before anything is launched: how hard does each setting push? Measured with the update switched off."""
+
+    batches: Annotated[int, Field(ge=1)] = 24  # medians of >= 10 active steps (FACTS §1), also behind gates that half of them pass
+    grid: Annotated[list[float], Field(min_length=1)] | None = None  # of max_t; None: what the space can take
+    # What leaves the weights as they are; for any launcher (FACTS §1).
+    disable_update: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.0})
+    # gram: from the gradients themselves; readings: from total_norm alone, as any training reports it; auto: gram where it fits.
+    method: Literal["auto", "gram", "readings"] = "auto"
+
+    @field_validator("grid")
+    @classmethod
+    def _grid(cls, grid: list[float] | None) -> list[float] | None:
+        if grid is not None and (len(set(grid)) < len(grid) or not all(0 < max_t <= 1 for max_t in grid)):
+            raise ValueError(f"must be different values of max_t above 0 and at most 1, got {grid}")
+        return grid
+
+
+class Confirm(Section):
+    """Before anything is exported: the best settings and the baseline again, with further seeds and for longer."""
+
+    finalists: Annotated[int, Field(ge=1)] = 3  # tried in their order until one holds
+    seeds: Annotated[int, Field(ge=2)] = 3  # an interval needs two; FACTS §6: the noise between seeds is as large as the gain
+    steps: Annotated[int, Field(ge=1)] | None = None  # of a trial; None: ten times the search's (SEEDS A9)
+
+
+class Tracking(Section):
+    """MLflow; uri None: SQLite in the storage path."""
+
+    uri: Annotated[str, Field(min_length=1)] | None = None
