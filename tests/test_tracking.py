@@ -22,6 +22,7 @@ from PIL import Image
 
 from tune_ssim.results.events import EventWriter, gain, numbers_of
 from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.study.study import load_study
 from tune_ssim.tracking.mirror import (
     MLflowMirror,
     default_uri,
@@ -327,6 +328,22 @@ def test_events_need_neither_ray_nor_mlflow() -> None:
     program = "import sys, tune_ssim.results.events, tune_ssim.tracking.mirror, tune_ssim.tracking.mlflow_ui"
     program += "; assert not {'ray', 'mlflow', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], env=process_environment(), check=True)
+
+
+def test_a_password_is_neither_written_nor_part_of_a_mirrors_identity(tmp_path: Path) -> None:
+    """A resumed study reads its tracking URI from study.yaml, and the password from the environment."""
+    for uri, kept in [
+        ("http://user:hunter2@host:5000/path", "http://user@host:5000/path"),
+        ("postgresql+psycopg2://user:hun@ter/2@db/mlflow", "postgresql+psycopg2://user@db/mlflow"),
+        (default_uri(tmp_path), default_uri(tmp_path)),
+        ("http://host:5000", "http://host:5000"),
+    ]:
+        study = load_study({"name": "quiet", "task": "fundus_sr", "space": "wide", "tracking": {"uri": uri}})
+        assert study.tracking is not None and study.tracking.uri == uri  # the driver's own mirror needs it
+        assert study.to_dict()["tracking"]["uri"] == kept and "hun" not in study.to_yaml()
+        folder = StudyFolder(tmp_path)
+        assert state_file(folder, uri) == state_file(folder, kept)
+        assert "hun" not in MLflowMirror(folder, uri).status()
 
 
 def test_password_is_not_shown(tmp_path: Path) -> None:

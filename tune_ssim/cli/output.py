@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.passwords import without_password
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def suggest_next(*words: str, why: str, to_stderr: bool = False) -> None:
-    """The next useful command, as it can be pasted."""
+    """The next useful command, as it can be pasted; without passwords."""
     context = click.get_current_context()
     if context.get_parameter_source("storage") is click.core.ParameterSource.COMMANDLINE:
         words = (*words, "--storage-path", str(context.params["storage"]))
-    click.echo(f"next: tune-ssim {shlex.join(words)}  # {why}", err=to_stderr)
+    click.echo(f"next: tune-ssim {shlex.join(map(without_password, words))}  # {why}", err=to_stderr)
 
 
 def discard_stdout() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import Field, PlainSerializer, field_validator, model_serializer, model_validator
 
+from tune_ssim.base.passwords import without_password
 from tune_ssim.base.validation import Problem, Problems, Section, or_empty
 from tune_ssim.base.yaml_source import describe
 from tune_ssim.guards import KeepRule
@@ -163,6 +164,6 @@ class Confirm(Section):
 
 
 class Tracking(Section):
-    """MLflow; uri None: SQLite in the storage path."""
+    """MLflow; uri None: SQLite in the storage path. Its password is never written."""
 
-    uri: Annotated[str, Field(min_length=1)] | None = None
+    uri: Annotated[str, Field(min_length=1), PlainSerializer(without_password)] | None = None

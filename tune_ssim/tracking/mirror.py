@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
+from tune_ssim.base.passwords import hide_password, without_password
 from tune_ssim.results.study_folder import StudyFolder
 
 EXPERIMENT = "tune_ssim"
@@ -173,7 +173,8 @@ def default_uri(storage: Path) -> str:
 
 
 def state_file(folder: StudyFolder, uri: str) -> Path:
-    return folder.path / "mirror" / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}.json"
+    """The same with and without a password in `uri`."""
+    return folder.path / "mirror" / f"{hashlib.sha256(without_password(uri).encode()).hexdigest()[:16]}.json"
 
 
 def lock_file(folder: StudyFolder, uri: str) -> Path:
@@ -206,7 +207,3 @@ def describe_error(error: BaseException) -> str:
             return cause
     text = hide_password(text)
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
-def hide_password(text: str) -> str:
-    return re.sub(r"://[^/@\s]+@", "://…@", text)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.passwords import hide_password
 from tune_ssim.records import Record
 from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.trouble import Trouble
-from tune_ssim.tracking.mirror import describe_error, hide_password
+from tune_ssim.tracking.mirror import describe_error
 from tune_ssim.tracking.mlflow_internals import restored
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.passwords import hide_password
 from tune_ssim.results.study_folder import StudyFolder, find_study
-from tune_ssim.tracking.mirror import default_uri, hide_password, mirror_study, process_environment, read_state
+from tune_ssim.tracking.mirror import default_uri, mirror_study, process_environment, read_state
 from tune_ssim.tracking.mlflow_internals import runs_page
 
 START_TIMEOUT_S = 90.0  # a cold import of MLflow on a busy machine
