@@ -109,7 +109,7 @@ class Networks(nn.Module):
 
 
 class FlowDinoKL(Training):
-    """See `trials.training.Task` for the contract.
+    """See `trials.training.Training` for the contract.
 
     Metrics of a step, means over its micro-batches: loss = loss_flow + loss_dino + loss_kl; loss_dino = alpha · dino_global
     and loss_kl = kl_weight · kl_raw as they enter the loss, so 0 where a branch is left out; dino_global: 1 − cosine;

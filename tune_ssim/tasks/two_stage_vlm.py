@@ -99,7 +99,7 @@ class Vision(nn.Module):
 
 
 class TwoStageVLM(Training):
-    """See `trials.training.Task` for the contract.
+    """See `trials.training.Training` for the contract.
 
     Metrics of a step: stage; in stage 1 loss_proxy; in stage 2 loss_caption in nats a token (and `loss_ce`, its usual name),
     label_fraction, the share of positions that count, and visual_scale, the size of visual tokens beside words;

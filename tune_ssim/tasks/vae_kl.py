@@ -105,7 +105,7 @@ class Decoder(nn.Module):
 
 
 class VAEKL(Training):
-    """See `trials.training.Task` for the contract.
+    """See `trials.training.Training` for the contract.
 
     Metrics of a step: loss = loss_reconstruction + loss_kl; loss_kl = alpha · kl_raw; kl_raw in nats, a mean over the batch;
     active_units: how many of the 16 latents depend on the patch (Burda et al. 2016); z_init/marginal_kl: how far all latents

@@ -98,13 +98,14 @@ class CommandTask(Training):
     numbers come from the command itself, from the evaluation's command, or from the last record, whichever exists.
     """
 
+    _process: Process | None = None
+
     def __init__(self, spec: CommandSpec, cwd: str | None = None) -> None:
         self.spec, self.home = spec, cwd
         self.launch: Launch = launch_here
         self.open_mlflow: OpenMLflow = _no_mlflow
         self.name, self.folder = "trial", Path()
         self._temporary_folder: Path | None = None
-        self._process: Process | None = None
         self._parsing = threading.Lock()  # the pipe's thread feeds the parser
 
     # -- before and after
@@ -131,6 +132,7 @@ class CommandTask(Training):
         self._echoes = Echoes(self.config, self.spec)
         self._in_force: set[str] = set()  # settings that a loop stated: they take precedence over printed ones
         self._resume_from: Path | None = None
+        self.fields: dict[str, Any] = {}  # of the command's templates, once it has started
         self._stated: dict[str, Any] = {}  # settings as the training stated or printed them
         self._settings_read: set[str] | None = None  # settings that a loop looked up; None: it is no loop of ours
         self._held_out: dict[str, float] = {}
@@ -181,7 +183,7 @@ class CommandTask(Training):
             self._temporary_folder = None
 
     def __del__(self) -> None:
-        if getattr(self, "_process", None) is not None:
+        if self._process is not None:
             self.close()
 
     # -- the training
@@ -496,7 +498,7 @@ class CommandTask(Training):
     def _idle_fields(self) -> dict[str, Any]:
         """Fields known before the command has started."""
         own = {"exp_name": self.name, "exp_dir": str(self.folder / self.name), "python": sys.executable, "gpus": 0}
-        return {**own, **self.config, "seed": self.seed, **getattr(self, "fields", {})}
+        return {**own, **self.config, "seed": self.seed, **self.fields}
 
     def _checkpoint(self) -> Path | None:
         template = self.spec.checkpoints
@@ -505,7 +507,7 @@ class CommandTask(Training):
     def written(self) -> dict[int, Path]:
         """Existing checkpoints by their step."""
         template = self.spec.checkpoints
-        return {} if template is None or not hasattr(self, "fields") else checkpoints(template, self.fields, self._path)
+        return {} if template is None or not self.fields else checkpoints(template, self.fields, self._path)
 
     def _run(self, words: Sequence[str], fields: Mapping[str, Any], timeout_s: float, what: str) -> str:
         """Runs a command and returns its standard output. Raises UserError unless it exits with 0 in time."""
@@ -516,7 +518,7 @@ class CommandTask(Training):
             argv,
             output.append,
             environment={**os.environ, "PYTHONUNBUFFERED": "1"},
-            cwd=self._cwd() if self.spec.cwd is None or hasattr(self, "fields") else self.home,
+            cwd=self._cwd() if self.spec.cwd is None or self.fields else self.home,
             grace_s=self.spec.grace_s,
         )
         in_time = process.wait(timeout_s)
@@ -583,7 +585,7 @@ class CommandTask(Training):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        checkpoint = self._checkpoint() if hasattr(self, "fields") else None
+        checkpoint = self._checkpoint() if self.fields else None
         return {"step": self.step_now, "checkpoint": str(checkpoint) if checkpoint else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
