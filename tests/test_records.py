@@ -48,7 +48,7 @@ def test_the_json_form_shares_nothing_with_the_record() -> None:
         ([Record(0)], [Record(0)]),
         ([Record(2, {"a": 1.0}), Record(1, {"a": 2.0})], [Record(1, {"a": 2.0}), Record(2, {"a": 1.0})]),
         ([Record(1, {"a": 1.0}), Record(1, {"b": 2.0})], [Record(1, {"a": 1.0, "b": 2.0})]),
-        ([Record(1, {"a": 1.0}), Record(1, {"a": 2.0})], [Record(1, {"a": 2.0})]),  # the last value stands
+        ([Record(1, {"a": 1.0}), Record(1, {"a": 2.0, "b": 3.0})], [Record(1, {"a": 1.0, "b": 3.0})]),  # the first value wins
     ],
 )
 def test_merge(records: list[Record], merged: list[Record]) -> None:

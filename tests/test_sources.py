@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,30 @@ def test_the_newest_step_is_held_back() -> None:
     assert "line 4: step 1 after step 2" in parser.trouble.sentence()
     assert parser.feed(b'{"step": 2, "loss": 5}\n') + parser.finish() == []
     assert last == [Record(2, {"loss": 3.0, "val": 4.0})]  # and stays so
+
+
+STEP_TWICE = {
+    "csv": "step,loss,lr\n1,0.5,\n1,9.0,0.1\n2,0.4,0.1\n1,8.0,0.2\n",
+    "jsonl": '{"step": 1, "loss": 0.5}\n{"step": 1, "loss": 9.0, "lr": 0.1}\n'
+    '{"step": 2, "loss": 0.4, "lr": 0.1}\n{"step": 1, "loss": 8}\n',
+    "text": "step 1 loss 0.5\nstep 1 loss 9.0 lr 0.1\nstep 2 loss 0.4 lr 0.1\nstep 1 loss 8\n",
+}
+
+
+@pytest.mark.parametrize("format", STEP_TWICE)
+def test_the_first_value_of_a_step_wins(format: str) -> None:
+    wanted = [Record(1, {"loss": 0.5, "lr": 0.1}), Record(2, {"loss": 0.4, "lr": 0.1})]
+    parser = LineParser(format=format)
+    assert parser.feed(STEP_TWICE[format].encode()) + parser.finish() == wanted
+    assert merge([Record(1, {"loss": 0.5}), Record(1, {"loss": 9.0, "lr": 0.1}), Record(2, {"loss": 0.4, "lr": 0.1})]) == wanted
+
+
+def test_json_lines_are_read_without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "".join(f'{{"step": {step}, "loss": {1 / (step + 1)}}}\n' for step in range(2 * json_lines.MANY)).encode()
+    with_arrow, without = LineParser(format="jsonl"), LineParser(format="jsonl")
+    expected = with_arrow.feed(lines) + with_arrow.finish()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # `import pyarrow` raises ImportError
+    assert without.feed(lines) + without.finish() == expected
 
 
 def test_the_step_held_back_is_released_and_its_later_rows_are_not_lost() -> None:

@@ -58,8 +58,10 @@ def held_out_values(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def merge(records: Iterable[Record]) -> list[Record]:
-    """Records of one step become one, in the order of the steps; of a repeated key the last value stands."""
+    """One record per step, in the order of the steps. If a value of a step is logged twice, the first one wins."""
     by_step: dict[int, dict[str, float]] = {}
     for record in records:
-        by_step.setdefault(record.step, {}).update(record.values)
+        values = by_step.setdefault(record.step, {})
+        for name, value in record.values.items():
+            values.setdefault(name, value)
     return [Record(step, by_step[step]) for step in sorted(by_step)]

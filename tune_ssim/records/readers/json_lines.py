@@ -99,8 +99,11 @@ def columns_of(lines: Sequence[str]) -> dict[str, NDArray[Any]] | None:
     text = "\n".join(lines)
     if text[:1] != "{" or not text.count("{") == len(lines) == text.count("\n{") + 1:
         return None  # not one object on each line
-    import pyarrow
-    from pyarrow import json as arrow_json
+    try:
+        import pyarrow
+        from pyarrow import json as arrow_json
+    except ImportError:  # it is optional: the json module reads the same numbers, more slowly
+        return None
 
     data = text.encode()
     options = arrow_json.ReadOptions(use_threads=False, block_size=len(data) + 1)

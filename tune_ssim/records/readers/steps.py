@@ -1,4 +1,4 @@
-"""Rows of a log become records: those of one step are merged, and steps only grow."""
+"""Records from the rows of a log: rows of one step are merged, and steps only increase."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ class Steps:
     """`add` rows, `take` records. The newest step is held back until a later one appears, since a trainer may log one
     step in several rows.
 
-    A step far ahead of those that follow (a number misread, a line of two writers) waits for them.
+    If a value of a step is logged twice, the first one wins. A row of a step that was released already is skipped, and
+    `issues` reports it: lines that come twice change nothing, and a run that restarts from an older checkpoint counts
+    again once it has passed the step it had reached before.
 
-    A row of a step that was released already is passed over: the first value of a step stands, as it does when
-    a study is mirrored. So lines that come twice change nothing; a run that goes on from an older checkpoint is
-    heard again once it is past the step it had reached; and a trouble says so. A log without steps has its rows
-    numbered from 1."""
+    A step far ahead of the steps after it (a misread number, a line of two writers) waits for them. A log without
+    steps has its rows numbered from 1."""
 
     def __init__(self, trouble: Trouble) -> None:
         self.trouble = trouble
         self.last = -1  # newest step that was released
         self._step = -1  # held back
         self._values: dict[str, float] = {}
-        self._gone_back = False  # since then: what the held step gets now is another run's, and only adds to it
         self._given: frozenset[str] | None = None  # metrics of that step that `release` gave before they had to be
         self._ahead: dict[int, dict[str, float]] = {}  # later steps that came before it
         self._released: list[Record] = []
@@ -47,7 +46,8 @@ class Steps:
         if step is None:
             self._without_step(values, line, text)
         elif step == self._step > self.last:  # else finish() has released it
-            self._values = {**values, **self._values} if self._gone_back else {**self._values, **values}
+            for name, value in values.items():
+                self._values.setdefault(name, value)
         elif step == self._step and self._given is not None:
             self._values.update({name: value for name, value in values.items() if name not in self._given})
         elif step > self._step:
@@ -55,13 +55,12 @@ class Steps:
                 self._knows_steps()
             self._release(step)
             if self._ahead and step in self._ahead:
-                values = {**self._ahead.pop(step), **values}
-            self._step, self._values, self._gone_back = step, values, False
+                values = {**values, **self._ahead.pop(step)}
+            self._step, self._values = step, values
         elif step > self.last and len(self._ahead) < AHEAD:
             self._ahead[self._step] = self._values
             self._step, self._values = step, values
         else:
-            self._gone_back = True
             if step > self._heard_up_to:
                 self.trouble.repeat(line, step, self._step)
 
@@ -79,7 +78,7 @@ class Steps:
         self._parts.append(table[:-1])
         self.last = table.steps[-2]
         held = table[len(table) - 1]
-        self._step, self._values, self._gone_back = held.step, dict(held.values), False
+        self._step, self._values = held.step, dict(held.values)
         return True
 
     def take(self) -> list[Record]:
