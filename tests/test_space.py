@@ -54,6 +54,13 @@ def test_the_bundled_spaces_are_these() -> None:
     assert bundled_spaces() == [*OF_SSIM[:3], "flow_dino_kl", *OF_SSIM[3:6], "two_stage_vlm", "vae_kl", "wide"]
 
 
+def test_yaml_for_any_reader_changes_nothing_for_the_next_one() -> None:
+    value = {"a": "off", "x": 1e-05, "n": None}
+    before = dump_yaml(value)
+    assert dump_yaml(value, for_any_reader=True) == 'a: "off"\nx: 1.0e-05\n"n": null\n'
+    assert dump_yaml(value) == before == "a: off\nx: 1e-05\nn: null\n"
+
+
 def test_wide_begins_with_the_settings_of_the_notes() -> None:
     (stage,) = load_space("wide").stages
     assert triples(stage) == [V1, V2, V3]

@@ -212,22 +212,31 @@ class _Reader:
 def dump_yaml(value: Mapping[str, Any], *, for_any_reader: bool = False) -> str:
     """Block style with short mappings and lists in one line; `parse_yaml` reads the same value back.
 
-    for_any_reader: YAML 1.1 too (PyYAML), to which `1e-05` is a text, `off` is false and `1:30` is 90."""
+    for_any_reader: block style only, for YAML 1.1 too (PyYAML), to which `1e-05` is a text, `off` is false and `1:30` is 90."""
     from io import StringIO
 
-    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+    from ruamel.yaml.representer import RoundTripRepresenter
+
+    class Representer(RoundTripRepresenter):
+        """Of this call: representers are registered with a class."""
 
     yaml = YAML()  # round-trip mode: the only one that lets flow style be chosen for each collection
-    yaml.width = 120
+    yaml.Representer = Representer
+    yaml.width = 4096 if for_any_reader else 120
     yaml.representer.ignore_aliases = lambda _: True
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar(_PREFIX + "null", "null"))
     yaml.indent(mapping=2, sequence=4, offset=2)
     if for_any_reader:
         yaml.representer.add_representer(float, lambda to, number: to.represent_scalar(_PREFIX + "float", _float_text(number)))
-        yaml.representer.add_representer(str, lambda to, text: to.represent_data(DoubleQuotedScalarString(text)))
+        yaml.representer.add_representer(str, lambda to, text: to.represent_scalar(_PREFIX + "str", text, style=_quotes(text)))
     stream = StringIO()
-    yaml.dump(_styled(value, top=True), stream)
+    yaml.dump(dict(value) if for_any_reader else _styled(value, top=True), stream)
     return stream.getvalue()
+
+
+def _quotes(text: str) -> str | None:
+    is_plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ .,/()-]*", text) and not text.endswith(" ")
+    return None if is_plain and not re.fullmatch(r"(?i)y|n|yes|no|on|off|true|false|null", text) else '"'
 
 
 def _float_text(number: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import shlex
@@ -70,38 +69,14 @@ def format_export(exported: Mapping[str, Any], format: str) -> str:
     if format == "json":
         return json.dumps(exported, indent=2, allow_nan=False) + "\n"
     if format == "yaml":
-        return _yaml(exported)
+        from tune_ssim.base.yaml_source import dump_yaml
+
+        return dump_yaml(exported, for_any_reader=True)
     if format == "env":
         return _env_lines(exported)
     if format == "args":
         return _arguments(exported["config"]) + "\n"
     raise UserError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-
-
-def _yaml(exported: Mapping[str, Any]) -> str:
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = False, False, 4096  # type: ignore[assignment]
-    # Readers of YAML 1.1 (PyYAML) and 1.2 must agree: to the former 1e-05 is a string and `no` is False.
-    yaml.representer.add_representer(float, lambda to, value: to.represent_scalar(_FLOAT, _dotted(repr(value))))
-    yaml.representer.add_representer(str, lambda to, text: to.represent_scalar(_STR, text, style=_quotes(text)))
-    stream = io.StringIO()
-    yaml.dump(dict(exported), stream)
-    return stream.getvalue()
-
-
-_FLOAT, _STR = "tag:yaml.org,2002:float", "tag:yaml.org,2002:str"
-
-
-def _quotes(text: str) -> str | None:
-    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_ .,/()-]*", text) and not text.endswith(" ")
-    return None if plain and not re.fullmatch(r"(?i)y|n|yes|no|on|off|true|false|null", text) else '"'
-
-
-def _dotted(text: str) -> str:
-    """1e-05 -> 1.0e-05"""
-    return re.sub(r"^(-?\d+)e", r"\1.0e", text)
 
 
 def _env_lines(exported: Mapping[str, Any]) -> str:
