@@ -513,3 +513,9 @@ def test_a_copy_with_other_values_is_checked_too() -> None:
         study.replace(report_every=0)
     with pytest.raises(ValueError, match=r"search\.trials: a route of 4 stages needs at least 4 trials, got 1"):
         study.replace(search=study.search.replace(trials=1))
+
+
+def test_a_study_of_an_earlier_version_keeps_its_digest() -> None:
+    """Resuming compares it. The digest is what version 0.1 printed for this file."""
+    study = load_study(Path(__file__).parent / "old_studies" / "small" / "study.yaml")
+    assert study.sha256 == "b3933d1f1247dc1295e6cb34f31a22b8caaa296a7655d595de9d9f96e7d5294e"

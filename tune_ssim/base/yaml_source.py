@@ -39,7 +39,7 @@ _WORDS: dict[str, bool | None] = {
 }  # fmt: skip
 
 _PREFIX = "tag:yaml.org,2002:"
-_SCALAR_TAGS = {"str", "int", "float", "bool", "null", "timestamp", "value", "merge"}  # what plain text can resolve to
+_SCALAR_TAGS = {"str", "int", "float", "bool", "null", "timestamp", "value", "merge"}  # what a plain scalar can resolve to
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rule packs: what experience with one kind of training says about its log, as YAML, loaded into guards.
+"""Rule packs: YAML files with the known failures of one kind of training, loaded into guards.
 
 docs/rules.md describes the keys; tune_ssim/guards/rule_packs/ holds the bundled ones.
 """
@@ -23,7 +23,7 @@ from tune_ssim.guards.condition import Condition
 from tune_ssim.guards.violation import Action
 
 LIMITS = ("above", "below", "outside", "off")
-# What a condition may say, by its kind.
+# Keys of a condition, by its kind.
 CONDITION_KEYS = {
     "value": ("metric", *LIMITS, "by", "over", "records", "steps", "after"),
     "first": ("metric", "of", *LIMITS, "by"),
@@ -40,17 +40,17 @@ PLACEHOLDER = re.compile(r"\{\w+\}")
 
 @dataclass(frozen=True)
 class Branch:
-    """A part of the loss and how to see that it works: its loss falls, its gradient is there, and all of its parameters get
-    one in every micro-batch (SEEDS C5). Names of metrics; empty: the pack does not say. Of `gradient`, the first that a log
-    has counts."""
+    """A part of the loss, and the metrics that show that it works: its loss falls, its gradient is not zero, and all of its
+    parameters get one in every micro-batch (SEEDS C5). Empty: the pack names no such metric. Of `gradient`, the first in the log
+    is used."""
 
     name: str
     loss: str
     gradient: tuple[str, ...] = ()
     has_grad: str = ""
     trainable: str = ""
-    may_be_flat: bool = False  # a fine-tuning starts where it is good: its loss need not fall
-    may_rise: bool = False  # a regulariser such as the KL works where it settles, above where it began as well
+    may_be_flat: bool = False  # the loss of a fine-tuning may be good from the start
+    may_rise: bool = False  # a regulariser such as the KL may settle above its start
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class _Condition(Section):
         return built
 
     def _band(self) -> dict[str, float]:
-        """The bounds within which all is well."""
+        """The healthy range."""
         limits = [key for key in LIMITS if getattr(self, key) is not None]
         if len(limits) != 1:
             raise problem(f"must have exactly one of {', '.join(LIMITS)} (or a trend); got {', '.join(limits) or 'none'}")

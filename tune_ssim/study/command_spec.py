@@ -1,4 +1,4 @@
-"""How an external training is run and read: the `task:` of a study that tunes somebody's script. No torch here."""
+"""Specification of an external training command: the `task:` of a study that tunes a script. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tune_ssim.base.validation import Problems, Section
 from tune_ssim.base.yaml_source import did_you_mean
 from tune_ssim.records.readers import FORMATS, PRINTED, LineParser
 
-# What can stand in braces besides the trial's own settings.
+# Placeholders besides the trial's own settings.
 ALWAYS = ("seed", "steps", "exp_name", "exp_dir", "python", "nodes", "node_rank", "master_addr", "master_port", "gpus")
-OF_A_TRIAL = ("exp_dir", "exp_name")  # of these, what no two trials share, nor two beginnings of one
+OF_A_TRIAL = ("exp_dir", "exp_name")  # differ between any two trials, and between two starts of one
 IN_SMOKE = ("checkpoint", "step", "noise", "out")
-# Values that ask a training for nothing: no scaling, no gate.
+# Values without an effect: no scaling, no gate.
 NEUTRAL = {"ssim_grad_scale": (1.0,), "ssim_loss_max_t": (None, 1.0), "pixel_loss_max_t": (None, 1.0)}
-AUXILIARY_WEIGHT = re.compile(r"(ssim|pixel|kl|dino)_(\w+_)?weight")  # 0 asks for no such loss
-# One value of each kind, to try the formats of the placeholders on.
+AUXILIARY_WEIGHT = re.compile(r"(ssim|pixel|kl|dino)_(\w+_)?weight")  # 0: no such loss
+# One value of each kind, on which the formats of placeholders are tried.
 SAMPLES: dict[str, Any] = {
     **dict.fromkeys(("seed", "steps", "nodes", "node_rank", "master_port", "gpus", "step", "noise"), 1),
     **dict.fromkeys(("exp_name", "exp_dir", "python", "master_addr", "checkpoint", "out"), "x"),
@@ -50,11 +50,12 @@ class ConfigFile(Section):
 
 
 class RecordsFrom(Section):
-    """Where the numbers of each step come from, if the training does not report them itself. Without `file` from what the command
-    prints. file: that it writes, of any format that `records.readers` reads, or a folder of TensorBoard files; every trial needs
-    its own, so `{exp_dir}` or `{exp_name}` is in it, or in the `cwd` that it is relative to. pattern: regular expressions with
-    named groups, one of them `step`, or the name of a built-in pattern. names: theirs → ours. mlflow: a tracking URI: the command
-    finds a run of its own in its environment, which `mlflow.start_run()` takes up."""
+    """Where the numbers of each step come from, if the training does not report them itself.
+
+    file: a log that the command writes, in any format that `records.readers` reads, or a folder of TensorBoard files; default what
+    it prints. Every trial needs its own, so the path or the `cwd` has `{exp_dir}` or `{exp_name}` in it.
+    pattern: regular expressions with named groups, one of them `step`, or the name of a built-in pattern.
+    names: the log's name → ours. mlflow: a tracking URI; `mlflow.start_run()` in the command resumes a run made for the trial."""
 
     mlflow: Annotated[str, Field(min_length=1)] | None = None
     file: Annotated[str, Field(min_length=1)] | None = None
@@ -70,13 +71,13 @@ class RecordsFrom(Section):
 
 
 class SmokeCommand(Section):
-    """Inference by a second command: `{checkpoint}`, `{step}`, `{noise}` (0 or 1), and `{out}`, an empty folder for what it makes.
+    """Inference by a second command: `{checkpoint}`, `{step}`, `{noise}` (0 or 1), and `{out}`, an empty folder for its output.
 
-    images: a glob in `{out}`; all of one size. references: a folder with the truth of each, under the same file names.
-    reconstructions: the same for these through the frozen autoencoder: the best that a sample can be. inputs: for what each was
-    made from. examples: a folder with other real images of the kind, where there is no truth.
+    images: a glob in `{out}`; all of one size. references: a folder with the ground truth of each, under the same file names.
+    reconstructions: the ground truth through the frozen autoencoder, the upper bound of a sample. inputs: what each was made
+    from. examples: a folder with other real images of the kind, where there is no ground truth.
     tokens: a file in `{out}` with a JSON list of lists of token ids, of a vocabulary of `vocabulary_size`. at_start: the
-    checkpoint that stands for step 0; without it the first samples are judged by themselves."""
+    checkpoint of step 0; without it the first samples are judged without a comparison."""
 
     command: Words
     images: Annotated[str, Field(min_length=1)] | None = "*.png"
@@ -109,11 +110,11 @@ class CommandSpec(Section):
     """command: program and arguments; no shell sees them. `{name}` stands for a setting of the trial, or for one of `seed steps
     exp_name exp_dir python nodes node_rank master_addr master_port gpus`; `{name:.3e}` formats it, `{{` is a brace.
 
-    environment: variables besides those that are there; `EXP_NAME` is always set, and new for every trial.
-    cwd: default the study's folder. echo: parameters that the command prints (`name=value`, `name: value`, JSON) are compared with
-    what was asked for; `required`: one that is not printed stops the study. known: what is so in the script and not a setting,
-    e.g. `{max_grad_norm: 1.0, batch_size: 8}`. checkpoints: the path of the one of `{step}`. resume: further arguments that make
-    the command go on from `{checkpoint}`; without them a trial whose process died begins again, under a new name.
+    environment: further variables; `EXP_NAME` is always set, and new for every trial. cwd: default the study's folder.
+    echo: parameters that the command prints (`name=value`, `name: value`, JSON) are compared with the trial's settings;
+    `required`: one that is not printed stops the study. known: values that the script fixes itself, e.g.
+    `{max_grad_norm: 1.0, batch_size: 8}`. checkpoints: the path of the checkpoint of `{step}`. resume: further arguments with which
+    the command continues from `{checkpoint}`; without them a trial whose process died starts again, under a new name.
     """
 
     command: Words
@@ -143,7 +144,7 @@ class CommandSpec(Section):
         return self
 
     def templates(self) -> Iterator[tuple[tuple[str | int, ...], str, bool]]:
-        """(place, template, whether it is of a smoke test, an evaluation or a resumption) of all text with placeholders."""
+        """(place, template, whether of the smoke test, the evaluation or the resumption) of all text with placeholders."""
         yield from ((("command", index), word, False) for index, word in enumerate(self.command))
         yield from ((("environment", name), value, False) for name, value in self.environment.items() if isinstance(value, str))
         if self.config_file is not None:
@@ -162,7 +163,7 @@ class CommandSpec(Section):
         yield from ((("resume", index), word, True) for index, word in enumerate(self.resume or ()))
 
     def problems(self, settings: Mapping[str, Sequence[Any]] | None) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """(place, what is wrong) in a study whose trials have these settings, and such values; None: not known."""
+        """(place, message) of each problem in a study whose trials have these settings with these values; None: not known."""
         if self.records is not None:
             yield from (
                 (("records", *place), wrong) for place, wrong in reading_problems(self.records.pattern, self.records.format)
@@ -189,15 +190,15 @@ class CommandSpec(Section):
             )
 
     def unused_settings(self, settings: Mapping[str, Sequence[Any]]) -> list[str]:
-        """Settings that have a value which matters, and for which the command has no placeholder. Empty for a command that pushes
-        its records: it may look its settings up."""
+        """Settings with a value that has an effect, for which the command has no placeholder. Empty for a command that pushes its
+        records: it may look its settings up."""
         if self.records is None:
             return []
         known = {"steps", *self.referenced_settings()}
         return [name for name, values in settings.items() if name not in known and not all(is_neutral(name, v) for v in values)]
 
     def missing_programs(self, home: str | None) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """(place, what is wrong) with the programs, as they are here. home: the folder to start from if there is no `cwd`."""
+        """(place, message) of each program that this machine does not have. home: the working folder if there is no `cwd`."""
         cwd = Path(home or ".", self.cwd or "")
         if self.cwd is not None and placeholders(self.cwd):
             return
@@ -219,7 +220,7 @@ class CommandSpec(Section):
                 yield (*filter(None, (name,)), "command", 0), f"no program {program!r} in the PATH{hint}"
 
     def _shares(self, file: str) -> bool:
-        """Whether two trials may mean the same path by it. A setting tells no trials apart: every baseline has the same."""
+        """Whether two trials may have the same path. Settings do not make it different: all baselines have the same."""
         at_home = file.startswith("{exp_dir}")  # that is absolute
         path = os.path.normpath(file if at_home else os.path.join(self.cwd or "", file))  # noqa: PTH118  (`..` may leave the folder)
         return not set(placeholders(path)) & set(OF_A_TRIAL)
@@ -236,7 +237,7 @@ def is_neutral(name: str, value: Any) -> bool:
 
 
 def reading_problems(pattern: str | Sequence[str] | None, format: str | None) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(place, what is wrong) with how a log is to be read."""
+    """(place, message) of each problem with a log's format and pattern."""
     if format is not None and format not in FORMATS:
         yield ("format",), f"unknown format {format!r}{did_you_mean(format, FORMATS)}"
         return
@@ -260,7 +261,7 @@ def _misfit(template: str, values: Mapping[str, Any]) -> str | None:
 
 
 def placeholders(template: str) -> list[str]:
-    """Names in braces. Raises ValueError for braces that do not pair, and for more than a name and a format in them."""
+    """Names in braces. Raises ValueError for unpaired braces, and for more than a name and a format in them."""
     names = []
     for _, name, format_spec, conversion in string.Formatter().parse(template):
         if name is None:
@@ -272,7 +273,7 @@ def placeholders(template: str) -> list[str]:
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """Raises UserError where this trial has no value for a placeholder, or one that its format does not fit."""
+    """The template with the values. Raises UserError for a placeholder without a value, and for a format that does not fit."""
     for name in placeholders(template):
         if name not in values:
             raise UserError(f"command: this trial has no value for the braces in {template!r}; it has {', '.join(sorted(values))}")
@@ -285,7 +286,7 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
 
 
 def fill_value(template: Any, values: Mapping[str, Any]) -> Any:
-    """A template that is one placeholder becomes the value itself, in its type."""
+    """As `fill`; a template that is a single placeholder gives the value itself, with its type."""
     if not isinstance(template, str):
         return template
     names = placeholders(template)
@@ -298,7 +299,7 @@ def fill_all(templates: Sequence[str], values: Mapping[str, Any]) -> list[str]:
 
 
 class _Word(str):
-    """Text that takes a number's format as well."""
+    """Text that can be formatted as the value that it was made from."""
 
     value: Any
 
@@ -307,7 +308,7 @@ class _Word(str):
 
 
 def as_word(value: Any) -> _Word:
-    """A number as Python writes it, true and false as YAML does, None as nothing."""
+    """A number as in Python, true and false as in YAML, None as the empty text."""
     text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     word = _Word(text)
     word.value = value

@@ -30,7 +30,7 @@ def part_problems(study: Study) -> Iterator[Problem]:
             for key, value in stage.fixed.items():
                 if key in (study.task_config or {}) and study.task_config[key] != value:
                     own = describe(study.task_config[key])
-                    message = f"is {own}, but the space {study.space.name!r} fixes it at {value}; say it in one place"
+                    message = f"is {own}, but the space {study.space.name!r} fixes it at {value}; set it in one place"
                     yield Problem(("task_config", key), message)
         stages = len(study.space.stages)
         if study.search is not None and study.search.trials < stages:
@@ -63,7 +63,7 @@ def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
         yield Problem(("task", *loc), message)
     yield from _unused(study, task)
     if has_settings:
-        # What every trial has; without a weight the gate and the scale mean nothing, and get some value (`_untouched`).
+        # What every trial has; without a weight the gate and the scale mean nothing, and get any value (`Study.baseline_settings`).
         always = {*study.task_config, *study.baseline.overrides, WEIGHT, MAX_T, GRAD_SCALE}
         for name in sorted((task.referenced_settings() & set(_values_of(study))) - always):
             yield Problem(("baseline",), f"has no {name}, which the command uses: set it here, or in task_config")
@@ -76,7 +76,7 @@ def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
 
 
 def missing_files(study: Study) -> Iterator[Problem]:
-    """What is not on this machine; of several nodes the others may look different."""
+    """Programs and logs that this machine does not have. Not checked for several nodes, where the others may differ."""
     if isinstance(study.task, CommandSpec) and study.resources is not None and study.resources.nodes == 1:
         for loc, message in study.task.missing_programs(study.import_path):
             yield Problem(("task", *loc), message)
@@ -96,10 +96,10 @@ def _values_of(study: Study) -> dict[str, list[Any]]:
 
 
 def _of_space(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, setting → value): every value that the space names, and the bounds of those that it draws."""
+    """(how, setting → value) of every value that the space lists, and of the bounds of its ranges."""
     for stage in study.space.stages if study.space is not None else ():
         for name, domain in stage.parameters.items():
-            if name == GAIN:  # the weight is drawn; the gate and the scale stand elsewhere
+            if name == GAIN:  # the weight is sampled; the gate and the scale are settings of their own
                 yield "varies", {WEIGHT: 0.5, GRAD_SCALE: 1.0, MAX_T: 1.0}
                 continue
             for value in domain.listed:

@@ -1,4 +1,4 @@
-"""Search spaces: what may vary, from conservative to aggressive, as frozen objects that are checked when built.
+"""Search spaces, from conservative to aggressive, as frozen objects that are checked when built.
 
 The SSIM gradient reaches the parameters only through the decoder's output, so `ssim_loss_weight` and
 `ssim_grad_scale` act through their product alone:
@@ -402,7 +402,7 @@ def _with_shared(stage: Any, shared: Mapping[str, Any]) -> Any:
 
 
 def _twice(stages: Iterable[Any], shared: Mapping[str, Any]) -> Iterator[Problem]:
-    """Names that two stages have, and settings that a stage fixes beside the space."""
+    """Names that two stages share, and settings that both a stage and the space fix."""
     names: set[Any] = set()
     for index, stage in enumerate(stages):
         is_built = isinstance(stage, Stage)
@@ -470,23 +470,23 @@ def setting_problem(name: str, value: Any) -> str | None:
 
 
 def near_miss(name: str) -> str | None:
-    """The known setting that `name` is a slip of, or None for a name of its own.
+    """The known setting of which `name` is a misspelling, or None.
 
-    A slip leaves words out (`max_t`, `ssim_weight`) or mistypes some (`ssim_los_weight`, `max_T`). `kl_loss_weight`
-    and `ms_ssim_loss_weight` are names of their own, though letter by letter they look nearer.
+    A misspelling leaves words out (`max_t`, `ssim_weight`) or mistypes some (`ssim_los_weight`, `max_T`). `kl_loss_weight`
+    and `ms_ssim_loss_weight` are other settings, though letter by letter they look nearer.
     """
     if name in KNOWN:
         return None
     words = name.lower().replace("-", "_").split("_")
 
-    def is_slip(known: str) -> bool:
+    def is_misspelled(known: str) -> bool:
         parts = known.split("_")
         if len(words) == len(parts) and all(_alike(word, part) for word, part in zip(words, parts, strict=True)):
             return True
         return "".join(words) == "".join(parts) or (len(words) > 1 and set(words) <= set(parts))
 
-    slips = [known for known in KNOWN if is_slip(known)]
-    return max(slips, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio(), default=None)
+    candidates = [known for known in KNOWN if is_misspelled(known)]
+    return max(candidates, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio(), default=None)
 
 
 def bundled_spaces_folder() -> Path:

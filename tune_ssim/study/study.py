@@ -1,4 +1,4 @@
-"""A study: what is trained, what may vary, what is judged and for how long, as one frozen object."""
+"""A study as one frozen object, and its file: what is trained, what is searched, how trials are judged."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def default_guards() -> dict[str, Guard]:
     return {guard.name: guard for guard in (NormRatio(), SmokeTest(), NonFinite())}
 
 
-# ---- what a file may say for each part, and what that means ----
+# ---- each part as a file may have it ----
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _setting_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _usual_baseline(done: dict[str, Any]) -> BaselineRuns:
-    """A script that has no pixel loss has a baseline without any auxiliary loss."""
+    """With the pixel loss only; of a command without a pixel loss, without any auxiliary loss."""
     usual, task = BaselineRuns(), done.get("task")
     if not isinstance(task, CommandSpec):
         return usual
@@ -382,16 +382,16 @@ class Study(Document):
 
     @property
     def baseline_seeds(self) -> int:
-        """Baseline runs of the search; none where their log is at hand."""
+        """Baseline runs of the search; 0 where `baseline.log` is given."""
         return self.baseline.seeds if self.baseline.log is None else 0
 
     @property
     def baseline_settings(self) -> dict[str, Any]:
         """What a baseline sets on top of `task_config`: no SSIM loss, where the study has one at all."""
-        return {**self._untouched(), **({WEIGHT: 0.0} if self.has_ssim else {}), **self.baseline.overrides}
+        return {**self._values_without_effect(), **({WEIGHT: 0.0} if self.has_ssim else {}), **self.baseline.overrides}
 
-    def _untouched(self) -> dict[str, Any]:
-        """A command has a place for every setting, also for those that mean nothing without a weight: any value will do."""
+    def _values_without_effect(self) -> dict[str, Any]:
+        """Of the gate and the scale, which mean nothing without a weight: a command has placeholders for them all the same."""
         if not isinstance(self.task, CommandSpec):
             return {}
         found: dict[str, Any] = {}
@@ -408,13 +408,13 @@ class Study(Document):
 
     @property
     def has_ssim(self) -> bool:
-        """Whether the study says anything about the weight of an SSIM loss."""
+        """Whether the study searches or sets the weight of an SSIM loss."""
         named = {name for stage in self.space.stages for name in (*stage.parameters, *stage.fixed)} | set(self.task_config)
         return bool({GAIN, WEIGHT} & named)
 
     @property
     def calibrates(self) -> bool:
-        """Whether the calibration is on and has something to measure."""
+        """Whether the calibration is on and the study has an SSIM loss to measure."""
         return self.calibration is not None and self.has_ssim
 
     def to_dict(self) -> dict[str, Any]:
@@ -432,7 +432,7 @@ class Study(Document):
 
     @property
     def sha256(self) -> str:
-        """Of the content: the order of keys, the YAML's layout and where the user's code lies mean nothing."""
+        """Digest of the content, whatever the order of keys, the YAML's layout and the folder of the user's code."""
         content = {**self.to_dict(), "import_path": None}
         if not self.rules:
             del content["rules"]  # as before there were any
