@@ -38,21 +38,21 @@ class TrialCallback(TrainerCallback):
     def add(self, **metrics: float | torch.Tensor) -> None:
         """Further numbers of the step in progress, e.g. from compute_loss(): ssim_active_fraction, loss_ssim. Means are taken
         over micro-batches."""
-        if self.reporting.is_heard:
+        if self.reporting.is_active:
             for name, value in metrics.items():
                 self._added.setdefault(name, []).append(value.detach() if isinstance(value, torch.Tensor) else value)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.reporting.start(state.global_step, model, args.device):
             control.should_training_stop = True
-        if self.reporting.is_heard:
+        if self.reporting.is_active:
             args.logging_nan_inf_filter = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._added = {}  # of an evaluation, which calls compute_loss() too
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.reporting.is_heard:
+        if self.reporting.is_active:
             control.should_log = True
         if self.reporting.pruned:
             control.should_training_stop = True
@@ -60,7 +60,7 @@ class TrialCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, model: Any = None, **kwargs: Any
     ) -> None:
-        if not logs or "loss" not in logs or not self.reporting.is_heard or self.reporting.pruned:
+        if not logs or "loss" not in logs or not self.reporting.is_active or self.reporting.pruned:
             return  # an evaluation, or the summary at the end
         metrics: dict[str, Any] = {name: sum(values) / len(values) for name, values in self._added.items()}
         self._added = {}

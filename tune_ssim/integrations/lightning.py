@@ -52,13 +52,13 @@ class TrialCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         # Lightning clips after this hook; a GradScaler has unscaled before it.
-        if self.reporting.is_heard:
+        if self.reporting.is_active:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self._squares.append(total_norm(parameters).square())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         reporting = self.reporting
-        if not reporting.is_heard or reporting.pruned:
+        if not reporting.is_active or reporting.pruned:
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, torch.Tensor):

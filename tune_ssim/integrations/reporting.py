@@ -16,32 +16,32 @@ MakeSamples = Callable[[Any], "Sample | torch.Tensor"]
 
 
 class Reporting:
-    """One trial as a trainer's callback sees it. pruned: why the trial is over, once it is."""
+    """The reports of a trainer's callback to its trial. pruned: why the trial is over, or None."""
 
     def __init__(self, trial: TrialContext, samples: MakeSamples | None) -> None:
         self.trial, self.make_samples = trial, samples
         self.pruned: TrialPruned | None = None
-        self.is_heard = trial.is_active  # on any rank: the folder of a trial may be there on the first node only
+        self.is_active = trial.is_active  # on any rank: the folder of a trial may be there on the first node only
 
     def start(self, step: int, model: Any, device: torch.device) -> bool:
         """Before the training: samples of the weights as they are. Returns whether to stop already."""
-        self.is_heard = any_rank(self.trial.is_active, device)
-        return step == 0 and self._over(lambda: self._show(0, model), device)
+        self.is_active = any_rank(self.trial.is_active, device)
+        return step == 0 and self._over(lambda: self._send_samples(0, model), device)
 
     def send(self, step: int, metrics: Mapping[str, Any], model: Any, device: torch.device) -> bool:
         """The numbers of one optimiser step, and samples if they are due. Returns whether to stop: the same on every rank."""
 
-        def tell() -> None:
+        def report() -> None:
             self.trial.report(step=step, **metrics)
-            self._show(step, model)
+            self._send_samples(step, model)
 
-        return self._over(tell, device)
+        return self._over(report, device)
 
-    def _over(self, tell: Callable[[], None], device: torch.device) -> bool:
-        if not self.is_heard:
+    def _over(self, report: Callable[[], None], device: torch.device) -> bool:
+        if not self.is_active:
             return False
         try:
-            tell()
+            report()
         except TrialPruned as reason:
             self.pruned = reason
         # A rank that leaves alone would leave the others waiting in their next collective.
@@ -49,7 +49,7 @@ class Reporting:
             self.pruned = TrialPruned("the trial is over on another rank")
         return self.pruned is not None
 
-    def _show(self, step: int, model: Any) -> None:
+    def _send_samples(self, step: int, model: Any) -> None:
         if self.make_samples is None or not self.trial.due(step):
             return
         with looking_on(model):
