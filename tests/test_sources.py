@@ -8,10 +8,10 @@ import json
 import math
 import os
 import re
-import signal
 import struct
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record, merge
-from tune_ssim.records.readers import FORMATS, LineParser, Source, bounded_search, json_lines, open_source, read_all
-from tune_ssim.records.readers.bounded_search import MAX_PATTERN_TEXT
+from tune_ssim.records.readers import FORMATS, LineParser, Source, json_lines, open_source, read_all, text_lines
 from tune_ssim.records.readers.event_files import masked_crc32c
 from tune_ssim.records.readers.lines import MAX_LINE_BYTES
+from tune_ssim.records.readers.record_lines import RecordLines
+from tune_ssim.records.readers.text_lines import MAX_PATTERN_TEXT
 from tune_ssim.records.record_table import Table
 
 # -- logs, in the very form in which their writers write them ---------------------------------------------------------
@@ -456,15 +457,24 @@ def test_a_pattern_sees_a_bounded_part_of_a_line() -> None:
 
 
 def test_a_pattern_that_would_take_years(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_search, "LINE_LIMIT_S", 0.05)
+    monkeypatch.setattr(text_lines, "LINE_LIMIT_S", 0.05)
+    pattern = r"step (?P<step>\d+) (?P<loss>([0-9]|\d\d)+)$"
     bad = "".join(f"step {step} " + "9" * 60 + "!\n" for step in range(5))
-    parser = LineParser(pattern=r"step (?P<step>\d+) (?P<loss>(\d+)+)$")
-    assert parser.feed(f"step 7 55\n{bad}step 8 55\n".encode()) == []
-    assert parser.finish() == [Record(7, {"loss": 55.0})]
-    assert parser.trouble.unread == bounded_search.SLOW_LINES
-    assert "was given up after 3 lines that took too long" in parser.trouble.sentence()
-    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
-    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+    def parse() -> tuple[list[Record], LineParser]:
+        parser = LineParser(pattern=pattern)
+        return parser.feed(f"step 7 55\n{bad}step 8 55\n".encode()) + parser.finish(), parser
+
+    for records, parser in (parse(), in_another_thread(parse)):
+        assert records == [Record(7, {"loss": 55.0})]
+        assert parser.trouble.unread == text_lines.SLOW_LINES
+        assert "was given up after 3 lines that took too long" in parser.trouble.sentence()
+    assert not RecordLines(pattern, {}, printed=False).takes(bad.splitlines()[0])
+
+
+def in_another_thread(function: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(timeout=60)
 
 
 def test_progress_bars_are_lines() -> None:

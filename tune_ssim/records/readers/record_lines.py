@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tune_ssim.records.readers.bounded_search import MAX_PATTERN_TEXT
 from tune_ssim.records.readers.json_lines import is_row
-from tune_ssim.records.readers.text_lines import PAIR, PRINTED, compiled, key_values
+from tune_ssim.records.readers.text_lines import MAX_PATTERN_TEXT, PAIR, PRINTED, UserPattern, key_values
 from tune_ssim.records.readers.values import Names
 
 OF_A_STEP = ("loss", "train_loss")  # numbers that nobody sets
@@ -22,7 +21,7 @@ class RecordLines:
         self._names = Names(names)
         known = [pattern] if isinstance(pattern, str) else list(pattern or ())
         self._readers = [PRINTED[name](self._names).read for name in known if name in PRINTED]
-        self._patterns = [compiled(text) for text in known if text not in PRINTED]
+        self._patterns = [UserPattern(text) for text in known if text not in PRINTED]
         self._any = printed and pattern is None
         if self._any:
             self._readers = [printed(self._names).read for printed in PRINTED.values()]
@@ -30,7 +29,7 @@ class RecordLines:
 
     def takes(self, line: str) -> bool:
         line = line[:MAX_PATTERN_TEXT]
-        if any(pattern.search(line) for pattern in self._patterns):
+        if any(pattern.matches(line) for pattern in self._patterns):
             return True
         if any((row := read(line)) is not None and row[0] is not None for read in self._readers):
             return True

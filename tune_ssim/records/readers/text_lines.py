@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import regex
+
 from tune_ssim.base.errors import UserError
-from tune_ssim.records.readers.bounded_search import LINE_LIMIT_S, MAX_PATTERN_TEXT, SLOW_LINES, BoundedSearch
 from tune_ssim.records.readers.line_shape import NUMBER, LineShape, Places
 from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.trouble import excerpt
@@ -17,6 +18,12 @@ from tune_ssim.records.readers.values import Names, text_number
 TOGETHER = 512  # lines that are searched at once: quicker than one, and it stays in the cache
 ALIKE = 8  # of fewer it is not asked whether they are alike
 MISFITS = 10  # after so many blocks in a row that were not, it is not asked any more
+
+# A pattern sees this many characters of a line: what a bad one needs may grow with a power of the length.
+MAX_PATTERN_TEXT = 10_000
+# And it gets this many seconds for a line, against an exponential one. A usual search takes a millionth of that.
+LINE_LIMIT_S = 2.0
+SLOW_LINES = 3  # after so many lines that took too long a pattern is not used again
 
 HOW_A_PATTERN_LOOKS = r"a regular expression with named groups, one of them `step`, e.g. 'step (?P<step>\d+) .*loss (?P<loss>\S+)'"
 
@@ -67,6 +74,42 @@ class Unmatched:
         return f"{what} did not match {lines}, {'for one ' if self._seen > 1 else ''}{excerpt(self._shown)}"
 
 
+class UserPattern:
+    """A user's regular expression, searched in bounded time in any thread: some patterns need years for one line. `re` has no
+    time limit, so this is the package `regex`, which reads the same patterns. Raises UserError, see `compiled`."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._compiled = compiled(text)
+        self.slow_lines = 0  # lines whose search was stopped
+
+    @property
+    def groups(self) -> Mapping[str, int]:
+        """Name → number of each named group."""
+        return self._compiled.groupindex
+
+    @property
+    def given_up(self) -> bool:
+        return self.slow_lines >= SLOW_LINES
+
+    def search(self, line: str) -> Any:
+        """The match, or None; None for every line once the pattern was given up. Raises TimeoutError."""
+        if self.given_up:
+            return None
+        try:
+            return self._compiled.search(line, timeout=LINE_LIMIT_S)
+        except TimeoutError:
+            self.slow_lines += 1
+            raise
+
+    def matches(self, line: str) -> bool:
+        """Whether the pattern is found; False where the search took too long."""
+        try:
+            return self.search(line) is not None
+        except TimeoutError:
+            return False
+
+
 class PatternLines:
     """Rows by the user's patterns; a line may be a row of several of them. A line that no pattern knows is no trouble."""
 
@@ -74,7 +117,7 @@ class PatternLines:
 
     def __init__(self, rows: Rows, patterns: Iterable[str]) -> None:
         self._rows = rows
-        self._patterns = [BoundedSearch(compiled(pattern)) for pattern in patterns]
+        self._patterns = [UserPattern(pattern) for pattern in patterns]
         self._unmatched = Unmatched()
 
     def take(self, lines: list[str], number: int) -> None:
@@ -94,24 +137,27 @@ class PatternLines:
 
     def unmatched(self) -> str:
         """Says so if no line was a row."""
-        shown = ", ".join(excerpt(pattern.pattern.pattern) for pattern in self._patterns)
+        shown = ", ".join(excerpt(pattern.text) for pattern in self._patterns)
         return self._unmatched.sentence(f"pattern{'s' if len(self._patterns) > 1 else ''} {shown}")
 
-    def _search(self, pattern: BoundedSearch, lines: list[str], number: int) -> list[re.Match[str] | None]:
-        if pattern.given_up:
-            return [None] * len(lines)
-        found = pattern.search(lines)
-        for at in pattern.slow:
-            self._rows.trouble.skip(number + at, lines[at], f"the pattern took more than {LINE_LIMIT_S:g} s")
-        if pattern.given_up:
-            self._rows.trouble.note(f"pattern {pattern.pattern.pattern!r} was given up after {SLOW_LINES} lines that took too long")
+    def _search(self, pattern: UserPattern, lines: list[str], number: int) -> list[Any]:
+        """A match or None for each line."""
+        found = []
+        for at, line in enumerate(lines, number):
+            try:
+                found.append(pattern.search(line))
+            except TimeoutError:
+                found.append(None)
+                self._rows.trouble.skip(at, line, f"the pattern took more than {LINE_LIMIT_S:g} s")
+                if pattern.given_up:
+                    self._rows.trouble.note(f"pattern {pattern.text!r} was given up after {SLOW_LINES} lines that took too long")
         return found
 
-    def _add_together(self, matches: list[re.Match[str]]) -> bool:
+    def _add_together(self, matches: list[Any]) -> bool:
         """Rows of one pattern in which every group found a plain number; False: nothing was used up."""
         if len(matches) < ALIKE:
             return False
-        places = self._patterns[0].pattern.groupindex
+        places = self._patterns[0].groups
         texts = dict(zip(places, zip(*(match.group(*places.values()) for match in matches), strict=True), strict=True))
         steps = texts.pop("step")
         if not all(step is not None and len(step) < 19 and step.isascii() and step.isdigit() for step in steps):
@@ -125,7 +171,7 @@ class PatternLines:
         self._unmatched.never = False
         return True
 
-    def _add(self, found: re.Match[str], number: int) -> None:
+    def _add(self, found: Any, number: int) -> None:
         names, texts = self._rows.names, found.groupdict()
         step = texts.pop("step")
         if step is None:
@@ -257,13 +303,13 @@ def shortened(lines: list[str]) -> list[str]:
     return [line[:MAX_PATTERN_TEXT] for line in lines]
 
 
-def compiled(pattern: str) -> re.Pattern[str]:
+def compiled(pattern: str) -> Any:
     """Raises UserError for what is no regular expression, or has no group `step`, or no other."""
     if not isinstance(pattern, str) or not pattern:
         raise UserError(f"pattern: must be {HOW_A_PATTERN_LOOKS}; got {pattern!r}")
     try:
-        found = re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        found = regex.compile(pattern)
+    except (regex.error, OverflowError, RecursionError) as error:
         raise UserError(f"pattern {pattern!r}: {error}; valid is {HOW_A_PATTERN_LOOKS}") from None
     if "step" not in found.groupindex or len(found.groupindex) < 2:
         got = ", ".join(found.groupindex) or "none"
