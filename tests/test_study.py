@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from tune_ssim.base.errors import UserError
@@ -475,6 +475,7 @@ def _texts(cache: list[str] = []) -> list[str]:  # noqa: B006  (made once)
 
 
 @given(st.dictionaries(st.sampled_from(["a", "no", "1e-4", "", "~", "- x", "#", "a: b"]), VALUES, min_size=1, max_size=3))
+@example({"a": [{"x": 1.0, "y": "\x85\U0009a235K"}], "no": "a b\u2028c \u2029 d"})
 @settings(max_examples=60, **QUICK)
 def test_what_is_dumped_is_read_back(value: dict[str, Any]) -> None:
     try:

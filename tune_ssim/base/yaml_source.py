@@ -228,10 +228,16 @@ def dump_yaml(value: Mapping[str, Any], *, for_any_reader: bool = False) -> str:
     yaml.indent(mapping=2, sequence=4, offset=2)
     if for_any_reader:
         yaml.representer.add_representer(float, lambda to, number: to.represent_scalar(_PREFIX + "float", _float_text(number)))
-        yaml.representer.add_representer(str, lambda to, text: to.represent_scalar(_PREFIX + "str", text, style=_quotes(text)))
+    quotes = _quotes if for_any_reader else _quotes_of_breaks
+    yaml.representer.add_representer(str, lambda to, text: to.represent_scalar(_PREFIX + "str", text, style=quotes(text)))
     stream = StringIO()
     yaml.dump(dict(value) if for_any_reader else _styled(value, top=True), stream)
     return stream.getvalue()
+
+
+def _quotes_of_breaks(text: str) -> str | None:
+    """ruamel.yaml folds plain and single-quoted text at these line breaks, and reads a space back."""
+    return '"' if re.search("[\x85\u2028\u2029]", text) else None
 
 
 def _quotes(text: str) -> str | None:
