@@ -147,7 +147,7 @@ def test_settings_that_were_run_replace_another_suggestion() -> None:
 
 
 def route(outcome: Any, trials: int = 8, **options: Any) -> tuple[str, list[str], StagedSearch]:
-    search, stages = StagedSearch(load_space("note_v3"), trials, effective_above=0.001, concurrency=1, **options), []
+    search, stages = StagedSearch(load_space("note_v3"), trials, noise_floor=lambda: 0.001, concurrency=1, **options), []
     while isinstance(suggestion := search.ask(), Suggestion):
         stages.append(suggestion.stage or "")
         search.tell(suggestion.slot, outcome(stages[-1]))
@@ -162,7 +162,9 @@ def test_a_route_is_relaxed_only_while_it_is_stable_and_ineffective() -> None:
     reason, stages, _ = route(lambda stage: SAFE if stage == "conservative" else PRUNED)
     assert stages[-1] == "moderate" and "harmful" in reason
     reason, stages, _ = route(lambda stage: Outcome(Verdict.SAFE, 0.01, 0.0))
-    assert set(stages) == {"conservative"} and "effective" in reason
+    assert set(stages) == {"conservative"} and "effective" in reason and "noise floor of 0.0010" in reason
+    reason, stages, _ = route(lambda stage: Outcome(Verdict.SAFE, 0.0009, 0.0))
+    assert stages[-1] == "aggressive" and not reason  # another seed of the baseline differs by as much
 
 
 def test_finalists_are_tried_until_one_holds() -> None:

@@ -49,7 +49,3 @@ class Action(_Word):
     PROBE = "probe"  # a smoke test at once decides
     PRUNE = "prune"
     ABORT = "abort"  # the set-up is at fault, not the setting
-
-    @property
-    def ends_trial(self) -> bool:
-        return self in (Action.PRUNE, Action.ABORT)

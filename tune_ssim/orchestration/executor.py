@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tune_ssim.guards.verdict import Verdict
 from tune_ssim.orchestration.recorder import StudyRecorder
 from tune_ssim.search.search import Done, Outcome, Wait
 from tune_ssim.study.study import Asha, Study
@@ -61,10 +59,4 @@ def outcome_of(result: TrialResult) -> Outcome:
         reason=summary.reason,
         settings=summary.config,
         baseline=result.baseline,
-        died=False,
     )
-
-
-def ends_study(outcomes: Sequence[Outcome]) -> bool:
-    """Whether a baseline among them is a bad set-up: no setting is to blame, no further step is worth taking."""
-    return any(outcome.verdict in (Verdict.BAD_SETUP, Verdict.ERROR) for outcome in outcomes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tune_ssim.base.errors import UserError
@@ -17,15 +17,16 @@ from tune_ssim.study.space import Space
 class StagedSearch:
     """Opens the next stage only if the one before was stable *but ineffective* (note 000 §5.1).
 
-    A stage with a harmful trial ends the route, and so does one that already beats the baseline by more than `effective_above`.
+    A stage with a harmful trial ends the route, and so does one that beats the baseline by more than `noise_floor()`: a smaller
+    difference is within what another seed of the baseline makes.
     search: options of `OptunaSearch`. Raises UserError where the first stage holds nothing that could be launched."""
 
     def __init__(
-        self, space: Space, trials: int, *, objective: str = "delta_ssim", effective_above: float = 0.0, **search: Any
+        self, space: Space, trials: int, *, objective: str = "delta_ssim", noise_floor: Callable[[], float] = float, **search: Any
     ) -> None:
         if trials < len(space.stages):
             raise ValueError(f"a route of {len(space.stages)} stages needs at least as many trials, got {trials}")
-        self.space, self.objective, self.effective_above = space, objective, effective_above
+        self.space, self.objective, self.noise_floor = space, objective, noise_floor
         share, more = divmod(trials, len(space.stages))
         self.budgets = [share + (index < more) for index in range(len(space.stages))]
         self.options = dict(search)
@@ -76,6 +77,7 @@ class StagedSearch:
         if any(outcome.verdict is not None and outcome.verdict.speaks_against_setting for outcome in self._outcomes.values()):
             return f"stage {name!r} had a harmful trial: no further stage is opened"
         best = max((outcome.value for outcome in self._outcomes.values() if math.isfinite(outcome.value)), default=-math.inf)
-        if best > self.effective_above:
-            return f"stage {name!r} is effective ({metric_label(self.objective)} {best:+.4f}): no need to push harder"
+        if best > (floor := self.noise_floor()):
+            above = f", above the noise floor of {floor:.4f}" if floor else ""
+            return f"stage {name!r} is effective ({metric_label(self.objective)} {best:+.4f}{above}): no need to push harder"
         return ""
