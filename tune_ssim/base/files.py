@@ -20,7 +20,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """The file is either as before or complete, also after kill -9."""
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:  # said of the file that was meant, not of the temporary one
+    except OSError as error:  # name the file that was meant, not the temporary one
         raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -118,8 +118,8 @@ def _parsed(value: dict[str, Any], parse: Callable[[dict[str, Any]], T], where: 
     try:
         return parse(value)
     except (ValueError, KeyError, TypeError) as error:
-        said = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{where}: {said}") from None
+        problem = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{where}: {problem}") from None
 
 
 def _as_it_is(value: dict[str, Any]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class StudyLock:
         return f"{words}; end it there, or choose another --name"
 
     def _beat(self) -> None:
-        """Touches the file through its descriptor: never another owner's, whatever stands under the name by now."""
+        """Touches the file through its descriptor: never the file of another owner that took over the name."""
         while not self._stop.wait(self.heartbeat_s):
             try:
                 os.utime(self._descriptor)
