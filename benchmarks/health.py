@@ -31,7 +31,7 @@ from rich.table import Table
 from ssim import save
 
 from tune_ssim.base.errors import BadSetup
-from tune_ssim.guards.log_check import Check
+from tune_ssim.guards.log_check import LogCheck
 from tune_ssim.guards.rule_pack import load_rules
 from tune_ssim.records import Record
 from tune_ssim.tasks import two_stage_vlm
@@ -263,7 +263,7 @@ def judge(case: Case, file: Path) -> dict[str, Any]:
     about = json.loads(file.with_suffix(".json").read_text())
     records = [Record(int(line.pop("step")), line) for line in map(json.loads, file.read_text().splitlines())]
     pack = load_rules(case.system, {**OPTIONS[case.system], **case.options})
-    check = Check([pack])
+    check = LogCheck([pack])
     said: dict[str, int] = {}
     for alert in check.feed(records):
         said.setdefault(alert.violation.guard, alert.violation.step)

@@ -27,8 +27,8 @@ from tune_ssim.cli.app import exit_code
 from tune_ssim.cli.log_arguments import open_log
 from tune_ssim.guards import Threshold, Violation, Watch
 from tune_ssim.guards.branch_report import judge_branch
-from tune_ssim.guards.curves import MOST_BLOCKS, Curve
-from tune_ssim.guards.log_check import Check, baseline_of, check_log, ours_of
+from tune_ssim.guards.curves import MAX_BLOCKS, Curve
+from tune_ssim.guards.log_check import LogCheck, baseline_of, check_log, ours_of
 from tune_ssim.guards.rule_pack import Branch, load_rules
 from tune_ssim.records import Record
 
@@ -114,7 +114,7 @@ def test_it_reads_on_after_what_would_have_ended_a_live_trial(tmp_path: Path) ->
 
 
 def test_a_rule_that_speaks_without_end_is_counted(tmp_path: Path) -> None:
-    check = Check([load_rules({"name": "p", "rules": {"a": {"when": {"metric": "loss", "above": 1}}}})])
+    check = LogCheck([load_rules({"name": "p", "rules": {"a": {"when": {"metric": "loss", "above": 1}}}})])
     check.feed([Record(i, {"loss": 2.0 * (i % 2)}) for i in range(2000)])
     report = check.report()
     assert sum(alert.times for alert in report.alerts) == 1000
@@ -239,7 +239,7 @@ def test_why_nothing_is_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def branch_of(stream: Sequence[Record], name: str = "flow") -> dict[str, Any]:
-    check = Check([load_rules("flow_dino_kl")])
+    check = LogCheck([load_rules("flow_dino_kl")])
     check.feed(stream)
     return next(branch for branch in check.report().to_json()["branches"] if branch["branch"] == name)
 
@@ -349,7 +349,7 @@ def test_a_curve_is_of_bounded_size_and_keeps_the_extremes(values: list[float], 
     for start in range(0, len(values), chunk):
         part = values[start : start + chunk]
         curve.add(range(start, start + len(part)), part)
-    assert len(curve.steps) <= MOST_BLOCKS
+    assert len(curve.steps) <= MAX_BLOCKS
     assert curve.records == len(values)
     seen = [value for value in values[: int(curve.steps[-1]) + 1 if len(curve.steps) else 0] if math.isfinite(value)]
     if seen:
@@ -359,10 +359,10 @@ def test_a_curve_is_of_bounded_size_and_keeps_the_extremes(values: list[float], 
 
 def test_the_last_of_an_odd_number_of_blocks_is_not_lost() -> None:
     curve = Curve()
-    curve.add(range(MOST_BLOCKS + 1), [1.0] * MOST_BLOCKS + [math.nan])
-    assert curve.broken.sum() == pytest.approx(1 / 3) and curve.mean[-1] == 1 and curve.steps[-1] == MOST_BLOCKS
+    curve.add(range(MAX_BLOCKS + 1), [1.0] * MAX_BLOCKS + [math.nan])
+    assert curve.broken.sum() == pytest.approx(1 / 3) and curve.mean[-1] == 1 and curve.steps[-1] == MAX_BLOCKS
     zero = Curve()
-    zero.add(range(MOST_BLOCKS + 1), [3.0] * MOST_BLOCKS + [0.0])
+    zero.add(range(MAX_BLOCKS + 1), [3.0] * MAX_BLOCKS + [0.0])
     assert zero.mean[-1] == 2 and zero.zero[-1] == pytest.approx(1 / 3)
 
 

@@ -48,7 +48,7 @@ def test_a_run_is_followed(uri: str, run: tuple[mlflow.MlflowClient, str]) -> No
     wanted = exact([Record(1, {"loss": math.nan, "total_norm": math.inf, "val_loss": 0.25})])
     assert exact(source.read()) == wanted
     assert source.finish() == [Record(2, {"loss": -math.inf, "total_norm": 1.0})]
-    assert source.trouble.sentence() == ""
+    assert source.issues.sentence() == ""
     whole = open_run(f"runs:/{run[1]}", tracking_uri=uri)
     assert [record.values["loss"] for record in whole.finish()][::2] == [0.5, -math.inf]
 
@@ -101,4 +101,4 @@ def test_a_server_that_is_away(uri: str, run: tuple[mlflow.MlflowClient, str], m
     source: Any = open_run(f"mlflow:{run[1]}", tracking_uri=uri)
     source._client = mlflow.MlflowClient(tracking_uri="http://127.0.0.1:9")
     assert source.read() == []
-    assert "connection refused" in source.trouble.sentence()
+    assert "connection refused" in source.issues.sentence()

@@ -182,7 +182,7 @@ def test_formats(tmp_path: Path, name: str, log: bytes | str, format: str, expec
     for given_format in (None, format):  # found, and said
         source = open_source(path, format=given_format)
         assert exact(rest_of(source)) == wanted
-        assert not source.trouble.unread, source.trouble.sentence()
+        assert not source.issues.unread, source.issues.sentence()
     assert exact(list(read_all(path))) == wanted
     waiting = open_source(tmp_path / "later" / name)  # nothing is there yet
     assert waiting.read() == []
@@ -202,7 +202,7 @@ def test_patterns_of_the_user(tmp_path: Path) -> None:
     validation = r"val @ (?P<step>\d+) -> acc (?P<accuracy>\S+)"
     source = open_source(write(tmp_path / "log", log), pattern=[train, validation], names={"grad_norm": "total_norm"})
     assert rest_of(source) == [Record(3, {"loss": 0.5, "total_norm": 7.0}), Record(4, {"loss": 0.25, "accuracy": 91.5})]
-    assert "line 4: 'it 5: L oops': group 'loss' found 'oops', which is no number" in source.trouble.sentence()
+    assert "line 4: 'it 5: L oops': group 'loss' found 'oops', which is no number" in source.issues.sentence()
 
 
 @pytest.mark.parametrize(
@@ -282,8 +282,8 @@ def test_a_step_that_is_none_costs_its_row(step: str) -> None:
     parser = LineParser(format="jsonl")
     records = parser.feed(f'{{"step": {step}, "loss": 0.5}}\n{{"step": 1, "loss": 0.25}}\n'.encode()) + parser.finish()
     assert records == [Record(1, {"loss": 0.25})]
-    assert "line 1: " in parser.trouble.sentence()
-    assert "no whole number from 0 on" in parser.trouble.sentence()
+    assert "line 1: " in parser.issues.sentence()
+    assert "no whole number from 0 on" in parser.issues.sentence()
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_name_that_the_user_gave_beats_one_in_the_log(log: str) -> None:
 def test_without_steps_the_rows_are_numbered(log: str) -> None:
     parser = LineParser()
     assert parser.feed(log.encode()) + parser.finish() == [Record(1, {"loss": 1.0}), Record(2, {"loss": 2.0})]
-    assert parser.trouble.sentence() == "no step column: the rows are numbered from 1"
+    assert parser.issues.sentence() == "no step column: the rows are numbered from 1"
 
 
 def test_names_may_be_swapped_and_are_any_case_in_printed_lines() -> None:
@@ -319,14 +319,14 @@ def test_a_surer_format_puts_a_guess_right(log: str, name: str) -> None:
     parser = LineParser()
     (record,) = parser.feed(log.encode()) + parser.finish()
     assert (record.step, record.values[name]) == (1, 0.5)
-    assert parser.trouble.sentence() == ""
+    assert parser.issues.sentence() == ""
 
 
 def test_a_configuration_printed_first_is_no_row() -> None:
     parser = LineParser()
     assert parsed('{"lr": 0.1}\n{"step": 5, "loss": 1}\n{"runtime": 3}\n') == [Record(5, {"loss": 1.0})]
     parser.feed(b'{"lr": 0.1}\n{"step": 5, "loss": 1}\n')
-    assert "line 1: '{\"lr\": 0.1}': no step" in parser.trouble.sentence()
+    assert "line 1: '{\"lr\": 0.1}': no step" in parser.issues.sentence()
 
 
 def test_the_newest_step_is_held_back() -> None:
@@ -335,7 +335,7 @@ def test_the_newest_step_is_held_back() -> None:
     assert parser.feed(b'{"step": 2, "loss": 3}\n') == [Record(1, {"loss": 1.0, "val": 2.0})]
     assert parser.feed(b'{"step": 1, "loss": 9}\n{"step": 2, "val": 4}\n') == []  # too late; not too late
     last = parser.finish()
-    assert "line 4: step 1 after step 2" in parser.trouble.sentence()
+    assert "line 4: step 1 after step 2" in parser.issues.sentence()
     assert parser.feed(b'{"step": 2, "loss": 5}\n') + parser.finish() == []
     assert last == [Record(2, {"loss": 3.0, "val": 4.0})]  # and stays so
 
@@ -380,7 +380,7 @@ def test_a_restart_from_a_checkpoint_is_heard_again_once_it_is_past() -> None:
     parser = LineParser(format="jsonl")
     records = parser.feed("".join(f'{{"step": {step}, "at": {k}}}\n' for k, step in enumerate(steps)).encode())
     assert [(record.step, record.values["at"]) for record in records + parser.finish()] == [(1, 0), (2, 1), (3, 2), (4, 5), (5, 6)]
-    assert parser.trouble.repeated == 1
+    assert parser.issues.repeated == 1
 
 
 def test_a_step_that_was_misread_does_not_silence_the_rest() -> None:
@@ -391,7 +391,7 @@ def test_a_step_that_was_misread_does_not_silence_the_rest() -> None:
     assert steps_of(parser.feed(log.encode())) == [0, 1, 2]
     assert steps_of(parser.feed(b"step 3 norm 1\nstep 4 loss 1\nstep 340 norm 1\nstep 400 loss 1\n")) == [3, 4, 340]
     assert steps_of(parser.finish()) == [400, 5000]
-    assert parser.trouble.sentence() == ""
+    assert parser.issues.sentence() == ""
 
 
 @settings(max_examples=50, deadline=None)
@@ -405,7 +405,7 @@ def test_steps_only_grow_and_the_first_value_of_a_released_one_stands(log: list[
     if log == sorted(log, key=lambda row: row[0]):
         merged = merge(Record(step, {name: float(k)}) for k, (step, name) in enumerate(log))
         assert found == merged
-    assert parser.trouble.repeated + sum(len(record.values) for record in found) <= len(log)
+    assert parser.issues.repeated + sum(len(record.values) for record in found) <= len(log)
 
 
 def test_lines_that_come_twice_change_nothing() -> None:
@@ -447,8 +447,8 @@ def test_a_line_without_an_end_is_skipped_in_bounded_memory() -> None:
         parser.feed(b"x" * 1_000_000)
         assert parser.held_bytes <= MAX_LINE_BYTES
     assert parser.feed(b'\n{"step": 2, "loss": 2}\n') + parser.finish() == [Record(1, {"loss": 1.0}), Record(2, {"loss": 2.0})]
-    assert parser.trouble.unread == 1
-    assert parser.trouble.sentence() == "1 of 3 lines could not be read (line 2: longer than 4 MiB)"
+    assert parser.issues.unread == 1
+    assert parser.issues.sentence() == "1 of 3 lines could not be read (line 2: longer than 4 MiB)"
 
 
 def test_a_pattern_sees_a_bounded_part_of_a_line() -> None:
@@ -467,8 +467,8 @@ def test_a_pattern_that_would_take_years(monkeypatch: pytest.MonkeyPatch) -> Non
 
     for records, parser in (parse(), in_another_thread(parse)):
         assert records == [Record(7, {"loss": 55.0})]
-        assert parser.trouble.unread == text_lines.SLOW_LINES
-        assert "was given up after 3 lines that took too long" in parser.trouble.sentence()
+        assert parser.issues.unread == text_lines.SLOW_LINES
+        assert "was given up after 3 lines that took too long" in parser.issues.sentence()
     assert not RecordLines(pattern, {}, printed=False).takes(bad.splitlines()[0])
 
 
@@ -513,7 +513,7 @@ def test_a_log_is_followed_while_it_grows(tmp_path: Path) -> None:
     append(path, rows(3, 4)[-9:] + '{"step": 4, "loss": 1}')
     assert steps_of(source.read()) == [2]
     assert steps_of(source.finish()) == [3, 4]  # the last line has no newline
-    assert source.trouble.sentence() == ""
+    assert source.issues.sentence() == ""
 
 
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:
@@ -525,7 +525,7 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
 def test_nothing_was_written(tmp_path: Path) -> None:
     source = open_source(tmp_path / "log")
     assert rest_of(source) == []
-    assert "nothing was written there" in source.trouble.sentence()
+    assert "nothing was written there" in source.issues.sentence()
 
 
 @pytest.mark.parametrize(
@@ -551,7 +551,7 @@ def test_a_log_without_rows_says_what_it_holds(tmp_path: Path) -> None:
     source = open_source(path)
     write(path, "loading\nOutOfMemory\n")
     assert rest_of(source) == []
-    assert "no row of a training in 2 lines, beginning with 'loading' 'OutOfMemory'; give a format" in source.trouble.sentence()
+    assert "no row of a training in 2 lines, beginning with 'loading' 'OutOfMemory'; give a format" in source.issues.sentence()
 
 
 def test_a_log_that_is_rewritten(tmp_path: Path) -> None:
@@ -564,8 +564,8 @@ def test_a_log_that_is_rewritten(tmp_path: Path) -> None:
     assert [(record.step, record.values["loss"]) for record in source.read()] == [(4, 0.5), (5, 9.0), (6, 9.0), (7, 9.0)]
     write(path, rows(0, 20, loss=0.0))  # longer: its size alone tells nothing
     assert [(record.step, record.values["loss"]) for record in source.read()] == [(8, 9.0), *((k, 0.0) for k in range(9, 19))]
-    assert "the log was rewritten" in source.trouble.sentence()
-    assert not source.trouble.repeated
+    assert "the log was rewritten" in source.issues.sentence()
+    assert not source.issues.repeated
 
 
 def test_a_log_that_is_rotated(tmp_path: Path) -> None:
@@ -577,7 +577,7 @@ def test_a_log_that_is_rotated(tmp_path: Path) -> None:
     assert steps_of(source.read()) == [4, 5]  # the old file to its end, though its name is gone
     write(path, rows(7, 9))
     assert steps_of(source.read()) == [6, 7]
-    assert "the log was replaced" in source.trouble.sentence()
+    assert "the log was replaced" in source.issues.sentence()
 
 
 def test_a_header_that_grows_a_column(tmp_path: Path) -> None:
@@ -602,7 +602,7 @@ def test_trainer_state_is_written_anew_each_time(tmp_path: Path) -> None:
         seen += source.read()
     assert steps_of(seen) == [1, 2, 3, 4]
     assert steps_of(source.finish()) == [5]
-    assert source.trouble.sentence() == ""
+    assert source.issues.sentence() == ""
 
 
 LOGS: dict[str, bytes] = {
@@ -631,7 +631,7 @@ def test_pieces_change_nothing(tmp_path: Path, name: str, cuts: list[int]) -> No
             file.write(data[begin:end])
         found += source.read()
     assert exact(found + source.finish()) == wanted
-    assert source.trouble.sentence() == whole.trouble.sentence()
+    assert source.issues.sentence() == whole.issues.sentence()
 
 
 # -- TensorBoard ------------------------------------------------------------------------------------------------------
@@ -668,7 +668,7 @@ def test_event_files(tmp_path: Path) -> None:
     ]:
         source = open_source(path, format=format, names=NAMES)
         assert exact(rest_of(source)) == exact(wanted)
-        assert source.trouble.sentence() == ""
+        assert source.issues.sentence() == ""
     event_files_of(tmp_path / "other", range(2))
     with pytest.raises(UserError, match="2 TensorBoard runs; name one of them: other, run"):
         open_source(tmp_path)
@@ -697,7 +697,7 @@ def test_an_event_file_that_grows(tmp_path: Path) -> None:
         found += source.read()
     assert steps_of(found) == [0, 1, 2, 3, 4]
     assert steps_of(source.finish()) == [5]
-    assert source.trouble.sentence() == ""
+    assert source.issues.sentence() == ""
 
 
 def test_the_checksum() -> None:
@@ -718,14 +718,14 @@ def test_a_broken_event_file(tmp_path: Path) -> None:
     damaged[at + 12] ^= 1  # a bit of its value
     source = open_source(write(path, bytes(damaged)))
     assert [sorted(record.values) for record in rest_of(source)][:2] == [["train/grad_norm", "train/loss"], ["train/grad_norm"]]
-    assert "'train/loss': its checksum is wrong" in source.trouble.sentence()
+    assert "'train/loss': its checksum is wrong" in source.issues.sentence()
     damaged[at - 60 : at + 5] = b"\0" * 65  # and the frame itself
     source = open_source(write(path, bytes(damaged)))
     assert steps_of(rest_of(source)) == list(range(6))
-    assert "bytes are no event" in source.trouble.sentence()
+    assert "bytes are no event" in source.issues.sentence()
     source = open_source(write(path, bytes(data[:-5])))
     assert steps_of(rest_of(source)) == list(range(6))
-    assert "bytes are no complete event" in source.trouble.sentence()
+    assert "bytes are no complete event" in source.issues.sentence()
 
 
 @pytest.mark.parametrize(
@@ -790,7 +790,7 @@ def test_no_content_is_an_exception(tmp_path: Path, format: str | None, data: by
     found += source.finish()
     assert found == [] or steps_of(found) == sorted(set(steps_of(found)))
     assert all(type(value) is float for record in found for value in record.values.values())
-    source.trouble.sentence().encode()
+    source.issues.sentence().encode()
     for name in {name for record in found for name in record.values}:
         name.encode()
     try:
@@ -818,7 +818,7 @@ def test_decoding_lines_together_is_decoding_each(lines: list[Any]) -> None:
     alone = LineParser(format="jsonl")
     one_by_one = [record for text in texts for record in alone.feed(text.encode() + b"\n")] + alone.finish()
     assert exact(found) == exact(one_by_one)
-    assert together.trouble == alone.trouble
+    assert together.issues == alone.issues
 
 
 JSON_NUMBERS = st.one_of(
@@ -860,7 +860,7 @@ def test_reading_objects_by_columns_is_reading_each(
         found = together.feed("".join(text + "\n" for text in texts).encode()) + together.finish()
     one_by_one = [record for text in texts for record in alone.feed(text.encode() + b"\n")] + alone.finish()
     assert exact(found) == exact(one_by_one)
-    assert together.trouble == alone.trouble
+    assert together.issues == alone.issues
 
 
 NUMBERS = st.one_of(
@@ -900,7 +900,7 @@ def test_reading_many_rows_at_once_is_reading_each(
     found = together.feed("".join(text + "\n" for text in texts).encode()) + together.finish()
     one_by_one = [record for text in texts for record in alone.feed(text.encode() + b"\n")] + alone.finish()
     assert exact(found) == exact(one_by_one)
-    assert together.trouble == alone.trouble
+    assert together.issues == alone.issues
 
 
 A_NUMBER = st.one_of(
@@ -965,7 +965,7 @@ def test_reading_lines_that_are_alike_is_reading_each(
     ] + together.finish()
     one_by_one = [record for text in texts for record in alone.feed(text.encode() + b"\n")] + alone.finish()
     assert exact(found) == exact(one_by_one)
-    assert together.trouble == alone.trouble
+    assert together.issues == alone.issues
 
 
 @pytest.mark.parametrize("word", ["nan", "-nan", "NAN", "inf", "-Inf", "+inf", "-NaN", "infinity"])
@@ -973,7 +973,7 @@ def test_numbers_that_are_none_are_read_however_they_are_spelt(word: str) -> Non
     parser = LineParser()
     lines = "".join(f'{{"step": {step}, "loss": {word if step > 300 else 0.5}, "note": "nan, inf"}}\n' for step in range(600))
     found = parser.feed(lines.encode()) + parser.finish()
-    assert (len(found), parser.trouble.unread) == (600, 0)
+    assert (len(found), parser.issues.unread) == (600, 0)
     assert repr(found[-1].values["loss"]) == repr(float(word)).replace("-nan", "nan")
     tagged = LineParser()
     found = tagged.feed(f'epoch 1\nTUNE_SSIM {{"step": 3, "loss": {word}}} ok\n'.encode()) + tagged.finish()
@@ -1011,9 +1011,9 @@ def test_a_part_of_a_word_is_no_step(line: str) -> None:
 def test_a_plain_log_is_read_as_tables(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, DOORS[name][:1000])
     source = open_source(path)
-    parts = list(source.parts())
+    parts = list(source.batches())
     write(path, DOORS[name])
-    parts += source.parts()
+    parts += source.batches()
     assert any(isinstance(part, Table) for part in parts)
     assert [record for part in parts for record in part] == RUN[:-1]
 
@@ -1052,6 +1052,6 @@ def test_one_run_through_every_door(tmp_path: Path, name: str) -> None:
 
 def test_a_large_log_comes_in_parts(tmp_path: Path) -> None:
     path = write(tmp_path / "log.jsonl", rows(0, 200_000))
-    sizes = [len(part) for part in open_source(path).parts()]
+    sizes = [len(part) for part in open_source(path).batches()]
     assert sum(sizes) == 199_999
     assert max(sizes) < 50_000

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_ssim.guards.branch_report import BranchReport
-from tune_ssim.guards.log_check import Alert, Report
+from tune_ssim.guards.log_check import Alert, LogReport
 from tune_ssim.guards.rule import NOT_A_SIZE
 from tune_ssim.results.trial_text import readable
 
@@ -28,7 +28,7 @@ ACTION_MEANINGS = {
 }
 
 
-def format_check(report: Report, ascii_only: bool = False, with_alerts: bool = True) -> RenderableType:
+def format_check(report: LogReport, ascii_only: bool = False, with_alerts: bool = True) -> RenderableType:
     """The whole report. `with_alerts` is False where the alerts were printed as they came."""
 
     def show(text: str) -> str:
@@ -76,7 +76,7 @@ def _plain(text: Text, ascii_only: bool) -> Text:
     return Text(readable(text.plain, True)) if ascii_only else text
 
 
-def _head(report: Report) -> str:
+def _head(report: LogReport) -> str:
     steps = "" if report.steps is None else f", steps {report.steps[0]}-{report.steps[1]}"
     packs = ", ".join(
         pack.name + ("" if not pack.options else f" ({', '.join(f'{k} {v:g}' for k, v in pack.options.items() if v is not None)})")
@@ -98,7 +98,7 @@ def _branches(branches: tuple[BranchReport, ...], ascii_only: bool) -> Table:
     return table
 
 
-def _unknown(report: Report) -> Iterator[str]:
+def _unknown(report: LogReport) -> Iterator[str]:
     """One line for each reason why rules could not judge: first the metrics that are absent, then the rest."""
     absent = [unknown for unknown in report.unknown if unknown.missing]
     metrics = list(dict.fromkeys(metric for unknown in absent for metric in unknown.missing))
@@ -113,7 +113,7 @@ def _unknown(report: Report) -> Iterator[str]:
             yield f"unknown: {unknown.guard}: {unknown.reason}"
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: LogReport) -> str:
     if report.passed_over >= max(report.records, 1) and not report.alerts:
         return (
             f"{report.passed_over} rows were passed over or unread and {report.records} judged: not enough to say that all is well"

@@ -15,7 +15,7 @@ from tune_ssim.guards.rule_pack import Branch, RulePack
 
 Answer = Literal["yes", "no", "unknown"]
 LEVELS = 20  # equally long parts of the log that are compared
-LEAST_RECORDS = 20  # one a part
+MIN_RECORDS = 20  # one a part
 LATE = 5  # parts at the end whose mean is what the branch has come to
 CERTAIN = 3.0  # standard errors; one look at the whole log, not hundreds at windows
 SMALL = 0.03  # of the first level: a fall that is smaller than this is none, if the noise admits to say so
@@ -25,7 +25,7 @@ FEW = 0.1  # share of the records in which gradient or coverage may be wrong: a 
 
 
 @dataclass(frozen=True)
-class Finding:
+class BranchFinding:
     """One of the three questions: `subject` is loss, gradient or coverage."""
 
     subject: str
@@ -37,7 +37,7 @@ class Finding:
 class BranchReport:
     pack: str
     branch: str
-    findings: tuple[Finding, ...]
+    findings: tuple[BranchFinding, ...]
 
     @property
     def verdict(self) -> Literal["works", "does not work", "unknown"]:
@@ -69,22 +69,22 @@ def judge_branch(
             index = ("loss", "gradient", "coverage").index(subject)
             if findings[index].answer != "no":
                 words = f"{name.removeprefix(pack.name + '/')} holds since step {step}: {rule.sentence}"
-                findings[index] = Finding(subject, "no", words)
+                findings[index] = BranchFinding(subject, "no", words)
     return BranchReport(pack.name, branch.name, tuple(findings))
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
+def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding:
     curve = curves.get(branch.loss)
     if curve is None:
-        return Finding("loss", "unknown", f"no metric {branch.loss}")
+        return BranchFinding("loss", "unknown", f"no metric {branch.loss}")
     late_broken = curve.broken[-max(1, len(curve.broken) // 4) :]
     if late_broken.size and late_broken.mean() > 0.5:
-        return Finding("loss", "no", f"{branch.loss} is not finite {_since(curve, curve.broken)}")
+        return BranchFinding("loss", "no", f"{branch.loss} is not finite {_since(curve, curve.broken)}")
     levels = curve.levels(LEVELS)
     levels = levels[np.isfinite(levels)]
-    if curve.records < LEAST_RECORDS or len(levels) < LEVELS // 2:
-        return Finding("loss", "unknown", f"{curve.records} records of {branch.loss} are too few to see it fall")
+    if curve.records < MIN_RECORDS or len(levels) < LEVELS // 2:
+        return BranchFinding("loss", "unknown", f"{curve.records} records of {branch.loss} are too few to see it fall")
     late = min(LATE, len(levels) // 2)
     first, last = float(levels[0]), float(levels[-late:].mean())
     # The scatter of neighbours, so that the fall itself does not count as noise.
@@ -98,54 +98,56 @@ def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
     if branch.may_rise and not falls:
         middle = float(levels[len(levels) // 2 : -late].mean())
         if abs(last - middle) <= max(error, SMALL * abs(middle)):
-            return Finding("loss", "yes", f"{branch.loss} has settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
-        return Finding("loss", "unknown", f"{branch.loss} has not settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
+            return BranchFinding("loss", "yes", f"{branch.loss} has settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
+        return BranchFinding("loss", "unknown", f"{branch.loss} has not settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
     # Two deviations more: the lowest of twenty levels is lower than most.
     if fall > max(error, least) and back > max(RISEN * fall, CERTAIN * noise * math.sqrt(1 + 1 / max(since.size, 1)) + 2 * noise):
-        return Finding("loss", "no", f"{branch.loss} fell from {first:.3g} to {lowest:.3g} and rose again, to {lowest + back:.3g}")
+        return BranchFinding(
+            "loss", "no", f"{branch.loss} fell from {first:.3g} to {lowest:.3g} and rose again, to {lowest + back:.3g}"
+        )
     if falls:
-        return Finding("loss", "yes", f"{branch.loss} fell from {first:.3g} to {last:.3g}")
+        return BranchFinding("loss", "yes", f"{branch.loss} fell from {first:.3g} to {last:.3g}")
     if last - first - error >= -least:
         if branch.may_be_flat and last - first <= max(error, least):
-            return Finding("loss", "unknown", f"{branch.loss} is flat, as in a fine-tuning: from {first:.3g} to {last:.3g}")
+            return BranchFinding("loss", "unknown", f"{branch.loss} is flat, as in a fine-tuning: from {first:.3g} to {last:.3g}")
         word = "rose" if last - first > max(error, least) else "did not fall"
-        return Finding("loss", "no", f"{branch.loss} {word}: from {first:.3g} to {last:.3g}")
-    return Finding("loss", "unknown", f"{branch.loss} is too noisy to tell whether it fell ({first:.3g} to {last:.3g})")
+        return BranchFinding("loss", "no", f"{branch.loss} {word}: from {first:.3g} to {last:.3g}")
+    return BranchFinding("loss", "unknown", f"{branch.loss} is too noisy to tell whether it fell ({first:.3g} to {last:.3g})")
 
 
-def _gradient(branch: Branch, curves: Mapping[Any, Curve]) -> Finding:
+def _gradient(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding:
     if not branch.gradient:
-        return Finding("gradient", "unknown", "the rule pack names no gradient for it")
+        return BranchFinding("gradient", "unknown", "the rule pack names no gradient for it")
     name = next((metric for metric in branch.gradient if metric in curves), None)
     if name is None:
-        return Finding("gradient", "unknown", f"no metric {' or '.join(branch.gradient)}")
+        return BranchFinding("gradient", "unknown", f"no metric {' or '.join(branch.gradient)}")
     curve = curves[name]
     gone = curve.zero + curve.broken
     if not gone.size:
-        return Finding("gradient", "unknown", f"{name} has no record yet")
+        return BranchFinding("gradient", "unknown", f"{name} has no record yet")
     late = gone[-max(1, len(gone) // 4) :]
     if late.mean() > 0.5:
         what = "zero" if curve.zero[-1] >= curve.broken[-1] else "not finite"
-        return Finding("gradient", "no", f"{name} is {what} {_since(curve, gone)}")
+        return BranchFinding("gradient", "no", f"{name} is {what} {_since(curve, gone)}")
     if gone.mean() > FEW:
-        return Finding("gradient", "no", f"{name} is zero or not finite in {gone.mean():.0%} of the records")
-    return Finding("gradient", "yes", f"its gradient is there ({name} {_range(curve)})")
+        return BranchFinding("gradient", "no", f"{name} is zero or not finite in {gone.mean():.0%} of the records")
+    return BranchFinding("gradient", "yes", f"its gradient is there ({name} {_range(curve)})")
 
 
-def _coverage(branch: Branch, curves: Mapping[Any, Curve], expected: float) -> Finding:
+def _coverage(branch: Branch, curves: Mapping[Any, Curve], expected: float) -> BranchFinding:
     if not branch.has_grad:
-        return Finding("coverage", "unknown", "the rule pack names no coverage for it")
+        return BranchFinding("coverage", "unknown", "the rule pack names no coverage for it")
     curve = curves.get((branch.has_grad, branch.trainable))
     if curve is None or not curve.mean.size:
         absent = next((name for name in (branch.has_grad, branch.trainable) if name not in curves), branch.has_grad)
-        return Finding("coverage", "unknown", f"no metric {absent}")
+        return BranchFinding("coverage", "unknown", f"no metric {absent}")
     off = ~(np.abs(curve.mean / expected - 1) <= OFF)
     if off.mean() > FEW:
         wrong = curve.mean[off]
         typical = "not a number" if np.isnan(wrong).all() else f"{np.nanmedian(wrong):.3g}"
         share = "in every record" if off.all() else f"in {off.mean():.0%} of the records"
-        return Finding("coverage", "no", f"coverage is {typical} {share}, and should be {expected:g}")
-    return Finding("coverage", "yes", f"coverage {np.nanmedian(curve.mean):.3g}")
+        return BranchFinding("coverage", "no", f"coverage is {typical} {share}, and should be {expected:g}")
+    return BranchFinding("coverage", "yes", f"coverage {np.nanmedian(curve.mean):.3g}")
 
 
 def _since(curve: Curve, gone: Array) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-MOST_BLOCKS = 1024  # more than a picture has columns
+MAX_BLOCKS = 1024  # more than a picture has columns
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Curve:
         if not whole:
             return
         self._append(all_steps[:whole], all_values[:whole])
-        while len(self.steps) > MOST_BLOCKS:
+        while len(self.steps) > MAX_BLOCKS:
             self._halve()
 
     def levels(self, count: int) -> Array:

@@ -15,7 +15,7 @@ from typing import Any
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.yaml_source import did_you_mean
 from tune_ssim.guards import Baseline, BaselineRun, Guard, NonFinite, NormRatio, Rule, SmokeTest, Violation, Watch
-from tune_ssim.guards.branch_report import BranchReport, Finding, judge_branch, series_of
+from tune_ssim.guards.branch_report import BranchFinding, BranchReport, judge_branch, series_of
 from tune_ssim.guards.curves import Curve
 from tune_ssim.guards.rule_pack import Branch, RulePack, bundled_packs, load_rules
 from tune_ssim.guards.watch import GRACE_RECORDS, WILD, named
@@ -23,7 +23,7 @@ from tune_ssim.records import LOSS, TOTAL_NORM, TOTAL_NORM_MAIN, Record
 from tune_ssim.records.readers import Source
 from tune_ssim.records.record_table import Table
 
-SCHEMA = 1  # of `Report.to_json`, docs/check_schema.md
+SCHEMA = 1  # of `LogReport.to_json`, docs/check_schema.md
 LOOKED_AT = 1000  # records whose coverage says how many micro-batches make a step, where nobody else does
 PER_GUARD = 20  # alerts of one guard that are kept; the rest is counted
 SHOWN_NAMES = 12
@@ -35,7 +35,7 @@ USUAL = {
     TOTAL_NORM: ({"norm", "gnorm", "gradnorm"}, {"grad", "gradient", "global", "total", "train", "training"}),
 }
 POLL_S = 0.5  # between two looks at a growing log
-MOST_BASELINE = 1_000_000  # records of a baseline that are compared with; a hundred megabytes
+MAX_BASELINE_RECORDS = 1_000_000  # records of a baseline that are compared with; a hundred megabytes
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Unknown:
 
 
 @dataclass(frozen=True)
-class Report:
+class LogReport:
     log: str
     records: int
     steps: tuple[int, int] | None  # first and last
@@ -105,7 +105,7 @@ class Report:
         }
 
 
-class Check:
+class LogCheck:
     """`feed` records in the order of their steps, then `report`. Memory does not grow with the log."""
 
     def __init__(self, packs: Sequence[RulePack], baseline: Baseline | None = None, *, given: bool = True) -> None:
@@ -152,7 +152,7 @@ class Check:
         self._draw(table)
         return said
 
-    def report(self, log: str = "", notes: Iterable[str] = (), passed_over: int = 0) -> Report:
+    def report(self, log: str = "", notes: Iterable[str] = (), passed_over: int = 0) -> LogReport:
         packs = tuple(pack for pack in self.packs if pack.name in self._about)
         guards = [guard for guard in self.guards if self._counts(guard.name)]
         holding = {
@@ -166,7 +166,7 @@ class Check:
         alerts = sorted(self._counting(), key=lambda alert: alert.violation.step)
         unknown = tuple(filter(None, map(self._unknown, guards)))
         cannot = {one.guard for one in unknown} - set(self.alerts)
-        return Report(
+        return LogReport(
             log=log,
             records=self.records,
             steps=(self.first_step, self.last_step) if self.records else None,
@@ -285,7 +285,7 @@ def check_log(
     follow: bool = False,
     on_alert: Callable[[Alert], None] | None = None,
     label: str = "",
-) -> Report:
+) -> LogReport:
     """Reads a log to its end; with `follow`, until what a live trial would have ended with, or Ctrl-C.
 
     `packs`: names or paths; none: every bundled pack that is about the log's metrics. `on_alert` hears them as they come.
@@ -296,7 +296,7 @@ def check_log(
     _check_options(given or [load_rules(pack) for pack in bundled_packs()], options)
     enough = GRACE_RECORDS if follow else LOOKED_AT  # who follows wants to hear something soon
     waiting: list[Record] = []
-    check: Check | None = None
+    check: LogCheck | None = None
     notes: list[str] = []
     usual: dict[str, str] = {}
 
@@ -308,7 +308,7 @@ def check_log(
                 return
             chosen, guessed = _begun(packs, options, waiting[:enough])
             notes.extend(guessed)
-            check = Check(chosen, baseline, given=bool(packs))
+            check = LogCheck(chosen, baseline, given=bool(packs))
             records, waiting = waiting, []
             usual = ours_of(names_of(records))
         for alert in check.feed(Table.of(records).renamed(usual) if records else records):
@@ -316,24 +316,24 @@ def check_log(
                 on_alert(alert)
 
     try:
-        for part in source.parts():
+        for part in source.batches():
             take(part)
         while follow and (check is None or check.ended is None):
             time.sleep(POLL_S)
-            for part in source.parts():
+            for part in source.batches():
                 take(part)
     except KeyboardInterrupt:
         if not follow:
             raise
     take(source.finish(), last=True)
     assert check is not None
-    trouble = source.trouble
+    issues = source.issues
     if not follow and (nothing := check.knows_nothing()):
-        raise UserError(f"{label}: {nothing}" + (f"; {trouble.sentence()}" if trouble.sentence() else ""))
+        raise UserError(f"{label}: {nothing}" + (f"; {issues.sentence()}" if issues.sentence() else ""))
     known = {pack.name for pack in check.report().packs}
     about = [note for note in notes if note.split(":")[0] in known]
     about += [f"{theirs} is taken for {ours}; else `--map {theirs}=…`" for theirs, ours in usual.items()]
-    return check.report(label, filter(None, [*about, trouble.sentence()]), trouble.repeated + trouble.unread)
+    return check.report(label, filter(None, [*about, issues.sentence()]), issues.repeated + issues.unread)
 
 
 def _begun(packs: Sequence[str | Path], options: Mapping[str, float], first: Sequence[Record]) -> tuple[list[RulePack], list[str]]:
@@ -381,7 +381,7 @@ def among_parts(branches: Sequence[BranchReport]) -> list[BranchReport]:
     """Of losses of which nothing is known but their names: what one gains another may lose (two players, two weights)."""
     falls = any(finding.answer == "yes" for branch in branches for finding in branch.findings if finding.subject == "loss")
 
-    def seen(finding: Finding) -> Finding:
+    def seen(finding: BranchFinding) -> BranchFinding:
         if not falls or finding.subject != "loss" or finding.answer != "no":
             return finding
         return replace(finding, answer="unknown", sentence=f"{finding.sentence}, while another part of the loss falls")
@@ -389,8 +389,8 @@ def among_parts(branches: Sequence[BranchReport]) -> list[BranchReport]:
     return [replace(branch, findings=tuple(map(seen, branch.findings))) for branch in branches]
 
 
-def _all_parts(source: Source) -> Iterator[Sequence[Record]]:
-    yield from source.parts()
+def _all_batches(source: Source) -> Iterator[Sequence[Record]]:
+    yield from source.batches()
     yield source.finish()
 
 
@@ -399,13 +399,13 @@ def baseline_of(source: Source) -> Baseline:
     series: dict[str, dict[int, float]] = {TOTAL_NORM: {}, TOTAL_NORM_MAIN: {}}
     names: dict[str, None] = {}
     usual: dict[str, str] | None = None
-    for part in filter(len, _all_parts(source)):
+    for part in filter(len, _all_batches(source)):
         usual = ours_of(names_of(part)) if usual is None else usual
         for record in Table.of(part).renamed(usual):
             if len(names) < SHOWN_NAMES:
                 names.update(dict.fromkeys(record.values))
             for metric, points in series.items():
-                if metric in record.values and len(points) < MOST_BASELINE:
+                if metric in record.values and len(points) < MAX_BASELINE_RECORDS:
                     points[record.step] = record.values[metric]
     if not series[TOTAL_NORM]:
         saw = ", ".join(sorted(names)) or "no metric at all"

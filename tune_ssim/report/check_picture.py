@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tune_ssim.guards.curves import Curve
-from tune_ssim.guards.log_check import Alert, Report
+from tune_ssim.guards.log_check import Alert, LogReport
 from tune_ssim.guards.watch import SEVERITY
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ COLOURS = {"warn": "#e08a1e", "probe": "#2a67a3", "prune": "#b5343c", "abort": "
 SMOOTHING_PARTS = 40  # a noisy curve is drawn through the medians of so many parts
 
 
-def draw_check(report: Report) -> bytes:
+def draw_check(report: LogReport) -> bytes:
     """The report as a PNG image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ def draw_check(report: Report) -> bytes:
     return buffer.getvalue()
 
 
-def _panels(report: Report) -> list[tuple[str, Curve, list[Alert]]]:
+def _panels(report: LogReport) -> list[tuple[str, Curve, list[Alert]]]:
     """At most MAX_PANELS curves, in the order of the rules: those with alerts (the most severe first), then the losses of the
     branches, then others."""
     alerts: dict[str, list[Alert]] = {}
@@ -137,7 +137,7 @@ def _mark(axes: Axes, alerts: Sequence[Alert], curve: Curve, first: int, last: i
         )  # fmt: skip
 
 
-def _count(report: Report) -> str:
+def _count(report: LogReport) -> str:
     count = sum(alert.times for alert in report.alerts)
     return f"{count} alert{'s' if count > 1 else ''}"
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.passwords import hide_password
 from tune_ssim.records import Record
+from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.rows import Rows
-from tune_ssim.records.readers.trouble import Trouble
 from tune_ssim.tracking.mirror import describe_error
 from tune_ssim.tracking.mlflow_internals import restored
 
@@ -78,14 +78,14 @@ class MLflowRun:
         self.run_id = run_id
         self._client = client
         self._rows = Rows(names)
-        self._rows.trouble.unit = "value"
+        self._rows.issues.unit = "value"
 
     @property
-    def trouble(self) -> Trouble:
-        return self._rows.trouble
+    def issues(self) -> ParseIssues:
+        return self._rows.issues
 
     def read(self) -> list[Record]:
-        return [record for part in self.parts() for record in part]
+        return [record for part in self.batches() for record in part]
 
     def finish(self) -> list[Record]:
         self._fetch(complete=True)
@@ -97,7 +97,7 @@ class MLflowRun:
     def release(self) -> list[Record]:
         return self._rows.steps.release()
 
-    def parts(self) -> Iterator[list[Record]]:
+    def batches(self) -> Iterator[list[Record]]:
         self._fetch(complete=False)
         yield self._rows.steps.take()
 
@@ -110,7 +110,7 @@ class MLflowRun:
             latest = self._client.get_run(self.run_id).data.to_proto().metrics
             histories = {metric.key: self._client.get_metric_history(self.run_id, metric.key) for metric in latest}
         except (MlflowException, OSError) as error:
-            self.trouble.note(f"run {self.run_id}: {describe_error(error)}")
+            self.issues.note(f"run {self.run_id}: {describe_error(error)}")
             return
         newest = sys.maxsize if complete else max((metric.step for metric in latest), default=-1)
         by_step: dict[int, dict[str, float]] = {}
@@ -118,7 +118,7 @@ class MLflowRun:
             for point in history:
                 if point.step <= newest:
                     by_step.setdefault(point.step, {}).setdefault(name, restored(point.value))
-        self.trouble.lines = sum(map(len, histories.values()))
+        self.issues.lines = sum(map(len, histories.values()))
         self._rows.steps.begin_anew()
         for step in sorted(by_step):
             names, values = self._rows.names, by_step[step]

@@ -1,9 +1,9 @@
 """Logs of any training as a stream of records: text, JSONL, JSON, CSV and TensorBoard, also while they are written."""
 
+from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.parser import LineParser
 from tune_ssim.records.readers.record_lines import RecordLines
 from tune_ssim.records.readers.source import FORMATS, Source, open_source, read_all
 from tune_ssim.records.readers.text_lines import PRINTED
-from tune_ssim.records.readers.trouble import Trouble
 
-__all__ = ["FORMATS", "PRINTED", "LineParser", "RecordLines", "Source", "Trouble", "open_source", "read_all"]
+__all__ = ["FORMATS", "PRINTED", "LineParser", "ParseIssues", "RecordLines", "Source", "open_source", "read_all"]

@@ -47,7 +47,7 @@ class CsvRows:
                 if self._is_new_header(fields):
                     self._begin(fields)
                 elif line.strip():
-                    self._rows.trouble.skip(number, line, f"{len(fields)} fields, the header has {len(self._header)}")
+                    self._rows.issues.skip(number, line, f"{len(fields)} fields, the header has {len(self._header)}")
                 continue
             try:
                 if self._plain and "" not in fields:

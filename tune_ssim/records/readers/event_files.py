@@ -15,9 +15,9 @@ from typing import BinaryIO
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
+from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.protobuf import scalars
 from tune_ssim.records.readers.rows import Rows
-from tune_ssim.records.readers.trouble import Trouble
 
 CHUNK_BYTES = 256 * 1024
 MAX_EVENT_BYTES = 64 * 1024 * 1024  # a longer event (pictures, a graph) is passed over unread
@@ -36,22 +36,22 @@ class EventFiles:
     def __init__(self, path: Path, names: Mapping[str, str] | None = None) -> None:
         self.path = path
         self._rows = Rows(names)
-        self._rows.trouble.unit = "event"
+        self._rows.issues.unit = "event"
         self._offsets: dict[str, int] = {}  # by file: up to where its frames were read
 
     @property
-    def trouble(self) -> Trouble:
-        return self._rows.trouble
+    def issues(self) -> ParseIssues:
+        return self._rows.issues
 
     def read(self) -> list[Record]:
-        return [record for part in self.parts() for record in part]
+        return [record for part in self.batches() for record in part]
 
     def finish(self) -> list[Record]:
         records = self.read()
         for file in self._files():
             rest = file.stat().st_size - self._offsets.get(file.name, 0)
             if rest > 0:
-                self.trouble.note(f"{file.name}: the last {rest} bytes are no complete event")
+                self.issues.note(f"{file.name}: the last {rest} bytes are no complete event")
         return [*records, *self._rows.steps.finish()]
 
     def held(self) -> int | None:
@@ -60,12 +60,12 @@ class EventFiles:
     def release(self) -> list[Record]:
         return self._rows.steps.release()
 
-    def parts(self) -> Iterator[list[Record]]:
+    def batches(self) -> Iterator[list[Record]]:
         try:
             for file in self._files():
                 yield from self._read(file)
         except OSError as error:
-            self.trouble.note(f"{error.filename or self.path}: {error.strerror or error}")
+            self.issues.note(f"{error.filename or self.path}: {error.strerror or error}")
 
     def _files(self) -> list[Path]:
         if self.path.is_dir():
@@ -77,7 +77,7 @@ class EventFiles:
         if size < offset:
             offset = self._offsets[path.name] = 0
             self._rows.steps.begin_anew()
-            self.trouble.note(f"{path.name} was cut while it was read: steps that it repeats are passed over")
+            self.issues.note(f"{path.name} was cut while it was read: steps that it repeats are passed over")
         if size == offset:
             return
         with path.open("rb") as file:
@@ -118,27 +118,27 @@ class EventFiles:
         return at
 
     def _take_event(self, event: bytes, checksum: bytes) -> None:
-        self.trouble.lines += 1
+        self.issues.lines += 1
         try:
             step, found = scalars(event)
         except ValueError as error:
-            self.trouble.skip(self.trouble.lines, "", f"no event ({error})")
+            self.issues.skip(self.issues.lines, "", f"no event ({error})")
             return
         if not found:
             return
         # Only events with scalars are worth the time: pictures are long, and nothing is read from them.
         if struct.unpack("<I", checksum)[0] != masked_crc32c(event):
-            self.trouble.skip(self.trouble.lines, found[0][0], "its checksum is wrong")
+            self.issues.skip(self.issues.lines, found[0][0], "its checksum is wrong")
             return
         names = self._rows.names
         values = {names[tag]: value for tag, value in found}
         if names.given:
             values = names.rename(values)
-        self._rows.add(step, values, self.trouble.lines, found[0][0])
+        self._rows.add(step, values, self.issues.lines, found[0][0])
 
     def _skip(self, reason: str) -> None:
-        self.trouble.lines += 1
-        self.trouble.skip(self.trouble.lines, "", reason)
+        self.issues.lines += 1
+        self.issues.skip(self.issues.lines, "", reason)
 
 
 def event_files(folder: Path) -> list[Path]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from tune_ssim.records import Record
 from tune_ssim.records.readers.json_lines import json_object
 from tune_ssim.records.readers.line_file import LineFile
+from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.parser import LineParser
 from tune_ssim.records.readers.rows import Rows
-from tune_ssim.records.readers.trouble import Trouble
 
 MAX_BYTES = 256 * 1024 * 1024  # it has to be in the memory as a whole
 LOOKED_AT = 1024 * 1024  # bytes in which the first line is looked for
@@ -27,25 +27,25 @@ class JsonFile:
         self.path = path
         self._names = names
         self._rows = Rows(names)
-        self._rows.trouble.unit = "row"
+        self._rows.issues.unit = "row"
         self._done = 0  # rows taken
         self._seen: list[int] = []  # device, inode, size and time of the version that was looked at last
         self._why_unread = ""
         self._lines: LineFile | None = None
 
     @property
-    def trouble(self) -> Trouble:
-        return self._lines.trouble if self._lines else self._rows.trouble
+    def issues(self) -> ParseIssues:
+        return self._lines.issues if self._lines else self._rows.issues
 
     def read(self) -> list[Record]:
-        return [record for part in self.parts() for record in part]
+        return [record for part in self.batches() for record in part]
 
     def finish(self) -> list[Record]:
         records = self.read()
         if self._lines:
             return [*records, *self._lines.finish()]
         if self._why_unread:
-            self.trouble.note(f"{self.path}: {self._why_unread}")
+            self.issues.note(f"{self.path}: {self._why_unread}")
         return [*records, *self._rows.steps.finish()]
 
     def held(self) -> int | None:
@@ -54,16 +54,16 @@ class JsonFile:
     def release(self) -> list[Record]:
         return self._lines.release() if self._lines else self._rows.steps.release()
 
-    def parts(self) -> Iterator[Sequence[Record]]:
+    def batches(self) -> Iterator[Sequence[Record]]:
         if self._lines is None:
             try:
                 self._look()
             except FileNotFoundError:
                 return
             except OSError as error:
-                self.trouble.note(f"{self.path}: {error.strerror or error}")
+                self.issues.note(f"{self.path}: {error.strerror or error}")
         if self._lines is not None:
-            yield from self._lines.parts()
+            yield from self._lines.batches()
         else:
             yield self._rows.steps.take()
 
@@ -95,13 +95,13 @@ class JsonFile:
         if len(rows) < self._done:
             self._done = 0
             self._rows.steps.begin_anew()
-            self.trouble.note("the log was rewritten while it was read: steps that it repeats are passed over")
+            self.issues.note("the log was rewritten while it was read: steps that it repeats are passed over")
         for number, row in enumerate(rows[self._done :], self._done + 1):
             if isinstance(row, dict):
                 self._rows.add_object(row, number, str(row)[:200])
             else:
-                self.trouble.skip(number, str(row)[:200], "no JSON object")
-        self._done = self.trouble.lines = len(rows)
+                self.issues.skip(number, str(row)[:200], "no JSON object")
+        self._done = self.issues.lines = len(rows)
 
     def _as_lines(self) -> LineFile:
         self._lines = LineFile(self.path, LineParser(format="jsonl", names=self._names))

@@ -30,7 +30,7 @@ ODD_NUMBER = re.compile(r"([:,\[]\s*)([-+]?)(nan|inf(?:inity)?)(?=\s*[,}\]])", r
 
 
 class JsonLines:
-    """Once a tagged line was seen, only tagged lines are rows, and no other line is a trouble."""
+    """Once a tagged line was seen, only tagged lines are rows, and no other line is reported as unread."""
 
     format = "jsonl"
 
@@ -77,7 +77,7 @@ class JsonLines:
         elif line.strip() != line:
             self._take_line(line.strip(), number)
         elif line:
-            self._rows.trouble.skip(number, line, "no JSON object")
+            self._rows.issues.skip(number, line, "no JSON object")
 
     def _take_tagged(self, line: str, number: int) -> None:
         begin = line.find(TAG)
@@ -88,7 +88,7 @@ class JsonLines:
         if row is None:
             row, _ = decoded(with_plain_numbers(line[begin:]))
         if row is None:
-            self._rows.trouble.skip(number, line[begin:], "no JSON object after the tag")
+            self._rows.issues.skip(number, line[begin:], "no JSON object after the tag")
         else:
             self._rows.add_object(row, number, line)
 

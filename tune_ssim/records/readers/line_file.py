@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tune_ssim.records import Record
+from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.parser import LineParser
-from tune_ssim.records.readers.trouble import Trouble
 
 CHUNK_BYTES = 1024 * 1024  # the records of so much are held at a time
 TAIL_BYTES = 64  # read last, and looked at again before more is read: a file that was rewritten differs there
@@ -30,15 +30,15 @@ class LineFile:
         self._tail = b""  # the last bytes before the offset
 
     @property
-    def trouble(self) -> Trouble:
-        return self._parser.trouble
+    def issues(self) -> ParseIssues:
+        return self._parser.issues
 
     @property
     def format(self) -> str | None:
         return self._parser.format
 
     def read(self) -> list[Record]:
-        return [record for part in self.parts() for record in part]
+        return [record for part in self.batches() for record in part]
 
     def finish(self) -> list[Record]:
         return [*self.read(), *self._parser.finish()]
@@ -49,12 +49,12 @@ class LineFile:
     def release(self) -> list[Record]:
         return self._parser.release()
 
-    def parts(self) -> Iterator[Sequence[Record]]:
+    def batches(self) -> Iterator[Sequence[Record]]:
         try:
             for data in self._new_bytes():
-                yield from self._parser.feed_parts(data)
+                yield from self._parser.feed_batches(data)
         except OSError as error:
-            self.trouble.note(f"{self.path}: {error.strerror or error}")
+            self.issues.note(f"{self.path}: {error.strerror or error}")
             self._close()
 
     def _new_bytes(self) -> Iterator[bytes]:

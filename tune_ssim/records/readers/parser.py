@@ -10,9 +10,9 @@ from tune_ssim.records import Record
 from tune_ssim.records.readers.csv_rows import CsvRows, delimiter_of, is_header, looks_like_csv, split_fields
 from tune_ssim.records.readers.json_lines import TAG, JsonLines, is_row
 from tune_ssim.records.readers.lines import MAX_LINE_BYTES, Lines
+from tune_ssim.records.readers.parse_issues import ParseIssues, excerpt
 from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.text_lines import HOW_A_PATTERN_LOOKS, PRINTED, PatternLines, PrintedLines, text_format
-from tune_ssim.records.readers.trouble import Trouble, excerpt
 
 LINE_FORMATS = ("jsonl", "csv", "text")
 FEED_BYTES = 1024 * 1024  # split at a time, so that a large piece needs no memory several times over
@@ -58,8 +58,8 @@ class LineParser:
         return AnyLines(self._rows, file_name)
 
     @property
-    def trouble(self) -> Trouble:
-        return self._rows.trouble
+    def issues(self) -> ParseIssues:
+        return self._rows.issues
 
     @property
     def format(self) -> str | None:
@@ -73,13 +73,13 @@ class LineParser:
 
     def feed(self, data: bytes) -> list[Record]:
         """Records that became complete."""
-        return [record for part in self.feed_parts(data) for record in part]
+        return [record for part in self.feed_batches(data) for record in part]
 
-    def feed_parts(self, data: bytes) -> list[Sequence[Record]]:
+    def feed_batches(self, data: bytes) -> list[Sequence[Record]]:
         """The same, in tables where the log allows it."""
         for begin in range(0, len(data), FEED_BYTES):
             self._take(self._lines.feed(data[begin : begin + FEED_BYTES]))
-        return self._rows.steps.take_parts()
+        return self._rows.steps.take_batches()
 
     def finish(self) -> list[Record]:
         """The rest: a last line without a newline, and the step that was held back."""
@@ -87,7 +87,7 @@ class LineParser:
         if isinstance(self._format, AnyLines):
             self._format.finish()
         elif isinstance(self._format, PatternLines | PrintedLines) and (why := self._format.unmatched()):
-            self.trouble.note(why)
+            self.issues.note(why)
         return self._rows.steps.finish()
 
     def held(self) -> int | None:
@@ -100,19 +100,19 @@ class LineParser:
 
     def begin_anew(self, reason: str) -> None:
         """The file was replaced or cut: what follows is its beginning."""
-        self.trouble.note(reason)
+        self.issues.note(reason)
         self._lines.begin_anew()
         self._rows.steps.begin_anew()
 
     def _take(self, lines: list[str]) -> None:
-        trouble = self.trouble
+        issues = self.issues
         while self._lines.too_long:
             self._lines.too_long -= 1
-            trouble.lines += 1
-            trouble.skip(trouble.lines, "", f"longer than {MAX_LINE_BYTES // 2**20} MiB")
+            issues.lines += 1
+            issues.skip(issues.lines, "", f"longer than {MAX_LINE_BYTES // 2**20} MiB")
         if lines:
-            self._format.take(lines, trouble.lines + 1)
-            self.trouble.lines += len(lines)
+            self._format.take(lines, issues.lines + 1)
+            self.issues.lines += len(lines)
 
 
 class AnyLines:
@@ -171,7 +171,7 @@ class AnyLines:
     def finish(self) -> None:
         """Says so if no line was a row of anything."""
         if self._chosen is None and self._seen:
-            self._rows.trouble.note(self.unknown())
+            self._rows.issues.note(self.unknown())
 
     def unknown(self) -> str:
         """What a user can do about a log that is nothing we know."""

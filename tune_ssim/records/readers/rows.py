@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.steps import Steps
-from tune_ssim.records.readers.trouble import Trouble
 from tune_ssim.records.readers.values import MAX_STEP, Names, numbers_of, step_in
 from tune_ssim.records.record_table import Table
 
@@ -26,9 +26,9 @@ class Rows:
     """What every format hands its rows to; `names`: their metric names → ours."""
 
     def __init__(self, names: Mapping[str, str] | None = None) -> None:
-        self.trouble = Trouble()
+        self.issues = ParseIssues()
         self.names = Names(names)
-        self.steps = Steps(self.trouble)
+        self.steps = Steps(self.issues)
 
     def add_object(self, row: dict[str, Any], line: int, text: str, plain: bool = False) -> None:
         """A JSON object, which is used up, and the text that it was read from; `plain`: without escapes in it. An object
@@ -100,11 +100,11 @@ class Rows:
             return
         whole = step_in(step)
         if whole is None:
-            self.trouble.skip(line, text, "its step is no whole number from 0 on")
+            self.issues.skip(line, text, "its step is no whole number from 0 on")
         else:
             self.steps.add(whole, values, line, text)
 
     def forget(self) -> None:
         """What was taken for rows, and for unreadable ones, was other output. What was released stays so."""
-        self.trouble.forget()
+        self.issues.forget()
         self.steps.forget()

@@ -11,8 +11,8 @@ from tune_ssim.records import Record
 from tune_ssim.records.readers.event_files import HEADER, EventFiles, event_files, is_event_file, require_one_run
 from tune_ssim.records.readers.json_file import JsonFile, holds_document
 from tune_ssim.records.readers.line_file import LineFile
+from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.parser import LINE_FORMATS, LineParser
-from tune_ssim.records.readers.trouble import Trouble
 
 FORMATS = ("jsonl", "json", "csv", "tensorboard", "text")
 LOOKED_FIRST = 1024 * 1024  # bytes that tell a JSON document from lines
@@ -26,7 +26,7 @@ class Source(Protocol):
     """Records of a log that may still be growing. Their steps only grow, over the whole life of a source."""
 
     @property
-    def trouble(self) -> Trouble: ...
+    def issues(self) -> ParseIssues: ...
 
     def read(self) -> list[Record]:
         """What is new and complete since the last call. The file need not exist yet. Never raises for bad content."""
@@ -40,7 +40,7 @@ class Source(Protocol):
     def release(self) -> list[Record]:
         """The step that is held back. Rows of it that come later make another record of that step."""
 
-    def parts(self) -> Iterator[Sequence[Record]]:
+    def batches(self) -> Iterator[Sequence[Record]]:
         """What `read` returns, in parts of bounded size."""
 
 
@@ -118,7 +118,7 @@ def _kind(path: Path, format: str | None, names: Mapping[str, str] | None) -> st
     if looking.format is None:
         if not start.strip() or not (b"\n" in data or b"\r" in data):  # it has just begun
             return "unknown"
-        raise UserError(f"{path}: {'; '.join(looking.trouble.notes)}; valid formats: {', '.join(FORMATS)}")
+        raise UserError(f"{path}: {'; '.join(looking.issues.notes)}; valid formats: {', '.join(FORMATS)}")
     return "lines"
 
 
@@ -138,20 +138,20 @@ class NotThereYet:
     def __init__(self, path: Path, names: Mapping[str, str] | None) -> None:
         self.path = path
         self._names = names
-        self._trouble = Trouble()
+        self._issues = ParseIssues()
         self._source: Source | None = None
 
     @property
-    def trouble(self) -> Trouble:
-        return self._source.trouble if self._source else self._trouble
+    def issues(self) -> ParseIssues:
+        return self._source.issues if self._source else self._issues
 
     def read(self) -> list[Record]:
-        return [record for part in self.parts() for record in part]
+        return [record for part in self.batches() for record in part]
 
     def finish(self) -> list[Record]:
-        records = [record for part in self._parts(complete=True) for record in part]
+        records = [record for part in self._batches(complete=True) for record in part]
         if self._source is None:
-            self._trouble.note(f"{self.path}: nothing was written there")
+            self._issues.note(f"{self.path}: nothing was written there")
             return records
         return [*records, *self._source.finish()]
 
@@ -161,20 +161,20 @@ class NotThereYet:
     def release(self) -> list[Record]:
         return self._source.release() if self._source else []
 
-    def parts(self) -> Iterator[Sequence[Record]]:
-        yield from self._parts(complete=False)
+    def batches(self) -> Iterator[Sequence[Record]]:
+        yield from self._batches(complete=False)
 
-    def _parts(self, complete: bool) -> Iterator[Sequence[Record]]:
+    def _batches(self, complete: bool) -> Iterator[Sequence[Record]]:
         if self._source is None:
             try:
                 kind = self._look(complete)
             except OSError as error:
-                self._trouble.note(f"{self.path}: {error.strerror or error}")
+                self._issues.note(f"{self.path}: {error.strerror or error}")
                 return
             if kind == "unknown":
                 return
             self._source = _of_kind(kind, self.path, None, self._names, None)
-        yield from self._source.parts()
+        yield from self._source.batches()
 
     def _look(self, complete: bool) -> str:
         """`complete`: no more will come."""
@@ -201,6 +201,6 @@ def read_all(
     if not Path(path).exists():
         raise UserError(f"{path}: no such file")
     source = open_source(path, format=format, names=names, pattern=pattern)
-    for part in source.parts():
+    for part in source.batches():
         yield from part
     yield from source.finish()

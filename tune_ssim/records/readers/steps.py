@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from tune_ssim.records import Record
-from tune_ssim.records.readers.trouble import Trouble
+from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.values import MAX_STEP
 from tune_ssim.records.record_table import Table
 
@@ -27,8 +27,8 @@ class Steps:
     A step far ahead of the steps after it (a misread number, a line of two writers) waits for them. A log without
     steps has its rows numbered from 1."""
 
-    def __init__(self, trouble: Trouble) -> None:
-        self.trouble = trouble
+    def __init__(self, issues: ParseIssues) -> None:
+        self.issues = issues
         self.last = -1  # newest step that was released
         self._step = -1  # held back
         self._values: dict[str, float] = {}
@@ -62,7 +62,7 @@ class Steps:
             self._step, self._values = step, values
         else:
             if step > self._heard_up_to:
-                self.trouble.repeat(line, step, self._step)
+                self.issues.repeat(line, step, self._step)
 
     def add_table(self, table: Table) -> bool:
         """Many rows at once, if each has a later step than the one before; False: they have to be added one by one."""
@@ -83,9 +83,9 @@ class Steps:
 
     def take(self) -> list[Record]:
         """What is complete and was not taken yet."""
-        return [record for part in self.take_parts() for record in part]
+        return [record for part in self.take_batches() for record in part]
 
-    def take_parts(self) -> list[Sequence[Record]]:
+    def take_batches(self) -> list[Sequence[Record]]:
         """The same, those that came together as one table."""
         self._part()
         parts, self._parts = self._parts, []
@@ -121,7 +121,7 @@ class Steps:
         if self._rows is not None:
             return
         self._rows = 0
-        self.trouble.note(NUMBERED)
+        self.issues.note(NUMBERED)
         waiting, self._waiting = self._waiting, []
         for values, line, text in waiting:
             self._without_step(values, line, text)
@@ -130,8 +130,8 @@ class Steps:
         """The rows that were not released yet were none."""
         self._step, self._values, self._ahead, self._waiting = self.last, {}, {}, []
         self._rows = None
-        if NUMBERED in self.trouble.notes:
-            self.trouble.notes.remove(NUMBERED)
+        if NUMBERED in self.issues.notes:
+            self.issues.notes.remove(NUMBERED)
 
     def begin_anew(self) -> None:
         """The log starts again from its beginning; its rows up to here are known."""
@@ -154,7 +154,7 @@ class Steps:
             self._rows += 1
             self.add(self._rows, values, line)
         elif self._has_steps:
-            self.trouble.skip(line, text, "no step")
+            self.issues.skip(line, text, "no step")
         else:
             self._waiting.append((values, line, text[:100]))
             if len(self._waiting) == UNNUMBERED:
@@ -164,7 +164,7 @@ class Steps:
         """A step has come; what came before without one was no row of the training."""
         self._has_steps = True
         for _, line, text in self._waiting:
-            self.trouble.skip(line, text, "no step")
+            self.issues.skip(line, text, "no step")
         self._waiting = []
 
 

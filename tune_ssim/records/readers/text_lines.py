@@ -11,8 +11,8 @@ import regex
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records.readers.line_shape import NUMBER, LineShape, Places
+from tune_ssim.records.readers.parse_issues import excerpt
 from tune_ssim.records.readers.rows import Rows
-from tune_ssim.records.readers.trouble import excerpt
 from tune_ssim.records.readers.values import Names, text_number
 
 TOGETHER = 512  # lines that are searched at once: quicker than one, and it stays in the cache
@@ -111,7 +111,7 @@ class UserPattern:
 
 
 class PatternLines:
-    """Rows by the user's patterns; a line may be a row of several of them. A line that no pattern knows is no trouble."""
+    """Rows by the user's patterns; a line may be a row of several of them. A line that no pattern matches is no error."""
 
     format = "text"
 
@@ -148,9 +148,9 @@ class PatternLines:
                 found.append(pattern.search(line))
             except TimeoutError:
                 found.append(None)
-                self._rows.trouble.skip(at, line, f"the pattern took more than {LINE_LIMIT_S:g} s")
+                self._rows.issues.skip(at, line, f"the pattern took more than {LINE_LIMIT_S:g} s")
                 if pattern.given_up:
-                    self._rows.trouble.note(f"pattern {pattern.text!r} was given up after {SLOW_LINES} lines that took too long")
+                    self._rows.issues.note(f"pattern {pattern.text!r} was given up after {SLOW_LINES} lines that took too long")
         return found
 
     def _add_together(self, matches: list[Any]) -> bool:
@@ -191,7 +191,7 @@ class PatternLines:
                 continue
             value = text_number(text.strip(" ,;|%()[]{}'\""))
             if value is None:
-                self._rows.trouble.skip(number, line, f"group '{name}' found {text!r}, which is no number")
+                self._rows.issues.skip(number, line, f"group '{name}' found {text!r}, which is no number")
             else:
                 values[self._rows.names[name]] = value
         return values

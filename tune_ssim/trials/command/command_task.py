@@ -437,7 +437,7 @@ class CommandTask(Training):
     def reading_problem(self) -> str:
         """See `Training`."""
         reader = self._source or self._parser
-        return reader.trouble.sentence() if reader is not None else ""
+        return reader.issues.sentence() if reader is not None else ""
 
     def _where_looked(self) -> str:
         records = self.spec.records

@@ -1,15 +1,15 @@
-"""What a log held that could not be read, kept short enough to be shown."""
+"""Lines of a log that could not be read, in a summary that fits a message."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SHOWN = 3  # first places that are kept with their text; more would not fit a message
+MAX_EXAMPLES = 3  # unread lines that are kept with their text; more would not fit a message
 EXCERPT = 80  # characters of a line in a message
 
 
 @dataclass
-class Trouble:
+class ParseIssues:
     """`lines` read so far (events of a TensorBoard file), how many of them could not be read (`unread`), the `first`
     of these (place, text, reason), and `notes`: what was done that the numbers do not show."""
 
@@ -22,9 +22,9 @@ class Trouble:
     first_repeated: str = ""
 
     def skip(self, line: int, text: str, reason: str) -> None:
-        """A line that should have been a row and is none."""
+        """Counts a line that should have been a row and could not be read."""
         self.unread += 1
-        if len(self.first) < SHOWN:
+        if len(self.first) < MAX_EXAMPLES:
             self.first.append(f"{self.unit} {line}: {excerpt(text) + ': ' if text else ''}{reason}")
 
     def repeat(self, line: int, step: int, last: int) -> None:
@@ -33,7 +33,7 @@ class Trouble:
         self.repeated += 1
 
     def forget(self) -> None:
-        """What could not be read so far was not meant to be."""
+        """Drops the unread lines so far: they were not meant as rows."""
         self.unread, self.first = 0, []
 
     def note(self, text: str) -> None:
@@ -41,15 +41,15 @@ class Trouble:
             self.notes.append(text)
 
     def sentence(self) -> str:
-        """All of it in one line; empty if there was none."""
+        """Everything in one line; empty if there is nothing to report."""
         parts = []
         if self.unread:
             parts.append(f"{self.unread} of {self.lines} {self.unit}s could not be read ({'; '.join(self.first)})")
         if self.repeated:
             rows = "row was" if self.repeated == 1 else "rows were"
             parts.append(
-                f"{self.repeated} {rows} passed over, of steps that had come before ({self.first_repeated}; a restart, lines"
-                " logged twice, or a validation that counts epochs): the first values stand"
+                f"{self.repeated} {rows} skipped, of steps that had been logged before ({self.first_repeated}; a restart, lines"
+                " logged twice, or a validation that counts epochs): the first value of a step wins"
             )
         return "; ".join([*parts, *self.notes])
 
