@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test e2e lint format bench docs
+.PHONY: run test e2e versions lint format bench docs
 
 run: $(VENV)/.installed
 	$(BIN)/tune-ssim run
@@ -14,6 +14,10 @@ test: $(VENV)/.installed
 # Everything, the minutes-long tests too; a study is stopped at each of its writes instead of a sample of them.
 e2e: $(VENV)/.installed
 	TUNE_SSIM_E2E=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m ""
+
+# A selection of the tests with the oldest and the newest Ray and MLflow that pyproject.toml admits; installs them in a temporary folder.
+versions: $(VENV)/.installed
+	$(BIN)/python tests/versions.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ Built without isolation (hatchling is in the `test` extra), so without a network
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import versions
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import tune_ssim
 
@@ -175,3 +179,14 @@ def test_an_editable_installation_reads_the_checkout_and_keeps_no_copy(built: Bu
     assert Path(package) == built.source.resolve() / "tune_ssim"
     assert Path(folder) == built.source.resolve() / "search_spaces"
     assert "added_later.yaml" in files.split()
+
+
+@pytest.mark.parametrize(("name", "place"), [("ray", 0), ("mlflow", 1)])
+def test_the_range_of_a_library_is_the_tested_one(name: str, place: int) -> None:
+    """tests/versions.py runs both ends."""
+    (requirement,) = re.findall(rf'^  "({name}(?:\[\w+\])?>=[^"]*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    specifier = Requirement(requirement).specifier
+    oldest, newest = Version(versions.OLDEST[place]), Version(versions.NEWEST[place])
+    assert {f">={oldest.major}.{oldest.minor}", f"<{newest.major}.{newest.minor + 1}"} == {str(one) for one in specifier}
+    assert newest.minor - oldest.minor >= 2
+    assert f"{name}=={newest}\n" in (ROOT / "constraints.txt").read_text()
