@@ -39,7 +39,7 @@ class RayExecutor:
 
     def __init__(self, study: Study, address: str | None = None) -> None:
         self._connection: AbstractContextManager[dict[str, float]] = connection(study, address)
-        self._study = study
+        self._study, self._is_private = study, address is None
 
     def __enter__(self) -> RayExecutor:
         self.cluster = self._connection.__enter__()
@@ -81,7 +81,7 @@ class RayExecutor:
             run_config=RunConfig(
                 name=_attempt(recorder, phase.name),
                 storage_path=str(recorder.folder.ray_folder),
-                callbacks=[_RecorderCallback(recorder)],
+                callbacks=[_RecorderCallback(recorder, self._is_private)],
                 stop=_BaselineStopper(),
                 failure_config=FailureConfig(max_failures=PROCESS_FAILURES),
                 checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_at_end=True),
@@ -117,13 +117,18 @@ def _require_baselines(results: ResultGrid) -> None:
 class _RecorderCallback(Callback):
     """Takes the bulky keys out of a result, so that they do not fill Ray's snapshots."""
 
-    def __init__(self, recorder: StudyRecorder) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: StudyRecorder, is_private: bool) -> None:
+        """is_private: nobody else uses this Ray."""
+        self.recorder, self.is_private = recorder, is_private
         self._pending: dict[str, float] = {}  # trial → since when it waits, by the monotonic clock; NaN: that was said
 
     def __getstate__(self) -> dict[str, Any]:
         """For Ray's snapshot, which nothing is ever made from again: what draws on the screen cannot travel."""
-        return {"recorder": StudyRecorder(self.recorder.folder, NoProgress(), self.recorder.steps), "_pending": {}}
+        return {
+            "recorder": StudyRecorder(self.recorder.folder, NoProgress(), self.recorder.steps),
+            "is_private": True,
+            "_pending": {},
+        }
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Explains a trial that waits."""
@@ -134,7 +139,7 @@ class _RecorderCallback(Callback):
             since_s = self._pending.setdefault(name, time.monotonic())
             if time.monotonic() - since_s > PENDING_S:
                 self._pending[name] = math.nan
-                self.recorder.progress.say(f"{name} waits: {_what_it_waits_for(trial)}")
+                self.recorder.progress.say(f"{name} waits: {_what_it_waits_for(trial, self.is_private)}")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.recorder.trial_started(_job(trial))
@@ -159,15 +164,17 @@ def _job(trial: Any) -> TrialJob:
     return job_of(trial.config, trial.trial_id)
 
 
-def _what_it_waits_for(trial: Any) -> str:
+def _what_it_waits_for(trial: Any, is_private: bool) -> str:
     bundles = trial.placement_group_factory.bundles
     free = ray.available_resources()
     needed = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
     short = [kind for kind, count in needed.items() if count > free.get(kind, 0.0)]
     if not short:
         return f"its process is starting since {PENDING_S:g} s, or the free resources are on too many nodes"
+    if is_private:  # the trial itself, and those beside it, have the rest
+        return f"its process is starting since {PENDING_S:g} s: the machine is busy"
     return "it needs " + " and ".join(
-        f"{needed[kind]:g} {kind}s, {free.get(kind, 0.0):g} are free (other trials or jobs have the rest)" for kind in short
+        f"{needed[kind]:g} {kind}s, {free.get(kind, 0.0):g} are free (other jobs on this cluster have the rest)" for kind in short
     )
 
 

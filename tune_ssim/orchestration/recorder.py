@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tune_ssim.guards.verdict import Role, Verdict
@@ -19,8 +19,11 @@ from tune_ssim.trials.trial_run import TrialReport, TrialResult
 class StudyRecorder:
     """Every executor calls it; the first verdict of a trial is the one that counts."""
 
-    def __init__(self, folder: StudyFolder, progress: Progress, steps: int) -> None:
-        self.folder, self.progress, self.steps = folder, progress, steps
+    def __init__(
+        self, folder: StudyFolder, progress: Progress, steps: int, require_lock: Callable[[], None] = lambda: None
+    ) -> None:
+        """require_lock: raises UserError where another process has taken the study over."""
+        self.folder, self.progress, self.steps, self.require_lock = folder, progress, steps, require_lock
         self.writer = EventWriter(folder)
         self.started: set[str] = set()
         self.ended: set[str] = set()
@@ -49,6 +52,7 @@ class StudyRecorder:
         summary = result.summary
         if summary.trial_id in self.ended:
             return
+        self.require_lock()
         self.ended.add(summary.trial_id)
         if result.traceback:
             errors = self.folder.path / "errors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,10 @@ def run_study(
     folder = _folder(study, storage, name, resume)
     load_task(study.task_path, study.import_path)  # a misspelt task is known before Ray starts
     folder.create()
-    with StudyLock(folder.path), _executor(study, address, in_process) as executor:
+    with StudyLock(folder.path) as lock, _executor(study, address, in_process) as executor:
         if not resume:
             write_atomically(folder.study_file, study.to_yaml().encode())
-        run = _StudyRun(study, folder, executor, progress)
+        run = _StudyRun(study, folder, executor, progress, lock.require_held)
         run.writer.study_started(folder.name, study.sha256)
         run.writer.file("study.yaml")
         mirror = None
@@ -102,9 +102,16 @@ class _StudyRun:
     """One start of a study. A study that is resumed goes through all its phases again: what has ended is told to the search
     and not run, so that a stop at any moment of any phase can be resumed."""
 
-    def __init__(self, study: Study, folder: StudyFolder, executor: Executor, progress: Progress) -> None:
+    def __init__(
+        self,
+        study: Study,
+        folder: StudyFolder,
+        executor: Executor,
+        progress: Progress,
+        require_lock: Callable[[], None] = lambda: None,
+    ) -> None:
         self.study, self.folder, self.executor, self.progress = study, folder, executor, progress
-        self.writer = EventWriter(folder)
+        self.writer, self.require_lock = EventWriter(folder), require_lock
         self.concurrency = executor.concurrency(study)
 
     def phases(self) -> str:
@@ -133,7 +140,15 @@ class _StudyRun:
             self.progress.say(describe(baseline, log.file))
         else:
             runs = self._baseline_runs([f"baseline-{index}" for index in range(len(seeds))])
-        inner = self._make_search()
+        search: BaselineFirst
+
+        def noise_floor() -> float:
+            """Between the baseline's seeds; 0 where there is only one."""
+            file = search.baseline_file
+            found = file.read().noise_floor(study.objective.maximize.removeprefix("delta_")) if file else None
+            return found or 0.0
+
+        inner = self._make_search(noise_floor)
         search = self._baseline_first(inner, seeds, baseline=baseline, runs=runs, previous=previous, max_trials=study.search.trials)
         self.progress.expect(study.search.trials + study.baseline_seeds, len(previous) + len(runs))
         self._run(SEARCH, search, study.steps, study.guard_list, with_scheduler=True)
@@ -143,7 +158,7 @@ class _StudyRun:
             self.progress.say(f"the search ended early: {search.end_reason}")
         return search.failure
 
-    def _make_search(self) -> Search:
+    def _make_search(self, noise_floor: Callable[[], float]) -> Search:
         study = self.study
         model, limit, max_ratio = norm_model(self.folder)
         options: dict[str, Any] = {
@@ -157,7 +172,9 @@ class _StudyRun:
             "sampler": optuna.samplers.RandomSampler(seed=study.search.seed) if study.search.strategy == "random" else None,
         }
         if len(study.space.stages) > 1:
-            return StagedSearch(study.space, study.search.trials, objective=study.objective.maximize, **options)
+            return StagedSearch(
+                study.space, study.search.trials, objective=study.objective.maximize, noise_floor=noise_floor, **options
+            )
         stage = study.space.stages[0]
         n_latin = min(DEFAULT_LATIN_POINTS, max(0, study.search.trials - len(stage.points)))
         return OptunaSearch(stage, n_latin=n_latin, **options)
@@ -213,7 +230,7 @@ class _StudyRun:
             asha.grace_steps if asha else None,
             study.import_path,
         )
-        recorder = StudyRecorder(self.folder, self.progress, steps)
+        recorder = StudyRecorder(self.folder, self.progress, steps, self.require_lock)
         self.executor.run(Phase(name, spec, self.concurrency, asha), search, recorder)
         if recorder.unfinished and not search.failure:
             # Ray takes Ctrl-C for itself, saves its state and returns as if all were well.
