@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from tune_ssim.orchestration.recorder import StudyRecorder
 from tune_ssim.search.search import Done, Outcome, Wait
-from tune_ssim.study.study import Asha, Study
+from tune_ssim.study.sections import Asha
+from tune_ssim.study.study import Study
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.trial_run import TrialResult, TrialSpec
 

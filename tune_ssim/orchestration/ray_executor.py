@@ -25,7 +25,8 @@ from tune_ssim.orchestration.ray_job import BULKY, job_of, report_of
 from tune_ssim.orchestration.ray_search import JobSearcher
 from tune_ssim.orchestration.recorder import StudyRecorder
 from tune_ssim.orchestration.trainable import TrialResources, trainable_class
-from tune_ssim.study.study import Asha, Study
+from tune_ssim.study.sections import Asha
+from tune_ssim.study.study import Study
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.summary import PROCESS_DIED
 

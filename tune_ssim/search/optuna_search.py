@@ -176,7 +176,7 @@ class OptunaSearch:
             model, problems = _needed(self.model, stage), []
             domain, gates = stage.parameters[GAIN], stage.parameters.get(MAX_T)
             # Of a range of gates its widest end.
-            max_ts = gates.values if isinstance(gates, Choice) else [gates.upper] if gates else [stage.fixed.get(MAX_T)]
+            max_ts = gates.values if isinstance(gates, Choice) else [gates.bounds[1]] if gates else [stage.fixed.get(MAX_T)]
             for max_t in max_ts:
                 try:
                     gain_at(model, domain.bounds[1], stage.fixed if max_t is None else {**stage.fixed, MAX_T: max_t})
