@@ -3,8 +3,7 @@
 A frame: length (8 bytes, little-endian), masked CRC-32C of the length (4), the event, its masked CRC-32C (4).
 https://www.tensorflow.org/tutorials/load_data/tfrecord
 
-An own reader, because `check` installs without torch, Ray and protobuf, and because tensorboard's reader stops at a damaged
-frame and keeps no place in a file that still grows.
+An own reader, because `check` is to install without torch, Ray and protobuf, and because damaged frames are skipped and counted.
 """
 
 from __future__ import annotations
