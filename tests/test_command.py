@@ -27,10 +27,10 @@ from tune_ssim.study.command_spec import CommandSpec, fill, fill_value
 from tune_ssim.study.study import load_study
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.command.echoes import agrees
+from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.processes import OutputLog
 from tune_ssim.trials.quarantine import Ledger
 from tune_ssim.trials.summary import TrialSummary
-from tune_ssim.trials.training import load_task
 from tune_ssim.trials.trial import Trial, TrialPlan
 
 TESTS = Path(__file__).parent

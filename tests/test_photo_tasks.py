@@ -24,8 +24,8 @@ from tune_ssim.tasks.photo_patches import PATCH, PHOTOS, load_photo, load_photo_
 from tune_ssim.tasks.two_stage_vlm import TwoStageVLM
 from tune_ssim.tasks.vae_kl import VAEKL
 from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint
+from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.quarantine import Ledger
-from tune_ssim.trials.training import load_task
 from tune_ssim.trials.trial import Trial, TrialPlan, statistics_of
 
 TASKS: dict[str, type] = {"vae_kl": VAEKL, "flow_dino_kl": FlowDinoKL, "two_stage_vlm": TwoStageVLM}

@@ -25,7 +25,8 @@ from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel, fit
 from tune_ssim.records import ACTIVE_FRACTION, TOTAL_NORM
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice
 from tune_ssim.study.study import Study
-from tune_ssim.trials.training import IMAGE_LOSS_KEYS, Training, as_training, load_task
+from tune_ssim.trials.load_training import load_task
+from tune_ssim.trials.training import IMAGE_LOSS_KEYS, Training, as_training
 
 HELD = ("ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t")
 GATES = (0.1, 0.2, 0.3, 0.5, 1.0)  # for the picture: those of the notes (000 §5.1), no gate at all, and one between

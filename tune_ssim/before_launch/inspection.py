@@ -16,7 +16,8 @@ from tune_ssim.before_launch.preflight.rules import unknown
 from tune_ssim.probes import tensor_contents
 from tune_ssim.study.study import Study
 from tune_ssim.trials.checkpoint import tensors_of
-from tune_ssim.trials.training import Training, load_task
+from tune_ssim.trials.load_training import load_task
+from tune_ssim.trials.training import Training
 
 OWN_PROCESS = "the training is a process of its own: what reaches it is checked when the baseline runs, its weights are not"
 NO_CALIBRATION = (

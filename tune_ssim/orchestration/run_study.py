@@ -31,8 +31,8 @@ from tune_ssim.search.search import Outcome, Search
 from tune_ssim.search.staged import StagedSearch
 from tune_ssim.study.study import Study
 from tune_ssim.tracking.mirror import MLflowMirror
+from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.summary import TrialSummary
-from tune_ssim.trials.training import load_task
 from tune_ssim.trials.trial import TrialPlan
 from tune_ssim.trials.trial_run import TrialSpec
 

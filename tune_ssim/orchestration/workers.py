@@ -23,7 +23,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import STEP_SKIPPED, TOTAL_NORM
 from tune_ssim.trials.command.command_task import free_port
-from tune_ssim.trials.training import Abilities, Sample, Training, load_task
+from tune_ssim.trials.load_training import load_task
+from tune_ssim.trials.training import Abilities, Sample, Training
 
 SAME_NORM = 1e-3  # relative; ranks that reduce their gradients differ in the order of sums at most
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # PyTorch's own default for NCCL

@@ -26,7 +26,7 @@ from tune_ssim.testing.runs import Run, check_afresh, check_repeatable, check_re
 from tune_ssim.testing.settings import check_clipping, check_effective, check_setup, check_still, check_weight
 from tune_ssim.testing.signatures import check_class, check_methods
 from tune_ssim.testing.subject import ClassUnderTest, global_generators_kept
-from tune_ssim.trials.training import load_task
+from tune_ssim.trials.load_training import load_task
 
 __all__ = ["Finding", "TaskReport", "check_task"]
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
 
-from tune_ssim.base.errors import UserError
 from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.losses import DecodedLoss, DecodedLossResult, TimeLaw
 
@@ -288,38 +282,3 @@ def missing_methods(found: type) -> list[str]:
     """Methods of the contract that the class does not have."""
     own = {name: getattr(found, name, None) for name in CONTRACT}
     return [name for name, method in own.items() if not callable(method) or method is getattr(Training, name)]
-
-
-def load_task(task: str | type | Mapping[str, Any], import_path: str | None = None) -> Callable[[], Training]:
-    """What makes the training behind a class, "module:Class", "module:function" or a command. Raises UserError naming what is
-    missing."""
-    if isinstance(task, type):
-        return training_class(task)
-    if isinstance(task, Mapping):
-        return _command(task, import_path)
-    module_name, _, class_name = task.partition(":")
-    if import_path and import_path not in sys.path:
-        sys.path.insert(0, import_path)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"task {task!r}: no module {error.name!r} (looked in the study's folder and the environment)") from None
-    found = getattr(module, class_name, None)
-    if isinstance(found, FunctionType):  # a loop that reports through `trial_context`: a process of its own
-        paths = os.pathsep.join(filter(None, (import_path, os.environ.get("PYTHONPATH"))))
-        place = {"PYTHONPATH": paths.replace("{", "{{").replace("}", "}}")}
-        return _command(
-            {"command": ["{python}", "-m", "tune_ssim.trials.command.call_function", task], "environment": place}, import_path
-        )
-    if not isinstance(found, type):
-        raise UserError(f"task {task!r}: module {module_name!r} has no class or function {class_name!r}")
-    if missing := missing_methods(found):
-        raise UserError(f"task {task!r}: {class_name} has no {', '.join(missing)}; see tune_ssim.Task for the contract")
-    return training_class(found)
-
-
-def _command(spec: Mapping[str, Any], cwd: str | None) -> Callable[[], Training]:
-    from tune_ssim.study.command_spec import CommandSpec
-    from tune_ssim.trials.command.command_task import CommandTask
-
-    return partial(CommandTask, CommandSpec.model_validate(dict(spec)), cwd)

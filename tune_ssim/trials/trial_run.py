@@ -17,9 +17,10 @@ from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.records import Record
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.job import TrialJob
+from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.quarantine import Ledger, Refusal
 from tune_ssim.trials.summary import TrialSummary, reported_config
-from tune_ssim.trials.training import Training, load_task
+from tune_ssim.trials.training import Training
 from tune_ssim.trials.trial import Judgement, Trial, TrialPlan
 
 RESULT_S = 2.0  # a result costs the driver 8 ms (benchmarks/command.py): with ten trials at once it stays below 5 % of a core

@@ -17,7 +17,8 @@ from tune_ssim.before_launch.preflight.report import Check, Report
 from tune_ssim.before_launch.preflight.rules import setup_failed, unknown
 from tune_ssim.before_launch.preflight.subject import Failure, Subject, call, guarded, numbers
 from tune_ssim.guards import Guard, NormRatio, SmokeTest
-from tune_ssim.trials.training import Training, load_task
+from tune_ssim.trials.load_training import load_task
+from tune_ssim.trials.training import Training
 
 if TYPE_CHECKING:
     from tune_ssim.study.study import Study
