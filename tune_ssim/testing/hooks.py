@@ -13,6 +13,7 @@ from tune_ssim.before_launch.preflight.subject import call, guarded
 from tune_ssim.losses import DecodedLoss, TimeLaw
 from tune_ssim.records import LOSS
 from tune_ssim.testing.findings import broken, ok, unknown
+from tune_ssim.testing.samples import check_sample
 from tune_ssim.testing.subject import Numbers
 from tune_ssim.trials.training import Forward, Part, Training
 
@@ -35,8 +36,6 @@ def check_hooks(task: Training, n: int, step: Numbers) -> Iterator[Check]:
     if "fingerprints" in present:
         yield from _agrees("fingerprints", lambda: _fingerprints(task))
     if task.abilities().sample_ema:
-        from tune_ssim.testing.inference import check_sample
-
         averaged = call(task, "sample_ema", 0)
         if averaged is not None:
             yield from check_sample("sample_ema", averaged)
