@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from packaging.utils import canonicalize_name
 
 import tune_ssim
 import tune_ssim.orchestration
+from tune_ssim.base.extras import EXTRA_OF
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tune_ssim"
@@ -255,8 +257,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 @pytest.mark.parametrize("folder", ["tune_ssim", "tests"])
 def test_every_imported_library_is_declared(folder: str) -> None:
     # Read from pyproject.toml: the installed metadata may be older.
-    extras = ("diffusers", "lightning", "transformers", *(("test",) if folder == "tests" else ()))
-    lines = [line for key in ("dependencies", *extras) for line in declared(key)]
+    extras = {extra for _, extra in EXTRA_OF.values()} | ({"test"} if folder == "tests" else set())
+    lines = [line for key in ("dependencies", *sorted(extras)) for line in declared(key)]
     known = {canonicalize_name(Requirement(line).name) for line in lines}
     siblings = {file.stem for file in (ROOT / folder).glob("*.py")}  # tests/references.py is imported by its bare name
     distributions = packages_distributions()
@@ -271,8 +273,18 @@ def test_every_imported_library_is_declared(folder: str) -> None:
             assert owners & known, f"{file}:{line}: {library} comes from {sorted(owners)}: not in pyproject.toml"
 
 
+@pytest.mark.parametrize("library", EXTRA_OF)
+def test_the_extra_that_a_message_names_installs_the_library(library: str) -> None:
+    name, extra = EXTRA_OF[library]
+    installed = [Requirement(line) for line in declared(extra)]
+    assert canonicalize_name(name.replace("PyTorch", "torch")) in {canonicalize_name(line.name) for line in installed}
+    if extra not in ("diffusers", "lightning", "transformers"):  # large, and of use to few
+        (everything,) = map(Requirement, declared("all"))
+        assert extra in everything.extras
+
+
 def declared(key: str) -> list[str]:
     """The requirements under `key` in pyproject.toml. (tomllib is new in Python 3.11, and this runs on 3.10.)"""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    block = text.split(f"\n{key} = [\n", 1)[1].split("\n]", 1)[0]
+    block = re.split(rf"^{key} = \[.*\n", text, maxsplit=1, flags=re.M)[1].split("\n]", 1)[0]
     return [ast.literal_eval(line.split("#")[0].strip().rstrip(",")) for line in block.splitlines()]

@@ -44,7 +44,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The main job, as pasted, less its installation (which is how this test came to run)."""
     folder = tmp_path_factory.mktemp("newcomer")
     (line,) = [line for line in LINES if line.startswith(INSTALL) and line.endswith("tune-ssim run")]
-    ran = call(line.removeprefix(f"{INSTALL}. && "), folder)
+    ran = call(line.removeprefix(f"{INSTALL}'.[all]' && "), folder)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "Traceback" not in ran.stdout + ran.stderr
     return folder

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from tune_ssim.base.errors import BadSetup
 
 PARENTS = "tune_ssim_parents"  # metadata: JSON list of content ids, the whole ancestry
@@ -75,6 +73,8 @@ class TensorFile:
     @classmethod
     def open(cls, path: str | Path) -> TensorFile:
         """Raises BadSetup, in one line, for anything but a whole safetensors file."""
+        from safetensors import safe_open  # of the extra `losses`; the verbs that list and export work without
+
         path = Path(path)
         try:
             if not path.is_file():  # also before a pipe or a device is opened, which might never end

@@ -21,6 +21,7 @@ from tune_ssim.cli.exit_codes import (
     OURS,
     bug_report,
     fail,
+    missing_library,
     reader_is_gone,
 )
 from tune_ssim.cli.log_verbs import check
@@ -84,6 +85,10 @@ def exit_code(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return fail(INTERRUPTED, "interrupted")
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and context is not None:
+            needs = missing_library(context.invoked_subcommand or "tune-ssim", error.name)
+            if needs is not None:
+                return fail(MISTAKE, needs)
         if isinstance(error, BrokenPipeError) and reader_is_gone():
             return BROKEN_PIPE
         if isinstance(error, OSError) and error.errno in ENVIRONMENT:

@@ -13,6 +13,7 @@ from textwrap import shorten
 
 import click
 
+from tune_ssim.base.extras import install_hint, is_installed
 from tune_ssim.cli.output import discard_stdout
 
 DONE, OURS, MISTAKE, BAD_SETUP, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
@@ -29,6 +30,14 @@ def fail(code: int, message: str) -> int:
         except BrokenPipeError:
             break
     return code
+
+
+def missing_library(verb: str, module: str | None) -> str | None:
+    """`run needs Ray: pip install 'tune-ssim[ray]'`; None if no extra of ours installs the module that was not found."""
+    if verb in ("run", "verify") and install_hint(module) and not is_installed("ray"):
+        return f"{verb} needs {install_hint('ray')}; for the bundled studies 'tune-ssim[all]'"  # brings the other libraries too
+    hint = install_hint(module)
+    return hint and f"{verb} needs {hint}"
 
 
 def bug_report(error: Exception, storage: Path | None) -> str:

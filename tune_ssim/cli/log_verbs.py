@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.extras import require
 from tune_ssim.cli.exit_codes import BAD_SETUP
 from tune_ssim.cli.output import make_console, output_file, print_json, suggest_next
 
@@ -46,6 +47,8 @@ def check(
     target = None if picture is None else output_file(picture, "--picture")
     if target is not None and target.suffix.lower() != ".png":
         raise UserError(f"--picture {picture}: a PNG is written; end the name with .png")
+    if target is not None:
+        require("matplotlib")  # before the log is read
     renamed, console = pairs("--map", names), make_console()
     ascii_only = console.options.ascii_only
     compared = None if baseline is None else baseline_of(open_log(baseline, renamed, pattern))

@@ -208,9 +208,11 @@ def ui(name: str | None, port: int, tracking_uri: str | None, storage: Path) -> 
 
     Prints a link that shows its trials with their verdicts. Listens on 127.0.0.1 only. Ctrl-C ends it.
     """
+    from tune_ssim.base.extras import require
     from tune_ssim.results.study_folder import find_study
     from tune_ssim.tracking.mlflow_ui import serve_ui
 
+    require("mlflow")
     study: str | None = name
     if tracking_uri is None or name is not None:
         folder = find_study(storage, name)
@@ -231,9 +233,11 @@ def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
 
     For a store that could not be reached while the study ran. Doing it twice changes nothing.
     """
+    from tune_ssim.base.extras import require
     from tune_ssim.results.study_folder import find_study
     from tune_ssim.tracking.mirror import mirror_study
 
+    require("mlflow")
     folder = find_study(storage, name)
     uri = tracking_uri or folder.tracking_uri
     done, line = mirror_study(folder, uri, progress=lambda text: click.echo(text, err=True))

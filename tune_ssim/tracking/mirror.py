@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
+from tune_ssim.base.extras import install_hint, is_installed
 from tune_ssim.base.passwords import hide_password, without_password
 from tune_ssim.results.study_folder import StudyFolder
 
@@ -67,7 +68,9 @@ class MLflowMirror:
         """Returns at once: importing MLflow and opening its database happen in the other process."""
         if self._process is not None and self._process.poll() is None:
             return
-        self._problem = None
+        self._problem = None if is_installed("mlflow") else install_hint("mlflow")
+        if self._problem is not None:
+            return
         try:
             state_file(self.folder, self.uri).parent.mkdir(parents=True, exist_ok=True)
             with state_file(self.folder, self.uri).with_suffix(".log").open("wb") as log:

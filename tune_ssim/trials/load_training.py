@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.extras import install_hint
 from tune_ssim.study.command_spec import CommandSpec
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.training import Training, missing_methods, training_class
@@ -29,6 +30,8 @@ def load_task(task: str | type | Mapping[str, Any], import_path: str | None = No
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        if module_name.startswith("tune_ssim.") and install_hint(error.name):
+            raise  # the command line says what to install
         raise UserError(f"task {task!r}: no module {error.name!r} (looked in the study's folder and the environment)") from None
     found = getattr(module, class_name, None)
     if isinstance(found, FunctionType):  # a loop that reports through `trial_context`: a process of its own

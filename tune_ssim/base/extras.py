@@ -1,0 +1,41 @@
+"""Optional libraries: what each is called, and the extra of pyproject.toml that installs it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+EXTRA_OF = {
+    "torch": ("PyTorch", "losses"),
+    "safetensors": ("safetensors", "losses"),
+    "PIL": ("Pillow", "losses"),
+    "ray": ("Ray", "ray"),
+    "optuna": ("Optuna", "ray"),
+    "scipy": ("SciPy", "ray"),
+    "pyarrow": ("PyArrow", "ray"),
+    "mlflow": ("MLflow", "mlflow"),
+    "matplotlib": ("Matplotlib", "pictures"),
+    "skimage": ("scikit-image", "fundus"),
+    "diffusers": ("diffusers", "diffusers"),
+    "lightning": ("Lightning", "lightning"),
+    "transformers": ("transformers", "transformers"),
+    "accelerate": ("accelerate", "transformers"),
+}
+
+
+def install_hint(missing: str | None) -> str | None:
+    """`Ray: pip install 'tune-ssim[ray]'` for the module that an import did not find; None if no extra has it."""
+    library = (missing or "").split(".")[0]
+    if library not in EXTRA_OF:
+        return None
+    name, extra = EXTRA_OF[library]
+    return f"{name}: pip install 'tune-ssim[{extra}]'"
+
+
+def is_installed(library: str) -> bool:
+    return find_spec(library) is not None
+
+
+def require(library: str) -> None:
+    """Raises ModuleNotFoundError as importing the library would, for a verb that starts it in another process."""
+    if not is_installed(library):
+        raise ModuleNotFoundError(f"No module named {library!r}", name=library)
