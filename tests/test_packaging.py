@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Data that the code reads at run time: folder in the repository → where the package finds it.
 DATA = {
     "search_spaces": "tune_ssim/search_spaces",
-    "tune_ssim/rule_packs": "tune_ssim/rule_packs",
-    "tune_ssim/studies": "tune_ssim/studies",
+    "tune_ssim/guards/rule_packs": "tune_ssim/guards/rule_packs",
+    "tune_ssim/study/studies": "tune_ssim/study/studies",
     "tune_ssim/tasks/weights": "tune_ssim/tasks/weights",
 }
 STRAY = ("venv", "site-packages", "__pycache__", "tune_ssim_results", "mlruns", ".db", ".git/", ".cache")
