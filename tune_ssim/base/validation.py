@@ -256,7 +256,7 @@ def _problems_in(detail: Mapping[str, Any], given: Any) -> list[Problem]:
     elif kind in _COMPARISONS:
         sign, key = _COMPARISONS[kind]
         message = f"must be {sign} {context[key]:g}{got}"
-    elif kind == "literal_error":
+    elif kind in ("literal_error", "enum"):
         guess = did_you_mean(detail["input"], re.findall("'([^']*)'", context["expected"]))
         close = guess if guess.startswith("; did") else ""
         message = f"must be one of {context['expected'].replace(' or ', ', ')}{got}{close}"

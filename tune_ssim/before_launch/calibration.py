@@ -21,6 +21,7 @@ from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.before_launch.batch_gradients import gradients_of
 from tune_ssim.before_launch.forecast import Finding, Forecast, forecast
 from tune_ssim.guards import NormRatio
+from tune_ssim.guards.verdict import Action
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel, fit
 from tune_ssim.records import ACTIVE_FRACTION, TOTAL_NORM
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice
@@ -408,7 +409,7 @@ def _limits(study: Study, probe: _Probe, findings: list[Finding]) -> tuple[float
     factor = study.search.skip_beyond
     if factor is None or findings:
         return guard.limit, None
-    if replace(guard, clipped=probe.effective.get("max_grad_norm") is not None).action != "prune":
+    if replace(guard, clipped=probe.effective.get("max_grad_norm") is not None).action is not Action.PRUNE:
         sentence = "a norm beyond the limit ends no trial here (gradient clipping, or on_excess): nothing is skipped for it"
         findings.append(Finding("clipped", sentence))
         return guard.limit, None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from tune_ssim.guards.guard import Found, Guard, State
-from tune_ssim.guards.violation import ACTIONS, Violation
+from tune_ssim.guards.verdict import Action
+from tune_ssim.guards.violation import Violation
 from tune_ssim.records.record_table import Column, Table
 
 
@@ -31,9 +32,13 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
-def check_action(action: str) -> None:
-    if action not in ACTIONS:
-        raise ValueError(f"action must be {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}, got {action!r}")
+def as_action(action: Action | str) -> Action:
+    """The action, also by its text. Raises ValueError for any other."""
+    try:
+        return Action(action)
+    except ValueError:
+        *others, last = (one.value for one in Action)
+        raise ValueError(f"action must be {', '.join(others)} or {last}, got {action!r}") from None
 
 
 def measured_column(table: Table, metric: str, over: str | None) -> Column | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import band_words, check_action, check_band, check_count
+from tune_ssim.guards.condition import as_action, band_words, check_band, check_count
 from tune_ssim.guards.guard import Found, State, TableGuard
-from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.guards.verdict import Action
+from tune_ssim.guards.violation import Violation
 from tune_ssim.records import EPOCH, Record
 from tune_ssim.records.record_table import Table
 
@@ -24,13 +25,13 @@ class EpochMean(TableGuard):
     metric: str
     lower: float = -math.inf
     upper: float = math.inf
-    action: Action = "abort"
+    action: Action = Action.ABORT
     epoch: int | None = None
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
         check_band(self.lower, self.upper)
-        check_action(self.action)
+        object.__setattr__(self, "action", as_action(self.action))
         for name in ("epoch", "steps_per_epoch"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import band_words, check_action, check_band
+from tune_ssim.guards.condition import as_action, band_words, check_band
 from tune_ssim.guards.guard import Found, State, TableGuard
-from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.guards.verdict import Action
+from tune_ssim.guards.violation import Violation
 from tune_ssim.records.record_table import Table
 
 
@@ -18,11 +19,11 @@ class FirstValue(TableGuard):
     metric: str
     lower: float = -math.inf
     upper: float = math.inf
-    action: Action = "abort"
+    action: Action = Action.ABORT
 
     def __post_init__(self) -> None:
         check_band(self.lower, self.upper)
-        check_action(self.action)
+        object.__setattr__(self, "action", as_action(self.action))
 
     @property
     def name(self) -> str:

@@ -132,7 +132,7 @@ class LogCheck:
     @property
     def ended(self) -> Violation | None:
         """What would have ended a live trial."""
-        ends = [alert.violation for alert in self._counting() if alert.violation.action in ("prune", "abort")]
+        ends = [alert.violation for alert in self._counting() if alert.violation.action.ends_trial]
         return min(ends, key=lambda violation: violation.step, default=None)
 
     def feed(self, records: Sequence[Record]) -> list[Alert]:

@@ -6,9 +6,10 @@ import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, measured_column
+from tune_ssim.guards.condition import as_action, band_words, check_band, check_count, measured_column
 from tune_ssim.guards.guard import Found, State, TableGuard
-from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.guards.verdict import Action
+from tune_ssim.guards.violation import Violation
 from tune_ssim.records.record_table import Table
 
 BLOCKS = 20  # of a window, as of a trend's: it moves on by a twentieth of its length
@@ -30,14 +31,14 @@ class MovingMean(TableGuard):
     steps: int = 200  # note 002 §7
     over: str | None = None
     after: int = 0
-    action: Action = "warn"
+    action: Action = Action.WARN
     from_start: bool = False
 
     def __post_init__(self) -> None:
         check_band(self.lower, self.upper)
         check_count("steps", self.steps, least=BLOCKS)
         check_count("after", self.after, least=0)
-        check_action(self.action)
+        object.__setattr__(self, "action", as_action(self.action))
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from tune_ssim.guards.guard import Found, State, TableGuard
+from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import LOSS, STEP_SKIPPED, TOTAL_NORM, Record
 from tune_ssim.records.record_table import Table
@@ -73,4 +74,4 @@ class NonFinite(TableGuard):
     def _violation(self, step: int, metric: str, value: float, sentence: str) -> Violation:
         cause = "a step too large, or numbers that half precision cannot hold"
         remedy = "lower the learning rate, or the gain of an auxiliary loss; clip the gradient; compute losses in float32"
-        return Violation(self.name, step, metric, value, math.inf, "prune", sentence, remedy, cause)
+        return Violation(self.name, step, metric, value, math.inf, Action.PRUNE, sentence, remedy, cause)

@@ -11,7 +11,8 @@ from typing import Literal
 
 from tune_ssim.guards.baseline import Baseline
 from tune_ssim.guards.guard import State
-from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.guards.verdict import Action
+from tune_ssim.guards.violation import Violation
 from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM, TOTAL_NORM_MAIN, Record
 
 
@@ -72,8 +73,8 @@ class NormRatio:
     @property
     def action(self) -> Action:
         if self.on_excess == "auto":
-            return "probe" if self.clipped else "prune"
-        return self.on_excess
+            return Action.PROBE if self.clipped else Action.PRUNE
+        return Action(self.on_excess)
 
     def init(self) -> State:
         return {

@@ -7,9 +7,10 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tune_ssim.guards.condition import Condition, check_action
+from tune_ssim.guards.condition import Condition, as_action
 from tune_ssim.guards.guard import Found, State, TableGuard
-from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.guards.verdict import Action
+from tune_ssim.guards.violation import Violation
 from tune_ssim.records.record_table import Table
 
 NOT_A_SIZE = "a number went out of range, here or in what it is computed from"
@@ -22,7 +23,7 @@ class Rule(TableGuard):
 
     name: str
     when: tuple[Condition, ...]
-    action: Action = "warn"
+    action: Action = Action.WARN
     sentence: str = ""  # what is wrong, in plain words; what was measured is added to it
     cause: str = ""
     remedy: str = ""
@@ -32,7 +33,7 @@ class Rule(TableGuard):
     def __post_init__(self) -> None:
         if not self.when:
             raise ValueError("a rule needs at least one condition")
-        check_action(self.action)
+        object.__setattr__(self, "action", as_action(self.action))
 
     @property
     def about(self) -> tuple[str, ...]:
@@ -103,7 +104,7 @@ class Rule(TableGuard):
     def unjudged(self, state: State) -> str | None:
         """A warning that could not be given is nothing that a verdict would wait for."""
         reason = self.too_little(state)
-        return None if reason is None or self.optional or self.action == "warn" else f"guard '{self.name}': {reason}"
+        return None if reason is None or self.optional or self.action is Action.WARN else f"guard '{self.name}': {reason}"
 
     def too_little(self, state: State) -> str | None:
         """Why it could not have fired although its metrics were there, or None."""

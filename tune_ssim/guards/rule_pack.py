@@ -20,7 +20,7 @@ from tune_ssim.base.validation import Problem, Problems, Section, Text, problem,
 from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, find_document, read_yaml, short_repr
 from tune_ssim.guards import EpochMean, FirstValue, MovingMean, Rule, Threshold, Trend
 from tune_ssim.guards.condition import Condition
-from tune_ssim.guards.violation import Action
+from tune_ssim.guards.verdict import Action
 
 LIMITS = ("above", "below", "outside", "off")
 # Keys of a condition, by its kind.
@@ -250,7 +250,7 @@ class _Condition(Section):
             given["patience"] = given.pop("records")
         given |= {key: _filled(given[key], place) for key in ("metric", "over") if key in given}
         try:
-            built: Condition = CONDITIONS[self.kind](**given, action="warn")  # the rule's own action counts
+            built: Condition = CONDITIONS[self.kind](**given, action=Action.WARN)  # the rule's own action counts
         except ValueError as error:
             raise problem(str(error)) from None
         return built
@@ -274,7 +274,7 @@ class _Condition(Section):
 
 class _Rule(Section):
     when: Annotated[tuple[_Condition, ...], PlainValidator(_when)]
-    action: Action = "warn"
+    action: Action = Action.WARN
     sentence: Text = ""
     cause: Text = ""
     remedy: Text = ""

@@ -6,9 +6,10 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import band_words, check_action, check_band, check_count, measured_column
+from tune_ssim.guards.condition import as_action, band_words, check_band, check_count, measured_column
 from tune_ssim.guards.guard import Found, State, TableGuard
-from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.guards.verdict import Action
+from tune_ssim.guards.violation import Violation
 from tune_ssim.records.record_table import Table
 
 
@@ -24,7 +25,7 @@ class Threshold(TableGuard):
     lower: float = -math.inf
     upper: float = math.inf
     patience: int = 1
-    action: Action = "prune"
+    action: Action = Action.PRUNE
     over: str | None = None
     steps: int = 1
     after: int = 0
@@ -34,7 +35,7 @@ class Threshold(TableGuard):
     def __post_init__(self) -> None:
         check_band(self.lower, self.upper)
         check_count("patience", self.patience)
-        check_action(self.action)
+        object.__setattr__(self, "action", as_action(self.action))
         check_count("steps", self.steps)
         check_count("after", self.after, least=0)
 

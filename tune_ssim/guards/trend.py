@@ -10,9 +10,10 @@ from itertools import pairwise
 from operator import lt, mul
 from typing import Any, Literal, NamedTuple
 
-from tune_ssim.guards.condition import check_action, check_count
+from tune_ssim.guards.condition import as_action, check_count
 from tune_ssim.guards.guard import Found, State, TableGuard
-from tune_ssim.guards.violation import Action, Violation
+from tune_ssim.guards.verdict import Action
+from tune_ssim.guards.violation import Violation
 from tune_ssim.records.record_table import Table
 
 BLOCKS = 20  # of a window: enough to see how strong the noise is, few enough to judge at each
@@ -57,7 +58,7 @@ class Trend(TableGuard):
     by: float = 0.03  # of the level: what a window of noise of a few percent can still tell apart
     settled: float = 0.0
     after: int = 0  # earlier steps are not judged: a warm-up
-    action: Action = "warn"
+    action: Action = Action.WARN
 
     def __post_init__(self) -> None:
         if self.trend not in ("rising", "not falling"):
@@ -67,7 +68,7 @@ class Trend(TableGuard):
         for name, most in (("by", math.inf), ("settled", 1.0)):
             if not 0 <= getattr(self, name) < most:
                 raise ValueError(f"{name} must be >= 0{'' if most == math.inf else ' and < 1'}, got {getattr(self, name)}")
-        check_action(self.action)
+        object.__setattr__(self, "action", as_action(self.action))
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 
 class _Word(str, Enum):
@@ -13,6 +14,13 @@ class _Word(str, Enum):
 
     def __format__(self, spec: str) -> str:
         return format(str(self.value), spec)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """By its text, also in a strict model: a file has nothing else."""
+        from pydantic_core import core_schema
+
+        return core_schema.enum_schema(cls, list(cls), sub_type="str", strict=False)
 
 
 class Role(_Word):
@@ -49,3 +57,7 @@ class Action(_Word):
     PROBE = "probe"  # a smoke test at once decides
     PRUNE = "prune"
     ABORT = "abort"  # the set-up is at fault, not the setting
+
+    @property
+    def ends_trial(self) -> bool:
+        return self in (Action.PRUNE, Action.ABORT)

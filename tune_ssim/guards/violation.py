@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
-Action = Literal["warn", "probe", "prune", "abort"]
-"""`warn`: say it. `probe`: a smoke test at once decides. `prune`: end the trial. `abort`: bad set-up, end the study."""
-ACTIONS: tuple[str, ...] = get_args(Action)
+from tune_ssim.guards.verdict import Action
 
 
 @dataclass(frozen=True)
@@ -21,6 +19,9 @@ class Violation:
     sentence: str
     remedy: str = ""  # what to try first
     cause: str = ""  # what is likely behind it
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "action", Action(self.action))  # a saved state and a user's own guard have its text
 
     def evidence(self) -> dict[str, Any]:
         """`{guard, step, metric, value, limit}`, as written to `trials.jsonl`."""

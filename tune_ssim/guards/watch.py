@@ -91,7 +91,7 @@ class Watch:
         found: list[Violation] = []
         for record in records:
             found += self.update(record)
-            if any(violation.action in ("prune", "abort") for violation in found):
+            if any(violation.action.ends_trial for violation in found):
                 break
         return found
 

@@ -36,6 +36,7 @@ from tune_ssim.base.validation import (
 from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, dump_yaml, find_document, read_yaml, short_repr
 from tune_ssim.guards import Guard, NonFinite, NormRatio, SmokeTest, Threshold
 from tune_ssim.guards.rule_pack import RulePack, build_pack, load_rules
+from tune_ssim.guards.verdict import Action
 from tune_ssim.study.command_spec import CommandSpec
 from tune_ssim.study.consistency import missing_files, part_problems
 from tune_ssim.study.sections import (
@@ -261,7 +262,8 @@ def _guards(given: Any, info: ValidationInfo) -> dict[str, Guard]:
 def _guard_options(guards: dict[str, Any]) -> dict[str, Any]:
     def options(guard: Any, names: tuple[str, ...]) -> dict[str, Any]:
         values = {name: getattr(guard, name) for name in names}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: value.value if isinstance(value, Action) else value for name, value in plain.items()}
 
     found: dict[str, Any] = {name: options(guards[name], names) if name in guards else None for name, (_, names) in _GUARDS.items()}
     thresholds = [guards[name] for name in sorted(guards) if isinstance(guards[name], Threshold)]

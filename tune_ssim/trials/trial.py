@@ -335,11 +335,10 @@ class Trial:
             if self.first_active is None and TOTAL_NORM in record.values and record.values.get(ACTIVE_FRACTION, 1.0) > 0:
                 self.first_active = record.step
             for violation in violations:
-                action = Action(violation.action)
-                if action is Action.PROBE:
+                if violation.action is Action.PROBE:
                     self.warnings.append(violation)
                     self._probe(violation, made)
-                elif action is Action.WARN:
+                elif violation.action is Action.WARN:
                     self.warnings.append(violation)
                 else:
                     self._end_with(violation)
@@ -370,7 +369,7 @@ class Trial:
         """A smoke test at once: it fails with both noises, or the training goes on."""
         record = self._smoke_record(again=True) if self._takes_samples else None
         if record is None:
-            self._end_with(replace(cause, action=Action.PRUNE.value))
+            self._end_with(replace(cause, action=Action.PRUNE))
             return
         made.append(record)
         for violation in self.watch.update(record):
@@ -384,7 +383,7 @@ class Trial:
     def _end_with(self, violation: Violation) -> None:
         is_baseline = self.role == Role.BASELINE
         words = f"the baseline itself fails: {violation.sentence}" if is_baseline and self.step else violation.sentence
-        ruined = Action(violation.action) is Action.ABORT or is_baseline
+        ruined = violation.action is Action.ABORT or is_baseline
         self.step = violation.step
         self.verdict = Judgement(Verdict.BAD_SETUP if ruined else Verdict.PRUNED, words, violation)
 
@@ -451,7 +450,7 @@ class Trial:
             breach = rule.broken_by(found, reference)
             if breach is not None:
                 name, value, limit, words = breach
-                violation = Violation("objective", self.step, name, value, limit, Action.WARN.value, words)
+                violation = Violation("objective", self.step, name, value, limit, Action.WARN, words)
                 self.verdict = Judgement(Verdict.DEGRADED, words, violation, metrics)
                 return
         how = f" (unpaired: {self.unpaired})" if self.unpaired else ""

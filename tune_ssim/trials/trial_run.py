@@ -13,7 +13,7 @@ from typing import Any
 
 from tune_ssim.base.errors import BadSetup, NothingToResume, UserError
 from tune_ssim.guards import Baseline, Violation
-from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.guards.verdict import Action, Role, Verdict
 from tune_ssim.records import Record
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.job import TrialJob
@@ -261,7 +261,7 @@ class TrialRun:
 def _pruned_before(refusal: Refusal) -> Judgement:
     """The verdict of a trial that finds its own ruined checkpoint."""
     entry = refusal.entry
-    violation = Violation(entry.guard or "quarantine", entry.step, "", math.nan, math.nan, "prune", entry.reason)
+    violation = Violation(entry.guard or "quarantine", entry.step, "", math.nan, math.nan, Action.PRUNE, entry.reason)
     return Judgement(Verdict.PRUNED, entry.reason, violation)
 
 
