@@ -164,7 +164,7 @@ def test_norm_ratio_never_passes_on_nothing(baseline: Baseline | None, records: 
 
 
 def naive_norm_ratio(guard: NormRatio, records: list[Record]) -> list[tuple[int, float, bool]]:
-    """The contract of DESIGN.md word by word, from the whole history and with NumPy: (step, ratio, paired)."""
+    """The contract in docs/facts.md (Design) word by word, from the whole history and with NumPy: (step, ratio, paired)."""
     assert guard.baseline is not None
     active: list[tuple[int, float, bool]] = []
     fired: list[tuple[int, float, bool]] = []

@@ -73,13 +73,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         "README.md",
         "LICENSE",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
         "Makefile",
         "constraints.txt",
         "cluster.yaml",
     ):
         (source / name).write_bytes((ROOT / name).read_bytes())
     (source / ".gitignore").write_bytes((ROOT / ".gitignore").read_bytes())
-    for folder in ("tune_ssim", "search_spaces", "tests", "examples", "benchmarks"):
+    for folder in ("tune_ssim", "search_spaces", "docs", "tests", "examples", "benchmarks"):
         for name in files_below(ROOT / folder):
             target = source / folder / name
             target.parent.mkdir(parents=True, exist_ok=True)

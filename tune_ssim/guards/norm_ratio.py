@@ -46,7 +46,7 @@ class NormRatio:
     """
 
     limit: float = 10.0  # note 000 §5.2
-    window: int = 10  # active steps; FACTS: the mean is ruled by tails, the median of >= 10 is not
+    window: int = 10  # active steps; FACTS §1: the mean is ruled by tails, the median of >= 10 is not
     patience: int = 2  # windows in a row, one an active step, above the limit: one outlier batch is no evidence
     on_excess: Literal["auto", "prune", "probe", "warn"] = "auto"  # auto: probe under gradient clipping, else prune
     baseline: Baseline | None = field(default=None, repr=False)

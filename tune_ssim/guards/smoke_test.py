@@ -37,7 +37,7 @@ class SmokeTest:
     """Reads the statistics that `probes.collapse` makes of a `Sample`; what a task does not have is not judged.
 
     The first samples are judged against the autoencoder's reconstructions where there are any, later ones against the first.
-    Defaults are FACTS' (32 fundus crops, healthy against ruined): each lies between the two clouds.
+    Defaults from 32 fundus crops, healthy against ruined (FACTS §2): each lies between the two clouds.
     Two failures in a row are needed, since single ones recover; at step 0 one is enough, and means a bad set-up.
     """
 
