@@ -1,1 +1,1 @@
-"""Errors, files that are never half written, and YAML with line numbers."""
+"""Shared errors, atomic file writes, and YAML with line numbers."""

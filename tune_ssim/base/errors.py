@@ -1,15 +1,15 @@
-"""Two ways for a study to end early that are nobody's bug. The command line turns them into one line and an exit code."""
+"""Errors that are not bugs of tune-ssim. The command line prints them as one line and sets an exit code."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """The user's mistake (exit code 2): the message says where, what was got and what is valid."""
+    """A mistake in the user's input (exit code 2). The message gives the location, the value, and what is valid."""
 
 
 class NothingToResume(UserError):
-    """There is no state to go on from: the training begins again."""
+    """No saved state to resume from, so training starts from scratch."""
 
 
 class BadSetup(RuntimeError):
-    """The set-up is not sound (exit code 3): weights, data or baseline, not a setting."""
+    """A broken setup (exit code 3): the weights, the data or the baseline are at fault, not a hyperparameter."""

@@ -1,4 +1,4 @@
-"""Optional libraries: what each is called, and the extra of pyproject.toml that installs it."""
+"""Optional dependencies: the display name of each and the pyproject.toml extra that installs it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXTRA_OF = {
 
 
 def install_hint(missing: str | None) -> str | None:
-    """`Ray: pip install 'tune-ssim[ray]'` for the module that an import did not find; None if no extra has it."""
+    """The install command for a missing module, e.g. `Ray: pip install 'tune-ssim[ray]'`; None if no extra provides it."""
     library = (missing or "").split(".")[0]
     if library not in EXTRA_OF:
         return None
@@ -36,6 +36,8 @@ def is_installed(library: str) -> bool:
 
 
 def require(library: str) -> None:
-    """Raises ModuleNotFoundError as importing the library would, for a verb that starts it in another process."""
+    """Raises ModuleNotFoundError if the library is not installed, without importing it.
+
+    For CLI commands that use the library only in a subprocess."""
     if not is_installed(library):
         raise ModuleNotFoundError(f"No module named {library!r}", name=library)

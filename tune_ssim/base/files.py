@@ -1,4 +1,4 @@
-"""Files that are never half written, JSON lines, and names that can be files."""
+"""Atomic file writes, JSON Lines, and names that are safe as file names."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tune_ssim.base.errors import UserError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """The file is either as before or complete, also after kill -9."""
+    """Writes the file atomically: even after kill -9 it has either the old or the complete new content."""
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:  # name the file that was meant, not the temporary one
+    except OSError as error:  # name the target file in the error, not the temporary one
         raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -35,7 +35,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def check_name(name: str) -> str:
-    """A study's name becomes a folder and a run name; raises UserError if it cannot."""
+    """The name, if it is valid as a folder name and a run name. Raises UserError otherwise."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         rule = "letters, digits, '.', '_' and '-' only, at most 100, beginning with a letter or digit"
         raise UserError(f"name {name!r}: {rule}")
@@ -43,15 +43,15 @@ def check_name(name: str) -> str:
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """One JSON line in one write, so that a reader never sees half of it unless the machine stopped in between."""
+    """Appends one JSON line in a single write, so a reader sees a partial line only after a machine crash."""
     line = json.dumps(jsonable(value), allow_nan=False).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         end = os.lseek(descriptor, 0, os.SEEK_END)
         if end and os.pread(descriptor, 1, end - 1) != b"\n":
-            line = b"\n" + line  # the line before was torn: keep this one whole
+            line = b"\n" + line  # the previous line is truncated: start a new one
         written = os.write(descriptor, line)
-        if written < len(line):  # the disk is full: the caller must know, and the torn line is passed over by readers
+        if written < len(line):  # the disk is full: report it; readers skip the truncated line
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
@@ -61,27 +61,28 @@ T = TypeVar("T")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, as `parse_lines` finds them."""
-    return parse_lines(path, _as_it_is)
+    """The JSON objects in a file. See `parse_lines` for errors and truncated lines."""
+    return parse_lines(path, _unchanged)
 
 
 def parse_lines(path: Path, parse: Callable[[dict[str, Any]], T], containing: str = "") -> Iterator[T]:
-    """`parse` of every JSON object of a file, if there is one; `containing`: only of lines that hold this JSON text.
+    """Applies `parse` to every JSON object in a file; yields nothing if the file does not exist.
 
-    A line whose end is missing is passed over: a writer was killed in the middle of it. Raises UserError, with the line's
-    number, for anything else that is no JSON object, and where `parse` raises ValueError, KeyError or TypeError."""
+    containing: parse only lines that contain this JSON text. Truncated lines are skipped, because they come from a writer
+    that was killed. Raises UserError with the line number for any other line that is not a JSON object, and if `parse`
+    raises ValueError, KeyError or TypeError."""
     if not path.exists():
         return
     wanted = containing.encode()
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.strip(b" \t\r\n\0")  # zeros: what some file systems leave after a power failure
+            line = line.strip(b" \t\r\n\0")  # some file systems leave zeros after a power failure
             if line and wanted in line and (value := _load(line, f"{path}:{number}")) is not None:
                 yield _parsed(value, parse, f"{path}:{number}")
 
 
 def parse_json(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
-    """`parse` of the JSON object in a file; None where there is no file. Raises UserError as `parse_lines` does."""
+    """Applies `parse` to the JSON object in a file; None if the file does not exist. Raises UserError like `parse_lines`."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
@@ -93,12 +94,12 @@ def parse_json(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
 
 
 def _load(text: bytes, where: str) -> dict[str, Any] | None:
-    """None for an object whose end is missing."""
+    """The JSON object in `text`; None if it is truncated."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError):
-            if error.doc.startswith("{") and _is_at_end(error):
+            if error.doc.startswith("{") and _is_truncated(error):
                 return None
             if error.lineno > 1:
                 where = f"{where}:{error.lineno}"
@@ -108,8 +109,8 @@ def _load(text: bytes, where: str) -> dict[str, Any] | None:
     return value
 
 
-def _is_at_end(error: json.JSONDecodeError) -> bool:
-    """Whether nothing follows the place of the error but the start of a value."""
+def _is_truncated(error: json.JSONDecodeError) -> bool:
+    """Whether the text ends at the error, or within the value that starts there."""
     is_start_of_value = re.fullmatch(r"[-+.\w]*|\\?u?[0-9a-fA-F]{0,4}", error.doc[error.pos :])
     return error.msg.startswith("Unterminated string") or is_start_of_value is not None
 
@@ -122,7 +123,7 @@ def _parsed(value: dict[str, Any], parse: Callable[[dict[str, Any]], T], where: 
         raise UserError(f"{where}: {problem}") from None
 
 
-def _as_it_is(value: dict[str, Any]) -> dict[str, Any]:
+def _unchanged(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
@@ -132,12 +133,12 @@ def _beginning(text: bytes) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """Plain JSON: tuples become lists; NaN, Inf and -Inf become the strings "NaN", "Infinity", "-Infinity"."""
+    """`value` as plain JSON. Tuples become lists; NaN, Inf and -Inf become "NaN", "Infinity" and "-Infinity"."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
-    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):  # NumPy's scalars are such
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):  # includes NumPy scalars
         value = int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
@@ -147,5 +148,5 @@ def jsonable(value: Any) -> Any:
 
 
 def number(value: Any) -> float:
-    """The inverse for numbers: float("Infinity") and float("NaN") read what `jsonable` wrote."""
+    """The number that `jsonable` wrote, including "NaN" and "Infinity"."""
     return float(value)

@@ -1,6 +1,6 @@
-"""A safetensors file without torch: what it holds, the SHA-256 of its tensors, the ancestry it declares.
+"""Reads safetensors files without torch: their header, the SHA-256 of each tensor, and their declared ancestry.
 
-Only safetensors is read: numbers behind a JSON header. A pickle can run code, and is refused unread.
+Only safetensors files are read. A pickle can run code, so it is rejected without being read.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from tune_ssim.base.errors import BadSetup
 
 PARENTS = "tune_ssim_parents"  # metadata: JSON list of content ids, the whole ancestry
-BLOCK = 1 << 20  # bytes hashed at a time: they are still in the cache of the processor that has just read them
+BLOCK = 1 << 20  # bytes hashed at a time; small enough to stay in the CPU cache
 
-# How files begin that are often given in place of safetensors.
+# First bytes of files that are often given in place of safetensors, and what such a file is.
 PICKLE = "a pickle can run code and is never read; convert it with safetensors.torch.save_file"
-IMPOSTORS: tuple[tuple[bytes, str], ...] = (
+WRONG_FORMATS: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", f"a zip archive, as torch.save writes it with a pickle inside: {PICKLE}"),
     *((bytes([0x80, protocol]), f"a pickle: {PICKLE}") for protocol in range(2, 6)),
     (b"version https://git-lfs", "a Git LFS pointer in place of the file: run `git lfs pull`"),
@@ -29,10 +29,10 @@ IMPOSTORS: tuple[tuple[bytes, str], ...] = (
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors of a file or of a training's state, as hashes. Plain JSON: `Contents(**asdict(contents))` is equal.
+    """Hashes of the tensors in a file or in a training state. JSON-serialisable: `Contents(**asdict(contents))` is equal.
 
-    hashes: name → SHA-256 of each tensor. distinctive: SHA-256 → those of the same numbers at every precision, for the
-    tensors by which a training is recognised (`probes.tensor_contents` says which).
+    hashes: name → SHA-256 of each tensor. distinctive: SHA-256 → hashes of the same tensor at every precision. It has only
+    the tensors that identify a training (defined in `probes.tensor_contents`).
     """
 
     hashes: Mapping[str, str]
@@ -44,17 +44,19 @@ class Contents:
 
 
 def content_id(hashes: Mapping[str, str]) -> str:
-    """One SHA-256 for all tensors, whatever their names and order, and whether tied weights were stored once or twice."""
+    """One SHA-256 for a set of tensors. Independent of names, order, and whether tied weights are stored once or twice."""
     return hashlib.sha256("\n".join(sorted(set(hashes.values()))).encode()).hexdigest()
 
 
 def tensor_digest(dtype: str, shape: Iterable[int]) -> Any:
-    """A SHA-256 to be updated with the tensor's bytes. `dtype` as safetensors spells it: F32, BF16, I64, …"""
+    """A SHA-256 object to update with the tensor's bytes. `dtype` as in safetensors: F32, BF16, I64, …"""
     return hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
 
 
 def parents_metadata(parents: Iterable[str]) -> dict[str, str]:
-    """For the `metadata` of safetensors: the content ids of everything that the tensors were made from, without doubles."""
+    """The safetensors `metadata` that declares `parents`: content ids of everything the tensors were made from.
+
+    Duplicates are removed. Raises ValueError for anything that is not a content id."""
     ids = list(dict.fromkeys(parents))
     if wrong := [parent for parent in ids if not _is_content_id(parent)]:
         raise ValueError(f"parents are content ids (64 hexadecimal digits), got {wrong[0]!r}")
@@ -63,7 +65,7 @@ def parents_metadata(parents: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """`header`: what safetensors keeps of each tensor: dtype, shape, and data_offsets counted from `data_start`."""
+    """An opened safetensors file. `header`: dtype, shape and data_offsets of each tensor; offsets count from `data_start`."""
 
     path: Path
     metadata: Mapping[str, str]
@@ -72,16 +74,16 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: str | Path) -> TensorFile:
-        """Raises BadSetup, in one line, for anything but a whole safetensors file."""
-        from safetensors import safe_open  # of the extra `losses`; the verbs that list and export work without
+        """Reads the header. Raises a one-line BadSetup for anything but a complete safetensors file."""
+        from safetensors import safe_open  # from the extra `losses`; listing and exporting work without it
 
         path = Path(path)
         try:
-            if not path.is_file():  # also before a pipe or a device is opened, which might never end
+            if not path.is_file():  # checked first, because reading a pipe or a device may never end
                 kind = "is a directory" if path.is_dir() else "is not a regular file" if path.exists() else "no such file"
                 raise BadSetup(f"{path}: {kind}; a safetensors file is needed")
             with safe_open(path, framework="numpy"):
-                pass  # the library checks the header: sizes, offsets, no gap, no overlap, nothing after the end
+                pass  # safe_open validates the header: sizes and offsets, with no gaps, overlaps or trailing bytes
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
@@ -89,15 +91,15 @@ class TensorFile:
             raise BadSetup(f"{path}: {error.strerror or error}") from None
         except BadSetup:
             raise
-        except Exception as error:  # safetensors and json raise their own types for anything malformed
+        except Exception as error:  # safetensors and json raise their own types for malformed files
             raise BadSetup(f"{path}: {_what_it_is(path, error)}") from None
         metadata = header.pop("__metadata__", None) or {}
         return cls(path, metadata, header, 8 + size)
 
     def hashes(self) -> dict[str, str]:
-        """name → SHA-256 of dtype, shape and bytes. Raises BadSetup if the file goes or shrinks meanwhile."""
+        """name → SHA-256 of dtype, shape and bytes. Raises BadSetup if the file is deleted or truncated while it is read."""
         found, buffer = {}, memoryview(bytearray(BLOCK))
-        # Read, not mapped into memory: of a mapped file that shrinks, the process would die.
+        # Not memory-mapped: if a mapped file is truncated, the process dies with SIGBUS.
         try:
             with self.path.open("rb", buffering=0) as file:
                 for name, tensor in sorted(self.header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -116,7 +118,7 @@ class TensorFile:
         return found
 
     def parents(self) -> tuple[str, ...]:
-        """The declared ancestry; empty if none is declared. Raises BadSetup if it cannot be read."""
+        """The declared ancestry; empty if the file declares none. Raises BadSetup if the metadata is malformed."""
         text = self.metadata.get(PARENTS, "[]")
         try:
             found = json.loads(text)
@@ -127,7 +129,7 @@ class TensorFile:
         return tuple(found)
 
     def ancestry(self) -> tuple[str, ...]:
-        """What a training that starts from this file declares as its parents: the file, and what the file declares."""
+        """The parents that a training from this file must declare: the file itself and the file's own parents."""
         return (content_id(self.hashes()), *self.parents())
 
 
@@ -140,8 +142,8 @@ def _what_it_is(path: Path, error: Exception) -> str:
         start = file.read(64)
     if not start:
         return "is empty; a safetensors file is needed"
-    # Asked only now: the first bytes of safetensors are a length, and may be those of a pickle by chance.
-    for beginning, words in IMPOSTORS:
-        if start.startswith(beginning):
-            return f"not a safetensors file but {words}"
+    # Checked only after parsing failed: a valid safetensors file starts with a length, which may look like a pickle by chance.
+    for magic, description in WRONG_FORMATS:
+        if start.startswith(magic):
+            return f"not a safetensors file but {description}"
     return f"not a whole safetensors file ({' '.join(str(error).split())})"

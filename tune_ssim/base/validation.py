@@ -1,4 +1,4 @@
-"""Documents that users write, as pydantic models, and what is wrong with them as lines `file:line: place: message`."""
+"""Pydantic models of documents that users write. Errors are reported as lines `file:line: place: message`."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong at `loc`.
+    """One error in a document, at `loc`.
 
-    subject: what the line names before the message; None: the dotted path to `loc`, or for a key the path to its mapping.
-    about: a value, a key that is not valid, or a whole line (the message), e.g. of another file."""
+    subject: text before the message; None: the dotted path to `loc`, or to the enclosing mapping if the error is about a key.
+    about: "value"; "key" for an invalid key; "line" if `message` is a complete line, e.g. an error in another file."""
 
     loc: Loc
     message: str
@@ -59,7 +59,7 @@ class Problem:
     about: Literal["value", "key", "line"] = "value"
 
     def under(self, *loc: str | int) -> Problem:
-        """The same problem of a larger document."""
+        """The same problem with `loc` as a prefix, for the enclosing document."""
         return replace(self, loc=(*loc, *self.loc))
 
     def text(self, prefix: Loc = ()) -> str:
@@ -69,8 +69,8 @@ class Problem:
 
 
 class Problems(ValueError):
-    """What is wrong with a value and its parts. A validator collects problems and raises them together with `check`; pydantic
-    adds the place of the value to them."""
+    """All problems of a value and its parts. A validator collects problems, then raises them together with `check`; pydantic
+    adds the location of the value."""
 
     def __init__(self, found: Iterable[Problem] = ()) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Problems(ValueError):
 
     @contextmanager
     def at(self, *loc: str | int) -> Iterator[None]:
-        """Collects what is raised about the value at `loc`."""
+        """Context manager that collects the errors raised inside it as problems at `loc`."""
         try:
             yield
         except (ValidationError, Problems) as error:
@@ -96,19 +96,19 @@ class Problems(ValueError):
 
 
 def problem(message: str, subject: str | None = None) -> Problems:
-    """An error about the value that a validator was given."""
+    """An error about the value that a validator received."""
     return Problems([Problem((), message, subject)])
 
 
 def problems_of(error: ValidationError | Problems, given: Any = None) -> list[Problem]:
-    """What was found wrong with `given`, in our words."""
+    """The problems in `given`, with this project's messages instead of pydantic's."""
     if isinstance(error, Problems):
         return error.found
     return [one for detail in error.errors(include_url=False) for one in _problems_in(detail, given)]
 
 
 def user_error(source: Source, problems: Iterable[Problem]) -> UserError:
-    """One line a problem, in the order of the document, each once."""
+    """A UserError with one line per problem, in document order, without duplicates."""
     lines: list[tuple[int, str]] = []
     for one in problems:
         option, place = source.option_at(one.loc), source.at(one.loc)
@@ -126,7 +126,7 @@ def user_error(source: Source, problems: Iterable[Problem]) -> UserError:
 
 
 def validate(model: type[Model], source: Source, given: Any, context: Any = None) -> Model:
-    """A model of `given`, which was read from `source`. Raises UserError with a line for each problem."""
+    """`given`, which was read from `source`, as a validated model. Raises UserError with one line per problem."""
     try:
         return model.model_validate(given, context=context)
     except ValidationError as error:
@@ -134,14 +134,14 @@ def validate(model: type[Model], source: Source, given: Any, context: Any = None
 
 
 def unknown_keys(given: Iterable[Any], valid: Iterable[str]) -> list[Problem]:
-    """A problem for each key of `given` that is not valid."""
+    """One problem for each key of `given` that is not in `valid`."""
     valid = list(valid)
     unknown = [key for key in given if key not in valid]
     return [Problem((key,), f"unknown key {short_repr(key)}{did_you_mean(key, valid)}", about="key") for key in unknown]
 
 
 def checked(given: Any, valid: Iterable[str], build: Callable[[dict[str, Any]], T]) -> T:
-    """`build` of a mapping without its unknown keys. Raises what is wrong with the keys and with the values together."""
+    """Calls `build` with the known keys of a mapping. Raises Problems for unknown keys and bad values together."""
     if not isinstance(given, Mapping):
         raise problem(f"must be a mapping, got {describe(given)}")
     valid = list(valid)
@@ -156,14 +156,14 @@ def checked(given: Any, valid: Iterable[str], build: Callable[[dict[str, Any]], 
 
 
 def build_dataclass(kind: type[T], given: Any, valid: Iterable[str]) -> T:
-    """A dataclass from a mapping with some of its fields. Raises Problems."""
-    # Through JSON: only there does pydantic's strict mode take lists for tuples and mappings for dataclasses.
+    """A dataclass of type `kind`, built from a mapping with some of its fields. Raises Problems."""
+    # Via JSON: only there does pydantic's strict mode accept lists as tuples and mappings as dataclasses.
     adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]
     return checked(given, valid, lambda known: adapter.validate_json(json.dumps(known), strict=True))
 
 
 def plain_mapping(value: Any) -> dict[str, Any]:
-    """A mapping as a file can hold it: lists for tuples, text for keys and paths; nothing at all is an empty one."""
+    """A mapping as it would be read from a file: tuples become lists, keys and paths become text, None becomes empty."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -175,16 +175,16 @@ def plain_mapping(value: Any) -> dict[str, Any]:
 
 
 def or_empty(kind: Callable[[], Any]) -> BeforeValidator:
-    """`key:` with nothing behind it is an empty list, mapping, text."""
+    """A validator that reads an empty `key:` in YAML (None) as an empty list, mapping or text."""
     return BeforeValidator(lambda given: kind() if given is None else given)
 
 
 Text = Annotated[str, or_empty(str), AfterValidator(lambda text: " ".join(text.split()))]
-"""Text in one line."""
+"""Text on a single line; line breaks become spaces."""
 
 
 class Section(BaseModel):
-    """Frozen, and strict: the text "12" is not a number and 1 is not true."""
+    """A frozen model with strict types: the text "12" is not a number, and 1 is not true."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -194,16 +194,16 @@ class Section(BaseModel):
         return given if isinstance(given, cls) else checked(given, cls.model_fields, handler)
 
     def replace(self: Model, **changes: Any) -> Model:
-        """The same with other values, checked again."""
+        """A copy with some fields changed, validated again."""
         return type(self)(**{**dict(self), **changes})
 
 
 class Document(Section):
-    """A section whose fields must fit together. `problems` is asked even if some fields are wrong, so that a user sees
-    everything at once; such a field is None there."""
+    """A section with checks across its fields. `problems` runs even if some fields are invalid, so that a user sees all
+    errors at once; it sees an invalid field as None."""
 
     def problems(self, context: Any) -> Iterable[Problem]:
-        """What is wrong with the fields together. context: that of the validation."""
+        """Problems between the fields. context: the validation context."""
         return ()
 
     @field_validator("*", mode="wrap")
@@ -212,26 +212,26 @@ class Document(Section):
         try:
             return handler(value)
         except ValidationError as error:
-            return _Wrong(problems_of(error))
+            return _InvalidField(problems_of(error))
 
     @model_validator(mode="wrap")
     @classmethod
     def _read(cls, given: Any, handler: Callable[[Any], Any], info: ValidationInfo) -> Any:
         if isinstance(given, cls):
             return given
-        return checked(given, cls.model_fields, lambda known: handler(known)._fitting(info.context))
+        return checked(given, cls.model_fields, lambda known: handler(known)._cross_checked(info.context))
 
-    def _fitting(self: Model, context: Any) -> Model:
-        wrong = {name: value for name, value in self if isinstance(value, _Wrong)}
-        problems = Problems(one.under(name) for name, value in wrong.items() for one in value.problems)
-        problems.found += self.model_copy(update=dict.fromkeys(wrong)).problems(context)  # type: ignore[attr-defined]
+    def _cross_checked(self: Model, context: Any) -> Model:
+        invalid = {name: value for name, value in self if isinstance(value, _InvalidField)}
+        problems = Problems(one.under(name) for name, value in invalid.items() for one in value.problems)
+        problems.found += self.model_copy(update=dict.fromkeys(invalid)).problems(context)  # type: ignore[attr-defined]
         problems.check()
         return self
 
 
 @dataclass(frozen=True)
-class _Wrong:
-    """In place of a field's value."""
+class _InvalidField:
+    """Placeholder for the value of an invalid field."""
 
     problems: list[Problem]
 
@@ -244,7 +244,7 @@ def _problems_in(detail: Mapping[str, Any], given: Any) -> list[Problem]:
         if isinstance(context["error"], Problems):
             return [one.under(*loc) for one in context["error"].found]
         message = str(context["error"])
-        # A check of a whole object begins with the name of the option it is about.
+        # The message of a check on a whole object starts with the name of the option that it is about.
         option = message.split(" ", 1)[0]
         if not loc and isinstance(given, Mapping) and option in given:
             loc = (option,)

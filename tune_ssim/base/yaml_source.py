@@ -1,6 +1,6 @@
-"""YAML 1.2 text as plain Python values, with the line of each for error messages.
+"""Reads YAML 1.2 as plain Python values and keeps the line number of each value for error messages.
 
-`1e-4` is a number and `no` is a string here (YAML 1.2 core schema); in PyYAML's 1.1 it is the other way round.
+Follows the YAML 1.2 core schema: `1e-4` is a number and `no` is a string. PyYAML (YAML 1.1) reads a string and a bool.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from tune_ssim.base.errors import UserError
 
 Loc = tuple[str | int, ...]
-"""Keys and list positions from the top of a document to a value, as pydantic counts them."""
+"""The path to a value as keys and list indices, like pydantic's `loc`."""
 
-# Far above any study (the longest bundled one has 2 KB); rejects a checkpoint given by mistake before it costs seconds.
+# Far larger than any study (the largest bundled one has 2 KB). Quickly rejects a checkpoint that was passed by mistake.
 MAX_BYTES = 256 * 1024
-MAX_VALUES = 20_000  # after aliases are written out: nine lines of aliases to aliases would make 10**9
+MAX_VALUES = 20_000  # after alias expansion: nine lines of nested aliases can expand to 10**9 values
 MAX_DEPTH = 30
 
 # https://yaml.org/spec/1.2.2/#103-core-schema
@@ -39,12 +39,12 @@ _WORDS: dict[str, bool | None] = {
 }  # fmt: skip
 
 _PREFIX = "tag:yaml.org,2002:"
-_SCALAR_TAGS = {"str", "int", "float", "bool", "null", "timestamp", "value", "merge"}  # what a plain scalar can resolve to
+_SCALAR_TAGS = {"str", "int", "float", "bool", "null", "timestamp", "value", "merge"}  # tags that a plain scalar can resolve to
 
 
 @dataclass(frozen=True)
 class Source:
-    """A value and where it comes from. `lines[loc]` counts from 1; `options[loc]` is the command-line option that gave a value."""
+    """A value and its origin. `lines[loc]`: line number from 1. `options[loc]`: the command-line option that set the value."""
 
     label: str
     value: Any
@@ -53,28 +53,28 @@ class Source:
     prefix: Loc = ()
 
     def subtree(self, *loc: str | int) -> Source:
-        """The value at `loc`, which must be there, with the same lines."""
+        """The part of the document at `loc`, which must exist."""
         value = self.value
         for key in loc:
             value = value[key]
         return Source(self.label, value, self.lines, self.options, self.prefix + loc)
 
     def option_at(self, loc: Loc) -> str | None:
-        """The command-line option that gave the value, if one did."""
+        """The command-line option that set the value at `loc`, or None."""
         return next((self.options[key] for key in _upwards(self.prefix + loc) if key in self.options), None)
 
     def at(self, loc: Loc = ()) -> str:
-        """`file:line` of the value, or of the nearest thing around it whose line is known."""
+        """`file:line` of the value, or of its nearest ancestor with a known line."""
         line = next((self.lines[key] for key in _upwards(self.prefix + loc) if key in self.lines), None)
         return self.label if line is None else f"{self.label}:{line}"
 
     def overridden(self, loc: Loc, value: Any, option: str) -> Source:
-        """The same document with one value given by a command-line option."""
+        """A copy of the document with the value at `loc` set by a command-line option."""
         return Source(self.label, _replaced(self.value, loc, value), self.lines, {**self.options, loc: option}, self.prefix)
 
 
 def read_yaml(path: str | Path) -> Source:
-    """The mapping in a YAML file. Raises UserError for everything that is not one."""
+    """Reads a YAML file whose top level is a mapping. Raises UserError for anything else."""
     label = str(path)
     try:
         with Path(path).open("rb") as file:
@@ -89,8 +89,9 @@ def read_yaml(path: str | Path) -> Source:
 
 
 def find_document(what: str, text: str, folder: Path, bundled: Path) -> Path:
-    """The file that a name or path means: one of the folder `bundled`, or a path that starts from `folder`. Raises UserError
-    with the names there are."""
+    """Resolves a bundled name or a path to a file. Relative paths start from `folder`.
+
+    Raises UserError with the valid names for an unknown name."""
     names = sorted(path.stem for path in bundled.glob("*.yaml"))
     if text in names:
         return bundled / f"{text}.yaml"
@@ -102,12 +103,12 @@ def find_document(what: str, text: str, folder: Path, bundled: Path) -> Path:
 def is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # too long a name, a NUL character
+    except (OSError, ValueError):  # the name is too long or has a NUL character
         return False
 
 
 def parse_yaml(text: bytes | str, label: str) -> Source:
-    """The mapping in `text`, which messages call `label`. Raises UserError for everything that is not one."""
+    """Parses YAML text whose top level is a mapping. `label`: name of the document in messages. Raises UserError."""
     if len(text) > MAX_BYTES:
         raise UserError(f"{label}: is larger than {MAX_BYTES // 1024} KiB, too large for a study or a search space")
     if isinstance(text, bytes):
@@ -117,11 +118,11 @@ def parse_yaml(text: bytes | str, label: str) -> Source:
             raise UserError(f"{label}: is not a text file (not UTF-8), expected YAML") from None
     if "\0" in text:
         raise UserError(f"{label}: is a binary file, expected YAML")
-    if _bracket_depth(text) > 1000:  # 64 KiB of "[" keep the parser busy for seconds before it gives up
+    if _bracket_depth(text) > 1000:  # the parser needs seconds to fail on 64 KiB of "["
         raise UserError(f"{label}: is nested too deeply")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an anchor that is used twice
+            warnings.simplefilter("ignore")  # ruamel.yaml warns about an anchor that is defined twice
             root = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -129,7 +130,7 @@ def parse_yaml(text: bytes | str, label: str) -> Source:
         raise UserError(f"{where}: not valid YAML: {_one_line(error.problem or error.context or 'syntax error')}") from None
     except RecursionError:
         raise UserError(f"{label}: is nested too deeply") from None
-    except Exception as error:  # ruamel.yaml leaks its own index and assertion errors for some malformed texts
+    except Exception as error:  # ruamel.yaml raises IndexError and AssertionError for some malformed texts
         raise UserError(f"{label}: not valid YAML: {_one_line(str(error)) or type(error).__name__}") from None
     if root is None:
         raise UserError(f"{label}: is empty")
@@ -142,7 +143,7 @@ def parse_yaml(text: bytes | str, label: str) -> Source:
 
 
 class _Reader:
-    """Turns nodes into dicts, lists and scalars, and records the line of each key and list item."""
+    """Converts nodes to dicts, lists and scalars, and records the line of each key and list item."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -195,7 +196,7 @@ class _Reader:
         if text in _WORDS:
             return _WORDS[text]
         if _INT.fullmatch(text):
-            if len(text) > 100:  # Python refuses more than 4300 digits; nothing here has more than 20
+            if len(text) > 100:  # Python rejects more than 4300 digits; no valid setting has more than 20
                 raise self.fail(node, f"a number of {len(text)} digits")
             return int(text)
         if _OCT.fullmatch(text) or _HEX.fullmatch(text):
@@ -210,17 +211,18 @@ class _Reader:
 
 
 def dump_yaml(value: Mapping[str, Any], *, for_any_reader: bool = False) -> str:
-    """Block style with short mappings and lists in one line; `parse_yaml` reads the same value back.
+    """The value as YAML text: block style, with short mappings and lists on one line. `parse_yaml` reads the same value back.
 
-    for_any_reader: block style only, for YAML 1.1 too (PyYAML), to which `1e-05` is a text, `off` is false and `1:30` is 90."""
+    for_any_reader: block style only, and also correct for YAML 1.1 readers (PyYAML), which read `1e-05` as text, `off` as
+    false and `1:30` as 90."""
     from io import StringIO
 
     from ruamel.yaml.representer import RoundTripRepresenter
 
     class Representer(RoundTripRepresenter):
-        """Of this call: representers are registered with a class."""
+        """A class local to this call, because representers are registered per class."""
 
-    yaml = YAML()  # round-trip mode: the only one that lets flow style be chosen for each collection
+    yaml = YAML()  # round-trip mode: only there can each collection have its own flow style
     yaml.Representer = Representer
     yaml.width = 4096 if for_any_reader else 120
     yaml.representer.ignore_aliases = lambda _: True
@@ -236,7 +238,7 @@ def dump_yaml(value: Mapping[str, Any], *, for_any_reader: bool = False) -> str:
 
 
 def _quotes_of_breaks(text: str) -> str | None:
-    """ruamel.yaml folds plain and single-quoted text at these line breaks, and reads a space back."""
+    """Double quotes for text with Unicode line breaks, which ruamel.yaml would otherwise fold and read back as a space."""
     return '"' if re.search("[\x85\u2028\u2029]", text) else None
 
 
@@ -246,7 +248,7 @@ def _quotes(text: str) -> str | None:
 
 
 def _float_text(number: float) -> str:
-    """With a point and a signed exponent."""
+    """The number with a decimal point and a signed exponent, as YAML 1.1 requires."""
     text = repr(number).replace("inf", ".inf").replace("nan", ".nan")
     mantissa, e, exponent = text.partition("e")
     return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if e else text
@@ -271,13 +273,13 @@ def _styled(value: Any, top: bool = False) -> Any:
 
 
 def short_repr(value: Any) -> str:
-    """The `repr` of a value, at most 60 characters."""
+    """The `repr` of a value, truncated to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…" + text[:1] * (text[:1] in "'\"")
 
 
 def describe(value: Any) -> str:
-    """A value with its type, as error messages quote it: `'0.1' (text)`, `[1, 2] (a list)`; a number without its type."""
+    """A value and its type for error messages: `'0.1' (text)`, `[1, 2] (a list)`. Numbers have no type suffix."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
@@ -287,7 +289,7 @@ def describe(value: Any) -> str:
 
 
 def did_you_mean(word: Any, valid: Iterable[str]) -> str:
-    """`; did you mean 'max_t'?`, or all valid words where none is close."""
+    """A suggestion, e.g. `; did you mean 'max_t'?`, or the list of valid words if none is close."""
     valid = list(map(str, valid))
     lowered = {name.lower(): name for name in valid}
     close = difflib.get_close_matches(str(word).lower(), list(lowered), n=1, cutoff=0.6)
@@ -295,7 +297,7 @@ def did_you_mean(word: Any, valid: Iterable[str]) -> str:
 
 
 def _bracket_depth(text: str) -> int:
-    """Most brackets open at once; those in quotes count too, so only large numbers mean anything."""
+    """An upper estimate of the nesting depth. Brackets inside quotes count too, so only large values are meaningful."""
     changes = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
     return max(itertools.accumulate(changes), default=0)
 

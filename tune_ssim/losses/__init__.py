@@ -1,6 +1,6 @@
-"""What is optimised: SSIM, the gated decoded-image loss, rectified flow, terms on a latent, and how their weights change.
+"""Losses: SSIM, the gated decoded-image loss, rectified flow, latent terms, and weight schedules.
 
-Imports torch and nothing heavier."""
+The only heavy import is torch."""
 
 from tune_ssim.losses.decoded import DecodedLoss, DecodedLossResult, clamp_gradient, scale_gradient
 from tune_ssim.losses.flow import (

@@ -1,9 +1,9 @@
-"""Image losses on the decoded prediction: gate → decode → crop → attenuate → loss (notes 000 §2, 001 §7).
+"""Image losses on the decoded z0 prediction: gate → decode → crop → attenuate → loss (notes 000 §2, 001 §7).
 
     z0 prediction ─gate: 0 < t ≤ max_t─► decode (once, in chunks) ─► crop ─┬─ scale, clamp ─► [0, 1] ─► 1 − SSIM
                                                                           └──────────────► [0, 1] ─► mean square
 
-Both losses read the same decoded images, each the samples its own gate lets through. The notes decode twice.
+Each loss has its own gate. Both share one decoder pass, while the notes decode twice.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Size = tuple[int, int]
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """`x`, bit for bit; its gradient is multiplied by `scale` (note 000 §2.4).
+    """Identity in the forward pass; multiplies the gradient by `scale` in the backward pass (note 000 §2.4).
 
-    `scale`: any finite number ≥ 0; above 1 it amplifies. Raises ValueError otherwise.
+    `scale`: a finite number ≥ 0; values above 1 amplify. Raises ValueError otherwise.
     """
     _require_non_negative("scale_gradient: scale", scale)
     scaled: Tensor = _ScaleGradient.apply(x, float(scale))
@@ -32,7 +32,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 def clamp_gradient(x: Tensor, limit: float) -> Tensor:
-    """`x`, bit for bit; every element of its gradient is clamped to `[−limit, limit]` (note 001 §7).
+    """Identity in the forward pass; clamps every gradient element to `[−limit, limit]` in the backward pass (note 001 §7).
 
     Infinite gradients become ±`limit`; NaN stays NaN. Raises ValueError unless `limit` > 0.
     """
@@ -43,7 +43,7 @@ def clamp_gradient(x: Tensor, limit: float) -> Tensor:
 
 
 class _ScaleGradient(torch.autograd.Function):
-    # x.detach() + scale·(x − x.detach()), as the notes write it, turns inf into NaN and adds rounding.
+    # The formula of the notes, x.detach() + scale·(x − x.detach()), turns inf into NaN and adds rounding errors.
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
@@ -67,24 +67,24 @@ class _ClampGradient(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class DecodedLossResult:
-    """What one call of `DecodedLoss` computed.
+    """The result of one `DecodedLoss` call.
 
-    A loss is None when its weight is 0 or no sample passed its gate: there is nothing to report then, and 0 would read
-    as a perfect score. The losses are unweighted, means over the samples that took part, and still on the graph.
+    A loss is None if its weight is 0 or no sample passed its gate, because a 0 would read as a perfect score. The losses are
+    unweighted means over the active samples and are still attached to the graph.
     """
 
-    total: Tensor  # weighted sum, 0-d; an exact 0 connected to the prediction when nothing took part
+    total: Tensor  # weighted sum, 0-d; an exact 0 connected to the prediction if no sample is active
     loss_ssim: Tensor | None
     loss_pixel: Tensor | None
-    ssim_active_count: int  # samples that took part; 0 when the weight is 0
-    ssim_active_fraction: float  # the same over the whole batch, conditioning images included
+    ssim_active_count: int  # active samples; 0 if the weight is 0
+    ssim_active_fraction: float  # active samples over the batch size, conditioning images included
     pixel_active_count: int
     pixel_active_fraction: float
-    decoded: Tensor | None  # the decoder's output before cropping, on the graph: hook it to see what enters the decoder
-    decoded_index: tuple[int, ...]  # which samples of the batch it holds
+    decoded: Tensor | None  # decoder output before cropping, on the graph; hook it to observe the gradient into the decoder
+    decoded_index: tuple[int, ...]  # batch indices of the samples in `decoded`
 
     def metrics(self) -> dict[str, float | Tensor]:
-        """The numbers to record; tensors are detached and stay on their device. Absent losses are absent keys."""
+        """Metrics to log. Tensors are detached and stay on their device. A loss that is None has no key."""
         numbers: dict[str, float | Tensor] = {
             "ssim_active_fraction": self.ssim_active_fraction,
             "pixel_active_fraction": self.pixel_active_fraction,
@@ -100,26 +100,26 @@ class DecodedLossResult:
 class DecodedLoss:
     """SSIM and pixel loss of the decoded z0 prediction, with the attenuation of note 000.
 
-    A sample takes part in a loss if it is a generation target and 0 < t ≤ that loss's max_t (t = 0 is clean:
-    conditioning images carry it exactly). Each loss is the **mean over the samples that take part**, not the whole
-    batch, so the size of an active step's push does not depend on how many samples are active. `ssim_grad_scale` and
-    `ssim_grad_clamp` act on the SSIM branch alone, at the cropped decoder output: the gradient of weight · loss_ssim is
-    scaled, then clamped, so no element that SSIM sends into the decoder exceeds `ssim_grad_clamp`.
-    SSIM is computed in float32 whatever autocast the caller decodes under. The pixel loss is the mean square on [0, 1].
+    A sample is active in a loss if it is a generation target and 0 < t ≤ that loss's max_t. Conditioning images have
+    exactly t = 0 (clean). Each loss is the **mean over its active samples**, not over the batch, so the gradient of an active
+    step does not depend on the number of active samples. `ssim_grad_scale` and `ssim_grad_clamp` act only on the SSIM
+    branch, at the cropped decoder output: the gradient of weight · loss_ssim is scaled, then clamped, so no gradient element
+    that SSIM sends into the decoder exceeds `ssim_grad_clamp`.
+    SSIM is computed in float32 regardless of autocast. The pixel loss is the mean squared error on [0, 1].
 
-    Freezing the decoder is the caller's business (the gradient must pass through it, not into it). Chunks bound the
-    decoder's working memory only; wrap `decode` in `torch.utils.checkpoint` to bound its activations as well. Ranks
-    decode different numbers of samples, so `decode` must not communicate between ranks.
+    The caller must freeze the decoder: gradients pass through it but must not update it. Chunking bounds only the decoder's
+    working memory; wrap `decode` in `torch.utils.checkpoint` to bound its activations too. Ranks decode different numbers of
+    samples, so `decode` must not communicate between ranks.
     """
 
     ssim_loss_weight: float  # (note 000 §2.2)
     ssim_loss_max_t: float  # gate, in (0, 1] (note 000 §2.3)
-    ssim_grad_scale: float = 1.0  # 1 leaves the gradient alone, above 1 amplifies (note 000 §2.4)
+    ssim_grad_scale: float = 1.0  # 1 leaves the gradient unchanged, above 1 amplifies it (note 000 §2.4)
     ssim_grad_clamp: float | None = None  # largest element of the gradient at the decoder's output (note 001 §7)
     pixel_loss_weight: float = 0.0  # (note 000 §5.3 mixes 0.05 in)
     pixel_loss_max_t: float = 0.3  # gate of the pixel loss (note 000 §2.3)
-    chunk_size: int = 8  # images decoded at once
-    image_range: Literal["[-1,1]", "[0,1]"] = "[-1,1]"  # of what `decode` returns; mapped and clamped to [0, 1]
+    chunk_size: int = 8  # images per decoder call
+    image_range: Literal["[-1,1]", "[0,1]"] = "[-1,1]"  # range of the decoder's output, which is mapped and clamped to [0, 1]
 
     def __post_init__(self) -> None:
         for name in ("ssim_loss_weight", "ssim_grad_scale", "pixel_loss_weight"):
@@ -135,7 +135,7 @@ class DecodedLoss:
             raise ValueError(f"DecodedLoss: image_range={self.image_range!r}; expected '[-1,1]' or '[0,1]'")
 
     def effective(self) -> Mapping[str, Any]:
-        """The parameters in force. A call reads these very fields and no others, so they are what ran (note 001 §3)."""
+        """The effective parameters. A call uses exactly these fields, so this is what ran (note 001 §3)."""
         return asdict(self)
 
     def __call__(
@@ -148,12 +148,14 @@ class DecodedLoss:
         is_target: Tensor | None = None,
         sizes: Sequence[Size] | None = None,
     ) -> DecodedLossResult:
-        """`z0_prediction`: `[batch, channel, h, w]` latents. `t`: `[batch]` in [0, 1]. `target_images`:
-        `[batch, 3, H, W]` in [0, 1]. `decode`: latents → images in `image_range`. `is_target`: `[batch]` bool, the
-        generation targets (default: all). `sizes`: the true (height, width) of each image where images are padded at
-        the right and bottom; decoded and target are both cropped to it.
+        """Computes both losses.
 
-        Raises ValueError for a missing decoder, shapes that do not match, t outside [0, 1], images below SSIM's window.
+        `z0_prediction`: `[batch, channel, h, w]` latents. `t`: `[batch]` in [0, 1]. `target_images`: `[batch, 3, H, W]` in
+        [0, 1]. `decode`: latents → images in `image_range`. `is_target`: `[batch]` bool, True for generation targets
+        (default: all). `sizes`: the true (height, width) of each image if images are padded at the right and bottom; decoded
+        images and targets are both cropped to it.
+
+        Raises ValueError for a missing decoder, mismatched shapes, t outside [0, 1], or images smaller than the SSIM window.
         """
         batch = z0_prediction.shape[0]
         gate = _Gate(batch, t, is_target)
@@ -186,7 +188,7 @@ class DecodedLoss:
                 per_sample = [_mean_square(self._unit(x), y) for x, y in pairs.of(for_pixel)]
                 loss_pixel = torch.cat(per_sample).mean()
                 terms.append(self.pixel_loss_weight * loss_pixel)
-        # DDP needs every rank's graph to reach the same parameters; an empty sum does it, and no NaN can enter there.
+        # DDP needs the graph of every rank to reach the same parameters. An empty sum does that and cannot carry a NaN.
         total = torch.stack(terms).sum() if terms else z0_prediction[:0].sum().float()
         return DecodedLossResult(
             total=total,
@@ -213,7 +215,7 @@ class DecodedLoss:
         return images[0] if len(images) == 1 else torch.cat(images)
 
     def _attenuate(self, x: Tensor) -> Tensor:
-        # Backward runs from the last line to the first: what SSIM sends is scaled, then clamped.
+        # Backward runs in reverse order: the SSIM gradient is scaled first, then clamped.
         if self.ssim_grad_clamp is not None:
             x = clamp_gradient(x, self.ssim_grad_clamp)
         return scale_gradient(x, self.ssim_grad_scale)
@@ -224,7 +226,7 @@ class DecodedLoss:
 
 
 class _Gate:
-    """Which samples take part, decided on the host: decoding a subset needs the indices there anyway."""
+    """Selects the active samples, on the host because decoding a subset needs the indices there anyway."""
 
     def __init__(self, batch: int, t: Tensor, is_target: Tensor | None) -> None:
         if t.shape != (batch,):
@@ -233,11 +235,11 @@ class _Gate:
             raise ValueError(f"DecodedLoss: is_target is {is_target.dtype} {tuple(is_target.shape)}; expected torch.bool [{batch}]")
         self.t = t.detach().cpu()
         self.is_target = None if is_target is None else is_target.cpu()
-        if not ((self.t >= 0) & (self.t <= 1)).all():  # a NaN would close the gate without a word
+        if not ((self.t >= 0) & (self.t <= 1)).all():  # a NaN would close the gate silently
             raise ValueError(f"DecodedLoss: t={self.t.tolist()}; expected times in [0, 1] (0 is clean, 1 is noise)")
 
     def samples(self, max_t: float) -> list[int]:
-        # Compared in t's own precision: float32(0.1) is above the double 0.1, and t = max_t takes part.
+        # Compared in the dtype of t, so that t = max_t is active: float32(0.1) is larger than the double 0.1.
         limit = torch.tensor(max_t, dtype=self.t.dtype)
         active = (self.t > 0) & (self.t <= limit)
         if self.is_target is not None:
@@ -247,7 +249,7 @@ class _Gate:
 
 
 class _Pairs:
-    """Decoded images and their targets, cropped to their true sizes."""
+    """Decoded images and targets, cropped to their true sizes."""
 
     def __init__(self, decoded: Tensor, targets: Tensor, index: list[int], sizes: Sequence[Size] | None) -> None:
         self.decoded, self.targets, self.sizes = decoded, targets, sizes
@@ -271,7 +273,7 @@ class _Pairs:
                     )
 
     def of(self, samples: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of (decoded, target) of one size each, together holding `samples`."""
+        """The (decoded, target) images of `samples`, as one batch per image size."""
         by_size: dict[Size, list[int]] = {}
         for sample in samples:
             size = (self.targets.shape[2], self.targets.shape[3]) if self.sizes is None else tuple(self.sizes[sample])

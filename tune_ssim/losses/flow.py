@@ -1,6 +1,6 @@
-"""Rectified flow (flow matching): one convention of time, its losses, its laws of t, an Euler sampler.
+"""Rectified flow (flow matching): the time convention, the loss, timestep distributions, and an Euler sampler.
 
-**t = 0 is the clean image and t = 1 is noise**, everywhere in this project (note 000 §2.3):
+**t = 0 is the clean image and t = 1 is noise**, throughout this project (note 000 §2.3):
 
     z_t = (1 − t)·z0 + t·noise,   velocity = dz_t/dt = noise − z0,   z0 = z_t − t·velocity
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TimeLaw:
-    """How training draws t.
+    """The distribution of t in training.
 
-    `uniform`: t = u. `shifted_sigmoid_normal`: t = sigmoid(n), n ~ N(0, 1), as BAGEL draws it. Then in both cases the
-    timestep shift s moves t towards the noise:  t ← s·t / (1 + (s − 1)·t);  s = 1 leaves it as it is.
+    `uniform`: t = u. `shifted_sigmoid_normal`: t = sigmoid(n), n ~ N(0, 1), as in BAGEL. In both cases the timestep shift s
+    then moves t towards noise: t ← s·t / (1 + (s − 1)·t); s = 1 leaves t unchanged.
     """
 
     name: Literal["uniform", "shifted_sigmoid_normal"] = "uniform"
@@ -41,7 +41,7 @@ class TimeLaw:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """`n` times, `[n]` in [0, 1]. `device` is the generator's unless given."""
+        """Samples `n` timesteps, `[n]` in [0, 1]. `device`: default the generator's."""
         if device is None and generator is not None:
             device = generator.device
         if self.name == "uniform":
@@ -51,10 +51,10 @@ class TimeLaw:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def active_fraction(self, max_t: float) -> float:
-        """`P(0 < t ≤ max_t)`: the share of generation targets that an auxiliary loss with this gate sees.
+        """`P(0 < t ≤ max_t)`: the fraction of generation targets that pass this gate.
 
-        uniform: `u`; shifted_sigmoid_normal: `Φ(logit u)`, with `u = max_t / (s − (s − 1)·max_t)` undoing the shift s.
-        BAGEL's law at 0.1 gives 1.4 %, and with shift 3 only 0.05 %.
+        uniform: `u`; shifted_sigmoid_normal: `Φ(logit u)`; `u = max_t / (s − (s − 1)·max_t)` inverts the shift s. For BAGEL's
+        distribution and max_t = 0.1 this is 1.4 %, and only 0.05 % with shift 3. Raises ValueError for max_t outside [0, 1].
         """
         if not 0 <= max_t <= 1:
             raise ValueError(f"timestep law: max_t={max_t!r}; expected a number in [0, 1]")
@@ -67,14 +67,14 @@ class TimeLaw:
 
 
 def noisy_latent(z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """`z_t = (1 − t)·z0 + t·noise`. `z0`, `noise`: `[batch, ...]`; `t`: `[batch]`. Returns the shape of `z0`."""
+    """`z_t = (1 − t)·z0 + t·noise`. `z0`, `noise`: `[batch, ...]`; `t`: `[batch]`. The result has the shape of `z0`."""
     _check_same("noisy_latent", z0, noise)
     t = _per_sample("noisy_latent", t, z0)
     return (1 - t) * z0 + t * noise
 
 
 def velocity_target(z0: Tensor, noise: Tensor) -> Tensor:
-    """`noise − z0`, what the network learns to predict at every t. Shapes as given."""
+    """`noise − z0`, the regression target of the network at every t. All shapes are equal."""
     _check_same("velocity_target", z0, noise)
     return noise - z0
 
@@ -82,14 +82,14 @@ def velocity_target(z0: Tensor, noise: Tensor) -> Tensor:
 def z0_from_velocity(z_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     """`z0 = z_t − t·velocity`. `z_t`, `velocity`: `[batch, ...]`; `t`: `[batch]`.
 
-    ∂z0/∂velocity = −t: what a loss on z0 sends to the network shrinks with t, and is exactly nothing at t = 0.
+    ∂z0/∂velocity = −t, so the gradient of a loss on z0 shrinks with t and is exactly zero at t = 0.
     """
     _check_same("z0_from_velocity", z_t, velocity)
     return z_t - _per_sample("z0_from_velocity", t, z_t) * velocity
 
 
 def flow_loss(velocity: Tensor, z0: Tensor, noise: Tensor) -> Tensor:
-    """Mean square of `velocity − (noise − z0)` of each sample: `[batch, ...]` → `[batch]`, at least in float32."""
+    """Per-sample mean square of `velocity − (noise − z0)`: `[batch, ...]` → `[batch]`, in float32 or better."""
     _check_same("flow_loss", velocity, z0)
     dtype = torch.promote_types(velocity.dtype, torch.float32)
     error = velocity.to(dtype) - velocity_target(z0.to(dtype), noise.to(dtype))
@@ -98,9 +98,9 @@ def flow_loss(velocity: Tensor, z0: Tensor, noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def euler_sample(velocity_fn: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
-    """Integrate `dz/dt = velocity_fn(z, t)` from t = 1 (`noise`, `[batch, ...]`) to t = 0 in equal Euler steps.
+    """Integrates `dz/dt = velocity_fn(z, t)` from t = 1 (`noise`, `[batch, ...]`) to t = 0 in equal Euler steps.
 
-    `velocity_fn(z, t)` gets t as `[batch]`. Returns the clean latent, without a graph.
+    `velocity_fn(z, t)` gets t as `[batch]`. Returns the clean latent, without gradients.
     """
     if steps < 1:
         raise ValueError(f"euler_sample: steps={steps!r}; expected at least 1")

@@ -1,4 +1,4 @@
-"""Terms on a latent: the KL of a variational encoder and its sample (note 004), alignment with DINO features (note 002)."""
+"""Losses on a latent: the KL term and sampling of a variational encoder (note 004), and DINO alignment (note 002)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch.nn import functional
 
 
 def kl_to_standard_normal(mu: Tensor, log_var: Tensor, *, free_bits: float = 0.0, max_variance: float | None = None) -> Tensor:
-    """`KL(N(mu, exp(log_var)) ‖ N(0, 1)) = −½ Σ (1 + log_var − mu² − exp(log_var))` of each sample, in nats.
+    """Per-sample `KL(N(mu, exp(log_var)) ‖ N(0, 1)) = −½ Σ (1 + log_var − mu² − exp(log_var))`, in nats.
 
-    `mu`, `log_var`: `[batch, ...]`. Returns `[batch]`, at least in float32: the **sum** over everything but the batch, as in
-    note 004, whose mean over the batch is `kl_raw`. Raises ValueError for shapes that differ or settings out of range.
+    `mu`, `log_var`: `[batch, ...]`. Returns `[batch]`, in float32 or better: the **sum** over all dimensions but the batch, as
+    in note 004, whose `kl_raw` is the mean of this over the batch. Raises ValueError for mismatched shapes or settings out
+    of range.
 
-    `free_bits`: nats that every element of every sample may use for free: below it, it counts as that much and gets no
-    gradient (Kingma et al. 2016, there of the batch's mean). 0 changes nothing.
+    `free_bits`: lower bound in nats on the KL of each element of each sample. Elements below it get no gradient (Kingma et
+    al. 2016, who apply it to the batch mean). 0 turns it off.
 
-    `max_variance`: above it `exp(log_var)` goes on along its tangent, so the gradient of an element by log_var stays at
-    `½ (max_variance − 1)` instead of exploding (note 004 has 10; None is the exact KL). The note clamps the value instead,
-    which leaves the gradient −½ there (NaN once exp overflows): the KL *falls* without end as the variance grows, below zero.
+    `max_variance`: above it `exp(log_var)` is continued linearly, so the gradient of an element with respect to log_var stays
+    at `½ (max_variance − 1)` instead of exploding (note 004 uses 10; None is the exact KL). The note clamps the value instead.
+    That leaves a gradient of −½ (NaN once exp overflows), so the KL *decreases* without bound as the variance grows.
     """
     if mu.shape != log_var.shape or mu.ndim < 2:
         got = f"mu {tuple(mu.shape)}, log_var {tuple(log_var.shape)}"
@@ -28,7 +29,7 @@ def kl_to_standard_normal(mu: Tensor, log_var: Tensor, *, free_bits: float = 0.0
     if not (math.isfinite(free_bits) and free_bits >= 0):
         raise ValueError(f"kl_to_standard_normal: free_bits={free_bits!r}; expected a finite number >= 0")
     if max_variance is not None and not (math.isfinite(max_variance) and max_variance > 1):
-        # At 1 and below the gradient would no longer hold the variance down.
+        # With a limit of 1 or less the gradient would no longer push a large variance down.
         raise ValueError(f"kl_to_standard_normal: max_variance={max_variance!r}; expected a finite number > 1, or None")
     dtype = torch.promote_types(torch.promote_types(mu.dtype, log_var.dtype), torch.float32)
     mu, log_var = mu.to(dtype), log_var.to(dtype)
@@ -44,9 +45,9 @@ def kl_to_standard_normal(mu: Tensor, log_var: Tensor, *, free_bits: float = 0.0
 
 
 def reparameterise(mu: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:
-    """`z = mu + exp(½ log_var)·noise`, a sample through which mu and log_var get their gradients. All of one shape.
+    """`z = mu + exp(½ log_var)·noise`, differentiable with respect to mu and log_var. All tensors have the same shape.
 
-    `noise` is the caller's, drawn from N(0, 1) by (seed, step, rank), so that trials agree on it."""
+    `noise` ~ N(0, 1) comes from the caller, seeded by (seed, step, rank) so that all trials use the same noise."""
     if not mu.shape == log_var.shape == noise.shape:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("mu", mu), ("log_var", log_var), ("noise", noise)))
         raise ValueError(f"reparameterise: shapes differ: {shapes}")
@@ -55,41 +56,40 @@ def reparameterise(mu: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def marginal_kl(mu: Tensor, log_var: Tensor) -> Tensor:
-    """How far the latents of a batch, taken together, are from the prior: `KL(N(m, v) ‖ N(0, 1)) = ½ (m² + v − 1 − ln v)` in nats,
-    with m and v the mean and the variance of an element's posteriors over the batch; the mean over the elements.
+    """Distance of the aggregate posterior from the prior: `KL(N(m, v) ‖ N(0, 1)) = ½ (m² + v − 1 − ln v)` in nats, averaged over
+    elements. m and v are the mean and variance of an element's posteriors over the batch.
 
-    `mu`, `log_var`: `[samples, ...]`, at least two samples. Returns a 0-d tensor, at least in float32: an estimate from which what
-    the chance of n samples adds (about 1/n, by the delta method; for two about 0.1 is left) has been taken off, so it may come
-    out a little below 0.
-    A mean KL of samples is what the latent tells them apart by plus this (Hoffman and Johnson 2016, "ELBO surgery"); of all
-    distributions with these means and variances the Gaussian is the closest, so the true one is at least as far away.
-    Raises ValueError for shapes that differ or fewer than two samples."""
+    `mu`, `log_var`: `[samples, ...]`, at least two samples. Returns a 0-d tensor in float32 or better. The finite-sample bias
+    of about 1/n is subtracted (delta method; for two samples about 0.1 remains), so the estimate can be slightly below 0.
+    The mean per-sample KL is the mutual information of input and latent plus this term (Hoffman and Johnson 2016, "ELBO
+    surgery"). Among distributions with these means and variances the Gaussian is the closest to the prior, so the true
+    distance is at least this large. Raises ValueError for mismatched shapes or fewer than two samples."""
     if mu.shape != log_var.shape or mu.ndim < 2 or mu.shape[0] < 2:
         got = f"mu {tuple(mu.shape)}, log_var {tuple(log_var.shape)}"
         raise ValueError(f"marginal_kl: {got}; expected one [samples, ...] with at least two samples")
     dtype = torch.promote_types(torch.promote_types(mu.dtype, log_var.dtype), torch.float32)
     n, spread = len(mu), mu.to(dtype).var(0)
     mean, variance = mu.to(dtype).mean(0), spread + log_var.to(dtype).exp().mean(0)
-    chance = spread / (2 * n) + (spread / variance).square() / (2 * (n - 1))  # of the mean's square, and of v - ln v
-    return (0.5 * (mean.square() + variance - 1 - variance.log()) - chance).mean()
+    bias = spread / (2 * n) + (spread / variance).square() / (2 * (n - 1))  # of m², and of v − ln v
+    return (0.5 * (mean.square() + variance - 1 - variance.log()) - bias).mean()
 
 
 @torch.no_grad()
 def active_units(mu: Tensor, *, threshold: float = 0.01) -> Tensor:
-    """How many elements of the latent depend on the input: variance of `mu` over the samples above `threshold`.
+    """Number of latent elements that depend on the input: the variance of `mu` over the samples exceeds `threshold`.
 
-    `mu`: `[samples, ...]`, at least two samples. Returns a 0-d integer tensor on its device. None left is posterior
-    collapse, what note 004 calls a vanishing KL (Burda et al. 2016, whose threshold is the default)."""
+    `mu`: `[samples, ...]`, at least two samples. Returns a 0-d integer tensor on its device. Zero active units means
+    posterior collapse, which note 004 calls a vanishing KL. The default threshold is from Burda et al. 2016."""
     if mu.ndim < 2 or mu.shape[0] < 2:
         raise ValueError(f"active_units: mu is {tuple(mu.shape)}; expected [samples, ...] with at least two samples")
     return (mu.to(torch.promote_types(mu.dtype, torch.float32)).var(0) > threshold).sum()
 
 
 def dino_alignment(features: Tensor, targets: Tensor) -> Tensor:
-    """Mean of `1 − cosine` between features and a frozen encoder's, over a sample's tokens; 0 is aligned, 2 opposite.
+    """Mean of `1 − cosine` over a sample's tokens, between features and those of a frozen encoder; 0 is aligned, 2 opposite.
 
-    `features`, `targets`: `[batch, dim]` (global) or `[batch, ..., dim]` (patches). Returns `[batch]`, at least in float32.
-    No gradient goes into `targets`. A zero vector has cosine 0. Raises ValueError for shapes that differ.
+    `features`, `targets`: `[batch, dim]` (global) or `[batch, ..., dim]` (patches). Returns `[batch]`, in float32 or better.
+    `targets` gets no gradient. A zero vector has cosine 0. Raises ValueError for mismatched shapes.
     """
     if features.shape != targets.shape or features.ndim < 2:
         got = f"features {tuple(features.shape)}, targets {tuple(targets.shape)}"

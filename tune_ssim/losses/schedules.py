@@ -1,7 +1,7 @@
-"""Loss weights that change during a training, such as the weight of a KL or a DINO term (note 002 §2, note 004).
+"""Schedules for loss weights, such as the weight of a KL or a DINO term (note 002 §2, note 004).
 
-A schedule is a function of the step alone, so a resumed training goes on where it was and two trials agree at every step.
-It raises ValueError when it is built with a number that is not finite or with a count below 1.
+A schedule depends only on the step, so it needs no state on resume and is the same in all trials.
+Constructors raise ValueError for non-finite numbers and for counts below 1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Constant(_Checked):
 
 @dataclass(frozen=True)
 class Linear(_Checked):
-    """A straight line from `start` at step 0 to `end` at step `steps`; then `end`."""
+    """Linear from `start` at step 0 to `end` at step `steps`, then constant at `end`."""
 
     start: float
     end: float
@@ -49,10 +49,11 @@ class Linear(_Checked):
 
 @dataclass(frozen=True)
 class CyclicalLinear(_Checked):
-    """`cycles` equal cycles in `steps` steps; then `end`. A cycle rises from `start` to `end` in its first `ratio` and stays there.
+    """`cycles` equal cycles over `steps` steps, then constant at `end`.
 
-    A KL term that is taken back again and again lets the decoder keep using the latent (Fu et al. 2019, whose 4 and 0.5
-    are the defaults). Note 004 anneals so over 3,000,000 steps; `ratio=1` is its saw-tooth without a plateau.
+    Each cycle goes linearly from `start` to `end` during its first fraction `ratio` and then stays at `end`. Restarting the KL
+    weight keeps the decoder using the latent (Fu et al. 2019; their 4 and 0.5 are the defaults). Note 004 anneals over
+    3,000,000 steps; `ratio=1` is its saw-tooth without a plateau.
     """
 
     start: float
@@ -71,13 +72,13 @@ class CyclicalLinear(_Checked):
     def __call__(self, step: float) -> float:
         if step >= self.steps:
             return float(self.end)
-        within = (max(step, 0) * self.cycles % self.steps) / self.steps  # exact where the steps are integers
+        within = (max(step, 0) * self.cycles % self.steps) / self.steps  # exact for integer steps
         return _between(self.start, self.end, within / self.ratio)
 
 
 @dataclass(frozen=True)
 class WarmUp(_Checked):
-    """A straight line from 0 at step 0 to `value` at step `steps`; then `value`.
+    """Linear warm-up from 0 at step 0 to `value` at step `steps`, then constant.
 
     Note 004's `min(0.01, step / 100000)` is `WarmUp(steps=1000, value=0.01)`.
     """

@@ -8,18 +8,18 @@ With a Gaussian window `w` and local moments over each fully covered (valid) win
 (Wang, Bovik, Sheikh, Simoncelli 2004; population covariance, as in scikit-image's
 `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`.)
 
-Three things are done differently from the text-book version, each for a measured reason:
+Differs from the textbook version in three ways, each for a measured reason:
 
-* **float32 or better, always.** In bfloat16 σ² = w∗x² − μx² cancels, denominators reach zero and the
-  gradient is garbage while the loss value still looks normal. Half-precision inputs are therefore raised
-  to float32, autocast is switched off inside, and no operation is used that TF32 or a reduced
-  `torch.set_float32_matmul_precision` could degrade.
-* **Moments about the image's mean.** σ² and σxy do not change when a constant is subtracted, but their
-  rounding error does. On flat patches at level 0.98 (amplitude 1e-3) the float32 gradient is off by 1e-7 of its norm
-  instead of 3e-4, the value by 3e-8 instead of 3e-5.
-* **The gradient is computed with the value.** It is linear in the incoming gradient, sample by sample, so one
-  image-sized tensor is all that is kept for the backward pass (automatic differentiation keeps about a dozen).
-  Only σx² + σy² is needed, never σx² and σy² apart: four filtered maps forward, three backward.
+* **Always float32 or better.** In bfloat16 σ² = w∗x² − μx² suffers from cancellation: denominators reach zero and the
+  gradient is garbage, while the loss value still looks normal. Half-precision inputs are therefore cast to float32,
+  autocast is disabled inside, and no operation is affected by TF32 or a reduced
+  `torch.set_float32_matmul_precision`.
+* **Moments about the image mean.** Subtracting a constant does not change σ² and σxy, but it reduces their rounding
+  error. On flat patches at level 0.98 (amplitude 1e-3) the float32 gradient is off by 1e-7 of its norm instead of 3e-4,
+  and the value by 3e-8 instead of 3e-5.
+* **The gradient is computed in the forward pass.** It is linear in the incoming gradient of each sample, so the backward
+  pass needs only one image-sized tensor (autograd keeps about a dozen). Only σx² + σy² is needed, not σx² and σy²
+  separately: four filtered maps forward, three backward.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Outputs per block of the banded matrix product, and pixels handled at once on a CPU: enough to keep threads busy, few
-# enough to bound the working memory (about 20 maps of them). Both change the speed only.
+# Outputs per block of the banded matrix product, and pixels per chunk on a CPU: enough to keep all threads busy, few enough
+# to bound the working memory (about 20 maps of that size). Both affect only speed.
 _BLOCK = 64
 _CPU_PIXELS = 1 << 18
 
@@ -46,12 +46,12 @@ def ssim(
     k1: float = 0.01,
     k2: float = 0.03,
 ) -> Tensor:
-    """Mean SSIM of each sample over its channels and valid windows.
+    """Mean SSIM of each sample over channels and valid windows.
 
-    `x`, `y`: `[batch, channel, height, width]`, floating, nominally in `[0, data_range]`; height and width at least
+    `x`, `y`: `[batch, channel, height, width]`, floating point, nominally in `[0, data_range]`; height and width at least
     `window_size`. Returns `[batch]` in [−1, 1]: float64 if an input is float64, else float32. Differentiable once with
-    respect to `x` and `y`. A non-finite pixel makes its sample's value NaN. Raises ValueError for shapes that differ,
-    a wrong number of dimensions, images smaller than the window, non-floating inputs or settings out of range.
+    respect to `x` and `y`. A non-finite pixel makes the value of its sample NaN. Raises ValueError for mismatched shapes,
+    a wrong number of dimensions, images smaller than the window, integer inputs or settings out of range.
     Defaults: Wang et al. 2004.
     """
     _check_images(x, y, window_size)
@@ -72,13 +72,12 @@ def ssim_loss(
     k1: float = 0.01,
     k2: float = 0.03,
 ) -> Tensor:
-    """`1 − SSIM` of each sample, its *value* clamped to [0, 1] (note 000 §1.3).
+    """`1 − SSIM` of each sample, with its *value* clamped to [0, 1] (note 000 §1.3).
 
     Same arguments and errors as `ssim`. Returns `[batch]`.
 
-    The clamp is straight-through: it bounds the logged number, and the gradient stays that of `1 − SSIM`. An ordinary
-    clamp would return exactly zero gradient for every sample with negative SSIM, that is for the samples that are most
-    wrong, and nothing in the log would show it.
+    The clamp is straight-through: it bounds the logged value, while the gradient is that of `1 − SSIM`. An ordinary clamp
+    would give zero gradient to every sample with negative SSIM. Those are the worst samples, and the log would not show it.
     """
     similarity = ssim(x, y, window_size=window_size, sigma=sigma, data_range=data_range, k1=k1, k2=k2)
     loss: Tensor = _ClampValue.apply(1 - similarity)
@@ -107,10 +106,10 @@ class _Ssim(torch.autograd.Function):
         value = x.new_empty(planes)
         grad_x = torch.empty_like(x) if need_x else None
         grad_y = torch.empty_like(y) if need_y else None
-        at_once = max(1, _CPU_PIXELS // (height * width)) if x.device.type == "cpu" else max(1, planes)
+        chunk = max(1, _CPU_PIXELS // (height * width)) if x.device.type == "cpu" else max(1, planes)
         with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, planes, at_once):
-                part = slice(start, start + at_once)
+            for start in range(0, planes, chunk):
+                part = slice(start, start + chunk)
                 value[part] = _planes(
                     x[part],
                     y[part],
@@ -126,7 +125,7 @@ class _Ssim(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled():  # a second derivative would silently miss every term: `grad_x` is a constant here
+        if torch.is_grad_enabled():  # a second derivative would silently be wrong: `grad_x` is a constant here
             raise RuntimeError("ssim is differentiable once; backward was called with create_graph=True")
         per_channel = (grad / ctx.shape[1]).view(-1, 1, 1, 1)
         grad_x, grad_y = (None if g is None else g.view(ctx.shape) * per_channel for g in ctx.saved_tensors)
@@ -136,16 +135,16 @@ class _Ssim(torch.autograd.Function):
 def _planes(
     x: Tensor, y: Tensor, taps: tuple[float, ...], c1: float, c2: float, grad_x: Tensor | None, grad_y: Tensor | None
 ) -> Tensor:
-    """Mean SSIM of each plane, `[planes, height, width]` → `[planes]`; the gradients go into `grad_x` and `grad_y`."""
+    """Mean SSIM of each plane, `[planes, height, width]` → `[planes]`. Writes the gradients into `grad_x` and `grad_y`."""
     mean_x, mean_y = x.mean((1, 2), keepdim=True), y.mean((1, 2), keepdim=True)
     moments = x.new_empty(4, *x.shape)
     x, y = torch.sub(x, mean_x, out=moments[0]), torch.sub(y, mean_y, out=moments[1])
     torch.mul(x, x, out=moments[2]).addcmul_(y, y)
     torch.mul(x, y, out=moments[3])
-    mx, my, power, product = _filter(moments, taps)  # about the planes' means
+    mx, my, power, product = _filter(moments, taps)  # about the mean of each plane
 
-    # s = σx² + σy² ≥ 0 and |2σxy| ≤ s hold exactly in exact arithmetic; the clamps undo rounding only, so the
-    # derivatives below are those of the unclamped formula.
+    # s = σx² + σy² ≥ 0 and |2σxy| ≤ s in exact arithmetic. The clamps only remove rounding errors, so the derivatives below
+    # are those of the unclamped formula.
     s = power.addcmul_(mx, mx, value=-1).addcmul_(my, my, value=-1).clamp_(min=0)
     v = product.addcmul_(mx, my, value=-1).mul_(2)
     v = torch.clamp(v, -s, s)
@@ -161,7 +160,7 @@ def _planes(
 
     # With e = w∗(x²+y²), c = w∗xy:  ∂/∂e = −SSIM/b2,  ∂/∂c = 2·luminance/b2,
     # ∂/∂μx = 2[(uy − ux·luminance)·structure/b1 − my·luminance/b2 + mx·SSIM/b2], and the same with x and y exchanged.
-    # The filter is symmetric, so its transpose is the filter itself on maps padded with window−1 zeros.
+    # The filter is symmetric, so its transpose is the same filter on maps padded with window−1 zeros.
     border = len(taps) - 1
     n, height, width = similarity.shape
     wanted = 2 + (grad_x is not None) + (grad_y is not None)
@@ -195,20 +194,21 @@ def _filter(maps: Tensor, taps: tuple[float, ...]) -> Tensor:
 
 
 def _matmul_is_exact(maps: Tensor) -> bool:
-    # Reduced settings let matrix products (TF32 on CUDA, bfloat16 on CPUs with AMX: error 2e-2) and convolutions round
-    # their inputs to 8–11 bits, the fault this file exists to avoid. Away from a CPU the product gains nothing.
+    # With reduced precision settings, matrix products (TF32 on CUDA, bfloat16 on CPUs with AMX: error 2e-2) and convolutions
+    # round their inputs to 8–11 bits, which this module must avoid. On other devices than a CPU the product is not faster.
     if maps.device.type != "cpu":
         return False
     if maps.dtype == torch.float64:
         return True
-    finer_switch = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9; it follows the older switch, which
-    if finer_switch is not None:  # itself raises once both have been used
-        return finer_switch.fp32_precision in ("ieee", "none")
+    # torch >= 2.9 has this newer setting, which follows the older one; reading the older one raises once both were used.
+    newer_setting = getattr(torch.backends.mkldnn, "matmul", None)
+    if newer_setting is not None:
+        return newer_setting.fp32_precision in ("ieee", "none")
     return torch.get_float32_matmul_precision() == "highest"
 
 
 def _filter_by_blocks(maps: Tensor, taps: tuple[float, ...]) -> Tensor:
-    """Products with a banded matrix, block by block: 5–15 times as fast as a one-channel convolution on a CPU."""
+    """Filters by blockwise products with a banded matrix: 5–15 times as fast as a one-channel convolution on a CPU."""
     n, height, width = maps.shape
     k = len(taps)
     out_height, out_width = height - k + 1, width - k + 1
@@ -228,7 +228,7 @@ def _filter_by_blocks(maps: Tensor, taps: tuple[float, ...]) -> Tensor:
 
 
 def _filter_by_shifts(maps: Tensor, taps: tuple[float, ...], dim: int) -> Tensor:
-    """A weighted sum of shifted views: multiplications and additions only, in full precision on every device."""
+    """Filters by a weighted sum of shifted views: elementwise operations only, so full precision on every device."""
     k = len(taps)
     length = maps.shape[dim] - k + 1
     out = maps.narrow(dim, 0, length) * taps[0]
