@@ -1,1 +1,1 @@
-"""A trial: a training watched by guards, its checkpoints and quarantine."""
+"""Trials: a training run watched by guards, its checkpoints, and the quarantine."""

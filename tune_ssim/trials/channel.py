@@ -1,14 +1,14 @@
-"""The channel between a training in a process of its own and the trial that judges it: a folder with small files.
+"""The channel between a training in a separate process and the trial that judges it: a folder of small files.
 
     config.json     the settings to train with (written by the trial)
-    records.jsonl   its reports, one JSON object a line (written by one process of the training)
-    images/N.png    its samples at step N as one picture
+    records.jsonl   the training's reports, one JSON object per line (written by one process of the training)
+    images/N.png    the training's samples at step N as one picture
     verdict.json    how the trial ended (written by the trial): the training may exit
 
-A line of `records.jsonl` is one message: numbers with their `step`; or `effective`, settings as read where they are used; or
-`held_out`, numbers measured at the end; or `read`, the settings looked up so far; or `ended`, how the loop was left. The same
-objects are read from a command's output where the word TUNE_SSIM precedes them. A number of a step may have any name, also `read`
-or `ended`.
+Each line of `records.jsonl` is one message. It has either metrics with their `step`, or one of these keys: `effective` (settings as
+read where they are used), `held_out` (metrics measured at the end), `read` (the settings looked up so far), `ended` (how the loop
+ended). The same objects are read from a command's output when they follow the word TUNE_SSIM. A metric of a step may have any name,
+even `read` or `ended`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 from tune_ssim.base.files import write_atomically
 
-VARIABLE = "TUNE_SSIM_TRIAL"  # of the environment: the folder
+VARIABLE = "TUNE_SSIM_TRIAL"  # environment variable that holds the folder
 TAG = b"TUNE_SSIM "
 CONFIG, RECORDS, IMAGES, VERDICT = "config.json", "records.jsonl", "images", "verdict.json"
-KINDS = ("step", "effective", "held_out", "read", "ended")  # a message has exactly one of these, numbers of a step aside
+KINDS = ("step", "effective", "held_out", "read", "ended")  # a message has exactly one of these, apart from the metrics of a step
 
 
 class TrialEnd:
@@ -35,13 +35,13 @@ class TrialEnd:
         self._position, self._rest = 0, b""
 
     def open(self, config: Mapping[str, Any], seed: int, smoke_at: tuple[int, ...], steps: int) -> None:
-        """Makes the folder. smoke_at: steps at which samples are wanted, in addition to the last."""
+        """Creates the folder. smoke_at: steps at which samples are requested, in addition to the last."""
         (self.folder / IMAGES).mkdir(parents=True)
         settings = {"config": dict(config), "seed": seed, "smoke_at": list(smoke_at), "steps": steps}
         write_atomically(self.folder / CONFIG, json.dumps(settings).encode())
 
     def read(self) -> list[dict[str, Any]]:
-        """Messages since the last call; lines that are no message are skipped."""
+        """Messages since the last call. Lines that are not messages are skipped."""
         path = self.folder / RECORDS
         try:
             if path.stat().st_size <= self._position:
@@ -77,7 +77,7 @@ class TrainingEnd:
         self.smoke_at: tuple[int, ...] = tuple(settings["smoke_at"])
 
     def send(self, message: Mapping[str, Any]) -> None:
-        # One write a line: a reader sees whole lines, or a last one cut by a kill.
+        # One write per line: a reader sees whole lines, except that a kill may truncate the last one.
         descriptor = os.open(self.folder / RECORDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, json.dumps(message).encode() + b"\n")
@@ -114,7 +114,7 @@ def message_of(line: bytes) -> dict[str, Any] | None:
 
 
 def tagged_messages(line: bytes) -> list[dict[str, Any]]:
-    """The message behind the tag in a line of output."""
+    """The messages that follow the tag in a line of output."""
     _, tag, rest = line.partition(TAG)
     message = message_of(rest) if tag else None
     return [message] if message is not None else []

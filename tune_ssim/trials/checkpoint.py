@@ -1,4 +1,4 @@
-"""Nested state ↔ a folder of two files: `tensors.safetensors` and `state.json`. No pickle, nothing is executed."""
+"""Saves nested state as two files, `tensors.safetensors` and `state.json`, and loads it. No pickle, so no code is executed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.base.tensor_file import parents_metadata
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
-DIGEST = "state_sha256"  # in the metadata of the tensors: which state.json they belong to
+DIGEST = "state_sha256"  # metadata key of the tensor file: hash of the state.json it belongs to
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], parents: Iterable[str] = ()) -> None:
-    """`state`: nested dicts, lists and tuples of tensors and JSON values; keys may be integers (optimisers have such).
-    `parents`: content ids of all that the state was made from, kept in the file (`TensorFile.parents` reads them).
+    """`state`: nested dicts, lists and tuples of tensors and JSON values; keys may be integers, as in optimiser states.
+    `parents`: content ids of everything that the state was trained from, stored in the file (`TensorFile.parents` reads them).
 
-    Raises TypeError, naming the place, for anything else; ValueError for a parent that is no content id."""
+    Raises TypeError, naming the place, for any other value; ValueError for a parent that is not a content id."""
     taken: dict[str, torch.Tensor] = {}
     text = json.dumps(_take_apart(state, "", taken)).encode()
     metadata = {"format": "pt", DIGEST: hashlib.sha256(text).hexdigest(), **parents_metadata(parents)}
-    # A copy: tensors that share memory (tied weights) cannot be stored as they are.
+    # Copied because safetensors cannot store tensors that share memory (tied weights).
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in taken.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    # Each file is replaced as a whole; the digest tells when a kill fell between the two replacements.
+    # Each file is replaced atomically. The digest reveals a kill between the two replacements.
     save_file(tensors, folder / f".{TENSORS}", metadata=metadata)
     (folder / f".{STATE}").write_bytes(text)
     for name in (TENSORS, STATE):
@@ -38,16 +38,16 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], parents: Iterable[st
 
 
 def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors that `save_checkpoint` would store, under the same names; where they are, not copied.
+    """The tensors that `save_checkpoint` would store, under the same names, on their devices and not copied.
 
-    `probes.tensor_contents(tensors_of(state))` is what the ledger of ruined checkpoints knows the saved file by."""
+    `probes.tensor_contents(tensors_of(state))` identifies the saved file in the quarantine ledger."""
     tensors: dict[str, torch.Tensor] = {}
     _take_apart(state, "", tensors)
     return tensors
 
 
 def load_checkpoint(folder: Path) -> Any:
-    """The state, tensors on the CPU, tuples as lists. Raises UserError for a file that is missing, torn or foreign."""
+    """The state, tensors on the CPU, tuples as lists. Raises UserError for a missing, truncated or foreign file."""
     try:
         text = (folder / STATE).read_bytes()
         with safe_open(folder / TENSORS, framework="pt", device="cpu") as file:
@@ -64,7 +64,7 @@ def load_checkpoint(folder: Path) -> Any:
 
 def _take_apart(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        while name in tensors:  # the keys 1 and "1", or "a/b" and "a" → "b", read the same
+        while name in tensors:  # the keys 1 and "1", or "a/b" and "a" → "b", give the same name
             name += "'"
         tensors[name] = value.detach()
         return {"tensor": name}

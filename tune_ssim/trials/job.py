@@ -12,24 +12,24 @@ from tune_ssim.guards.verdict import Role
 
 @dataclass(frozen=True)
 class BaselineFile:
-    """A baseline by its path, which every node must reach, and by its content."""
+    """A baseline's path, which every node must be able to read, and its hash."""
 
     path: str
     sha256: str
 
     def read(self) -> Baseline:
-        """Raises ValueError where the file is not what it was."""
+        """Raises ValueError if the file has changed."""
         return Baseline.read(self.path, self.sha256)
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """One trial: who it is, what it trains with, what it is compared with.
+    """One trial: its id and role, its settings, and the baseline it is compared with.
 
     settings: as sampled or fixed, `gain` included; `task_config` of the study comes on top on the worker.
-    searched: keys in which it may differ from the baseline, besides the auxiliary losses'. baseline: None for a baseline run, and
-    where there is nothing to compare with. storage, study: where the ledger of ruined checkpoints and the study's folder are;
-    None for a trial outside a study. reason: why the search chose it, for people.
+    searched: keys in which it may differ from the baseline, in addition to those of the auxiliary losses. baseline: None for a
+    baseline run and for a trial without one. storage, study: location of the quarantine ledger and of the study's folder; None for
+    a trial outside a study. reason: why the search chose this trial, as text.
     """
 
     trial_id: str

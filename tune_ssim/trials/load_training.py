@@ -1,4 +1,4 @@
-"""From what a study calls a task to the training itself."""
+"""Loads the training that a study names as its task."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tune_ssim.trials.training import Training, missing_methods, training_class
 
 
 def load_task(task: str | type | Mapping[str, Any], import_path: str | None = None) -> Callable[[], Training]:
-    """What makes the training behind a class, "module:Class", "module:function" or a command. Raises UserError naming what is
-    missing."""
+    """A factory for the training given as a class, "module:Class", "module:function" or a command. Raises UserError naming what
+    is missing."""
     if isinstance(task, type):
         return training_class(task)
     if isinstance(task, Mapping):
@@ -31,10 +31,10 @@ def load_task(task: str | type | Mapping[str, Any], import_path: str | None = No
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if module_name.startswith("tune_ssim.") and install_hint(error.name):
-            raise  # the command line says what to install
+            raise  # the CLI reports what to install
         raise UserError(f"task {task!r}: no module {error.name!r} (looked in the study's folder and the environment)") from None
     found = getattr(module, class_name, None)
-    if isinstance(found, FunctionType):  # a loop that reports through `trial_context`: a process of its own
+    if isinstance(found, FunctionType):  # a loop that reports through `trial_context` runs in a separate process
         paths = os.pathsep.join(filter(None, (import_path, os.environ.get("PYTHONPATH"))))
         place = {"PYTHONPATH": paths.replace("{", "{{").replace("}", "}}")}
         return _command(

@@ -1,4 +1,4 @@
-"""`trial_context`: three lines that make any training loop a trial. Outside a study they only validate their arguments.
+"""`trial_context` makes any training loop a trial with three lines. Outside a study its methods only validate their arguments.
 
     with tune_ssim.trial_context(ssim_loss_weight=0.1) as t:           # the values outside a study
         weight = t.config["ssim_loss_weight"]
@@ -7,8 +7,8 @@
             loss.backward()
             t.report(step=step, loss=loss, total_norm=torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
 
-Works in a script that a study runs as a command, and in a function that a study names. The trial itself, with its guards, runs in
-another process: it reads the reports from a folder and writes its verdict there.
+It works in a script that a study runs as a command, and in a function that a study names. The trial with its guards runs in another
+process: it reads the reports from a folder and writes its verdict there.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")  # torchrun an
 
 
 class TrialPruned(Exception):
-    """The trial is over: `report` raises it, the `with` of `trial_context` swallows it."""
+    """The trial is over. `report` raises it; the `with` block of `trial_context` catches it."""
 
 
 def trial_context(**defaults: Any) -> TrialContext:
-    """A context manager; see the module. `defaults`: the configuration outside a study, and of every key that the study does not
-    set. Safe on every rank of a distributed training: all of them may report, only rank 0 sends."""
+    """A context manager; see the module. `defaults`: the configuration outside a study, and the values of keys that the study does
+    not set. Safe on every rank of a distributed training: all ranks may report, only rank 0 sends."""
     folder = os.environ.get(VARIABLE)
-    if not folder or not Path(folder).is_dir():  # on further nodes the folder may be absent; their rank is not 0 either
+    if not folder or not Path(folder).is_dir():  # other nodes may lack the folder; their rank is not 0 anyway
         return TrialContext(None, defaults)
     return TrialContext(TrainingEnd(Path(folder)), defaults)
 
 
 class TrialContext:
-    """config: what to train with. steps: how long, None without a study."""
+    """config: the settings to train with. steps: number of steps, None outside a study."""
 
     def __init__(self, channel: TrainingEnd | None, defaults: Mapping[str, Any]) -> None:
         self._channel = channel
@@ -57,21 +57,21 @@ class TrialContext:
 
     @property
     def is_active(self) -> bool:
-        """Whether a study is listening."""
+        """Whether the loop runs in a study."""
         return self._channel is not None
 
     @property
     def seed(self) -> int:
-        """A loop that draws its batches and noise from it sees the same as the baseline: norms are then compared step by step."""
+        """A loop that seeds its batches and noise with it sees the same as the baseline, so norms are compared step by step."""
         self.config.read.add("seed")
         return self._channel.seed if self._channel else 0
 
     def report(self, *, step: int, **metrics: float | torch.Tensor) -> None:
-        """The numbers of one optimiser step (1 is the first), under the standard names: loss, total_norm (before clipping),
-        ssim_active_fraction, … Numbers of any kind, tensors and arrays of one element too; within a study these are transferred
-        from their device here.
+        """Reports the metrics of one optimiser step (the first is 1) under the standard names: loss, total_norm (before clipping),
+        ssim_active_fraction, … Values are numbers, or tensors and arrays of one element. Within a study, tensors are copied from
+        their device here.
 
-        Raises TrialPruned when the trial is over; TypeError or ValueError, also without a study, for what is no number."""
+        Raises TrialPruned when the trial is over; TypeError or ValueError, also outside a study, for other values."""
         self._step = self._whole("report", step)
         self._send_record(self._step, {name: self._number("report", name, value) for name, value in metrics.items()})
         self.raise_if_over()
@@ -88,10 +88,10 @@ class TrialContext:
         vocabulary_size: int | None = None,
         **statistics: float,
     ) -> None:
-        """Samples from fixed inputs and fixed noise, which the smoke test judges. `tune_ssim.Sample` describes the arguments.
-        step: the last reported one. Call it when `due(step)`; step 0 is before the first update.
+        """Sends samples from fixed inputs and fixed noise to the smoke test. `tune_ssim.Sample` describes the arguments.
+        step: None is the last reported one. Call it when `due(step)`; step 0 is before the first update.
 
-        Raises UserError, a ValueError, for images that are no float tensors `[n, 3, H, W]`, and within a study for references or
+        Raises UserError, a ValueError, for images that are not float tensors `[n, 3, H, W]`, and within a study for references or
         inputs far outside [0, 1]."""
         at = self._step if step is None else self._whole("samples", step)
         numbers = {f"smoke/{name}": self._number("samples", name, value) for name, value in statistics.items()}
@@ -118,24 +118,24 @@ class TrialContext:
         self._send_record(step, {**found, **numbers})
 
     def due(self, step: int) -> bool:
-        """Whether the study wants samples after this step."""
+        """Whether the study requests samples after this step."""
         return self._channel is not None and (step in self._channel.smoke_at or step == self._channel.steps)
 
     def in_force(self, **parameters: Any) -> None:
-        """Parameters as read where they are used, e.g. `in_force(ssim_loss_weight=criterion.weight)`: a study compares them with
-        what it asked for, and stops a training that it cannot steer. Values of JSON, and numbers of any kind.
+        """Sends parameters as read where they are used, e.g. `in_force(ssim_loss_weight=criterion.weight)`. A study compares them
+        with the values it set, and stops a training that does not use them. Takes JSON values and numbers of any kind.
 
-        Raises TypeError, also without a study, for anything else."""
+        Raises TypeError, also outside a study, for any other value."""
         self._send({"effective": {name: self._stated(name, value) for name, value in parameters.items()}})
 
     def held_out(self, **metrics: float | torch.Tensor) -> None:
-        """Numbers measured on held-out data at the end, e.g. `ssim`, `psnr` (dB): what a study maximises and keeps.
+        """Sends metrics measured on held-out data at the end, e.g. `ssim`, `psnr` (dB), for the study's objective and margins.
 
-        Raises TypeError, also without a study, for what is no number."""
+        Raises TypeError, also outside a study, for a value that is not a number."""
         self._send({"held_out": {name: self._number("held_out", name, value) for name, value in metrics.items()}})
 
     def raise_if_over(self) -> None:
-        """Raises TrialPruned when the trial has its verdict; for loops that report rarely."""
+        """Raises TrialPruned once the trial has a verdict. For loops that report rarely."""
         if self._channel is not None and (verdict := self._channel.verdict()) is not None:
             raise TrialPruned(f"{verdict['verdict']}: {verdict['reason']}")
 
@@ -154,7 +154,7 @@ class TrialContext:
             self._send({"read": sorted(self.config.read)})
 
     def _send_record(self, step: int, values: Mapping[str, float]) -> None:
-        self._send_read()  # first: on a record the trial checks which settings were looked up
+        self._send_read()  # first: a record makes the trial check which settings were looked up
         self._send({**values, "step": step})
 
     def _send(self, message: Mapping[str, Any]) -> None:
@@ -163,12 +163,12 @@ class TrialContext:
 
     @property
     def _sender(self) -> TrainingEnd | None:
-        """The channel of rank 0; None on other ranks and outside a study, where reports are only validated."""
+        """The channel on rank 0; None on other ranks and outside a study, where reports are only validated."""
         return self._channel if _rank() == 0 else None
 
     def _plain(self, value: Any) -> Any:
-        """A tensor or array of one element as a Python number, anything else as it is. Without a sender nothing is transferred
-        from another device: 0 takes the place of its number."""
+        """A tensor or array of one element as a Python number; other values unchanged. Without a sender nothing is copied from
+        another device: 0 replaces the number."""
         shape = getattr(value, "shape", None)
         if shape is None or math.prod(shape) != 1 or not hasattr(value, "item"):
             return value
@@ -198,7 +198,7 @@ class TrialContext:
 
 
 class _Settings(Mapping[str, Any]):
-    """A configuration that knows which of its settings were looked up."""
+    """A configuration that records which settings were looked up."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = dict(values)

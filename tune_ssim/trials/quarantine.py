@@ -1,10 +1,11 @@
-"""The ledger of ruined checkpoints: no training may start from them, under whatever name (note 003, SEEDS D4).
+"""The quarantine ledger: ruined checkpoints, from which no training may start, whatever the file name (note 003, SEEDS D4).
 
-<storage>/quarantine.jsonl, one line an event, only ever appended to. A checkpoint is known by its content, the hashes of the
-tensors that its training made, and by what its descendants declare; renaming a file or its keys changes nothing.
+The ledger is <storage>/quarantine.jsonl: one event per line, append-only. A checkpoint is identified by its content, that is the
+hashes of the tensors that its training changed, and by the parents that descendants declare. Renaming a file or its keys has no
+effect.
 
-Not recognised, unless it is declared: a tensor that was cut, joined, transposed, averaged or quantised to 8 bits, and a file
-of nothing but short vectors and constants (`probes.weights.LEAST_DISTINCT`).
+Unless declared, these are not recognised: a tensor that was sliced, concatenated, transposed, averaged or quantised to 8 bits, and
+a file of only short vectors and constants (`probes.weights.LEAST_DISTINCT`).
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from tune_ssim.base.files import append_line, parse_lines
 from tune_ssim.base.tensor_file import Contents, TensorFile, content_id
 
 LEDGER = "quarantine.jsonl"
-MIN_ID_LENGTH = 6  # digits that an abbreviated id must have on the command line
+MIN_ID_LENGTH = 6  # fewest digits of an abbreviated id on the command line
 SHORT_ID_LENGTH = 12  # digits of an id in messages
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One ruined checkpoint. `tensors`: SHA-256 of those that its training made. `parents`: content ids it was made from."""
+    """One ruined checkpoint. `tensors`: SHA-256 of those that its training changed. `parents`: content ids it was trained from."""
 
     id: str
     time: str  # ISO 8601, UTC
@@ -41,7 +42,7 @@ class Entry:
     guard: str | None
     parents: Sequence[str]
     tensors: Sequence[str]
-    path: str | None = None  # where it was written
+    path: str | None = None  # file or folder where it was written
 
     def __str__(self) -> str:
         guard = f" ({self.guard})" if self.guard else ""
@@ -50,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Release:
-    """Lifts the quarantine of everything entered under `id` so far."""
+    """Lifts the quarantine of all earlier entries with this `id`."""
 
     id: str
     time: str
@@ -63,7 +64,7 @@ class Release:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why `where` may not be used: `how` it is related to a ruined checkpoint."""
+    """Why `where` may not be used. `how`: its relation to a ruined checkpoint."""
 
     where: str
     how: str
@@ -79,14 +80,14 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Entered:
-    """The result of `add`: `entry` is None if there was nothing to enter; `sentence` says why."""
+    """The result of `add`. `entry` is None if there was nothing to enter; `sentence` explains it."""
 
     entry: Entry | None
     sentence: str
 
 
 class Ledger:
-    """Safe for many processes and machines that share the storage path, and to be killed at any moment."""
+    """The ledger file. Safe under concurrent processes and machines that share the storage path, and under kills at any moment."""
 
     def __init__(self, storage: str | Path) -> None:
         self.file = Path(storage) / LEDGER
@@ -104,12 +105,12 @@ class Ledger:
         parents: Iterable[str] = (),
         path: str | Path | None = None,
     ) -> Entered:
-        """Enters what a ruined trial wrote; when this returns it is on the disk. A repetition adds no second line.
+        """Enters what a ruined trial wrote. The entry is on disk when this returns. Repeating the call adds no second line.
 
-        `sound`: the training's state before its first step, its weights' files, raw and EMA, and whatever else is known to
-        be sound, such as what the baseline wrote at the same step: until its first active step a trial is the baseline to
-        the bit. Their tensors are never entered, at no precision; if no other is left, nothing is. Raises ValueError if
-        `sound` is empty: then the starting weights would be entered.
+        `sound`: the training's state before its first step, its weight files, raw and EMA, and anything else known to be sound,
+        such as what the baseline wrote at the same step (until its first active step a trial equals the baseline bit for
+        bit). Their tensors are never entered, at any precision. If no other tensor is left, nothing is entered. Raises
+        ValueError if `sound` is empty, since the starting weights would then be entered.
         """
         spared: set[str] = set()
         for known in sound:
@@ -133,7 +134,7 @@ class Ledger:
         return Entered(entry, f"{short}: quarantined, known by {len(trained)} tensors")
 
     def release(self, id: str, reason: str, who: str | None = None) -> Release:
-        """Raises UserError for an id that is not in force, or without a reason. `id` may be abbreviated."""
+        """Lifts a quarantine. `id` may be abbreviated. Raises UserError for an id not in force, or without a reason."""
         if not reason.strip():
             raise UserError("a release needs a reason: it stays in the ledger")
         with self._locked() as descriptor:
@@ -142,16 +143,16 @@ class Ledger:
         return release
 
     def entries(self) -> list[Entry]:
-        """Those in force, in the order in which they were entered."""
+        """The entries in force, oldest first."""
         return self._in_force(lambda entry: True)
 
     def history(self) -> list[Entry | Release]:
-        """Everything that was ever written, in order."""
+        """All entries and releases ever written, oldest first."""
         return list(self._lines())
 
     def why(self, what: str | Path) -> list[Entry | Release]:
-        """The history behind a file, a checkpoint folder or an id; empty for a file that is clean. Raises UserError for an
-        id that is unknown, BadSetup for a file that is no checkpoint."""
+        """The history of a file, a checkpoint folder or an id; empty for a clean file. Raises UserError for an unknown id,
+        BadSetup for a file that is not a checkpoint."""
         if isinstance(what, Path) or Path(what).exists():
             ids = {refusal.entry.id for refusal in self._refusals(*_read(Path(what)))}
         else:
@@ -159,22 +160,22 @@ class Ledger:
         return [line for line in self._lines() if line.id in ids]
 
     def check(self, path: str | Path) -> Refusal | None:
-        """`path`: a safetensors file, or a folder of such (a checkpoint). Raises BadSetup for anything else."""
+        """`path`: a safetensors file, or a folder of them (a checkpoint). Raises BadSetup for anything else."""
         return next(iter(self._refusals(*_read(Path(path)))), None)
 
     def check_hashes(self, hashes: Mapping[str, str], parents: Collection[str] = (), where: str = "weights") -> Refusal | None:
-        """The same for tensors in memory: they cannot be exchanged between the check and the use."""
+        """The same for tensors in memory, which cannot be replaced between check and use."""
         return next(iter(self._refusals(where, hashes, parents)), None)
 
     def require_clean(self, path: str | Path) -> None:
-        """Raises BadSetup, with the reason, for what is quarantined or is no checkpoint."""
+        """Raises BadSetup, with the reason, if `path` is quarantined or not a checkpoint."""
         if refusal := self.check(path):
             raise BadSetup(str(refusal))
 
     # -- reading and writing
 
     def _refusals(self, where: str, hashes: Mapping[str, str], parents: Collection[str]) -> list[Refusal]:
-        """The most direct relation first: the same content, then a shared tensor, then a declared parent."""
+        """Refusals, the most direct relation first: same content, then a shared tensor, then a declared parent."""
         own, ancestors, names = content_id(hashes), set(parents), {value: name for name, value in hashes.items()}
         content, tensor, descent = [], [], []
         for entry in self._in_force(
@@ -189,7 +190,7 @@ class Ledger:
         return content + tensor + descent
 
     def _in_force(self, concerns: Callable[[Entry], bool]) -> list[Entry]:
-        """The entries that `concerns` accepts and that were not released later. One pass that keeps nothing else: ledgers grow."""
+        """Entries that `concerns` accepts and that were not released later. Keeps nothing else in memory, since ledgers grow."""
         found: list[Entry] = []
         for line in self._lines():
             if isinstance(line, Release):
@@ -208,7 +209,7 @@ class Ledger:
         is_new = os.fstat(descriptor).st_size == 0
         append_line(self.file, {"action": action, **asdict(line)})
         os.fsync(descriptor)
-        if is_new:  # the name of a new file is stored in its folder
+        if is_new:  # the directory entry of a new file must be synced too
             folder = os.open(self.file.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -217,7 +218,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
-        """One writer at a time: else a line could be joined to the half line of a killed one. The lock ends with its process."""
+        """Allows one writer at a time, so that no line is appended to a truncated one. The lock ends with its process."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -231,20 +232,20 @@ KINDS: dict[str, type[Entry] | type[Release]] = {"quarantine": Entry, "release":
 
 
 def _parse(line: Mapping[str, Any]) -> Entry | Release:
-    """Raises ValueError for what is no line of a ledger."""
+    """Raises ValueError for a line that is not from a ledger."""
     kind = KINDS.get(str(line.get("action")))
     lists = [line.get(name) for name in ("parents", "tensors")] if kind is Entry else []
     is_whole = kind is not None and isinstance(line.get("id"), str) and all(isinstance(value, list) for value in lists)
     try:
         if kind is not None and is_whole:
             return kind(**{field.name: line[field.name] for field in fields(kind) if field.name in line})
-    except TypeError:  # a field is absent
+    except TypeError:  # a field is missing
         pass
     raise ValueError(f"not a line of a quarantine ledger: {str(line)[:100]}")
 
 
 def _resolve(id: str, lines: Iterable[Entry | Release], where: Path) -> str:
-    """The only id that begins with `id`. Raises UserError where there is none, or several."""
+    """The only id that starts with `id`. Raises UserError if there are none or several."""
     if len(id) < MIN_ID_LENGTH:
         raise UserError(f"id {id!r}: give at least {MIN_ID_LENGTH} digits, or the path of a file that exists")
     known = list(dict.fromkeys(line.id for line in lines))
@@ -258,7 +259,7 @@ def _resolve(id: str, lines: Iterable[Entry | Release], where: Path) -> str:
 
 
 def _read(path: Path) -> tuple[str, dict[str, str], tuple[str, ...]]:
-    """Name, hashes and declared parents of a safetensors file, or of all in a folder. Hidden ones are unfinished."""
+    """Name, hashes and declared parents of a safetensors file, or of all in a folder. Hidden files are unfinished and skipped."""
     files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith(".")) if path.is_dir() else [path]
     if not files:
         raise BadSetup(f"{path}: holds no *.safetensors file")

@@ -1,4 +1,4 @@
-"""Checks that the images of a `Sample` can be judged: else a verdict would blame the model for a mistake of the user."""
+"""Checks that the images of a `Sample` can be judged, so that no verdict blames the model for a user's mistake."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ WANTED = "float [n, 3, height, width] in [0, 1]"
 
 
 def require_kind(sample: Sample) -> None:
-    """Raises UserError for images that are no float tensors `[n, 3 or 1, H, W]`, or do not fit each other, and for tokens that are
-    no integers. Nothing is transferred from a device unless there is an error. A sample of text alone has no images."""
+    """Raises UserError for images that are not float tensors `[n, 3 or 1, H, W]` or whose shapes do not match, and for tokens that
+    are not integers. Nothing is copied from a device unless there is an error. A text-only sample has no images."""
     ids, images = sample.token_ids, sample.images
     if ids is not None and (not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.is_complex()):
         raise UserError(f"samples: token_ids must be a tensor of integers, got {_describe(ids)}")
@@ -45,10 +45,10 @@ def require_kind(sample: Sample) -> None:
 
 
 def require_range(sample: Sample) -> str:
-    """Raises UserError where real images, which no model made, lie far outside [0, 1]. Returns a warning, or "".
+    """Raises UserError for real images (not generated) far outside [0, 1]. Returns a warning, or "".
 
-    What the model made is never refused for its range: a ruined one gives anything, NaN too, and that is for the smoke test to
-    judge. The warning mentions that another range would explain it too."""
+    Generated images are never refused for their range: a ruined model may give any value, NaN included, and the smoke test judges
+    that. The warning mentions that a different value range would explain it too."""
     for name in ("references", "inputs", "examples"):
         real = getattr(sample, name)
         if real is not None and len(sample.images) and _is_far_out(real):
@@ -61,7 +61,7 @@ def require_range(sample: Sample) -> str:
 
 
 def _is_far_out(images: torch.Tensor) -> bool:
-    return bool(((images < -OVERSHOOT) | (images > 1 + OVERSHOOT)).any())  # NaN is neither
+    return bool(((images < -OVERSHOOT) | (images > 1 + OVERSHOOT)).any())  # NaN compares false
 
 
 def _describe(found: Any) -> str:

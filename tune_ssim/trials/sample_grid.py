@@ -1,4 +1,4 @@
-"""A `Sample` as a picture: input, target, autoencoder and sample, one column an image."""
+"""Draws a `Sample` as a picture: input, target, autoencoder and sample, one column per image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS, GAP, ENLARGE = 8, 2, 2
 
 
 def sample_grid(sample: Sample) -> bytes:
-    """PNG with the rows input (nearest neighbour), target, VAE, sample — those that the sample has — of its first 8 images.
+    """PNG of the first 8 images. Rows, where available: input (nearest neighbour), target, VAE, sample.
 
     Non-finite pixels are magenta."""
     from PIL import Image

@@ -1,4 +1,4 @@
-"""What came out of a trial: one line of `trials.jsonl`, one object of `tune-ssim trials --json`."""
+"""The result of a trial: one line of `trials.jsonl`, one object of `tune-ssim trials --json`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from tune_ssim.base.files import jsonable
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, gain_of
 
-OBJECTIVE = "delta_ssim"  # what a study maximises unless its study file names another metric
-PROCESS_DIED = "the trial's process died"  # begins the reason of a trial without a result: a resumed study runs it again
-NOT_SETTINGS = (GAIN, "seed")  # of a `config`: what is derived from the others, and what the trial was seeded with
-WITHOUT_SSIM = {WEIGHT: 0.0, MAX_T: None, GRAD_SCALE: 1.0}  # of a training whose SSIM loss is off
+OBJECTIVE = "delta_ssim"  # the metric that a study maximises by default
+PROCESS_DIED = "the trial's process died"  # start of the reason of a trial without a result; a resumed study runs it again
+NOT_SETTINGS = (GAIN, "seed")  # keys of a `config` that are derived from others, or the seed
+WITHOUT_SSIM = {WEIGHT: 0.0, MAX_T: None, GRAD_SCALE: 1.0}  # settings of a training whose SSIM loss is off
 IMAGE_LOSSES = (*TRIPLE, "pixel_loss_weight", "pixel_loss_max_t")
 
 
 @dataclass(kw_only=True)
 class TrialSummary:
-    """A stable schema: docs/trials_schema.md. Studies of earlier versions lack some keys; `from_dict` fills them in.
+    """A stable schema: docs/trials_schema.md. Studies of earlier versions lack some keys, which `from_dict` fills in.
 
-    config: the settings of this trial; where the training has an SSIM loss always its ssim_loss_weight, ssim_loss_max_t and
-    ssim_grad_scale. horizon: how far the verdict reaches, e.g. {"steps": 200, "batch_size": 8, "lr": 0.005}.
-    evidence: {guard, step, metric, value, limit} of the violation that ended the trial, else None.
-    objective: the metric that the study maximises. seed: of the training's random numbers.
-    quarantined: content ids of the checkpoints that a ruined trial wrote. warnings: sentences of guards that fired with `warn`.
-    metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are the strings "NaN", "Infinity",
-    "-Infinity" in a file, since JSON has no others, and floats here.
+    config: the settings of this trial. If the training has an SSIM loss, always with ssim_loss_weight, ssim_loss_max_t and
+    ssim_grad_scale. horizon: the training length that the verdict covers, e.g. {"steps": 200, "batch_size": 8, "lr": 0.005}.
+    evidence: {guard, step, metric, value, limit} of the violation that ended the trial, or None.
+    objective: the metric that the study maximises. seed: seeds the training's random numbers.
+    quarantined: content ids of the checkpoints that a ruined trial wrote. warnings: messages of guards with the action `warn`.
+    metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are floats here, and the strings "NaN",
+    "Infinity", "-Infinity" in a file, since JSON has no such numbers.
     """
 
     trial_id: str
@@ -48,19 +48,19 @@ class TrialSummary:
     quarantined: list[str] = field(default_factory=list)
 
     def metric(self, name: str) -> float:
-        """NaN where it was not measured."""
+        """The metric's value; NaN if it was not measured."""
         return self.metrics.get(name, math.nan)
 
     @property
     def is_repeated_on_resume(self) -> bool:
-        """Whether it has no result yet: its process died, or it is a baseline or a confirmation that could not be run."""
+        """Whether it has no result yet: its process died, or it is a baseline or confirmation that could not run."""
         if self.verdict is Verdict.ERROR and self.reason.startswith(PROCESS_DIED):
             return True
         return self.role is not Role.SEARCH and self.verdict in (Verdict.ERROR, Verdict.BAD_SETUP)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a training script must be given: the three numbers of an SSIM loss first, then whatever else was set."""
+        """The settings to pass to a training script: the three of an SSIM loss first, then all others."""
         first = {name: self.config[name] for name in TRIPLE if name in self.config}
         return first | {name: value for name, value in self.config.items() if name not in (*TRIPLE, *NOT_SETTINGS)}
 
@@ -71,7 +71,7 @@ class TrialSummary:
 
     @property
     def setting_key(self) -> str:
-        """Equal for two trials that train alike: weight and grad_scale act only through their product (SEEDS B6)."""
+        """The same for trials that train identically: weight and grad_scale act only through their product (SEEDS B6)."""
         others = {name: value for name, value in self.settings.items() if name not in (WEIGHT, GRAD_SCALE)}
         return json.dumps(jsonable({**others, GAIN: f"{self.gain:.9g}"}), sort_keys=True, default=str)
 
@@ -83,7 +83,7 @@ class TrialSummary:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialSummary:
-        """Keys that no version knows are left out. Raises ValueError, naming the key, for what is no summary of a trial."""
+        """Drops unknown keys. Raises ValueError, naming the key, for data that is not a trial's summary."""
         for name, (kind, is_required) in _KINDS.items():
             value = data.get(name)
             if value is None and is_required:
@@ -107,9 +107,9 @@ class TrialSummary:
 
 
 def reported_config(settings: Mapping[str, Any], effective: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` of a summary: the settings of the trial and, of the image losses, what is in force beside them.
+    """`config` of a summary: the settings of the trial, and the effective settings of the image losses.
 
-    The SSIM loss's three numbers are always there, unless the training is known to have none (`effective` lacks its weight)."""
+    The SSIM loss's three settings are always included, unless the training has no SSIM loss (`effective` lacks its weight)."""
     has_ssim = not effective or WEIGHT in effective
     in_force = {name: effective[name] for name in IMAGE_LOSSES if name in effective}
     return {**(WITHOUT_SSIM if has_ssim else {}), **in_force, **settings}

@@ -1,4 +1,4 @@
-"""The contract of a training (a task, in a study): a flat, readable loop behind seven methods."""
+"""The interface of a training (in a study: a task). Seven methods are required."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import torch
 from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.losses import DecodedLoss, DecodedLossResult, TimeLaw
 
-# Prefixes of settings of the image losses whose push calibration models, and of settings that only measure.
+# Prefixes of settings of the image losses, whose push calibration models, and of settings that only measure.
 IMAGE_LOSS_KEYS = ("ssim_", "pixel_", "measure_")
-# Settings in which a trial may always differ from the baseline: those of all auxiliary losses.
+# Settings in which a trial may always differ from the baseline: those of the auxiliary losses.
 AUXILIARY_KEYS = (*IMAGE_LOSS_KEYS, "kl_", "dino_")
 
-Number = float | torch.Tensor  # 0-d tensors may stay on the device: the trial resolves them every `report_every` steps
+Number = float | torch.Tensor  # 0-d tensors may stay on the device; the trial reads them every `report_every` steps
 
 
 @dataclass
 class Sample:
-    """The result of inference on fixed inputs and fixed noise.
+    """The output of inference on fixed inputs and fixed noise.
 
     images: `[n, 3, H, W]` in [0, 1] as generated; may contain non-finite pixels.
-    references: `[n, 3, H, W]`, what they should look like (ground truth), or None.
-    inputs: `[n, 3, h, w]`, a low-resolution input that the sample should agree with after down-sampling, or None.
-    reconstructions: `[n, 3, H, W]`, the references through the frozen autoencoder: the best a sample can be, or None.
-    examples: `[m, 3, h, w]`, real images of the same kind, where there is no ground truth: energy and contrast are compared with
+    references: `[n, 3, H, W]`, the ground truth, or None.
+    inputs: `[n, 3, h, w]`, low-resolution inputs that the down-sampled sample should match, or None.
+    reconstructions: `[n, 3, H, W]`, the references through the frozen autoencoder (the best possible sample), or None.
+    examples: `[m, 3, h, w]`, real images of the same kind, if there is no ground truth. Energy and contrast are compared with
     theirs.
-    statistics: further numbers to judge, e.g. `flow_loss_top_bin`.
-    token_ids: integers of any shape, as generated where the task makes text; vocabulary_size: ids must lie in [0, this).
+    statistics: further metrics to judge, e.g. `flow_loss_top_bin`.
+    token_ids: generated token ids of any shape, for a task that generates text. vocabulary_size: ids must lie in [0, this).
     """
 
     images: torch.Tensor
@@ -47,10 +47,10 @@ class Sample:
 
 @dataclass
 class Part:
-    """A network of the training, as it is in memory.
+    """A network of the training, in memory.
 
-    trains: False for a frozen one. weights: the safetensors file that it must have been loaded from; None: it starts fresh
-    on purpose. kind: `raw` or `ema`.
+    trains: False for a frozen network. weights: the safetensors file that it must have been loaded from; None: it starts from
+    scratch on purpose. kind: `raw` or `ema`.
     """
 
     module: torch.nn.Module
@@ -61,11 +61,11 @@ class Part:
 
 @dataclass
 class Forward:
-    """The forward pass of one training step, on the autograd graph: everything up to the losses, nothing updated.
+    """The forward pass of one training step, with its autograd graph: everything up to the losses, no update.
 
     main: 0-d, the main loss. z0: `[batch, ...]`, the prediction of the clean latent. t: `[batch]`, on the host.
-    targets: `[batch, 3, H, W]` in [0, 1]. loss, decode: the very objects that the training step uses.
-    velocity_target: what the network should have predicted, for comparison with an uninformed predictor.
+    targets: `[batch, 3, H, W]` in [0, 1]. loss, decode: the same objects that the training step uses.
+    velocity_target: the regression target of the network, for comparison with an uninformed predictor.
     is_target, sizes: see `DecodedLoss`.
     """
 
@@ -80,15 +80,15 @@ class Forward:
     sizes: Sequence[tuple[int, int]] | None = None
 
     def auxiliary(self, loss: DecodedLoss | None = None, is_target: torch.Tensor | None = None) -> DecodedLossResult:
-        """The auxiliary losses with the parameters in force, or of another `loss` or part of the batch."""
+        """The auxiliary losses with the parameters in force, or for another `loss` or subset of the batch."""
         chosen = self.is_target if is_target is None else is_target
         return (loss or self.loss)(self.z0, self.t, self.targets, self.decode, is_target=chosen, sizes=self.sizes)
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a training shows of itself beside the contract. Preflight and calibration see deeper with each of them, and report
-    `unknown` for what is missing. The fields are the names of the methods and of the attribute `time_law`."""
+    """The optional methods that a training has. Preflight and calibration check more with each of them, and report `unknown` for
+    what they cannot check. The fields are the names of the methods and of the attribute `time_law`."""
 
     forward: bool = False
     trainable_parameters: bool = False
@@ -102,13 +102,13 @@ class Abilities:
 
     @classmethod
     def of(cls, training: Training) -> Abilities:
-        """Every method that the class of `training` overrides, and `time_law` where it is set."""
+        """Every method that the class of `training` overrides, and `time_law` if it is set."""
         own = {name: getattr(type(training), name, None) for name in OPTIONAL if name != "time_law"}
         found = {name: callable(method) and method is not getattr(Training, name) for name, method in own.items()}
         return cls(**found, time_law=training.time_law is not None)
 
     def has(self, *names: str) -> bool:
-        """Whether all of `names` are there."""
+        """Whether the training has all of `names`."""
         return all(asdict(self)[name] for name in names)
 
 
@@ -116,25 +116,25 @@ OPTIONAL = tuple(field.name for field in fields(Abilities))
 
 
 class Training(ABC):
-    """What is trained, step by step. The seven abstract methods are the contract; everything else has a default.
+    """A training, run step by step. The seven abstract methods are required; everything else has a default.
 
-    The random numbers of step n come from (seed, n, rank), never from the configuration: trials and baseline see identical
-    batches and noise, and resuming needs no generator state. A learning rate of 0 in the configuration must leave the weights as
-    they are: that is how an update is switched off. Where a training has text, its samples carry `token_ids`, and its steps record
-    `loss_ce` and `label_fraction`.
+    The random numbers of step n must depend only on (seed, n, rank), not on the configuration. Trials and baseline then see the
+    same batches and noise, and resuming needs no generator state. A learning rate of 0 in the configuration must leave the weights
+    unchanged, since updates are switched off in this way. If a training has text, its samples carry `token_ids`, and its steps
+    record `loss_ce` and `label_fraction`.
 
-    A training that reads a process of its own (see `CommandTask`) returns metrics with their `step`, None from `step` when the
-    process has ended well, and None from `sample` while there is nothing to sample from.
+    A training that reads a separate process (see `CommandTask`) returns metrics with their `step`, None from `step` when the
+    process has ended without error, and None from `sample` while there is nothing to sample from.
     """
 
     # -- the contract
 
     @abstractmethod
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
-        """Builds model, data and optimiser afresh. `device` None: cuda if available, else cpu. `config` always has `steps`, the
-        length of the trial, for schedules of the learning rate.
+        """Builds model, data and optimiser from scratch. `device` None: cuda if available, else cpu. `config` always has `steps`,
+        the length of the trial, for learning-rate schedules.
 
-        Raises ValueError for a configuration it does not understand, unknown keys included."""
+        Raises ValueError for an invalid configuration, unknown keys included."""
 
     @abstractmethod
     def step(self) -> Mapping[str, Number] | None:
@@ -142,7 +142,7 @@ class Training(ABC):
 
     @abstractmethod
     def sample(self, noise: int = 0) -> Sample | None:
-        """Runs inference on fixed inputs. `noise` 0 and 1 are two fixed draws. Leaves the training untouched."""
+        """Runs inference on fixed inputs. `noise` 0 and 1 are two fixed draws. Does not change the training."""
 
     @abstractmethod
     def evaluate(self) -> Mapping[str, float]:
@@ -150,17 +150,17 @@ class Training(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Tensors (possibly nested in dicts) and JSON values: everything that the next step depends on."""
+        """Tensors (possibly nested in dicts) and JSON values: everything on which the next step depends."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, after `setup` with the same configuration."""
+        """Restores a result of `state_dict`, after `setup` with the same configuration."""
 
     @abstractmethod
     def effective(self) -> Mapping[str, Any]:
-        """The parameters in force, read where they are used: JSON values. `max_grad_norm` None means no clipping."""
+        """The parameters in force, read where they are used, as JSON values. `max_grad_norm` None means no clipping."""
 
-    # -- what it shows of itself, for preflight, calibration and provenance
+    # -- optional, for preflight, calibration and provenance
 
     time_law: TimeLaw | None = None
     """The distribution that t is drawn from."""
@@ -170,7 +170,7 @@ class Training(ABC):
         return Abilities.of(self)
 
     def forward(self, n: int) -> Forward:
-        """The forward pass of training step n with the weights as they are."""
+        """The forward pass of training step n with the current weights."""
         raise NotImplementedError(f"{type(self).__name__} has no forward()")
 
     def trainable_parameters(self) -> Sequence[torch.nn.Parameter]:
@@ -185,78 +185,78 @@ class Training(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no training_images()")
 
     def sample_ema(self, noise: int = 0) -> Sample | None:
-        """`sample` with averaged weights; None where there are none."""
+        """`sample` with averaged weights; None if there are none."""
         return None
 
     def fingerprints(self) -> Mapping[str, str]:
-        """A hash for each part of its data, e.g. `data/train`, `data/held_out`."""
+        """A hash of each data set, e.g. `data/train`, `data/held_out`."""
         return {}
 
     def left_out(self) -> Mapping[str, str]:
-        """Files of its data that are not used, and why."""
+        """Data files that are not used, each with the reason."""
         return {}
 
     def latent_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Means and standard deviations of each channel of its training images' latents."""
+        """Per-channel means and standard deviations of the training images' latents."""
         raise NotImplementedError(f"{type(self).__name__} has no latent_statistics()")
 
     def ancestry(self) -> tuple[str, ...]:
-        """Content ids of the weight files that it was loaded from, and of all that these were made from."""
+        """Content ids of the weight files it was loaded from, and of their ancestors."""
         files = [part.weights for part in self.parts().values() if part.weights is not None]
         return tuple(dict.fromkeys(parent for path in files for parent in TensorFile.open(path).ancestry()))
 
-    # -- how it runs; a process of its own differs in these
+    # -- how it runs; a training in a separate process overrides these
 
     @property
     def takes_samples(self) -> bool:
-        """False where samples come among the records, as `smoke/…`."""
+        """False if samples arrive in the records, as `smoke/…`."""
         return True
 
     @property
     def is_paired(self) -> bool:
-        """False where its batches cannot be the baseline's."""
+        """False if its batches cannot be those of the baseline."""
         return True
 
     @property
     def can_resume(self) -> bool:
-        """False where a state cannot be loaded."""
+        """False if a state cannot be loaded."""
         return True
 
     @property
     def reports_after_last_step(self) -> bool:
-        """True where it is read until it ends: samples and held-out numbers may follow its last step."""
+        """True if it is read until it ends, since samples and held-out metrics may follow its last step."""
         return False
 
     @property
     def effective_after_first_step(self) -> bool:
-        """True where `effective` is complete only once the training has reported a step."""
+        """True if `effective` is complete only after the training has reported a step."""
         return False
 
     def identify(self, name: str, folder: Path) -> None:  # noqa: B027
-        """Called before `setup`: the trial's name, and a folder for what the training leaves behind."""
+        """Called before `setup` with the trial's name, and a folder for the training's files."""
 
     def want_samples_at(self, steps: Sequence[int]) -> None:  # noqa: B027
-        """Called after `setup`: the steps at which a training that sends its samples should do so."""
+        """Called after `setup` with the steps at which a training that sends samples should do so."""
 
     def image(self, step: int) -> bytes | None:
         """A picture (PNG) of samples that the training sent."""
         return None
 
     def written(self) -> Mapping[int, Path]:
-        """The checkpoints that it wrote itself, by their step."""
+        """The checkpoints that the training itself wrote, by step."""
         return {}
 
     def reading_problem(self) -> str:
-        """What was printed or written as a record and could not be read, in one line; empty if nothing."""
+        """One line about records that could not be parsed; empty if there are none."""
         return ""
 
     def where_printed(self, name: str) -> str | None:
-        """The printed line that states the setting `name`."""
+        """The printed line that shows the setting `name`."""
         return None
 
     def close(self, verdict: str = "", reason: str = "") -> None:  # noqa: B027
-        """Ends what runs outside this process. Called with the verdict as soon as there is one where
-        `reports_after_last_step`, and without it when the trial is left."""
+        """Ends what runs outside this process. Called with the verdict as soon as there is one if `reports_after_last_step`, and
+        without it when the trial is closed."""
 
 
 Task = Training
@@ -264,7 +264,7 @@ CONTRACT = ("setup", "step", "sample", "evaluate", "state_dict", "load_state_dic
 
 
 def training_class(found: type) -> type[Training]:
-    """`found` if it inherits from `Training`; else a subclass of it with the defaults of `Training` behind its own methods."""
+    """`found` if it inherits from `Training`; otherwise a subclass of it that adds the defaults of `Training`."""
     if issubclass(found, Training):
         return found
     place = {"__module__": found.__module__, "__qualname__": found.__qualname__, "__doc__": found.__doc__}
@@ -272,13 +272,13 @@ def training_class(found: type) -> type[Training]:
 
 
 def as_training(task: Any) -> Training:
-    """`task` itself. One whose class keeps the contract without inheriting from `Training` gets the defaults of `Training`."""
+    """`task` itself. If its class has the seven methods without inheriting from `Training`, the defaults are added."""
     if not isinstance(task, Training):
         task.__class__ = training_class(type(task))
     return task  # type: ignore[no-any-return]
 
 
 def missing_methods(found: type) -> list[str]:
-    """Methods of the contract that the class does not have."""
+    """Required methods that the class lacks."""
     own = {name: getattr(found, name, None) for name in CONTRACT}
     return [name for name, method in own.items() if not callable(method) or method is getattr(Training, name)]

@@ -1,4 +1,4 @@
-"""A trial: a training watched by guards, advanced until it is finished, pruned or broken. No Ray, no MLflow."""
+"""A trial: a training watched by guards, run until it finishes, is pruned or fails. No Ray, no MLflow."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ from tune_ssim.trials.sample_check import require_kind, require_range
 from tune_ssim.trials.sample_grid import sample_grid
 from tune_ssim.trials.training import AUXILIARY_KEYS, Number, Sample, as_training
 
-MIN_HARM = 0.05  # of a harmful trial that nearly reached its end: above zero, below the harm of any early prune
+MIN_HARM = 0.05  # harm of a trial ruined close to its end: above zero, below the harm of any early prune
 
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """What is the same for every trial of a study."""
+    """The settings that all trials of a study share."""
 
     steps: int  # optimiser steps
     guards: tuple[Guard, ...]
     keep: tuple[KeepRule, ...] = ()
-    objective: str = "delta_ssim"  # what the study maximises: a held-out metric, or `delta_` and its name
-    report_every: int = 1  # steps between transfers from the device, and so between verdicts
+    objective: str = "delta_ssim"  # the metric to maximise: a held-out metric, or `delta_` and its name
+    report_every: int = 1  # steps between copies from the device, and so between verdicts
     image_grids: bool = True
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class TrialPlan:
 
 @dataclass(frozen=True)
 class Judgement:
-    """How a trial ended, and on what evidence."""
+    """How a trial ended, with the evidence."""
 
     verdict: Verdict
     reason: str
@@ -73,10 +73,10 @@ class Judgement:
 
 
 class Trial:
-    """`start`, then `advance` until `verdict` is set. After `save` and `load` at any step it continues the same, to the bit."""
+    """`start`, then `advance` until `verdict` is set. After `save` and `load` at any step it continues bit for bit."""
 
     def __init__(self, task: Any, plan: TrialPlan) -> None:
-        """task: a `Training`, or an object that keeps its contract."""
+        """task: a `Training`, or an object with its seven methods."""
         self.task, self.plan = as_training(task), plan
         self.verdict: Judgement | None = None
         self.is_set_up = False  # `start` has returned
@@ -91,9 +91,9 @@ class Trial:
         searched: Collection[str] = (),
         device: str | None = None,
     ) -> None:
-        """Sets the training up afresh. `baseline` None: nothing to compare with (a baseline run), so no norm guard.
+        """Sets up the training from scratch. `baseline` None: nothing to compare with (a baseline run), so no norm guard.
 
-        `searched`: keys in which the trial may differ from the baseline, besides the auxiliary losses'."""
+        `searched`: keys in which the trial may differ from the baseline, in addition to those of the auxiliary losses."""
         self.config, self.seed, self.role, self.baseline = dict(config), seed, Role(role), baseline
         self.task.setup(config, seed, device)
         self.searched = tuple(searched)
@@ -104,8 +104,8 @@ class Trial:
         self.warnings: list[Violation] = []
         self.images: dict[int, bytes] = {}
         self.records_before_error: list[Record] = []
-        self.wrote: list[dict[str, Any]] = []  # contents of checkpoints, for the ledger of ruined ones
-        self.first_active: int | None = None  # until then a trial is the baseline, to the bit
+        self.wrote: list[dict[str, Any]] = []  # contents of checkpoints, for the quarantine ledger
+        self.first_active: int | None = None  # until this step a trial equals the baseline bit for bit
         self.parents = self.task.ancestry()
         self.watch = Watch(self._bound_guards())
         self.first_record_seen = False
@@ -122,20 +122,20 @@ class Trial:
     def advance(self, steps: int | None = None) -> list[Record]:
         """Takes at most `steps` optimiser steps (None: to the end) and returns their records. Sets `verdict` at the end.
 
-        Exceptions of the training pass through; the records made until then are in `records_before_error`."""
+        Exceptions of the training propagate; earlier records of the call are in `records_before_error`."""
         made: list[Record] = []
         pending: list[tuple[int, Mapping[str, Number]]] = []
         try:
             self._advance(steps, made, pending)
         except BaseException:
-            with suppress(Exception):  # a device that has failed gives no numbers
+            with suppress(Exception):  # values on a failed device cannot be read
                 made += _resolve(pending)
             self.records_before_error = merge(made)
             raise
         return merge(made)
 
     def _advance(self, steps: int | None, made: list[Record], pending: list[tuple[int, Mapping[str, Number]]]) -> None:
-        """`pending`: steps whose numbers are still on the device."""
+        """`pending`: steps whose metrics are still on the device."""
         if self.verdict is not None:
             return
         end = self.plan.steps if steps is None else min(self.plan.steps, self.step + steps)
@@ -169,7 +169,7 @@ class Trial:
             self._note_files()
 
     def summary_metrics(self) -> dict[str, float]:
-        """What the guards measured so far and, at the end, the held-out numbers and their differences to the baseline."""
+        """What the guards have measured and, at the end, the held-out metrics and their differences to the baseline."""
         found: dict[str, float] = {}
         for guard in self.watch.guards:
             if isinstance(guard, (NormRatio, SmokeTest)):
@@ -177,19 +177,19 @@ class Trial:
         return found | dict(self.verdict.metrics if self.verdict else {})
 
     def norm_ratio(self) -> float | None:
-        """Of the latest window, for display."""
+        """The norm ratio of the latest window, for display."""
         for guard in self.watch.guards:
             if isinstance(guard, NormRatio):
                 return guard.current(self.watch.state_of(guard.name))
         return None
 
     def horizon(self) -> dict[str, Any]:
-        """How far a verdict reaches: it holds for this many steps of this training."""
+        """The training length that the verdict covers."""
         names = ("batch_size", "optimizer", "lr", "max_grad_norm", "precision")
         return {"steps": self.step, **{name: self.effective[name] for name in names if name in self.effective}}
 
     def baseline_run(self, trial_id: str = "") -> BaselineRun:
-        """This run as one that others are compared with. Raises ValueError unless it is a baseline that ended well."""
+        """This run as a baseline run for later trials. Raises ValueError unless it is a baseline that ended safe."""
         if self.role != Role.BASELINE or self.verdict is None or self.verdict.verdict != Verdict.SAFE:
             raise ValueError("only a baseline run that ended safe can be compared with")
         return BaselineRun(self.seed, self.series, self.verdict.metrics, self.effective, trial_id)
@@ -214,7 +214,7 @@ class Trial:
         self.note_contents(folder)
 
     def note_contents(self, folder: Path | None = None) -> None:
-        """Adds the state as it is to `wrote`: by content, so that a ruined checkpoint is known under any other name."""
+        """Adds the hashes of the current state to `wrote`, so that a ruined checkpoint is recognised under any name."""
         tensors = tensors_of(self.task.state_dict()) if self.first_active is not None else {}
         if tensors:
             contents = tensor_contents(tensors)
@@ -223,7 +223,7 @@ class Trial:
             )
 
     def _note_files(self) -> None:
-        """Of a process that has ended: what a ruined one wrote, and the baseline, which is sound."""
+        """Adds the checkpoint files that a process wrote, once it has ended: those of a ruined trial and of the sound baseline."""
         assert self.verdict is not None
         wanted = self.verdict.verdict == Verdict.PRUNED or (self.role == Role.BASELINE and self.verdict.verdict == Verdict.SAFE)
         for step, path in sorted(self.task.written().items()) if wanted else ():
@@ -232,7 +232,7 @@ class Trial:
                 self.wrote.append({"step": step, "path": str(path), "contents": asdict(contents), "parents": list(self.parents)})
 
     def load(self, folder: Path) -> None:
-        """Goes on from a checkpoint of a trial with the same configuration, after `start`."""
+        """Resumes from a checkpoint of a trial with the same configuration, after `start`."""
         state = load_checkpoint(folder)
         trial = state["trial"]
         for name, mine in (("config", self.config), ("seed", self.seed), ("role", self.role)):
@@ -247,24 +247,24 @@ class Trial:
         self.series = {name: dict(points) for name, points in trial["series"].items()}
         self.first_active = trial["first_active"]
         self.step = trial["step"]
-        if (verdict := trial["verdict"]) is not None:  # saved after its end: there is nothing to go on with
+        if (verdict := trial["verdict"]) is not None:  # saved after the end: nothing to resume
             violation = verdict["violation"]
             self.verdict = Judgement(
                 **{**verdict, "verdict": Verdict(verdict["verdict"]), "violation": violation and Violation(**violation)}
             )
         self.note_contents(folder)
 
-    # -- judging
+    # -- verdicts
 
     def _check_again(self) -> None:
-        """Repeats the checks of `start`, with the settings and pairing that the first record of the training revealed."""
+        """Repeats the checks of `start`, with the settings and pairing known from the training's first record."""
         self.effective = dict(self.task.effective())
         self.verdict = self._check_effective() or self._check_baseline()
         self.watch.rebind(self._bound_guards())
 
     @property
     def _takes_samples(self) -> bool:
-        """Whether this trial takes samples for a smoke test; else they come among the records, or nothing judges them."""
+        """Whether this trial takes samples for a smoke test. If not, they arrive in the records, or no guard judges them."""
         return self.smoke_test is not None and self.task.takes_samples
 
     def _due(self, before: int) -> bool:
@@ -277,7 +277,7 @@ class Trial:
         return next((guard for guard in self.watch.guards if isinstance(guard, SmokeTest)), None)
 
     def _bound_guards(self) -> list[Guard]:
-        """Guards as they apply to this trial: a baseline run has nothing to be compared with, others may be given none."""
+        """The guards for this trial. Without a baseline (as in a baseline run) nothing is compared."""
         clipped = self.effective.get("max_grad_norm") is not None
         bound: list[Guard] = []
         for guard in self.plan.guards:
@@ -290,7 +290,7 @@ class Trial:
         return bound
 
     def _check_effective(self) -> Judgement | None:
-        """What was asked for must be in force (in a training that we know the comments gave 0.1, the script passed 1)."""
+        """Checks that the requested settings are in force (in one known training the comments said 0.1, the script passed 1)."""
         for name, asked in self.config.items():
             if name in self.effective and not _same(asked, self.effective[name]):
                 in_force = self.effective[name]
@@ -302,8 +302,8 @@ class Trial:
         return None
 
     def _check_baseline(self) -> Judgement | None:
-        """The baseline must be the same training but for the auxiliary loss. Where a searched key of the optimiser differs,
-        the comparison goes on unpaired."""
+        """Checks that the baseline is the same training except for the auxiliary loss. If a searched key of the optimiser differs,
+        the comparison continues unpaired."""
         if self.baseline is None:
             return None
         self.unpaired = ""
@@ -320,7 +320,7 @@ class Trial:
         return None
 
     def _judge(self, records: Sequence[Record], made: list[Record]) -> None:
-        """Folds records one by one; those after a violation that ends the trial are discarded."""
+        """Judges records one by one. Records after a violation that ends the trial are discarded."""
         for record in records:
             try:
                 violations = self.watch.update(record)
@@ -346,12 +346,12 @@ class Trial:
                     return
 
     def _missing(self, error: MissingMetric) -> str:
-        """The error, with what could not be read of the log: the value may have been printed as no number."""
+        """The error, with the log lines that could not be parsed: the value may have been printed as text."""
         problem = self.task.reading_problem()
         return f"{error}; {problem}" if problem else str(error)
 
     def _keep_image(self, record: Record) -> None:
-        """Keeps the picture of samples that came among the records."""
+        """Keeps the picture of samples that arrived in the records."""
         arrived = (
             self.smoke_test is not None and not self.task.takes_samples and any(name.startswith(SMOKE) for name in record.values)
         )
@@ -359,14 +359,14 @@ class Trial:
             self.images[record.step] = image
 
     def _keep_series(self, record: Record) -> None:
-        """A baseline run keeps the norms that later trials are compared with."""
+        """Keeps the norms of a baseline run, for comparison in later trials."""
         if self.role == Role.BASELINE:
             for name in (TOTAL_NORM, TOTAL_NORM_MAIN):
                 if name in record.values:
                     self.series.setdefault(name, {})[record.step] = record.values[name]
 
     def _probe(self, cause: Violation, made: list[Record]) -> None:
-        """A smoke test at once: it fails with both noises, or the training goes on."""
+        """Runs a smoke test at once. The training continues unless both noise draws fail."""
         record = self._smoke_record(again=True) if self._takes_samples else None
         if record is None:
             self._end_with(replace(cause, action=Action.PRUNE))
@@ -393,7 +393,7 @@ class Trial:
             self._judge([record], made)
 
     def _smoke_record(self, again: bool = False) -> Record | None:
-        """Statistics of fixed samples; at the last step, or if asked, a failure is tried again with the second noise. None where
+        """Statistics of fixed samples. At the last step, or with `again`, a failure is retried with the second noise draw. None if
         there is nothing to sample from yet."""
         guard = self.smoke_test
         assert guard is not None
@@ -459,8 +459,8 @@ class Trial:
 
 
 def harm_of(verdict: str, evidence: Mapping[str, Any] | None, step: int, steps: int) -> float:
-    """A constraint for samplers that use one: <= 0 is feasible, else a grade of the harm. For the norm guard it is the excess in
-    decades, for any other prune the share of the training that was left."""
+    """A constraint value for samplers: feasible if <= 0, otherwise a grade of the harm. For the norm guard it is the excess in
+    decades; for any other prune, the fraction of the training that was left."""
     if verdict not in (Verdict.PRUNED, Verdict.DEGRADED, Verdict.BAD_SETUP):
         return 0.0
     if evidence is not None and evidence["guard"] == NormRatio.name and math.isfinite(float(evidence["value"])):
@@ -469,7 +469,7 @@ def harm_of(verdict: str, evidence: Mapping[str, Any] | None, step: int, steps: 
 
 
 def statistics_of(sample: Sample) -> dict[str, float]:
-    """Everything by which a sample is judged: collapse statistics and the task's own."""
+    """All statistics by which a sample is judged: those of collapse and those of the task."""
     found: dict[str, float] = {}
     if len(sample.images):
         found = collapse_statistics(
@@ -487,7 +487,7 @@ def statistics_of(sample: Sample) -> dict[str, float]:
 
 
 def _resolve(pending: Sequence[tuple[int, Mapping[str, Number]]]) -> list[Record]:
-    """Numbers of several steps with one transfer from the device."""
+    """Metrics of several steps, with one copy from the device."""
     tensors = [value for _, metrics in pending for value in metrics.values() if isinstance(value, torch.Tensor)]
     device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
     together = [tensor.detach().double().reshape(()).to(device, non_blocking=True) for tensor in tensors]

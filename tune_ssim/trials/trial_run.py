@@ -1,4 +1,4 @@
-"""A trial job from its start to its summary, whoever executes it: nothing of Ray, nothing of the study's folder."""
+"""Runs a trial job from start to summary. Independent of Ray and of the study's folder."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from tune_ssim.trials.summary import TrialSummary, reported_config
 from tune_ssim.trials.training import Training
 from tune_ssim.trials.trial import Judgement, Trial, TrialPlan
 
-RESULT_S = 2.0  # a result costs the driver 8 ms (benchmarks/command.py): with ten trials at once it stays below 5 % of a core
-WORK = "work"  # in a study's folder: what the trainings themselves leave behind, a folder a trial
+RESULT_S = 2.0  # a result costs the driver 8 ms (benchmarks/command.py), so ten concurrent trials take below 5 % of a core
+WORK = "work"  # subfolder of a study with the trainings' own files, one folder per trial
 
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """Everything about a trial that is the same for all of a phase; travels to the workers.
+    """The settings that all trials of a phase share; sent to the workers.
 
     task: "my_pkg.train:MyTask", the class itself, or a command as a mapping. result_every: training steps per report; None: one
-    in RESULT_S seconds. checkpoint_every: training steps; None: none besides the last. evaluate_every: training steps between
-    held-out evaluations for a scheduler; None: at the end only. import_path: put in front of sys.path, for a task beside the
-    study file."""
+    every RESULT_S seconds. checkpoint_every: in training steps; None: only the last. evaluate_every: training steps between
+    held-out evaluations for a scheduler; None: at the end only. import_path: prepended to sys.path, for a task in the folder of
+    the study file."""
 
     task: str | type | Mapping[str, Any]
     plan: TrialPlan
@@ -51,8 +51,8 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial ended. harm: a graded constraint, feasible <= 0. baseline: of a safe baseline run, what others are compared
-    with. effective: the parameters that were in force. traceback: of an exception of the training."""
+    """How a trial ended. harm: a graded constraint, feasible if <= 0. baseline: set for a safe baseline run, for comparison with
+    other trials. effective: the parameters that were in force. traceback: set if the training raised an exception."""
 
     summary: TrialSummary
     harm: float = 0.0
@@ -63,8 +63,8 @@ class TrialResult:
 
 @dataclass
 class TrialReport:
-    """What happened since the report before. checkpoints: what the training or we wrote, by content. images: PNG by step.
-    last: the newest loss and total_norm. held_out: for a scheduler. result: of a trial that has ended."""
+    """What happened since the previous report. checkpoints: those written by the training or by us, by content. images: PNG by
+    step. last: the newest loss and total_norm. held_out: metrics for a scheduler. result: set once the trial has ended."""
 
     step: int = 0
     records: list[Record] = field(default_factory=list)
@@ -78,10 +78,10 @@ class TrialReport:
 
 
 class TrialRun:
-    """`advance` until a report has a result, then `close`. An exception of the training is the verdict `error`, never raised.
+    """Call `advance` until a report has a result, then `close`. An exception of the training gives the verdict `error`.
 
-    make_training: called once; `training` may be handed to the next trial. checkpoints: of earlier starts of this trial, the newest
-    first. pass_through: exceptions that are not the training's, such as the death of a worker."""
+    make_training: called once; `training` may be passed to the next trial. checkpoints: those of earlier starts of this trial,
+    newest first. pass_through: exceptions to propagate because the training did not raise them, such as a worker's death."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class TrialRun:
         self._is_started = True
 
     def load(self, checkpoint: Path) -> bool:
-        """Goes on from a checkpoint; False where that one cannot be used and the trial is as it was, or began again."""
+        """Resumes from a checkpoint. False if it cannot be used; the trial is then unchanged, or starts again."""
         loaded = False
 
         def load() -> None:
@@ -140,11 +140,11 @@ class TrialRun:
         trial, training = self.trial, self.training
         assert trial is not None and training is not None
         if not training.can_resume:
-            return False  # it begins again
+            return False  # the trial starts again
         if self.job.storage:
             try:
                 refusal = Ledger(self.job.storage).check(checkpoint)
-            except BadSetup:  # torn by a kill: no checkpoint
+            except BadSetup:  # truncated by a kill: not a checkpoint
                 return False
             if refusal is not None:
                 if (refusal.entry.study, refusal.entry.trial_id) != (self.job.study, self.job.trial_id):
@@ -156,7 +156,7 @@ class TrialRun:
             trial.load(checkpoint)
         except NothingToResume:
             return True
-        except (OSError, UserError):  # torn by a kill, or of another configuration
+        except (OSError, UserError):  # truncated by a kill, or from another configuration
             self._start_afresh()
             return False
         return True
@@ -178,13 +178,13 @@ class TrialRun:
         if judgement is not None:
             report.result = self._result(judgement)
             if judgement.verdict == Verdict.PRUNED and self.trial is not None and self._is_started:
-                # The state is saved once more after this report: that checkpoint is known before it is written.
+                # The final state is saved after this report, so that checkpoint is announced before it is written.
                 self._guarded(self.trial.note_contents)
                 report.checkpoints += self.trial.wrote
         return report
 
     def _advance(self, report: TrialReport) -> None:
-        """Fills the report; where the training raises an exception, with all that it gave until then."""
+        """Fills the report. If the training raises an exception, the report has everything up to it."""
         trial, spec = self.trial, self.spec
         assert trial is not None and self.training is not None
         before, began_s = trial.step, time.monotonic()
@@ -209,7 +209,7 @@ class TrialRun:
             report.held_out = found[name]
 
     def _result(self, judgement: Judgement) -> TrialResult:
-        trial = self.trial if self._is_started else None  # of one that failed before its start there is nothing to say
+        trial = self.trial if self._is_started else None  # None if it failed before its start
         objective, violation = self.spec.plan.objective, judgement.violation
         metrics = dict(trial.summary_metrics()) if trial and not self.failure else {}
         effective = dict(trial.effective) if trial else {}
@@ -238,7 +238,7 @@ class TrialRun:
             self.training.close()
 
     def _guarded(self, action: Callable[[], None]) -> None:
-        """Runs `action`. An exception becomes the verdict, with its place, and a traceback in the result."""
+        """Runs `action`. An exception becomes the verdict, with its location; the result has the traceback."""
         try:
             action()
         except UserError as error:
@@ -254,12 +254,12 @@ class TrialRun:
             self.failure = Judgement(Verdict.ERROR, f"{type(error).__name__}: {error} ({where})")
         finally:
             if self.failure is not None:
-                with suppress(Exception):  # it has failed already
+                with suppress(Exception):  # the training has already failed
                     self.close()
 
 
 def _pruned_before(refusal: Refusal) -> Judgement:
-    """The verdict of a trial that finds its own ruined checkpoint."""
+    """The verdict of a trial that finds its own checkpoint in quarantine."""
     entry = refusal.entry
     violation = Violation(entry.guard or "quarantine", entry.step, "", math.nan, math.nan, Action.PRUNE, entry.reason)
     return Judgement(Verdict.PRUNED, entry.reason, violation)

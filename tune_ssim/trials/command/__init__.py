@@ -1,1 +1,1 @@
-"""Trainings that are commands, or functions run in a process of their own."""
+"""Trainings run as commands, or as functions in a separate process."""

@@ -1,4 +1,4 @@
-"""A training that is a command: started with a trial's settings, read while it runs, ended with all that it started."""
+"""A training run as a command: started with a trial's settings, read while it runs, ended with all its child processes."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from tune_ssim.trials.processes import OutputLog, SupervisedProcess, quote_of
 from tune_ssim.trials.processes.output_log import QUOTED_FROM
 from tune_ssim.trials.training import Number, Sample, Training
 
-POLL_S = 0.05  # between looks at files; a step of a training worth tuning takes longer
+POLL_S = 0.05  # between polls of files; a training step worth tuning takes longer
 ANY_STEP = "\0"  # placeholder for a step in a path
-MLFLOW_POLL_S = 2.0  # each look fetches whole histories
-MAX_LINE = 2**20  # bytes of a line that is searched for tags
-LAST_ROWS_S = 10.0  # to wait for the rest of the last step's rows and its checkpoint: buffered writers flush every few seconds
-LEAVE_S = 2.0  # for a loop that reads its verdict to exit by itself
+MLFLOW_POLL_S = 2.0  # each poll fetches whole histories
+MAX_LINE = 2**20  # longest line, in bytes, that is searched for tags
+LAST_ROWS_S = 10.0  # wait for the last step's remaining rows and checkpoint: buffered writers flush every few seconds
+LEAVE_S = 2.0  # time for a loop that reads its verdict to exit by itself
 
 
 class Process(Protocol):
@@ -52,13 +52,13 @@ class Process(Protocol):
     def exit_code(self) -> int | None: ...
     @property
     def failure(self) -> BaseException | None:
-        """The exception of the output's consumer; later output was not read."""
+        """The exception that the output callback raised; later output was not read."""
         ...
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """What to start, the same on each node but for the node's fields. environment: added to the existing one."""
+    """The command to start; nodes differ only in the node's fields. environment: added to the existing one."""
 
     argv: list[str]
     environment: dict[str, str]
@@ -67,11 +67,11 @@ class Invocation:
 
 
 Launch = Callable[[Callable[[Mapping[str, Any]], Invocation], Callable[[bytes], None], Path], Process]
-"""(render: a node's fields → what to start there, callback for the first node's output, folder for the others' output)."""
+"""Takes (render: a node's fields → its invocation, callback for the first node's output, folder for the other nodes' output)."""
 
 
 OpenMLflow = Callable[[str, str, Mapping[str, str]], tuple[Source, dict[str, str]]]
-"""(tracking URI, name of the run, their names → ours) → (its records, variables that the command needs)."""
+"""(tracking URI, run name, log names → our names) → (the run's records, environment variables for the command)."""
 
 
 def _no_mlflow(tracking_uri: str, name: str, names: Mapping[str, str]) -> tuple[Source, dict[str, str]]:
@@ -79,7 +79,7 @@ def _no_mlflow(tracking_uri: str, name: str, names: Mapping[str, str]) -> tuple[
 
 
 def launch_here(render: Callable[[Mapping[str, Any]], Invocation], on_output: Callable[[bytes], None], folder: Path) -> Process:
-    """On this machine alone."""
+    """Starts the command on this machine only."""
     what = render({"nodes": 1, "node_rank": 0, "master_addr": "127.0.0.1", "master_port": free_port("127.0.0.1")})
     environment = {**os.environ, **what.environment}
     return SupervisedProcess(what.argv, on_output, environment=environment, cwd=what.cwd, grace_s=what.grace_s)
@@ -94,8 +94,8 @@ def free_port(host: str) -> int:
 class CommandTask(Training):
     """A training whose steps are records of a running command, described by a `CommandSpec`.
 
-    The command starts with the first step. A record has the step that the command gave it, so steps may be skipped. Held-out
-    numbers come from the command itself, from the evaluation's command, or from the last record, whichever exists.
+    The command starts at the first call of `step`. Records carry the command's own step numbers, so steps may be skipped. Held-out
+    metrics come from the command itself, from the evaluation command, or from the last record, whichever exists.
     """
 
     _process: Process | None = None
@@ -106,9 +106,9 @@ class CommandTask(Training):
         self.open_mlflow: OpenMLflow = _no_mlflow
         self.name, self.folder = "trial", Path()
         self._temporary_folder: Path | None = None
-        self._parsing = threading.Lock()  # the pipe's thread feeds the parser
+        self._parsing = threading.Lock()  # the thread that reads the pipe feeds the parser
 
-    # -- before and after
+    # -- setup and teardown
 
     def identify(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -130,29 +130,29 @@ class CommandTask(Training):
         self._channel: TrialEnd | None = None
         self._line = b""
         self._echoes = Echoes(self.config, self.spec)
-        self._in_force: set[str] = set()  # settings that a loop stated: they take precedence over printed ones
+        self._in_force: set[str] = set()  # settings sent by `in_force`: they take precedence over printed ones
         self._resume_from: Path | None = None
-        self.fields: dict[str, Any] = {}  # of the command's templates, once it has started
-        self._stated: dict[str, Any] = {}  # settings as the training stated or printed them
-        self._settings_read: set[str] | None = None  # settings that a loop looked up; None: it is no loop of ours
+        self.fields: dict[str, Any] = {}  # values for the command's templates, once it has started
+        self._stated: dict[str, Any] = {}  # settings as the training sent or printed them
+        self._settings_read: set[str] | None = None  # settings that a `trial_context` loop looked up; None without such a loop
         self._held_out: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._first_record_seen = False
         self._is_checked = False  # whether the settings reached the training
         self._released_late = False  # the last record was released by a timeout
-        self._last_change: tuple[Any, float] = (None, 0.0)  # state of the last step's output, and since when
+        self._last_change: tuple[Any, float] = (None, 0.0)  # state of the last step's output, and the time of its last change
 
     def want_samples_at(self, steps: Sequence[int]) -> None:
         self.smoke_at = tuple(steps)
 
     @property
     def takes_samples(self) -> bool:
-        """Whether there is a command for samples; else the training sends them, or there are none."""
+        """Whether there is a smoke test command. If not, the training sends samples, or there are none."""
         return self.spec.smoke is not None
 
     @property
     def is_paired(self) -> bool:
-        """Only a training that gets the seed, or reads it, can see the same batches as the baseline."""
+        """Only a training that gets or reads the seed can see the same batches as the baseline."""
         return "seed" in self.spec.referenced_settings() | (self._settings_read or set())
 
     @property
@@ -174,7 +174,7 @@ class CommandTask(Training):
             channel = self._channel
             if channel is not None and not process.has_ended:
                 channel.close(verdict, reason)
-                if self._settings_read is not None:  # a loop of ours: it reads the verdict
+                if self._settings_read is not None:  # a `trial_context` loop reads the verdict
                     process.wait(LEAVE_S)
             process.stop()
             self.log.close()
@@ -189,9 +189,9 @@ class CommandTask(Training):
     # -- the training
 
     def step(self) -> Mapping[str, Number] | None:
-        """The next record with its `step`; None when the command has ended well.
+        """The next record with its `step`; None when the command has ended without error.
 
-        Raises UserError when it failed, or gave no record for too long; BadSetup when a setting does not reach it."""
+        Raises UserError when the command failed or gave no record within the timeout; BadSetup when a setting does not reach it."""
         if self._process is None:
             self._start()
         assert self._process is not None
@@ -282,7 +282,7 @@ class CommandTask(Training):
             argv += fill_all(self.spec.resume, {**fields, "checkpoint": str(self._resume_from), "step": self.step_now})
         own = {name: fill(str(value), fields) for name, value in self.spec.environment.items()}
         environment = {
-            "PYTHONUNBUFFERED": "1",  # lines arrive when they are printed, not when 8 KB are full
+            "PYTHONUNBUFFERED": "1",  # lines arrive as they are printed, not in 8 KB blocks
             "EXP_NAME": str(fields["exp_name"]),
             **self._run_environment,
             **own,
@@ -299,7 +299,7 @@ class CommandTask(Training):
         return Path(self._cwd() or ".", text)
 
     def _write_config_file(self) -> None:
-        """The base with the trial's values, in the format of its name."""
+        """Writes the base configuration with the trial's values, in the format that the file name implies."""
         spec = self.spec.config_file
         assert spec is not None
         path = self._path(fill(spec.path, self.fields))
@@ -319,12 +319,12 @@ class CommandTask(Training):
             json.dumps(contents, indent=1) if path.suffix == ".json" else dump_yaml(contents, for_any_reader=True), encoding="utf-8"
         )
 
-    # -- its output
+    # -- output of the command
 
     def _take_output(self, data: bytes) -> None:
-        """In the thread that reads the pipe."""
+        """Runs in the thread that reads the pipe."""
         self.log.write(data)
-        # Before the records of the same piece: the first record has the settings checked.
+        # Before the records of the same chunk: the first record triggers the check of the settings.
         if self.spec.echo != "off" and (found := self._echoes.feed(data)):
             self._messages.put({"echoed": found})
         if self._parser is not None:
@@ -340,12 +340,12 @@ class CommandTask(Training):
 
     def _read_tagged_line(self, line: bytes) -> None:
         for message in tagged_messages(line):
-            # Tagged records belong to the parser where it reads JSON lines: it maps their names.
+            # A parser of JSON lines also takes tagged records, since it maps their names.
             if "step" not in message or self._parser is None or self._parser.format != "jsonl":
                 self._messages.put(message)
 
     def _collect(self, final: bool = False) -> None:
-        """Moves everything that arrived, from all sources, into `_records`."""
+        """Moves everything that has arrived, from all sources, into `_records`."""
         if final and self._line:
             line, self._line = self._line, b""
             if self.spec.echo != "off":
@@ -363,7 +363,7 @@ class CommandTask(Training):
             self._add_records(self._source.finish() if final else self._source.read())
 
     def _dispatch(self, message: dict[str, Any]) -> None:
-        if "step" in message:  # first: a number of a step may have any name
+        if "step" in message:  # first: a metric of a step may have any name
             self._records.append((message["step"], numbers_of(message, without=("step",))))
         elif "effective" in message:
             stated = message["effective"] if isinstance(message["effective"], dict) else {}
@@ -391,13 +391,13 @@ class CommandTask(Training):
             self._add_records(self._source.release())
 
     def _has_settled(self) -> bool:
-        """Whether a training that has logged its last step but does not exit (a hanging teardown, an upload) is complete. Other
-        output makes no difference; a checkpoint that is still being written does."""
+        """Whether a training that has logged its last step but does not exit (a hanging teardown, an upload) is complete. A
+        checkpoint that is still being written delays this; other output does not."""
         reader = self._source or self._parser
-        if reader is None or self._settings_read is not None:  # a loop of ours may still send samples
+        if reader is None or self._settings_read is not None:  # a `trial_context` loop may still send samples
             return False
         held = reader.held() == self.steps  # a later step may be a misread number
-        # Held-out numbers come from the checkpoint that the evaluation reads, or from the training itself, at any time.
+        # Held-out metrics may still arrive: from the checkpoint that the evaluation reads, or from the training itself.
         evaluable = self.spec.checkpoints is not None if self.spec.evaluate is not None else bool(self._held_out)
         if not held and not (self.step_now >= self.steps and evaluable):
             return False
@@ -428,7 +428,7 @@ class CommandTask(Training):
             raise UserError(f"the command ended {after}, {process.describe_exit()}{hint}; {self._quote()}")
 
     def _finish_readers(self) -> None:
-        """Lets the readers note what they could not read, of a command that is given up."""
+        """Flushes the readers of an abandoned command, so that they note what they could not read."""
         with self._parsing:
             for reader in (self._parser, self._source):
                 if reader is not None:
@@ -456,8 +456,8 @@ class CommandTask(Training):
         return f"all that it printed is in {self.log.path}" + (f", last: {last}" if last else " (nothing)")
 
     def _require_settings_used(self) -> None:
-        """Raises BadSetup for a setting of the trial that the command neither gets nor looks up, or, with `echo: required`, does
-        not print. Checked once: at the first record of the training itself, or at the end."""
+        """Raises BadSetup for a setting of the trial that the command neither gets nor looks up, or that it does not print when
+        `echo: required` is set. Checked once: at the first record of the training itself, or at the end."""
         if self._is_checked:
             return
         self._is_checked = True
@@ -478,10 +478,10 @@ class CommandTask(Training):
                     f"print it as {silent[0]}=…, or with trial_context().in_force({silent[0]}=…); {self._quote()}"
                 )
 
-    # -- its samples, numbers and checkpoints
+    # -- samples, metrics and checkpoints
 
     def sample(self, noise: int = 0) -> Sample | None:
-        """Runs the smoke test's command on the newest checkpoint up to this step; None where there is none yet."""
+        """Runs the smoke test command on the newest checkpoint up to this step. None if there is no checkpoint yet."""
         spec = self.spec.smoke
         assert spec is not None
         checkpoint = self._checkpoint() if self.step_now else (spec.at_start and fill(spec.at_start, self._idle_fields()))
@@ -496,7 +496,7 @@ class CommandTask(Training):
             shutil.rmtree(out, ignore_errors=True)
 
     def _idle_fields(self) -> dict[str, Any]:
-        """Fields known before the command has started."""
+        """Template fields known before the command has started."""
         own = {"exp_name": self.name, "exp_dir": str(self.folder / self.name), "python": sys.executable, "gpus": 0}
         return {**own, **self.config, "seed": self.seed, **self.fields}
 
@@ -505,7 +505,7 @@ class CommandTask(Training):
         return None if template is None else newest_checkpoint(template, self.fields, self._path, self.step_now)
 
     def written(self) -> dict[int, Path]:
-        """Existing checkpoints by their step."""
+        """Existing checkpoints by step."""
         template = self.spec.checkpoints
         return {} if template is None or not self.fields else checkpoints(template, self.fields, self._path)
 
@@ -535,7 +535,7 @@ class CommandTask(Training):
         images = read_images(sorted(out.glob(spec.images)), f"{spec.images} in {{out}}") if spec.images else None
         names = [path.relative_to(out) for path in sorted(out.glob(spec.images))] if spec.images else []
 
-        def beside(folder: str | None) -> torch.Tensor | None:
+        def images_of(folder: str | None) -> torch.Tensor | None:
             return read_images([self._path(folder) / name for name in names], folder) if folder else None
 
         ids = None
@@ -555,9 +555,9 @@ class CommandTask(Training):
             images = torch.zeros(0, 3, 1, 1)
         return Sample(
             images,
-            references=beside(spec.references),
-            reconstructions=beside(spec.reconstructions),
-            inputs=beside(spec.inputs),
+            references=images_of(spec.references),
+            reconstructions=images_of(spec.reconstructions),
+            inputs=images_of(spec.inputs),
             examples=examples,
             token_ids=ids,
             vocabulary_size=spec.vocabulary_size,
@@ -567,7 +567,7 @@ class CommandTask(Training):
         return self._channel.image(step) if self._channel is not None else None
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out numbers: those sent, those printed by the evaluation's command, and the last value of each other metric."""
+        """Held-out metrics: those sent, those printed by the evaluation command, and the last value of every other metric."""
         self._collect()
         found = held_out_values(self._last) | self._held_out
         spec = self.spec.evaluate
@@ -594,7 +594,7 @@ class CommandTask(Training):
         self.step_now, self._resume_from = state["step"], Path(state["checkpoint"])
 
     def effective(self) -> dict[str, Any]:
-        """The settings as the training stated or printed them, else as it got them."""
+        """The settings as the training sent or printed them, otherwise as it got them."""
         return {"max_grad_norm": None, **self.spec.known, **self.config, **self._stated}
 
     def where_printed(self, name: str) -> str | None:
@@ -602,7 +602,7 @@ class CommandTask(Training):
 
 
 def _sizes(path: Path) -> list[tuple[str, int, int]]:
-    """(file, bytes, modification time in ns) of a checkpoint, a file or a folder: these change while it is written."""
+    """(file, bytes, modification time in ns) for each file of a checkpoint. These change while it is being written."""
     found = []
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         try:
@@ -614,8 +614,8 @@ def _sizes(path: Path) -> list[tuple[str, int, int]]:
 
 
 def _require_unwritten(path: Path) -> None:
-    """Raises UserError for a file of records that exists before the command is started: it is another run's. A resumed command has
-    a new name, so its own file never exists yet."""
+    """Raises UserError if the records file exists before the command starts: it then belongs to another run. A resumed command has
+    a new name, so its own file cannot exist yet."""
     try:
         if path.is_dir():
             old = next((file for file in path.rglob("*tfevents.*") if file.is_file() and file.stat().st_size), None)
@@ -634,7 +634,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def read_images(paths: Sequence[Path], what: str) -> torch.Tensor:
-    """`[n, 3, H, W]` in [0, 1]. Raises UserError for files that are no images, or not of one size."""
+    """`[n, 3, H, W]` in [0, 1]. Raises UserError for files that are not images, or differ in size."""
     import numpy as np
     from PIL import Image
 
@@ -654,13 +654,13 @@ def read_images(paths: Sequence[Path], what: str) -> torch.Tensor:
 
 
 def newest_checkpoint(template: str, fields: Mapping[str, Any], place: Callable[[str], Path], step: int) -> Path | None:
-    """The path with the highest step up to `step` that matches the template."""
+    """The matching path with the highest step not above `step`."""
     found = checkpoints(template, fields, place)
     return found[max(upto)] if (upto := [at for at in found if at <= step]) else None
 
 
 def checkpoints(template: str, fields: Mapping[str, Any], place: Callable[[str], Path]) -> dict[int, Path]:
-    """The paths that match the template, by their step."""
+    """The paths that match the template, by step."""
     pieces = []
     for literal, name, form, _ in string.Formatter().parse(template):
         pieces.append(literal)
@@ -676,7 +676,7 @@ def checkpoints(template: str, fields: Mapping[str, Any], place: Callable[[str],
 
 
 def numbers_of(values: Any, without: Sequence[str] = ()) -> dict[str, float]:
-    """The numbers of a mapping, NaN and Inf included; other values are left out."""
+    """The numbers in a mapping, NaN and Inf included. Other values are dropped."""
     found: dict[str, float] = {}
     for name, value in values.items() if isinstance(values, Mapping) else ():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in without:

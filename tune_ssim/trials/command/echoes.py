@@ -1,4 +1,4 @@
-"""Settings that a training prints, as opposed to metrics of its steps."""
+"""Finds the settings that a training prints, as opposed to its metrics."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tune_ssim.records.readers import RecordLines
 from tune_ssim.study.command_spec import CommandSpec, as_word, placeholders
 from tune_ssim.trials.channel import TAG
 
-MAX_LINE = 2**20  # bytes of a line that is searched
-ECHO_BYTES = 2**24  # of output that is searched for settings; the first record comes long before
-QUOTED_CHARACTERS = 160  # characters of a line in a message
-MIN_DIGITS = 2  # significant ones, for a printed number to count as a rounded one: 0.1 is not 0.13
+MAX_LINE = 2**20  # longest line, in bytes, that is searched
+ECHO_BYTES = 2**24  # bytes of output searched for settings; the first record comes long before
+QUOTED_CHARACTERS = 160  # characters of a line quoted in a message
+MIN_DIGITS = 2  # significant digits a printed number needs to count as rounded: 0.1 is not 0.13
 QUOTED = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'")
 BARE = re.compile(r"[^\s,;)}\]]+")
 NUMBER = re.compile(r"[-+]?(\d*)\.?(\d*)(?:[eE][-+]?\d+)?")
 
 
 class Echoes:
-    """`name=value`, `name: value`, `"name": value` of settings, in bytes of any size.
+    """Finds `name=value`, `name: value` and `"name": value` for settings, in chunks of bytes of any size.
 
-    The value in force is the one asked for if any mention of the name agrees with it, else the first other value: output also
-    mentions defaults, schedules and other runs, while a script that uses another value and prints its settings never prints the one
-    asked for. A script may print its own command line, so `--name=value` counts only where nothing else mentions the name. Lines
-    that are records are metrics, not settings."""
+    If any mention of a name agrees with the requested value, that value is in force. Otherwise the first other value is. Output
+    also mentions defaults, schedules and other runs, but a script that uses another value and prints its settings never prints the
+    requested one. A script may print its own command line, so `--name=value` counts only if nothing else mentions the name. Lines
+    that are records hold metrics, not settings."""
 
     def __init__(self, config: Mapping[str, Any], spec: CommandSpec) -> None:
         templates = [template for _, template, _ in spec.templates()]
@@ -44,11 +44,11 @@ class Echoes:
             self._records = RecordLines(records.pattern if printed else None, records.names, printed)
         self._rest = b""
         self._seen = 0
-        self._rank: dict[str, int] = {}  # of the mention that counts so far
+        self._rank: dict[str, int] = {}  # rank of the mention that counts so far
         self.lines: dict[str, str] = {}  # where each value was found
 
     def feed(self, data: bytes) -> dict[str, Any]:
-        """Values of settings in the lines completed by `data`."""
+        """Settings found in the lines that `data` completes."""
         if self._seen >= ECHO_BYTES:
             return {}
         self._seen += len(data)
@@ -57,7 +57,7 @@ class Echoes:
         return self.read(complete) if end else {}
 
     def finish(self) -> dict[str, Any]:
-        """Values of settings in a last line without a newline."""
+        """Settings found in a last line without a newline."""
         rest, self._rest = self._rest, b""
         return self.read(rest)
 
@@ -101,7 +101,7 @@ def as_formatted(name: str, value: Any, templates: Sequence[str]) -> list[Any]:
 
 
 def compare(text: str, asked: Sequence[Any]) -> tuple[bool | None, Any]:
-    """(whether the value at the beginning of `text` is one of those asked for, that value); (None, None): undecided."""
+    """(whether the value at the start of `text` is a requested one, that value); (None, None) if undecided."""
     quoted, bare = QUOTED.match(text), BARE.match(text)
     if quoted is None and bare is None:
         return None, None
@@ -128,24 +128,24 @@ def _compare_text(text: str, quoted: re.Match[str] | None, asked: Sequence[Any])
         with contextlib.suppress(ValueError):
             forms.add(str(json.loads(quoted[0])))
         return bool(forms & {one for whole in asked for one in (whole, repr(whole)[1:-1])}), inner
-    for one in asked:  # without quotes its end is known only where it is the one asked for
+    for one in asked:  # without quotes, only a requested value has a known end
         if text.startswith(one) and re.match(r"\.?(?:[\s,;)}\]\"']|$)", text[len(one) :]):
             return True, one
     bare = BARE.match(text)
     word = bare[0] if bare else ""
-    if any(one.startswith(word) for one in asked):  # cut short, or quoted in some other way
+    if any(one.startswith(word) for one in asked):  # truncated, or quoted in another way
         return None, None
     return False, word.rstrip(".") if word.rstrip(".") else word
 
 
 def agrees(word: str, asked: float) -> bool | None:
-    """Whether a printed number is the one asked for, to as many digits as were printed; None: too few digits to decide.
+    """Whether a printed number equals the requested one, to the digits printed; None: too few digits to decide.
 
-    A whole number for a fraction, or a single digit for more of them, is another number: 0.1 is a default where 0.13 was asked
-    for. A zero that was printed with several places may be anything that small."""
+    A whole number does not match a fraction, and a single digit does not match a number with more: 0.1 is a default if 0.13 was
+    requested. A zero printed with several decimal places may be any number that small."""
     try:
         return _agrees(word, asked, Decimal(word), Decimal(repr(float(asked))))
-    except (ArithmeticError, ValueError):  # no number that Decimal knows, or one with an exponent of millions
+    except (ArithmeticError, ValueError):  # not a number for Decimal, or an exponent of millions
         return float(word) == asked
 
 
@@ -163,7 +163,7 @@ def _agrees(word: str, asked: float, printed: Decimal, wanted: Decimal) -> bool 
 
 
 def _rounds_to(wanted: Decimal, printed: Decimal) -> bool:
-    """Half a unit of the last digit printed; a little more, for numbers that float32 cannot hold."""
+    """Whether they agree to half a unit of the last printed digit, with a small tolerance for float32 rounding."""
     unit = Decimal(1).scaleb(int(printed.as_tuple().exponent))
     return abs(printed - wanted) <= unit * Decimal("0.5") + abs(wanted) * Decimal("1e-7")
 

@@ -1,4 +1,4 @@
-"""Commands run so that none of their processes outlives their owner, however it ends."""
+"""Runs commands so that none of their processes outlives its owner, however the owner ends."""
 
 from tune_ssim.trials.processes.output_log import OutputLog, quote_of
 from tune_ssim.trials.processes.supervised import SupervisedProcess

@@ -1,4 +1,4 @@
-"""The output of a command, kept on disk in bounded size."""
+"""The output of a command, kept in files of bounded size."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-PART_BYTES = 32 * 2**20  # of one file; three are kept, so that endless output does not fill the disk
+PART_BYTES = 32 * 2**20  # size of one file; three are kept, so endless output does not fill the disk
 ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
-QUOTED_FROM = 60  # last lines that are searched for a traceback: a launcher may print more after it
+QUOTED_FROM = 60  # number of last lines searched for a traceback: a launcher may print more after it
 QUOTE_LINES, QUOTE_CHARACTERS, QUOTE_WIDTH = 5, 400, 200
 FRAME = re.compile(r"\s*(Traceback \(most recent call last\)|File \".*\", line \d+)")
 RAISED = re.compile(r"[A-Za-z_][\w.]*(: |$)")  # `ValueError: the data is gone`, at the beginning of a line
-MARKS = re.compile(r"[\s^~|+-]+")  # under the place in a traceback, and rules
+MARKS = re.compile(r"[\s^~|+-]+")  # caret lines of a traceback, and horizontal rules
 
 
 def quote_of(lines: Sequence[str]) -> str:
-    """The last lines as one of at most QUOTE_CHARACTERS; the exception of a Python traceback comes first."""
+    """The last lines joined into at most QUOTE_CHARACTERS. The exception of a Python traceback comes first."""
     lines = [" ".join(line.split())[:QUOTE_WIDTH] if not line[:1].isspace() else line for line in lines if line.strip()]
     frames = [at for at, line in enumerate(lines) if FRAME.match(line)]
     raised = next((at for at in range(frames[-1] + 1, len(lines)) if RAISED.match(lines[at])), None) if frames else None

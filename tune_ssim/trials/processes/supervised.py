@@ -1,4 +1,4 @@
-"""A command below a supervisor: its output, its exit code, and an end that reaches its whole process tree."""
+"""A command run under a supervisor: its output, its exit code, and termination of its whole process tree."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 from tune_ssim.base.errors import UserError
 from tune_ssim.trials.processes import supervisor
 
-GRACE_S = 10.0  # between TERM and KILL: what torchrun itself gives its workers is 30, a checkpoint of a small model takes less
+GRACE_S = 10.0  # between TERM and KILL; torchrun gives its workers 30 s, saving a small model takes less
 CHUNK = 2**20
 
 
 class SupervisedProcess:
-    """Starts `argv` (no shell) below a supervisor, see `supervisor`; `on_output` gets what it prints, standard output and error in
-    one, in a thread of its own. A slow `on_output` slows the command down; nothing is lost.
+    """Starts `argv` (no shell) under a supervisor, see `supervisor`. `on_output` is called in a separate thread with what the
+    command prints, stdout and stderr together. A slow `on_output` slows the command down; no output is lost.
 
     Raises UserError if the command cannot be started.
     """
@@ -55,7 +55,7 @@ class SupervisedProcess:
                 env=dict(environment) if environment is not None else None,
                 cwd=cwd,
             )
-        except (OSError, ValueError) as error:  # an environment that is too long, or has a NUL in it
+        except (OSError, ValueError) as error:  # e.g. an environment that is too long or contains a NUL
             for end in (output, status, self._alive):
                 os.close(end)
             raise UserError(f"command {argv[0]!r} cannot be started: {error}") from None
@@ -64,8 +64,8 @@ class SupervisedProcess:
                 os.close(end)
         self._status = os.fdopen(status, "rb", buffering=0)
         self.exit_code: int | None = None
-        self.failure: BaseException | None = None  # of `on_output`
-        self.left = 0  # processes that it left behind when it ended; they were ended
+        self.failure: BaseException | None = None  # exception of `on_output`
+        self.left = 0  # processes that the command left running when it exited; they were ended
         self._ended = threading.Event()
         started = self._read_status()
         starter.wait()
@@ -82,7 +82,7 @@ class SupervisedProcess:
             thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Until the whole tree has ended and all output was read; False if that takes longer than `timeout` seconds."""
+        """Waits until the whole tree has ended and all output was read. False if that takes longer than `timeout` seconds."""
         if not self._ended.wait(timeout):
             return False
         self._threads[0].join(timeout)
@@ -93,7 +93,7 @@ class SupervisedProcess:
         return self._ended.is_set() and not self._threads[0].is_alive()
 
     def stop(self) -> None:
-        """Ends the tree: TERM, after the grace KILL. Returns when nothing of it is left."""
+        """Ends the tree with TERM, and after the grace period with KILL. Returns when no process is left."""
         with contextlib.suppress(OSError):
             alive, self._alive = self._alive, -1
             os.close(alive)
@@ -117,7 +117,7 @@ class SupervisedProcess:
                 if self.failure is None:
                     try:
                         self._on_output(data)
-                    except BaseException as error:  # the pipe is emptied all the same: a full one would stop the command
+                    except BaseException as error:  # keep reading: a full pipe would block the command
                         self.failure = error
 
     def _watch(self) -> None:

@@ -1,18 +1,17 @@
-"""The supervisor of a command, a program of its own between the command and its owner:
+"""The supervisor of a command: a separate program between the command and its owner.
 
     python supervisor.py GRACE_S STATUS_FD -- COMMAND ARGUMENT…
 
-Its standard input is the owner's end of life: when that closes, because the owner asked or because it was killed, the whole
-tree of the command gets SIGTERM and, after GRACE_S seconds, SIGKILL. Nothing else in the tree can prevent it: processes that
-changed their session or lost their parents are still found, since the supervisor is the subreaper of them all (Linux prctl).
-The same end comes to what a command leaves behind when it exits by itself.
+Standard input is a pipe from the owner. When it closes, because the owner closed it or was killed, the whole process tree of the
+command gets SIGTERM and, after GRACE_S seconds, SIGKILL. No process of the tree can escape: those that changed their session or
+lost their parents are still found, since the supervisor is their subreaper (Linux prctl). Processes that a command leaves running
+when it exits are ended in the same way.
 
-It is in a session of its own and not the owner's child (it forks once more), so that a signal to the owner's group, or a reaper of
-the owner's children, does not take it away before its work is done. To STATUS_FD it writes one JSON object a line: {"pid": n} or
-{"failed": "why"} at the start, {"exit": code, "left": n} at the end; code is negative for a signal, n counts processes that the
-command left behind.
+The supervisor has its own session and is not the owner's child (it forks once more). So a signal to the owner's group, or a reaper
+of the owner's children, does not kill it early. It writes one JSON object per line to STATUS_FD: {"pid": n} or {"failed": "why"} at
+the start, {"exit": code, "left": n} at the end. The code is negative for a signal; n counts processes that were left running.
 
-Standard library only, and no import of this package: it starts in a few milliseconds.
+It uses the standard library only and imports nothing of this package, so it starts in a few milliseconds.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ def main() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        signal.signal(getattr(signal, name), lambda *_: None)  # wakes the poll; the pipe alone decides
+        signal.signal(getattr(signal, name), lambda *_: None)  # only wakes the poll; the pipe decides
     pid = _start(libc, argv, status)
     if pid is None:
         return
     _write_status(status, {"pid": pid})
-    # The command has its own copies; the owner must see the end of the output when the command's tree is gone.
+    # The command has its own copies. The owner must see EOF when the command's tree is gone.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
@@ -55,13 +54,13 @@ def main() -> None:
 
 
 def _start(libc: ctypes.CDLL, argv: list[str], status: int) -> int | None:
-    """The command's pid; None where it could not be started, with the reason in the status."""
+    """The command's pid; None if it could not be started, with the reason in the status."""
     reader, writer = os.pipe()
     os.set_inheritable(writer, False)
     pid = os.fork()
     if pid == 0:
         try:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # should the supervisor itself be killed
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # in case the supervisor itself is killed
             os.setsid()
             for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGPIPE"):
                 signal.signal(getattr(signal, name), signal.SIG_DFL)
@@ -99,7 +98,7 @@ def _wait(pid: int) -> int | None:
 
 
 def _reap(wanted: int) -> int | None:
-    """Takes the exit codes of children that are gone; returns that of `wanted`."""
+    """Reaps children that have exited; returns the exit code of `wanted`."""
     found = None
     while True:
         try:
@@ -113,7 +112,7 @@ def _reap(wanted: int) -> int | None:
 
 
 def _end_tree(grace: float, pid: int) -> int | None:
-    """TERM to all, KILL to what is left after `grace` seconds, until nothing is; the exit code of `pid` if it was alive."""
+    """Sends TERM to all, then KILL to what is left after `grace` seconds. Returns the exit code of `pid` if it was alive."""
     code: int | None = None
     end = time.monotonic() + grace
     signalled: set[int] = set()
@@ -129,12 +128,12 @@ def _end_tree(grace: float, pid: int) -> int | None:
                 signalled.add(one)
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(one, number)
-                    os.kill(one, signal.SIGCONT)  # a stopped process takes no SIGTERM
+                    os.kill(one, signal.SIGCONT)  # a stopped process does not handle SIGTERM
         time.sleep(POLL_S)
 
 
 def _descendants() -> list[int]:
-    """Processes below this one that still run."""
+    """Descendants of this process that are still running."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208  (pathlib would double the time that the supervisor takes to start)
         if name.isdigit():
@@ -145,7 +144,7 @@ def _descendants() -> list[int]:
                 continue
             if fields[0] not in (b"Z", b"X"):
                 children.setdefault(int(fields[1]), []).append(int(name))
-            else:  # a zombie may still have threads' children; its own are found below it
+            else:  # a zombie may still have children of its threads; they are found below it
                 children.setdefault(int(fields[1]), [])
     found, to_visit = [], [os.getpid()]
     while to_visit:
