@@ -102,7 +102,7 @@ def test_same_seed_same_study_whichever_trial_ends_first(done: StudyFolder, tmp_
 
 
 def test_a_taken_name_gets_a_suffix(done: StudyFolder) -> None:
-    second = run(small(search={"trials": 2}), storage=done.path.parent)
+    second = run(small(search={"trials": 2}), in_process=True, storage=done.path.parent)
     assert second.path == done.path.parent / "small-2"
     assert len(done.trials()) == 10
 
@@ -121,7 +121,7 @@ def test_faults_of_the_set_up_end_the_study_with_their_reason(
     tmp_path: Path, fault: str, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        run(small(name=fault, task_config={"steps": 40, "fault": fault}), storage=tmp_path)
+        run(small(name=fault, task_config={"steps": 40, "fault": fault}), in_process=True, storage=tmp_path)
     verdicts = {trial.verdict for trial in StudyFolder(tmp_path / fault).trials()}
     assert verdicts & {"bad_setup", "error"}
     assert len(StudyFolder(tmp_path / fault).trials()) <= 6  # not the whole search
@@ -138,7 +138,7 @@ def test_settings_that_break_the_training_cost_their_own_trials(tmp_path: Path) 
         space={**SMALL["space"], "points": points},
         search={"trials": 4, "concurrency": 1},
     )
-    trials = [trial for trial in run(study, storage=tmp_path).trials() if trial.role == "search"]
+    trials = [trial for trial in run(study, in_process=True, storage=tmp_path).trials() if trial.role == "search"]
     assert [trial.verdict for trial in trials] == ["safe", "error", "error", "safe"]
 
 
@@ -160,7 +160,7 @@ def test_asha_stops_trials_but_never_a_baseline(tmp_path: Path) -> None:
 def test_a_route_runs_its_stages_in_order(tmp_path: Path) -> None:
     # The small task has no max_t in its gradient; the route's ranges are far too small to matter here, so it runs whole.
     study = small(name="route", space="note_v2", search={"trials": 4}, objective={"keep": {}})
-    trials = [trial for trial in run(study, storage=tmp_path).trials() if trial.role == "search"]
+    trials = [trial for trial in run(study, in_process=True, storage=tmp_path).trials() if trial.role == "search"]
     assert 1 <= len(trials) <= 4
     assert all(trial.config["ssim_grad_scale"] == 0.1 for trial in trials)
 
@@ -236,7 +236,7 @@ def test_a_baseline_from_the_log_of_an_earlier_run(done: StudyFolder, tmp_path: 
     held_out = {"ssim": 0.9, "psnr": 20.0}
     given = {"file": str(log), "names": {"grad_norm": "total_norm"}, "held_out": held_out}
     study = small(name="logged", baseline={"log": given}, search={"trials": 2})
-    trials = sorted(run(study, storage=tmp_path).trials(), key=lambda trial: trial.trial_id)  # not as they ended
+    trials = sorted(run(study, in_process=True, storage=tmp_path).trials(), key=lambda trial: trial.trial_id)  # not as they ended
     assert [(trial.trial_id, trial.verdict, trial.steps) for trial in trials] == [
         ("trial-00", "pruned", 11),
         ("trial-01", "safe", 40),
@@ -245,7 +245,7 @@ def test_a_baseline_from_the_log_of_an_earlier_run(done: StudyFolder, tmp_path: 
     assert trials[1].metrics["delta_ssim"] == pytest.approx(trials[1].metrics["ssim"] - 0.9)
     assert "Not known: its code, weights, data, seed and batches" in capsys.readouterr().out.replace("\n", " ")
     with pytest.raises(UserError, match="no total_norm in it, found grad_norm"):
-        run(small(name="unnamed", baseline={"log": str(log)}), storage=tmp_path)
+        run(small(name="unnamed", baseline={"log": str(log)}), in_process=True, storage=tmp_path)
 
 
 def test_a_dead_tracking_server_neither_stops_nor_fails_a_study(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def confirmed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> StudyF
         confirm={"seeds": 3, "steps": 60, "finalists": 2},
         search={**SMALL["search"], "trials": 4},
     )
-    return run(study, storage=tmp_path_factory.mktemp("confirmed"))
+    return run(study, in_process=True, storage=tmp_path_factory.mktemp("confirmed"))
 
 
 def test_confirm_runs_the_best_and_the_baseline_again_with_new_seeds(confirmed: StudyFolder) -> None:
@@ -333,7 +333,7 @@ def test_a_study_does_not_start_from_ruined_weights(cluster: None, tmp_path: Pat
     )
     study = {"name": "from-ruined", "task_config": {"steps": 20, "weights": str(weights)}, "preflight": None, "calibration": None}
     with pytest.raises(BadSetup, match=r"quarantined: .*trial trial-07 of study old"):
-        run(load_study(study), storage=tmp_path / "storage")
+        run(load_study(study), in_process=True, storage=tmp_path / "storage")
     assert not (tmp_path / "storage" / "from-ruined" / "trials.jsonl").exists()
 
 
@@ -341,23 +341,23 @@ def test_verify_passes_on_an_untouched_export_and_names_what_changed(confirmed: 
     exported = exported_config(best_safe(confirmed), confirmed)
     (tmp_path / "best.yaml").write_text(format_export(exported, "yaml"))
     again = read_export(tmp_path / "best.yaml")
-    found, trials = verify(again)
+    found, trials = verify(again, in_process=True)
     assert found == []
     repeated = {trial.trial_id: trial.metrics["delta_ssim"] for trial in trials if trial.role == "confirm"}
     assert list(repeated.values()) == pytest.approx(list(exported["proof"]["comparison"]["delta_ssim"]["by_seed"].values()))
 
     other = json.loads(json.dumps(again))
     other["config"]["ssim_loss_weight"] *= 1.01
-    assert [line.split(" is ")[0] for line in verify(other)[0]] == ["setting: ssim_loss_weight"]
+    assert [line.split(" is ")[0] for line in verify(other, in_process=True)[0]] == ["setting: ssim_loss_weight"]
 
     weakened = json.loads(json.dumps(again))
     weakened["proof"]["study"]["guards"]["norm_ratio"]["limit"], weakened["metrics"]["ssim"] = 1e9, 0.99
-    assert verify(weakened) == (["metrics is not what was exported", "proof.study is not what was exported"], [])
+    assert verify(weakened, in_process=True) == (["metrics is not what was exported", "proof.study is not what was exported"], [])
 
     code = Path(exported["proof"]["study"]["import_path"]) / "copied_task.py"
     before = code.read_text()
     code.write_text(before.replace("self.gain * 0.1", "self.gain * 0.100001"))
-    found, trials = verify(again)
+    found, trials = verify(again, in_process=True)
     code.write_text(before)
     assert [line.split(" has ")[0] for line in found] == ["code/copied_task.py"] and trials == []
 
@@ -365,7 +365,7 @@ def test_verify_passes_on_an_untouched_export_and_names_what_changed(confirmed: 
 def test_an_unsound_set_up_stops_the_study_before_any_trial(cluster: None, tmp_path: Path) -> None:
     study = load_study({"name": "unsound", "task_config": {"steps": 20, "pretrained": False}, "tracking": None})
     with pytest.raises(BadSetup, match="smoke"):
-        run(study, storage=tmp_path)
+        run(study, in_process=True, storage=tmp_path)
     folder = StudyFolder(tmp_path / "unsound")
     assert folder.trials() == []
     report = json.loads((folder.path / "preflight.json").read_text())
@@ -376,7 +376,7 @@ def test_an_unsound_set_up_stops_the_study_before_any_trial(cluster: None, tmp_p
 def test_settings_predicted_beyond_the_limit_are_listed_and_not_launched(cluster: None, tmp_path: Path) -> None:
     space = {**SMALL["space"], "points": [{"ssim_loss_weight": 2500.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0}]}
     study = small(name="skips", space=space, calibration={"batches": 12}, search={**SMALL["search"], "trials": 3})
-    folder = run(study, storage=tmp_path)
+    folder = run(study, in_process=True, storage=tmp_path)
     skipped = folder.skipped()
     assert skipped[0].config["ssim_loss_weight"] == 2500.0 and skipped[0].predicted_ratio > 20
     launched = [trial.config["ssim_loss_weight"] for trial in folder.trials() if trial.role == "search"]

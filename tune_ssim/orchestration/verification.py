@@ -110,7 +110,7 @@ def version_notes(exported: Mapping[str, Any]) -> list[str]:
 
 
 def verify(
-    exported: Mapping[str, Any], *, address: str | None = None, progress: Progress | None = None
+    exported: Mapping[str, Any], *, address: str | None = None, in_process: bool = False, progress: Progress | None = None
 ) -> tuple[list[str], list[TrialSummary]]:
     """What differs from what was proven, a line each, and the trials of the confirmation that was run again.
 
@@ -130,6 +130,7 @@ def verify(
             recorded=proof["provenance"],
             storage=Path(folder),
             address=address,
+            in_process=in_process,
             progress=progress,
         )
     lines = differences(proof["provenance"], found)
