@@ -357,7 +357,7 @@ def test_the_first_value_of_a_step_wins(format: str) -> None:
 
 
 def test_json_lines_are_read_without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = "".join(f'{{"step": {step}, "loss": {1 / (step + 1)}}}\n' for step in range(2 * json_lines.MANY)).encode()
+    lines = "".join(f'{{"step": {step}, "loss": {1 / (step + 1)}}}\n' for step in range(2 * json_lines.MIN_ARROW_LINES)).encode()
     with_arrow, without = LineParser(format="jsonl"), LineParser(format="jsonl")
     expected = with_arrow.feed(lines) + with_arrow.finish()
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # `import pyarrow` raises ImportError
@@ -856,7 +856,7 @@ def test_reading_objects_by_columns_is_reading_each(
         texts.insert(at, text)
     together, alone = (LineParser(format="jsonl", names={"b": "loss"}) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_lines, "MANY", 4)
+        patch.setattr(json_lines, "MIN_ARROW_LINES", 4)
         found = together.feed("".join(text + "\n" for text in texts).encode()) + together.finish()
     one_by_one = [record for text in texts for record in alone.feed(text.encode() + b"\n")] + alone.finish()
     assert exact(found) == exact(one_by_one)

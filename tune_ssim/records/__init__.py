@@ -1,4 +1,4 @@
-"""A training run as a stream of records, and readers of other people's logs."""
+"""Records of a training run, and readers for third-party log formats."""
 
 from tune_ssim.records.record import (
     ACTIVE_FRACTION,

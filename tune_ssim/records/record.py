@@ -1,4 +1,4 @@
-"""A training run as a stream of records: a step and the numbers that were measured there."""
+"""A training run as a stream of records: each has a step and the metrics measured at that step."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Standard metric names. Losses are means over the samples that take part, before their weight.
+# Standard metric names. Losses are unweighted means over the active samples.
 LOSS = "loss"  # the weighted sum that is minimised
 LOSS_FLOW = "loss_flow"
 LOSS_SSIM = "loss_ssim"  # 1 - SSIM, in [0, 1]; absent from steps where no sample took part
 LOSS_PIXEL = "loss_pixel"
 TOTAL_NORM = "total_norm"  # L2 norm of the whole gradient, before clipping
-TOTAL_NORM_MAIN = "total_norm_main"  # the same, of the main (flow) loss alone
-NORM_RATIO = "norm_ratio"  # what the norm guard made of it: the latest window against the baseline
+TOTAL_NORM_MAIN = "total_norm_main"  # the same for the main (flow) loss only
+NORM_RATIO = "norm_ratio"  # computed by the norm guard: the latest window relative to the baseline
 ACTIVE_FRACTION = "ssim_active_fraction"  # share of the batch with 0 < t <= max_t
-STEP_SKIPPED = "step_skipped"  # 1 where a GradScaler skipped the update: an infinite norm is routine there
+STEP_SKIPPED = "step_skipped"  # 1 if a GradScaler skipped the update; an infinite norm is then normal
 LR = "lr"
-EPOCH = "epoch"  # whole, or a fraction of the way through it
+EPOCH = "epoch"  # may be fractional
 SMOKE = "smoke/"  # prefix: collapse statistics of the samples at this step
-SMOKE_AGAIN = "smoke_again/"  # the same with the second noise
+SMOKE_AGAIN = "smoke_again/"  # prefix: the same with the second noise
 
 
 @dataclass(frozen=True)
 class Record:
-    """`step` >= 0 (0 = before the first update) and named numbers; NaN and Inf are results, not errors."""
+    """A step >= 0 (0 = before the first update) and its metrics. NaN and Inf are valid values."""
 
     step: int
     values: Mapping[str, float] = field(default_factory=dict)
@@ -43,22 +43,22 @@ class Record:
 
 
 def is_of_training(step: int, names: Iterable[str]) -> bool:
-    """Whether a record tells of the training itself. Samples of step 0 alone do not: a loop may look up its settings, and say what
-    is in force, only in its first step."""
+    """Whether a record shows that training has started. Samples at step 0 do not: a training loop may read its settings and
+    report its effective parameters only in its first step."""
     return step > 0 or not all(name.startswith(SMOKE) for name in names)
 
 
-# Prefixes of metrics of the training itself: they say nothing about held-out data.
+# Prefixes of metrics of the training itself, which are not held-out metrics.
 TRAINING_METRICS = (SMOKE, "dbg/", LOSS, TOTAL_NORM, ACTIVE_FRACTION, LR)
 
 
 def held_out_values(values: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of a log that may be of held-out data: all but those of the training itself."""
+    """The metrics of a log that may come from held-out data: all except training metrics."""
     return {name: value for name, value in values.items() if not name.startswith(TRAINING_METRICS)}
 
 
 def merge(records: Iterable[Record]) -> list[Record]:
-    """One record per step, in the order of the steps. If a value of a step is logged twice, the first one wins."""
+    """One record per step, in step order. If a metric of a step is logged twice, the first value wins."""
     by_step: dict[int, dict[str, float]] = {}
     for record in records:
         values = by_step.setdefault(record.step, {})

@@ -1,4 +1,4 @@
-"""Many records by columns: a log of millions is read, judged and drawn a column at a time."""
+"""Records in columnar form, so that a log with millions of records is processed one column at a time."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, overload
 
 from tune_ssim.records import Record
 
-if TYPE_CHECKING:  # the guards import this, and cost nothing until there is a table
+if TYPE_CHECKING:  # guards import this module; NumPy is loaded only when a table needs it
     import numpy as np
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
 
 
-MIN_NUMPY = 16  # values from which on an array is faster than a loop; a live trial has one
+MIN_NUMPY = 16  # number of values from which NumPy is faster than a loop; a live trial has one
 
 
 class Column:
-    """A metric's `values`, with the `steps` that have one and the `rows` of the table in which they stand."""
+    """The `values` of a metric, and the `steps` and table `rows` of the records that have it."""
 
     def __init__(self, rows: Sequence[int], steps: Sequence[int], values: Sequence[float] | Array) -> None:
         self.rows, self.steps = rows, steps
@@ -49,7 +49,7 @@ class Column:
         return bool(np.isfinite(self.array).all())
 
     def outside(self, lower: float, upper: float, begin: int = 0) -> list[int]:
-        """Indices from `begin` on whose value is outside [`lower`, `upper`], NaN included."""
+        """Indices >= `begin` of values outside [`lower`, `upper`]. NaN counts as outside."""
         if len(self) < MIN_NUMPY:
             return [k for k in range(begin, len(self)) if not lower <= self.values[k] <= upper]
         import numpy as np
@@ -61,10 +61,10 @@ class Column:
 
 
 class Table(Sequence[Record]):
-    """Records as they come from a log, made only when somebody asks for one of them.
+    """A sequence of records from a log, stored compactly. `Record` objects are created on access.
 
-    `steps` (n) and either `rows`, the values of each, or `columns`: metric → its n values. Raises ValueError where the numbers
-    of these differ."""
+    steps: n steps. Either rows: the values of each record, or columns: metric → its n values. Raises ValueError if the
+    lengths differ."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Table(Sequence[Record]):
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> Table:
-        """The same records; a table is its own."""
+        """The records as a table; a table is returned unchanged."""
         if isinstance(records, Table):
             return records
         return cls([record.step for record in records], rows=[record.values for record in records])
@@ -104,15 +104,15 @@ class Table(Sequence[Record]):
         return Table(self.steps[index], columns={name: values[index] for name, values in (self._columns or {}).items()})
 
     def renamed(self, names: Mapping[str, str]) -> Table:
-        """The same records; `names`: metrics → what they are called from now on."""
+        """A table with renamed metrics. `names`: old name → new name."""
         if not names:
             return self
         if self._rows is not None:
             return Table(self.steps, rows=[{names.get(name, name): value for name, value in row.items()} for row in self._rows])
         return Table(self.steps, columns={names.get(name, name): values for name, values in (self._columns or {}).items()})
 
-    def behind(self, first: Record) -> Table:
-        """This table with a record of the same metrics before it."""
+    def prepended(self, first: Record) -> Table:
+        """This table with one more record at the start, which must have the same metrics."""
         if self._rows is not None:
             return Table([first.step, *self.steps], rows=[first.values, *self._rows])
         before = Table([first.step], columns={name: [first.values[name]] for name in self._columns or {}})
@@ -120,7 +120,7 @@ class Table(Sequence[Record]):
 
     @classmethod
     def joined(cls, tables: Sequence[Table]) -> Table:
-        """Tables of the same metrics by columns, one after the other."""
+        """The concatenation of column tables that have the same metrics."""
         import numpy as np
 
         steps = list(chain.from_iterable(table.steps for table in tables))
@@ -129,7 +129,7 @@ class Table(Sequence[Record]):
 
     @property
     def by_columns(self) -> tuple[str, ...] | None:
-        """The names of the columns that it was made of, if it was."""
+        """The column names if the table is stored by columns, else None."""
         return None if self._columns is None else tuple(self._columns)
 
     def __iter__(self) -> Iterator[Record]:
@@ -142,20 +142,20 @@ class Table(Sequence[Record]):
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
-        """Every name that a record has."""
+        """The names of all metrics in the table."""
         if self._rows is not None:
             return tuple(dict.fromkeys(chain.from_iterable(self._rows)))
         return tuple(self._columns or ())
 
     @cached_property
     def grows(self) -> bool:
-        """Whether each step is later than the one before."""
+        """Whether the steps strictly increase."""
         import numpy as np
 
         return bool((np.diff(np.asarray(self.steps, dtype=np.int64)) > 0).all())
 
     def column(self, metric: str) -> Column | None:
-        """None if no record has it."""
+        """The column of a metric; None if no record has it."""
         if metric not in self._found:
             self._found[metric] = self._column(metric)
         return self._found[metric]
@@ -168,16 +168,18 @@ class Table(Sequence[Record]):
         try:
             return Column(everywhere, self.steps, [row[metric] for row in self._rows]) if everywhere else None
         except KeyError:
-            there = [metric in row for row in self._rows]
-            rows = list(compress(everywhere, there))
-            values = [row[metric] for row in compress(self._rows, there)]
-            return Column(rows, list(compress(self.steps, there)), values) if rows else None
+            present = [metric in row for row in self._rows]
+            rows = list(compress(everywhere, present))
+            values = [row[metric] for row in compress(self._rows, present)]
+            return Column(rows, list(compress(self.steps, present)), values) if rows else None
 
-    def quotient(self, above: str, below: str) -> Column | None:
-        """Of the records that have both. By zero it is infinite with the sign of what is divided, and 0 of zero itself."""
+    def quotient(self, numerator: str, denominator: str) -> Column | None:
+        """The ratio of two metrics over the records that have both; None if no record has both.
+
+        x / 0 is infinite with the sign of x, and 0 / 0 is 0."""
         import numpy as np
 
-        a, b = self.column(above), self.column(below)
+        a, b = self.column(numerator), self.column(denominator)
         if a is None or b is None:
             return None
         rows, steps, over, under = a.rows, a.steps, a.array, b.array

@@ -1,4 +1,4 @@
-"""Logs of any training as a stream of records: text, JSONL, JSON, CSV and TensorBoard, also while they are written."""
+"""Readers for training logs in text, JSONL, JSON, CSV and TensorBoard format, including logs that are still growing."""
 
 from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.parser import LineParser

@@ -1,4 +1,4 @@
-"""CSV with a header: any of , ; and tab between the fields, and rows that fill only some of them (Lightning's metrics.csv)."""
+"""CSV with a header, delimited by comma, semicolon or tab. Rows may have empty fields (Lightning's metrics.csv)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from tune_ssim.records.readers.values import text_number
 from tune_ssim.records.record_table import Table
 
 DELIMITERS = ",;\t"
-TOGETHER = 16  # rows from which on it pays to read them as a table
-EXACT = 2**53  # whole numbers up to here are floats
+MIN_TABLE_ROWS = 16  # number of rows from which reading them as a table is faster
+MAX_EXACT_INT = 2**53  # integers up to here are exact as floats
 
 
 class CsvRows:
-    """The first line is the header; a later line of names only is a new one (a run that was started again). Empty
-    fields are absent. A field with a line break inside is not supported: its row is unread."""
+    """The rows of a CSV log. The first line is the header; a later line of names replaces it (a restarted run).
+
+    Empty fields are missing values. Fields that contain a line break are not supported; such rows count as unread."""
 
     format = "csv"
 
@@ -26,13 +27,13 @@ class CsvRows:
         self._rows = rows
         self._header: list[str] = []
         self._delimiter = ","
-        self._step: int | None = None  # index of the step's column
+        self._step: int | None = None  # index of the step column
         self._names: list[tuple[int, str]] = []  # the other columns: (index, our name)
-        self._plain: list[str] = []  # our names of all columns, if they are all different: a row that is full is faster read
+        self._plain: list[str] = []  # our names of all columns if they are unique, for fast reading of rows without empty fields
 
     def take(self, lines: list[str], number: int) -> None:
         """The lines `number`, `number` + 1, … of the log."""
-        if len(lines) >= TOGETHER and self._take_table(lines):
+        if len(lines) >= MIN_TABLE_ROWS and self._take_table(lines):
             return
         add = self._rows.add
         for number, line in enumerate(lines, number):  # noqa: B020
@@ -65,7 +66,7 @@ class CsvRows:
                 add(None if self._step is None else fields[self._step], values, number, line)
 
     def _take_table(self, lines: list[str]) -> bool:
-        """Lines that are all full rows of plain numbers with growing steps; False: one by one, please."""
+        """Takes lines that are all complete numeric rows with increasing steps. Otherwise returns False and takes none."""
         if not self._plain or self._step is None or not lines[0].strip():
             return False
         try:
@@ -75,13 +76,14 @@ class CsvRows:
         if table.shape != (len(lines), len(self._plain)):
             return False
         steps = table[:, self._step]
-        if not (steps[0] >= 0 and steps[-1] < EXACT and (steps[1:] > steps[:-1]).all() and (steps == np.floor(steps)).all()):
+        increasing = (steps[1:] > steps[:-1]).all()
+        if not (steps[0] >= 0 and steps[-1] < MAX_EXACT_INT and increasing and (steps == np.floor(steps)).all()):
             return False
         columns = {name: table[:, k] for k, name in enumerate(self._plain) if k != self._step}
         return bool(columns) and self._rows.steps.add_table(Table(steps.astype(int).tolist(), columns=columns))
 
     def _begin(self, header: Sequence[str]) -> None:
-        """Which column is the step, which are metrics under which of our names."""
+        """Finds the step column, and our names for the metric columns."""
         self._header = [name.strip() for name in header]
         names = self._rows.names
         lower = [name.lower() for name in self._header]
@@ -89,7 +91,7 @@ class CsvRows:
         self._step = found[0] if found else None
         if self._step is None:
             self._rows.steps.number_rows()
-        # A name that the user gave beats a column that had our name already: it comes last.
+        # A mapping by the user overrides a column that already has our name, so it comes last.
         columns = [(k, name) for k, name in enumerate(self._header) if k != self._step and name]
         given = [(k, names.given[name]) for k, name in columns if name in names.given]
         self._names = [(k, names[name]) for k, name in columns if name not in names.given] + given
@@ -101,7 +103,7 @@ class CsvRows:
         return is_header(fields) and bool(set(self._header) & {field.strip() for field in fields})
 
     def _odd_values(self, fields: Sequence[str]) -> dict[str, float]:
-        """Of a row with texts among its numbers; a decimal comma is read where commas do not part the fields."""
+        """The numbers of a row that also has text fields. Accepts decimal commas unless the delimiter is a comma."""
         values = {}
         for k, name in self._names:
             text = fields[k] if self._delimiter == "," else fields[k].replace(",", ".")
@@ -112,7 +114,7 @@ class CsvRows:
 
 
 def delimiter_of(line: str) -> str:
-    """The one of DELIMITERS that a header has most of."""
+    """The most frequent of DELIMITERS in a header line."""
     return max(DELIMITERS, key=line.count)
 
 
@@ -124,17 +126,18 @@ def split_fields(line: str, delimiter: str) -> list[str]:
 
 
 def is_header(fields: Sequence[str]) -> bool:
-    """Names only, all different."""
+    """Whether all fields are distinct names, not numbers."""
     texts = [field.strip() for field in fields]
     return all(text and text_number(text) is None for text in texts) and len(set(texts)) == len(texts)
 
 
 def looks_like_csv(first: str, second: str, step_names: Sequence[str], named_csv: bool) -> bool:
-    """Whether the first two lines of a log are a header and a row. A log whose file is not called so must show more:
-    a column for the step, or nothing but numbers in the row."""
+    """Whether the first two lines of a log are a CSV header and a row.
+
+    named_csv: the file name ends in .csv or .tsv. Otherwise there must also be a step column or a purely numeric row."""
     delimiter = delimiter_of(first)
     names, fields = ([text.strip() for text in split_fields(line, delimiter)] for line in (first, second))
-    # pandas leaves the name of the index empty
+    # pandas writes an empty name for the index column
     if len(names) != len(fields) or not is_header([names[0] or "index", *names[1:]]):
         return False
     if len(names) == 1 and not named_csv:

@@ -1,9 +1,9 @@
-"""TensorBoard event files: frames of the TFRecord format, one event a frame.
+"""TensorBoard event files: TFRecord frames with one event each.
 
 A frame: length (8 bytes, little-endian), masked CRC-32C of the length (4), the event, its masked CRC-32C (4).
 https://www.tensorflow.org/tutorials/load_data/tfrecord
 
-An own reader, because `check` is to install without torch, Ray and protobuf, and because damaged frames are skipped and counted.
+This is our own reader so that `check` installs without torch, Ray and protobuf, and so that it can skip and count damaged frames.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from tune_ssim.records.readers.protobuf import scalars
 from tune_ssim.records.readers.rows import Rows
 
 CHUNK_BYTES = 256 * 1024
-MAX_EVENT_BYTES = 64 * 1024 * 1024  # a longer event (pictures, a graph) is passed over unread
+MAX_EVENT_BYTES = 64 * 1024 * 1024  # a longer event (images, a graph) is skipped unread
 HEADER, FOOTER = 12, 4  # bytes of a frame before and after its event
 NONZERO = re.compile(rb"[^\0]")
 FILE_NAME = re.compile(r"tfevents\.(\d+)")
 
 
 class EventFiles:
-    """The scalars of an event file, or of all event files of a folder in the order of the times in their names: a run
-    that was resumed has several. Files may grow and new ones appear. An event whose checksum is wrong is passed
-    over; after a broken frame reading goes on at the next sound one."""
+    """The scalars of an event file, or of all event files in a folder, ordered by the timestamps in their names.
+
+    A resumed run has several files. Files may grow and new files may appear. Events with a wrong checksum are skipped;
+    after a broken frame, reading continues at the next valid one."""
 
     format = "tensorboard"
 
@@ -39,7 +40,7 @@ class EventFiles:
         self.path = path
         self._rows = Rows(names)
         self._rows.issues.unit = "event"
-        self._offsets: dict[str, int] = {}  # by file: up to where its frames were read
+        self._offsets: dict[str, int] = {}  # file name → bytes read so far
 
     @property
     def issues(self) -> ParseIssues:
@@ -93,7 +94,7 @@ class EventFiles:
                     return
 
     def _take_frames(self, file: BinaryIO, available: int) -> int:
-        """Takes the events of the next chunk; how many bytes are done with (0: no complete frame is there)."""
+        """Takes the events of the next chunk. Returns the number of bytes consumed; 0 if there is no complete frame yet."""
         data = file.read(min(CHUNK_BYTES, available))
         at = 0
         while at + HEADER <= len(data):
@@ -101,7 +102,7 @@ class EventFiles:
             if length is None:
                 found = next_frame(data, at + 1)
                 if found is None and (at or len(data) == available):
-                    return at  # a hole that may be filled yet
+                    return at  # a gap that may still be filled
                 found = found or len(data) - HEADER + 1
                 self._skip(f"{found - at} bytes are no event")
                 at = found
@@ -128,7 +129,7 @@ class EventFiles:
             return
         if not found:
             return
-        # Only events with scalars are worth the time: pictures are long, and nothing is read from them.
+        # Check the checksum only of events with scalars: images are large and never used.
         if struct.unpack("<I", checksum)[0] != masked_crc32c(event):
             self.issues.skip(self.issues.lines, found[0][0], "its checksum is wrong")
             return
@@ -144,7 +145,7 @@ class EventFiles:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """The event files of a folder (not of those inside it), in the order of the times in their names."""
+    """The event files directly in a folder, ordered by the timestamps in their names."""
     found = [file for file in folder.iterdir() if FILE_NAME.search(file.name) and file.is_file()]
     return sorted(found, key=lambda file: (int(FILE_NAME.search(file.name)[1]), file.name))  # type: ignore[index]
 
@@ -154,7 +155,7 @@ def runs_inside(folder: Path) -> list[Path]:
 
 
 def require_one_run(folder: Path) -> None:
-    """Raises UserError unless there is one run in `folder`: its own event files, or those of one folder inside."""
+    """Raises UserError unless `folder` has exactly one run: event files directly in it, or in one subfolder."""
     if event_files(folder):
         return
     inside = runs_inside(folder)
@@ -166,24 +167,24 @@ def require_one_run(folder: Path) -> None:
 
 
 def is_event_file(start: bytes) -> bool:
-    """Whether a file that begins so has TFRecord frames."""
+    """Whether a file with these first bytes consists of TFRecord frames."""
     return len(start) >= HEADER and frame_length(start, 0) is not None
 
 
 def frame_length(data: bytes, at: int) -> int | None:
-    """Of the event of the frame that begins there; None if none does."""
+    """Length of the event in the frame that starts at `at`; None if no valid frame starts there."""
     length, checksum = struct.unpack_from("<QI", data, at)
     return length if checksum == _length_checksum(length) else None
 
 
 def next_frame(data: bytes, at: int) -> int | None:
-    """Where the next frame begins, from `at` on."""
+    """Offset of the next valid frame at or after `at`; None if there is none."""
     while at + HEADER <= len(data):
-        # Real events are shorter than 4 GiB: cheaper to see than a checksum.
+        # Events are shorter than 4 GiB, which is cheaper to check than a checksum.
         if data[at + 4 : at + 8] == b"\0\0\0\0":
             if frame_length(data, at) is not None:
                 return at
-            nonzero = NONZERO.search(data, at)  # a hole may be long
+            nonzero = NONZERO.search(data, at)  # a run of zeros may be long
             at = max(at, nonzero.start() - 4 if nonzero else len(data))
         at += 1
     return None
@@ -216,6 +217,6 @@ def _crc_of_byte(byte: int) -> int:
 
 @functools.cache
 def _crc_table() -> list[int]:
-    """Of two bytes at a time: twice as fast, and made in some 20 ms."""
+    """A table for two bytes at a time: twice as fast as one byte, and built in about 20 ms."""
     single = [_crc_of_byte(byte) for byte in range(256)]
     return [single[(single[pair & 255] ^ (pair >> 8)) & 255] ^ (single[pair & 255] >> 8) for pair in range(65536)]

@@ -1,4 +1,4 @@
-"""A JSON document that is written anew each time: Hugging Face's trainer_state.json, or a list of objects."""
+"""A JSON document that the training rewrites each time: Hugging Face's trainer_state.json, or a list of objects."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.parser import LineParser
 from tune_ssim.records.readers.rows import Rows
 
-MAX_BYTES = 256 * 1024 * 1024  # it has to be in the memory as a whole
-LOOKED_AT = 1024 * 1024  # bytes in which the first line is looked for
+MAX_BYTES = 256 * 1024 * 1024  # the whole document must fit in memory
+FIRST_LINE_BYTES = 1024 * 1024  # the first line must end within this many bytes to be recognised
 
 
 class JsonFile:
-    """Rows are the objects of `log_history` or of the list. A file of one object a line is read as lines (MMEngine's
-    vis_data/*.json). While a file is not complete (it is being written) it says nothing."""
+    """Rows are the objects of `log_history` or of the list. A file with one object per line is read as lines (MMEngine's
+    vis_data/*.json). An incomplete document, still being written, yields no rows."""
 
     format = "json"
 
@@ -29,7 +29,7 @@ class JsonFile:
         self._rows = Rows(names)
         self._rows.issues.unit = "row"
         self._done = 0  # rows taken
-        self._seen: list[int] = []  # device, inode, size and time of the version that was looked at last
+        self._seen: list[int] = []  # device, inode, size and mtime of the version that was read last
         self._why_unread = ""
         self._lines: LineFile | None = None
 
@@ -68,13 +68,13 @@ class JsonFile:
             yield self._rows.steps.take()
 
     def _look(self) -> None:
-        """Takes the rows of a version that was not read yet."""
+        """Takes the new rows if the file has changed since the last read."""
         status = self.path.stat()
         version = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
         if version == self._seen or not status.st_size:
             return
         with self.path.open("rb") as file:
-            start = file.read(min(LOOKED_AT, MAX_BYTES))
+            start = file.read(min(FIRST_LINE_BYTES, MAX_BYTES))
             if holds_lines(start):
                 self._as_lines()
                 return
@@ -109,14 +109,14 @@ class JsonFile:
 
 
 def holds_lines(start: bytes) -> bool:
-    """Whether the beginning of a JSON file is one object a line, and not one document."""
+    """Whether a JSON file with these first bytes has one object per line, and is not a single document."""
     first, newline, _ = start.decode("utf-8-sig", "replace").lstrip().partition("\n")
     row = json_object(first) if newline else None
     return row is not None and "log_history" not in row
 
 
 def holds_document(data: bytes) -> bool:
-    """Whether a file that begins so, or is so, looks like one that JsonFile reads as a whole."""
+    """Whether a file with these first bytes looks like a single document for JsonFile."""
     text = data.decode("utf-8-sig", "replace").lstrip()
     if holds_lines(data):
         return False

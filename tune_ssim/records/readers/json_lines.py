@@ -1,4 +1,4 @@
-"""A JSON object a line: plain JSONL, or lines tagged `TUNE_SSIM {...}` in the midst of other output."""
+"""One JSON object per line: plain JSONL, or lines tagged `TUNE_SSIM {...}` among other output."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from tune_ssim.records.readers.values import Names, numbers_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TAG = "TUNE_SSIM {"  # what a training prints before its JSON, so that nothing else in its output is taken for a row
+TAG = "TUNE_SSIM {"  # a training prints this before its JSON, so that no other output is mistaken for a row
 
-TOGETHER = 4096  # lines that are decoded at once: names are then made once for all, and they stay in the cache
-MANY = 256  # lines from which on loading pyarrow pays
+BLOCK_LINES = 4096  # lines decoded at once: keys are decoded once per block, and a block fits in the cache
+MIN_ARROW_LINES = 256  # number of lines from which loading pyarrow pays off
 
-# strict=False: a control character in a text is no reason to lose the numbers beside it.
+# strict=False: a control character in a string must not invalidate the other values of the row.
 _decode: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder(strict=False))["scan_once"]  # (text, begin) → (value, end)
 
 
 _decode_strictly: Callable[[str, int], tuple[Any, int]] = vars(json.JSONDecoder())["scan_once"]
 
 
-# What others print for a float that is no number: C++, JavaScript, a loop of one's own. `json` reads NaN and Infinity only.
+# Spellings of non-finite floats by C++, JavaScript and custom loops. `json` accepts only NaN and Infinity.
 ODD_NUMBER = re.compile(r"([:,\[]\s*)([-+]?)(nan|inf(?:inity)?)(?=\s*[,}\]])", re.IGNORECASE)
 
 
 class JsonLines:
-    """Once a tagged line was seen, only tagged lines are rows, and no other line is reported as unread."""
+    """The rows of a JSONL log. After the first tagged line, only tagged lines are rows and all other lines are ignored."""
 
     format = "jsonl"
 
@@ -40,9 +40,10 @@ class JsonLines:
 
     def take(self, lines: list[str], number: int) -> None:
         """The lines `number`, `number` + 1, … of the log."""
-        for begin in range(0, len(lines), TOGETHER):
-            block = lines[begin : begin + TOGETHER]
-            if not self.tagged and len(block) >= MANY and (columns := columns_of(block)) and self._rows.add_arrays(columns):
+        for begin in range(0, len(lines), BLOCK_LINES):
+            block = lines[begin : begin + BLOCK_LINES]
+            many = len(block) >= MIN_ARROW_LINES
+            if not self.tagged and many and (columns := columns_of(block)) and self._rows.add_arrays(columns):
                 continue
             text = ",\n".join(block)
             rows = None if self.tagged or "[" in text else objects(text, len(block))
@@ -69,10 +70,10 @@ class JsonLines:
             self._take_odd(line, number)
 
     def _take_odd(self, line: str, number: int) -> None:
-        """No JSON object from its first to its last character."""
+        """Takes a line that is not exactly one JSON object."""
         if TAG in line:
             self.tagged = True
-            self._rows.forget()  # other output, as it turns out
+            self._rows.discard()  # the lines so far were other output
             self._take_tagged(line, number)
         elif line.strip() != line:
             self._take_line(line.strip(), number)
@@ -94,15 +95,16 @@ class JsonLines:
 
 
 def columns_of(lines: Sequence[str]) -> dict[str, NDArray[Any]] | None:
-    """The numbers of lines that are one flat object each, all with the same names, by name, as int64 or float64; None for any
-    other lines. The numbers are those that reading line by line gives (a whole -0 may keep its sign)."""
+    """Parses lines that are flat objects with the same numeric keys into int64 or float64 columns; None for any other lines.
+
+    The values are the same as when reading line by line (except that an integer -0 may keep its sign)."""
     text = "\n".join(lines)
     if text[:1] != "{" or not text.count("{") == len(lines) == text.count("\n{") + 1:
         return None  # not one object on each line
     try:
         import pyarrow
         from pyarrow import json as arrow_json
-    except ImportError:  # it is optional: the json module reads the same numbers, more slowly
+    except ImportError:  # optional: the json module gives the same numbers, more slowly
         return None
 
     data = text.encode()
@@ -121,10 +123,10 @@ def columns_of(lines: Sequence[str]) -> dict[str, NDArray[Any]] | None:
 
 
 def objects(text: str, count: int) -> list[dict[str, Any]] | None:
-    """The objects of `count` lines that are joined by a comma and a newline; None if not every line is one object.
+    """Parses `count` lines joined by a comma and a newline; None unless every line is one object.
 
-    `text` must be free of "[". Then a line can only begin outside of any object (a string holds no raw newline, and in an
-    object no "{" follows a comma), so `count` objects are one a line."""
+    `text` must not contain "[". Then a line can only start outside of any object (a string has no raw newline, and inside
+    an object no "{" follows a comma), so `count` objects means one per line."""
     try:
         rows, end = _decode_strictly(f"[{text}]", 0)
     except (StopIteration, ValueError, RecursionError):
@@ -134,7 +136,7 @@ def objects(text: str, count: int) -> list[dict[str, Any]] | None:
 
 
 def decoded(text: str, begin: int = 0) -> tuple[Any, int]:
-    """The JSON value that begins there, and its end; (None, 0) where there is none."""
+    """The JSON value that starts at `begin`, and its end; (None, 0) if there is none."""
     try:
         return _decode(text, begin)
     except (StopIteration, ValueError, RecursionError):
@@ -142,7 +144,7 @@ def decoded(text: str, begin: int = 0) -> tuple[Any, int]:
 
 
 def with_plain_numbers(line: str) -> str:
-    """`nan`, `-inf` and the like as `json` reads them."""
+    """The line with `nan`, `-inf` and similar rewritten as NaN and Infinity, which `json` accepts."""
 
     def plain(match: re.Match[str]) -> str:
         before, sign, word = match.groups()
@@ -152,7 +154,7 @@ def with_plain_numbers(line: str) -> str:
 
 
 def json_object(line: str) -> dict[str, Any] | None:
-    """The object that a whole line is, else None."""
+    """The JSON object that makes up the whole line, else None."""
     line = line.strip()
     row, end = decoded(line)
     if row is None:
@@ -161,6 +163,6 @@ def json_object(line: str) -> dict[str, Any] | None:
 
 
 def is_row(line: str, names: Names) -> bool:
-    """Whether a line is an object with a number in it."""
+    """Whether a line is a JSON object with at least one number."""
     row = json_object(line) if line.lstrip()[:1] == "{" else None
     return row is not None and bool(numbers_of(row, names))

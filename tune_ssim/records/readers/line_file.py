@@ -1,4 +1,4 @@
-"""A file of lines that is followed while it grows, is cut, or is replaced by a new one."""
+"""Follows a text file that may grow, be truncated, or be replaced by a new file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tune_ssim.records import Record
 from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.parser import LineParser
 
-CHUNK_BYTES = 1024 * 1024  # the records of so much are held at a time
-TAIL_BYTES = 64  # read last, and looked at again before more is read: a file that was rewritten differs there
+CHUNK_BYTES = 1024 * 1024  # bytes per read; only the records of one chunk are in memory
+TAIL_BYTES = 64  # the last bytes read are compared again before the next read, to detect a rewritten file
 
 WAS_REPLACED = "the log was replaced while it was read: steps that it repeats are passed over"
 WAS_REWRITTEN = "the log was rewritten while it was read: steps that it repeats are passed over"
@@ -61,12 +61,12 @@ class LineFile:
         if not self._open():
             return
         self._restart_if_rewritten()
-        yield from self._to_the_end()
-        if self._was_replaced():  # the old file was read to its end
+        yield from self._read_to_end()
+        if self._was_replaced():  # by now the old file has been read to its end
             self._close()
             if self._open():
                 self._begin_anew(WAS_REPLACED)
-                yield from self._to_the_end()
+                yield from self._read_to_end()
 
     def _open(self) -> bool:
         """False if there is no file (yet)."""
@@ -83,8 +83,8 @@ class LineFile:
         self._identity = identity
         return True
 
-    def _to_the_end(self) -> Iterator[bytes]:
-        """What is there now; a log that grows as fast as it is read must not keep us for ever."""
+    def _read_to_end(self) -> Iterator[bytes]:
+        """Reads up to the current end of the file, so that it ends even if the log grows as fast as it is read."""
         assert self._file is not None
         end = os.fstat(self._file.fileno()).st_size
         self._file.seek(self._offset)
@@ -105,7 +105,7 @@ class LineFile:
     def _was_replaced(self) -> bool:
         try:
             status = self.path.stat()
-        except FileNotFoundError:  # moved away, and no new one yet
+        except FileNotFoundError:  # moved away, with no new file yet
             return False
         return [status.st_dev, status.st_ino] != self._identity
 

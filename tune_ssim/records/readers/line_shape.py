@@ -1,4 +1,4 @@
-"""Printed lines that differ in their numbers alone, read many at once: a training prints millions of them."""
+"""Fast reading of many printed lines that differ only in their numbers. A training may print millions of them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-# Built so that no text needs more than a number of steps proportional to its length. In lower case.
+# Matches in time linear in the length of the text. For lower-case text.
 NUMBER = r"[-+]?(?:\d{1,40}(?:\.\d{0,40})?(?:e[-+]?\d{1,9})?|\.\d{1,40}(?:e[-+]?\d{1,9})?|nan|inf(?:inity)?)"
-# What a number is made of: quicker to find, and float() then knows whether it is one.
-OF_A_NUMBER = r"[-+.0-9a-z]{1,40}"
+# Characters of a number: faster to match, and float() then validates the text.
+NUMBER_CHARACTERS = r"[-+.0-9a-z]{1,40}"
 DIGITS = re.compile(r"\d+")
 
 Span = tuple[int, int]
 
 
 class Places(NamedTuple):
-    """Where a line has its step, and of each metric what it is called, where its name stands and where its number."""
+    """Positions in a line: the span of the step, and per metric its name, the span of the name and the span of the number."""
 
     step: Span
     metrics: Sequence[tuple[str, Span, Span]]
 
 
 class LineShape:
-    """A line as a regular expression: its words as they are, any number where one of its metrics is, any digits for other digits
-    (a time of day). A reader that looks at nothing but words and the neighbours of numbers reads all such lines alike."""
+    """A regular expression made from one line: the same words, any number for each metric, any digits for other digits (a time of
+    day). It finds the same step and metrics as the slow reader in every line that matches."""
 
     def __init__(self, line: str, places: Places) -> None:
-        """Raises ValueError for places that overlap, or that are no numbers, and for a line without metrics."""
+        """Raises ValueError if places overlap or are not numbers, or if there are no metrics."""
         if not places.metrics:
             raise ValueError("no metrics")
         words: dict[Span, str] = {places.step: r"(\d{1,19})"}
@@ -36,7 +36,7 @@ class LineShape:
             words[name] = re.escape(line[slice(*name)])
             if number in words or not re.fullmatch(NUMBER, line[slice(*number)]):
                 raise ValueError("two metrics in one place, or no number")
-            words[number] = f"({OF_A_NUMBER})"
+            words[number] = f"({NUMBER_CHARACTERS})"
             columns[number] = metric
         pattern, at = "", 0
         for begin, end in sorted(words):
@@ -48,15 +48,16 @@ class LineShape:
         self._names = [columns[place] for place in sorted(columns)]
 
     def read(self, lines: Sequence[str]) -> Sequence[tuple[str, ...] | None]:
-        """The texts of each line's numbers; None for one of another shape."""
+        """The numbers of each line as text; None for a line of another shape."""
         found: list[tuple[str, ...]] = self._shape.findall("\n".join(lines))
         if len(found) == len(lines):
             return found
         return [match.groups() if (match := self._shape.fullmatch(line)) else None for line in lines]
 
     def columns(self, texts: Iterable[tuple[str, ...]]) -> tuple[list[int], dict[str, Sequence[float]]]:
-        """Of lines of this shape the steps, and metric → its numbers. Of metrics of one name the last counts. Raises ValueError
-        where a text is no number."""
+        """Steps and metric → numbers of lines with this shape. If a metric name occurs twice, the last number wins.
+
+        Raises ValueError if a text is not a number."""
         steps: list[int] = []
         columns: dict[str, Sequence[float]] = {}
         for name, column in zip(self._names, zip(*texts, strict=True), strict=True):

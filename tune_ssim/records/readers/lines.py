@@ -1,10 +1,10 @@
-"""Bytes become lines of text, whatever the bytes are and in whatever pieces they come."""
+"""Splits a byte stream into lines of text, for any bytes and any chunking."""
 
 from __future__ import annotations
 
 import re
 
-# A longer line is no line of a log (a picture, a model that was printed, a file without newlines); it is passed over.
+# A longer line is not a log line (an image, a printed model, a file without newlines) and is skipped.
 MAX_LINE_BYTES = 4 * 1024 * 1024
 
 # Colours and cursor movements (ECMA-48 CSI), window titles (OSC).
@@ -12,19 +12,20 @@ ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)")
 
 
 class Lines:
-    """`feed` bytes and get the lines that are complete. A carriage return ends a line too, so that each state of a
-    progress bar is one; terminal colours, NUL bytes and a byte-order mark are taken out; bytes that are no UTF-8 become
-    U+FFFD. Holds at most MAX_LINE_BYTES."""
+    """`feed` takes bytes and returns complete lines.
+
+    A carriage return also ends a line, so each state of a progress bar is a line. Terminal colours, NUL bytes and a
+    byte-order mark are removed; invalid UTF-8 becomes U+FFFD. Buffers at most MAX_LINE_BYTES."""
 
     def __init__(self) -> None:
-        self.too_long = 0  # lines passed over, not in what `feed` returned
-        self._part = bytearray()  # of a line that is not complete
+        self.too_long = 0  # skipped lines, which `feed` did not return
+        self._part = bytearray()  # the incomplete last line
         self._skipping = False  # inside a line that is too long
-        self._after_return = False  # the last byte was \r: a \n now ends no further line
+        self._after_return = False  # the last byte was \r, so a \n now belongs to the same line end
         self._at_start = True
 
     def __len__(self) -> int:
-        """Bytes held back."""
+        """Number of buffered bytes."""
         return len(self._part)
 
     def feed(self, data: bytes) -> list[str]:
@@ -49,13 +50,13 @@ class Lines:
         return self._split(complete)
 
     def finish(self) -> list[str]:
-        """A last line that no newline ended."""
+        """The last line, if it has no newline."""
         part, self._skipping = bytes(self._part), False
         self._part.clear()
         return self._split(part + b"\n") if part else []
 
     def begin_anew(self) -> None:
-        """The next bytes are the beginning of a file; an unfinished line is lost."""
+        """Resets for the start of a new file; an incomplete line is dropped."""
         self._part.clear()
         self._skipping = self._after_return = False
         self._at_start = True
@@ -68,10 +69,10 @@ class Lines:
             self.too_long += 1
 
     def _split(self, data: bytes) -> list[str]:
-        """Of bytes that end with a line's end."""
+        """The lines of bytes that end with a line end."""
         text = data.decode("utf-8", "replace")
         if self._at_start:
-            text = text.lstrip("\ufeff\ufffd")  # of UTF-16 the mark is no UTF-8
+            text = text.lstrip("\ufeff\ufffd")  # a UTF-16 byte-order mark is not valid UTF-8
             self._at_start = False
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,24 +1,26 @@
-"""Lines of a log that could not be read, in a summary that fits a message."""
+"""A short summary of the lines in a log that could not be read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-MAX_EXAMPLES = 3  # unread lines that are kept with their text; more would not fit a message
-EXCERPT = 80  # characters of a line in a message
+MAX_EXAMPLES = 3  # unread lines quoted in a message
+EXCERPT = 80  # characters quoted per line
 
 
 @dataclass
 class ParseIssues:
-    """`lines` read so far (events of a TensorBoard file), how many of them could not be read (`unread`), the `first`
-    of these (place, text, reason), and `notes`: what was done that the numbers do not show."""
+    """Counts and examples of parse problems.
+
+    lines: lines (or TensorBoard events) read so far. unread: how many of them could not be read. first: examples of these
+    with location, text and reason. notes: other remarks for the user."""
 
     lines: int = 0
     unread: int = 0
     first: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unit: str = "line"
-    repeated: int = 0  # rows of a step that had come before
+    repeated: int = 0  # skipped rows of steps that were already logged
     first_repeated: str = ""
 
     def skip(self, line: int, text: str, reason: str) -> None:
@@ -32,8 +34,8 @@ class ParseIssues:
             self.first_repeated = f"{self.unit} {line}: step {step} after step {last}"
         self.repeated += 1
 
-    def forget(self) -> None:
-        """Drops the unread lines so far: they were not meant as rows."""
+    def discard(self) -> None:
+        """Drops the unread lines so far, which turned out not to be rows."""
         self.unread, self.first = 0, []
 
     def note(self, text: str) -> None:
@@ -55,6 +57,6 @@ class ParseIssues:
 
 
 def excerpt(text: str) -> str:
-    """The beginning of a line between quotes, on one line, without what a terminal would act on."""
+    """The start of a line in quotes, with control characters replaced by spaces."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text[: EXCERPT + 1].strip())
     return f"'{shown[:EXCERPT]}…'" if len(shown) > EXCERPT else f"'{shown}'"

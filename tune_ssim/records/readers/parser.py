@@ -1,4 +1,4 @@
-"""The lines of any training's log → records: for the pipe of a process, and for files."""
+"""Parses log lines into records, from the pipe of a process or from a file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.text_lines import HOW_A_PATTERN_LOOKS, PRINTED, PatternLines, PrintedLines, text_format
 
 LINE_FORMATS = ("jsonl", "csv", "text")
-FEED_BYTES = 1024 * 1024  # split at a time, so that a large piece needs no memory several times over
-SHOWN_LINES = 3  # of a log that is nothing we know, in the message
+FEED_BYTES = 1024 * 1024  # bytes split at a time, to bound memory for large chunks
+SHOWN_LINES = 3  # lines of an unknown log quoted in the message
 
 
 class LineFormat(Protocol):
@@ -27,9 +27,11 @@ class LineFormat(Protocol):
 
 
 class LineParser:
-    """Bytes in, in pieces of any size, records out. `format`: jsonl, csv or text (see docs/logs.md); None: the first line
-    that is a row of one of them decides, and a line tagged TUNE_SSIM decides at any time. `names`: their metric
-    names → ours. `pattern`: for text. Raises UserError for unusable arguments, and nothing later."""
+    """Turns bytes, in chunks of any size, into records.
+
+    format: jsonl, csv or text (see docs/logs.md). None: the first line that is a row in one of these formats decides, and a
+    line tagged TUNE_SSIM decides at any time. names: metric names in the log → ours. pattern: for text. The constructor
+    raises UserError for invalid arguments; other methods never raise for bad content."""
 
     def __init__(
         self,
@@ -63,26 +65,26 @@ class LineParser:
 
     @property
     def format(self) -> str | None:
-        """None while it is not known."""
+        """The format; None if not detected yet."""
         return self._format.format or None
 
     @property
     def held_bytes(self) -> int:
-        """Of a line that is not complete."""
+        """Buffered bytes of an incomplete line."""
         return len(self._lines)
 
     def feed(self, data: bytes) -> list[Record]:
-        """Records that became complete."""
+        """Takes bytes and returns the records that are now complete."""
         return [record for part in self.feed_batches(data) for record in part]
 
     def feed_batches(self, data: bytes) -> list[Sequence[Record]]:
-        """The same, in tables where the log allows it."""
+        """Like `feed`, but returns batches, as tables where possible."""
         for begin in range(0, len(data), FEED_BYTES):
             self._take(self._lines.feed(data[begin : begin + FEED_BYTES]))
         return self._rows.steps.take_batches()
 
     def finish(self) -> list[Record]:
-        """The rest: a last line without a newline, and the step that was held back."""
+        """The remaining records: the last line without a newline, and the pending step."""
         self._take(self._lines.finish())
         if isinstance(self._format, AnyLines):
             self._format.finish()
@@ -99,7 +101,7 @@ class LineParser:
         return self._rows.steps.release()
 
     def begin_anew(self, reason: str) -> None:
-        """The file was replaced or cut: what follows is its beginning."""
+        """Restarts at the beginning of a file that was replaced or truncated."""
         self.issues.note(reason)
         self._lines.begin_anew()
         self._rows.steps.begin_anew()
@@ -116,7 +118,7 @@ class LineParser:
 
 
 class AnyLines:
-    """The format of the first line that is a row of one; until then lines are passed over."""
+    """Detects the format from the first line that is a row; earlier lines are skipped."""
 
     def __init__(self, rows: Rows, file_name: str = "") -> None:
         self._rows = rows
@@ -136,7 +138,7 @@ class AnyLines:
         if not (isinstance(self._chosen, JsonLines) and self._chosen.tagged) and TAG in "\n".join(lines):
             tagged = next(k for k, line in enumerate(lines) if TAG in line)
             self._take_untagged(lines[:tagged], number)
-            self._rows.forget()
+            self._rows.discard()
             self._chosen = JsonLines(self._rows)
             self._chosen.tagged = True
             lines, number = lines[tagged:], number + tagged
@@ -151,7 +153,7 @@ class AnyLines:
                 self._look_at(line, number + k)
 
     def _look_at(self, line: str, number: int) -> None:
-        """Decides if it can, and takes the line then."""
+        """Chooses a format if this line allows it, and then takes the line."""
         self._seen += 1
         if len(self._first) < SHOWN_LINES:
             self._first.append(line[:1000])
@@ -169,12 +171,12 @@ class AnyLines:
             self._chosen.take([line], number)
 
     def finish(self) -> None:
-        """Says so if no line was a row of anything."""
+        """Adds a note if no line was a row in any format."""
         if self._chosen is None and self._seen:
             self._rows.issues.note(self.unknown())
 
     def unknown(self) -> str:
-        """What a user can do about a log that is nothing we know."""
+        """The message for a log in no known format, with what the user can do."""
         shown = " ".join(excerpt(line) for line in self._first)
         return (
             f"no row of a training in {self._seen} line{'s' if self._seen > 1 else ''}, beginning with {shown}; "

@@ -1,4 +1,4 @@
-"""The scalars of a TensorBoard event, read from its bytes. Needs no TensorFlow, and none of tensorboardX's 2 s of imports.
+"""Decodes the scalars of a TensorBoard event, without TensorFlow and without the 2 s import of tensorboardX.
 
 Wire format: https://protobuf.dev/programming-guides/encoding. Messages: tensorboard/compat/proto/event.proto,
 summary.proto, tensor.proto.
@@ -26,8 +26,8 @@ HALVES = {19, BFLOAT16}
 
 
 def scalars(event: bytes) -> tuple[int, list[tuple[str, float]]]:
-    """(step, [(tag, value)]) of an Event; the list is empty for pictures, texts, graphs. Raises ValueError for bytes
-    that are no message."""
+    """(step, [(tag, value)]) of an Event; the list is empty for images, text and graphs. Raises ValueError for bytes that are
+    not a valid message."""
     step, found = 0, []
     for number, wire, value in fields(event):
         if number == EVENT_STEP and wire == VARINT:
@@ -42,7 +42,9 @@ def scalars(event: bytes) -> tuple[int, list[tuple[str, float]]]:
 
 
 def fields(data: bytes) -> list[tuple[int, int, Any]]:
-    """(field number, wire type, value): an int for a varint, else bytes. Raises ValueError."""
+    """The fields of a message as (field number, wire type, value); value is an int for a varint, else bytes.
+
+    Raises ValueError for an invalid message."""
     found = []
     at, end = 0, len(data)
     while at < end:
@@ -84,7 +86,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _value(message: bytes) -> tuple[str, float | None]:
-    """A Summary.Value: its tag, and its number if it is one."""
+    """Tag and number of a Summary.Value; the number is None if the value is not a scalar."""
     tag, scalar = "", None
     for number, wire, value in fields(message):
         if number == VALUE_TAG and wire == BYTES:
@@ -97,7 +99,7 @@ def _value(message: bytes) -> tuple[str, float | None]:
 
 
 def _tensor(message: bytes) -> float | None:
-    """The number of a TensorProto of one number without dimensions, else None."""
+    """The value of a scalar TensorProto, else None."""
     dtype, number = 0, None
     for field, wire, value in fields(message):
         if field == TENSOR_DTYPE and wire == VARINT:

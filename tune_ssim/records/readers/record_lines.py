@@ -1,4 +1,4 @@
-"""Which printed lines say how a step was, so that nobody takes them for something else."""
+"""Recognises printed lines that are records, so that they are not parsed as settings."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from tune_ssim.records.readers.json_lines import is_row
 from tune_ssim.records.readers.text_lines import MAX_PATTERN_TEXT, PAIR, PRINTED, UserPattern, key_values
 from tune_ssim.records.readers.values import Names
 
-OF_A_STEP = ("loss", "train_loss")  # numbers that nobody sets
+LOSS_NAMES = ("loss", "train_loss")  # measured values, never settings
 
 
 class RecordLines:
-    """pattern, names: as for `LineParser`. printed: whether the records are read from these lines at all.
+    """Tests whether a line is a record. pattern, names: as for `LineParser`. printed: whether records are read from stdout.
 
-    A line is a record if the pattern takes it; or if it has a step and a loss or a norm, or a number called `loss`, for
-    progress is printed also where the records come from a file."""
+    A line is a record if the pattern matches, if it has a step and a loss or a norm, or if it has a number called `loss`. The
+    last two apply even if records come from a file, because progress is often printed as well."""
 
     def __init__(self, pattern: str | Sequence[str] | None, names: Mapping[str, str], printed: bool) -> None:
         self._names = Names(names)
@@ -36,7 +36,7 @@ class RecordLines:
         if self._any and is_row(line, self._names) and any(f'"{name}"' in line for name in self._names.steps):
             return True
         names = [name for name, _ in PAIR.findall(line.lower())]
-        if any(name in OF_A_STEP for name in names):
+        if any(name in LOSS_NAMES for name in names):
             return True
         row = self._key_values(line)
         return row is not None and row[0] is not None and any(name.endswith(("loss", "norm")) for name in names)

@@ -1,4 +1,4 @@
-"""A row of a log, as an object or as named texts, on its way to a record."""
+"""Converts rows of a log, from any format, to records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def are_steps(values: Sequence[Any]) -> bool:
 
 
 class Rows:
-    """What every format hands its rows to; `names`: their metric names → ours."""
+    """Collects the rows of every format. `names`: metric names in the log → ours."""
 
     def __init__(self, names: Mapping[str, str] | None = None) -> None:
         self.issues = ParseIssues()
@@ -31,10 +31,10 @@ class Rows:
         self.steps = Steps(self.issues)
 
     def add_object(self, row: dict[str, Any], line: int, text: str, plain: bool = False) -> None:
-        """A JSON object, which is used up, and the text that it was read from; `plain`: without escapes in it. An object
-        without numbers is no row."""
+        """Adds a JSON object, which is modified. `text`: the text it was read from; `plain`: that text has no escapes. An
+        object without numbers is ignored."""
         step = self.names.step_of(row)
-        # The usual row is nothing but floats, and becomes the record's values as it is.
+        # A typical row has only floats and is used directly as the record's values.
         values = row if plain and set(map(type, row.values())) == FLOAT else numbers_of(row, self.names)
         if self.names.given:
             self.names.rename(values)
@@ -42,7 +42,7 @@ class Rows:
             self.add(step, values, line, text)
 
     def add_objects(self, rows: list[dict[str, Any]]) -> bool:
-        """Many objects without escapes at once; False: nothing was used up, and they have to be added one by one."""
+        """Adds many objects without escapes at once. False: nothing was added or modified; add them one by one."""
         key = next((key for key in self.names.steps if key in rows[0]), None)
         before = self.names.steps[: self.names.steps.index(key)] if key else ()
         if key is None or any(name in row for name in before for row in rows):
@@ -50,13 +50,13 @@ class Rows:
         return self._add_columns_of(rows, key) or self._add_rows(rows, key)
 
     def add_columns(self, steps: Sequence[int], columns: Mapping[str, Sequence[float] | Array], names: Names) -> bool:
-        """The same for rows of one and the same metrics; they are renamed as `names` says."""
+        """Adds rows with the same metrics as columns, renamed by `names`. False: nothing was added."""
         if not columns or not are_steps(steps):
             return False
         return self.steps.add_table(Table(steps, columns=names.rename(dict(columns)) if names.given else columns))
 
     def add_arrays(self, columns: Mapping[str, NDArray[Any]]) -> bool:
-        """Many rows of the same names by columns of int64 or float64; False: nothing was used up."""
+        """Adds many rows with the same keys as int64 or float64 columns. False: nothing was added."""
         key = next((key for key in self.names.steps if key in columns), None)
         if key is None or columns[key].dtype.kind != "i":
             return False
@@ -64,7 +64,7 @@ class Rows:
         return self.add_columns(columns[key].tolist(), others, self.names)
 
     def _add_columns_of(self, rows: list[dict[str, Any]], key: str) -> bool:
-        """The usual log: every row has the same names in the same order, and plain numbers."""
+        """Adds rows with the same keys in the same order and numeric values, the usual case. False: nothing was added."""
         names = tuple(rows[0])
         if len(names) < 2 or not all(map(names.__eq__, map(tuple, rows))):
             return False
@@ -94,7 +94,7 @@ class Rows:
         return all(values) and self.steps.add_table(Table(steps, rows=values))
 
     def add(self, step: Any, values: dict[str, float], line: int, text: str = "") -> None:
-        """`step` as the log has it."""
+        """Adds one row. `step`: the raw value from the log."""
         if step is None or step == "":
             self.steps.add(None, values, line, text)
             return
@@ -104,7 +104,7 @@ class Rows:
         else:
             self.steps.add(whole, values, line, text)
 
-    def forget(self) -> None:
-        """What was taken for rows, and for unreadable ones, was other output. What was released stays so."""
-        self.issues.forget()
-        self.steps.forget()
+    def discard(self) -> None:
+        """Discards pending rows and unread lines that turned out to be other output. Released records are kept."""
+        self.issues.discard()
+        self.steps.discard()

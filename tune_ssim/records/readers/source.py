@@ -1,4 +1,4 @@
-"""A log of any training as a stream of records: what a source is, and which one reads a path."""
+"""The `Source` protocol for logs, and the choice of a source for a path."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.parser import LINE_FORMATS, LineParser
 
 FORMATS = ("jsonl", "json", "csv", "tensorboard", "text")
-LOOKED_FIRST = 1024 * 1024  # bytes that tell a JSON document from lines
+START_BYTES = 1024 * 1024  # enough to tell a JSON document from lines
 PIECE = 16 * 1024
-LOOKED_AT = 8 * 1024 * 1024  # bytes of a log in which a first row is looked for: a large model may be printed first
+FIRST_ROW_BYTES = 8 * 1024 * 1024  # the first row must appear within this many bytes; a large model may be printed before it
 MLFLOW = ("mlflow:", "runs:/")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
 class Source(Protocol):
-    """Records of a log that may still be growing. Their steps only grow, over the whole life of a source."""
+    """The records of a log that may still be growing. Steps only increase over the lifetime of a source."""
 
     @property
     def issues(self) -> ParseIssues: ...
 
     def read(self) -> list[Record]:
-        """What is new and complete since the last call. The file need not exist yet. Never raises for bad content."""
+        """Complete records since the last call. The file need not exist yet. Never raises for bad content."""
 
     def finish(self) -> list[Record]:
-        """What is new, and the rest: an unterminated last line, the step that was held back."""
+        """All remaining records, including an unterminated last line and the pending step."""
 
     def held(self) -> int | None:
-        """The step that was read and is held back, since more rows of it may come; None if there is none."""
+        """The pending step, which is held back because more rows of it may come; None if there is none."""
 
     def release(self) -> list[Record]:
-        """The step that is held back. Rows of it that come later make another record of that step."""
+        """Releases the pending step. Later rows of it become another record of the same step."""
 
     def batches(self) -> Iterator[Sequence[Record]]:
-        """What `read` returns, in parts of bounded size."""
+        """The records of `read`, in batches of bounded size."""
 
 
 def open_source(
@@ -53,16 +53,16 @@ def open_source(
 ) -> Source:
     """A source that reads `path` from its beginning.
 
-    `format`: one of FORMATS; None: found from the content, once there is some. `names`: their metric names → ours;
-    ours may be `step`. `pattern`: a built-in pattern, regular expressions with a group `step`, see docs/logs.md.
-    Raises UserError for arguments that cannot be, for a file that is nothing we know, a compressed one, and a folder
-    without exactly one TensorBoard run. A path where nothing is yet is no error."""
+    `format`: one of FORMATS; None: detected from the content once there is some. `names`: metric names in the log → ours;
+    ours may be `step`. `pattern`: a built-in pattern, or regular expressions with a group `step`, see docs/logs.md.
+    Raises UserError for invalid arguments, an unknown format, a compressed file, or a folder without exactly one TensorBoard
+    run. The path need not exist yet."""
     path = Path(path)
     if format is not None and format not in FORMATS:
         raise UserError(f"format: must be one of {', '.join(FORMATS)}; got {format!r}")
     if pattern is not None and format is None:
         format = "text"
-    LineParser(format=format if format in LINE_FORMATS else None, names=names, pattern=pattern)  # are the arguments sound?
+    LineParser(format=format if format in LINE_FORMATS else None, names=names, pattern=pattern)  # validates the arguments
     if pattern is not None and format != "text":
         raise UserError(f"pattern: goes with format text, not with {format}")
     if str(path).startswith(MLFLOW):
@@ -84,7 +84,7 @@ def _of_kind(
 
 
 def _kind(path: Path, format: str | None, names: Mapping[str, str] | None) -> str:
-    """`lines`, `json`, `tensorboard`, or `unknown` while there is nothing. Raises UserError."""
+    """`lines`, `json`, `tensorboard`, or `unknown` if the log is still empty. Raises UserError."""
     try:
         if path.is_dir():
             if format not in (None, "tensorboard"):
@@ -94,7 +94,7 @@ def _kind(path: Path, format: str | None, names: Mapping[str, str] | None) -> st
             return "tensorboard"
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: neither a file nor a folder; feed what comes from a pipe to a LineParser")
-        start = _beginning(path, LOOKED_FIRST)
+        start = _beginning(path, START_BYTES)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     for magic, name in COMPRESSED.items():
@@ -109,21 +109,21 @@ def _kind(path: Path, format: str | None, names: Mapping[str, str] | None) -> st
     if path.name == "trainer_state.json" or holds_document(start):
         return "json"
     looking = LineParser(names=names, file_name=path.name)
-    data = start if len(start) < LOOKED_FIRST else _beginning(path, LOOKED_AT)
+    data = start if len(start) < START_BYTES else _beginning(path, FIRST_ROW_BYTES)
     for begin in range(0, len(data), PIECE):
         looking.feed(data[begin : begin + PIECE])
         if looking.format is not None:
             return "lines"
     looking.finish()
     if looking.format is None:
-        if not start.strip() or not (b"\n" in data or b"\r" in data):  # it has just begun
+        if not start.strip() or not (b"\n" in data or b"\r" in data):  # the log has just started
             return "unknown"
         raise UserError(f"{path}: {'; '.join(looking.issues.notes)}; valid formats: {', '.join(FORMATS)}")
     return "lines"
 
 
 def _beginning(path: Path, size: int) -> bytes:
-    """Empty if there is no file."""
+    """The first `size` bytes of a file; empty if it does not exist."""
     try:
         with path.open("rb") as file:
             return file.read(size)
@@ -132,8 +132,9 @@ def _beginning(path: Path, size: int) -> bytes:
 
 
 class NotThereYet:
-    """A path with nothing in it: what it is shows when something is. A file that turns out to be nothing we know is
-    followed as lines, for a row may come yet."""
+    """A path that is still empty or missing. The format is detected once there is content.
+
+    A file in an unknown format is followed as lines, because a row may still come."""
 
     def __init__(self, path: Path, names: Mapping[str, str] | None) -> None:
         self.path = path
@@ -180,12 +181,12 @@ class NotThereYet:
         """`complete`: no more will come."""
         if self.path.is_dir():
             return "tensorboard" if event_files(self.path) else "unknown"
-        start = _beginning(self.path, LOOKED_FIRST)
+        start = _beginning(self.path, START_BYTES)
         if len(start) < HEADER and not (start and complete):
             return "unknown"
         if is_event_file(start):
             return "tensorboard"
-        # A document may be half written yet; JsonFile sees for itself whether it holds lines.
+        # The document may be incomplete; JsonFile itself checks whether the file has one object per line.
         return "json" if self.path.suffix == ".json" or holds_document(start) else "lines"
 
 
@@ -196,8 +197,7 @@ def read_all(
     names: Mapping[str, str] | None = None,
     pattern: str | Sequence[str] | None = None,
 ) -> Iterator[Record]:
-    """The records of a log that is finished, in bounded memory. Raises UserError as `open_source` does, and if there is
-    nothing at `path`."""
+    """The records of a finished log, in bounded memory. Raises UserError like `open_source`, and if `path` does not exist."""
     if not Path(path).exists():
         raise UserError(f"{path}: no such file")
     source = open_source(path, format=format, names=names, pattern=pattern)

@@ -1,4 +1,4 @@
-"""Rows out of lines that were printed for people: by regular expressions of the user, or by built-in patterns."""
+"""Extracts rows from human-readable lines, with the user's regular expressions or built-in patterns."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from tune_ssim.records.readers.parse_issues import excerpt
 from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.values import Names, text_number
 
-TOGETHER = 512  # lines that are searched at once: quicker than one, and it stays in the cache
-ALIKE = 8  # of fewer it is not asked whether they are alike
-MISFITS = 10  # after so many blocks in a row that were not, it is not asked any more
+BLOCK_LINES = 512  # lines searched at once: faster than one by one, and a block fits in the cache
+MIN_ALIKE = 8  # fewer lines are not tested for a common shape
+MAX_MISFITS = 10  # consecutive blocks without a common shape after which shapes are no longer tried
 
-# A pattern sees this many characters of a line: what a bad one needs may grow with a power of the length.
+# A pattern sees only this many characters of a line: the time of a bad pattern can be polynomial in the length.
 MAX_PATTERN_TEXT = 10_000
-# And it gets this many seconds for a line, against an exponential one. A usual search takes a millionth of that.
+# Time limit per line, against patterns with exponential time. A typical search takes a millionth of that.
 LINE_LIMIT_S = 2.0
-SLOW_LINES = 3  # after so many lines that took too long a pattern is not used again
+SLOW_LINES = 3  # a pattern is disabled after this many timeouts
 
 HOW_A_PATTERN_LOOKS = r"a regular expression with named groups, one of them `step`, e.g. 'step (?P<step>\d+) .*loss (?P<loss>\S+)'"
 
 
 class Printed(NamedTuple):
-    """How rows are printed. read: a line → (its step or None, its numbers by their names); None if it is no row. look: what is
-    looked at of a line. places: where all that stands; None where it has no step."""
+    """A built-in pattern. read: line → (step or None, name → number); None if it is not a row. look: line → the text that is
+    searched. places: the positions of step and metrics in that text; None if it has no step."""
 
     read: Callable[[str], tuple[str | None, dict[str, float]] | None]
     look: Callable[[str], str]
     places: Callable[[str], Places | None]
 
 
-# `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A unit behind the number (`0.3s`) makes it something else.
-# In lower case.
+# `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A number followed by a unit (`0.3s`) does not match.
+# For lower-case text.
 PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.])")
 DICT = re.compile(r"\{\s{0,8}['\"]\w")
 
 
-# What a person would call a row of a training.
+# Lines that look like a row of a training to a reader.
 LIKE_A_ROW = re.compile(r"(?:loss|step|iter|epoch).{0,200}\d", re.IGNORECASE)
 
 
 class Unmatched:
-    """Lines that were seen while a pattern has known none of them: what to show to somebody whose pattern is wrong."""
+    """Tracks lines while no line has matched the pattern, to quote a typical one to a user whose pattern is wrong."""
 
     def __init__(self) -> None:
-        self.never = True  # no line was known so far
+        self.never = True  # no line has matched so far
         self._seen = 0
         self._shown = ""
         self._like_a_row = False
@@ -67,7 +67,7 @@ class Unmatched:
                     self._shown = line[:1000]
 
     def sentence(self, what: str) -> str:
-        """Empty if a line was known, or there was none."""
+        """The message for the user; empty if a line matched or there were no lines."""
         if not self.never or not self._seen:
             return ""
         lines = "the only line" if self._seen == 1 else f"any of {self._seen} lines"
@@ -75,13 +75,14 @@ class Unmatched:
 
 
 class UserPattern:
-    """A user's regular expression, searched in bounded time in any thread: some patterns need years for one line. `re` has no
-    time limit, so this is the package `regex`, which reads the same patterns. Raises UserError, see `compiled`."""
+    """A user's regular expression with a time limit that works in any thread, because a bad pattern may take years for one
+    line. `re` has no timeout, so this uses the package `regex`, which accepts the same patterns. Raises UserError, see
+    `compiled`."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self._compiled = compiled(text)
-        self.slow_lines = 0  # lines whose search was stopped
+        self.slow_lines = 0  # lines whose search timed out
 
     @property
     def groups(self) -> Mapping[str, int]:
@@ -93,7 +94,7 @@ class UserPattern:
         return self.slow_lines >= SLOW_LINES
 
     def search(self, line: str) -> Any:
-        """The match, or None; None for every line once the pattern was given up. Raises TimeoutError."""
+        """The match, or None; always None once the pattern is disabled. Raises TimeoutError."""
         if self.given_up:
             return None
         try:
@@ -103,7 +104,7 @@ class UserPattern:
             raise
 
     def matches(self, line: str) -> bool:
-        """Whether the pattern is found; False where the search took too long."""
+        """Whether the pattern matches; False if the search timed out."""
         try:
             return self.search(line) is not None
         except TimeoutError:
@@ -111,7 +112,7 @@ class UserPattern:
 
 
 class PatternLines:
-    """Rows by the user's patterns; a line may be a row of several of them. A line that no pattern matches is no error."""
+    """Rows extracted by the user's patterns. A line may match several patterns; a line that matches none is not an error."""
 
     format = "text"
 
@@ -122,8 +123,8 @@ class PatternLines:
 
     def take(self, lines: list[str], number: int) -> None:
         """The lines `number`, `number` + 1, … of the log."""
-        for begin in range(0, len(lines), TOGETHER):
-            block = shortened(lines[begin : begin + TOGETHER])
+        for begin in range(0, len(lines), BLOCK_LINES):
+            block = shortened(lines[begin : begin + BLOCK_LINES])
             found = [self._search(pattern, block, number + begin) for pattern in self._patterns]
             if len(found) == 1 and self._add_together([match for match in found[0] if match is not None]):
                 continue
@@ -154,8 +155,8 @@ class PatternLines:
         return found
 
     def _add_together(self, matches: list[Any]) -> bool:
-        """Rows of one pattern in which every group found a plain number; False: nothing was used up."""
-        if len(matches) < ALIKE:
+        """Adds rows of one pattern in which every group is a number. False: nothing was added."""
+        if len(matches) < MIN_ALIKE:
             return False
         places = self._patterns[0].groups
         texts = dict(zip(places, zip(*(match.group(*places.values()) for match in matches), strict=True), strict=True))
@@ -164,7 +165,7 @@ class PatternLines:
             return False
         try:
             columns = {self._rows.names[name]: tuple(map(float, column)) for name, column in texts.items()}
-        except (TypeError, ValueError):  # a group that took no part, or that found something else
+        except (TypeError, ValueError):  # a group that did not match, or that is not a number
             return False
         if not self._rows.add_columns(list(map(int, steps)), columns, self._rows.names):
             return False
@@ -184,7 +185,7 @@ class PatternLines:
             self._rows.add(step, names.rename(values) if names.given else values, number, found.string)
 
     def _odd_values(self, texts: Mapping[str, str | None], line: str, number: int) -> dict[str, float]:
-        """Of groups that found more than a number."""
+        """The numbers of groups that matched more than a number."""
         values = {}
         for name, text in texts.items():
             if text is None:
@@ -198,8 +199,9 @@ class PatternLines:
 
 
 class PrintedLines:
-    """Rows by a built-in pattern: `name`, or the first of them that knows a line; `bagel` then beats the generic one
-    at any time."""
+    """Rows extracted by a built-in pattern: `name`, or the first that recognises a line.
+
+    If chosen automatically, `bagel` can still replace the generic pattern later."""
 
     format = "text"
 
@@ -211,11 +213,11 @@ class PrintedLines:
         self._may_change = name is None
         self._unmatched = Unmatched()
         self.name = name
-        self._shape: LineShape | None = None  # of the rows lately
-        self._misfits = 0  # blocks in a row in which some line had another one
+        self._shape: LineShape | None = None  # shape of the latest rows
+        self._misfits = 0  # consecutive blocks in which most lines had another shape
 
     def recognises(self, line: str) -> bool:
-        """Whether a built-in pattern knows this line; the first that does is kept."""
+        """Whether a built-in pattern recognises this line; the first that does is kept."""
         line = line[:MAX_PATTERN_TEXT]
         if self.name is None:
             self.name = next((name for name, printed in self._printed.items() if printed.read(line) is not None), None)
@@ -223,23 +225,23 @@ class PrintedLines:
 
     def take(self, lines: list[str], number: int) -> None:
         """The lines `number`, `number` + 1, … of the log."""
-        for begin in range(0, len(lines), TOGETHER):
-            block = shortened(lines[begin : begin + TOGETHER])
+        for begin in range(0, len(lines), BLOCK_LINES):
+            block = shortened(lines[begin : begin + BLOCK_LINES])
             if self._shape is None:
                 self._take_each(block, number + begin)
             else:
                 self._take_alike(self._shape, block, number + begin)
 
     def _take_alike(self, shape: LineShape, lines: list[str], number: int) -> None:
-        """Lines of which most have the shape of a row before them."""
+        """Takes lines, most of which should have the shape of earlier rows."""
         texts = shape.read(list(map(self._printed[self.name or ""].look, lines)))
         fit = texts.count(None) <= len(lines) // 2
         self._misfits = 0 if fit else self._misfits + 1
         begin = 0
         for fits, of_run in groupby(texts, key=lambda text: text is not None):
             run = list(of_run)
-            # A surer format may have been found in between: its rows have another shape.
-            alike = fits and len(run) >= ALIKE and self._shape is shape
+            # The pattern may have changed in between; its rows have another shape.
+            alike = fits and len(run) >= MIN_ALIKE and self._shape is shape
             if not (alike and self._add_run(shape, run)):
                 self._take_each(lines[begin : begin + len(run)], number + begin)
             begin += len(run)
@@ -249,11 +251,11 @@ class PrintedLines:
     def _add_run(self, shape: LineShape, texts: list[Any]) -> bool:
         try:
             return self._rows.add_columns(*shape.columns(texts), self._names)
-        except ValueError:  # what looked like a number
+        except ValueError:  # a text that only looks like a number
             return False
 
     def _take_each(self, lines: list[str], number: int) -> None:
-        wants_shape = self._shape is None and len(lines) >= ALIKE and self._misfits < MISFITS
+        wants_shape = self._shape is None and len(lines) >= MIN_ALIKE and self._misfits < MAX_MISFITS
         for at, line in enumerate(lines, number):
             if self.name is None and not self.recognises(line):
                 self._unmatched.take([line])
@@ -266,7 +268,7 @@ class PrintedLines:
             self._unmatched.never = False
             if self._may_change and self.name == "key_values" and self._printed["bagel"].read(line) is not None:
                 self.name, self._shape = "bagel", None
-                self._rows.forget()
+                self._rows.discard()
                 row = self._printed["bagel"].read(line) or row
             step, values = row
             if wants_shape:
@@ -275,7 +277,7 @@ class PrintedLines:
             self._rows.add(step, self._names.rename(values) if self._names.given else values, at, line)
 
     def _shape_of(self, line: str, row: tuple[str | None, dict[str, float]]) -> LineShape | None:
-        """Of a row, as far as reading by it gives the same."""
+        """The shape of a row; None unless reading by the shape gives the same result."""
         printed = self._printed[self.name or ""]
         seen = printed.look(line)
         places = printed.places(seen)
@@ -304,7 +306,7 @@ def shortened(lines: list[str]) -> list[str]:
 
 
 def compiled(pattern: str) -> Any:
-    """Raises UserError for what is no regular expression, or has no group `step`, or no other."""
+    """The compiled pattern. Raises UserError for an invalid regular expression, or one without `step` and another group."""
     if not isinstance(pattern, str) or not pattern:
         raise UserError(f"pattern: must be {HOW_A_PATTERN_LOOKS}; got {pattern!r}")
     try:
@@ -318,8 +320,8 @@ def compiled(pattern: str) -> Any:
 
 
 def key_values(names: Names) -> Printed:
-    """`step 12 | loss 0.31 | grad_norm: 1.2`, `Step: 12, Loss=0.31`, and dictionaries as Hugging Face's Trainer prints
-    them. Names in lower case. A line needs a step, unless it is a dictionary."""
+    """Matches `step 12 | loss 0.31 | grad_norm: 1.2`, `Step: 12, Loss=0.31`, and dictionaries as printed by Hugging Face's
+    Trainer. Names become lower case. A line needs a step, unless it is a dictionary."""
     steps = "|".join(re.escape(name.lower()) for name in (*names.steps, "train_step", "global step"))
     step_of = re.compile(rf"(?<![\w/-])(?:{steps})['\"]?\s{{0,8}}[:=#\[( ]?\s{{0,8}}['\"]?(\d{{1,19}})(?![\d.])")
     is_step = {name.lower() for name in names.steps} | {"train_step"}
@@ -344,15 +346,15 @@ def key_values(names: Names) -> Printed:
     return Printed(read, str.lower, places)
 
 
-# `(step=0000120) Train Loss mse: 0.4123, Train Loss ce: 0.5511, Train Steps/Sec: 0.08, ` as BAGEL's
-# train/pretrain_unified_navit.py writes it, and the DiT family before it: `(step=0000500/epoch=0001) Train Loss: 0.1158`.
+# `(step=0000120) Train Loss mse: 0.4123, Train Loss ce: 0.5511, Train Steps/Sec: 0.08, ` is the format of BAGEL's
+# train/pretrain_unified_navit.py; `(step=0000500/epoch=0001) Train Loss: 0.1158` is that of the DiT family.
 BAGEL_STEP = re.compile(r"\(step=(\d{1,19})[^()]{0,80}\) ")
 BAGEL_NAMES = {"mse": "loss_flow", "ce": "loss_ce", "ssim": "loss_ssim", "pixel": "loss_pixel"}
 
 
 def bagel(names: Names) -> Printed:
-    """`Train Loss KEY` becomes KEY, under our name where BAGEL's is another (`mse` is the flow loss); `Train Loss`
-    becomes `loss`, `Train Steps/Sec` steps_per_sec."""
+    """Matches BAGEL's lines. `Train Loss KEY` becomes KEY, translated to our name where BAGEL's differs (`mse` is the flow
+    loss); `Train Loss` becomes `loss`, `Train Steps/Sec` becomes `steps_per_sec`."""
     known: dict[str, str] = {}
 
     def name_of(text: str) -> str:
@@ -404,7 +406,7 @@ PRINTED: dict[str, Callable[[Names], Printed]] = {"bagel": bagel, "key_values": 
 
 
 def text_format(rows: Rows, pattern: str | Sequence[str] | None) -> PatternLines | PrintedLines:
-    """Raises UserError."""
+    """The reader for a text log: `pattern` is None, a built-in name, or regular expressions. Raises UserError."""
     if pattern is None:
         return PrintedLines(rows)
     if isinstance(pattern, str):

@@ -1,4 +1,4 @@
-"""Names and numbers of somebody else's log, made ours."""
+"""Converts names and numbers of third-party logs to ours."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any, TypeVar
 
 from tune_ssim.base.errors import UserError
 
-# Where a row says its step, the first that is there: plain loops; Hugging Face and MMEngine; wandb; Lightning in wandb.
+# Keys for the step, first match wins: plain loops; Hugging Face and MMEngine; wandb; Lightning in wandb.
 STEP_NAMES = ("step", "global_step", "iter", "iteration", "_step", "trainer/global_step")
 MAX_STEP = 2**63 - 1  # as TensorBoard and MLflow store it
 Value = TypeVar("Value")
-NESTED = 3  # levels of objects in a JSON row that are read, as "train/loss"
-KNOWN_NAMES = 10_000  # remembered; a log whose names never repeat must not fill the memory
+MAX_NESTING = 3  # levels of objects read from a JSON row, as "train/loss"
+MAX_NAMES = 10_000  # cached names; bounds memory for a log whose names never repeat
 
 
 class Names(dict[str, str]):
-    """Their name → ours. `given` is what the user said, other names stay as they are (but for halves of
-    surrogate pairs, from a broken escape, which cannot be printed). Raises UserError for a `given` that is not names → names."""
+    """Metric name in the log → ours. `given`: the user's mapping; other names are unchanged, except that unpaired surrogates
+    (from a broken escape) are replaced because they cannot be printed. Raises UserError if `given` does not map names to
+    names."""
 
     def __init__(self, given: Mapping[str, str] | None = None) -> None:
         super().__init__()
@@ -29,14 +30,14 @@ class Names(dict[str, str]):
         self.steps = (*(theirs for theirs, ours in self.given.items() if ours == "step"), *STEP_NAMES)
 
     def __missing__(self, theirs: str) -> str:
-        if len(self) >= KNOWN_NAMES:
+        if len(self) >= MAX_NAMES:
             self.clear()
         ours = theirs.encode("utf-8", "replace").decode()
         self[theirs] = ours
         return ours
 
     def step_of(self, row: dict[str, Any]) -> Any:
-        """Takes the step out of a row, as it stands there; None if there is none. `Step` is `step` where there is no other."""
+        """Removes the step from a row and returns its raw value; None if there is none. Falls back to a case-insensitive match."""
         for key in self.steps:
             if key in row:
                 return row.pop(key)
@@ -46,15 +47,15 @@ class Names(dict[str, str]):
         return None
 
     def rename(self, values: dict[str, Value]) -> dict[str, Value]:
-        """What `given` says, which beats a metric that had our name already."""
+        """Renames by `given`, in place. A renamed metric overrides one that already has our name."""
         moved = {ours: values.pop(theirs) for theirs, ours in self.given.items() if theirs in values}
         values.update(moved)
         return values
 
 
 def number_in(value: Any) -> float | None:
-    """A number as JSON or a person may write it ("NaN", "Infinity", "0.3" included); None for everything else.
-    A whole number beyond the range of a float is infinite."""
+    """The number in a JSON value, including text such as "NaN", "Infinity" or "0.3"; None for anything else.
+    An integer too large for a float becomes infinite."""
     if isinstance(value, str):
         return text_number(value)
     if isinstance(value, (int, float)):
@@ -66,7 +67,7 @@ def number_in(value: Any) -> float | None:
 
 
 def text_number(text: str) -> float | None:
-    """ "0.3", "1e-4", "nan", "-Infinity"; None for any other text. Python's own "1_000" is none."""
+    """The number in a text such as "0.3", "1e-4", "nan" or "-Infinity"; None for other text, including "1_000"."""
     try:
         return None if "_" in text else float(text)
     except ValueError:
@@ -74,7 +75,7 @@ def text_number(text: str) -> float | None:
 
 
 def step_in(value: Any) -> int | None:
-    """A whole number from zero on ("12", 12, 12.0), else None."""
+    """The step in a value such as "12", 12 or 12.0: an integer >= 0, else None."""
     if type(value) is int:
         return value if 0 <= value <= MAX_STEP else None
     if isinstance(value, str):
@@ -92,13 +93,13 @@ def step_in(value: Any) -> int | None:
 
 
 def numbers_of(row: Mapping[str, Any], names: Names, prefix: str = "", level: int = 1) -> dict[str, float]:
-    """The numbers of a JSON object under our names; those of an object inside as "outer/inner"."""
+    """The numbers of a JSON object under our names. Nested keys become "outer/inner"."""
     values: dict[str, float] = {}
     for name, value in row.items():
         if type(value) is float:
             values[names[prefix + name]] = value
         elif isinstance(value, dict):
-            if level < NESTED:
+            if level < MAX_NESTING:
                 values.update(numbers_of(value, names, f"{prefix}{name}/", level + 1))
         else:
             number = number_in(value)
