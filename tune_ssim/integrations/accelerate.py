@@ -1,4 +1,4 @@
-"""A loop of one's own with accelerate, as a trial.
+"""Runs your own loop with accelerate as a trial.
 
 with tune_ssim.trial_context(ssim_loss_weight=0.0) as t:
     reporter = AcceleratedTrial(accelerator, t, samples=generate)
@@ -7,7 +7,7 @@ with tune_ssim.trial_context(ssim_loss_weight=0.0) as t:
         with accelerator.accumulate(model):
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)   # as it was before clipping
+                norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)   # before clipping
             optimizer.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
@@ -30,9 +30,9 @@ __all__ = ["AcceleratedTrial"]
 
 
 class AcceleratedTrial:
-    """Like `t.report`, for several processes: all of them call it, and all of them hear at the same step that the trial is over.
+    """Like `t.report`, for several processes. All must call it, and all learn at the same step that the trial is over.
 
-    samples: given the model without its wrapper, images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a
+    samples: a function of the unwrapped model that returns images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a
     `tune_ssim.Sample`; called at the steps of the study's smoke test, in eval() mode and without gradients."""
 
     def __init__(self, accelerator: Accelerator, trial: TrialContext, samples: MakeSamples | None = None) -> None:
@@ -40,11 +40,11 @@ class AcceleratedTrial:
         self.reporting = Reporting(trial, samples)
 
     def start(self, model: Any, step: int = 0) -> bool:
-        """Before the first step: samples of the weights as they are. `step`: steps taken before a resume. True: stop already."""
+        """Call before the first step: samples from the initial weights. `step`: steps taken before a resume. True: stop now."""
         return self.reporting.start(step, self.accelerator.unwrap_model(model), self.accelerator.device)
 
     def report(self, model: Any, *, step: int, **metrics: float | torch.Tensor | None) -> bool:
-        """The numbers of one optimiser step as the main process has them; None is left out. True: the trial is over, leave the
-        loop."""
+        """Reports one optimiser step with the main process's metrics, without those that are None. True: the trial is over, leave
+        the loop."""
         known = {name: value for name, value in metrics.items() if value is not None}
         return self.reporting.send(step, known, self.accelerator.unwrap_model(model), self.accelerator.device)

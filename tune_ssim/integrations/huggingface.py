@@ -1,4 +1,4 @@
-"""A transformers.Trainer, or a loop with accelerate, as a trial.
+"""Runs a transformers.Trainer as a trial.
 
 with tune_ssim.trial_context(ssim_loss_weight=0.0) as t:
     arguments = TrainingArguments(max_steps=t.steps or 10_000, max_grad_norm=1.0, …)
@@ -22,22 +22,22 @@ __all__ = ["TrialCallback"]
 
 
 class TrialCallback(TrainerCallback):
-    """Reports every optimiser step: `loss`, `total_norm` (the trainer's own `grad_norm`, which is measured before it clips), `lr`
-    and what was `add`ed. When the trial is over, the training ends as it does for early stopping. Outside a study it does nothing.
+    """Reports every optimiser step: `loss`, `total_norm` (the trainer's `grad_norm`, measured before clipping), `lr`, and metrics
+    passed to `add`. When the trial is over, the training ends as with early stopping. Outside a study it does nothing.
 
-    Within one it makes the trainer log every step, for that is where the norm is told, and lets NaN and Inf through
-    (`logging_nan_inf_filter` would replace them by the mean of the steps before).
+    Within a study it makes the trainer log every step, since the norm is reported only there, and lets NaN and Inf through
+    (`logging_nan_inf_filter` would replace them with the mean of earlier steps).
 
-    samples: given the model, images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a `tune_ssim.Sample`; called
-    at the steps of the study's smoke test, in eval() mode and without gradients."""
+    samples: a function of the model that returns images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a
+    `tune_ssim.Sample`; called at the steps of the study's smoke test, in eval() mode and without gradients."""
 
     def __init__(self, trial: TrialContext, samples: MakeSamples | None = None) -> None:
         self.reporting = Reporting(trial, samples)
         self._added: dict[str, list[Any]] = {}
 
     def add(self, **metrics: float | torch.Tensor) -> None:
-        """Further numbers of the step in progress, e.g. from compute_loss(): ssim_active_fraction, loss_ssim. Means are taken
-        over micro-batches."""
+        """Adds metrics of the step in progress, e.g. from compute_loss(): ssim_active_fraction, loss_ssim. They are averaged over
+        micro-batches."""
         if self.reporting.is_active:
             for name, value in metrics.items():
                 self._added.setdefault(name, []).append(value.detach() if isinstance(value, torch.Tensor) else value)

@@ -1,4 +1,4 @@
-"""A Lightning training as a trial.
+"""Runs a Lightning training as a trial.
 
 with tune_ssim.trial_context(ssim_loss_weight=0.0, lr=1e-4) as t:
     trainer = Trainer(max_steps=t.steps or 10_000, callbacks=[TrialCallback(t, samples=generate)])
@@ -18,7 +18,7 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name not in ("lightning", "lightning.pytorch"):
         raise
-    from pytorch_lightning import Callback  # the same code under its other name
+    from pytorch_lightning import Callback  # the older name of the package
 
 from tune_ssim.integrations.reporting import MakeSamples, Reporting
 from tune_ssim.probes import total_norm
@@ -27,31 +27,31 @@ from tune_ssim.trials.push import TrialContext
 __all__ = ["TrialCallback"]
 
 
-NOT_OF_A_STEP = ("val", "test")  # Lightning keeps the numbers of the last validation among those of every step
+NOT_OF_A_STEP = ("val", "test")  # Lightning keeps the last validation's metrics among those of every step
 
 
 class TrialCallback(Callback):
-    """Reports every optimiser step: `loss`, `total_norm` of the whole gradient before clipping, `lr`, and what the module logs
-    for the step (`self.log("ssim_active_fraction", …)`; not what has a slash in its name or begins with val or test). When the
-    trial is over, the fit ends as it does for early stopping. Outside a study it does nothing.
+    """Reports every optimiser step: `loss`, `total_norm` of the whole gradient before clipping, `lr`, and the metrics that the
+    module logs for the step (`self.log("ssim_active_fraction", …)`), except names with a slash or starting with val or test. When
+    the trial is over, the fit ends as with early stopping. Outside a study it does nothing.
 
-    samples: given the module, images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a `tune_ssim.Sample`; called
-    at the steps of the study's smoke test, in eval() mode and without gradients.
+    samples: a function of the module that returns images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a
+    `tune_ssim.Sample`; called at the steps of the study's smoke test, in eval() mode and without gradients.
 
-    With several micro-batches a step, `loss` is their mean. With several optimisers in a batch, the norms add in squares. Gradients
-    may be sharded (FSDP2, see `probes.total_norm`); those of FSDP1 and DeepSpeed are not seen whole."""
+    With several micro-batches per step, `loss` is their mean. With several optimisers per batch, squared norms are added. Gradients
+    may be sharded with FSDP2 (see `probes.total_norm`). With FSDP1 and DeepSpeed the whole gradient is not visible."""
 
     def __init__(self, trial: TrialContext, samples: MakeSamples | None = None) -> None:
         self.reporting = Reporting(trial, samples)
-        self._squares: list[torch.Tensor] = []  # of the norms of this step, one an optimiser
-        self._losses: list[torch.Tensor] = []  # of its micro-batches
+        self._squares: list[torch.Tensor] = []  # squared norms of this step, one per optimiser
+        self._losses: list[torch.Tensor] = []  # losses of its micro-batches
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         stop = self.reporting.start(trainer.global_step, pl_module, trainer.strategy.root_device)
         trainer.should_stop = trainer.should_stop or stop
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        # Lightning clips after this hook; a GradScaler has unscaled before it.
+        # Lightning clips after this hook; a GradScaler unscales before it.
         if self.reporting.is_active:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self._squares.append(total_norm(parameters).square())
@@ -64,11 +64,11 @@ class TrialCallback(Callback):
         if isinstance(loss, torch.Tensor):
             self._losses.append(loss.detach())
         if not self._squares:
-            return  # a micro-batch: the optimiser has yet to step
+            return  # a micro-batch: the optimiser has not stepped yet
         logged = trainer.callback_metrics.items()
         metrics: dict[str, Any] = {name: value for name, value in logged if "/" not in name and not name.startswith(NOT_OF_A_STEP)}
         if self._losses:
-            # Lightning has divided each by the number of micro-batches already.
+            # Lightning has already divided each by the number of micro-batches.
             metrics["loss"] = torch.stack(self._losses).sum()
         metrics["total_norm"] = torch.stack(self._squares).sum().sqrt()
         metrics.setdefault("lr", trainer.optimizers[0].param_groups[0]["lr"])

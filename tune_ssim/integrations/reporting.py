@@ -1,4 +1,4 @@
-"""What every integration does: numbers of a step go out, samples when they are due, and all ranks stop together."""
+"""What all integrations share: report a step's metrics, send samples when due, and stop all ranks together."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from tune_ssim.trials.push import TrialContext, TrialPruned
 from tune_ssim.trials.training import Sample
 
-# Inference on fixed inputs and fixed noise: `[n, 3, H, W]` in [0, 1], or a Sample that has references or inputs too.
+# Inference on fixed inputs and fixed noise: `[n, 3, H, W]` in [0, 1], or a Sample that also has references or inputs.
 MakeSamples = Callable[[Any], "Sample | torch.Tensor"]
 
 
 class Reporting:
-    """The reports of a trainer's callback to its trial. pruned: why the trial is over, or None."""
+    """Reports from a trainer's callback to its trial. pruned: why the trial is over, or None."""
 
     def __init__(self, trial: TrialContext, samples: MakeSamples | None) -> None:
         self.trial, self.make_samples = trial, samples
@@ -24,12 +24,12 @@ class Reporting:
         self.is_active = trial.is_active  # on any rank: the folder of a trial may be there on the first node only
 
     def start(self, step: int, model: Any, device: torch.device) -> bool:
-        """Before the training: samples of the weights as they are. Returns whether to stop already."""
+        """Call before the training: samples from the initial weights. Returns whether to stop now."""
         self.is_active = any_rank(self.trial.is_active, device)
         return step == 0 and self._over(lambda: self._send_samples(0, model), device)
 
     def send(self, step: int, metrics: Mapping[str, Any], model: Any, device: torch.device) -> bool:
-        """The numbers of one optimiser step, and samples if they are due. Returns whether to stop: the same on every rank."""
+        """Reports one optimiser step, and samples if due. Returns whether to stop, the same on every rank."""
 
         def report() -> None:
             self.trial.report(step=step, **metrics)
@@ -44,7 +44,7 @@ class Reporting:
             report()
         except TrialPruned as reason:
             self.pruned = reason
-        # A rank that leaves alone would leave the others waiting in their next collective.
+        # If one rank left alone, the others would hang in their next collective.
         if any_rank(self.pruned is not None, device) and self.pruned is None:
             self.pruned = TrialPruned("the trial is over on another rank")
         return self.pruned is not None
@@ -69,7 +69,7 @@ class Reporting:
 
 @contextmanager
 def looking_on(model: Any) -> Iterator[None]:
-    """Inference that leaves the training as it is: no gradients, eval() mode and back, the global generators as they were."""
+    """Inference without side effects: no gradients, eval() mode restored afterwards, global generators restored."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     model.eval()
@@ -82,7 +82,7 @@ def looking_on(model: Any) -> Iterator[None]:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on one rank at least; a collective where a training is distributed."""
+    """Whether `flag` is true on any rank. A collective if the training is distributed."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return flag

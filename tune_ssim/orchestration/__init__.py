@@ -1,4 +1,4 @@
-"""The phases of a study and who executes them: Ray Tune, or this process. Names load on first use."""
+"""The phases of a study and their executors: Ray Tune, or this process. Names load on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The phases before the first trial: preflight, calibration, and what the study is made of."""
+"""The phases before the first trial: preflight, calibration and provenance."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAT_MAP = "calibration.png"
 
 
 def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, progress: Progress, executor: Executor) -> None:
-    """The phases before the first trial; a study that is resumed has them behind it. Raises BadSetup for an unsound one."""
+    """Runs the phases before the first trial, unless a resumed study has completed them. Raises BadSetup if they find a fault."""
     if (folder.path / PROVENANCE).exists():
         _require_clean(folder)
         return
@@ -48,7 +48,7 @@ def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, progre
 
 
 def _require_clean(folder: StudyFolder) -> None:
-    """Raises BadSetup where a study starts from weights that are, or have become, quarantined."""
+    """Raises BadSetup if the study starts from quarantined weights."""
     ledger, start = Ledger(folder.path.parent), folder.start() or StartingState((), ())
     for contents in start.contents:
         if refusal := ledger.check_hashes(contents.hashes, start.parents, "the weights that the study starts from"):
@@ -56,7 +56,7 @@ def _require_clean(folder: StudyFolder) -> None:
 
 
 def norm_model(folder: StudyFolder) -> tuple[NormModel | None, float | None, float | None]:
-    """(model, the norm guard's limit, the predicted ratio beyond which nothing is launched) of a calibrated study."""
+    """(model, the norm guard's limit, the predicted ratio above which no setting is launched) of a calibrated study."""
     found = parse_json(folder.path / CALIBRATION, lambda c: (NormModel.from_dict(c["model"]), c["limit"], c["skip_above"]))
     return found or (None, None, None)
 

@@ -1,4 +1,4 @@
-"""Who executes the trials of a study: Ray Tune, or this process."""
+"""The interface of executors, which run the trials of a study with Ray Tune or in this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tune_ssim.trials.trial_run import TrialResult, TrialSpec
 
 
 class JobSearch(Protocol):
-    """A search that gives whole jobs: `search.baseline_first.BaselineFirst`."""
+    """A search that returns whole jobs: `search.baseline_first.BaselineFirst`."""
 
     def ask(self) -> TrialJob | Wait | Done: ...
 
@@ -23,7 +23,7 @@ class JobSearch(Protocol):
 
 @dataclass(frozen=True)
 class Phase:
-    """The trials of a study that are executed together. name: of its folder; concurrency: trials at a time."""
+    """The trials of a study that are executed together. name: of the folder. concurrency: trials at a time."""
 
     name: str
     spec: TrialSpec
@@ -32,19 +32,19 @@ class Phase:
 
 
 class Executor(Protocol):
-    """A context manager. Nothing else differs between the executors: same jobs, same verdicts, same folder."""
+    """A context manager that executes trials. All executors give the same jobs, verdicts and folder."""
 
     def describe(self) -> str:
-        """Where trials run, in a line."""
+        """One line that describes where trials run."""
 
     def concurrency(self, study: Study) -> int:
-        """Trials at a time. Raises UserError where not even one fits."""
+        """Trials at a time. Raises UserError if not even one fits."""
 
     def inspect(self, study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
-        """What is known before launch, measured where a trial would run: see `before_launch.inspection`."""
+        """The checks before launch, run where a trial would run: see `before_launch.inspection`."""
 
     def run(self, phase: Phase, search: JobSearch, recorder: StudyRecorder) -> None:
-        """Executes jobs until the search is done, or until Ctrl-C: then `recorder.unfinished` is not empty."""
+        """Executes jobs until the search is done, or until Ctrl-C, after which `recorder.unfinished` is not empty."""
 
     def __enter__(self) -> Executor: ...
 

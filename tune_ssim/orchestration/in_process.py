@@ -1,4 +1,4 @@
-"""A study trial by trial in this process, without Ray: a breakpoint in a user's task works, and a test takes a second."""
+"""Runs a study trial by trial in this process, without Ray, so that breakpoints in a user's task work and tests are fast."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tune_ssim.study.study import Study
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.trial_run import TrialRun
 
-CHECKPOINTS = "checkpoints"  # in the study's folder, where Ray would have its own
+CHECKPOINTS = "checkpoints"  # subfolder of the study, in place of Ray's
 
 
 class InProcessExecutor:
-    """Jobs in the very order in which Ray gets them, so that suggestions and verdicts are the same."""
+    """Executes jobs in the same order as Ray, so that suggestions and verdicts are the same."""
 
     def describe(self) -> str:
         return "in this process, one trial after the other"
 
     def concurrency(self, study: Study) -> int:
-        """As Ray would have it where everything fits: the order of the suggestions depends on it. One trial runs at a time."""
+        """The concurrency of Ray with enough resources, since the suggestions depend on it. One trial runs at a time."""
         if study.resources.parts > 1:
             raise UserError("resources: workers and nodes need Ray; leave out --in-process")
         if study.scheduler is not None:
@@ -38,7 +38,7 @@ class InProcessExecutor:
     def run(self, phase: Phase, search: JobSearch, recorder: StudyRecorder) -> None:
         while isinstance(job := search.ask(), TrialJob):
             self._run_job(phase, job, search, recorder)
-        assert not isinstance(job, Wait), "a search waits although every trial was told"
+        assert not isinstance(job, Wait), "the search waits although every trial has been reported"
         assert isinstance(job, Done)
 
     def _run_job(self, phase: Phase, job: TrialJob, search: JobSearch, recorder: StudyRecorder) -> None:
@@ -66,7 +66,7 @@ class InProcessExecutor:
 
 
 def _save(run: TrialRun, folder: Path, step: int) -> None:
-    """Keeps the newest two: one that a kill cuts short is not the only one."""
+    """Saves a checkpoint and keeps the newest two, in case a kill truncates one."""
     run.save(folder / f"step_{step:08d}")
     for old in sorted(folder.glob("step_*"), reverse=True)[2:]:
         for file in old.iterdir():

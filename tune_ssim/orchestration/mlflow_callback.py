@@ -1,4 +1,4 @@
-"""The MLflow callback for a `tune.Tuner` of your own."""
+"""The MLflow callback for your own `tune.Tuner`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ log = logging.getLogger(__name__)
 
 
 class MLflowTracking(tune.Callback):
-    """Shows a Tune experiment in MLflow: a parent run, a child run a trial, every number at its step.
+    """Logs a Tune experiment to MLflow: a parent run, one child run per trial, every metric at its step.
 
         tune.Tuner(train, run_config=tune.RunConfig(callbacks=[MLflowTracking()]), ...)
 
-    folder: where the events are kept that are mirrored into MLflow; None: the experiment's own folder.
-    uri: MLflow's tracking URI; None: `mlflow.db` (SQLite) beside that folder.
+    folder: where the events to be mirrored into MLflow are kept; None: the experiment's own folder.
+    uri: MLflow's tracking URI; None: `mlflow.db` (SQLite) next to that folder.
     drop_bulk: remove `records` and `images` from a result after use, so that they do not fill Ray's snapshots.
-    drain_timeout_s: how long the end of the experiment waits for MLflow. A server that is down stops nothing: the
+    drain_timeout_s: how long the end of the experiment waits for MLflow. If the server is down, training continues: the
     numbers stay in `events.jsonl`, and `tune-ssim ui` mirrors them later.
 
-    Our own trainable (`make_trainable`) reports its records, images and verdict. Of any other, all numbers are logged at
-    their `training_iteration`, and a result with a true `pruned` (and `reason`) means pruned.
+    Our own trainable (`make_trainable`) reports its records, images and verdict. For any other trainable, all numbers are logged
+    at their `training_iteration`, and a result with a true `pruned` (and `reason`) counts as pruned.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class MLflowTracking(tune.Callback):
         return {"folder": None if self.folder is None else str(self.folder.path), "slots": self._slots}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """After Tuner.restore, before `setup`: the same events go on, hence the same runs."""
+        """Called after Tuner.restore, before `setup`. The same events file is continued, hence the same runs."""
         if self.folder is None and state["folder"] is not None:
             self.folder = StudyFolder(Path(state["folder"]))
         self._slots = state["slots"]
@@ -111,7 +111,7 @@ class MLflowTracking(tune.Callback):
 
 
 def _folder_of(trial: Any) -> StudyFolder:
-    """The experiment's own folder where it is on this machine, else one of its name in our default storage."""
+    """The experiment's own folder if it is on this machine, otherwise one of its name in our default storage."""
     path = Path(trial.storage.experiment_fs_path)
     if trial.storage.storage_filesystem.type_name == "local" and path.is_dir():
         return StudyFolder(path)
@@ -119,7 +119,7 @@ def _folder_of(trial: Any) -> StudyFolder:
 
 
 def _role_and_settings(trial: Any) -> tuple[str, dict[str, Any]]:
-    """Of a trial with a job, its role and seed; of any other, the configuration itself."""
+    """For a trial with a job, with its role and seed; for any other, the configuration itself."""
     job = trial.config.get(JOB)
     config = {key: value for key, value in trial.config.items() if key != JOB and not key.startswith("__")}
     if not isinstance(job, TrialJob):
@@ -128,10 +128,10 @@ def _role_and_settings(trial: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _summary(trial: Any, result: dict[str, Any]) -> dict[str, Any]:
-    """Of a trial that gives no verdict of its own: a foreign trainable, or one that a scheduler has stopped."""
+    """The summary of a trial without its own verdict: a foreign trainable, or a trial that a scheduler stopped."""
     role, config = _role_and_settings(trial)
     steps = int(result.get("step") or result.get("training_iteration") or 0)
-    # Nobody has judged a trial without guards: that is not `safe`.
+    # A trial without guards was not judged, so it is not `safe`.
     verdict, reason, evidence = "unjudged", str(result.get("reason") or ""), None
     if result.get("pruned"):
         verdict, evidence = "pruned", {"guard": str(result.get("guard") or "trainable"), "step": steps}
@@ -150,7 +150,7 @@ def _summary(trial: Any, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loggable(config: dict[str, Any]) -> dict[str, Any]:
-    """A user's configuration may hold anything; what is not JSON is shown by its name."""
+    """Converts a user's configuration to JSON values. Other values are replaced by their name."""
     plain: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):

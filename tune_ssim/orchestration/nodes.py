@@ -1,4 +1,4 @@
-"""One command on several nodes: a copy on each, started together, ended together."""
+"""Runs one command on several nodes: a copy on each, started and ended together."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.trials.command.command_task import Invocation, free_port
 from tune_ssim.trials.processes import OutputLog, SupervisedProcess
 
-POLL_S = 0.1  # between looks at the nodes
-BUFFER_BYTES = 2**24  # of output that waits to be fetched; beyond it the command waits
+POLL_S = 0.1  # between polls of the nodes
+BUFFER_BYTES = 2**24  # output buffered until it is fetched; when it is full, the command blocks
 
 
 class _Runner:
-    """On one node. Its death ends the command: the supervisor sees its pipe close."""
+    """Runs the command on one node. If this actor dies, the command ends, since the supervisor sees its pipe close."""
 
     def __init__(self) -> None:
         self._output: list[bytes] = []
@@ -42,7 +42,7 @@ class _Runner:
         return self._process.pid
 
     def _keep(self, data: bytes) -> None:
-        if self._log is not None:  # not the first node: its output goes to a file of its own
+        if self._log is not None:  # other nodes than the first write their output to a file
             self._log.write(data)
             self._log.flush()
             return
@@ -52,7 +52,7 @@ class _Runner:
             self._output.append(data)
 
     def look(self) -> tuple[bytes, bool, int | None, str]:
-        """(output since the last look, whether it has ended, its exit code, in words)."""
+        """(output since the last call, whether it has ended, its exit code, a description of the exit)."""
         assert self._process is not None
         ended = self._process.has_ended
         with self._lock:
@@ -65,7 +65,7 @@ class _Runner:
 
 
 class NodesProcess:
-    """What `SupervisedProcess` is, over the nodes of the trial's placement group. If one fails, all are ended."""
+    """A `SupervisedProcess` over the nodes of the trial's placement group. If one node fails, all are ended."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class NodesProcess:
             self._runners.append(remote.options(scheduling_strategy=where).remote())
         host, port = ray.get(self._runners[0].address.remote())
         self.exit_code: int | None = None
-        self.failure: BaseException | None = None  # of `on_output`
+        self.failure: BaseException | None = None  # exception of `on_output`
         self._words, self._on_output = "", on_output
         self._ended, self._stopping = threading.Event(), threading.Event()
         starts = []
@@ -126,7 +126,7 @@ class NodesProcess:
             if self.failure is None:
                 try:
                     self._on_output(looks[0][0])
-                except BaseException as error:  # whoever waits for the end must not wait for ever
+                except BaseException as error:  # so that callers of `wait` do not block forever
                     self.failure = error
             failed = next(((rank, look) for rank, look in enumerate(looks) if look[1] and look[2] != 0), None)
             if failed is not None and self.exit_code is None and not asked:
@@ -144,7 +144,7 @@ class NodesProcess:
         self._ended.set()
 
     def _kill(self) -> None:
-        """The actors themselves; what they ran has ended, or ends with them."""
+        """Kills the actors. Their commands have ended, or end with them."""
         for runner in self._runners:
             with contextlib.suppress(RayError):
                 ray.kill(runner)

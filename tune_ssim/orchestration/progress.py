@@ -1,4 +1,4 @@
-"""What a running study shows, as far as whoever executes it is concerned."""
+"""The progress display of a running study, as an interface for executors."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from tune_ssim.trials.summary import TrialSummary
 
 
 class Progress(Protocol):
-    """The methods may be called from any thread, and as often as there are records."""
+    """Progress display. Its methods may be called from any thread, as often as there are records."""
 
     def phase(self, text: str) -> None:
-        """What the study is doing now."""
+        """Sets the current phase of the study."""
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Prints a permanent line."""
 
     def expect(self, total: int | None, done: int | None = None) -> None:
-        """Trials to come in this phase, None where that is open; `done` of them ended in an earlier start."""
+        """Sets the number of trials in this phase, None if unknown. `done` of them ended in an earlier start."""
 
     def trial_started(self, trial_id: str, settings: Mapping[str, Any]) -> None: ...
 

@@ -1,4 +1,4 @@
-"""A connection to Ray: started or joined, what it has, and how many trials fit."""
+"""Starts or joins a Ray cluster, reads its resources, and computes how many trials fit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.orchestration.ray_internals import token_authentication
 from tune_ssim.study.study import Study
 
-WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # trials side by side: contended threads are slower than one thread each
-UNLIMITED = 1000  # places where nothing is needed
-CONNECT_TIMEOUT_S = 5.0  # what Ray itself grants a single attempt
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # parallel trials: contended threads are slower than one thread each
+UNLIMITED = 1000  # slots if no resource is needed
+CONNECT_TIMEOUT_S = 5.0  # Ray's own timeout of a single attempt
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def connection(study: Study, address: str | None) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """A batch system or a container ends a study as Ctrl-C does; Ray's own handler prints a stack of addresses and dies."""
+    """Makes SIGTERM (from a batch system or container) act like Ctrl-C. Ray's own handler prints a stack trace and dies."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -67,11 +67,11 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that is not Python's
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: the handler was not set from Python
 
 
 def require_reachable(address: str) -> None:
-    """Raises UserError where nobody listens: Ray itself tries for minutes, and fills the screen."""
+    """Raises UserError if nothing listens at the address. Ray itself retries for minutes and floods the terminal."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return  # `auto` and the like
@@ -82,33 +82,33 @@ def require_reachable(address: str) -> None:
 
 
 def describe_cluster(cluster: dict[str, float]) -> str:
-    """Says whether token authentication is on: Ray's ports listen on every interface, so nothing else keeps strangers out."""
+    """Describes the cluster and whether token authentication is enabled. Ray's ports listen on every interface."""
     enabled = token_authentication()
     if enabled is None:
-        fence = "this version does not say whether token authentication is on"
+        authentication = "this version does not report whether token authentication is on"
     elif enabled:
-        fence = "token authentication is on"
+        authentication = "token authentication is on"
     else:
-        fence = "token authentication is OFF: whoever reaches Ray's ports can run code here (RAY_AUTH_MODE=token)"
+        authentication = "token authentication is OFF: anyone who reaches Ray's ports can run code here (RAY_AUTH_MODE=token)"
     gpus = f"{cluster['GPU']:g} GPUs" if cluster.get("GPU") else "no GPU"
-    return f"Ray: {cluster.get('CPU', 0):g} CPUs, {gpus}; {fence}"
+    return f"Ray: {cluster.get('CPU', 0):g} CPUs, {gpus}; {authentication}"
 
 
 def _quiet() -> None:
-    """Ray's own reporting off: progress is shown by us. Warnings and errors of the training still come."""
+    """Turns off Ray's own progress output, which ours replaces. Warnings and errors of the training are still shown."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_PROMPT_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # ASHA's metric is there at its rungs only
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # results have ASHA's metric only at its rungs
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\..*")
 
 
 def gpus_of(study: Study, cluster: dict[str, float]) -> float:
-    """Of a trial, or of each of its workers or nodes."""
+    """CPUs and GPUs of a trial, or of each of its workers or nodes."""
     if study.resources.gpus_per_worker is not None:
         return study.resources.gpus_per_worker
     gpus = study.resources.gpus
@@ -116,15 +116,15 @@ def gpus_of(study: Study, cluster: dict[str, float]) -> float:
 
 
 def concurrency_of(study: Study, cluster: dict[str, float]) -> int:
-    """Trials side by side; never more than the nodes can hold, so that none waits for ever."""
+    """Parallel trials: never more than the nodes can hold, so that none waits forever."""
     cpus, gpus, parts = study.resources.cpus, gpus_of(study, cluster), study.resources.parts
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # How many parts of a trial fit on each node; what is left over on one is of no use to another.
+    # How many parts of a trial fit on each node. Resources left over on two nodes cannot be combined.
     room = [min(_fitting(node.get("CPU", 0.0), cpus), _fitting(node.get("GPU", 0.0), gpus)) for node in nodes]
     if study.resources.nodes == 1:
         fits = sum(room) // parts
         what = "a trial" if parts == 1 else f"each of a trial's {parts} workers"
-    else:  # a part on each of several different nodes
+    else:  # one part on each of several different nodes
         fits = spread(room, parts)
         what = f"a trial, on each of {parts} nodes,"
     if fits < 1:
@@ -139,8 +139,8 @@ def _fitting(there: float, needed: float) -> int:
 
 
 def spread(room: Sequence[int], parts: int) -> int:
-    """How many trials can each have `parts` places on different nodes, of nodes with so many places: the largest n for which the
-    nodes have n * parts places, counting at most n of each."""
+    """How many trials fit if each needs `parts` slots on different nodes, given the slots of each node: the largest n for which the
+    nodes have n * parts slots, counting at most n slots of each node."""
     count = 0
     while sum(min(places, count + 1) for places in room) >= (count + 1) * parts and count < UNLIMITED:
         count += 1

@@ -1,4 +1,4 @@
-"""Trials on Ray Tune: side by side, on one machine or many."""
+"""Runs trials with Ray Tune, in parallel, on one or more machines."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tune_ssim.study.study import Study
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.summary import PROCESS_DIED
 
-PROCESS_FAILURES = 2  # a trial whose process died goes on from its checkpoint; exceptions of the training are verdicts
-PENDING_S = 30.0  # the process of a trial has usually started by then
-MAX_PENDING = "TUNE_MAX_PENDING_TRIALS_PG"  # a setting of Ray Tune; with a searcher its own choice is one trial at a time
+PROCESS_FAILURES = 2  # a trial whose process died resumes from its checkpoint; exceptions of the training are verdicts
+PENDING_S = 30.0  # usually enough for a trial's process to start
+MAX_PENDING = "TUNE_MAX_PENDING_TRIALS_PG"  # setting of Ray Tune; its default with a searcher is one trial at a time
 
 
 class RayExecutor:
-    """address: of a Ray cluster; None starts a local one. An existing connection of this process is used as it is."""
+    """Runs trials with Ray Tune. address: of a Ray cluster; None starts a local one. An existing connection is reused."""
 
     def __init__(self, study: Study, address: str | None = None) -> None:
         self._connection: AbstractContextManager[dict[str, float]] = connection(study, address)
@@ -56,13 +56,13 @@ class RayExecutor:
         return concurrency_of(study, self.cluster)
 
     def inspect(self, study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
-        """As one Ray task with a trial's resources: the node that drives a study may have no accelerator."""
+        """Runs as a Ray task with a trial's resources, since the driver's node may have no accelerator."""
         gpus = gpus_of(study, self.cluster)
         remote = ray.remote(num_cpus=study.resources.cpus, num_gpus=gpus, max_retries=1)(inspect_study)
         return found_or_raise(ray.get(remote.remote(study, preflight, calibration, provenance)))
 
     def run(self, phase: Phase, search: JobSearch, recorder: StudyRecorder) -> None:
-        """Nothing of Ray's own state is needed later, which a kill may leave torn or out of date."""
+        """Runs a phase. Ray's own state, which a kill may leave truncated or outdated, is never read again."""
         wanted = self._study.resources
         resources = TrialResources(wanted.workers, wanted.nodes, wanted.cpus, gpus_of(self._study, self.cluster))
         placement, objective = resources.placement(), phase.spec.plan.objective
@@ -107,7 +107,7 @@ def _attempt(recorder: StudyRecorder, phase: str) -> str:
 
 
 def _require_baselines(results: ResultGrid) -> None:
-    """A trial whose process died is a line in the table. Of a baseline it is the end: nothing can be compared."""
+    """Reports trials whose process died. Raises UserError for a baseline, since nothing can be compared without it."""
     for result in results:
         job = job_of(result.config or {}, "")
         if result.error is not None and job.role == Role.BASELINE:
@@ -116,15 +116,15 @@ def _require_baselines(results: ResultGrid) -> None:
 
 
 class _RecorderCallback(Callback):
-    """Takes the bulky keys out of a result, so that they do not fill Ray's snapshots."""
+    """Passes results to the recorder, and removes their bulky keys so that they do not fill Ray's snapshots."""
 
     def __init__(self, recorder: StudyRecorder, is_private: bool) -> None:
-        """is_private: nobody else uses this Ray."""
+        """is_private: whether the Ray cluster is used by this study only."""
         self.recorder, self.is_private = recorder, is_private
-        self._pending: dict[str, float] = {}  # trial → since when it waits, by the monotonic clock; NaN: that was said
+        self._pending: dict[str, float] = {}  # trial → start of its wait on the monotonic clock; NaN: already reported
 
     def __getstate__(self) -> dict[str, Any]:
-        """For Ray's snapshot, which nothing is ever made from again: what draws on the screen cannot travel."""
+        """For Ray's snapshot, which is never restored. The progress display cannot be pickled."""
         return {
             "recorder": StudyRecorder(self.recorder.folder, NoProgress(), self.recorder.steps),
             "is_private": True,
@@ -132,7 +132,7 @@ class _RecorderCallback(Callback):
         }
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Explains a trial that waits."""
+        """Reports why a trial is waiting."""
         for trial in trials:
             if trial.status != "PENDING":
                 continue
@@ -151,7 +151,7 @@ class _RecorderCallback(Callback):
             result.pop(key, None)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial without a verdict of its own was ended by a scheduler."""
+        """A trial without its own verdict was stopped by a scheduler."""
         reason = "stopped by the scheduler before its last step"
         self.recorder.ended_without_result(_job(trial), Verdict.STOPPED, reason, trial.last_result or {})
 
@@ -171,16 +171,16 @@ def _what_it_waits_for(trial: Any, is_private: bool) -> str:
     needed = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
     short = [kind for kind, count in needed.items() if count > free.get(kind, 0.0)]
     if not short:
-        return f"its process is starting since {PENDING_S:g} s, or the free resources are on too many nodes"
-    if is_private:  # the trial itself, and those beside it, have the rest
-        return f"its process is starting since {PENDING_S:g} s: the machine is busy"
+        return f"its process has been starting for {PENDING_S:g} s, or the free resources are spread over too many nodes"
+    if is_private:  # this trial and those running in parallel use the rest
+        return f"its process has been starting for {PENDING_S:g} s: the machine is busy"
     return "it needs " + " and ".join(
         f"{needed[kind]:g} {kind}s, {free.get(kind, 0.0):g} are free (other jobs on this cluster have the rest)" for kind in short
     )
 
 
 class _BaselineStopper(Stopper):
-    """Ends a phase at once when its baseline is a bad set-up: no setting is to blame, no further step is worth taking."""
+    """Ends a phase as soon as its baseline is a bad set-up, since no setting is to blame and no further step is useful."""
 
     def __init__(self) -> None:
         self.is_over = False
@@ -195,7 +195,7 @@ class _BaselineStopper(Stopper):
 
 
 class _KeepActors:
-    """What both schedulers do besides: see `ray_internals.keep_actors`."""
+    """Shared by both schedulers: see `ray_internals.keep_actors`."""
 
     def _keep(self, controller: Any, placement: Any, count: int) -> None:
         if not vars(self).get("_is_kept"):
@@ -204,7 +204,7 @@ class _KeepActors:
 
 
 class _InOrder(_KeepActors, FIFOScheduler):
-    """Every trial to its end."""
+    """Runs every trial to its end."""
 
     def __init__(self, placement: Any, concurrency: int) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class _InOrder(_KeepActors, FIFOScheduler):
 
 
 class GuardedASHA(_KeepActors, ASHAScheduler):
-    """ASHA over training steps that leaves the baseline alone."""
+    """ASHA over training steps that never stops the baseline."""
 
     def __init__(self, placement: Any, concurrency: int, **options: Any) -> None:
         super().__init__(**options)

@@ -1,4 +1,4 @@
-"""A trial job as Ray's config and back, and a trial's report as Ray's result and back: the only place that knows either form."""
+"""Converts trial jobs to and from Ray configs, and trial reports to and from Ray results. No other module knows these formats."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.summary import PROCESS_DIED, TrialSummary
 from tune_ssim.trials.trial_run import TrialReport, TrialResult
 
-JOB = "trial_job"  # in a config, beside the settings
-# Of a result: what the recorder takes out, so that it does not fill Ray's snapshots.
+JOB = "trial_job"  # key of a config, next to the settings
+# Keys that the recorder removes from a result, so that they do not fill Ray's snapshots.
 BULKY = ("records", "images", "effective", "traceback", "wrote")
 
 
@@ -29,7 +29,7 @@ def config_of(job: TrialJob) -> dict[str, Any]:
 
 
 def job_of(config: Mapping[str, Any], trial_id: str) -> TrialJob:
-    """Of a trial outside a study, in a user's own Tuner, the config is all that is known; a `seed` in it is the trial's."""
+    """The job in a config. In a user's own Tuner, without a job, it is made from the config; a `seed` in it is the trial's."""
     job = config.get(JOB)
     if isinstance(job, TrialJob):
         return job
@@ -38,14 +38,14 @@ def job_of(config: Mapping[str, Any], trial_id: str) -> TrialJob:
 
 
 def result_of(report: TrialReport, objective: str) -> dict[str, Any]:
-    """docs/own_training.md, "The results of a trainable", lists the keys."""
+    """The Ray result of a report. For the keys see docs/own_training.md, "The results of a trainable"."""
     result: dict[str, Any] = {
         "step": report.step,
         "records": [record.to_json() for record in report.records],
         "images": report.images,
         "wrote": report.checkpoints,
         "norm_ratio": report.norm_ratio,
-        objective: math.nan,  # until the end; Ray insists that every result has the searcher's metric
+        objective: math.nan,  # until the end; Ray requires the searcher's metric in every result
         **report.last,
     }
     if report.wants_checkpoint:
@@ -63,7 +63,7 @@ def result_of(report: TrialReport, objective: str) -> dict[str, Any]:
         "pruned": int(summary.verdict == Verdict.PRUNED),
         "pruned_by": guard,
         "harm": ended.harm,
-        # A trial that did not reach its end has no objective: no sampler may take it for a result.
+        # A trial that did not reach its end has no objective, so that no sampler uses one.
         objective: summary.metric(objective) if summary.verdict.has_result else math.nan,
         "summary": json.dumps(summary.to_dict()),
         "effective": json.dumps(jsonable(ended.effective)),
@@ -100,7 +100,7 @@ def report_of(result: Mapping[str, Any]) -> TrialReport:
 def outcome_of(
     result: Mapping[str, Any] | None, objective: str, error: bool = False, settings: Mapping[str, Any] | None = None
 ) -> Outcome:
-    """For a search. A foreign trainable gives the objective and no verdict."""
+    """The outcome for a search. A foreign trainable gives the objective and no verdict."""
     result = result or {}
     verdict, baseline, value, harm = (result.get(key) for key in ("verdict", "baseline_run", objective, "harm"))
     return Outcome(
@@ -115,9 +115,9 @@ def outcome_of(
 
 
 def verdict_of(result: Mapping[str, Any]) -> tuple[TrialSummary, dict[str, Any]] | None:
-    """The summary and the parameters that were in force; None before the trial's end, and for a trainable that is not ours.
+    """The summary and the parameters that were in force; None before the trial's end, and for a foreign trainable.
 
-    Both travel as JSON text, since Ray flattens nested dicts in a result and its loggers refuse odd values."""
+    Both are stored as JSON text, since Ray flattens nested dicts in a result and its loggers reject some values."""
     if not isinstance(result.get("summary"), str):
         return None
     return TrialSummary.from_dict(json.loads(result["summary"])), json.loads(result.get("effective") or "{}")

@@ -1,4 +1,4 @@
-"""Searches as Ray Tune asks them: for a study, and for a `tune.Tuner` of one's own."""
+"""Adapters from our searches to Ray Tune searchers, for studies and for your own `tune.Tuner`."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def param_space(space: Space | Stage, model: NormModel | None = None) -> dict[st
     """A space as Ray domains, for `tune.Tuner(param_space=…)`: trainables made by `make_trainable` understand `gain`.
 
     A gain with `unit: norm_ratio` needs a calibrated `model`. It is then a function of the other domains, which Ray's own random
-    search resolves; a searcher with distributions of its own needs `GuardedOptunaSearch(stage, model=model)` instead.
-    Raises ValueError for a route of several stages, UserError without a model that is needed."""
+    search resolves; a searcher with its own distributions needs `GuardedOptunaSearch(stage, model=model)` instead.
+    Raises ValueError for a space of several stages, UserError if a model is needed but missing."""
     stages = space.stages if isinstance(space, Space) else (space,)
     if len(stages) != 1:
         raise ValueError(f"a route of {len(stages)} stages is not one space: pick a stage, or use StagedSearch")
@@ -51,20 +51,20 @@ def param_space(space: Space | Stage, model: NormModel | None = None) -> dict[st
 
 
 class _GainFromRatio:
-    """The gain that gives the other settings of a configuration a sampled norm ratio."""
+    """Computes the gain that has the sampled norm ratio, given the other settings of a configuration."""
 
     def __init__(self, model: NormModel, ratio: Any) -> None:
         self.model, self.ratio = model, ratio
 
     def __call__(self, spec: Any) -> float:
         config = spec.config if "config" in spec else spec
-        # As attributes: only so does Ray see that it must draw them first.
+        # As attributes, so that Ray samples them first.
         others = {name: getattr(config, name) for name in (MAX_T, "pixel_loss_weight") if name in config}
         return gain_at(self.model, self.ratio.sample(), others)
 
 
 class JobSearcher(Searcher):
-    """The jobs of a study as Ray Tune asks for them. A study is resumed from its own folder, never from Ray's snapshot."""
+    """Gives the jobs of a study to Ray Tune. A study is resumed from its own folder, never from Ray's snapshot."""
 
     def __init__(self, search: JobSearch, objective: str) -> None:
         super().__init__(metric=objective, mode="max")
@@ -79,7 +79,7 @@ class JobSearcher(Searcher):
         return config_of(job)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: a search must not depend on how far other trials happen to be."""
+        """Does nothing: a search must not depend on the progress of running trials."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id in self._names:
@@ -93,7 +93,7 @@ class JobSearcher(Searcher):
 
 
 class _SearchAdapter(Searcher):
-    """A plain search as a Ray searcher. Its saved state is the calls that were made; restoring repeats them."""
+    """A plain search as a Ray searcher. Its saved state is the sequence of calls; restoring replays them."""
 
     search: optuna_search.OptunaSearch | staged.StagedSearch | None
 
@@ -101,7 +101,7 @@ class _SearchAdapter(Searcher):
         super().__init__(metric=metric, mode=mode)
         self.reason = ""  # why the search ended by itself
         self._slots: dict[str, int] = {}  # Ray's id → slot
-        self._calls: list[tuple[str, dict[str, Any] | None]] = []  # (Ray's id, what was told of it; None: it was asked for)
+        self._calls: list[tuple[str, dict[str, Any] | None]] = []  # (Ray's id, its result, or None for a call of `ask`)
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -124,29 +124,29 @@ class _SearchAdapter(Searcher):
         return self.search.ask()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: what a sampler learns must not depend on how far other trials happen to be."""
+        """Does nothing: a sampler must not depend on the progress of running trials."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id not in self._slots or self.search is None:
             return
-        told = {key: (result or {}).get(key) for key in ("verdict", "harm", self.metric)} | {"error": error}
-        self._calls.append((trial_id, told))
-        self.search.tell(self._slots.pop(trial_id), outcome_of(told, str(self.metric), error))
+        values = {key: (result or {}).get(key) for key in ("verdict", "harm", self.metric)} | {"error": error}
+        self._calls.append((trial_id, values))
+        self.search.tell(self._slots.pop(trial_id), outcome_of(values, str(self.metric), error))
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).write_text(json.dumps(self._calls))
 
     def restore(self, checkpoint_path: str) -> None:
-        """Into a searcher that was made with the same arguments and not asked yet."""
-        for trial_id, told in json.loads(Path(checkpoint_path).read_text()):
-            if told is None:
+        """Restores into a new searcher made with the same arguments."""
+        for trial_id, values in json.loads(Path(checkpoint_path).read_text()):
+            if values is None:
                 self.suggest(trial_id)
             else:
-                self.on_trial_complete(trial_id, told, told["error"])
+                self.on_trial_complete(trial_id, values, values["error"])
 
 
 class GuardedOptunaSearch(_SearchAdapter):
-    """Optuna that knows about pruning, for a `tune.Tuner` of one's own: see `search.optuna_search.OptunaSearch` for the options.
+    """Optuna search that learns from pruned trials, for your own `tune.Tuner`. Options: see `search.optuna_search.OptunaSearch`.
 
     `stage` None: the distributions come from the Tuner's `param_space`, as with Ray's own OptunaSearch."""
 
@@ -172,7 +172,7 @@ class GuardedOptunaSearch(_SearchAdapter):
 
 
 class StagedSearch(_SearchAdapter):
-    """A route, for a `tune.Tuner` of one's own: see `search.staged.StagedSearch`."""
+    """Staged search for your own `tune.Tuner`: see `search.staged.StagedSearch`."""
 
     search: staged.StagedSearch
 
@@ -182,7 +182,7 @@ class StagedSearch(_SearchAdapter):
 
 
 class _RaySearch:
-    """Any searcher of Ray as a plain search, asked under the names of its slots."""
+    """Any Ray searcher as a plain search; slots serve as trial ids."""
 
     def __init__(self, searcher: Searcher) -> None:
         self.searcher, self._n_asked = searcher, 0
@@ -197,7 +197,7 @@ class _RaySearch:
         return Suggestion(self._n_asked - 1, settings)
 
     def tell(self, slot: int, outcome: Outcome) -> None:
-        """Nothing: `BaselineFirst` forwards Ray's own result, of which a searcher may want to know more."""
+        """Does nothing: `BaselineFirst` forwards Ray's own result, which has more than an outcome."""
 
     def replace(self, slot: int, settings: Mapping[str, Any]) -> bool:
         return False
@@ -208,7 +208,7 @@ def slot_name(slot: int) -> str:
 
 
 class BaselineFirst(Searcher):
-    """The baseline first, then the suggestions of any searcher of Ray, for a `tune.Tuner` of one's own.
+    """Runs the baseline first, then the suggestions of any Ray searcher, for your own `tune.Tuner`.
 
     See `search.baseline_first.BaselineFirst` for the arguments. Trials made by `make_trainable` are compared with the baseline."""
 
@@ -263,7 +263,7 @@ class BaselineFirst(Searcher):
             self.searcher.on_trial_complete(slot_name(job.slot or 0), result, error)
         self._jobs.tell(job.trial_id, outcome_of(result, str(self.metric), error))
 
-    # Ray saves wrappers by get_state and the innermost searcher by save.
+    # Ray saves wrappers with get_state and the innermost searcher with save.
 
     def get_state(self) -> dict[str, Any]:
         running = {name: job.to_dict() for name, job in self._running.items()}

@@ -1,4 +1,4 @@
-"""What happens to the trials of a study → its folder, its events, and whoever watches."""
+"""Records the results of trials in the study's folder, its events and the progress display."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tune_ssim.trials.trial_run import TrialReport, TrialResult
 
 
 class StudyRecorder:
-    """Every executor calls it; the first verdict of a trial is the one that counts."""
+    """Called by every executor. The first verdict of a trial is final."""
 
     def __init__(
         self, folder: StudyFolder, progress: Progress, steps: int, require_lock: Callable[[], None] = lambda: None
     ) -> None:
-        """require_lock: raises UserError where another process has taken the study over."""
+        """require_lock: raises UserError if another process has taken over the study."""
         self.folder, self.progress, self.steps, self.require_lock = folder, progress, steps, require_lock
         self.writer = EventWriter(folder)
         self.started: set[str] = set()
@@ -66,7 +66,7 @@ class StudyRecorder:
         self.progress.trial_ended(summary)
 
     def ended_without_result(self, job: TrialJob, verdict: Verdict, reason: str, last: Mapping[str, Any]) -> None:
-        """A trial without a verdict of its own: a scheduler stopped it, or its process died."""
+        """Records a trial without its own verdict: a scheduler stopped it, or its process died."""
         steps = int(last.get("step") or 0)
         metrics = {name: float(last[name]) for name in ("norm_ratio", "held_out_now") if last.get(name) is not None}
         settings = resolve_settings(job.settings)
@@ -80,8 +80,8 @@ class StudyRecorder:
 def quarantine_checkpoints(folder: StudyFolder, summary: TrialSummary) -> list[str]:
     """Enters every checkpoint that a ruined trial wrote into the storage path's ledger; returns their ids.
 
-    Without contents that are known to be sound nothing is entered: the starting weights must never be. A training that is a
-    process of its own does not show what it starts from; there the baseline's checkpoints say what no trial has made."""
+    Nothing is entered unless some contents are known to be sound, since the starting weights must never be entered. A training in a
+    separate process does not show its starting weights; there the baseline's checkpoints count as sound."""
     baselines = {trial.trial_id for trial in folder.trials() if trial.role == Role.BASELINE and trial.verdict == Verdict.SAFE}
     start = folder.start()
     sound = [*start.contents] if start else []

@@ -36,9 +36,9 @@ from tune_ssim.trials.summary import TrialSummary
 from tune_ssim.trials.trial import TrialPlan
 from tune_ssim.trials.trial_run import TrialSpec
 
-SEARCH, CONFIRM = "run", "confirm"  # phases, by their folder below the study's `ray/`
-DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; what is left over is mirrored later
-UNREACHED_TIMEOUT_S = 10.0  # the same, if it has not taken a single event during the study
+SEARCH, CONFIRM = "run", "confirm"  # names of phases and of their folders in the study's `ray/`
+DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; the rest is mirrored later
+UNREACHED_TIMEOUT_S = 10.0  # the same, if it accepted no event during the study
 
 
 def run_study(
@@ -52,15 +52,15 @@ def run_study(
     in_process: bool = False,
     progress: Progress | None = None,
 ) -> StudyFolder:
-    """Runs `study` to its end, or goes on with it, and returns its folder.
+    """Runs or resumes `study` and returns its folder.
 
-    storage: the storage path; several studies and MLflow's default SQLite store live there. On several nodes it must be shared.
-    name: in place of the study's own; a name that is taken gets a suffix, unless `resume`. address: of a Ray cluster; None starts
-    a local one. in_process: without Ray, trial by trial in this process. Raises UserError, or BadSetup when the baseline itself
-    fails, or another process runs this study; KeyboardInterrupt when it was stopped."""
+    storage: the storage path, for all studies and MLflow's default SQLite store. On several nodes it must be shared.
+    name: replaces the study's own; a name that is taken gets a suffix, unless `resume`. address: of a Ray cluster; None starts
+    a local one. in_process: without Ray, trial by trial in this process. Raises UserError, also if another process runs this study;
+    BadSetup if the baseline fails; KeyboardInterrupt if the study was stopped."""
     progress = progress or NoProgress()
     folder = _folder(study, storage, name, resume)
-    load_task(study.task_path, study.import_path)  # a misspelt task is known before Ray starts
+    load_task(study.task_path, study.import_path)  # a misspelt task fails before Ray starts
     folder.create()
     with StudyLock(folder.path) as lock, _executor(study, address, in_process) as executor:
         if not resume:
@@ -99,8 +99,8 @@ def _executor(study: Study, address: str | None, in_process: bool) -> Executor:
 
 
 class _StudyRun:
-    """One start of a study. A study that is resumed goes through all its phases again: what has ended is told to the search
-    and not run, so that a stop at any moment of any phase can be resumed."""
+    """One start of a study. A resumed study goes through all its phases again. Trials that have ended are replayed to the search
+    instead of run, so that a study can be resumed after a stop at any moment of any phase."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class _StudyRun:
         self.concurrency = executor.concurrency(study)
 
     def phases(self) -> str:
-        """Why the study ended early, if it did. Raises BadSetup or UserError for a study that failed as a whole."""
+        """Runs all phases. Returns why the study ended early, if it did. Raises BadSetup or UserError if it failed as a whole."""
         study = self.study
         self.progress.say(self.executor.describe())
         before_launch(study, self.folder, self.writer, self.progress, self.executor)
@@ -129,7 +129,7 @@ class _StudyRun:
         return ""
 
     def search(self) -> str:
-        """Why it ended before its last trial because of failures; empty: it did not."""
+        """Runs baseline and search. Returns the failure that ended it before its last trial; empty if none."""
         study = self.study
         previous = self._previous(Role.SEARCH, study.steps)
         seeds = [study.search.seed + index for index in range(study.baseline_seeds)]
@@ -143,7 +143,7 @@ class _StudyRun:
         search: BaselineFirst
 
         def noise_floor() -> float:
-            """Between the baseline's seeds; 0 where there is only one."""
+            """The difference between the baseline's seeds; 0 if there is only one."""
             file = search.baseline_file
             found = file.read().noise_floor(study.objective.maximize.removeprefix("delta_")) if file else None
             return found or 0.0
@@ -180,7 +180,7 @@ class _StudyRun:
         return OptunaSearch(stage, n_latin=n_latin, **options)
 
     def confirm(self) -> None:
-        """The finalists and the baseline again, with further seeds and for longer."""
+        """Repeats the finalists and the baseline with new seeds and more steps."""
         if self.study.confirm is None:
             return
         finalists = ranked(self.folder.trials(), self.study.objective.maximize)[: self.study.confirm.finalists]
@@ -195,7 +195,7 @@ class _StudyRun:
         settings = [(name, {key: value for key, value in setting.items() if value is not None}) for name, setting in finalists]
         previous = self._previous(Role.CONFIRM, steps)
         runs = self._baseline_runs([f"{PREFIX}baseline-{index}" for index in range(len(seeds))])
-        self.progress.expect(None, len(previous) + len(runs))  # how many finalists it takes is not known
+        self.progress.expect(None, len(previous) + len(runs))  # the number of finalists to test is unknown
         search = self._baseline_first(ConfirmSearch(settings, seeds), seeds, runs=runs, previous=previous, prefix=PREFIX)
         self._run(CONFIRM, search, steps, for_longer(self.study.guard_list, steps))
 
@@ -211,7 +211,7 @@ class _StudyRun:
         )
 
     def _run(self, name: str, search: BaselineFirst, steps: int, guards: Sequence[Any], *, with_scheduler: bool = False) -> None:
-        """One phase, or what is left of it. Raises KeyboardInterrupt when it was stopped."""
+        """Runs a phase, or the rest of it. Raises KeyboardInterrupt if it was stopped."""
         study = self.study
         asha = study.scheduler if with_scheduler else None
         plan = TrialPlan(
@@ -233,11 +233,11 @@ class _StudyRun:
         recorder = StudyRecorder(self.folder, self.progress, steps, self.require_lock)
         self.executor.run(Phase(name, spec, self.concurrency, asha), search, recorder)
         if recorder.unfinished and not search.failure:
-            # Ray takes Ctrl-C for itself, saves its state and returns as if all were well.
+            # Ray handles Ctrl-C itself, saves its state and returns normally.
             raise KeyboardInterrupt(f"{len(recorder.unfinished)} trials were still running")
 
     def _previous(self, role: Role, steps: int) -> dict[str, Outcome]:
-        """How the trials of an earlier start ended. One whose process died has no result: it runs again."""
+        """Outcomes of trials from earlier starts. A trial whose process died has none and runs again."""
         return {
             trial.trial_id: Outcome.of(trial, steps, self.study.objective.maximize)
             for trial in self.folder.trials()
@@ -245,7 +245,7 @@ class _StudyRun:
         }
 
     def _baseline_runs(self, names: Sequence[str]) -> dict[str, BaselineRun]:
-        """The baseline runs of an earlier start, by trial id. What cannot be read is said, and runs again."""
+        """Baseline runs from earlier starts, by trial id. A damaged one is reported and runs again."""
         found: dict[str, BaselineRun] = {}
         for path in sorted((self.folder.path / "baseline").rglob("*.json")):
             try:
@@ -258,7 +258,7 @@ class _StudyRun:
         return {name: run for name, run in found.items() if name in safe}
 
     def _require_sound(self) -> None:
-        """Raises where the study as a whole failed: its baseline did, or every trial failed in the same way."""
+        """Raises if the study failed as a whole: its baseline failed, or every trial failed in the same way."""
         trials = self.folder.trials()
         failed = next((trial for trial in trials if trial.role == Role.BASELINE and trial.verdict != Verdict.SAFE), None)
         others = [trial for trial in trials if trial.role != Role.BASELINE]
@@ -274,7 +274,7 @@ def describe_plan(baselines: int, trials: int, concurrency: int) -> str:
 
 
 def inspect_on(study: Study, *, address: str, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
-    """What is known before launch, measured on a cluster, for the verbs that look at a study before it is launched."""
+    """Preflight, calibration or provenance, run on a cluster, for the verbs that inspect a study before launch."""
     with _executor(study, address, in_process=False) as executor:
         return executor.inspect(study, preflight=preflight, calibration=calibration, provenance=provenance)
 
@@ -292,9 +292,9 @@ def confirm_again(
     in_process: bool = False,
     progress: Progress | None = None,
 ) -> tuple[dict[str, str], list[TrialSummary]]:
-    """One setting through the confirm phase, for `tune-ssim verify`: (hashes of code, weights and data as they are now, trials).
+    """Runs one setting through the confirm phase, for `tune-ssim verify`. Returns (hashes of code, weights and data now, trials).
 
-    recorded: the hashes that are expected; if they differ there are no trials, since they would prove something else."""
+    recorded: the expected hashes. If they differ no trial is run, since it would prove something else."""
     progress = progress or NoProgress()
     folder = StudyFolder(storage / study.name).create()
     write_atomically(folder.study_file, study.to_yaml().encode())
@@ -322,7 +322,7 @@ def _folder(study: Study, storage: Path, name: str | None, resume: bool) -> Stud
 
 
 def _is_taken(path: Path) -> bool:
-    """Whether there is more than a start that was killed before it wrote its study.yaml."""
+    """Whether the study exists: a start killed before it wrote study.yaml does not count."""
     if not path.exists():
         return False
     if not path.is_dir():

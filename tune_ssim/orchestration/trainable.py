@@ -1,4 +1,4 @@
-"""A trial as a Ray Tune Trainable: works in a study and alone, inside a user's own `tune.Tuner`."""
+"""A trial as a Ray Tune Trainable, for studies and for a user's own `tune.Tuner`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tune_ssim.trials.trial_run import TrialRun, TrialSpec
 
 @dataclass(frozen=True)
 class TrialResources:
-    """Of a trial over `workers` processes, or of a command on `nodes`, each with `cpus` and `gpus`; neither: one process."""
+    """Resources of a trial: `workers` processes, or a command on `nodes`, each with `cpus` and `gpus`; by default one process."""
 
     workers: int = 1
     nodes: int = 1
@@ -38,7 +38,7 @@ class TrialResources:
     gpus: float = 0.0
 
     def placement(self) -> tune.PlacementGroupFactory:
-        """What Ray reserves for a trial, all or nothing. The process that judges several others only waits: it takes none."""
+        """What Ray reserves for a trial, all or nothing. A process that only waits for several others gets no resources."""
         bundle = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
         if self.workers * self.nodes == 1:
             return tune.PlacementGroupFactory([bundle])
@@ -52,13 +52,13 @@ class GuardedTrainable(tune.Trainable):
     spec: TrialSpec
     resources: TrialResources
     _run: TrialRun | None = None
-    _workers: WorkersTask | None = None  # of this process, for one trial after the other
+    _workers: WorkersTask | None = None  # reused by consecutive trials of this process
 
     def setup(self, config: dict[str, Any]) -> None:
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Ray reuses the process for another trial: 0.25 s instead of 3.4 s with torch already imported."""
+        """Reuses the process for another trial: 0.25 s instead of 3.4 s, since torch is already imported."""
         self._leave()
         job = job_of(new_config, self.trial_id)
         self._run = TrialRun(
@@ -90,9 +90,8 @@ class GuardedTrainable(tune.Trainable):
         self._run.load(Path(checkpoint_dir))
 
     def restore(self, checkpoint_path: Any) -> None:
-        """From the checkpoint that Ray knows of, or from the newest that is whole. After a kill Ray's snapshot may be older than
-        the last checkpoints, and of these it keeps one: the one that it remembers is then gone; another may be torn. Without any
-        the trial begins again."""
+        """Resumes from Ray's checkpoint, or from the newest intact one. After a kill Ray's snapshot may be older than the last
+        checkpoints, so the one it refers to may be deleted, and another may be truncated. Without any, the trial starts again."""
         wanted = getattr(checkpoint_path, "checkpoint", checkpoint_path)
         if not isinstance(wanted, tune.Checkpoint):
             super().restore(checkpoint_path)
@@ -112,7 +111,7 @@ class GuardedTrainable(tune.Trainable):
         self._leave(for_good=True)
 
     def _leave(self, for_good: bool = False) -> None:
-        """Ends what the last trial runs outside this process. Workers stay for the next one, unless one of them failed."""
+        """Ends what the last trial runs outside this process. Workers are kept for the next trial unless one failed."""
         run, self._run = self._run, None
         if run is None:
             return
@@ -122,7 +121,7 @@ class GuardedTrainable(tune.Trainable):
 
 
 def make_training(spec: TrialSpec) -> Training:
-    """In this process. A command finds its run in MLflow through `tracking`, which the rooms below know nothing of."""
+    """Creates the training in this process. Connects commands to MLflow through `tracking`, which lower packages cannot import."""
     training = spec.make_training()
     if isinstance(training, CommandTask):
         training.open_mlflow = open_new_run
@@ -130,7 +129,7 @@ def make_training(spec: TrialSpec) -> Training:
 
 
 def earlier_checkpoints(job: TrialJob) -> list[Path]:
-    """Of this trial, from before the study was interrupted, the newest first."""
+    """Checkpoints of this trial from earlier starts of the study, newest first."""
     if not job.storage or not job.study:
         return []
     found = Path(job.storage, job.study, "ray").glob(f"*/{glob.escape(job.trial_id)}/checkpoint_*")
@@ -142,7 +141,7 @@ def _exists(checkpoint: tune.Checkpoint) -> bool:
 
 
 def _beside(checkpoint: tune.Checkpoint) -> list[tune.Checkpoint]:
-    """Checkpoints of the same trial, the newest first."""
+    """Checkpoints of the same trial, newest first."""
     trial = checkpoint.path.rpartition("/")[0]
     entries = checkpoint.filesystem.get_file_info(FileSelector(trial, allow_not_found=True))
     names = sorted((entry.base_name for entry in entries if entry.base_name.startswith("checkpoint_")), reverse=True)
@@ -168,14 +167,14 @@ def make_trainable(
     import_path: str | None = None,
     parts: TrialResources = TrialResources(),
 ) -> type[GuardedTrainable]:
-    """A Trainable class for `tune.Tuner`. `task`: a class that keeps the contract of `trials.training.Task`, or "module:Class"; or
-    a function that reports through `trial_context`, as "module:function"; or a command, as a mapping for
+    """A Trainable class for `tune.Tuner`. `task`: a subclass of `trials.training.Training`, or "module:Class"; or a
+    function that reports through `trial_context`, as "module:function"; or a command, as a mapping for
     `study.command_spec.CommandSpec`.
 
-    Its config: settings of the task, and `gain` as short for ssim_loss_weight = gain / ssim_grad_scale. Its last result has
-    verdict, reason, pruned (0/1), pruned_by, harm (a graded constraint, feasible <= 0), the objective and every held-out metric;
-    `records` and `images` are for callbacks. A result comes every `result_every` training steps, or with None every two seconds.
-    Every `checkpoint_every` steps it asks Ray for a checkpoint, beside what Ray's CheckpointConfig says. The norm guard needs a
+    Its config has the settings of the task, and `gain` as short for ssim_loss_weight = gain / ssim_grad_scale. Its last result has
+    verdict, reason, pruned (0/1), pruned_by, harm (a graded constraint, feasible if <= 0), the objective and every held-out metric;
+    `records` and `images` are for callbacks. It reports every `result_every` training steps, or with None every two seconds.
+    Every `checkpoint_every` steps it asks Ray for a checkpoint, in addition to Ray's CheckpointConfig. The norm guard needs a
     baseline: wrap the searcher in `BaselineFirst`.
     """
     plan = TrialPlan(steps=steps, guards=tuple(guards), keep=tuple(keep), objective=objective, report_every=report_every)

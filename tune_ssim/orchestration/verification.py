@@ -1,4 +1,4 @@
-"""An export, checked again: are code, weights, data and setting the ones it was proven with, and does it still hold?"""
+"""Verifies an export: whether code, weights, data and setting are unchanged, and whether the result still holds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Comparison(BaseModel):
 
 
 class _Proof(BaseModel):
-    """What a proof must hold to be checked again; it may hold more."""
+    """The fields of a proof that verification needs. Further fields are allowed."""
 
     unproven: list[str]
     setting: dict[str, Any]
@@ -62,7 +62,7 @@ class _Export(BaseModel):
 
 
 def read_export(path: Path) -> dict[str, Any]:
-    """An export in JSON or YAML that carries a complete proof. Raises UserError for any other file."""
+    """Reads an export in JSON or YAML with a complete proof. Raises UserError for any other file."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -72,8 +72,8 @@ def read_export(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (ValueError, YAMLError, RecursionError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: neither JSON nor YAML: {said}") from None
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: neither JSON nor YAML: {detail}") from None
     if not isinstance(exported, dict) or not isinstance(exported.get("proof"), dict):
         raise UserError(f"{path}: not an export of `tune-ssim export --format json` (or yaml): it has no proof")
     unproven = exported["proof"].get("unproven")
@@ -90,7 +90,7 @@ def read_export(path: Path) -> dict[str, Any]:
 
 
 def file_differences(exported: Mapping[str, Any]) -> list[str]:
-    """What was changed in the file itself since it was exported: the setting by its numbers, everything else by its place."""
+    """What was edited in the file since the export: settings with their values, everything else by its path."""
     config, confirmed = exported["config"], exported["proof"]["setting"]
     lines = [
         f"setting: {key} is {config.get(key)!r}, {confirmed.get(key)!r} was confirmed"
@@ -102,7 +102,7 @@ def file_differences(exported: Mapping[str, Any]) -> list[str]:
 
 
 def version_notes(exported: Mapping[str, Any]) -> list[str]:
-    """Libraries that are of another version here: no fault, but a reason to look where a result differs."""
+    """Libraries whose version differs here: not a fault, but a possible cause of a different result."""
     here = versions()
     return [
         f"{name} was {was}, here it is {here.get(name)}" for name, was in exported["exported_with"].items() if here.get(name) != was
@@ -112,9 +112,9 @@ def version_notes(exported: Mapping[str, Any]) -> list[str]:
 def verify(
     exported: Mapping[str, Any], *, address: str | None = None, in_process: bool = False, progress: Progress | None = None
 ) -> tuple[list[str], list[TrialSummary]]:
-    """What differs from what was proven, a line each, and the trials of the confirmation that was run again.
+    """The differences from the proof, one line each, and the trials of the repeated confirmation.
 
-    Where anything differs before it, the confirmation is not run: it would prove something else."""
+    If anything differs beforehand, the confirmation is not run, since it would prove something else."""
     lines = file_differences(exported)
     if lines:
         return lines, []

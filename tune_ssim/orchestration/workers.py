@@ -1,8 +1,8 @@
-"""A training over several processes: one on every rank, in lock step, judged as one.
+"""Runs a training over several processes, one per rank, in lock step, judged as one.
 
-The workers are actors in the placement group of the trial itself: a trial gets all its resources at once or none, and trials
-cannot wait for each other's workers. The trial's own process takes no resources; it calls the same method on every rank, so a
-training may use collectives (DDP, FSDP) in each of them.
+The workers are actors in the placement group of the trial. So a trial gets all its resources at once or none, and trials cannot
+wait for each other's workers. The trial's own process takes no resources. It calls the same method on every rank, so any method of
+a training may use collectives (DDP, FSDP).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from tune_ssim.trials.command.command_task import free_port
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import Abilities, Sample, Training
 
-SAME_NORM = 1e-3  # relative; ranks that reduce their gradients differ in the order of sums at most
+SAME_NORM = 1e-3  # relative tolerance; ranks with reduced gradients differ at most in summation order
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # PyTorch's own default for NCCL
-DEAD_WAIT_S = 5.0  # an actor's death is known later than the broken connection that it leaves to the others
-# The first rank's answer is the training's; the others' is dropped before it travels.
+DEAD_WAIT_S = 5.0  # an actor's death is reported later than the broken connections it causes
+# Only the first rank's result is used; those of the others are dropped before they are sent.
 ANSWERED_BY_FIRST = (
     "sample", "sample_ema", "evaluate", "state_dict", "effective", "abilities", "fingerprints", "left_out", "ancestry",
 )  # fmt: skip
 
 
 class _Worker:
-    """One rank. Its task finds an initialised process group, and its rank in the usual variables of the environment."""
+    """One rank. Its task gets an initialised process group, and its rank in the usual environment variables."""
 
     def address(self) -> tuple[str, int]:
         host = ray.util.get_node_ip_address()
@@ -56,7 +56,7 @@ class _Worker:
         }
         backend = "nccl" if ray.get_gpu_ids() and torch.cuda.is_available() else "gloo"
         if backend == "nccl":
-            torch.cuda.set_device(0)  # Ray shows a worker its own devices only
+            torch.cuda.set_device(0)  # Ray makes only a worker's own devices visible
         distributed.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
 
     def make(self, task: Any, import_path: str | None) -> None:
@@ -77,7 +77,7 @@ class _Worker:
 
 
 class WorkersTask(Training):
-    """A training over `workers` processes, as one: losses are means over the ranks, everything else is the first rank's answer.
+    """A training over `workers` processes. Losses are averaged over the ranks; everything else is the first rank's result.
 
     `total_norm` must be the norm of the reduced gradient, the same on every rank; anything else is an error."""
 
@@ -122,7 +122,7 @@ class WorkersTask(Training):
         return {**self._first("effective"), "workers": len(self._workers)}
 
     def abilities(self) -> Abilities:
-        """The first rank's, without those that hand out tensors of its process."""
+        """Those of the first rank, without methods that return tensors of its process."""
         found: Abilities = self._first("abilities")
         here = {"forward": False, "trainable_parameters": False, "parts": False, "training_images": False}
         return replace(found, **here, time_law=False, latent_statistics=False)
@@ -149,7 +149,7 @@ class WorkersTask(Training):
         return list(ray.get([worker.pid.remote() for worker in self._workers]))
 
     def _first(self, method: str, *arguments: Any) -> Any:
-        """The first rank's answer to a call on every rank."""
+        """Calls a method on every rank and returns the first rank's result."""
         return self._call(method, *arguments)[0]
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
@@ -157,7 +157,7 @@ class WorkersTask(Training):
         return self._all([worker.call.remote(method, shared) for worker in self._workers])
 
     def _all(self, calls: Sequence[Any]) -> list[Any]:
-        """Raises as soon as one rank fails: the others may be waiting for it. A death goes before what it led to."""
+        """Raises as soon as one rank fails, since others may wait for it. A death takes precedence over errors that it caused."""
         pending, failure = list(calls), None
         while pending and failure is None:
             done, pending = ray.wait(pending, num_returns=1)
@@ -180,16 +180,16 @@ def _failure_of(done: Sequence[Any]) -> Exception | None:
 
 
 def together(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of all ranks as one. Raises UserError where they cannot be."""
+    """Combines the metrics of all ranks. Raises UserError if they cannot be combined."""
     found: dict[str, float] = {}
     for name in dict.fromkeys(name for one in metrics for name in one):
-        values = [one[name] for one in metrics if name in one]  # a loss in which no sample of a rank took part is absent there
+        values = [one[name] for one in metrics if name in one]  # a rank lacks a loss in which none of its samples took part
         if name == TOTAL_NORM:
             finite = [value for value in values if math.isfinite(value)]
             if finite and max(finite) - min(finite) > SAME_NORM * max(finite):
-                shown = ", ".join(f"{value:.4g}" for value in values)
+                per_rank = ", ".join(f"{value:.4g}" for value in values)
                 raise UserError(
-                    f"{TOTAL_NORM} differs between the ranks ({shown}): measure it after the gradients were reduced, over all "
+                    f"{TOTAL_NORM} differs between the ranks ({per_rank}): measure it after the gradients were reduced, over all "
                     "shards, so that it is the norm that the optimiser sees"
                 )
         found[name] = max(values) if name == STEP_SKIPPED else sum(values) / len(values)

@@ -1,4 +1,4 @@
-"""The baseline first, then the trials of a search that are compared with it."""
+"""Runs the baseline first, then the trials of a search, which are compared with it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from tune_ssim.search.search import Done, Outcome, Search, Wait
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.job import BaselineFile, TrialJob
 
-SAME_SETTING = 1e-9  # relative; settings went through JSON once
-RUNS = "runs"  # below the baseline's folder: each run by itself, as it ends
+SAME_SETTING = 1e-9  # relative tolerance; settings went through JSON once
+RUNS = "runs"  # subfolder of the baseline's folder, with one file per run
 MIN_EQUAL_FAILURES = 2  # DESIGN: a failing baseline, or two identical set-up errors, stop the study
 
 
 class BaselineFirst:
-    """Makes the jobs of a phase: the baseline (one run a seed, side by side), and then those of `search`, with the baseline's file.
+    """Creates the jobs of a phase: first the baseline (one run per seed, in parallel), then those of `search`, with the
+    baseline's file.
 
-    baseline_settings: what the baseline sets; a key that the space searches must be in it. seeds[0] is the study's own: later
-    trials run with it and see the same batches. folder: where the baseline's files go; every node must reach it under that path.
-    baseline: one that is there already. runs: of a phase that is resumed, the baseline's runs that are there, by trial id.
-    previous: of a phase that is resumed, how its trials ended, by trial id: the search is asked and told as it was then, and only
-    what is missing becomes a job. max_trials: besides the baseline, previous ones included.
+    baseline_settings: the settings of the baseline; must include every key that the space searches. seeds: the first is the seed of
+    the study, with which later trials run, so that they see the same batches. folder: for the baseline's files; every node must
+    reach it under this path. baseline: an existing one. runs: in a resumed phase, the existing baseline runs by trial id.
+    previous: in a resumed phase, the outcomes of earlier trials by trial id. The calls of `ask` and `tell` are then replayed, and
+    only missing trials become jobs. max_trials: without the baseline, with previous trials.
 
-    If a baseline fails, or the first two trials that end fail alike, the phase is over and `failure` says why. Once one trial came
-    through, what fails is the setting's fault and costs its own trial only."""
+    If a baseline fails, or the first two trials to end fail in the same way, the phase is over and `failure` gives the reason.
+    After one trial has succeeded, a failure is blamed on its setting and ends only that trial."""
 
     def __init__(
         self,
@@ -60,9 +61,9 @@ class BaselineFirst:
         self._baseline_ids = [f"{prefix}baseline-{index}" for index in range(len(seeds))]
         self._runs = {name: run for name, run in (runs or {}).items() if name in self._baseline_ids}
         self._asked: set[str] = set(self._runs)  # baseline runs
-        self._slots: dict[str, int] = {}  # trial id → slot of the search
+        self._slots: dict[str, int] = {}  # trial id → slot in the search
         self._n_trials = 0
-        self._failures: dict[str, int] = {}  # by reason
+        self._failures: dict[str, int] = {}  # count by reason
         self._one_came_through = any(outcome.was_judged for outcome in self.previous.values())
         self.baseline_file: BaselineFile | None = None
         if baseline is not None:
@@ -108,7 +109,7 @@ class BaselineFirst:
             if outcome.baseline is None:
                 self.failure = self.failure or outcome.reason
                 return
-            self._write(outcome.baseline, RUNS)  # at once: a study that is stopped now need not run it again
+            self._write(outcome.baseline, RUNS)  # written at once, so that a study stopped now need not run it again
             self._runs[trial_id] = outcome.baseline.runs[0]
             self._combine()
 
@@ -128,7 +129,7 @@ class BaselineFirst:
         return Wait()
 
     def _combine(self) -> None:
-        """In the order of the seeds, whichever run ended first."""
+        """The baseline from all its runs, in the order of the seeds."""
         if len(self._runs) == len(self.seeds):
             self.baseline_file = self._write(Baseline(tuple(self._runs[name] for name in self._baseline_ids)))
 
@@ -139,13 +140,13 @@ class BaselineFirst:
         return BaselineFile(str(path), baseline.sha256)
 
     def _replay(self, job: TrialJob) -> bool:
-        """Whether this trial has ended before; then the search is told how."""
+        """Whether this trial ended in an earlier start. If so, passes its outcome to the search."""
         outcome = self.previous.get(job.trial_id)
         if outcome is None:
             return False
         asked = resolve_settings(job.settings)
         same = all(_equal(value, outcome.settings.get(name)) for name, value in asked.items())
-        # Without a fixed order a sampler may come to other suggestions; what was run is still worth knowing.
+        # Without a fixed order a sampler may make other suggestions; the results of earlier trials are still useful.
         if not same and not self.search.replace(self._slots[job.trial_id], outcome.settings):
             return False
         self.search.tell(self._slots[job.trial_id], outcome)
@@ -155,13 +156,13 @@ class BaselineFirst:
         is_baseline = trial_id in self._baseline_ids
         self._one_came_through |= not is_baseline and outcome.was_judged
         if outcome.failed and not outcome.died and not self._one_came_through:
-            kind = re.sub(r"[-+.\de]*\d", "#", outcome.reason)  # alike but for the numbers, which are the trials' own
+            kind = re.sub(r"[-+.\de]*\d", "#", outcome.reason)  # equal except for numbers, which differ between trials
             self._failures[kind] = self._failures.get(kind, 0) + 1
             if self._failures[kind] >= MIN_EQUAL_FAILURES and not self.failure:
                 self.failure = f"two trials failed alike: {outcome.reason}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON: for whoever cannot ask again from the start, such as a Tuner that Ray restores."""
+        """State as plain JSON, for callers that cannot replay from the start, such as a Tuner that Ray restores."""
         return {
             "failure": self.failure,
             "runs": {name: Baseline((run,)).to_bytes().decode() for name, run in self._runs.items()},

@@ -1,4 +1,4 @@
-"""The confirm phase: the finalists of a search and the baseline again, with further seeds and for longer."""
+"""The confirm phase: repeats the finalists of a search and the baseline with new seeds and more steps."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
 from tune_ssim.study.study import Study
 
-PREFIX = "confirm-"  # of the trial ids
+PREFIX = "confirm-"  # prefix of the trial ids
 
 
 class ConfirmSearch:
-    """Suggests one finalist at a time, the best first, once a seed; the next one only if the one before did not hold.
+    """Suggests one finalist at a time, best first, once per seed. The next one follows only if the previous one did not hold.
 
     finalists: (trial id of the search, settings). A finalist holds if all its trials are safe and its mean objective is above
-    zero: it beats the baseline on seeds that the search has not seen."""
+    zero, that is, it beats the baseline on seeds that the search has not used."""
 
     def __init__(self, finalists: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int]) -> None:
         self.finalists, self.seeds = [(name, dict(settings)) for name, settings in finalists], list(seeds)
         self._index = 0  # of the finalist under test
         self._next_slot = self._first_slot = 0
-        self._outcomes: dict[int, Outcome] = {}  # of the finalist under test, by slot
+        self._outcomes: dict[int, Outcome] = {}  # outcomes of the current finalist, by slot
 
     def ask(self) -> Suggestion | Wait | Done:
         n_suggested = self._next_slot - self._first_slot
         if self._index < len(self.finalists) and n_suggested == len(self.seeds):
-            # After one trial that is not safe the finalist cannot hold any more: no need to wait for the others.
+            # After one trial that is not safe the finalist cannot hold, so the others need not be awaited.
             lost = any(outcome.verdict != Verdict.SAFE for outcome in self._outcomes.values())
             if len(self._outcomes) < n_suggested and not lost:
                 return Wait()
@@ -54,7 +54,7 @@ class ConfirmSearch:
 
 
 def confirm_seeds(study: Study) -> list[int]:
-    """Seeds that neither the search nor its baselines have seen."""
+    """Seeds that neither the search nor its baselines have used."""
     assert study.confirm is not None
     first = study.search.seed + max(1, study.baseline_seeds)
     return [first + index for index in range(study.confirm.seeds)]
@@ -66,7 +66,7 @@ def confirm_steps(study: Study) -> int:
 
 
 def for_longer(guards: Sequence[Guard], steps: int) -> tuple[Guard, ...]:
-    """The same guards for a longer training: smoke tests go on, twice as far apart each time."""
+    """The same guards for a longer training. Smoke tests continue at doubling intervals."""
     return tuple(replace(guard, at=_extended(guard.at, steps)) if isinstance(guard, SmokeTest) else guard for guard in guards)
 
 

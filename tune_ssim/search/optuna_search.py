@@ -1,4 +1,4 @@
-"""Optuna, told about pruned trials, in an order that does not depend on which trial ends first."""
+"""Optuna search that learns from pruned trials. Its suggestions do not depend on which trial ends first."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from tune_ssim.results.study_folder import Skipped
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
 from tune_ssim.study.space import GAIN, MAX_T, Choice, Space, Stage, gain_of, resolve_settings
 
-HARM = "harm"  # the constraint's name in Optuna; feasible <= 0
+HARM = "harm"  # name of the constraint in Optuna; feasible if <= 0
 MAX_SKIPPED_IN_A_ROW = 200  # less than a second of suggestions (TPE takes 3 ms, FACTS §3)
-DEFAULT_LATIN_POINTS = 6  # with the three points of the bundled space: one below Optuna's ten start-up trials of TPE
+DEFAULT_LATIN_POINTS = 6  # with the bundled space's three points: one below the ten start-up trials of Optuna's TPE
 
 
 class OptunaSearch:
-    """Settings of one stage: its points as written, then `n_latin` points of a Latin hypercube, then the sampler.
+    """Suggests settings of one stage: its listed points, then `n_latin` points of a Latin hypercube, then those of the sampler.
 
-    A pruned trial is told PRUNED with a graded constraint, a degraded one COMPLETE with one (FACTS §3). Each parameter's range is
-    cut into `n_latin` equal parts with one point in each, so that a small budget covers a range of six decades for every seed.
+    A pruned trial is reported to Optuna as PRUNED and a degraded one as COMPLETE, both with a graded constraint (FACTS §3). Each
+    parameter's range is cut into `n_latin` equal parts with one point in each, so that a small budget covers a range of six decades
+    for every seed.
 
-    deterministic: suggestion k is made from exactly the results of the slots <= k - 2 * concurrency, told in the order of the
-    slots, whichever trial ends first. Not promised under ASHA or PBT, which stop trials by wall-clock order.
+    deterministic: suggestion k uses exactly the results of the slots <= k - 2 * concurrency, reported in slot order, whichever
+    trial ends first. Not guaranteed under ASHA or PBT, which stop trials by wall-clock order.
 
-    distributions: in place of a stage, Optuna's own by name. model: what a calibration measured; it turns norm ratios into gains
-    where the stage gives them so. With `max_ratio` (`limit` is the norm guard's) settings whose predicted ratio exceeds it are
-    listed in `skipped` instead of being launched: the sampler is told that they are harmful and asked again. They do not count as
-    trials. skip_log: a file to which each is appended.
+    distributions: Optuna distributions by name, instead of a stage. model: the calibrated norm model, which converts norm ratios
+    into gains for a stage with `unit: norm_ratio`. limit: of the norm guard. max_ratio: settings whose predicted ratio exceeds it
+    are not launched but listed in `skipped`; they are reported to the sampler as harmful, and it is asked again. They do not count
+    as trials. skip_log: a file to which each is appended.
 
-    Raises UserError where a stage holds nothing that could be launched.
+    Raises UserError if no setting of the stage can be launched.
     """
 
     def __init__(
@@ -70,11 +71,11 @@ class OptunaSearch:
             distributions = {name: domain.to_optuna() for name, domain in stage.parameters.items()}
         self.distributions = dict(distributions or {})
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # After the points and the hypercube TPE takes over; its own random start-up would only repeat them.
+        # TPE takes over after the points and the hypercube, which replace its random start-up.
         sampler = sampler or optuna.samplers.TPESampler(seed=seed, n_startup_trials=n_latin)
         self.study = optuna.create_study(direction=direction, sampler=sampler, pruner=optuna.pruners.NopPruner())
         self._trials: list[optuna.Trial] = []  # by slot
-        self._waiting: dict[int, Outcome] = {}  # by slot, not told to Optuna yet
+        self._waiting: dict[int, Outcome] = {}  # by slot, not yet reported to Optuna
         self._n_told = 0  # slots told so far, in deterministic order
         if stage is not None and stage.parameters:
             for point in stage.points:
@@ -116,7 +117,7 @@ class OptunaSearch:
         return True
 
     def _tell_up_to(self, last_slot: int) -> bool:
-        """Tells Optuna the slots up to and with `last_slot`. False while one of them is still running."""
+        """Reports all slots up to `last_slot` to Optuna. False while one of them is still running."""
         while self._n_told <= last_slot:
             if self._n_told not in self._waiting:
                 return False
@@ -137,7 +138,7 @@ class OptunaSearch:
             self.study.tell(trial, state=TrialState.PRUNED)
 
     def _launchable(self, trial: optuna.Trial) -> dict[str, Any] | None:
-        """The settings as a training takes them; None if they are skipped."""
+        """The settings in the form that a training takes; None if they are skipped."""
         if self.stage is None:
             return dict(trial.params)
         written = trial.user_attrs.get("as_written")
@@ -153,7 +154,7 @@ class OptunaSearch:
         if self.model is None or self.max_ratio is None or self.limit is None:
             return settings
         prediction = self.model.predict_setting(settings)
-        if prediction.clamped or not prediction.ratio > self.max_ratio:  # a NaN is no evidence against it
+        if prediction.clamped or not prediction.ratio > self.max_ratio:  # NaN is no evidence of harm
             return settings
         sentence = skip_sentence(prediction, self.max_ratio, self.limit)
         skipped = Skipped(self.stage.name, settings, prediction.ratio, sentence)
@@ -171,11 +172,11 @@ class OptunaSearch:
             append_line(self.skip_log, asdict(skipped))
 
     def _check_stage(self, stage: Stage) -> None:
-        """Raises UserError unless something in the stage can be launched."""
+        """Raises UserError if no setting of the stage can be launched."""
         if stage.is_relative:
             model, problems = _needed(self.model, stage), []
             domain, gates = stage.parameters[GAIN], stage.parameters.get(MAX_T)
-            # Of a range of gates its widest end.
+            # For a range of gates, its widest end.
             max_ts = gates.values if isinstance(gates, Choice) else [gates.bounds[1]] if gates else [stage.fixed.get(MAX_T)]
             for max_t in max_ts:
                 try:
@@ -195,7 +196,7 @@ class OptunaSearch:
                 )
 
     def _coordinates(self, point: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
-        """A full setting in the coordinates that the stage searches. Raises UserError if its norm ratio lies outside."""
+        """Converts a full setting to the parameters that the stage searches. Raises UserError if its norm ratio lies outside."""
         place = {name: gain_of(point) if name == GAIN else point[name] for name in stage.parameters}
         if not stage.is_relative:
             return place

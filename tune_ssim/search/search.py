@@ -1,4 +1,4 @@
-"""The contract of a search: it is asked for a setting and told what came of it."""
+"""The interface of search algorithms: `ask` for a setting, `tell` its outcome."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tune_ssim.trials.trial import harm_of
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A setting to try. slot: its position in the order of suggestions, from 0. trial_id, seed: None where the study chooses."""
+    """A setting to try. slot: its position in the order of suggestions, from 0. trial_id, seed: None if the study chooses them."""
 
     slot: int
     settings: Mapping[str, Any]
@@ -27,13 +27,12 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing to suggest until another result is told."""
+    """No suggestion until `tell` is called with another outcome."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """No further suggestion will come. reason: why the search ended before its last trial, if it did. failed: because the set-up
-    is at fault."""
+    """The search is over. reason: why it ended before its last trial, if it did. failed: whether the set-up is the cause."""
 
     reason: str = ""
     failed: bool = False
@@ -41,11 +40,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search needs to know of a trial that ended.
+    """What a search needs to know about a trial that ended.
 
-    verdict: None for a trainable that gives none. value: of the objective, NaN where the training did not reach its end.
-    harm: a graded constraint, <= 0 feasible; NaN where unknown. baseline: of a baseline run, what others are compared with.
-    died: the trial's process died, so that nothing is known."""
+    verdict: None for a trainable without verdicts. value: of the objective, NaN if the training did not reach its end.
+    harm: a graded constraint, feasible if <= 0; NaN if unknown. baseline: set for a baseline run, for comparison with other trials.
+    died: the trial's process died, so nothing is known."""
 
     verdict: Verdict | None = None
     value: float = math.nan
@@ -57,7 +56,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether it says nothing about the setting."""
+        """Whether it gives no information about the setting."""
         return self.died or self.verdict in (Verdict.ERROR, Verdict.BAD_SETUP)
 
     @property
@@ -66,7 +65,7 @@ class Outcome:
 
     @classmethod
     def of(cls, summary: TrialSummary, steps: int, objective: str) -> Outcome:
-        """Of a trial of `steps` steps, as it stands in the study's folder."""
+        """The outcome of a trial of `steps` steps, from its summary in the study's folder."""
         return cls(
             verdict=summary.verdict,
             value=summary.metric(objective) if summary.verdict.has_result else math.nan,
@@ -77,14 +76,14 @@ class Outcome:
 
 
 class Search(Protocol):
-    """`ask` may be called at any time, `tell` once for every slot, in any order.
+    """A search algorithm. `ask` may be called at any time, `tell` once for every slot, in any order.
 
-    Its state is nothing but the calls that were made: a search is resumed by asking again and telling what is known already."""
+    Its state depends only on the sequence of calls, so a search is resumed by replaying `ask` and `tell` with known outcomes."""
 
     def ask(self) -> Suggestion | Wait | Done: ...
 
     def tell(self, slot: int, outcome: Outcome) -> None: ...
 
     def replace(self, slot: int, settings: Mapping[str, Any]) -> bool:
-        """Puts other settings in place of the latest suggestion. False where that is not possible."""
+        """Replaces the settings of the latest suggestion. False if that is not possible."""
         ...

@@ -1,4 +1,4 @@
-"""A route: the stages of a space one after the other, from conservative to aggressive."""
+"""Staged search: the stages of a space one after the other, from conservative to aggressive."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tune_ssim.study.space import Space
 
 
 class StagedSearch:
-    """Opens the next stage only if the one before was stable *but ineffective* (note 000 §5.1).
+    """Opens the next stage only if the previous one was stable *but ineffective* (note 000 §5.1).
 
-    A stage with a harmful trial ends the route, and so does one that beats the baseline by more than `noise_floor()`: a smaller
-    difference is within what another seed of the baseline makes.
-    search: options of `OptunaSearch`. Raises UserError where the first stage holds nothing that could be launched."""
+    A stage with a harmful trial ends the search. So does one that beats the baseline by more than `noise_floor()`; a smaller
+    difference may come from the seed alone.
+    search: options of `OptunaSearch`. Raises UserError if no setting of the first stage can be launched."""
 
     def __init__(
         self, space: Space, trials: int, *, objective: str = "delta_ssim", noise_floor: Callable[[], float] = float, **search: Any
@@ -54,7 +54,7 @@ class StagedSearch:
                 return Done(reason)
             try:
                 self._open(self._stage_index + 1, self.skipped)
-            except UserError as error:  # nothing in it can be launched
+            except UserError as error:  # no setting of this stage can be launched
                 return Done(str(error))
         suggestion = self._search.ask()
         if isinstance(suggestion, Done):
