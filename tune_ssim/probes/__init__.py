@@ -1,4 +1,4 @@
-"""What is observed during a training: torch only."""
+"""Measurements during training: gradients, weights and samples. The only heavy import is torch."""
 
 from tune_ssim.probes.collapse import collapse_statistics
 from tune_ssim.probes.gradients import loss_norms, total_norm, update_ratio

@@ -1,6 +1,6 @@
-"""Has inference collapsed? Statistics of samples that tell a healthy model from a ruined one.
+"""Statistics of samples that distinguish a healthy model from one whose inference has collapsed.
 
-SSIM does not: a flat image of the mean colour scores 0.85 on the fundus task, bicubic interpolation 0.75."""
+SSIM cannot: a flat image of the mean colour scores 0.85 on the fundus task, bicubic interpolation 0.75."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ def collapse_statistics(
     reconstructions: torch.Tensor | None = None,
     examples: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Means over `images` `[n, 3, H, W]` in [0, 1]; what cannot be measured without `inputs` or `references` is absent.
+    """Mean statistics over `images` `[n, 3, H, W]` in [0, 1]. A statistic is absent if the arguments it needs are missing.
 
-    `references`: the ground truth. `reconstructions`: the same through the frozen autoencoder.
-    `examples`: `[m, 3, h, w]`, other real images of the kind, where there is neither.
-    `inputs`: `[n, 3, h, w]`, what each image was made from. Other numbers of channels will do as well.
+    `references`: the ground truth. `reconstructions`: the ground truth passed through the frozen autoencoder.
+    `examples`: `[m, 3, h, w]`, other real images of the same kind, used if neither of these is given.
+    `inputs`: `[n, 3, h, w]`, the input of each image. Any number of channels works.
 
-    consistency_psnr: dB, of the sample, averaged down to the input's size, against its own input.
-    reference_psnr: dB, of the sample against the ground truth.
-    consistency_correlation: of the same pair, each image's mean colour removed; 0 where one of them is constant.
-    high_frequency_share: energy of `x - box_blur(x)` (3 x 3) in the variance within an image: 8/9 of white noise, whatever its
-    strength. diversity: root mean square difference between the images, each averaged down to 8 x 8; 0 where all are alike.
-    high_frequency: energy of `x - box_blur(x)` (3 x 3), over the reconstruction's (else the reference's).
-    std_ratio: contrast (standard deviation within an image), over the same. Without either both are over the examples'.
-    entropy_bits: of the grey-level histogram, 64 bins over [0, 1]; at most 6.
-    ideal_consistency_correlation, ideal_entropy_bits: of the reconstructions (else the references): what the best possible
-    sample would have.
-    non_finite_fraction: of the pixels. One non-finite pixel makes every statistic of the samples non-finite: nothing is hidden.
+    consistency_psnr: dB, between the sample, downsampled to the size of its input, and the input.
+    reference_psnr: dB, between the sample and the ground truth.
+    consistency_correlation: Pearson correlation of downsampled sample and input, without the mean colour of each image; 0 if
+    one of them is constant.
+    high_frequency_share: energy of `x - box_blur(x)` (3 x 3) relative to the variance within an image. It is 8/9 for white
+    noise of any strength. diversity: RMS difference between the images, downsampled to 8 x 8; 0 if all are equal.
+    high_frequency: energy of `x - box_blur(x)` (3 x 3), relative to the reconstructions, else the references, else the examples.
+    std_ratio: contrast (standard deviation within an image), relative to the same.
+    entropy_bits: entropy of the grey-level histogram, 64 bins over [0, 1]; at most 6.
+    ideal_consistency_correlation, ideal_entropy_bits: the same statistics of the reconstructions (else the references, else, for
+    the entropy, the examples), as an upper bound for samples.
+    non_finite_fraction: fraction of pixels. One non-finite pixel makes every sample statistic non-finite, so it is not hidden.
     """
     images = images.float()
     statistics = {"non_finite_fraction": (~torch.isfinite(images)).float().mean()}
@@ -71,7 +72,7 @@ def collapse_statistics(
 
 
 def _correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Pearson correlation per image after removing each channel's mean: `[n, c, h, w]` twice → `[n]`."""
+    """Pearson correlation per image, with the mean of each channel removed: two `[n, c, h, w]` → `[n]`."""
     x, y = (image - image.mean(dim=(2, 3), keepdim=True) for image in (x, y))
     norms = x.flatten(1).norm(dim=1) * y.flatten(1).norm(dim=1)
     return (x * y).sum(dim=(1, 2, 3)) / norms.clamp(min=1e-8)

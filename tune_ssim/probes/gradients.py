@@ -1,4 +1,4 @@
-"""What the optimiser is about to see: norms of gradients that may be sharded over ranks."""
+"""Gradient norms before the optimiser step, including gradients that are sharded over ranks."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from tune_ssim.base.errors import UserError
 
 @torch.no_grad()
 def total_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-    """L2 norm of all gradients together, before clipping, as a 0-d tensor on their device (no synchronisation).
+    """Global L2 norm of all gradients, as a 0-d tensor on their device (no synchronisation). Call it before clipping.
 
-    Parameters without a gradient count as zero; without any gradient the norm is 0. At least in float32, also of bfloat16
-    gradients. Where parameters are sharded (DTensor: `fully_shard`, tensor parallelism) it is the norm over all ranks, and
-    every rank has to call this; under DDP all ranks hold the same gradient, and so the same norm. Raises UserError for FSDP1's flat
-    parameters, of whose gradient a rank knows only its part."""
+    Parameters without a gradient count as zero; with no gradients at all the norm is 0. Computed in float32 or better, also
+    for bfloat16 gradients. For sharded parameters (DTensor: `fully_shard`, tensor parallelism) it is the norm over all ranks,
+    and every rank must call this. Under DDP all ranks have the same gradient and the same norm. Raises UserError for FSDP1's
+    flat parameters, because a rank has only its part of their gradient."""
     parameters = list(parameters)
     return joint_norm(parameters, [parameter.grad for parameter in parameters])
 
 
 def loss_norms(losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> dict[str, Tensor]:
-    """L2 norm of the gradient of each loss alone: `dbg/loss_grad/<name>` → 0-d tensor. Call it before `backward()`.
+    """L2 norm of the gradient of each loss separately: `dbg/loss_grad/<name>` → 0-d tensor. Call it before `backward()`.
 
-    Who pushes a shared backbone, and how hard? Hooks cannot tell, since there the gradients have been added up. This costs **one
-    more backward pass for each loss** and one copy of the gradient at a time, and it keeps the graph (`retain_graph`), so do it
-    at a cadence: `if taps.due: metrics |= loss_norms(...)`. Far cheaper: hand over the backbone's last activation instead of
-    its parameters, then only the heads are run through. `.grad` is not touched; a loss that does not depend on `parameters`
-    gets 0. The norms are this rank's, of these losses (one micro-batch), and scaled if the losses are.
+    Shows how strongly each loss drives a shared backbone; hooks see only the sum of the gradients. Costs **one extra backward
+    pass per loss** and memory for one copy of the gradient, and keeps the graph (`retain_graph`), so call it only every few
+    steps: `if taps.due: metrics |= loss_norms(...)`. It is much cheaper to pass the backbone's last activation instead of its
+    parameters: then only the heads run backward. `.grad` is not modified. A loss that does not depend on `parameters` gets 0.
+    The norms are those of this rank and micro-batch, and are scaled if the losses are scaled.
 
-    Raises UserError for a loss of more than one number, and for parameters that are sharded (their gradients exist only inside a
-    real backward pass). Re-entrant activation checkpointing does not allow it: torch raises a RuntimeError then; use
-    `use_reentrant=False`.
+    Raises UserError for a loss with more than one element, and for sharded parameters (their gradients exist only inside a real
+    backward pass). With re-entrant activation checkpointing torch raises a RuntimeError; use `use_reentrant=False`.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if any(is_sharded(parameter) for parameter in parameters):
@@ -53,11 +52,11 @@ def loss_norms(losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> di
 
 @torch.no_grad()
 def update_ratio(before: Iterable[Tensor], after: Iterable[Tensor], *, eps: float = 1e-12) -> Tensor:
-    """`‖Δθ‖ / (‖θ‖ + eps)` of one step, all tensors together: how far the parameters moved (note 002 §4). A 0-d tensor.
+    """`‖Δθ‖ / (‖θ‖ + eps)` of one optimiser step over all tensors together, as a 0-d tensor (note 002 §4).
 
-    `before`: copies made before `optimizer.step()`, one whole copy of the parameters: `[p.detach().clone() for p in ...]`.
-    `after`: the parameters. `GradientTaps` does it at a cadence, with a part of each large parameter. Sharded parameters
-    as in `total_norm`. Raises ValueError for lists that do not match."""
+    `before`: a full copy of the parameters from before `optimizer.step()`: `[p.detach().clone() for p in ...]`.
+    `after`: the parameters. `GradientTaps` measures this periodically on a sample of each large parameter. Sharded parameters
+    are treated as in `total_norm`. Raises ValueError if the shapes do not match."""
     before, after = list(before), list(after)
     if [p.shape for p in before] != [p.shape for p in after]:
         raise ValueError(f"update_ratio: {len(before)} tensors before and {len(after)} after do not have the same shapes")
@@ -69,42 +68,42 @@ def update_ratio(before: Iterable[Tensor], after: Iterable[Tensor], *, eps: floa
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; importing their module for it would cost every process half a second."""
+    """Whether it is a DTensor. Does not import the DTensor module, which would cost every process half a second."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a sharded tensor; any other as it is."""
+    """This rank's shard of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
 
 
 def sharding(tensor: Tensor) -> tuple[Any, tuple[bool, ...]] | None:
-    """The mesh of ranks, and along which of its dimensions each rank holds a part (else a copy); None: an ordinary tensor."""
+    """The device mesh, and for each mesh dimension whether ranks hold shards (else replicas); None for an ordinary tensor."""
     if not is_sharded(tensor):
         return None
     return tensor.device_mesh, tuple(placement.is_shard() for placement in tensor.placements)  # type: ignore[attr-defined]
 
 
 def joint_norm(owners: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> Tensor:
-    """L2 norm of `tensors` together, over all ranks that hold a part of an owner. `tensors[i]` belongs to the parameter
-    `owners[i]`: sharded like it, or this rank's part, or None."""
+    """Global L2 norm of `tensors`, over all ranks that hold shards. `tensors[i]` belongs to the parameter `owners[i]`: it is
+    sharded in the same way, or is this rank's shard, or None."""
     whole: list[Tensor] = []
-    # Every rank must join in every sum over ranks, so these go by the owner: a gradient may be missing on this rank alone.
+    # All ranks must take part in each reduction. Group by owner, because a gradient may be missing on this rank only.
     parts: dict[tuple[Any, tuple[bool, ...]], list[Tensor]] = {}
     may_be_flat = "torch.distributed.fsdp" in sys.modules
     if not may_be_flat and "torch.distributed.tensor" not in sys.modules:
-        return _norm([tensor for tensor in tensors if tensor is not None])  # called in every step: nothing can be sharded
+        return _norm([tensor for tensor in tensors if tensor is not None])  # fast path for every step: nothing can be sharded
     for owner, tensor in zip(owners, tensors, strict=True):
         where = sharding(owner)
         if where is not None:
             held = parts.setdefault(where, [])
             if tensor is not None:
                 if is_sharded(tensor):
-                    tensor = tensor.redistribute(placements=owner.placements)  # type: ignore[attr-defined]  # as a rule nothing
+                    tensor = tensor.redistribute(placements=owner.placements)  # type: ignore[attr-defined]  # usually a no-op
                 held.append(local_part(tensor))
         elif tensor is not None:
-            if may_be_flat and hasattr(owner, "_fsdp_flattened"):  # how torch itself marks them
+            if may_be_flat and hasattr(owner, "_fsdp_flattened"):  # the mark that torch itself uses
                 raise UserError(
                     "parameters are sharded by FullyShardedDataParallel, and this rank's gradients are a part of the whole; use "
                     "fully_shard (FSDP2), or for the total norm what its clip_grad_norm_ returns"
@@ -136,7 +135,7 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
 def _norm_over_ranks(norm: Tensor, mesh: Any, is_shard: tuple[bool, ...]) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    # Ranks that hold copies (HSDP) must not count twice. In float64: the square of a large norm overflows float32.
+    # Replicas (HSDP) must not count twice. In float64, because the square of a large norm overflows float32.
     placements = [Partial() if sharded else Replicate() for sharded in is_shard]
     local = norm.double().square().to(mesh.device_type)
     return DTensor.from_local(local, mesh, placements, run_check=False).full_tensor().sqrt().to(norm.dtype)

@@ -1,11 +1,11 @@
-"""How long the gradient will be under any setting of the auxiliary losses, known before anything is launched.
+"""Predicts the gradient norm for any setting of the auxiliary losses, before anything is launched.
 
     gradient = g_main + pixel_weight · g_pixel + gain · g_ssim(max_t),   gain = ssim_loss_weight · ssim_grad_scale
     total_norm² = vᵀ Q v,   v = (1, pixel_weight, gain)
 
-Q holds the dot products of the three gradients on one fixed batch. It is measured with the update switched off, so what
-follows from it is exact at step 0 and a forecast after that. Q comes from the gradients themselves (`gram`) or from a
-fit to ordinary total_norm readings (`readings`), which any launcher and any sharding gives. NumPy only.
+Q holds the dot products of the three gradients on one fixed batch. It is measured with updates disabled, so predictions are
+exact at step 0 and a forecast after that. Q is computed from the gradients (`gram`), or fitted to total_norm readings
+(`readings`), which work with any launcher and any sharding. NumPy only.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Array = NDArray[np.float64]
 
 MAIN, PIXEL, SSIM = 0, 1, 2  # rows and columns of Q
 QUANTILES = (0.1, 0.9)
-SCAN_DECADES, SCAN_POINTS = 16, 641  # gains looked through for the rising branch: 40 a decade
+SCAN_DECADES, SCAN_POINTS = 16, 641  # grid of gains to find the rising branch: 40 per decade
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one setting, over the calibrated batches in which at least one sample is active. NaN where there is none.
+    """The prediction for one setting, over the calibrated batches with at least one active sample. NaN if there are none.
 
-    ratio: median total_norm over the baseline's median on the same batches, as the norm guard forms it. ratio_main: the
-    same over the main loss alone. auxiliary_share: median of gain · |g_ssim| / total_norm; above 1 where the gradients
-    partly cancel. cosine: median, between the main and the SSIM gradient. between: the calibrated max_t on either side
-    where this one was not calibrated itself; twice the nearest one beyond the grid.
+    ratio: median total_norm divided by the baseline's median on the same batches, as in the norm guard. ratio_main: the same
+    relative to the main loss only. auxiliary_share: median of gain · |g_ssim| / total_norm; above 1 if the gradients partly
+    cancel. cosine: median cosine between the main and the SSIM gradient. between: the neighbouring calibrated max_t, if this
+    max_t was not calibrated itself; outside the grid, the nearest one twice.
     """
 
     gain: float
@@ -48,7 +48,7 @@ class Prediction:
     auxiliary_share: float
     cosine: float
     active_batches: int
-    clamped: bool = False  # ssim_grad_clamp cuts in at this gain: the numbers are those without it
+    clamped: bool = False  # ssim_grad_clamp is active at this gain; the numbers ignore the clamp
     between: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,12 +57,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class NormModel:
-    """Q of every `max_ts[i]` and batch, and the baseline's total_norm on the same batches.
+    """Q for every `max_ts[i]` and batch, and the baseline's total_norm on the same batches.
 
-    q: `[max_t, batch, 3, 3]`, rows and columns main, pixel, SSIM; NaN in the pixel's where it was not measured.
+    q: `[max_t, batch, 3, 3]`, rows and columns main, pixel, SSIM; the pixel entries are NaN if they were not measured.
     active: `[max_t, batch]`, whether any sample passes that gate. baseline: `[batch]`. batches: their step numbers.
-    held: what a setting has that does not say otherwise, e.g. `pixel_loss_weight`; the pixel loss's gate is always this one.
-    clamp_gain: `[max_t]`, the gain from which `ssim_grad_clamp` cuts in; infinite without one.
+    held: default values of a setting, e.g. `pixel_loss_weight`; the gate of the pixel loss is always this one.
+    clamp_gain: `[max_t]`, the gain from which `ssim_grad_clamp` is active; infinite without a clamp.
     """
 
     max_ts: tuple[float, ...]
@@ -87,10 +87,10 @@ class NormModel:
         if shapes != ((n, b, 3, 3), (n, b), (b,), n):
             raise ValueError(f"norm model: {n} max_t and {b} batches, but arrays of {shapes}")
 
-    # -- forward: what a setting will do
+    # -- forward: setting → norm
 
     def predict(self, weight: float, max_t: float, grad_scale: float = 1.0, pixel_weight: float = 0.0) -> Prediction:
-        """Raises ValueError for a pixel_weight above 0 where the pixel loss was not measured."""
+        """The prediction for one setting. Raises ValueError for a pixel_weight above 0 if the pixel loss was not measured."""
         return self.predict_gain(weight * grad_scale, max_t, pixel_weight)
 
     def predict_gain(self, gain: float, max_t: float, pixel_weight: float = 0.0) -> Prediction:
@@ -107,9 +107,9 @@ class NormModel:
         )
 
     def predict_setting(self, setting: Mapping[str, Any]) -> Prediction:
-        """Of a setting as a task takes it; what it leaves out is `held`.
+        """The prediction for a task's setting; missing values come from `held`.
 
-        Raises ValueError where it opens the pixel loss's gate otherwise than it was calibrated."""
+        Raises ValueError if its pixel_loss_max_t differs from the calibrated one."""
         full = {"ssim_loss_weight": 0.0, "ssim_grad_scale": 1.0, "pixel_loss_weight": 0.0, **self.held, **setting}
         gate = self.held.get("pixel_loss_max_t", full.get("pixel_loss_max_t"))
         if full["pixel_loss_weight"] and gate is not None and not math.isclose(full.get("pixel_loss_max_t", gate), gate):
@@ -118,16 +118,16 @@ class NormModel:
         return self.predict_gain(float(gain), float(full["ssim_loss_max_t"]), float(full["pixel_loss_weight"]))
 
     def curve(self, gains: ArrayLike, max_t: float, pixel_weight: float = 0.0) -> dict[str, Array]:
-        """The numbers of a `Prediction` for many gains `[n]` at once, each `[n]`.
+        """The fields of a `Prediction` for many gains `[n]` at once, each `[n]`.
 
-        Between two calibrated max_t norms and ratios are interpolated in log-log, shares and cosines linearly."""
+        Between two calibrated max_t, norms and ratios are interpolated in log-log, shares and cosines linearly."""
         wanted = np.asarray(gains, dtype=np.float64)
         lower, upper, share = self._between(max_t)
         one = self._statistics(lower, wanted, pixel_weight)
         if lower == upper:
             return one
         other = self._statistics(upper, wanted, pixel_weight)
-        with np.errstate(divide="ignore"):  # log 0 is −∞, and its exponential 0 again
+        with np.errstate(divide="ignore"):  # exp(log 0) is 0 again
             return {
                 name: one[name] * (1 - share) + other[name] * share
                 if name in ("auxiliary_share", "cosine")
@@ -136,7 +136,7 @@ class NormModel:
             }
 
     def ratios(self, gains: ArrayLike, max_t: float, pixel_weight: float = 0.0) -> Array:
-        """The ratios of `curve` alone, at a tenth of the time."""
+        """Only the ratios of `curve`, ten times as fast."""
         wanted = np.asarray(gains, dtype=np.float64)
         lower, upper, share = self._between(max_t)
         one = self._ratio(lower, wanted, pixel_weight)
@@ -145,13 +145,13 @@ class NormModel:
         with np.errstate(divide="ignore"):
             return np.exp(np.log(one) * (1 - share) + np.log(self._ratio(upper, wanted, pixel_weight)) * share)
 
-    # -- backward: which gain does it take
+    # -- inverse: norm → gain
 
     def gain_for(self, ratio: float, max_t: float, pixel_weight: float = 0.0) -> float:
-        """The gain on the rising branch at which the norm is `ratio` times the baseline's.
+        """The gain on the rising branch for which the norm is `ratio` times the baseline's.
 
-        The two gradients may partly cancel, so a small gain can shorten the sum; the rising branch is what lies beyond.
-        Raises ValueError where no gain on it has that ratio, where a clamp cuts in, and where no calibrated batch is active."""
+        The two gradients may partly cancel, so a small gain can reduce the norm. The rising branch starts after that minimum.
+        Raises ValueError if no gain on it has that ratio, if a clamp is active there, or if no calibrated batch is active."""
         if not (math.isfinite(ratio) and ratio > 0):
             raise ValueError(f"a norm ratio is a finite number > 0, got {ratio!r}")
         lower, upper, _ = self._between(max_t)
@@ -169,7 +169,7 @@ class NormModel:
         if not below.size:
             raise ValueError(f"no gain has a norm ratio of {ratio:.6g} at max_t={max_t:g}: the smallest there is {found.min():.6g}")
         under, over = float(gains[below[-1]]), float(gains[below[-1] + 1])
-        for _ in range(12):  # each time 64 parts of the interval: float64 has no finer one after nine
+        for _ in range(12):  # splits the interval by 64 each time; reaches float64 precision after nine
             gains = np.linspace(under, over, 65)
             last = int(np.flatnonzero(self.ratios(gains, max_t, pixel_weight) <= ratio)[-1])
             if last == 64 or not gains[last] < gains[last + 1]:
@@ -185,7 +185,7 @@ class NormModel:
 
     @property
     def baseline_ratio_main(self) -> float:
-        """Median norm of the baseline over the main loss's: how hard the baseline itself pushes."""
+        """Median norm of the baseline relative to that of the main loss only."""
         return float(np.median(self.baseline)) / self._main_norm()
 
     @property
@@ -202,8 +202,9 @@ class NormModel:
         )
 
     def _between(self, max_t: float) -> tuple[int, int, float]:
-        """Indices on either side and how far it is to the upper one, in log max_t. A gate that no calibrated sample passes
-        is skipped unless it is asked for exactly: its neighbour knows more."""
+        """Indices of the calibrated neighbours and the interpolation weight of the upper one, in log max_t.
+
+        A gate that no calibrated sample passes is skipped unless `max_t` is exactly that gate."""
         for index, own in enumerate(self.max_ts):
             if _equal(own, max_t):
                 return index, index, 0.0
@@ -247,7 +248,7 @@ class NormModel:
         return float(np.median(np.sqrt(self.q[-1, :, MAIN, MAIN])))
 
     def _natural_gain(self, lower: int, upper: int) -> float:
-        """At which the SSIM gradient is about as long as the main one."""
+        """The gain at which the SSIM gradient has about the norm of the main gradient."""
         with np.errstate(divide="ignore", invalid="ignore"):
             gains = [
                 np.median(np.sqrt(self.q[i, self.active[i], MAIN, MAIN] / self.q[i, self.active[i], SSIM, SSIM]))
@@ -280,7 +281,7 @@ class NormModel:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> NormModel:
-        """Raises ValueError for something else. Non-finite numbers may be JSON's strings "NaN" and "Infinity"."""
+        """The model from `to_dict`. Non-finite numbers may be the strings "NaN" and "Infinity". Raises ValueError."""
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else data
             raise ValueError(f"norm model format {found!r} is not known (this version reads {FORMAT})")
@@ -307,11 +308,11 @@ class NormModel:
 
 
 def fit(settings: Sequence[tuple[float, float]], norms: ArrayLike) -> Array:
-    """Q of every batch from total_norm readings: `settings` [k] of (pixel_weight, gain), `norms` `[k, batch]` → `[batch, 3, 3]`.
+    """Fits Q of every batch to total_norm readings: `settings` [k] of (pixel_weight, gain), `norms` `[k, batch]` → `[batch, 3, 3]`.
 
-    Least squares of the relative error of N² = A + 2Bg + Cg² (and the pixel terms where some pixel_weight is above 0; else
-    they are NaN). Rounding may leave C below B²/A, which no gradient has; it is raised to that.
-    Raises ValueError with fewer readings than unknowns."""
+    Least squares on the relative error of N² = A + 2Bg + Cg², plus the pixel terms if some pixel_weight is above 0 (else they
+    are NaN). Rounding may give C below B²/A, which is impossible for gradients; C is then raised to B²/A.
+    Raises ValueError if there are fewer readings than unknowns."""
     pixel, gain = np.asarray(settings, dtype=np.float64).T
     readings = np.asarray(norms, dtype=np.float64)
     features = {
@@ -325,7 +326,7 @@ def fit(settings: Sequence[tuple[float, float]], norms: ArrayLike) -> Array:
     silent = ({PIXEL} if not pixel.any() else set()) | ({SSIM} if not gain.any() else set())
     known = {place: column for place, column in features.items() if not silent & set(place)}
     matrix = np.stack(list(known.values()), axis=1)
-    scale = np.maximum(np.abs(matrix).max(axis=0), np.finfo(float).tiny)  # columns differ by gain²: the small ones would drown
+    scale = np.maximum(np.abs(matrix).max(axis=0), np.finfo(float).tiny)  # columns differ by gain²; without scaling, small ones are lost
     if np.linalg.matrix_rank(matrix / scale) < matrix.shape[1]:
         raise ValueError(f"{matrix.shape[1]} unknowns need as many different settings, got {len(settings)}: {list(settings)}")
     q = np.full((readings.shape[1], 3, 3), np.nan)
@@ -343,7 +344,7 @@ def _equal(one: float, other: float) -> bool:
 
 
 def _squares(q: Array, gains: Array, pixel_weight: float) -> Array:
-    """vᵀQv for every gain and batch; the pixel entries are only touched where they count."""
+    """vᵀQv for every gain and batch. The pixel entries are used only if `pixel_weight` is not 0."""
     main, cross, ssim = q[:, MAIN, MAIN], q[:, MAIN, SSIM], q[:, SSIM, SSIM]
     if pixel_weight:
         if np.isnan(q[:, PIXEL, PIXEL]).all():

@@ -1,4 +1,4 @@
-"""Metrics for a logger that knows losses only (note 002 §0): terms that read as a number and add up as 0 × the number."""
+"""Metrics for a logger that accepts only losses (note 002 §0): tensors that print as a number but add zero to a sum."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tune_ssim.base.errors import UserError
 
-# What a logger does with a term. Everything else is arithmetic, and there a term is zero.
+# Operations of a logger on a term. In all other operations (arithmetic) the term is zero.
 _READ = {
     *("__array__", "__float__", "__format__", "__get__", "__hash__", "__repr__", "item", "numpy", "tolist"),
     *("clone", "cpu", "cuda", "detach", "double", "float", "to", "mean", "sum", "reshape", "squeeze", "view"),
@@ -20,14 +20,14 @@ _READ = {
 
 
 def shadow_terms(metrics: Mapping[str, float | Tensor], prefix: str = "loss_") -> dict[str, Tensor]:
-    """`dbg/grad_flow` → `loss_dbg_grad_flow`, for a trainer that adds up and prints whatever begins with `prefix`:
+    """Renames `dbg/grad_flow` to `loss_dbg_grad_flow`, for a trainer that sums and prints everything that starts with `prefix`:
 
         losses |= shadow_terms(taps.read())
         total = sum(losses.values())        # unchanged, to the bit, and so is every gradient
 
-    The term shows the metric where it is read (`item`, `float`, `mean`, `format`, …) and is an exact zero in all arithmetic, so NaN
-    and Inf are shown and do not reach the loss (0·NaN would). 0-d tensors stay on their device, numbers go to that of the first
-    tensor. Metrics that begin with `prefix` are shown already and left out. Raises UserError where two names become one.
+    A term has the value of the metric when it is read (`item`, `float`, `mean`, `format`, …) and is exactly zero in arithmetic.
+    So NaN and Inf are shown but do not reach the loss (0·NaN would). 0-d tensors stay on their device; numbers go to the device
+    of the first tensor. Metrics that already start with `prefix` are skipped. Raises UserError if two names collide.
     """
     device = next((value.device for value in metrics.values() if isinstance(value, Tensor)), None)
     terms: dict[str, Tensor] = {}

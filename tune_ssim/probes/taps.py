@@ -1,13 +1,13 @@
-"""Is every branch working? What arrives at each tagged module in the real backward pass (note 002 §3).
+"""Gradient norm and coverage of tagged modules in the real backward pass, to see whether every branch works (note 002 §3).
 
     taps = GradientTaps({"flow": model.transformer, "dino_head": model.dino_head}, every=16, accumulation=4)
     for step in range(steps):
         for batch in micro_batches(4):
             loss_of(model, batch).backward()
-        metrics |= taps.read()              # before optimizer.step(): what the optimiser is about to see
+        metrics |= taps.read()              # before optimizer.step()
         optimizer.step()
 
-A branch works when its loss falls, its gradient is not zero and its coverage is 1, all at once."""
+A branch works if its loss falls, its gradient is not zero, and its coverage is 1."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ from torch.utils.hooks import RemovableHandle
 from tune_ssim.base.errors import UserError
 from tune_ssim.probes.gradients import is_sharded, joint_norm, local_part, sharding, total_norm
 
-EPS = 1e-12  # in update_ratio: a module that is still all zeros
-_RUN_BACKWARD, _APPLY = _engine_run_backward.__code__, BackwardCFunction.apply.__code__  # frames in which a pass, a node runs
+EPS = 1e-12  # in update_ratio, for a module that is still all zeros
+_RUN_BACKWARD, _APPLY = _engine_run_backward.__code__, BackwardCFunction.apply.__code__  # code of a backward pass and of a node
 
 
 class GradientTaps:
-    """Gradient norm, coverage and update ratio of tagged modules, at a cadence.
+    """Gradient norm, coverage and update ratio of tagged modules, measured every few steps.
 
-    `modules`: tag → a module, or parameters. They are looked up anew for every reading, so layers may be frozen, unfrozen,
-    replaced, shared between tags. `every`: steps between readings; the first step is read too. `accumulation`: backward
-    passes in one optimiser step. `scaler`: a GradScaler whose scale is to be taken out where it is still in.
-    `update_elements`: of each tag about so many elements at most, evenly spread, are compared before and after a step;
-    None: all of them, and so a whole copy of the parameters from this step's reading to the next; 0: no update ratio.
+    `modules`: tag → a module, or parameters. Parameters are looked up at every reading, so layers may be frozen, unfrozen,
+    replaced, or shared between tags. `every`: steps between readings; the first step is read too. `accumulation`: backward
+    passes per optimiser step. `scaler`: a GradScaler whose scale is removed from gradients that are still scaled.
+    `update_elements`: compare about this many evenly spaced elements per tag before and after a step; None: all elements,
+    which keeps a full copy of the parameters from one reading to the next; 0: no update ratio.
 
     A reading has, for each tag:
 
-    - `dbg/grad_<tag>`: L2 norm of the gradient as the optimiser is about to see it: of all micro-batches, over all ranks,
-      after clipping if `read` stands after it. A 0-d tensor; nothing here waits for the device.
-    - `dbg/<tag>_trainable`: parameters (tensors) that are not frozen.
-    - `dbg/<tag>_has_grad`: how often a gradient arrived at one of them, on this rank, added up over the backward passes.
-    - `dbg/<tag>_coverage`: has_grad / trainable / accumulation. 1 is right; less: a part is detached or frozen, or fewer
-      micro-batches than said; more: an optimiser step that comes late; 0: nothing arrived.
-    - `dbg/update_ratio/<tag>`: ‖Δθ‖ / (‖θ‖ + 1e-12) of the step before. It is known once the step is done, so the reading
-      after has it: one step late, as in the note.
+    - `dbg/grad_<tag>`: L2 norm of the gradient that the optimiser will use: all micro-batches, all ranks, and after clipping
+      if `read` is called after it. A 0-d tensor; nothing here synchronises with the device.
+    - `dbg/<tag>_trainable`: number of parameters (tensors) that are not frozen.
+    - `dbg/<tag>_has_grad`: number of gradients received by them on this rank, summed over the backward passes.
+    - `dbg/<tag>_coverage`: has_grad / trainable / accumulation. 1 is correct. Less: a part is detached or frozen, or there were
+      fewer micro-batches than `accumulation`. More: an optimiser step was missed. 0: no gradient arrived.
+    - `dbg/update_ratio/<tag>`: ‖Δθ‖ / (‖θ‖ + 1e-12) of the previous step. It is known only after the step, so the next reading
+      reports it, one step late as in the note.
 
-    Hooks exist only during a step that will be read, on the parameters alone, so no graph is broken; other steps pay nothing.
-    On sharded parameters every rank has to read. Optimisers that take the gradients away from `.grad` (DeepSpeed ZeRO 2 and 3, an
-    optimiser inside the backward pass) leave nothing to read: UserError.
+    Hooks exist only during steps that are read, and only on parameters, so no graph breaks and other steps have no overhead.
+    With sharded parameters every rank must call `read`. Optimisers that remove the gradients from `.grad` (DeepSpeed ZeRO 2
+    and 3, an optimiser inside the backward pass) cannot be read: UserError.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class GradientTaps:
         if not modules:
             raise UserError("GradientTaps: no modules; expected a mapping such as {'flow': model.transformer}")
         self.every, self.accumulation, self.scaler, self.update_elements = every, accumulation, scaler, update_elements
-        self.step = 0  # optimiser steps that were read or passed over
+        self.step = 0  # optimiser steps so far
         self._tagged: dict[str, torch.nn.Module | list[torch.nn.Parameter]] = {}
         for tag, tagged in modules.items():
             self._tagged[tag] = _checked(tag, tagged)
         self._hooks: dict[Hashable, RemovableHandle] = {}
-        self._arrived: dict[int, _Arrivals] = {}  # by the id of the parameter
+        self._arrived: dict[int, _Arrivals] = {}  # by id of the parameter
         self._passes = _BackwardPasses()
         self._before: dict[str, tuple[list[torch.nn.Parameter], list[tuple[Tensor, Tensor]]]] = {}
         if self.due:
@@ -86,17 +86,17 @@ class GradientTaps:
 
     @property
     def due(self) -> bool:
-        """Whether the next `read()` will have something: the first step, and each that `every` divides."""
+        """Whether the next `read()` returns a reading: at the first step and at every multiple of `every`."""
         return self.step == 0 or (self.step + 1) % self.every == 0
 
     def read(self, step: int | None = None) -> dict[str, float | Tensor]:
-        """Once an optimiser step, after its last backward pass and before `optimizer.step()`. Steps are counted from 1;
-        `step` overrules the count, for a training that was resumed.
+        """Call once per optimiser step, after the last backward pass and before `optimizer.step()`. Steps count from 1; `step`
+        overrides the count, for a resumed training.
 
-        Returns 0-d tensors and numbers, nothing in most steps. Raises UserError where gradients came and are gone."""
+        Returns 0-d tensors and numbers; empty in most steps. Raises UserError if gradients arrived but were already cleared."""
         due = self.due if step is None else step == 1 or step % self.every == 0
         if step is not None and step != self.step + 1:
-            self._before = {}  # what was copied belongs to another step
+            self._before = {}  # the copy belongs to another step
         self.step = self.step + 1 if step is None else step
         found = self._update_ratios() if self._before else {}
         if due:
@@ -113,7 +113,7 @@ class GradientTaps:
         return found
 
     def close(self) -> None:
-        """Takes the hooks away; a later `read()` would set them again."""
+        """Removes the hooks. A later `read()` would set them again."""
         self._disarm()
         self._before = {}
 
@@ -128,7 +128,7 @@ class GradientTaps:
         found: dict[str, float | Tensor] = {f"dbg/grad_{tag}": norm if factor is None else norm * factor.to(norm.device)}
         found[f"dbg/{tag}_trainable"] = float(len(trainable))
         if any(id(parameter) not in self._arrived for parameter in trainable):
-            return found  # thawed or replaced since the hooks were set: the next reading counts
+            return found  # unfrozen or replaced since the hooks were set; the next reading will count it
         arrived = sum(self._arrived[id(parameter)].passes for parameter in trainable)
         if arrived and all(parameter.grad is None for parameter in trainable):
             raise UserError(
@@ -145,20 +145,20 @@ class GradientTaps:
         for tag, (parameters, before) in self._before.items():
             after = _sample(parameters, self.update_elements)
             owners, old, new = [p for p, _ in before], [part for _, part in before], [part for _, part in after]
-            if [part.shape for part in old] == [part.shape for part in new]:  # else a parameter's data were exchanged
+            if [part.shape for part in old] == [part.shape for part in new]:  # else the data of a parameter were replaced
                 moved = joint_norm(owners, torch._foreach_sub(new, old))
                 found[f"dbg/update_ratio/{tag}"] = moved / (joint_norm(owners, old) + EPS)
         self._before = {}
         return found
 
     def _unscale(self) -> Tensor | None:
-        """What takes the scale out of the gradients; None if it is not in them."""
+        """The factor that unscales the gradients; None if they are not scaled."""
         if self.scaler is None or not self.scaler.is_enabled():
             return None
         stages = [state["stage"].name for state in self.scaler._per_optimizer_states.values()]
         if "UNSCALED" in stages:
             return None
-        scale = self.scaler._get_scale_async()  # get_scale() would wait for the device
+        scale = self.scaler._get_scale_async()  # get_scale() would synchronise with the device
         return None if scale is None else scale.reciprocal()
 
     def _arm(self) -> None:
@@ -189,8 +189,8 @@ class GradientTaps:
             arrived.latest = number
 
     def _follow(self, shards: Mapping[str, int], module: torch.nn.Module, _: Any) -> None:
-        """`fully_shard` puts whole parameters in the place of the shards while a module runs. These get a gradient in every
-        backward pass, the shards only in those that reduce it (`set_requires_gradient_sync`)."""
+        """Moves hooks from shards to the unsharded parameters that `fully_shard` uses while a module runs. Those get a gradient
+        in every backward pass, shards only in passes that reduce gradients (`set_requires_gradient_sync`)."""
         for name, parameter in module.named_parameters(recurse=False):
             key = shards.get(name)
             if key is not None and not is_sharded(parameter) and parameter.requires_grad and id(parameter) not in self._hooks:
@@ -201,23 +201,23 @@ class GradientTaps:
 
 @dataclass
 class _Arrivals:
-    parameter: torch.nn.Parameter  # held, so that no other can get its id
-    passes: int = 0  # in which a gradient arrived
-    latest: int = 0  # number of the latest
+    parameter: torch.nn.Parameter  # keeps a reference, so that its id is not reused
+    passes: int = 0  # backward passes in which a gradient arrived
+    latest: int = 0  # number of the latest of these passes
 
 
 class _BackwardPasses:
     """Numbers the backward passes in which hooks fire.
 
-    Re-entrant checkpointing runs a backward pass for each checkpointed segment inside the pass that `loss.backward()` began. Such
-    an inner pass belongs to the one whose custom node runs it, and within one pass nodes come in falling order of creation.
+    Re-entrant checkpointing runs an inner backward pass for each checkpointed segment. It belongs to the outer pass whose custom
+    node runs it. Within one pass, nodes run in decreasing order of creation.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self._latest = -1  # id of the engine's task that was seen last
-        self._outer: int | None = None  # id of the current pass, once a hook fired in it itself
-        self._node: int | None = None  # the custom node of the latest inner pass, in order of creation
+        self._latest = -1  # id of the latest autograd graph task
+        self._outer: int | None = None  # id of the current outer pass, once a hook fired directly in it
+        self._node: int | None = None  # sequence number of the custom node of the latest inner pass
         self._inner = -1  # id of the latest inner pass
 
     def number(self) -> int:
@@ -241,7 +241,7 @@ class _BackwardPasses:
 
 
 def _enclosing_node() -> int | None:
-    """Sequence number of the outermost custom node within which a backward pass was begun; None outside of any."""
+    """Sequence number of the outermost custom node that started a backward pass; None if there is none."""
     frame, inside, node = sys._getframe(1), False, None
     while frame is not None:
         if frame.f_code is _RUN_BACKWARD:
@@ -271,19 +271,19 @@ def _checked(tag: str, tagged: Any) -> torch.nn.Module | list[torch.nn.Parameter
 
 @torch.no_grad()
 def _sample(parameters: list[torch.nn.Parameter], elements: int | None) -> list[tuple[Tensor, Tensor]]:
-    """Copies of about `elements` elements at most, `[n]`, evenly spread over all parameters, for each kind of them (one of
-    the kind, copy). All at one rate, so that a ratio of norms needs no weights."""
+    """Copies of about `elements` elements, evenly spaced over all parameters: (a parameter, copy `[n]`) for each combination of
+    device, dtype and sharding. The sampling rate is the same for all, so a ratio of norms needs no weights."""
     step = 1
     if elements is not None:
         sizes = [parameter.numel() for parameter in parameters if parameter.numel()]
         step = max(1, -(-sum(sizes) // elements))
-        while step > 1 and any(math.gcd(step, size) > 1 for size in sizes):  # a common factor with a row would skip columns
+        while step > 1 and any(math.gcd(step, size) > 1 for size in sizes):  # a common factor with a row length would always skip the same columns
             step += 1
     kinds: dict[Any, tuple[Tensor, list[Tensor]]] = {}
     for parameter in parameters:
         part = local_part(parameter.detach())
         if not part.is_contiguous():
-            part = part.permute(sorted(range(part.ndim), key=part.stride, reverse=True))  # as it lies in memory
+            part = part.permute(sorted(range(part.ndim), key=part.stride, reverse=True))  # memory order
         kind = (part.device, part.dtype, sharding(parameter))
         kinds.setdefault(kind, (parameter, []))[1].append(part.reshape(-1)[::step])
     return [(parameter, torch.cat(parts)) for parameter, parts in kinds.values()]

@@ -1,4 +1,4 @@
-"""Weights as they are in memory: their hashes, and whether they are those of their file."""
+"""Hashes of weights in memory, and comparison of a module with its weights file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = [
     "WeightComparison", "compare_with_file", "content_id", "file_contents", "tensor_contents", "tensor_hashes", "untrained_norms",
 ]  # fmt: skip
 
-SAFETENSORS, TORCH_SAVE = ".safetensors", (".pt", ".pth", ".bin", ".ckpt")  # how files of checkpoints end
-# As safetensors spells them, so that a tensor in memory and the same in a file have one hash.
+SAFETENSORS, TORCH_SAVE = ".safetensors", (".pt", ".pth", ".bin", ".ckpt")  # file name extensions of checkpoints
+# Names as in safetensors, so that a tensor in memory and the same tensor in a file have the same hash.
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
@@ -26,29 +26,29 @@ DTYPE_NAMES = {
     torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
 
-# Different values that a tensor must hold to be distinctive, by bytes an element. Compared were ruined (gain 300 to 3000) and
+# Number of distinct values that makes a tensor distinctive, by bytes per element. Measured on ruined (gain 300 to 3000) and
 # healthy (0, 0.1, 16) trainings of the bundled task after 1 to 25 steps of SGD and AdamW, lr 2.5e-6 to 5e-3, same start and noise.
-# In float32 nothing came out the same in two of them but AdamW's step counters (1 value). Rounded to 16 bits, which swallows small
-# updates, tensors of up to 171 values did (a bias of 192 elements at lr 2.5e-6); the next had 933 values and never did.
-LEAST_DISTINCT = {8: 16, 4: 16, 2: 512}
-INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # to count bit patterns by, since NaN equals nothing
-SAMPLE = 1 << 16  # elements, evenly spaced, in which they are counted: a billion need no sorting
-PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # in which one training's weights get saved
+# In float32 only AdamW's step counters (1 value) were equal in two trainings. Rounded to 16 bits, which hides small updates,
+# tensors with up to 171 distinct values were equal (a bias of 192 elements at lr 2.5e-6); the next had 933 values and never was.
+MIN_DISTINCT = {8: 16, 4: 16, 2: 512}
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # to count bit patterns, because NaN equals nothing
+SAMPLE = 1 << 16  # evenly spaced elements in which distinct values are counted; avoids sorting a billion elements
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # precisions in which weights are commonly saved
 
 
 def tensor_hashes(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """name → SHA-256 of dtype, shape and bytes: the same for any device and memory layout, NaN and −0 told apart.
+    """name → SHA-256 of dtype, shape and bytes. Independent of device and memory layout; distinguishes NaN payloads and −0.
 
     Raises TypeError for a tensor without plain memory (sparse, quantised, meta)."""
     return {name: _hash(_plain(name, tensor)) for name, tensor in tensors.items()}
 
 
 def tensor_contents(tensors: Mapping[str, torch.Tensor]) -> Contents:
-    """The hashes of all tensors, and for the distinctive ones also those of their casts to float32, float16 and bfloat16: a
+    """Hashes of all tensors. For distinctive tensors also the hashes of their casts to float32, float16 and bfloat16, because a
     checkpoint that is saved again in half precision is still the same checkpoint.
 
-    Distinctive is a floating-point tensor with enough different values (LEAST_DISTINCT), or whose values are not finite: no
-    sound training has it by chance, unlike counters, masks, zeros and ones. A cast that loses this is left out.
+    A floating-point tensor is distinctive if it has enough distinct values (MIN_DISTINCT), or if a value is not finite. Unlike
+    counters, masks, zeros and ones, no healthy training has it by chance. A cast that is not distinctive is left out.
     """
     hashes: dict[str, str] = {}
     distinctive: dict[str, tuple[str, ...]] = {}
@@ -62,17 +62,16 @@ def tensor_contents(tensors: Mapping[str, torch.Tensor]) -> Contents:
 
 
 def file_contents(path: Path) -> Contents | None:
-    """`tensor_contents` of a checkpoint that another program wrote: a file of safetensors or of torch.save, or a folder of such.
+    """`tensor_contents` of a checkpoint by another program: a safetensors or torch.save file, or a folder of them.
 
-    One tensor at a time is in memory. A file of torch.save is read with `weights_only`, so that nothing in it is run. None where
-    there is no tensor that can be read."""
+    torch.save files are read with `weights_only`, so no code in them runs. None if no tensor can be read."""
     hashes: dict[str, str] = {}
     distinctive: dict[str, Sequence[str]] = {}
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file() and file.suffix in (SAFETENSORS, *TORCH_SAVE):
             try:
                 found = tensor_contents(_tensors_in(file))
-            except Exception:  # torn or foreign: torch and safetensors raise their own types for anything malformed
+            except Exception:  # torch and safetensors raise their own types for malformed files
                 continue
             hashes |= {f"{file.name}:{name}": value for name, value in found.hashes.items()}
             distinctive |= found.distinctive
@@ -80,7 +79,7 @@ def file_contents(path: Path) -> Contents | None:
 
 
 class _Stored(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for."""
+    """The tensors of a safetensors file, each read on access."""
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, framework="pt", device="cpu")
@@ -118,12 +117,12 @@ def _tensors_in(file: Path) -> Mapping[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class WeightComparison:
-    """A module against the safetensors file that it must have been loaded from.
+    """Comparison of a module with the safetensors file that it should have been loaded from.
 
-    missing: in the module, not in the file. unexpected: in the file, not in the module. mismatched: name → the two shapes (and
-    kinds of number) that do not fit. different: same shape, other values; a cast to the module's precision is no difference.
-    equal_fraction: share of the module's numbers that are the file's, to the bit. metadata_missing: the file does not say its
-    `format`, which some loaders insist on. norm_parameters, untrained: see `untrained_norms`.
+    missing: in the module, not in the file. unexpected: in the file, not in the module. mismatched: name → the two shapes and
+    dtypes. different: same shape, other values; a cast to the module's precision does not count. equal_fraction: fraction of
+    the module's elements that are bitwise equal to the file. metadata_missing: the file has no `format` in its metadata, which
+    some loaders require. norm_parameters: number of parameters in normalisation layers. untrained: see `untrained_norms`.
     """
 
     missing: tuple[str, ...]
@@ -137,23 +136,25 @@ class WeightComparison:
 
     @property
     def equal(self) -> bool:
-        """The module holds this file, all of it and nothing else."""
+        """Whether the module has exactly the tensors of the file."""
         return not (self.missing or self.unexpected or self.mismatched or self.different)
 
     @property
     def fresh(self) -> bool | None:
-        """True: not one normalisation layer has been trained. False: at least one has. None: there is none to tell by."""
+        """True: no normalisation layer has been trained. False: at least one has. None: the module has none."""
         return len(self.untrained) == self.norm_parameters if self.norm_parameters else None
 
 
 def compare_with_file(module: torch.nn.Module, path: str | Path) -> WeightComparison:
-    """Raises BadSetup, in one line, for anything but a safetensors file with tensors in it; nothing is executed."""
+    """Compares a module with a safetensors file. Executes no code from the file.
+
+    Raises a one-line BadSetup for anything but a safetensors file with tensors in it."""
     stored = TensorFile.open(path)
     if not stored.header:
         raise BadSetup(f"{path}: holds no tensors")
     mine = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
     places = {_memory(tensor) for name, tensor in mine.items() if name in stored.header and tensor.numel()}
-    missing = [name for name in mine if name not in stored.header and _memory(mine[name]) not in places]  # tied: stored once
+    missing = [name for name in mine if name not in stored.header and _memory(mine[name]) not in places]  # tied weights are stored once
     mismatched: dict[str, str] = {}
     different: list[str] = []
     equal = total = 0
@@ -186,17 +187,18 @@ def compare_with_file(module: torch.nn.Module, path: str | Path) -> WeightCompar
 
 
 def untrained_norms(module: torch.nn.Module) -> tuple[str, ...]:
-    """The parameters of normalisation layers that are 0 everywhere or 1 everywhere: so they are initialised, and the first
-    optimiser step moves them.
+    """Parameters of normalisation layers that are all 0 or all 1, their initial values; the first optimiser step changes them.
 
-    Only these can tell: other layers start from random numbers, which a trained network's may resemble. A network whose
-    norms were frozen all along looks untrained, so this is evidence beside a file's hash, not in its place.
+    Only normalisation layers reveal this: other layers start from random values, which can look like trained ones. A network
+    whose norms were always frozen looks untrained, so this complements a file hash but does not replace it.
     """
     return tuple(name for name, value in _norm_parameters(module).items() if bool((value == 0).all() or (value == 1).all()))
 
 
 def _norm_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """By the class's name: LlamaRMSNorm and its like do not derive from torch's. One element is 0 or 1 in any case."""
+    """Parameters of layers with "norm" in their class name, because LlamaRMSNorm and others do not derive from torch's classes.
+
+    Parameters with one element are excluded."""
     return {
         f"{prefix}.{name}" if prefix else name: parameter.detach()
         for prefix, layer in module.named_modules()
@@ -207,14 +209,14 @@ def _norm_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, contiguous, no lazy conjugation. One tensor at a time: a second copy of a model may not fit."""
+    """The tensor on the CPU, contiguous, without lazy conjugation. Used one tensor at a time to save memory."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise TypeError(f"{name}: a {tensor.layout} tensor of {tensor.dtype} on {tensor.device} has no bytes to hash")
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def _bits(plain: torch.Tensor) -> torch.Tensor:
-    """`[elements, bytes]`, not a copy."""
+    """A view of the bytes, `[elements, bytes]`."""
     return plain.flatten().view(torch.uint8).reshape(plain.numel(), plain.element_size())
 
 
@@ -225,13 +227,14 @@ def _hash(plain: torch.Tensor) -> str:
 
 
 def _is_distinctive(plain: torch.Tensor, original: torch.Tensor | None = None) -> bool:
-    """`original`: what `plain` is a cast of; a value that only the cast made infinite is no evidence."""
+    """Whether a tensor is distinctive, see `tensor_contents`. `original`: the tensor that `plain` is a cast of; values that only
+    the cast made infinite do not count."""
     size = plain.element_size()
-    if not plain.is_floating_point() or size not in LEAST_DISTINCT or plain.numel() < LEAST_DISTINCT[size]:
+    if not plain.is_floating_point() or size not in MIN_DISTINCT or plain.numel() < MIN_DISTINCT[size]:
         return False
     every = slice(None, None, max(1, plain.numel() // SAMPLE))
     values = (plain if original is None else original).flatten()[every]
-    return len(plain.flatten()[every].view(INTEGERS[size]).unique()) >= LEAST_DISTINCT[size] or not bool(values.isfinite().all())
+    return len(plain.flatten()[every].view(INTEGERS[size]).unique()) >= MIN_DISTINCT[size] or not bool(values.isfinite().all())
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -5,7 +5,7 @@ hashes of the tensors that its training changed, and by the parents that descend
 effect.
 
 Unless declared, these are not recognised: a tensor that was sliced, concatenated, transposed, averaged or quantised to 8 bits, and
-a file of only short vectors and constants (`probes.weights.LEAST_DISTINCT`).
+a file of only short vectors and constants (`probes.weights.MIN_DISTINCT`).
 """
 
 from __future__ import annotations
