@@ -326,7 +326,9 @@ def fit(settings: Sequence[tuple[float, float]], norms: ArrayLike) -> Array:
     silent = ({PIXEL} if not pixel.any() else set()) | ({SSIM} if not gain.any() else set())
     known = {place: column for place, column in features.items() if not silent & set(place)}
     matrix = np.stack(list(known.values()), axis=1)
-    scale = np.maximum(np.abs(matrix).max(axis=0), np.finfo(float).tiny)  # columns differ by gain²; without scaling, small ones are lost
+    scale = np.maximum(
+        np.abs(matrix).max(axis=0), np.finfo(float).tiny
+    )  # columns differ by gain²; without scaling, small ones are lost
     if np.linalg.matrix_rank(matrix / scale) < matrix.shape[1]:
         raise ValueError(f"{matrix.shape[1]} unknowns need as many different settings, got {len(settings)}: {list(settings)}")
     q = np.full((readings.shape[1], 3, 3), np.nan)

@@ -277,7 +277,9 @@ def _sample(parameters: list[torch.nn.Parameter], elements: int | None) -> list[
     if elements is not None:
         sizes = [parameter.numel() for parameter in parameters if parameter.numel()]
         step = max(1, -(-sum(sizes) // elements))
-        while step > 1 and any(math.gcd(step, size) > 1 for size in sizes):  # a common factor with a row length would always skip the same columns
+        while step > 1 and any(
+            math.gcd(step, size) > 1 for size in sizes
+        ):  # a common factor with a row length would always skip the same columns
             step += 1
     kinds: dict[Any, tuple[Tensor, list[Tensor]]] = {}
     for parameter in parameters:

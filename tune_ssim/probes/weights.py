@@ -154,7 +154,9 @@ def compare_with_file(module: torch.nn.Module, path: str | Path) -> WeightCompar
         raise BadSetup(f"{path}: holds no tensors")
     mine = {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
     places = {_memory(tensor) for name, tensor in mine.items() if name in stored.header and tensor.numel()}
-    missing = [name for name in mine if name not in stored.header and _memory(mine[name]) not in places]  # tied weights are stored once
+    missing = [
+        name for name in mine if name not in stored.header and _memory(mine[name]) not in places
+    ]  # tied weights are stored once
     mismatched: dict[str, str] = {}
     different: list[str] = []
     equal = total = 0
