@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -357,13 +358,25 @@ def test_a_curve_is_of_bounded_size_and_keeps_the_extremes(values: list[float], 
         assert max(seen) == max(high for high in curve.high if not math.isnan(high))
 
 
-def test_the_last_of_an_odd_number_of_blocks_is_not_lost() -> None:
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=8))
+def test_a_curve_is_the_same_in_whatever_pieces_it_comes(pieces: list[int]) -> None:
+    count = sum(pieces)
+    values = [math.nan if step % 7 == 3 else 0.0 if step % 5 == 0 else math.sin(step) for step in range(count)]
+    whole, pieced = Curve(), Curve()
+    whole.add(range(count), values)
+    for end, piece in zip(accumulate(pieces), pieces, strict=True):
+        pieced.add(range(end - piece, end), values[end - piece : end])
+    assert repr(whole) == repr(pieced)
+
+
+def test_a_block_of_a_curve() -> None:
     curve = Curve()
-    curve.add(range(MAX_BLOCKS + 1), [1.0] * MAX_BLOCKS + [math.nan])
-    assert curve.broken.sum() == pytest.approx(1 / 3) and curve.mean[-1] == 1 and curve.steps[-1] == MAX_BLOCKS
-    zero = Curve()
-    zero.add(range(MAX_BLOCKS + 1), [3.0] * MAX_BLOCKS + [0.0])
-    assert zero.mean[-1] == 2 and zero.zero[-1] == pytest.approx(1 / 3)
+    curve.add(range(MAX_BLOCKS), [1.0, 3.0, math.nan, 0.0, math.inf, math.nan] + [2.0] * (MAX_BLOCKS - 6))
+    assert len(curve.steps) == MAX_BLOCKS / 2 and curve.steps[:3] == [1, 3, 5] and curve.steps[-1] == MAX_BLOCKS - 1
+    assert curve.mean[:2] == [2, 0] and (curve.low[0], curve.high[0]) == (1, 3) and curve.mean[3] == 2
+    assert (curve.zero[:3], curve.broken[:3]) == ([0, 0.5, 0], [0, 0.5, 1])
+    assert math.isnan(curve.mean[2]) and math.isnan(curve.low[2])
 
 
 # ---- a baseline

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 EXTRA_OF = {
     "torch": ("PyTorch", "losses"),
+    "numpy": ("NumPy", "losses"),
     "safetensors": ("safetensors", "losses"),
     "PIL": ("Pillow", "losses"),
     "ray": ("Ray", "ray"),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import median
 from typing import Any, Literal
 
-import numpy as np
-
 from tune_ssim.guards import Rule
-from tune_ssim.guards.curves import Array, Curve
+from tune_ssim.guards.curves import Curve
 from tune_ssim.guards.rule_pack import Branch, RulePack
 
 Answer = Literal["yes", "no", "unknown"]
@@ -73,35 +73,33 @@ def judge_branch(
     return BranchReport(pack.name, branch.name, tuple(findings))
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding:
     curve = curves.get(branch.loss)
     if curve is None:
         return BranchFinding("loss", "unknown", f"no metric {branch.loss}")
     late_broken = curve.broken[-max(1, len(curve.broken) // 4) :]
-    if late_broken.size and late_broken.mean() > 0.5:
+    if late_broken and _mean(late_broken) > 0.5:
         return BranchFinding("loss", "no", f"{branch.loss} is not finite {_since(curve, curve.broken)}")
-    levels = curve.levels(LEVELS)
-    levels = levels[np.isfinite(levels)]
+    levels = [level for level in curve.levels(LEVELS) if math.isfinite(level)]
     if curve.records < MIN_RECORDS or len(levels) < LEVELS // 2:
         return BranchFinding("loss", "unknown", f"{curve.records} records of {branch.loss} are too few to see it fall")
     late = min(LATE, len(levels) // 2)
-    first, last = float(levels[0]), float(levels[-late:].mean())
+    first, last = levels[0], _mean(levels[-late:])
     # The scatter of neighbours, so that the fall itself does not count as noise.
-    noise = float(np.median(np.abs(np.diff(levels)))) / (math.sqrt(2) * 0.6745)
+    noise = median(abs(after - before) for before, after in pairwise(levels)) / (math.sqrt(2) * 0.6745)
     error = CERTAIN * noise * math.sqrt(1 + 1 / late)
     least = SMALL * abs(first)
-    since = levels[int(levels.argmin()) + 1 :][-late:]  # what came after the lowest
-    lowest = float(levels.min())
-    fall, back = first - lowest, float(since.mean()) - lowest if since.size else 0.0
+    lowest = min(levels)
+    since = levels[levels.index(lowest) + 1 :][-late:]  # what came after the lowest
+    fall, back = first - lowest, _mean(since) - lowest if since else 0.0
     falls = last - first < -error and first - last > 1e-12 * abs(first)
     if branch.may_rise and not falls:
-        middle = float(levels[len(levels) // 2 : -late].mean())
+        middle = _mean(levels[len(levels) // 2 : -late])
         if abs(last - middle) <= max(error, SMALL * abs(middle)):
             return BranchFinding("loss", "yes", f"{branch.loss} has settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
         return BranchFinding("loss", "unknown", f"{branch.loss} has not settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
     # Two deviations more: the lowest of twenty levels is lower than most.
-    if fall > max(error, least) and back > max(RISEN * fall, CERTAIN * noise * math.sqrt(1 + 1 / max(since.size, 1)) + 2 * noise):
+    if fall > max(error, least) and back > max(RISEN * fall, CERTAIN * noise * math.sqrt(1 + 1 / max(len(since), 1)) + 2 * noise):
         return BranchFinding(
             "loss", "no", f"{branch.loss} fell from {first:.3g} to {lowest:.3g} and rose again, to {lowest + back:.3g}"
         )
@@ -122,15 +120,15 @@ def _gradient(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding:
     if name is None:
         return BranchFinding("gradient", "unknown", f"no metric {' or '.join(branch.gradient)}")
     curve = curves[name]
-    gone = curve.zero + curve.broken
-    if not gone.size:
+    gone = [zero + broken for zero, broken in zip(curve.zero, curve.broken, strict=True)]
+    if not gone:
         return BranchFinding("gradient", "unknown", f"{name} has no record yet")
     late = gone[-max(1, len(gone) // 4) :]
-    if late.mean() > 0.5:
+    if _mean(late) > 0.5:
         what = "zero" if curve.zero[-1] >= curve.broken[-1] else "not finite"
         return BranchFinding("gradient", "no", f"{name} is {what} {_since(curve, gone)}")
-    if gone.mean() > FEW:
-        return BranchFinding("gradient", "no", f"{name} is zero or not finite in {gone.mean():.0%} of the records")
+    if _mean(gone) > FEW:
+        return BranchFinding("gradient", "no", f"{name} is zero or not finite in {_mean(gone):.0%} of the records")
     return BranchFinding("gradient", "yes", f"its gradient is there ({name} {_range(curve)})")
 
 
@@ -138,24 +136,30 @@ def _coverage(branch: Branch, curves: Mapping[Any, Curve], expected: float) -> B
     if not branch.has_grad:
         return BranchFinding("coverage", "unknown", "the rule pack names no coverage for it")
     curve = curves.get((branch.has_grad, branch.trainable))
-    if curve is None or not curve.mean.size:
+    if curve is None or not curve.mean:
         absent = next((name for name in (branch.has_grad, branch.trainable) if name not in curves), branch.has_grad)
         return BranchFinding("coverage", "unknown", f"no metric {absent}")
-    off = ~(np.abs(curve.mean / expected - 1) <= OFF)
-    if off.mean() > FEW:
-        wrong = curve.mean[off]
-        typical = "not a number" if np.isnan(wrong).all() else f"{np.nanmedian(wrong):.3g}"
-        share = "in every record" if off.all() else f"in {off.mean():.0%} of the records"
+    wrong = [mean for mean in curve.mean if not abs(mean / expected - 1) <= OFF]
+    share_wrong = len(wrong) / len(curve.mean)
+    if share_wrong > FEW:
+        numbers = [mean for mean in wrong if not math.isnan(mean)]
+        typical = f"{median(numbers):.3g}" if numbers else "not a number"
+        share = "in every record" if share_wrong == 1 else f"in {share_wrong:.0%} of the records"
         return BranchFinding("coverage", "no", f"coverage is {typical} {share}, and should be {expected:g}")
-    return BranchFinding("coverage", "yes", f"coverage {np.nanmedian(curve.mean):.3g}")
+    return BranchFinding("coverage", "yes", f"coverage {median(mean for mean in curve.mean if not math.isnan(mean)):.3g}")
 
 
-def _since(curve: Curve, gone: Array) -> str:
+def _since(curve: Curve, gone: Sequence[float]) -> str:
     """From when on it was gone for good."""
-    present = np.flatnonzero(gone <= 0.5)
-    return "from the first record on" if not present.size else f"after step {int(curve.steps[present[-1]])}"
+    present = [step for step, share in zip(curve.steps, gone, strict=True) if share <= 0.5]
+    return f"after step {int(present[-1])}" if present else "from the first record on"
 
 
 def _range(curve: Curve) -> str:
-    low, high = np.nanmin(curve.low), np.nanmax(curve.high)
+    low = min(value for value in curve.low if not math.isnan(value))
+    high = max(value for value in curve.high if not math.isnan(value))
     return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -2,77 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[np.float64]
-MAX_BLOCKS = 1024  # more than a picture has columns
+MAX_BLOCKS = 1024  # even; more than a picture has columns
 
 
 @dataclass
 class Curve:
-    """Blocks of equally many records. `steps` are the blocks' last ones; `mean`, `low` and `high` are of their finite values
-    (NaN where a block has none), `zero` and `broken` the shares of values that are 0 or not finite."""
+    """Blocks of equally many records: the same for the same log, in whatever pieces it comes.
 
-    steps: Array = field(default_factory=lambda: np.empty(0))
-    mean: Array = field(default_factory=lambda: np.empty(0))
-    low: Array = field(default_factory=lambda: np.empty(0))
-    high: Array = field(default_factory=lambda: np.empty(0))
-    zero: Array = field(default_factory=lambda: np.empty(0))
-    broken: Array = field(default_factory=lambda: np.empty(0))
+    `steps` are the blocks' last ones; `mean`, `low` and `high` are of their finite values (NaN where a block has none), `zero` and
+    `broken` the shares of values that are 0 or not finite."""
+
+    steps: list[float] = field(default_factory=list)
+    mean: list[float] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    zero: list[float] = field(default_factory=list)
+    broken: list[float] = field(default_factory=list)
     records: int = 0
     _per_block: int = 1
-    _steps: Array = field(default_factory=lambda: np.empty(0))  # of records that do not fill a block yet
-    _values: Array = field(default_factory=lambda: np.empty(0))
+    _steps: list[float] = field(default_factory=list)  # of records that do not fill a block yet
+    _values: list[float] = field(default_factory=list)
 
-    def add(self, steps: Sequence[float], values: Sequence[float] | Array) -> None:
+    def add(self, steps: Sequence[float], values: Sequence[float]) -> None:
         self.records += len(steps)
-        all_steps = np.concatenate([self._steps, np.asarray(steps, float)])
-        all_values = np.concatenate([self._values, np.asarray(values, float)])
-        whole = len(all_steps) // self._per_block * self._per_block
-        self._steps, self._values = all_steps[whole:].copy(), all_values[whole:].copy()
-        if not whole:
-            return
-        self._append(all_steps[:whole], all_values[:whole])
-        while len(self.steps) > MAX_BLOCKS:
-            self._halve()
+        all_steps, all_values = [*self._steps, *steps], [*self._values, *values]
+        begin = 0
+        while begin + self._per_block <= len(all_steps):
+            end = begin + self._per_block
+            self._append(all_steps[end - 1], all_values[begin:end])
+            if len(self.steps) == MAX_BLOCKS:
+                self._halve()
+            begin = end
+        self._steps, self._values = all_steps[begin:], all_values[begin:]
 
-    def levels(self, count: int) -> Array:
+    def levels(self, count: int) -> list[float]:
         """`count` means of equally long parts of the log; NaN where a part has no finite value. Fewer for fewer blocks."""
-        parts = np.array_split(self.mean, min(count, len(self.mean)) or 1)
-        return np.array([_mean(part) for part in parts])
+        parts = min(count, len(self.mean)) or 1
+        size, longer = divmod(len(self.mean), parts)
+        ends = [size * (k + 1) + min(k + 1, longer) for k in range(parts)]
+        return [finite_mean(self.mean[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
 
-    def _append(self, steps: Array, values: Array) -> None:
-        rows = values.reshape(-1, self._per_block)
-        finite = np.isfinite(rows)
-        count = finite.sum(1)
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            mean = np.where(finite, rows, 0.0).sum(1) / count
-        none = count == 0
-        low, high = np.where(finite, rows, np.inf).min(1), np.where(finite, rows, -np.inf).max(1)
-        low[none] = high[none] = np.nan
-        new = (steps[self._per_block - 1 :: self._per_block], mean, low, high, (rows == 0).mean(1), 1 - finite.mean(1))
-        for name, more in zip(("steps", "mean", "low", "high", "zero", "broken"), new, strict=True):
-            setattr(self, name, np.concatenate([getattr(self, name), more]))
+    def _append(self, step: float, values: list[float]) -> None:
+        finite = values if all(map(math.isfinite, values)) else list(filter(math.isfinite, values))
+        self.steps.append(step)
+        self.mean.append(finite_mean(finite))
+        self.low.append(min(finite, default=math.nan))
+        self.high.append(max(finite, default=math.nan))
+        self.zero.append(values.count(0.0) / len(values))
+        self.broken.append(1 - len(finite) / len(values))
 
     def _halve(self) -> None:
-        """Pairs of blocks become one; the last one of an odd number would need records that are gone, so it joins the pair
-        before it."""
-        begins = np.arange(0, len(self.steps) - 1, 2)
-        blocks = np.add.reduceat(np.ones(len(self.steps)), begins)
-        weights = 1 - self.broken
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            total = np.add.reduceat(np.where(weights > 0, self.mean * weights, 0.0), begins)
-            self.mean = total / np.add.reduceat(weights, begins)
-        self.steps = np.maximum.reduceat(self.steps, begins)
-        self.low, self.high = np.fmin.reduceat(self.low, begins), np.fmax.reduceat(self.high, begins)
-        self.zero, self.broken = (np.add.reduceat(shares, begins) / blocks for shares in (self.zero, self.broken))
+        """Pairs of blocks become one."""
+        pairs = range(0, len(self.steps), 2)
+        shares = [1 - broken for broken in self.broken]
+        self.mean = [_weighted(self.mean[k : k + 2], shares[k : k + 2]) for k in pairs]
+        self.steps = self.steps[1::2]
+        self.low = [_ignoring_nan(min, self.low[k : k + 2]) for k in pairs]
+        self.high = [_ignoring_nan(max, self.high[k : k + 2]) for k in pairs]
+        self.zero = [(self.zero[k] + self.zero[k + 1]) / 2 for k in pairs]
+        self.broken = [(self.broken[k] + self.broken[k + 1]) / 2 for k in pairs]
         self._per_block *= 2
 
 
-def _mean(values: Array) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else float("nan")
+def finite_mean(values: Sequence[float]) -> float:
+    """NaN if none is finite."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _weighted(means: Sequence[float], shares: Sequence[float]) -> float:
+    total = sum(shares)
+    return sum(mean * share for mean, share in zip(means, shares, strict=True) if share > 0) / total if total > 0 else math.nan
+
+
+def _ignoring_nan(choose: Callable[[Iterable[float]], float], values: Sequence[float]) -> float:
+    return choose([value for value in values if not math.isnan(value)] or [math.nan])

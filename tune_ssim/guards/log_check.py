@@ -248,7 +248,7 @@ class LogCheck:
         for key in self._series:
             column = table.column(key) if isinstance(key, str) else table.quotient(*key)
             if column is not None:
-                self.curves.setdefault(key, Curve()).add(column.steps, column.array)
+                self.curves.setdefault(key, Curve()).add(column.steps, column.values)
 
     def _unknown(self, guard: Guard) -> Unknown | None:
         about = guard.about if isinstance(guard, Rule) else guard.metrics

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import chain, compress
-from typing import TYPE_CHECKING, overload
+from functools import cache, cached_property
+from itertools import chain, compress, islice
+from operator import lt
+from typing import TYPE_CHECKING, Any, overload
 
 from tune_ssim.records import Record
 
@@ -18,6 +19,16 @@ if TYPE_CHECKING:  # guards import this module; NumPy is loaded only when a tabl
 
 
 MIN_NUMPY = 16  # number of values from which NumPy is faster than a loop; a live trial has one
+
+
+@cache
+def numpy_or_none() -> Any:
+    """None where NumPy is not installed: it comes with the extras."""
+    try:
+        import numpy as np
+    except ImportError:
+        return None
+    return np
 
 
 class Column:
@@ -42,18 +53,14 @@ class Column:
 
     @cached_property
     def all_finite(self) -> bool:
-        if len(self) < MIN_NUMPY:
+        if len(self) < MIN_NUMPY or (np := numpy_or_none()) is None:
             return all(map(math.isfinite, self.values))
-        import numpy as np
-
         return bool(np.isfinite(self.array).all())
 
     def outside(self, lower: float, upper: float, begin: int = 0) -> list[int]:
         """Indices >= `begin` of values outside [`lower`, `upper`]. NaN counts as outside."""
-        if len(self) < MIN_NUMPY:
+        if len(self) < MIN_NUMPY or (np := numpy_or_none()) is None:
             return [k for k in range(begin, len(self)) if not lower <= self.values[k] <= upper]
-        import numpy as np
-
         with np.errstate(invalid="ignore"):
             inside = (lower <= self.array) & (self.array <= upper)
         found: list[int] = (np.flatnonzero(~inside[begin:]) + begin).tolist()
@@ -121,11 +128,9 @@ class Table(Sequence[Record]):
     @classmethod
     def joined(cls, tables: Sequence[Table]) -> Table:
         """The concatenation of column tables that have the same metrics."""
-        import numpy as np
-
         steps = list(chain.from_iterable(table.steps for table in tables))
         columns = [table._columns or {} for table in tables]
-        return cls(steps, columns={name: np.concatenate([part[name] for part in columns]) for name in columns[0]})
+        return cls(steps, columns={name: _end_to_end([part[name] for part in columns]) for name in columns[0]})
 
     @property
     def by_columns(self) -> tuple[str, ...] | None:
@@ -150,9 +155,7 @@ class Table(Sequence[Record]):
     @cached_property
     def grows(self) -> bool:
         """Whether the steps strictly increase."""
-        import numpy as np
-
-        return bool((np.diff(np.asarray(self.steps, dtype=np.int64)) > 0).all())
+        return all(map(lt, self.steps, islice(self.steps, 1, None)))
 
     def column(self, metric: str) -> Column | None:
         """The column of a metric; None if no record has it."""
@@ -173,21 +176,27 @@ class Table(Sequence[Record]):
             values = [row[metric] for row in compress(self._rows, present)]
             return Column(rows, list(compress(self.steps, present)), values) if rows else None
 
-    def quotient(self, numerator: str, denominator: str) -> Column | None:
-        """The ratio of two metrics over the records that have both; None if no record has both.
-
-        x / 0 is infinite with the sign of x, and 0 / 0 is 0."""
-        import numpy as np
-
-        a, b = self.column(numerator), self.column(denominator)
+    def quotient(self, above: str, below: str) -> Column | None:
+        """Of the records that have both. By zero it is infinite with the sign of what is divided, and 0 of zero itself."""
+        a, b = self.column(above), self.column(below)
         if a is None or b is None:
             return None
-        rows, steps, over, under = a.rows, a.steps, a.array, b.array
-        if len(a) != len(self) or len(b) != len(self):
-            both, of_a, of_b = np.intersect1d(np.asarray(a.rows), np.asarray(b.rows), assume_unique=True, return_indices=True)
-            rows, steps, over, under = both.tolist(), [self.steps[row] for row in both.tolist()], over[of_a], under[of_b]
-            if not rows:
-                return None
-        with np.errstate(all="ignore"):
-            by_zero = np.where(over == 0, 0.0, np.copysign(math.inf, over))
-            return Column(rows, steps, np.where(under == 0, by_zero, over / under))
+        divisors = dict(zip(b.rows, b.values, strict=True))
+        found = [(row, step, over) for row, step, over in zip(a.rows, a.steps, a.values, strict=True) if row in divisors]
+        if not found:
+            return None
+        rows, steps, _ = map(list, zip(*found, strict=True))
+        return Column(rows, steps, [_divided(over, divisors[row]) for row, _, over in found])
+
+
+def _divided(over: float, under: float) -> float:
+    if under != 0:
+        return over / under
+    return over if over == 0 or math.isnan(over) else math.copysign(math.inf, over)
+
+
+def _end_to_end(parts: Sequence[Sequence[float] | Array]) -> Sequence[float] | Array:
+    if all(isinstance(part, (list, tuple)) for part in parts):
+        return list(chain.from_iterable(parts))
+    joined: Array = numpy_or_none().concatenate(parts)
+    return joined

@@ -79,15 +79,16 @@ def _panels(report: LogReport) -> list[tuple[str, Curve, list[Alert]]]:
 
 
 def _varies(curve: Curve) -> bool:
-    finite = curve.mean[np.isfinite(curve.mean)]
+    mean = np.asarray(curve.mean)
+    finite = mean[np.isfinite(mean)]
     return bool(finite.size and finite.max() > finite.min())
 
 
 def _draw(axes: Axes, metric: str, curve: Curve) -> None:
-    steps, mean = curve.steps, curve.mean
+    steps, mean = np.asarray(curve.steps), np.asarray(curve.mean)
     axes.fill_between(steps, curve.low, curve.high, color=CLOUD, lw=0, alpha=0.6)
     noisy = len(steps) > 2 * SMOOTHING_PARTS
-    gaps = np.where(curve.broken > 0, np.nan, mean)  # the line stops at non-finite values
+    gaps = np.where(np.asarray(curve.broken) > 0, np.nan, mean)  # the line stops at non-finite values
     axes.plot(steps, gaps, color=CLOUD if noisy else LINE, lw=0.8 if noisy else 1.3)
     if noisy:
         parts = np.array_split(np.arange(len(steps)), SMOOTHING_PARTS)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 
-import numpy as np
-
 from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.values import text_number
-from tune_ssim.records.record_table import Table
+from tune_ssim.records.record_table import Table, numpy_or_none
 
 DELIMITERS = ",;\t"
 MIN_TABLE_ROWS = 16  # number of rows from which reading them as a table is faster
@@ -67,7 +65,7 @@ class CsvRows:
 
     def _take_table(self, lines: list[str]) -> bool:
         """Takes lines that are all complete numeric rows with increasing steps. Otherwise returns False and takes none."""
-        if not self._plain or self._step is None or not lines[0].strip():
+        if not self._plain or self._step is None or not lines[0].strip() or (np := numpy_or_none()) is None:
             return False
         try:
             table = np.loadtxt(lines, delimiter=self._delimiter, comments=None, ndmin=2)

@@ -102,6 +102,7 @@ def columns_of(lines: Sequence[str]) -> dict[str, NDArray[Any]] | None:
     if text[:1] != "{" or not text.count("{") == len(lines) == text.count("\n{") + 1:
         return None  # not one object on each line
     try:
+        import numpy  # noqa: F401  # what Arrow's columns become
         import pyarrow
         from pyarrow import json as arrow_json
     except ImportError:  # optional: the json module gives the same numbers, more slowly
