@@ -181,18 +181,18 @@ class Table(Sequence[Record]):
         a, b = self.column(above), self.column(below)
         if a is None or b is None:
             return None
-        divisors = dict(zip(b.rows, b.values, strict=True))
-        found = [(row, step, over) for row, step, over in zip(a.rows, a.steps, a.values, strict=True) if row in divisors]
-        if not found:
+        rows, steps, over, under = a.rows, a.steps, a.values, b.values
+        if len(a) != len(self) or len(b) != len(self):
+            of_a, of_b = dict(zip(a.rows, over, strict=True)), dict(zip(b.rows, under, strict=True))
+            rows = [row for row in a.rows if row in of_b]
+            steps, over, under = [self.steps[row] for row in rows], [of_a[row] for row in rows], [of_b[row] for row in rows]
+        if not rows:
             return None
-        rows, steps, _ = map(list, zip(*found, strict=True))
-        return Column(rows, steps, [_divided(over, divisors[row]) for row, _, over in found])
+        return Column(rows, steps, [x / y if y else _by_zero(x) for x, y in zip(over, under, strict=True)])
 
 
-def _divided(over: float, under: float) -> float:
-    if under != 0:
-        return over / under
-    return over if over == 0 or math.isnan(over) else math.copysign(math.inf, over)
+def _by_zero(value: float) -> float:
+    return value if value == 0 or math.isnan(value) else math.copysign(math.inf, value)
 
 
 def _end_to_end(parts: Sequence[Sequence[float] | Array]) -> Sequence[float] | Array:
