@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test e2e versions lint format bench docs
+.PHONY: run test e2e versions pythons lint format bench docs
 
 run: $(VENV)/.installed
 	$(BIN)/tune-ssim run
@@ -18,6 +18,10 @@ e2e: $(VENV)/.installed
 # A selection of the tests with the oldest and the newest Ray and MLflow that pyproject.toml admits; installs them in a temporary folder.
 versions: $(VENV)/.installed
 	$(BIN)/python tests/versions.py
+
+# The tests that need no torch, with every supported Python on this machine.
+pythons:
+	$(PYTHON) tests/pythons.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
