@@ -176,9 +176,11 @@ class Table(Sequence[Record]):
             values = [row[metric] for row in compress(self._rows, present)]
             return Column(rows, list(compress(self.steps, present)), values) if rows else None
 
-    def quotient(self, above: str, below: str) -> Column | None:
-        """Of the records that have both. By zero it is infinite with the sign of what is divided, and 0 of zero itself."""
-        a, b = self.column(above), self.column(below)
+    def quotient(self, numerator: str, denominator: str) -> Column | None:
+        """The ratio of two metrics over the records that have both; None if no record has both.
+
+        x / 0 is infinite with the sign of x, and 0 / 0 is 0."""
+        a, b = self.column(numerator), self.column(denominator)
         if a is None or b is None:
             return None
         rows, steps, over, under = a.rows, a.steps, a.values, b.values
