@@ -5,6 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("no_deadline", deadline=None)  # how long an example takes says nothing on a busy machine
+settings.load_profile("no_deadline")
 
 # Before any test module imports torch, ray or mlflow: they read these once, and worker processes inherit them.
 os.environ["OMP_NUM_THREADS"] = "1"  # torch takes its number of threads from it
