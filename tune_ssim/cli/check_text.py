@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tune_ssim.guards.branch_report import BranchReport
 from tune_ssim.guards.log_check import Alert, LogReport
-from tune_ssim.guards.rule import NOT_A_SIZE
+from tune_ssim.guards.rule import NON_FINITE_CAUSE
 from tune_ssim.results.trial_text import readable
 
 STYLES = {
@@ -49,7 +49,7 @@ def format_check(report: LogReport, ascii_only: bool = False, with_alerts: bool 
 
 def _follows(alert: Alert) -> bool:
     """Whether a rule fired on non-finite values after the step at which the training would have been ended: that is no news."""
-    return alert.after_end and alert.violation.cause == NOT_A_SIZE
+    return alert.after_end and alert.violation.cause == NON_FINITE_CAUSE
 
 
 def _list_followers(alerts: Sequence[Alert]) -> str:

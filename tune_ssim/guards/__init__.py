@@ -1,4 +1,4 @@
-"""Rules over a stream of records: pure Python, no torch."""
+"""Guards: checks over a stream of records, without torch."""
 
 from tune_ssim.guards.baseline import Baseline, BaselineRun
 from tune_ssim.guards.epoch_mean import EpochMean

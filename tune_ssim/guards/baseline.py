@@ -1,4 +1,4 @@
-"""The baseline a trial is compared with: runs of the same training with the pixel loss only, as one JSON file."""
+"""The baseline that trials are compared with: runs of the same training with only the pixel loss, stored as one JSON file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class BaselineRun:
-    """One seed: `series[metric][step]`, its held-out `evaluation` and the parameters that were in force."""
+    """The baseline run of one seed: `series[metric][step]`, its held-out `evaluation`, and its effective parameters."""
 
     seed: int
     series: Mapping[str, Mapping[int, float]]
@@ -25,7 +25,7 @@ class BaselineRun:
 
 @dataclass(frozen=True)
 class Baseline:
-    """`runs[0]` has the study's own seed: trials with that seed see the same batches and noise, step by step."""
+    """Baseline runs. `runs[0]` has the study's seed; trials with that seed see the same batches and noise at every step."""
 
     runs: tuple[BaselineRun, ...]
 
@@ -34,15 +34,15 @@ class Baseline:
             raise ValueError("a baseline needs at least one run")
 
     def run_of(self, seed: int | None) -> BaselineRun | None:
-        """The run whose batches a trial with `seed` can be paired with, if there is one."""
+        """The run with the same seed, and so the same batches; None if there is none."""
         return next((run for run in self.runs if run.seed == seed), None)
 
     def reference(self, seed: int | None) -> BaselineRun:
-        """The paired run, or else the first one."""
+        """The run with the same seed, else the first run."""
         return self.run_of(seed) or self.runs[0]
 
     def noise_floor(self, metric: str) -> float | None:
-        """Largest difference of `metric` (held out) between seeds; None with a single seed."""
+        """Largest difference of a held-out metric between seeds; None with a single seed."""
         values = [run.evaluation[metric] for run in self.runs if metric in run.evaluation]
         return max(values) - min(values) if len(values) > 1 else None
 
@@ -53,7 +53,7 @@ class Baseline:
                 "trial_id": run.trial_id,
                 "evaluation": dict(run.evaluation),
                 "effective": dict(run.effective),
-                # float: an integer would be read back as another text, and so with another digest
+                # float: an integer would be written differently after reading it back, which changes the digest
                 "series": {
                     name: [[step, float(value)] for step, value in sorted(points.items())] for name, points in run.series.items()
                 },
@@ -68,7 +68,7 @@ class Baseline:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Baseline:
-        """Raises ValueError for bytes that are no baseline."""
+        """The baseline from the content of its file. Raises ValueError for anything else."""
         loaded = json.loads(data)
         found = loaded.get("format") if isinstance(loaded, dict) else None
         if found != FORMAT:
@@ -91,7 +91,7 @@ class Baseline:
 
     @classmethod
     def read(cls, path: str | Path, sha256: str | None = None) -> Baseline:
-        """Reads a file; raises ValueError if it is not the one that `sha256` names."""
+        """Reads a baseline file. Raises ValueError if it cannot be read or does not match `sha256`."""
         try:
             data = Path(path).read_bytes()
         except OSError as error:

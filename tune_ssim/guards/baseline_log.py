@@ -1,4 +1,4 @@
-"""A baseline from the log of a run that is already over: what it shows, and what it cannot prove."""
+"""A baseline from the log of a finished run, and what such a log cannot prove."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN, held_out_values
 from tune_ssim.records.readers import read_all
 
-NO_SEED = -1  # of no trial: norms are never paired with those of a log
+NO_SEED = -1  # matches no trial, so norms are never paired with those of a log
 UNKNOWN = "its code, weights, data, seed and batches"
 
 
@@ -23,8 +23,10 @@ def baseline_of_log(
     names: Mapping[str, str] | None = None,
     held_out: Mapping[str, float] | None = None,
 ) -> Baseline:
-    """The pixel-loss run behind a log, in any format of `records.readers`. Held-out numbers are those given, and else the last of
-    every metric that is not one of the training itself. Raises UserError for a log without total_norm."""
+    """The baseline from the log of a pixel-loss run, in any format of `records.readers`.
+
+    held_out: held-out metrics; default the last value of every metric that is not a training metric. Raises UserError for a
+    log without total_norm."""
     series: dict[str, dict[int, float]] = {TOTAL_NORM: {}, TOTAL_NORM_MAIN: {}}
     last: dict[str, float] = {}
     for record in read_all(path, format=format, pattern=pattern, names=names):
@@ -42,7 +44,7 @@ def baseline_of_log(
 
 
 def require_steps(baseline: Baseline, path: str, steps: int) -> None:
-    """Raises UserError for a log that ends long before trials of `steps` would: nothing there is known of the rest."""
+    """Raises UserError if the log ends long before a trial of `steps` steps does."""
     logged = [0, *sorted(baseline.runs[0].series[TOTAL_NORM])]
     interval = max(later - earlier for earlier, later in pairwise(logged))
     if logged[-1] + interval < steps:
@@ -53,7 +55,7 @@ def require_steps(baseline: Baseline, path: str, steps: int) -> None:
 
 
 def describe(baseline: Baseline, path: str) -> str:
-    """One line on what is known, and what is not."""
+    """One line on what the log shows and what it cannot prove."""
     run = baseline.runs[0]
     steps = sorted(run.series[TOTAL_NORM])
     held_out = ", ".join(f"{name} {value:.4g}" for name, value in sorted(run.evaluation.items()))

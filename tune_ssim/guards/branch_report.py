@@ -1,4 +1,4 @@
-"""Is every branch of the loss working? (SEEDS C5: its loss falls, its gradient is there, its coverage is whole, all at once.)"""
+"""Judges whether every branch of the loss works (SEEDS C5: its loss falls, it has a gradient, and its coverage is complete)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tune_ssim.guards.curves import Curve
 from tune_ssim.guards.rule_pack import Branch, RulePack
 
 Answer = Literal["yes", "no", "unknown"]
-LEVELS = 20  # equally long parts of the log that are compared
-MIN_RECORDS = 20  # one a part
-LATE = 5  # parts at the end whose mean is what the branch has come to
-CERTAIN = 3.0  # standard errors; one look at the whole log, not hundreds at windows
-SMALL = 0.03  # of the first level: a fall that is smaller than this is none, if the noise admits to say so
-RISEN = 0.5  # of the fall that is lost again
-OFF = 0.1  # of the coverage (SEEDS C4)
-FEW = 0.1  # share of the records in which gradient or coverage may be wrong: a skipped step, the first of a run
+LEVELS = 20  # number of equal parts of the log that are compared
+MIN_RECORDS = 20  # one per part
+LATE_LEVELS = 5  # number of parts at the end whose mean is the final level
+MIN_SIGMAS = 3.0  # standard errors of a significant change; this is one test on the whole log, not one per window
+MIN_FALL = 0.03  # smallest fall that counts, relative to the first level, unless the noise is larger
+MAX_REBOUND = 0.5  # fraction of the fall that may be lost again
+COVERAGE_TOLERANCE = 0.1  # relative (SEEDS C4)
+MAX_BAD_RECORDS = 0.1  # fraction of records with a bad gradient or coverage: a skipped step, the first step of a run
 
 
 @dataclass(frozen=True)
 class BranchFinding:
-    """One of the three questions: `subject` is loss, gradient or coverage."""
+    """The answer to one of the three questions. subject: loss, gradient or coverage."""
 
     subject: str
     answer: Answer
@@ -50,7 +50,7 @@ class BranchReport:
 
 
 def series_of(branch: Branch) -> list[str | tuple[str, str]]:
-    """The curves that `judge_branch` needs: of metrics, and of the quotient of two."""
+    """The keys of the curves that `judge_branch` needs: a metric, or a pair of metrics for their ratio."""
     coverage: list[str | tuple[str, str]] = [(branch.has_grad, branch.trainable)] if branch.has_grad else []
     return [branch.loss, *branch.gradient, *coverage]
 
@@ -58,8 +58,10 @@ def series_of(branch: Branch) -> list[str | tuple[str, str]]:
 def judge_branch(
     pack: RulePack, branch: Branch, curves: Mapping[Any, Curve], holding: Mapping[str, tuple[Rule, int]] | None = None
 ) -> BranchReport:
-    """`curves` by the keys of `series_of`; a metric that never appeared has none. `holding`: rules of which what they look for
-    still holds at the end, by name, and since which step: one that is about the branch speaks against it."""
+    """Judges one branch.
+
+    curves: by the keys of `series_of`; a metric that never appeared has none. holding: rule name → the rule and the step since
+    which its condition has been true; rules about this branch that are still violated at the end count against it."""
     expected = float(pack.options.get("ga") or 1)
     findings = [_loss(branch, curves), _gradient(branch, curves), _coverage(branch, curves, expected)]
     about = {branch.loss, *branch.gradient, branch.has_grad, branch.trainable}
@@ -83,32 +85,34 @@ def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding:
     levels = [level for level in curve.levels(LEVELS) if math.isfinite(level)]
     if curve.records < MIN_RECORDS or len(levels) < LEVELS // 2:
         return BranchFinding("loss", "unknown", f"{curve.records} records of {branch.loss} are too few to see it fall")
-    late = min(LATE, len(levels) // 2)
+    late = min(LATE_LEVELS, len(levels) // 2)
     first, last = levels[0], _mean(levels[-late:])
-    # The scatter of neighbours, so that the fall itself does not count as noise.
+    # Noise from differences of neighbouring levels, so that the fall itself does not count as noise.
     noise = median(abs(after - before) for before, after in pairwise(levels)) / (math.sqrt(2) * 0.6745)
-    error = CERTAIN * noise * math.sqrt(1 + 1 / late)
-    least = SMALL * abs(first)
+    error = MIN_SIGMAS * noise * math.sqrt(1 + 1 / late)
+    min_fall = MIN_FALL * abs(first)
     lowest = min(levels)
-    since = levels[levels.index(lowest) + 1 :][-late:]  # what came after the lowest
+    since = levels[levels.index(lowest) + 1 :][-late:]  # the last levels after the lowest one
     fall, back = first - lowest, _mean(since) - lowest if since else 0.0
     falls = last - first < -error and first - last > 1e-12 * abs(first)
     if branch.may_rise and not falls:
         middle = _mean(levels[len(levels) // 2 : -late])
-        if abs(last - middle) <= max(error, SMALL * abs(middle)):
+        if abs(last - middle) <= max(error, MIN_FALL * abs(middle)):
             return BranchFinding("loss", "yes", f"{branch.loss} has settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
         return BranchFinding("loss", "unknown", f"{branch.loss} has not settled: from {first:.3g} to {middle:.3g}, then {last:.3g}")
-    # Two deviations more: the lowest of twenty levels is lower than most.
-    if fall > max(error, least) and back > max(RISEN * fall, CERTAIN * noise * math.sqrt(1 + 1 / max(len(since), 1)) + 2 * noise):
+    # Two more standard deviations, because the lowest of twenty levels is low by chance.
+    if fall > max(error, min_fall) and back > max(
+        MAX_REBOUND * fall, MIN_SIGMAS * noise * math.sqrt(1 + 1 / max(len(since), 1)) + 2 * noise
+    ):
         return BranchFinding(
             "loss", "no", f"{branch.loss} fell from {first:.3g} to {lowest:.3g} and rose again, to {lowest + back:.3g}"
         )
     if falls:
         return BranchFinding("loss", "yes", f"{branch.loss} fell from {first:.3g} to {last:.3g}")
-    if last - first - error >= -least:
-        if branch.may_be_flat and last - first <= max(error, least):
+    if last - first - error >= -min_fall:
+        if branch.may_be_flat and last - first <= max(error, min_fall):
             return BranchFinding("loss", "unknown", f"{branch.loss} is flat, as in a fine-tuning: from {first:.3g} to {last:.3g}")
-        word = "rose" if last - first > max(error, least) else "did not fall"
+        word = "rose" if last - first > max(error, min_fall) else "did not fall"
         return BranchFinding("loss", "no", f"{branch.loss} {word}: from {first:.3g} to {last:.3g}")
     return BranchFinding("loss", "unknown", f"{branch.loss} is too noisy to tell whether it fell ({first:.3g} to {last:.3g})")
 
@@ -127,7 +131,7 @@ def _gradient(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding:
     if _mean(late) > 0.5:
         what = "zero" if curve.zero[-1] >= curve.broken[-1] else "not finite"
         return BranchFinding("gradient", "no", f"{name} is {what} {_since(curve, gone)}")
-    if _mean(gone) > FEW:
+    if _mean(gone) > MAX_BAD_RECORDS:
         return BranchFinding("gradient", "no", f"{name} is zero or not finite in {_mean(gone):.0%} of the records")
     return BranchFinding("gradient", "yes", f"its gradient is there ({name} {_range(curve)})")
 
@@ -139,9 +143,9 @@ def _coverage(branch: Branch, curves: Mapping[Any, Curve], expected: float) -> B
     if curve is None or not curve.mean:
         absent = next((name for name in (branch.has_grad, branch.trainable) if name not in curves), branch.has_grad)
         return BranchFinding("coverage", "unknown", f"no metric {absent}")
-    wrong = [mean for mean in curve.mean if not abs(mean / expected - 1) <= OFF]
+    wrong = [mean for mean in curve.mean if not abs(mean / expected - 1) <= COVERAGE_TOLERANCE]
     share_wrong = len(wrong) / len(curve.mean)
-    if share_wrong > FEW:
+    if share_wrong > MAX_BAD_RECORDS:
         numbers = [mean for mean in wrong if not math.isnan(mean)]
         typical = f"{median(numbers):.3g}" if numbers else "not a number"
         share = "in every record" if share_wrong == 1 else f"in {share_wrong:.0%} of the records"
@@ -150,7 +154,7 @@ def _coverage(branch: Branch, curves: Mapping[Any, Curve], expected: float) -> B
 
 
 def _since(curve: Curve, gone: Sequence[float]) -> str:
-    """From when on it was gone for good."""
+    """When the gradient or loss was lost for good."""
     present = [step for step, share in zip(curve.steps, gone, strict=True) if share <= 0.5]
     return f"after step {int(present[-1])}" if present else "from the first record on"
 

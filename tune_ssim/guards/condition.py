@@ -1,4 +1,4 @@
-"""What a `Rule` is made of: a guard that also knows whether what it looks for holds right now."""
+"""The conditions of a `Rule`: guards that also track whether their condition is currently true."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from tune_ssim.records.record_table import Column, Table
 
 
 class Condition(Guard, Protocol):
-    """Its state has a key `holds`. It fires when `holds` becomes true, and again only after it was false in between."""
+    """A guard whose state has a key `holds`: whether its condition is currently true.
+
+    It fires when `holds` becomes true, and fires again only after `holds` was false in between."""
 
     def fold(self, state: State, table: Table) -> list[Found]:
         """See `TableGuard.fold`."""
         ...
 
     def finding(self, state: State) -> Violation:
-        """What it says, or would say again, while `state["holds"]`."""
+        """The violation to report while `state["holds"]` is true."""
         ...
 
 
@@ -27,13 +29,13 @@ def check_band(lower: float, upper: float) -> None:
         raise ValueError(f"lower ({lower}) must be below upper ({upper})")
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
+def check_count(name: str, value: int, minimum: int = 1) -> None:
+    if value < minimum:
+        raise ValueError(f"{name} must be >= {minimum}, got {value}")
 
 
 def as_action(action: Action | str) -> Action:
-    """The action, also by its text. Raises ValueError for any other."""
+    """The action, also from its text. Raises ValueError for anything else."""
     try:
         return Action(action)
     except ValueError:
@@ -42,12 +44,12 @@ def as_action(action: Action | str) -> Action:
 
 
 def measured_column(table: Table, metric: str, over: str | None) -> Column | None:
-    """A metric, or its quotient with another, of the records that have it."""
+    """A metric, or its ratio to the metric `over`; None if no record has it."""
     return table.column(metric) if over is None else table.quotient(metric, over)
 
 
-def band_words(lower: float, upper: float) -> str:
-    """`below 0.1`, `above 1`, `outside [0.3, 1.5]`: which side is the wrong one."""
+def describe_band(lower: float, upper: float) -> str:
+    """A violation of the bounds in words: `below 0.1`, `above 1`, `outside [0.3, 1.5]`."""
     if lower == float("-inf"):
         return f"above {upper:g}"
     return f"below {lower:g}" if upper == float("inf") else f"outside [{lower:g}, {upper:g}]"

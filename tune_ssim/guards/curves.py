@@ -1,4 +1,4 @@
-"""Metrics of a log of any length as curves of bounded size: for a picture, and to see what fell over the whole run."""
+"""Bounded-size curves of metrics from logs of any length, for plots and for trends over the whole run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-MAX_BLOCKS = 1024  # even; more than a picture has columns
+MAX_BLOCKS = 1024  # even; more than the pixel columns of a plot
 
 
 @dataclass
 class Curve:
-    """Blocks of equally many records: the same for the same log, in whatever pieces it comes.
+    """A metric in blocks with the same number of records. Independent of how the log is split into batches.
 
-    `steps` are the blocks' last ones; `mean`, `low` and `high` are of their finite values (NaN where a block has none), `zero` and
-    `broken` the shares of values that are 0 or not finite."""
+    steps: the last step of each block. mean, low, high: over its finite values; NaN if it has none. zero, broken: the
+    fractions of values that are 0 or non-finite."""
 
     steps: list[float] = field(default_factory=list)
     mean: list[float] = field(default_factory=list)
@@ -24,7 +24,7 @@ class Curve:
     broken: list[float] = field(default_factory=list)
     records: int = 0
     _per_block: int = 1
-    _steps: list[float] = field(default_factory=list)  # of records that do not fill a block yet
+    _steps: list[float] = field(default_factory=list)  # records that do not fill a block yet
     _values: list[float] = field(default_factory=list)
 
     def add(self, steps: Sequence[float], values: Sequence[float]) -> None:
@@ -40,7 +40,7 @@ class Curve:
         self._steps, self._values = all_steps[begin:], all_values[begin:]
 
     def levels(self, count: int) -> list[float]:
-        """`count` means of equally long parts of the log; NaN where a part has no finite value. Fewer for fewer blocks."""
+        """Means over `count` equal parts of the log; NaN if a part has no finite value. Fewer parts if there are fewer blocks."""
         parts = min(count, len(self.mean)) or 1
         size, longer = divmod(len(self.mean), parts)
         ends = [size * (k + 1) + min(k + 1, longer) for k in range(parts)]

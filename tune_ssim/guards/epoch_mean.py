@@ -1,11 +1,11 @@
-"""The mean of a metric over each epoch: what a training script prints when an epoch is over."""
+"""The mean of a metric over each epoch, as printed by a training script at the end of an epoch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import as_action, band_words, check_band, check_count
+from tune_ssim.guards.condition import as_action, check_band, check_count, describe_band
 from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
@@ -17,9 +17,9 @@ from tune_ssim.records.record_table import Table
 class EpochMean(TableGuard):
     """Fires when the mean of `metric` over an epoch is outside [`lower`, `upper`] (SEEDS D1). NaN counts as outside.
 
-    Epochs are told apart by the metric `epoch` (2.7 lies in epoch 2) or, with `steps_per_epoch`, by counting steps. An
-    epoch is judged by its last record: when it has as many as the one before, else at the first record of the next.
-    `epoch`: only this one is judged, the first of the log being 1.
+    The epoch comes from the metric `epoch` (2.7 is in epoch 2), or from the step if `steps_per_epoch` is set. An epoch is
+    judged once it has as many records as the previous one, or at the first record of the next epoch.
+    epoch: judge only this epoch, counting from 1 at the start of the log.
     """
 
     metric: str
@@ -45,8 +45,8 @@ class EpochMean(TableGuard):
         return (self.metric,) if self.steps_per_epoch else (self.metric, EPOCH)
 
     def init(self) -> State:
-        """`number` counts the epochs of the log, `label` is what the log calls the running one, `length` its predecessor's
-        records; `judged` and `value` are of the latest epoch that was judged."""
+        """number: epochs in the log so far. label: the log's number of the current epoch. length: records of the previous epoch.
+        judged, value: number and mean of the latest judged epoch."""
         return {
             "number": 0, "label": None, "sum": 0.0, "count": 0, "length": 0,
             "last_step": -1, "judged": 0, "value": None, "holds": False,
@@ -65,7 +65,7 @@ class EpochMean(TableGuard):
         held = state["holds"]
         if label != state["label"]:
             if state["judged"] != state["number"]:
-                self._judge(state)  # it ended before it was as long as the one before
+                self._judge(state)  # the epoch ended with fewer records than the previous one
             state |= {"number": state["number"] + 1, "label": label, "sum": 0.0, "count": 0, "length": state["count"]}
         state["sum"] += value
         state["count"] += 1
@@ -88,7 +88,7 @@ class EpochMean(TableGuard):
     def finding(self, state: State) -> Violation:
         value = state["value"]
         limit = self.lower if value < self.lower or self.upper == math.inf else self.upper
-        sentence = f"the mean of {self.metric} over epoch {state['judged']} is {value:.4g}, {band_words(self.lower, self.upper)}"
+        sentence = f"the mean of {self.metric} over epoch {state['judged']} is {value:.4g}, {describe_band(self.lower, self.upper)}"
         return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
 
     def unjudged(self, state: State) -> str | None:

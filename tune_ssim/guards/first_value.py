@@ -1,11 +1,11 @@
-"""The first value of a metric: what it is before training could have changed it says how the run was set up."""
+"""The first value of a metric, which shows how a run was set up before training could change it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import as_action, band_words, check_band
+from tune_ssim.guards.condition import as_action, check_band, describe_band
 from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
@@ -14,7 +14,7 @@ from tune_ssim.records.record_table import Table
 
 @dataclass(frozen=True)
 class FirstValue(TableGuard):
-    """Fires if the first record of `metric` has it outside [`lower`, `upper`], and never afterwards (SEEDS D2, D3)."""
+    """Fires if the first value of `metric` is outside [`lower`, `upper`]. Later values are not judged (SEEDS D2, D3)."""
 
     metric: str
     lower: float = -math.inf
@@ -47,7 +47,7 @@ class FirstValue(TableGuard):
     def finding(self, state: State) -> Violation:
         value = state["value"]
         limit = self.lower if value < self.lower or self.upper == math.inf else self.upper
-        sentence = f"{self.metric} starts at {value:.4g}, {band_words(self.lower, self.upper)}"
+        sentence = f"{self.metric} starts at {value:.4g}, {describe_band(self.lower, self.upper)}"
         return Violation(self.name, state["step"], self.metric, value, limit, self.action, sentence)
 
     def unjudged(self, state: State) -> str | None:

@@ -1,4 +1,4 @@
-"""The contract of a guard: a fold over records. State is plain JSON, so that a resumed trial goes on counting."""
+"""The guard protocol: a fold over records. The state is plain JSON, so that a resumed trial continues from it."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ GuardType = TypeVar("GuardType", bound="Guard")
 
 
 class Guard(Protocol):
-    """A frozen dataclass of limits. The same records give the same violations, wherever they come from."""
+    """A frozen dataclass of limits. Deterministic: the same records give the same violations, live or from a log."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Metrics without which the guard can say nothing: their absence is an error, never a pass."""
+        """Required metrics. If one never appears, that is an error, not a pass."""
         ...
 
     def init(self) -> State: ...
 
     def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
-        """The next state and what is to be said, if anything. `state` itself is left as it was."""
+        """The next state and a violation, if any. Does not modify `state`."""
         ...
 
     def unjudged(self, state: State) -> str | None:
-        """Asked at the end: why the guard could not give a verdict although its metric was there, or None."""
+        """At the end of a run: why the guard could not judge although its metric was present, or None."""
         ...
 
 
-Found = tuple[int, Violation]  # row of a table, and the violation there
+Found = tuple[int, Violation]  # table row and the violation in it
 
 
 class TableGuard:
-    """A guard that folds many records at once: a log of millions is judged a column at a time, a live trial one record at a time
-    by the same code."""
+    """A guard that processes many records at once. A long log is judged by columns, a live trial record by record, both with the
+    same code."""
 
     def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
-        """`fold` of a single record, on a copy of the state."""
+        """`fold` for a single record, on a copy of the state."""
         state = copy.deepcopy(state)
         found = self.fold(state, Table([record.step], rows=[record.values]))
         return state, found[0][1] if found else None
 
     def fold(self, state: State, table: Table) -> list[Found]:
-        """Changes `state` in place. The steps of the table increase; rows whose step `state` has seen already are ignored."""
+        """Updates `state` in place and returns the violations. The steps of the table must increase; rows with steps that were
+        already seen are ignored."""
         raise NotImplementedError

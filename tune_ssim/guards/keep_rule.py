@@ -1,4 +1,4 @@
-"""What may not get worse than the baseline: the margins between `safe` and `degraded`."""
+"""Limits on how much a held-out metric may get worse than the baseline: the boundary between `safe` and `degraded`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-SHOWN_NAMES = {"psnr": "PSNR", "ssim": "SSIM"}
+DISPLAY_NAMES = {"psnr": "PSNR", "ssim": "SSIM"}
 
 
 @dataclass(frozen=True)
 class KeepRule:
-    """A held-out metric (or a family, `flow_loss_bins` for `flow_loss_bins/0` …) that may not get worse than this.
+    """A limit on a held-out metric, or on a family of metrics (`flow_loss_bins` for `flow_loss_bins/0` …).
 
-    Exactly one limit, against the baseline: a difference (`min_delta`, `max_delta`) or a quotient (`min_ratio`, `max_ratio`)."""
+    Has exactly one limit relative to the baseline: on the difference (`min_delta`, `max_delta`) or on the ratio (`min_ratio`,
+    `max_ratio`)."""
 
     metric: str
     min_delta: float | None = None
@@ -22,10 +23,10 @@ class KeepRule:
     max_ratio: float | None = None
 
     def broken_by(self, found: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[str, float, float, str] | None:
-        """(metric, value, limit, sentence) of the first breach; NaN is a breach."""
+        """(metric, value, limit, sentence) of the first violated limit, or None. NaN violates every limit."""
         for name, measured, limit, is_floor in self.measured(found, baseline):
             if not (measured >= limit if is_floor else measured <= limit):
-                shown, bound = SHOWN_NAMES.get(name, name), "at least" if is_floor else "at most"
+                shown, bound = DISPLAY_NAMES.get(name, name), "at least" if is_floor else "at most"
                 is_delta = self.min_delta is not None or self.max_delta is not None
                 how = (
                     f"{measured:+.4g} against the baseline ({bound} {limit:+g})"
@@ -36,7 +37,7 @@ class KeepRule:
         return None
 
     def measured(self, found: Mapping[str, float], baseline: Mapping[str, float]) -> Iterator[tuple[str, float, float, bool]]:
-        """(metric, difference or quotient, limit, whether the limit is a floor) of every metric that the rule is about."""
+        """(metric, difference or ratio, limit, whether the limit is a floor) for every metric that the rule covers."""
         for name, value in found.items():
             if (name != self.metric and not name.startswith(self.metric + "/")) or name not in baseline:
                 continue

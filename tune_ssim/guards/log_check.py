@@ -1,4 +1,4 @@
-"""A log of any training, judged by the guards that a live trial has: what works, what does not, and why."""
+"""Checks the log of any training with the guards of a live trial, and reports which branches work and why."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from tune_ssim.guards import Baseline, BaselineRun, Guard, NonFinite, NormRatio,
 from tune_ssim.guards.branch_report import BranchFinding, BranchReport, judge_branch, series_of
 from tune_ssim.guards.curves import Curve
 from tune_ssim.guards.rule_pack import Branch, RulePack, bundled_packs, load_rules
-from tune_ssim.guards.watch import GRACE_RECORDS, WILD, named
+from tune_ssim.guards.watch import GRACE_RECORDS, WILDCARD_ENDINGS, named
 from tune_ssim.records import LOSS, TOTAL_NORM, TOTAL_NORM_MAIN, Record
 from tune_ssim.records.readers import Source
 from tune_ssim.records.record_table import Table
 
 SCHEMA = 1  # of `LogReport.to_json`, docs/check_schema.md
-LOOKED_AT = 1000  # records whose coverage says how many micro-batches make a step, where nobody else does
-PER_GUARD = 20  # alerts of one guard that are kept; the rest is counted
-SHOWN_NAMES = 12
+PROBED_RECORDS = 1000  # records used to infer the number of micro-batches per step from the coverage, if it is not given
+MAX_ALERTS = 20  # alerts kept per guard; further ones are only counted
+MAX_SHOWN_NAMES = 12  # metric names listed in a message
 WORDS = re.compile(r"[a-z]+")
-# Our name → words of which a metric has one that means it, and others that it may have besides (Lightning, Hugging Face, MMEngine,
-# DeepSpeed, fairseq).
+# Our name → words that identify the metric (one is needed), and words that may also occur in its name (Lightning, Hugging Face,
+# MMEngine, DeepSpeed, fairseq).
 USUAL = {
     LOSS: ({"loss"}, {"train", "training", "total", "step"}),
     TOTAL_NORM: ({"norm", "gnorm", "gradnorm"}, {"grad", "gradient", "global", "total", "train", "training"}),
 }
-POLL_S = 0.5  # between two looks at a growing log
-MAX_BASELINE_RECORDS = 1_000_000  # records of a baseline that are compared with; a hundred megabytes
+POLL_S = 0.5  # seconds between reads of a growing log
+MAX_BASELINE_RECORDS = 1_000_000  # baseline records kept in memory; about a hundred megabytes
 
 
 @dataclass(frozen=True)
 class Alert:
-    """What a guard said. `times` in all, the last at `last_step`; `after_end`: after a live trial would have ended."""
+    """An alert of a guard. times: how often it fired, last at `last_step`. after_end: a live trial would have ended before it."""
 
     violation: Violation
     source: str = ""
@@ -55,7 +55,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class Unknown:
-    """A guard that could not judge, and why."""
+    """A guard that could not judge the log, and why."""
 
     guard: str
     reason: str
@@ -72,15 +72,15 @@ class LogReport:
     alerts: tuple[Alert, ...]
     unknown: tuple[Unknown, ...]
     judged: tuple[str, ...]  # guards that could have fired
-    ended: Violation | None  # what would have ended a live trial
+    ended: Violation | None  # the violation that would have ended a live trial
     notes: tuple[str, ...]
-    curves: Mapping[Any, Curve] = field(repr=False)  # by metric, or by the pair of a quotient
-    passed_over: int = 0  # rows of steps that had come before, and lines that could not be read
+    curves: Mapping[Any, Curve] = field(repr=False)  # by metric, or by a pair of metrics for their ratio
+    passed_over: int = 0  # skipped rows: repeated steps and lines that could not be read
 
     @property
     def verdict(self) -> str:
-        """alerts; else does_not_work where a branch does not; else unknown where nothing could be judged, or less than was passed
-        over; else healthy."""
+        """`alerts` if there are any; else `does_not_work` if a branch does not work; else `unknown` if no guard could judge or at
+        least as many rows were skipped as read; else `healthy`."""
         if self.alerts:
             return "alerts"
         if any(branch.verdict == "does not work" for branch in self.branches):
@@ -106,11 +106,11 @@ class LogReport:
 
 
 class LogCheck:
-    """`feed` records in the order of their steps, then `report`. Memory does not grow with the log."""
+    """Checks a log: `feed` records in step order, then `report`. Memory use does not grow with the log."""
 
     def __init__(self, packs: Sequence[RulePack], baseline: Baseline | None = None, *, given: bool = True) -> None:
-        """`given` False: of these packs, those count that the log turns out to be about. They all watch from the first record on,
-        so when a metric comes does not matter."""
+        """given: whether the user chose the packs. If False, only packs that match the log's metrics count. All packs watch from
+        the first record, so it does not matter when a metric first appears."""
         self.packs, self.given = tuple(packs), given
         general: list[Guard] = [NonFinite(), SmokeTest()]
         if baseline is not None:
@@ -120,37 +120,39 @@ class LogCheck:
         self.curves: dict[Any, Curve] = {}
         self.alerts: dict[str, list[Alert]] = {}
         self.records, self.first_step, self.last_step = 0, -1, -1
-        self._metrics: set[str] = set()  # that the log has
-        self._losses: list[str] = []  # of these, what a training without a pack is judged by
-        self._about: set[str] = set()  # packs that it is about
+        self._metrics: set[str] = set()  # all metrics in the log
+        self._losses: list[str] = []  # loss metrics, by which a log without a matching pack is judged
+        self._about: set[str] = set()  # names of the packs that match the log
         self._pack_of = {rule.name: pack.name for pack in packs for rule in pack.rules}
         branches = [key for pack in packs for branch in pack.branches for key in series_of(branch)]
         of_rules = [metric for guard in self.guards for metric in (guard.about if isinstance(guard, Rule) else guard.metrics)]
-        self._series = [key for key in dict.fromkeys([LOSS, TOTAL_NORM, *branches, *of_rules]) if not str(key).endswith(WILD)]
+        self._series = [
+            key for key in dict.fromkeys([LOSS, TOTAL_NORM, *branches, *of_rules]) if not str(key).endswith(WILDCARD_ENDINGS)
+        ]
         self._sources = {guard.name: guard.source for guard in self.guards if isinstance(guard, Rule)}
 
     @property
     def ended(self) -> Violation | None:
-        """What would have ended a live trial."""
+        """The first violation that would have ended a live trial, or None."""
         ends = [alert.violation for alert in self._counting() if alert.violation.action.ends_trial]
         return min(ends, key=lambda violation: violation.step, default=None)
 
     def feed(self, records: Sequence[Record]) -> list[Alert]:
-        """What the guards say about these records, in order. They go on after what would have ended a live trial."""
+        """New alerts for these records, in order. Checking continues after a violation that would have ended a live trial."""
         if not records:
             return []
         table = Table.of(records)
         before = self._about.copy()
-        self._meet(table.metrics)
-        said = [alert for guard, alerts in self.alerts.items() if self._pack(guard) in self._about - before for alert in alerts]
-        new = [alert for violations in self.watch.update_table(table) for alert in self._note(violations)]
-        said += [alert for alert in new if self._counts(alert.violation.guard)]
+        self._add_metrics(table.metrics)
+        fired = [alert for guard, alerts in self.alerts.items() if self._pack(guard) in self._about - before for alert in alerts]
+        new = [alert for violations in self.watch.update_table(table) for alert in self._add_alerts(violations)]
+        fired += [alert for alert in new if self._counts(alert.violation.guard)]
         if not self.records:
             self.first_step = table.steps[0]
         self.records += len(table)
         self.last_step = table.steps[-1]
-        self._draw(table)
-        return said
+        self._extend_curves(table)
+        return fired
 
     def report(self, log: str = "", notes: Iterable[str] = (), passed_over: int = 0) -> LogReport:
         packs = tuple(pack for pack in self.packs if pack.name in self._about)
@@ -181,22 +183,23 @@ class LogCheck:
             passed_over=passed_over,
         )
 
-    def knows_nothing(self) -> str | None:
-        """Where nothing at all could be judged, why: other names are the usual reason."""
+    def nothing_known(self) -> str | None:
+        """If no guard recognises any metric of the log, the reason; else None. Usually the metrics have other names."""
         known = {metric for pack in self.packs for metric in pack.metrics}
         general = any(self._counts(guard) for guard in self._general)
         if general or (self._about and known & self._metrics):
             return None
-        saw = ", ".join(sorted(self._metrics)[:SHOWN_NAMES]) + (", …" if len(self._metrics) > SHOWN_NAMES else "")
+        saw = ", ".join(sorted(self._metrics)[:MAX_SHOWN_NAMES]) + (", …" if len(self._metrics) > MAX_SHOWN_NAMES else "")
         wanted = "; ".join(f"{pack.name}: {', '.join(pack.known_by)}" for pack in self.packs)
         if self.given:
-            wanted = ", ".join(sorted(known)[:SHOWN_NAMES])
+            wanted = ", ".join(sorted(known)[:MAX_SHOWN_NAMES])
         saw = saw or "no metric at all"
         return f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames)"
 
     def _any(self) -> RulePack:
-        """For a log that no pack is about: its loss, or else every part of it, and the norm. A fine-tuning starts where it is
-        good: its loss need not fall, but may not rise."""
+        """A generic pack for a log that matches no pack: the loss, or else every loss term, and the norm.
+
+        The loss of a fine-tuning may be good from the start: it need not fall but must not rise."""
         losses = [LOSS] if LOSS in self._metrics else self._losses
         branches = [
             Branch("training" if name == LOSS else name, name, (TOTAL_NORM,), may_be_flat=True, may_rise="kl" in name.lower())
@@ -208,7 +211,7 @@ class LogCheck:
         return self._pack_of.get(guard, "")
 
     def _counts(self, guard: str) -> bool:
-        """Whether the log is about what this guard looks at."""
+        """Whether this guard applies to the log."""
         if pack := self._pack(guard):
             return pack in self._about
         known = self._general[guard]
@@ -222,7 +225,8 @@ class LogCheck:
     def _counting(self) -> list[Alert]:
         return [alert for guard, alerts in self.alerts.items() if self._counts(guard) for alert in alerts]
 
-    def _meet(self, metrics: Sequence[str]) -> None:
+    def _add_metrics(self, metrics: Sequence[str]) -> None:
+        """Registers new metrics, and the packs that match them."""
         if not self._metrics.issuperset(metrics):
             new = [name for name in metrics if name not in self._metrics]
             self._metrics.update(new)
@@ -231,20 +235,21 @@ class LogCheck:
         if len(self._about) < len(self.packs):
             self._about |= {pack.name for pack in self.packs if self.given or self._metrics.intersection(pack.known_by)}
 
-    def _note(self, violations: Sequence[Violation]) -> list[Alert]:
+    def _add_alerts(self, violations: Sequence[Violation]) -> list[Alert]:
+        """Adds alerts, or counts repeats, and returns the new alerts."""
         new: list[Alert] = []
         for violation in violations:
             name = violation.guard
-            said = self.alerts.setdefault(name, [])
-            # A number that is none stays so: the first is worth reading.
-            if len(said) < (1 if name == NonFinite.name else PER_GUARD):
-                said.append(Alert(violation, self._sources.get(name, ""), 1, violation.step))
-                new.append(said[-1])
+            alerts = self.alerts.setdefault(name, [])
+            # A non-finite metric stays non-finite, so only the first alert is kept.
+            if len(alerts) < (1 if name == NonFinite.name else MAX_ALERTS):
+                alerts.append(Alert(violation, self._sources.get(name, ""), 1, violation.step))
+                new.append(alerts[-1])
             else:
-                said[-1] = replace(said[-1], times=said[-1].times + 1, last_step=violation.step)
+                alerts[-1] = replace(alerts[-1], times=alerts[-1].times + 1, last_step=violation.step)
         return new
 
-    def _draw(self, table: Table) -> None:
+    def _extend_curves(self, table: Table) -> None:
         for key in self._series:
             column = table.column(key) if isinstance(key, str) else table.quotient(*key)
             if column is not None:
@@ -252,16 +257,16 @@ class LogCheck:
 
     def _unknown(self, guard: Guard) -> Unknown | None:
         about = guard.about if isinstance(guard, Rule) else guard.metrics
-        missing = tuple(metric for metric in about if metric not in self.curves and not metric.endswith(WILD))
+        missing = tuple(metric for metric in about if metric not in self.curves and not metric.endswith(WILDCARD_ENDINGS))
         if missing:
             return Unknown(guard.name, f"no metric {missing[0]}", missing)
         state = self.watch.state_of(guard.name)
-        reason = guard.too_little(state) if isinstance(guard, Rule) else guard.unjudged(state)
+        reason = guard.insufficient_data(state) if isinstance(guard, Rule) else guard.unjudged(state)
         return None if reason is None else Unknown(guard.name, reason.removeprefix(f"guard '{guard.name}' "))
 
 
 def ours_of(metrics: Iterable[str]) -> dict[str, str]:
-    """What others call a training's loss and gradient norm → our names, where ours are missing and one metric is called so."""
+    """Common names of loss and gradient norm in the log → our names, if ours is missing and exactly one metric matches."""
     metrics = sorted(metrics)
     found = {}
     for ours, (one_of, others) in USUAL.items():
@@ -286,15 +291,15 @@ def check_log(
     on_alert: Callable[[Alert], None] | None = None,
     label: str = "",
 ) -> LogReport:
-    """Reads a log to its end; with `follow`, until what a live trial would have ended with, or Ctrl-C.
+    """Checks a log to its end; with `follow`, until a violation that would end a live trial, or Ctrl-C.
 
-    `packs`: names or paths; none: every bundled pack that is about the log's metrics. `on_alert` hears them as they come.
-    Raises UserError for packs and options that cannot be, and for a log of which nothing is known."""
+    packs: names or paths; default every bundled pack that matches the log's metrics. on_alert: called for each new alert.
+    Raises UserError for invalid packs and options, and for a log without any known metric."""
     options = options or {}
     given = [load_rules(pack) for pack in packs]
     different(given)
     _check_options(given or [load_rules(pack) for pack in bundled_packs()], options)
-    enough = GRACE_RECORDS if follow else LOOKED_AT  # who follows wants to hear something soon
+    enough = GRACE_RECORDS if follow else PROBED_RECORDS  # when following, report early
     waiting: list[Record] = []
     check: LogCheck | None = None
     notes: list[str] = []
@@ -306,7 +311,7 @@ def check_log(
             waiting.extend(records)
             if len(waiting) < enough and not last:
                 return
-            chosen, guessed = _begun(packs, options, waiting[:enough])
+            chosen, guessed = _load_packs(packs, options, waiting[:enough])
             notes.extend(guessed)
             check = LogCheck(chosen, baseline, given=bool(packs))
             records, waiting = waiting, []
@@ -328,7 +333,7 @@ def check_log(
     take(source.finish(), last=True)
     assert check is not None
     issues = source.issues
-    if not follow and (nothing := check.knows_nothing()):
+    if not follow and (nothing := check.nothing_known()):
         raise UserError(f"{label}: {nothing}" + (f"; {issues.sentence()}" if issues.sentence() else ""))
     known = {pack.name for pack in check.report().packs}
     about = [note for note in notes if note.split(":")[0] in known]
@@ -336,8 +341,10 @@ def check_log(
     return check.report(label, filter(None, [*about, issues.sentence()]), issues.repeated + issues.unread)
 
 
-def _begun(packs: Sequence[str | Path], options: Mapping[str, float], first: Sequence[Record]) -> tuple[list[RulePack], list[str]]:
-    """The packs with their options, and what was guessed of these."""
+def _load_packs(
+    packs: Sequence[str | Path], options: Mapping[str, float], first: Sequence[Record]
+) -> tuple[list[RulePack], list[str]]:
+    """The packs with their options, and notes on options that were inferred."""
     chosen, notes = [], []
     for name in packs or bundled_packs():
         pack = load_rules(name)
@@ -350,7 +357,7 @@ def _begun(packs: Sequence[str | Path], options: Mapping[str, float], first: Seq
 
 
 def different(packs: Sequence[RulePack]) -> None:
-    """Raises UserError for two packs of one name: their rules could not be told apart."""
+    """Raises UserError if two packs have the same name, because their rules would be indistinguishable."""
     names = [pack.name for pack in packs]
     if doubles := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two rule packs are called {doubles[0]}; rename one, or give it once")
@@ -364,8 +371,9 @@ def _check_options(packs: Sequence[RulePack], options: Mapping[str, float]) -> N
 
 
 def accumulation(pack: RulePack, records: Sequence[Record]) -> float | None:
-    """How many micro-batches make a step, as far as the coverage of its branches says so: the whole number above 1 that the
-    median coverage is nearest to, if it is within a tenth of it. None: not known."""
+    """Micro-batches per optimiser step, inferred from the coverage of the pack's branches.
+
+    The integer above 1 nearest to the median coverage, if they differ by at most 10 %; else None."""
     if "ga" not in pack.options:
         return None
     found = []
@@ -378,7 +386,8 @@ def accumulation(pack: RulePack, records: Sequence[Record]) -> float | None:
 
 
 def among_parts(branches: Sequence[BranchReport]) -> list[BranchReport]:
-    """Of losses of which nothing is known but their names: what one gains another may lose (two players, two weights)."""
+    """Relaxes reports on loss terms that are known only by name: one may rise while another falls (adversarial or reweighted
+    terms)."""
     falls = any(finding.answer == "yes" for branch in branches for finding in branch.findings if finding.subject == "loss")
 
     def seen(finding: BranchFinding) -> BranchFinding:
@@ -395,14 +404,14 @@ def _all_batches(source: Source) -> Iterator[Sequence[Record]]:
 
 
 def baseline_of(source: Source) -> Baseline:
-    """The pixel-loss run's norms as something to be compared with. Raises UserError if it has none."""
+    """A baseline from the norms in the log of a pixel-loss run. Raises UserError if it has none."""
     series: dict[str, dict[int, float]] = {TOTAL_NORM: {}, TOTAL_NORM_MAIN: {}}
     names: dict[str, None] = {}
     usual: dict[str, str] | None = None
     for part in filter(len, _all_batches(source)):
         usual = ours_of(names_of(part)) if usual is None else usual
         for record in Table.of(part).renamed(usual):
-            if len(names) < SHOWN_NAMES:
+            if len(names) < MAX_SHOWN_NAMES:
                 names.update(dict.fromkeys(record.values))
             for metric, points in series.items():
                 if metric in record.values and len(points) < MAX_BASELINE_RECORDS:

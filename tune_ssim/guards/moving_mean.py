@@ -1,4 +1,4 @@
-"""The mean of a noisy metric over a window of steps: what single records hide by crossing a limit now and then."""
+"""The mean of a noisy metric over a window of steps, for metrics of which single records may cross a limit by chance."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import as_action, band_words, check_band, check_count, measured_column
+from tune_ssim.guards.condition import as_action, check_band, check_count, describe_band, measured_column
 from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records.record_table import Table
 
-BLOCKS = 20  # of a window, as of a trend's: it moves on by a twentieth of its length
+BLOCKS = 20  # blocks per window, as in `Trend`; the window advances by one block
 
 
 @dataclass(frozen=True)
 class MovingMean(TableGuard):
     """Fires when the mean of `metric` over the last `steps` training steps is outside [`lower`, `upper`]. NaN counts as outside.
 
-    `over`: another metric of the same record; the mean is of their quotient. The window is of BLOCKS blocks of steps/BLOCKS
-    steps, or of one record where the training logs less often, so it may span more steps. `after`: earlier steps are not judged.
-    `from_start`: the first window is what counts: where its mean is within the bounds, later ones are not judged, nor is a log that
-    begins later than `steps`. (A learning rate that ends at zero was above it.)
+    over: another metric; judge the mean of the ratio. The window has BLOCKS blocks of steps/BLOCKS steps, or of one record if
+    the training logs less often, so it may span more steps. after: steps before it are not judged.
+    from_start: if the mean of the first window is within the bounds, later windows are not judged, and neither is a log that
+    starts after `steps`. (For a learning rate that decays to zero.)
     """
 
     metric: str
@@ -36,8 +36,8 @@ class MovingMean(TableGuard):
 
     def __post_init__(self) -> None:
         check_band(self.lower, self.upper)
-        check_count("steps", self.steps, least=BLOCKS)
-        check_count("after", self.after, least=0)
+        check_count("steps", self.steps, minimum=BLOCKS)
+        check_count("after", self.after, minimum=0)
         object.__setattr__(self, "action", as_action(self.action))
 
     @property
@@ -49,9 +49,9 @@ class MovingMean(TableGuard):
         return (self.metric,) if self.over is None else (self.metric, self.over)
 
     def init(self) -> State:
-        """`sum` and `count` are of the running block, which ends before step `end`; `sums`, `counts` and `starts` of the latest
-        BLOCKS finished ones, oldest first; `value` of the latest window that was judged, `until` its last step. `over`: with
-        `from_start`, there is nothing more to judge."""
+        """sum, count: of the current block, which ends before step `end`. sums, counts, starts: of the latest BLOCKS complete
+        blocks, oldest first. value, until: mean and last step of the latest judged window. over: with `from_start`, judging
+        is finished."""
         return {
             "sum": 0.0, "count": 0, "start": 0, "end": -1, "sums": [], "counts": [], "starts": [],
             "last_step": self.after - 1, "until": -1, "value": None, "holds": False, "over": False,
@@ -76,7 +76,7 @@ class MovingMean(TableGuard):
         return found
 
     def _close(self, state: State, step: int) -> Violation | None:
-        """The block before this step is over, and so is a window."""
+        """Closes the block before this step, and judges the window that ends with it."""
         held = state["holds"]
         if state["count"]:
             for name, value in (("sums", state["sum"]), ("counts", state["count"]), ("starts", state["start"])):
@@ -96,7 +96,7 @@ class MovingMean(TableGuard):
         limit = self.lower if value < self.lower or self.upper == math.inf else self.upper
         sentence = (
             f"the mean of {self._what} over steps {state['starts'][0]}-{state['until']} is {value:.4g}, "
-            f"{band_words(self.lower, self.upper)}"
+            f"{describe_band(self.lower, self.upper)}"
         )
         return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
 

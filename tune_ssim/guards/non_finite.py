@@ -14,10 +14,10 @@ from tune_ssim.records.record_table import Table
 
 @dataclass(frozen=True)
 class NonFinite(TableGuard):
-    """Looks at every metric whose name begins with one of `prefixes`.
+    """Checks every metric whose name starts with one of `prefixes`.
 
-    A step that a GradScaler skipped is routine (fp16: the scale is being found) and is not judged,
-    but more than `max_skipped` skipped steps in a row are a training that no longer moves.
+    Steps skipped by a GradScaler are normal in fp16, while it searches for the scale, and are not judged. More than
+    `max_skipped` skipped steps in a row mean that the training no longer makes progress.
     """
 
     prefixes: tuple[str, ...] = ("loss", "total_norm")
@@ -25,7 +25,7 @@ class NonFinite(TableGuard):
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)
     name = "non_finite"
-    metrics = (f"{LOSS}*",)  # or one of its branches, where a log has them alone
+    metrics = (f"{LOSS}*",)  # `loss`, or any loss term if the log has only those
 
     def __post_init__(self) -> None:
         if not self.prefixes:
@@ -51,7 +51,7 @@ class NonFinite(TableGuard):
         if LOSS in values or any(name.startswith(LOSS) for name in values):
             state["skipped"] = 0
             state["last_step"] = record.step
-        if math.isfinite(sum(values.values())):  # then each of them is
+        if math.isfinite(sum(values.values())):  # then every value is finite
             return None
         for metric, value in sorted(values.items()):
             if metric.startswith(self.prefixes) and not math.isfinite(value):

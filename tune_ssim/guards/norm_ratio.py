@@ -18,7 +18,7 @@ from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM, TOTAL_N
 
 @dataclass(frozen=True)
 class RequireTotalNorm:
-    """`NormRatio` of a baseline run: nothing to compare with yet, but its records must have the norm."""
+    """Stands in for `NormRatio` in a baseline run: there is nothing to compare with yet, but total_norm is required."""
 
     name = "norm_ratio"
     metrics = (TOTAL_NORM,)
@@ -35,23 +35,23 @@ class RequireTotalNorm:
 
 @dataclass(frozen=True)
 class NormRatio:
-    """Median of pre-clip `total_norm` over the last `window` active steps, over the baseline's on the same steps.
+    """Limits the median pre-clip `total_norm` of the last `window` active steps, relative to the baseline on the same steps.
 
-    Medians, because norms are heavy-tailed; active steps only, because with few samples under `max_t` most steps carry
-    no SSIM gradient; from the first full window on, because after a collapse the ratio falls again.
+    Uses medians because norms are heavy-tailed, and only active steps because with few samples under `max_t` most steps have
+    no SSIM gradient. Judges from the first full window on, because the ratio falls again after a collapse.
 
-    Without step-by-step pairing (another seed, or a log that does not say which steps were active) the baseline's
-    median over the same range of steps is used (over all its steps where it logged fewer than `window` of that range),
-    and the sentence says "unpaired".
+    If steps cannot be paired (another seed, or a log without the active fraction), it uses the baseline's median over the same
+    range of steps, or over all steps if the baseline logged fewer than `window` steps in that range. The message then says
+    "unpaired".
     """
 
     limit: float = 10.0  # note 000 §5.2
-    window: int = 10  # active steps; FACTS §1: the mean is ruled by tails, the median of >= 10 is not
-    patience: int = 2  # windows in a row, one an active step, above the limit: one outlier batch is no evidence
+    window: int = 10  # active steps; FACTS §1: tails dominate the mean, but not the median of >= 10
+    patience: int = 2  # consecutive windows (one per active step) above the limit; one outlier batch is not evidence
     on_excess: Literal["auto", "prune", "probe", "warn"] = "auto"  # auto: probe under gradient clipping, else prune
     baseline: Baseline | None = field(default=None, repr=False)
-    seed: int | None = None  # the trial's; pairs it with the baseline run that saw the same batches
-    clipped: bool = False  # the training clips its gradient: a high norm alone is then no evidence of harm
+    seed: int | None = None  # the trial's seed; selects the baseline run with the same batches
+    clipped: bool = False  # the training clips its gradient, so a high norm alone is not evidence of harm
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)
     name = "norm_ratio"
@@ -103,7 +103,7 @@ class NormRatio:
         state["excess"] = state["excess"] + 1 if ratio is not None and ratio > self.limit else 0
         if ratio is None or state["excess"] < self.patience or state["wait"]:
             return state, None
-        # After a warning or a probe that found nothing, the next word comes a whole window later.
+        # After a warning, or a probe that found nothing, wait a full window before firing again.
         state["wait"] = self.window
         main = "" if ratio_main is None else f", {ratio_main:.3g}x the main loss alone"
         return state, Violation(
@@ -124,7 +124,7 @@ class NormRatio:
     def unjudged(self, state: State) -> str | None:
         if self.baseline is None:
             return f"guard '{self.name}' has no baseline to compare with"
-        needed = self.window + self.patience - 1  # with fewer it could not have fired
+        needed = self.window + self.patience - 1  # the minimum to fire
         if state["active_steps"] < needed:
             return (
                 f"guard '{self.name}' saw {state['active_steps']} active steps and needs {needed}: "
@@ -135,7 +135,7 @@ class NormRatio:
         return None
 
     def summary(self, state: State) -> dict[str, float]:
-        """`norm_ratio_max` and, where the baseline measured it, `norm_ratio_main_max`."""
+        """`norm_ratio_max`, and `norm_ratio_main_max` if the baseline measured it."""
         found = {"norm_ratio_max": state["max_ratio"], "norm_ratio_main_max": state["max_ratio_main"]}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -147,7 +147,7 @@ class NormRatio:
 
     @cached_property
     def _finite(self) -> dict[str, tuple[list[int], list[float], float]]:
-        """Of each series the finite norms by their steps, and their median (0 without any): a long baseline is sorted once."""
+        """metric → (steps, finite norms, their median or 0). Cached, so that a long baseline is sorted only once."""
         assert self.baseline is not None
         found = {}
         for metric in (TOTAL_NORM, TOTAL_NORM_MAIN):
@@ -158,7 +158,7 @@ class NormRatio:
         return found
 
     def _ratio(self, state: State, metric: str) -> tuple[float | None, bool]:
-        """Median of the window over the median of the baseline's `metric`, and whether over the very same steps."""
+        """The median norm of the window relative to the baseline's median of `metric`, and whether the steps are paired."""
         assert self.baseline is not None
         window = state["window"]
         run = self.baseline.reference(self.seed)

@@ -1,4 +1,4 @@
-"""One line of a rule pack as a guard: what must hold together, what follows, and what to do about it."""
+"""One rule of a rule pack as a guard: its conditions, the cause, and the remedy."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records.record_table import Table
 
-NOT_A_SIZE = "a number went out of range, here or in what it is computed from"
-FIND_THE_FIRST = "look for the first value that is not finite: a step too large, a division by zero, half precision"
+NON_FINITE_CAUSE = "a number went out of range, here or in what it is computed from"
+NON_FINITE_REMEDY = "look for the first value that is not finite: a step too large, a division by zero, half precision"
 
 
 @dataclass(frozen=True)
 class Rule(TableGuard):
-    """Fires when all conditions of `when` have come to hold at once; again only after one of them did not in between."""
+    """Fires when all conditions of `when` become true together, and again only after one was false in between."""
 
     name: str
     when: tuple[Condition, ...]
     action: Action = Action.WARN
-    sentence: str = ""  # what is wrong, in plain words; what was measured is added to it
+    sentence: str = ""  # what is wrong, in plain words; the measured values are appended
     cause: str = ""
     remedy: str = ""
-    source: str = ""  # where the limits come from: an id of SEEDS, a paper
-    optional: bool = False  # a training that does not log the metrics is no error
+    source: str = ""  # origin of the limits: an id of SEEDS, a paper
+    optional: bool = False  # missing metrics are not an error
 
     def __post_init__(self) -> None:
         if not self.when:
@@ -37,7 +37,7 @@ class Rule(TableGuard):
 
     @property
     def about(self) -> tuple[str, ...]:
-        """Every metric that it looks at."""
+        """All metrics of its conditions."""
         return tuple(dict.fromkeys(metric for condition in self.when for metric in condition.metrics))
 
     @property
@@ -45,18 +45,18 @@ class Rule(TableGuard):
         return () if self.optional else self.about
 
     def init(self) -> State:
-        """`holds` at the record before, all of them together; of a single condition that is its own affair."""
+        """parts: the states of the conditions. holds: whether all were true at the previous record (used for several only)."""
         return {"parts": [condition.init() for condition in self.when], "holds": False}
 
     def fold(self, state: State, table: Table) -> list[Found]:
         parts = state["parts"]
         if len(parts) == 1:
-            return [(row, self._of([found])) for row, found in self.when[0].fold(parts[0], table)]
+            return [(row, self._combined([found])) for row, found in self.when[0].fold(parts[0], table)]
         if len(table) == 1:
             return self._fold_one(state, table)
-        before = pickle.loads(pickle.dumps(parts))  # plain data: ten times as fast as deepcopy
+        before = pickle.loads(pickle.dumps(parts))  # for plain data ten times as fast as deepcopy
         found = [condition.fold(part, table) for condition, part in zip(self.when, parts, strict=True)]
-        # A condition fires when it comes to hold: one that is silent and does not hold now did not hold at any record.
+        # A condition fires when it becomes true. One that did not fire and is false before and after was false throughout.
         if any(not one and not part["holds"] and not old["holds"] for one, part, old in zip(found, parts, before, strict=True)):
             state["holds"] = False
             return []
@@ -65,30 +65,30 @@ class Rule(TableGuard):
         return [(row, violation) for row in range(len(table)) for _, violation in self._fold_one(state, table[row : row + 1])]
 
     def _fold_one(self, state: State, table: Table) -> list[Found]:
-        """The same for a table of one record."""
+        """`fold` for a table with one record."""
         for condition, part in zip(self.when, state["parts"], strict=True):
             condition.fold(part, table)
         held, state["holds"] = state["holds"], self.holds(state)
         return [(0, self.finding(state))] if state["holds"] and not held else []
 
     def holds(self, state: State) -> bool:
-        """Whether all conditions hold now."""
+        """Whether all conditions are currently true."""
         return all(part["holds"] for part in state["parts"])
 
     def finding(self, state: State) -> Violation:
-        return self._of([condition.finding(part) for condition, part in zip(self.when, state["parts"], strict=True)])
+        return self._combined([condition.finding(part) for condition, part in zip(self.when, state["parts"], strict=True)])
 
-    def _of(self, found: Sequence[Violation]) -> Violation:
-        """What the conditions said, as one."""
+    def _combined(self, found: Sequence[Violation]) -> Violation:
+        """The violations of the conditions as one violation of the rule."""
         broken = next((violation for violation in found if not math.isfinite(violation.value)), None)
-        if broken is not None:  # what the rule knows is about sizes, and this is none
+        if broken is not None:  # the rule's own explanation does not apply to a non-finite value
             return replace(
                 broken,
                 guard=self.name,
                 action=self.action,
                 sentence=f"{broken.metric} is {broken.value}, so this rule cannot be kept",
-                cause=NOT_A_SIZE,
-                remedy=FIND_THE_FIRST,
+                cause=NON_FINITE_CAUSE,
+                remedy=NON_FINITE_REMEDY,
             )
         measured = " and ".join(violation.sentence for violation in found)
         return replace(
@@ -102,12 +102,12 @@ class Rule(TableGuard):
         )
 
     def unjudged(self, state: State) -> str | None:
-        """A warning that could not be given is nothing that a verdict would wait for."""
-        reason = self.too_little(state)
+        """Like `insufficient_data`, but None for optional rules and warnings, which must not hold up a verdict."""
+        reason = self.insufficient_data(state)
         return None if reason is None or self.optional or self.action is Action.WARN else f"guard '{self.name}': {reason}"
 
-    def too_little(self, state: State) -> str | None:
-        """Why it could not have fired although its metrics were there, or None."""
+    def insufficient_data(self, state: State) -> str | None:
+        """Why the rule could not have fired although its metrics were present, or None."""
         for condition, part in zip(self.when, state["parts"], strict=True):
             if (reason := condition.unjudged(part)) is not None:
                 return reason

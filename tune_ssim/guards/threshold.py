@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import as_action, band_words, check_band, check_count, measured_column
+from tune_ssim.guards.condition import as_action, check_band, check_count, describe_band, measured_column
 from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
@@ -37,7 +37,7 @@ class Threshold(TableGuard):
         check_count("patience", self.patience)
         object.__setattr__(self, "action", as_action(self.action))
         check_count("steps", self.steps)
-        check_count("after", self.after, least=0)
+        check_count("after", self.after, minimum=0)
 
     @property
     def name(self) -> str:
@@ -90,7 +90,7 @@ class Threshold(TableGuard):
     def finding(self, state: State) -> Violation:
         value = state["value"]
         limit = self.lower if value < self.lower or self.upper == math.inf else self.upper
-        sentence = f"{self._what} is {value:.4g}, {band_words(self.lower, self.upper)}"
+        sentence = f"{self._what} is {value:.4g}, {describe_band(self.lower, self.upper)}"
         if self.steps > 1:
             sentence += f", in every record of {state['last_step'] - state['since'] + 1} steps"
         elif self.patience > 1:

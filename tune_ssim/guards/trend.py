@@ -63,8 +63,8 @@ class Trend(TableGuard):
     def __post_init__(self) -> None:
         if self.trend not in ("rising", "not falling"):
             raise ValueError(f"trend must be 'rising' or 'not falling', got {self.trend!r}")
-        check_count("steps", self.steps, least=BLOCKS)
-        check_count("after", self.after, least=0)
+        check_count("steps", self.steps, minimum=BLOCKS)
+        check_count("after", self.after, minimum=0)
         for name, most in (("by", math.inf), ("settled", 1.0)):
             if not 0 <= getattr(self, name) < most:
                 raise ValueError(f"{name} must be >= 0{'' if most == math.inf else ' and < 1'}, got {getattr(self, name)}")

@@ -1,4 +1,4 @@
-"""The words with which a trial is described: its role, how it ended, and what a guard asks for."""
+"""Enums that describe a trial: its role, its verdict, and the action that a guard requests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class _Word(str, Enum):
-    """Written and compared as its text, also in JSON and in f-strings of every Python version."""
+    """A string enum that is written and compared as its text, in JSON and in f-strings of every Python version."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -17,18 +17,18 @@ class _Word(str, Enum):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """By its text, also in a strict model: a file has nothing else."""
+        """Accepts the text also in a strict model, because a file has only text."""
         return {**handler(source), "strict": False}
 
 
 class Role(_Word):
-    BASELINE = "baseline"  # the pixel loss only: what the others are compared with
+    BASELINE = "baseline"  # only the pixel loss; the reference for all other trials
     SEARCH = "search"
     CONFIRM = "confirm"  # a finalist again, with another seed and for longer
 
 
 class Verdict(_Word):
-    """How a trial ended. The order is the one in which trials are listed, the best first."""
+    """How a trial ended. Trials are listed in this order, best first."""
 
     SAFE = "safe"  # no guard fired, nothing worse than the margins, to the last step
     DEGRADED = "degraded"  # worse than the baseline beyond a margin
@@ -44,15 +44,15 @@ class Verdict(_Word):
 
     @property
     def speaks_against_setting(self) -> bool:
-        """Whether it is evidence against the setting; `error` and `bad_setup` say nothing about it."""
+        """Whether the verdict is evidence against the setting. `error` and `bad_setup` are not."""
         return self in (Verdict.PRUNED, Verdict.DEGRADED)
 
 
 class Action(_Word):
-    """What a guard asks for when it fires."""
+    """The action that a guard requests when it fires."""
 
-    WARN = "warn"  # noted, nothing else
-    PROBE = "probe"  # a smoke test at once decides
+    WARN = "warn"  # recorded only
+    PROBE = "probe"  # run a smoke test now, which decides
     PRUNE = "prune"
     ABORT = "abort"  # the set-up is at fault, not the setting
 

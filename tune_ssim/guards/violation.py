@@ -1,4 +1,4 @@
-"""What a guard says when it fires."""
+"""The report of a guard that fired."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Violation:
     action: Action
     sentence: str
     remedy: str = ""  # what to try first
-    cause: str = ""  # what is likely behind it
+    cause: str = ""  # the likely cause
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "action", Action(self.action))  # a saved state and a user's own guard have its text
+        object.__setattr__(self, "action", Action(self.action))  # saved states and user-defined guards may pass the text
 
     def evidence(self) -> dict[str, Any]:
         """`{guard, step, metric, value, limit}`, as written to `trials.jsonl`."""

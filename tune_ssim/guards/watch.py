@@ -1,4 +1,4 @@
-"""All guards of a trial, folded over its records."""
+"""Runs all guards of a trial over its records."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from tune_ssim.guards.violation import Violation
 from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
 
-GRACE_RECORDS = 20  # of different steps; a metric that has not appeared by then is not coming
-SHOWN_NAMES = 50  # metric names remembered for the message of MissingMetric
-WILD = ("/", "*")  # a metric that ends so stands for every name that begins so
+GRACE_RECORDS = 20  # records (distinct steps) within which every required metric must appear
+MAX_SHOWN_NAMES = 50  # metric names kept for the message of MissingMetric
+WILDCARD_ENDINGS = ("/", "*")  # a metric with this ending matches every name with that prefix
 SEVERITY = ("abort", "prune", "probe", "warn")
 
 
 class MissingMetric(ValueError):
-    """A guard's metric never appeared: the guard cannot pass, since it has seen nothing."""
+    """A required metric of a guard never appeared, so the guard cannot pass."""
 
 
 @dataclass
 class Watch:
-    """`update` takes records in the order of their steps and returns what the guards say; its state is plain JSON.
+    """Feeds records to guards. `update` takes records in step order and returns violations; the state is plain JSON.
 
-    `strict` False: a metric that never appears is no error here; who watches must say what could not be judged."""
+    strict: raise MissingMetric if a required metric never appears. If False, the caller must report what could not be
+    judged."""
 
     guards: Sequence[Guard]
     strict: bool = True
     _states: dict[str, Any] = field(init=False)
     _seen: dict[str, bool] = field(init=False)
-    _records: int = field(init=False, default=0)  # of different steps: one logged twice, or in two parts, counts once
+    _records: int = field(init=False, default=0)  # distinct steps; a step logged twice or in two parts counts once
     _last_step: int = field(init=False, default=-1)
     _names: list[str] = field(init=False, default_factory=list)
-    _searched: frozenset[str] = field(init=False, default=frozenset())  # names of metrics that were looked at already
+    _searched: frozenset[str] = field(init=False, default=frozenset())  # metric names that were already processed
 
     def __post_init__(self) -> None:
         names = [guard.name for guard in self.guards]
@@ -48,8 +49,8 @@ class Watch:
         self._seen = {guard.name: not guard.metrics for guard in self.guards}
 
     def update(self, record: Record) -> list[Violation]:
-        """What the guards say about a record, the gravest first. Raises MissingMetric when a guard's metric is absent
-        from the first records."""
+        """The violations for a record, most severe first. Raises MissingMetric if a required metric is absent from the first
+        records."""
         if record.step > self._last_step:
             if self._records >= GRACE_RECORDS and self.strict and not self._found_all:
                 self._require(f"the first {self._records} records", self._last_step)
@@ -61,7 +62,7 @@ class Watch:
         return found[0] if found else []
 
     def update_table(self, table: Table) -> list[list[Violation]]:
-        """As `update` of each record: the violations of each record that has some, in the order of the records."""
+        """Like `update` for each record: lists of violations, in record order, for the records that have any."""
         if self.strict or not table.grows or not table or table.steps[0] <= self._last_step:
             return [found for found in map(self.update, table) if found]
         self._records += len(table)
@@ -76,7 +77,7 @@ class Watch:
             if isinstance(guard, TableGuard):
                 found += guard.fold(self._states[guard.name], table)
             elif len(table) == 1 or not guard.metrics or any(named(metric, table.metrics) for metric in guard.metrics):
-                found += self._fold_records(guard, table)  # else none of these records concerns the guard
+                found += self._fold_records(guard, table)  # otherwise the guard ignores these records
         found.sort(key=lambda one: (one[0], SEVERITY.index(one[1].action)))
         return [[violation for _, violation in of_row] for _, of_row in groupby(found, key=itemgetter(0))]
 
@@ -87,7 +88,7 @@ class Watch:
                 yield row, violation
 
     def fold(self, records: Iterable[Record]) -> list[Violation]:
-        """Violations up to and with the first that ends the run; later records are not looked at."""
+        """Violations up to and including the first that ends the run. Later records are not processed."""
         found: list[Violation] = []
         for record in records:
             found += self.update(record)
@@ -96,7 +97,7 @@ class Watch:
         return found
 
     def finish(self) -> list[str]:
-        """At the end of a run: reasons why a guard could give no verdict. Raises MissingMetric."""
+        """At the end of a run: the reasons why guards could not judge. Raises MissingMetric."""
         if self.strict:
             self._require(f"all {self._records} records")
         reasons = [guard.unjudged(self._states[guard.name]) for guard in self.guards]
@@ -128,30 +129,32 @@ class Watch:
         self._searched = frozenset()
 
     def rebind(self, guards: Sequence[Guard]) -> None:
-        """The same guards with other parameters; they go on from the states that are there. Raises ValueError for others."""
+        """Replaces the guards by the same guards with other parameters and keeps their states. Raises ValueError if the names
+        differ."""
         if [guard.name for guard in guards] != [guard.name for guard in self.guards]:
             raise ValueError(f"guards {[guard.name for guard in guards]} are not {[guard.name for guard in self.guards]}")
         self.guards = guards
 
     @property
     def _found_all(self) -> bool:
-        """Whether every guard has seen its metrics: from then on names are of no use."""
+        """Whether every guard has seen its metrics, so that names need no longer be tracked."""
         return all(self._seen.values())
 
     def _remember(self, metrics: Collection[str]) -> None:
-        """The names of metrics: every one that a guard needs, and of the others as many as a message can show."""
+        """Records metric names: all that a guard requires, and up to MAX_SHOWN_NAMES others for messages."""
         if self._searched.issuperset(metrics):
             return
         for name in sorted(set(metrics) - set(self._names)):
             absent = [m for guard in self.guards for m in guard.metrics if not named(m, self._names)]
-            if any(named(metric, [name]) for metric in absent) or len(self._names) < SHOWN_NAMES:
+            if any(named(metric, [name]) for metric in absent) or len(self._names) < MAX_SHOWN_NAMES:
                 self._names.append(name)
         self._searched = frozenset(metrics).union(self._names)
         for guard in self.guards:
             self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
 
     def _require(self, where: str, step: float = math.inf) -> None:
-        """By this step. A guard whose metric comes rarely says `expected_by` when the first one is due."""
+        """Raises MissingMetric if a required metric is absent. A guard with a rare metric has `expected_by`: the step by which the
+        metric must have appeared."""
         for guard in self.guards:
             if not self._seen[guard.name] and step > getattr(guard, "expected_by", -1):
                 absent = [metric for metric in guard.metrics if not named(metric, self._names)]
@@ -161,13 +164,13 @@ class Watch:
 
 
 def _is_of_form(saved: State, fresh: State) -> bool:
-    """Whether it has all that a state has, and those of a rule's conditions too."""
+    """Whether a saved state has all keys of a fresh state, including the states of a rule's conditions."""
     parts = zip(saved.get("parts", ()), fresh.get("parts", ()), strict=False)
     return set(fresh) <= set(saved) and all(_is_of_form(*pair) for pair in parts)
 
 
 def named(metric: str, names: Collection[str]) -> bool:
-    if metric.endswith(WILD):
+    if metric.endswith(WILDCARD_ENDINGS):
         return any(name.startswith(metric.rstrip("*")) for name in names)
     return metric in names
 

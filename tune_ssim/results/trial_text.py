@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from tune_ssim.guards.keep_rule import SHOWN_NAMES
+from tune_ssim.guards.keep_rule import DISPLAY_NAMES
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.study.space import GAIN, WEIGHT, gain_of
 from tune_ssim.trials.summary import TrialSummary
@@ -58,7 +58,7 @@ def proof_line(proof: Mapping[str, Any]) -> str:
 def metric_label(name: str) -> str:
     """`ΔSSIM` for delta_ssim, `Δelbo` for delta_elbo."""
     short = name.removeprefix("delta_")
-    return ("Δ" if short != name else "") + SHOWN_NAMES.get(short, short)
+    return ("Δ" if short != name else "") + DISPLAY_NAMES.get(short, short)
 
 
 def format_setting(config: Mapping[str, Any]) -> str:
