@@ -1,1 +1,1 @@
-"""What the user wrote, as frozen typed objects: study, space, command."""
+"""The user's configuration as frozen typed objects: study, search space, command."""

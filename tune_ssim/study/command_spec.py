@@ -19,12 +19,12 @@ from tune_ssim.records.readers import FORMATS, PRINTED, LineParser
 
 # Placeholders besides the trial's own settings.
 ALWAYS = ("seed", "steps", "exp_name", "exp_dir", "python", "nodes", "node_rank", "master_addr", "master_port", "gpus")
-OF_A_TRIAL = ("exp_dir", "exp_name")  # differ between any two trials, and between two starts of one
+UNIQUE_PER_TRIAL = ("exp_dir", "exp_name")  # also differ between two starts of the same trial
 IN_SMOKE = ("checkpoint", "step", "noise", "out")
-# Values without an effect: no scaling, no gate.
+# Values that have no effect: no scaling, no gate.
 NEUTRAL = {"ssim_grad_scale": (1.0,), "ssim_loss_max_t": (None, 1.0), "pixel_loss_max_t": (None, 1.0)}
-AUXILIARY_WEIGHT = re.compile(r"(ssim|pixel|kl|dino)_(\w+_)?weight")  # 0: no such loss
-# One value of each kind, on which the formats of placeholders are tried.
+AUXILIARY_WEIGHT = re.compile(r"(ssim|pixel|kl|dino)_(\w+_)?weight")  # a weight of 0 disables the loss
+# Sample values, used to validate the format specs of placeholders.
 SAMPLES: dict[str, Any] = {
     **dict.fromkeys(("seed", "steps", "nodes", "node_rank", "master_port", "gpus", "step", "noise"), 1),
     **dict.fromkeys(("exp_name", "exp_dir", "python", "master_addr", "checkpoint", "out"), "x"),
@@ -34,8 +34,10 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ConfigFile(Section):
-    """A file with the trial's settings, written before the command starts. path: where, usually in `{exp_dir}`; `.json` or `.yaml`.
-    base: a file of the same kind to start from. set: dotted key → value; a value that is one placeholder keeps its type."""
+    """A file with the trial's settings, written before the command starts.
+
+    path: usually in `{exp_dir}`; `.json` or `.yaml`. base: a file in the same format to start from. set: dotted key → value; a
+    value that is a single placeholder keeps its type."""
 
     path: Annotated[str, Field(min_length=1)]
     base: str | None = None
@@ -50,12 +52,13 @@ class ConfigFile(Section):
 
 
 class RecordsFrom(Section):
-    """Where the numbers of each step come from, if the training does not report them itself.
+    """The source of per-step metrics, if the training does not report them itself.
 
-    file: a log that the command writes, in any format that `records.readers` reads, or a folder of TensorBoard files; default what
-    it prints. Every trial needs its own, so the path or the `cwd` has `{exp_dir}` or `{exp_name}` in it.
+    file: a log written by the command, in any format of `records.readers`, or a folder of TensorBoard files; default the
+    command's output. Every trial needs its own log, so the path or the `cwd` must contain `{exp_dir}` or `{exp_name}`.
     pattern: regular expressions with named groups, one of them `step`, or the name of a built-in pattern.
-    names: the log's name → ours. mlflow: a tracking URI; `mlflow.start_run()` in the command resumes a run made for the trial."""
+    names: metric name in the log → ours. mlflow: a tracking URI; `mlflow.start_run()` in the command resumes a run that was
+    created for the trial."""
 
     mlflow: Annotated[str, Field(min_length=1)] | None = None
     file: Annotated[str, Field(min_length=1)] | None = None
@@ -71,13 +74,14 @@ class RecordsFrom(Section):
 
 
 class SmokeCommand(Section):
-    """Inference by a second command: `{checkpoint}`, `{step}`, `{noise}` (0 or 1), and `{out}`, an empty folder for its output.
+    """A second command that runs inference. Placeholders: `{checkpoint}`, `{step}`, `{noise}` (0 or 1), and `{out}`, an empty
+    folder for its output.
 
-    images: a glob in `{out}`; all of one size. references: a folder with the ground truth of each, under the same file names.
-    reconstructions: the ground truth through the frozen autoencoder, the upper bound of a sample. inputs: what each was made
-    from. examples: a folder with other real images of the kind, where there is no ground truth.
-    tokens: a file in `{out}` with a JSON list of lists of token ids, of a vocabulary of `vocabulary_size`. at_start: the
-    checkpoint of step 0; without it the first samples are judged without a comparison."""
+    images: a glob in `{out}`; all images have the same size. references: a folder with the ground truth of each image, under
+    the same file names. reconstructions: the ground truth passed through the frozen autoencoder, an upper bound for samples.
+    inputs: the input of each image. examples: a folder with other real images of the same kind, if there is no ground truth.
+    tokens: a file in `{out}` with a JSON list of lists of token ids below `vocabulary_size`. at_start: the checkpoint of
+    step 0; without it, the first samples are judged without a reference point."""
 
     command: Words
     images: Annotated[str, Field(min_length=1)] | None = "*.png"
@@ -88,7 +92,7 @@ class SmokeCommand(Section):
     tokens: str | None = None
     vocabulary_size: Annotated[int, Field(ge=1)] | None = None
     at_start: str | None = None
-    timeout_s: Seconds = 1800.0  # of a run; as long as a training may be silent
+    timeout_s: Seconds = 1800.0  # per run; the same as silence_s
 
     @model_validator(mode="after")
     def _something(self) -> SmokeCommand:
@@ -100,28 +104,30 @@ class SmokeCommand(Section):
 
 
 class EvaluateCommand(Section):
-    """Held-out numbers by a command: the last line of JSON that it prints, e.g. {"ssim": 0.91, "psnr": 31.2}."""
+    """A command that measures held-out metrics. Its last printed JSON line is the result, e.g. {"ssim": 0.91, "psnr": 31.2}."""
 
     command: Words
     timeout_s: Seconds = 1800.0
 
 
 class CommandSpec(Section):
-    """command: program and arguments; no shell sees them. `{name}` stands for a setting of the trial, or for one of `seed steps
-    exp_name exp_dir python nodes node_rank master_addr master_port gpus`; `{name:.3e}` formats it, `{{` is a brace.
+    """An external training command.
 
-    environment: further variables; `EXP_NAME` is always set, and new for every trial. cwd: default the study's folder.
-    echo: parameters that the command prints (`name=value`, `name: value`, JSON) are compared with the trial's settings;
-    `required`: one that is not printed stops the study. known: values that the script fixes itself, e.g.
-    `{max_grad_norm: 1.0, batch_size: 8}`. checkpoints: the path of the checkpoint of `{step}`. resume: further arguments with which
-    the command continues from `{checkpoint}`; without them a trial whose process died starts again, under a new name.
+    command: program and arguments; not run through a shell. `{name}` is replaced by a setting of the trial, or one of `seed
+    steps exp_name exp_dir python nodes node_rank master_addr master_port gpus`; `{name:.3e}` formats it, `{{` is a brace.
+
+    environment: additional variables; `EXP_NAME` is always set and unique per trial. cwd: default the study's folder.
+    echo: compare parameters that the command prints (`name=value`, `name: value`, JSON) with the trial's settings; `required`:
+    a parameter that is not printed stops the study. known: values that the script hard-codes, e.g.
+    `{max_grad_norm: 1.0, batch_size: 8}`. checkpoints: the path of the checkpoint at `{step}`. resume: extra arguments to
+    resume from `{checkpoint}`; without them a trial whose process died restarts under a new name.
     """
 
     command: Words
     environment: dict[str, str | int | float] = Field(default_factory=dict)
     cwd: Annotated[str, Field(min_length=1)] | None = None
     config_file: ConfigFile | None = None
-    records: RecordsFrom | None = None  # None: what it pushes, or prints behind the word TUNE_SSIM
+    records: RecordsFrom | None = None  # None: records that it pushes, or prints after the tag TUNE_SSIM
     echo: Literal["auto", "required", "off"] = "auto"
     known: dict[str, Any] = Field(default_factory=dict)
     checkpoints: Annotated[str, Field(min_length=1)] | None = None
@@ -129,8 +135,8 @@ class CommandSpec(Section):
     evaluate: EvaluateCommand | None = None
     resume: list[str] | None = None
     grace_s: Seconds = 10.0  # between TERM and KILL
-    first_record_s: Seconds = 1800.0  # a model of many GB is loaded by then
-    silence_s: Seconds = 1800.0  # the collectives' own timeout in PyTorch is 10 to 30 minutes
+    first_record_s: Seconds = 1800.0  # enough to load a model of many GB
+    silence_s: Seconds = 1800.0  # PyTorch's own timeout for collectives is 10 to 30 minutes
 
     @model_validator(mode="after")
     def _readable(self) -> CommandSpec:
@@ -144,7 +150,8 @@ class CommandSpec(Section):
         return self
 
     def templates(self) -> Iterator[tuple[tuple[str | int, ...], str, bool]]:
-        """(place, template, whether of the smoke test, the evaluation or the resumption) of all text with placeholders."""
+        """(place, template, is_extra) of all text with placeholders; is_extra: it belongs to the smoke test, the evaluation, the
+        checkpoints or the resume arguments."""
         yield from ((("command", index), word, False) for index, word in enumerate(self.command))
         yield from ((("environment", name), value, False) for name, value in self.environment.items() if isinstance(value, str))
         if self.config_file is not None:
@@ -163,7 +170,7 @@ class CommandSpec(Section):
         yield from ((("resume", index), word, True) for index, word in enumerate(self.resume or ()))
 
     def problems(self, settings: Mapping[str, Sequence[Any]] | None) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """(place, message) of each problem in a study whose trials have these settings with these values; None: not known."""
+        """(place, message) of each problem. settings: name → possible values of a trial's settings; None: not known."""
         if self.records is not None:
             yield from (
                 (("records", *place), wrong) for place, wrong in reading_problems(self.records.pattern, self.records.format)
@@ -190,15 +197,15 @@ class CommandSpec(Section):
             )
 
     def unused_settings(self, settings: Mapping[str, Sequence[Any]]) -> list[str]:
-        """Settings with a value that has an effect, for which the command has no placeholder. Empty for a command that pushes its
-        records: it may look its settings up."""
+        """Settings that have an effect but no placeholder in the command. Empty for a command that pushes its records, because it
+        can read its settings itself."""
         if self.records is None:
             return []
         known = {"steps", *self.referenced_settings()}
         return [name for name, values in settings.items() if name not in known and not all(is_neutral(name, v) for v in values)]
 
     def missing_programs(self, home: str | None) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """(place, message) of each program that this machine does not have. home: the working folder if there is no `cwd`."""
+        """(place, message) of each program that is missing on this machine. home: the working folder if there is no `cwd`."""
         cwd = Path(home or ".", self.cwd or "")
         if self.cwd is not None and placeholders(self.cwd):
             return
@@ -220,24 +227,24 @@ class CommandSpec(Section):
                 yield (*filter(None, (name,)), "command", 0), f"no program {program!r} in the PATH{hint}"
 
     def _shares(self, file: str) -> bool:
-        """Whether two trials may have the same path. Settings do not make it different: all baselines have the same."""
-        at_home = file.startswith("{exp_dir}")  # that is absolute
-        path = os.path.normpath(file if at_home else os.path.join(self.cwd or "", file))  # noqa: PTH118  (`..` may leave the folder)
-        return not set(placeholders(path)) & set(OF_A_TRIAL)
+        """Whether two trials may have the same path. Settings do not make it unique, because all baselines share them."""
+        is_absolute = file.startswith("{exp_dir}")  # exp_dir is absolute
+        path = os.path.normpath(file if is_absolute else os.path.join(self.cwd or "", file))  # noqa: PTH118  (`..` may leave the folder)
+        return not set(placeholders(path)) & set(UNIQUE_PER_TRIAL)
 
     def referenced_settings(self) -> set[str]:
-        """Names of the placeholders in the command's arguments, its environment and its config file."""
+        """Names of the placeholders in the command, its environment and its config file."""
         parts = (template for place, template, in_smoke in self.templates() if not in_smoke and place[0] not in ("cwd", "records"))
         return {name for template in parts for name in placeholders(template)}
 
 
 def is_neutral(name: str, value: Any) -> bool:
-    """Whether a setting of this value changes nothing, so that the training need not get it."""
+    """Whether a setting with this value has no effect, so that it need not reach the training."""
     return value in NEUTRAL.get(name, ()) or (AUXILIARY_WEIGHT.fullmatch(name) is not None and value == 0)
 
 
 def reading_problems(pattern: str | Sequence[str] | None, format: str | None) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(place, message) of each problem with a log's format and pattern."""
+    """(place, message) of each problem with the format and pattern of a log."""
     if format is not None and format not in FORMATS:
         yield ("format",), f"unknown format {format!r}{did_you_mean(format, FORMATS)}"
         return
@@ -261,7 +268,7 @@ def _misfit(template: str, values: Mapping[str, Any]) -> str | None:
 
 
 def placeholders(template: str) -> list[str]:
-    """Names in braces. Raises ValueError for unpaired braces, and for more than a name and a format in them."""
+    """Names in braces. Raises ValueError for unbalanced braces, and for anything in them but a name and a format spec."""
     names = []
     for _, name, format_spec, conversion in string.Formatter().parse(template):
         if name is None:
@@ -273,7 +280,7 @@ def placeholders(template: str) -> list[str]:
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """The template with the values. Raises UserError for a placeholder without a value, and for a format that does not fit."""
+    """The template with its placeholders filled. Raises UserError for a missing value or an unsuitable format spec."""
     for name in placeholders(template):
         if name not in values:
             raise UserError(f"command: this trial has no value for the braces in {template!r}; it has {', '.join(sorted(values))}")
@@ -286,7 +293,7 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
 
 
 def fill_value(template: Any, values: Mapping[str, Any]) -> Any:
-    """As `fill`; a template that is a single placeholder gives the value itself, with its type."""
+    """Like `fill`, but a template that is a single placeholder returns the value itself, with its type."""
     if not isinstance(template, str):
         return template
     names = placeholders(template)
@@ -299,7 +306,7 @@ def fill_all(templates: Sequence[str], values: Mapping[str, Any]) -> list[str]:
 
 
 class _Word(str):
-    """Text that can be formatted as the value that it was made from."""
+    """The text of a value that still accepts the format specs of the value."""
 
     value: Any
 
@@ -308,7 +315,7 @@ class _Word(str):
 
 
 def as_word(value: Any) -> _Word:
-    """A number as in Python, true and false as in YAML, None as the empty text."""
+    """A value as text: numbers as in Python, true and false as in YAML, None as the empty string."""
     text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     word = _Word(text)
     word.value = value

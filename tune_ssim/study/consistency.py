@@ -1,4 +1,4 @@
-"""What must hold between the parts of a study, each problem with its place."""
+"""Consistency checks between the parts of a study. Every problem has its location."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def part_problems(study: Study) -> Iterator[Problem]:
-    """What is wrong with the parts together. A part that is wrong itself is None here."""
+    """Problems between the parts of a study. A part that is invalid by itself is None here."""
     is_command = isinstance(study.task, CommandSpec)
     steps = None if study.task_config is None else study.steps
     if isinstance(study.task, CommandSpec):
@@ -59,11 +59,13 @@ def part_problems(study: Study) -> Iterator[Problem]:
 
 def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
     has_settings = study.space is not None and study.baseline is not None and study.task_config is not None
-    for loc, message in task.problems(_values_of(study) if has_settings else None):  # else a name may be missing for that alone
+    for loc, message in task.problems(
+        _values_of(study) if has_settings else None
+    ):  # else names may be missing only for that reason
         yield Problem(("task", *loc), message)
     yield from _unused(study, task)
     if has_settings:
-        # What every trial has; without a weight the gate and the scale mean nothing, and get any value (`Study.baseline_settings`).
+        # Settings of every trial. Without a weight, gate and scale have no effect and get any value (`Study.baseline_settings`).
         always = {*study.task_config, *study.baseline.overrides, WEIGHT, MAX_T, GRAD_SCALE}
         for name in sorted((task.referenced_settings() & set(_values_of(study))) - always):
             yield Problem(("baseline",), f"has no {name}, which the command uses: set it here, or in task_config")
@@ -76,7 +78,7 @@ def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
 
 
 def missing_files(study: Study) -> Iterator[Problem]:
-    """Programs and logs that this machine does not have. Not checked for several nodes, where the others may differ."""
+    """Programs and logs that are missing on this machine. Programs are not checked for several nodes, which may differ."""
     if isinstance(study.task, CommandSpec) and study.resources is not None and study.resources.nodes == 1:
         for loc, message in study.task.missing_programs(study.import_path):
             yield Problem(("task", *loc), message)
@@ -86,7 +88,7 @@ def missing_files(study: Study) -> Iterator[Problem]:
 
 
 def _values_of(study: Study) -> dict[str, list[Any]]:
-    """Every setting that a trial of the study has, with values that it takes."""
+    """Setting → example values, for every setting of the study's trials."""
     found: dict[str, list[Any]] = {}
     baseline = study.baseline.overrides if study.baseline is not None else {}
     for settings in (study.task_config or {}, baseline, *(values for _, values in _of_space(study))):
@@ -96,10 +98,10 @@ def _values_of(study: Study) -> dict[str, list[Any]]:
 
 
 def _of_space(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(how, setting → value) of every value that the space lists, and of the bounds of its ranges."""
+    """(verb for messages, setting → value) of every value in the space; for ranges, of their bounds."""
     for stage in study.space.stages if study.space is not None else ():
         for name, domain in stage.parameters.items():
-            if name == GAIN:  # the weight is sampled; the gate and the scale are settings of their own
+            if name == GAIN:  # a gain becomes a weight and a scale
                 yield "varies", {WEIGHT: 0.5, GRAD_SCALE: 1.0, MAX_T: 1.0}
                 continue
             for value in domain.listed:
@@ -110,7 +112,7 @@ def _of_space(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _unused(study: Study, task: CommandSpec) -> Iterator[Problem]:
-    """Settings that the command does not use: every trial that has one would be a bad set-up."""
+    """Problems for settings that the command does not use; they would never reach the training."""
     seen: set[str] = set()
     hint = 'but the command does not use it: put {{{0}}} where it belongs, e.g. "--{0}={{{0}}}"'
     for how, values in _of_space(study):

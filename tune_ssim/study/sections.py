@@ -1,4 +1,4 @@
-"""The parts of a study that are options of one subject each: baseline, search, scheduler, objective, resources, phases."""
+"""The sections of a study: baseline, search, scheduler, objective, resources, phases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tune_ssim.guards import KeepRule
 
 
 class BaselineLog(Section):
-    """The log of a pixel-loss run. names: theirs → ours; held_out: numbers measured after it, e.g. `{ssim: 0.91}`."""
+    """The log of a pixel-loss run. names: name in the log → ours; held_out: metrics measured after it, e.g. `{ssim: 0.91}`."""
 
     file: Annotated[str, Field(min_length=1)]
     format: str | None = None
@@ -24,21 +24,21 @@ class BaselineLog(Section):
 
 
 class BaselineRuns(Section):
-    """The same training with the pixel loss only (note 000 §1): `overrides` of the task's configuration make it so."""
+    """Baseline runs: the same training with only the pixel loss (note 000 §1), configured by `overrides` of task_config."""
 
     overrides: dict[str, Any] = Field(
         default_factory=lambda: {"pixel_loss_weight": 0.05, "pixel_loss_max_t": 0.3}  # note 000 §1.2
     )
-    seeds: Annotated[int, Field(ge=1)] = 2  # DESIGN: two side by side cost no extra wall time, and give the noise floor
-    log: BaselineLog | None = None  # of a run that is over, in place of runs in the search; the confirm phase has its own
+    seeds: Annotated[int, Field(ge=1)] = 2  # DESIGN: two in parallel cost no extra wall time and give the noise floor
+    log: BaselineLog | None = None  # a finished run instead of runs in the search; the confirm phase has its own runs
 
 
 class Search(Section):
     strategy: Literal["optuna", "random"] = "optuna"  # FACTS §6: TPE finds a good safe setting twice as often as random
     trials: Annotated[int, Field(ge=1)] = 12  # FACTS §2: 63-107 s on two cores; baselines are not counted
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's range
-    concurrency: int | Literal["auto"] = 2  # trials at a time; auto: as many as the cluster's resources admit
-    deterministic: bool = True  # DESIGN "Order": the same suggestions whichever trial ends first
+    concurrency: int | Literal["auto"] = 2  # trials at a time; auto: as many as fit on the cluster
+    deterministic: bool = True  # DESIGN "Order": suggestions do not depend on which trial ends first
     # Times the norm guard's limit, the `max_ratio`: settings whose predicted ratio exceeds it are not launched; None: all are.
     # Over steps 25-75 the norm is 0.5 to 1.1 times the prediction (FACTS §1, benchmarks/calibration.py): they would be pruned.
     skip_beyond: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 2.0
@@ -60,7 +60,7 @@ class Asha(Section):
 
 
 class Keep(Section):
-    """How far a held-out metric may get worse than the baseline's: one limit on the difference or on the quotient."""
+    """How much a held-out metric may get worse than the baseline: exactly one limit, on the difference or on the ratio."""
 
     min_delta: float | None = None
     max_delta: float | None = None
@@ -80,7 +80,7 @@ class Keep(Section):
 
     @property
     def limit(self) -> dict[str, float]:
-        """The one that is set, e.g. `{"min_delta": -0.3}`."""
+        """The limit that is set, e.g. `{"min_delta": -0.3}`."""
         return {name: value for name, value in self if value is not None}
 
     @model_serializer
@@ -108,10 +108,10 @@ class Objective(Section):
 
 
 class Resources(Section):
-    """Of one trial. gpus auto: one GPU where the cluster has them, else none; fractions share a GPU.
+    """Resources of one trial. gpus: `auto` is one GPU if the cluster has any, else none; fractions share a GPU.
 
-    workers: processes of one trial, as ranks of one torch process group; cpus and gpus are then those of each worker, and so is
-    gpus_per_worker, which goes before gpus. nodes: on how many of them a command is started; cpus and gpus are then of each."""
+    workers: processes of one trial, as ranks of one torch process group; cpus and gpus are then per worker. gpus_per_worker
+    overrides gpus. nodes: number of nodes on which a command is started; cpus and gpus are then per node."""
 
     workers: Annotated[int, Field(ge=1)] = 1
     nodes: Annotated[int, Field(ge=1)] = 1
@@ -129,22 +129,22 @@ class Resources(Section):
 
     @property
     def parts(self) -> int:
-        """Bundles of `cpus` and `gpus` that a trial takes."""
+        """Number of bundles of `cpus` and `gpus` that a trial needs."""
         return self.workers * self.nodes
 
 
 class Preflight(Section):
-    """Before anything is launched: is the set-up sound? No options yet; `preflight: null` switches it off."""
+    """Setup checks before launch. Has no options; `preflight: null` turns it off."""
 
 
 class CalibrationOptions(Section):
-    """Before anything is launched: how hard does each setting push? Measured with the update switched off."""
+    """Calibration before launch: measures the gradient norm of each setting, with updates disabled."""
 
     batches: Annotated[int, Field(ge=1)] = 24  # medians of >= 10 active steps (FACTS §1), also behind gates that half of them pass
-    grid: Annotated[list[float], Field(min_length=1)] | None = None  # of max_t; None: what the space can take
-    # What leaves the weights as they are; for any launcher (FACTS §1).
+    grid: Annotated[list[float], Field(min_length=1)] | None = None  # values of max_t; None: from the space
+    # Settings that keep the weights unchanged, with any launcher (FACTS §1).
     disable_update: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.0})
-    # gram: from the gradients themselves; readings: from total_norm alone, as any training reports it; auto: gram where it fits.
+    # gram: from the gradients; readings: from total_norm only, which any training reports; auto: gram where possible.
     method: Literal["auto", "gram", "readings"] = "auto"
 
     @field_validator("grid")
@@ -156,14 +156,14 @@ class CalibrationOptions(Section):
 
 
 class Confirm(Section):
-    """Before anything is exported: the best settings and the baseline again, with further seeds and for longer."""
+    """Confirmation before export: reruns the best settings and the baseline with more seeds and for longer."""
 
-    finalists: Annotated[int, Field(ge=1)] = 3  # tried in their order until one holds
+    finalists: Annotated[int, Field(ge=1)] = 3  # tried in order until one is confirmed
     seeds: Annotated[int, Field(ge=2)] = 3  # an interval needs two; FACTS §6: the noise between seeds is as large as the gain
-    steps: Annotated[int, Field(ge=1)] | None = None  # of a trial; None: ten times the search's (SEEDS A9)
+    steps: Annotated[int, Field(ge=1)] | None = None  # steps per trial; None: ten times those of the search (SEEDS A9)
 
 
 class Tracking(Section):
-    """MLflow; uri None: SQLite in the storage path. Its password is never written."""
+    """MLflow tracking. uri: default SQLite in the storage path; its password is never written to a file."""
 
     uri: Annotated[str, Field(min_length=1), PlainSerializer(without_password)] | None = None

@@ -1,4 +1,4 @@
-"""Search spaces, from conservative to aggressive, as frozen objects that are checked when built.
+"""Search spaces, as frozen objects that are validated on construction.
 
 The SSIM gradient reaches the parameters only through the decoder's output, so `ssim_loss_weight` and
 `ssim_grad_scale` act through their product alone:
@@ -6,7 +6,7 @@ The SSIM gradient reaches the parameters only through the decoder's output, so `
     gradient = g_main + gain · g_ssim(max_t),   gain = ssim_loss_weight · ssim_grad_scale
 
 A space may therefore search `gain` with a pinned `ssim_grad_scale`; a task always gets the three numbers. With
-`unit: norm_ratio` the gain is given by what it does: the predicted total_norm over the baseline's (probes.norm_model).
+`unit: norm_ratio` the gain is given by its effect: the predicted total_norm relative to the baseline (probes.norm_model).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 WEIGHT, MAX_T, GRAD_SCALE, GAIN = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "gain"
 TRIPLE = (WEIGHT, MAX_T, GRAD_SCALE)
 NORM_RATIO = "norm_ratio"  # the one unit besides plain numbers
-TOLERANCE = 1e-9  # relative: 0.1 · 0.1 must count as 0.01, and 1e-9 is far below any difference that training shows
+TOLERANCE = 1e-9  # relative: 0.1 · 0.1 must equal 0.01, and 1e-9 is far below any difference that matters in training
 
 _AT_LEAST_0 = ("a finite number >= 0", lambda x: 0 <= x < math.inf)
 _ABOVE_0 = ("a finite number > 0", lambda x: 0 < x < math.inf)
 _TIME = ("above 0 and at most 1 (t = 0 is clean, t = 1 is noise)", lambda x: 0 < x <= 1)
 
-# The settings of the auxiliary loss (note 000 §2); any other name is the task's own, e.g. lr.
+# The settings of the auxiliary losses (note 000 §2); any other name belongs to the task, e.g. lr.
 KNOWN = {
     GAIN: _ABOVE_0,
     WEIGHT: _AT_LEAST_0,
@@ -50,7 +50,7 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class _Interval:
-    """Numbers from `lower` to `upper`, both included."""
+    """The closed interval from `lower` to `upper`."""
 
     lower: float
     upper: float
@@ -80,7 +80,7 @@ class _Interval:
         return self.bounds
 
     def __contains__(self, value: Any) -> bool:
-        """Whether a number lies inside, rounding aside."""
+        """Whether a number is inside, up to rounding."""
         return _is_number(value) and (self.lower <= value <= self.upper or any(_same(value, bound) for bound in self.bounds))
 
     def clip(self, value: float) -> float:
@@ -109,7 +109,7 @@ class _Interval:
 
 @dataclass(frozen=True)
 class LogUniform(_Interval):
-    """Uniform in the logarithm: 0 < lower < upper."""
+    """Log-uniform: 0 < lower < upper."""
 
     kind: ClassVar[str] = "log_uniform"
 
@@ -124,7 +124,7 @@ class LogUniform(_Interval):
 
 @dataclass(frozen=True)
 class Uniform(_Interval):
-    """lower < upper."""
+    """Uniform: lower < upper."""
 
     kind: ClassVar[str] = "uniform"
 
@@ -134,7 +134,7 @@ class Uniform(_Interval):
 
 @dataclass(frozen=True)
 class Choice:
-    """One of `values`: numbers, text, true or false; no value twice."""
+    """One of `values`: numbers, text, true or false, without duplicates."""
 
     values: tuple[Any, ...]
     unit: str | None = None
@@ -168,7 +168,7 @@ class Choice:
         return any(_same(value, own) for own in self.values)
 
     def clip(self, value: Any) -> Any:
-        """The value of the list that equals `value`, rounding aside, else the nearest number of the list."""
+        """The listed value that equals `value` up to rounding, else the nearest listed number."""
         same = [own for own in self.values if _same(own, value)]
         return same[0] if same else min(self.values, key=lambda own: abs(own - value))
 
@@ -196,7 +196,7 @@ Domain = LogUniform | Uniform | Choice
 DOMAINS: dict[str, type[LogUniform] | type[Uniform] | type[Choice]] = {
     domain.kind: domain for domain in (LogUniform, Uniform, Choice)
 }
-# A gain by what it does: the predicted total_norm over the baseline's.
+# A gain given by its effect: the predicted total_norm relative to the baseline.
 UNITS = (NORM_RATIO,)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(:[A-Za-z0-9][\w.-]*)?")
 FORMS = "log_uniform: [lower, upper], uniform: [lower, upper] or choice: [value, …]"
@@ -260,7 +260,7 @@ def _domain(name: str, given: Any) -> Domain:
 def _fixed(given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     parameters = (info.data or {}).get("parameters")
     if isinstance(parameters, dict) and GAIN in parameters and GRAD_SCALE not in parameters:
-        # A sampled gain must become a weight: without attenuation unless the space says otherwise.
+        # A sampled gain becomes a weight, with a gradient scale of 1 unless the space sets another.
         given = {GRAD_SCALE: 1.0, **given}
     problems = Problems()
     for name, value in given.items():
@@ -275,7 +275,7 @@ Settings = Annotated[dict[str, Any], or_empty(dict)]
 
 
 class Stage(Document):
-    """One step of a route: the parameters searched, the settings fixed, and points to be tried first as written."""
+    """One stage of a search: searched parameters, fixed settings, and points that are tried first."""
 
     name: Annotated[str, PlainValidator(_name)]
     parameters: Annotated[Settings, AfterValidator(_parameters)] = Field(default_factory=dict)  # by name, a Domain each
@@ -285,11 +285,11 @@ class Stage(Document):
 
     @property
     def is_relative(self) -> bool:
-        """Whether its gain is given as a predicted norm ratio, so that a norm model must turn it into a number."""
+        """Whether its gain is given as a predicted norm ratio, which a norm model must convert to a gain."""
         return GAIN in self.parameters and self.parameters[GAIN].unit is not None
 
     def point_configs(self) -> list[dict[str, Any]]:
-        """The points as a task takes them: what is fixed, then the point's own numbers."""
+        """The points as complete settings for a task: the fixed settings, then the values of the point."""
         return [{**self.fixed, **point} for point in self.points]
 
     def to_yaml(self) -> dict[str, Any]:
@@ -317,13 +317,13 @@ class Stage(Document):
                 yield Problem(("parameters", GRAD_SCALE), message)
             elif fixed.get(GRAD_SCALE) == 0:
                 yield Problem(("fixed", GRAD_SCALE), f"must be > 0 when {GAIN} is searched, got 0")
-        if self.parameters is not None and self.fixed is not None:  # else each point would seem to lie outside
+        if self.parameters is not None and self.fixed is not None:  # else every point would be reported as outside
             for index, point in enumerate(self.points or ()):
                 yield from (one.under("points", index) for one in _point_problems(parameters, fixed, point))
 
 
 class Space(Section):
-    """Stages in the order in which they are searched; a space without `stages:` has one, of its own name."""
+    """A search space: stages in search order. A space without `stages:` has one stage with the name of the space."""
 
     name: Annotated[str, PlainValidator(_name)] = "inline"
     stages: tuple[Stage, ...]
@@ -332,7 +332,7 @@ class Space(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _read(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
-        """A space as in a file: its stages, or the keys of its only stage beside its own."""
+        """Reads a space as written in a file: with `stages`, or with the keys of its only stage at the top level."""
         if isinstance(given, cls):
             return given
         if not isinstance(given, Mapping):
@@ -362,7 +362,7 @@ class Space(Section):
 
     @property
     def parameter_names(self) -> list[str]:
-        """Everything that any stage searches."""
+        """The names of all parameters that any stage searches."""
         return list(_ordered({name: None for stage in self.stages for name in stage.parameters}))
 
     @property
@@ -371,18 +371,18 @@ class Space(Section):
         return any(stage.is_relative for stage in self.stages)
 
     def stage(self, name: str) -> Stage:
-        """Raises UserError naming the stages there are."""
+        """The stage with this name. Raises UserError that lists the stages."""
         for stage in self.stages:
             if stage.name == name:
                 return stage
         raise UserError(f"space {self.name!r} has no stage {name!r}{did_you_mean(name, [s.name for s in self.stages])}")
 
     def only(self, stage: str) -> Space:
-        """The same space with one stage, named `space:stage`."""
+        """A copy of the space with only one stage, named `space:stage`."""
         return self.replace(name=f"{self.name}:{stage}", stages=(self.stage(stage),))
 
     def to_yaml(self) -> dict[str, Any]:
-        """As in a file, with everything explicit: `load_space` of this mapping is an equal space."""
+        """The space as a mapping with everything explicit; `load_space` of it gives an equal space."""
         head = {"name": self.name, "description": self.description}
         first = self.stages[0]
         if len(self.stages) == 1 and first.name == self.name and not first.description:
@@ -395,14 +395,14 @@ _fixed_by_all: TypeAdapter[dict[str, Any]] = TypeAdapter(Annotated[Settings, Aft
 
 
 def _with_shared(stage: Any, shared: Mapping[str, Any]) -> Any:
-    """A stage as in a file, with what is fixed for the whole space."""
+    """A stage as in a file, merged with the settings that are fixed for the whole space."""
     if not isinstance(stage, Mapping) or not isinstance(stage.get("fixed") or {}, Mapping):
         return stage
     return {**stage, "fixed": {**shared, **(stage.get("fixed") or {})}}
 
 
 def _twice(stages: Iterable[Any], shared: Mapping[str, Any]) -> Iterator[Problem]:
-    """Names that two stages share, and settings that both a stage and the space fix."""
+    """Problems for duplicate stage names, and for settings fixed by both a stage and the space."""
     names: set[Any] = set()
     for index, stage in enumerate(stages):
         is_built = isinstance(stage, Stage)
@@ -418,7 +418,7 @@ def _twice(stages: Iterable[Any], shared: Mapping[str, Any]) -> Iterator[Problem
 
 
 def _placed(one: Problem, is_staged: bool) -> Problem:
-    """A problem of a stage at its place in the file, named by the setting that it is about."""
+    """A problem of a stage with its location in the file and the setting's name as subject."""
     if len(one.loc) < 3 or one.loc[0] != "stages":
         return one
     part, *names = inner = one.loc[2:]
@@ -431,9 +431,9 @@ def _placed(one: Problem, is_staged: bool) -> Problem:
 
 
 def resolve_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampled values as a task takes them: `gain` becomes `ssim_loss_weight` = gain / ssim_grad_scale (default 1).
+    """Converts sampled values to a task's settings: `gain` becomes `ssim_loss_weight` = gain / ssim_grad_scale (default 1).
 
-    Everything else is left as it is. Raises UserError for a gain beside a weight, and for one that cannot be reached.
+    Other values are unchanged. Raises UserError if both gain and weight are given, or if the gain or the scale is invalid.
     """
     settings = dict(values)
     if GAIN not in settings:
@@ -450,14 +450,14 @@ def resolve_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gain_of(config: Mapping[str, Any]) -> float:
-    """weight · grad_scale of a setting; a missing grad_scale is 1, a missing weight 0."""
+    """The gain of a setting, weight · grad_scale; the default grad_scale is 1, the default weight 0."""
     if GAIN in config:
         return float(config[GAIN])
     return float(config.get(WEIGHT, 0.0)) * float(config.get(GRAD_SCALE, 1.0))
 
 
 def setting_problem(name: str, value: Any) -> str | None:
-    """What is wrong with one setting, by name and by range; None if nothing is."""
+    """The error message for a setting with an unknown name or an invalid value; None if it is valid."""
     near = near_miss(name)
     if near is not None:
         return f"unknown setting {name!r}; did you mean {near!r}?"
@@ -470,10 +470,10 @@ def setting_problem(name: str, value: Any) -> str | None:
 
 
 def near_miss(name: str) -> str | None:
-    """The known setting of which `name` is a misspelling, or None.
+    """The known setting that `name` misspells, or None.
 
-    A misspelling leaves words out (`max_t`, `ssim_weight`) or mistypes some (`ssim_los_weight`, `max_T`). `kl_loss_weight`
-    and `ms_ssim_loss_weight` are other settings, though letter by letter they look nearer.
+    A misspelling omits words (`max_t`, `ssim_weight`) or has typos (`ssim_los_weight`, `max_T`). `kl_loss_weight` and
+    `ms_ssim_loss_weight` are different settings, although their edit distance is smaller.
     """
     if name in KNOWN:
         return None
@@ -490,7 +490,7 @@ def near_miss(name: str) -> str | None:
 
 
 def bundled_spaces_folder() -> Path:
-    """In a wheel inside the package; in an editable install or a clone at the repository's root."""
+    """The folder of bundled spaces: inside the package in a wheel, at the repository root in a clone or editable install."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "search_spaces"
     return inside if inside.is_dir() else package.parent / "search_spaces"
@@ -503,8 +503,8 @@ def bundled_spaces() -> list[str]:
 def load_space(space: str | Path | Mapping[str, Any] | Source, *, relative_to: str | Path | None = None) -> Space:
     """A bundled name (`wide`), a file (`my.yaml`), either with one stage (`note_v3:conservative`), or a mapping.
 
-    relative_to: the folder that a relative path starts from; default the current one.
-    Raises UserError with a line for each problem.
+    relative_to: the folder for relative paths; default the current folder.
+    Raises UserError with one line per problem.
     """
     if isinstance(space, Source):
         return _read(space)
@@ -518,7 +518,7 @@ def load_space(space: str | Path | Mapping[str, Any] | Source, *, relative_to: s
 
 
 def find_space(text: str, folder: Path) -> tuple[Path, str | None]:
-    """The file that a name or path means, and the stage. Raises UserError naming the bundled spaces."""
+    """Resolves a name or path to a file and an optional stage. Raises UserError that lists the bundled spaces."""
     name, _, stage = text.rpartition(":") if ":" in text and not is_file(folder / text) else (text, "", None)
     if text.endswith(":"):
         raise UserError(f"space {text!r}: no stage after ':'")
@@ -529,13 +529,13 @@ def find_space(text: str, folder: Path) -> tuple[Path, str | None]:
 
 
 def _read(source: Source) -> Space:
-    """A file's stem is the space's name, unless it has one."""
+    """Reads a space from a file. Its default name is the file's stem."""
     stem = Path(source.label).stem
     return validate(Space, source, {"name": stem if _NAME.fullmatch(stem) else "inline", **source.value})
 
 
 def _point_problems(parameters: Mapping[str, Domain], fixed: Mapping[str, Any], point: Mapping[str, Any]) -> Iterator[Problem]:
-    """A point is a full triple, launched as written; it belongs to the space if what is searched admits it."""
+    """Problems of a point. A point is a full triple that is launched as written; it must lie inside the searched ranges."""
     if GAIN in point:
         yield Problem((GAIN,), f"a point gives {WEIGHT} and {GRAD_SCALE}, not their product")
         return
@@ -555,13 +555,13 @@ def _point_problems(parameters: Mapping[str, Domain], fixed: Mapping[str, Any], 
             yield Problem((name,), message)
     if wrong:
         return
-    # A point's norm ratio is known once the model is calibrated; the searcher checks it then.
+    # The norm ratio of a point is known only after calibration; the search checks it then.
     if GAIN in parameters and parameters[GAIN].unit is None and gain_of(point) not in parameters[GAIN]:
         yield Problem((), f"gain {gain_of(point):g} (= {WEIGHT} x {GRAD_SCALE}) is outside the space: {parameters[GAIN]}")
     for name, value in point.items():
         if name in parameters and value not in parameters[name]:
             yield Problem((name,), f"{_text(value)} is outside the space: {parameters[name]}")
-        # With a searched gain the weight and the scale of a point may be split in any way: only the product acts.
+        # With a searched gain, a point may split weight and scale in any way: only their product matters.
         elif name in fixed and not (name == GRAD_SCALE and GAIN in parameters) and not _same(value, fixed[name]):
             yield Problem((name,), f"{_text(value)} is outside the space: fixed at {_text(fixed[name])}")
 
@@ -574,12 +574,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """In their order, the known ones as real numbers."""
+    """The settings in canonical order, with known settings as floats."""
     return _ordered({name: _as_number(name, value) for name, value in settings.items()})
 
 
 def _as_number(name: str, value: Any) -> Any:
-    """Known settings are real numbers: `1` and `1.0` are the same setting."""
+    """Known settings as floats, so that `1` and `1.0` are the same setting."""
     return _float(value) if name in KNOWN and _is_number(value) else value
 
 
@@ -610,7 +610,7 @@ def _scalar_problem(value: Any) -> str | None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal but for rounding; true is not 1."""
+    """Whether two values are equal up to rounding; true is not 1."""
     if _is_number(one) and _is_number(other):
         return one == other or math.isclose(_float(one), _float(other), rel_tol=TOLERANCE)
     return type(one) is type(other) and one == other
@@ -625,6 +625,6 @@ def _alike(word: str, part: str) -> bool:
 
 
 def _ordered(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Known settings first, then by name: the order of keys in a file means nothing, also to a seeded sampler."""
+    """Settings in canonical order: known ones first, then by name. So key order in a file does not affect a seeded sampler."""
     names = [name for name in (GAIN, *TRIPLE, *KNOWN) if name in settings]
     return {name: settings[name] for name in dict.fromkeys([*names, *sorted(set(settings) - set(names))])}

@@ -1,4 +1,4 @@
-"""A study as one frozen object, and its file: what is trained, what is searched, how trials are judged."""
+"""The study: what is trained, what is searched, and how trials are judged, as one frozen object that is read from a file."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ _TASK_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 PATHS = {"fundus_sr": ("data", "vae", "weights")}  # keys of a built-in task's task_config that name a file or folder
 DEFAULT_STUDY = "fundus_ssim"
 DEFAULT_SPACE = "wide"
-DEFAULT_STEPS = 200  # FACTS §2: gains that ruin the model have done so by then, and safe ones show their gain
+DEFAULT_STEPS = 200  # FACTS §2: by then ruinous gains have ruined the model, and safe ones show an improvement
 
 
 def default_guards() -> dict[str, Guard]:
-    """Every guard that needs no limit from the user."""
+    """All guards that work without limits from the user."""
     return {guard.name: guard for guard in (NormRatio(), SmokeTest(), NonFinite())}
 
 
@@ -75,8 +75,8 @@ def default_guards() -> dict[str, Guard]:
 
 @dataclass(frozen=True)
 class _File:
-    """What a study is read from. folder: where its relative paths start; the current one for a mapping.
-    is_launch: the study is to be started from this machine."""
+    """The origin of a study. folder: base of its relative paths; the current folder for a mapping. is_launch: the study will be
+    launched from this machine."""
 
     source: Source
     folder: Path
@@ -131,8 +131,9 @@ def _task_config(given: Any, info: ValidationInfo) -> dict[str, Any]:
 
 
 def _with_paths(config: dict[str, Any], file: _File, task: Any) -> dict[str, Any]:
-    """Files and folders as absolute paths, since workers run elsewhere. They are meant relative to the study file: the values of
-    PATHS, and for a task of one's own every value that begins with `./`, `../` or `~/`."""
+    """Makes paths absolute, because workers run in other folders. Relative paths start from the study file.
+
+    Paths are the values of PATHS; for a user-defined task, every value that starts with `./`, `../` or `~/`."""
     named = PATHS.get(task, ()) if isinstance(task, str) else ()
 
     def absolute(key: str, value: Any) -> Any:
@@ -152,7 +153,7 @@ def _setting_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _usual_baseline(done: dict[str, Any]) -> BaselineRuns:
-    """With the pixel loss only; of a command without a pixel loss, without any auxiliary loss."""
+    """The default baseline: only the pixel loss; for a command without a pixel loss, no auxiliary loss."""
     usual, task = BaselineRuns(), done.get("task")
     if not isinstance(task, CommandSpec):
         return usual
@@ -161,7 +162,7 @@ def _usual_baseline(done: dict[str, Any]) -> BaselineRuns:
 
 
 def _baseline(given: Any, info: ValidationInfo) -> BaselineRuns:
-    """As in a file: the settings that differ from `task_config`, beside `seeds` and `log`."""
+    """Reads a baseline as in a file: the settings that differ from `task_config`, plus `seeds` and `log`."""
     if given is None:
         raise problem("every verdict compares with a baseline; leave the key out for the pixel loss only")
     if isinstance(given, BaselineRuns):
@@ -193,7 +194,7 @@ def _baseline_problems(overrides: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _space(given: Any, info: ValidationInfo) -> Space:
-    """Written out, or the name or path of one."""
+    """Reads a space: a mapping, a name or a path."""
     if isinstance(given, (Mapping, Space)):
         return Space.model_validate(given)
     if not isinstance(given, str) or not given.strip():
@@ -215,7 +216,7 @@ def _space(given: Any, info: ValidationInfo) -> Space:
 
 
 def _scheduler(given: Any, info: ValidationInfo) -> Asha | None:
-    """`{asha: {...}}`, which lasts as long as a trial unless it says otherwise."""
+    """Reads `{asha: {...}}`; max_steps defaults to the steps of a trial."""
     if given is None or isinstance(given, Asha):
         return given
     if not isinstance(given, Mapping):
@@ -233,7 +234,7 @@ def _scheduler(given: Any, info: ValidationInfo) -> Asha | None:
 
 
 def _guards(given: Any, info: ValidationInfo) -> dict[str, Guard]:
-    """Of a file: options by the guard's name, null for off, and a list of thresholds."""
+    """Reads guards as in a file: options by guard name, null to turn one off, and a list of thresholds."""
     if not isinstance(given, Mapping):
         raise problem(f"must be a mapping, got {describe(given)}; `norm_ratio: null` in it switches one off")
     if info.context is None:
@@ -271,7 +272,7 @@ def _guard_options(guards: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rules(given: Any, info: ValidationInfo) -> tuple[RulePack, ...]:
-    """Each a name, a path, or a pack written out; {pack: name, options: {...}} sets a pack's options."""
+    """Reads rule packs: each a name, a path or a mapping; `{pack: name, options: {...}}` sets its options."""
     if given is not None and not isinstance(given, (list, tuple)):
         raise problem(f"must be a list of rule packs, got {describe(given)}")
     packs: list[RulePack] = []
@@ -311,12 +312,13 @@ def _not_for_commands(given: Any, info: ValidationInfo) -> Any:
 
 
 def _unless_command(section: type[S]) -> Any:
-    """By default on, and off for a command."""
+    """A field that is on by default, and off for a command."""
     return Field(default_factory=lambda done: None if isinstance(done.get("task"), CommandSpec) else section())
 
 
 def _import_path(given: Any, info: ValidationInfo) -> str | None:
-    """Absolute, so that workers find it too; only a task of one's own, in a study with a file, has one by default."""
+    """Makes the import path absolute, so that workers find it. The default is the study file's folder for a user-defined task,
+    else None."""
     file: _File | None = info.context
     task = info.data.get("task")
     if given is None:
@@ -329,7 +331,7 @@ def _import_path(given: Any, info: ValidationInfo) -> str | None:
 
 
 class Study(Document):
-    """Raises ValueError when built with parts that do not fit together; `load_study` also gives the line of each problem."""
+    """A study. The constructor raises ValueError for inconsistent parts; `load_study` also reports the line of each problem."""
 
     name: Annotated[str, PlainValidator(_study_name)]
     # A key of BUILT_IN_TASKS, module:Class, module:function, or a command.
@@ -344,28 +346,28 @@ class Study(Document):
     scheduler: Annotated[
         Asha | None, PlainValidator(_scheduler), PlainSerializer(lambda asha: asha and {"asha": asha.model_dump()})
     ] = None
-    # By the guard's name; absent: off.
+    # By guard name; an absent guard is off.
     guards: Annotated[dict[str, Guard], PlainValidator(_guards), PlainSerializer(_guard_options)] = Field(
         default_factory=default_guards
     )
-    # Further guards, as packs; none by default: not every training is one that a pack is about.
+    # Additional guards from rule packs; none by default, because packs are specific to a kind of training.
     rules: Annotated[
         tuple[RulePack, ...], PlainValidator(_rules), PlainSerializer(lambda packs: [dict(pack.document) for pack in packs])
     ] = ()
     objective: OrDefaults[Objective] = Field(default_factory=Objective)
     resources: OrDefaults[Resources] = Field(default_factory=Resources)
-    # None: off, and the proof says so.
+    # None: off, which the proof records.
     preflight: Annotated[Preflight | None, BeforeValidator(_not_for_commands)] = _unless_command(Preflight)
-    # None: off; then nothing is predicted.
+    # None: off, so nothing is predicted.
     calibration: Annotated[CalibrationOptions | None, BeforeValidator(_not_for_commands)] = _unless_command(CalibrationOptions)
     confirm: Confirm | None = Field(default_factory=Confirm)  # None: off; then nothing is exported without --unproven
-    # Steps between transfers from the device, and so between verdicts; 1 on CPU (DESIGN).
+    # Steps between transfers from the device, and so between guard checks; 1 on CPU (DESIGN).
     report_every: Annotated[int, PlainValidator(_count)] = 1
-    # Steps per result that Ray sees; None: one in two seconds (a result costs it milliseconds).
+    # Steps per result sent to Ray; None: one result every two seconds, because each costs Ray milliseconds.
     result_every: Annotated[int | None, PlainValidator(_count_or_null)] = None
     checkpoint_every: Annotated[int, PlainValidator(_count)] = 50  # steps; DESIGN
     tracking: Tracking | None = Field(default_factory=Tracking)  # None: off
-    # A folder in which to look for one's own task; default the study file's.
+    # Folder to import a user-defined task from; default the study file's folder.
     import_path: Annotated[str | None, PlainValidator(_import_path)] = Field(default=None, validate_default=True)
 
     @property
@@ -375,7 +377,7 @@ class Study(Document):
 
     @property
     def task_path(self) -> str | dict[str, Any]:
-        """`module:Class` or `module:function`, or how the command is run."""
+        """`module:Class` or `module:function`, or the command specification as a mapping."""
         return self.task.model_dump() if isinstance(self.task, CommandSpec) else BUILT_IN_TASKS.get(self.task, self.task)
 
     @property
@@ -384,16 +386,16 @@ class Study(Document):
 
     @property
     def baseline_seeds(self) -> int:
-        """Baseline runs of the search; 0 where `baseline.log` is given."""
+        """Number of baseline runs in the search; 0 if `baseline.log` is given."""
         return self.baseline.seeds if self.baseline.log is None else 0
 
     @property
     def baseline_settings(self) -> dict[str, Any]:
-        """What a baseline sets on top of `task_config`: no SSIM loss, where the study has one at all."""
+        """The settings of a baseline on top of `task_config`. If the study has an SSIM loss, its weight is 0."""
         return {**self._values_without_effect(), **({WEIGHT: 0.0} if self.has_ssim else {}), **self.baseline.overrides}
 
     def _values_without_effect(self) -> dict[str, Any]:
-        """Of the gate and the scale, which mean nothing without a weight: a command has placeholders for them all the same."""
+        """Values for gate and scale, which have no effect without a weight but may be placeholders in a command."""
         if not isinstance(self.task, CommandSpec):
             return {}
         found: dict[str, Any] = {}
@@ -420,7 +422,7 @@ class Study(Document):
         return self.calibration is not None and self.has_ssim
 
     def to_dict(self) -> dict[str, Any]:
-        """As in a file, with everything explicit."""
+        """The study as in a file, with everything explicit."""
         return self.model_dump()
 
     def problems(self, context: _File | None) -> Iterable[Problem]:
@@ -434,20 +436,20 @@ class Study(Document):
 
     @property
     def sha256(self) -> str:
-        """Digest of the content, whatever the order of keys, the YAML's layout and the folder of the user's code."""
+        """Digest of the content. Independent of key order, YAML layout and the folder of the user's code."""
         content = {**self.to_dict(), "import_path": None}
         if not self.rules:
-            del content["rules"]  # as before there were any
+            del content["rules"]  # keeps the digest of studies from before rule packs existed
         return hashlib.sha256(json.dumps(_canonical(content), sort_keys=True).encode()).hexdigest()
 
 
-# Options of each guard that a study sets; what a trial binds later (baseline, seed, clipping) is not among them.
+# Guard options that a study can set; excludes values that a trial binds later (baseline, seed, clipping).
 _GUARDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "norm_ratio": (NormRatio, ("limit", "window", "patience", "on_excess")),
     "smoke_test": (SmokeTest, tuple(f.name for f in fields(SmokeTest))),
     "non_finite": (NonFinite, tuple(f.name for f in fields(NonFinite))),
 }
-_THRESHOLD = ("metric", "lower", "upper", "patience", "action")  # a ratio, or a span of steps, is a rule
+_THRESHOLD = ("metric", "lower", "upper", "patience", "action")  # ratios and spans of steps need a rule
 
 
 def bundled_studies_folder() -> Path:
@@ -458,7 +460,7 @@ def bundled_studies() -> list[str]:
     return sorted(path.stem for path in bundled_studies_folder().glob("*.yaml"))
 
 
-# Options of `tune-ssim run` by the place in the study that they override.
+# Options of `tune-ssim run`: override name → the location in the study, and the option.
 _OPTIONS: dict[str, tuple[Loc, str]] = {
     "name": (("name",), "--name"),
     "space": (("space",), "--space"),
@@ -474,10 +476,10 @@ def load_study(
 ) -> Study:
     """A bundled name, a file, a mapping, or None for the bundled fundus study.
 
-    overrides: `name`, `space`, `trials`, `seed`, `tracking_uri` (or their places: `search.trials`, …), judged by the
-    same rules; None leaves the study's own value. A path in a file starts from the file's folder, one in `overrides`
-    from the current one. launch: it is to be started from this machine, so programs and the baseline's log must be there.
-    Raises UserError with a line for each problem.
+    overrides: `name`, `space`, `trials`, `seed`, `tracking_uri` (or their locations: `search.trials`, …), validated in the
+    same way; None keeps the study's value. Paths in a file start from the file's folder, paths in `overrides` from the
+    current folder. launch: the study will be launched from this machine, so programs and the baseline's log must exist.
+    Raises UserError with one line per problem.
     """
     folder = Path()
     if isinstance(study, Mapping):
@@ -511,7 +513,7 @@ def _is_name(name: Any) -> bool:
 
 
 def _canonical(value: Any) -> Any:
-    """2.0 is the number 2."""
+    """The value with whole floats as integers, so that 2.0 equals 2."""
     if isinstance(value, Mapping):
         return {key: _canonical(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
