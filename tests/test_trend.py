@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tune_ssim.guards import Trend, Violation, Watch
-from tune_ssim.guards.trend import BLOCKS, BUFFER, CERTAIN_FALL, Line
+from tune_ssim.guards.trend import BLOCKS, BUFFER, FALL_SIGMAS, Line
 from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
 
@@ -204,7 +204,7 @@ def test_the_line_is_the_least_squares_line(levels: list[float], shift: float) -
 @pytest.mark.parametrize(("freedom", "quantile"), [(18, 2.5189), (100, 2.3367)])
 def test_doubt_is_a_quantile_of_students_t(freedom: float, quantile: float) -> None:
     """scipy.stats.t.isf(scipy.stats.norm.sf(2.3), freedom)."""
-    assert Line(0, 0, 1.0, freedom).doubt(CERTAIN_FALL) == pytest.approx(quantile, rel=0.05)
+    assert Line(0, 0, 1.0, freedom).doubt(FALL_SIGMAS) == pytest.approx(quantile, rel=0.05)
 
 
 def mean_of_20(values: Array) -> Array:

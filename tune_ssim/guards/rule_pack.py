@@ -1,6 +1,6 @@
-"""Rule packs: YAML files with the known failures of one kind of training, loaded into guards.
+"""Rule packs: YAML files that describe the known failures of one kind of training, loaded as guards.
 
-docs/rules.md describes the keys; tune_ssim/guards/rule_packs/ holds the bundled ones.
+docs/rules.md describes the keys; tune_ssim/guards/rule_packs/ has the bundled packs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tune_ssim.guards.condition import Condition
 from tune_ssim.guards.verdict import Action
 
 LIMITS = ("above", "below", "outside", "off")
-# Keys of a condition, by its kind.
+# Valid keys of a condition, by its kind.
 CONDITION_KEYS = {
     "value": ("metric", *LIMITS, "by", "over", "records", "steps", "after"),
     "first": ("metric", "of", *LIMITS, "by"),
@@ -40,9 +40,9 @@ PLACEHOLDER = re.compile(r"\{\w+\}")
 
 @dataclass(frozen=True)
 class Branch:
-    """A part of the loss, and the metrics that show that it works: its loss falls, its gradient is not zero, and all of its
-    parameters get one in every micro-batch (SEEDS C5). Empty: the pack names no such metric. Of `gradient`, the first in the log
-    is used."""
+    """A branch of the loss, and the metrics that show whether it works: its loss falls, its gradient is not zero, and all of its
+    parameters get a gradient in every micro-batch (SEEDS C5). An empty field means that there is no such metric. The first
+    metric of `gradient` that is in the log is used."""
 
     name: str
     loss: str
@@ -55,8 +55,8 @@ class Branch:
 
 @dataclass(frozen=True)
 class RulePack:
-    """`rules` are guards. `known_by`: metrics of which a log must have one for the pack to be about it. `document`: what
-    `load_rules` reads the same pack from."""
+    """A set of guards. known_by: the pack matches a log that has at least one of these metrics. document: the mapping from which
+    `load_rules` reads the same pack."""
 
     name: str
     rules: tuple[Rule, ...]
@@ -68,7 +68,7 @@ class RulePack:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Everything that the rules and branches look at."""
+        """All metrics of the rules and branches."""
         of_rules = [metric for rule in self.rules for metric in rule.about]
         of_branches = [name for b in self.branches for name in (b.loss, *b.gradient, b.has_grad, b.trainable) if name]
         return tuple(dict.fromkeys([*of_rules, *of_branches]))
@@ -88,10 +88,10 @@ def load_rules(
     *,
     relative_to: str | Path | None = None,
 ) -> RulePack:
-    """A bundled name (`vae_kl`), a file (`mine.yaml`), or a mapping.
+    """Loads a pack from a bundled name (`vae_kl`), a file (`mine.yaml`), or a mapping.
 
-    options: values for the pack's own (`{"ga": 4}`). relative_to: the folder that a relative path starts from; default the
-    current one. Raises UserError with a line for each problem.
+    options: values for the options of the pack (`{"ga": 4}`). relative_to: the folder for relative paths; default the current
+    folder. Raises UserError with one line per problem.
     """
     if isinstance(pack, Mapping):
         source = Source("rules", dict(pack))
@@ -116,13 +116,13 @@ def load_rules(
 
 
 def build_pack(document: Mapping[str, Any], options: Mapping[str, float] | None = None) -> RulePack:
-    """A pack of a mapping as in a file, with other values for its options. Raises ValidationError."""
+    """Builds a pack from a mapping as in a file; `options` override its options. Raises ValidationError."""
     if isinstance(document.get("options"), Mapping):
         document = {**document, "options": {**document["options"], **(options or {})}}
     return _PackFile.model_validate(document, context={}).pack(document)
 
 
-# ---- a pack as in a file ----
+# ---- the file format ----
 
 
 def _names(given: Any) -> tuple[str, ...]:
@@ -133,7 +133,7 @@ def _names(given: Any) -> tuple[str, ...]:
 
 
 def _number(given: Any, info: ValidationInfo) -> Any:
-    """A number, or `$name`: the value of an option, which may be missing where the log can say it as well."""
+    """A number, or `$name` for the value of an option. Only `steps_per_epoch` may have an option without a value."""
     if isinstance(given, str) and given.startswith("$"):
         options: dict[str, float | None] = info.context["options"]  # type: ignore[index]
         if given[1:] not in options:
@@ -242,7 +242,7 @@ class _Condition(Section):
         return self
 
     def build(self, place: Mapping[str, str]) -> Condition:
-        """The condition at one place of `for_each`."""
+        """The condition for one combination of `for_each` values."""
         given = {key: value for key in CONDITION_KEYS[self.kind] if (value := getattr(self, key)) is not None}
         if self.kind != "trend":
             given = {key: value for key, value in given.items() if key not in ("of", *LIMITS, "by")} | self._band()
@@ -250,7 +250,7 @@ class _Condition(Section):
             given["patience"] = given.pop("records")
         given |= {key: _filled(given[key], place) for key in ("metric", "over") if key in given}
         try:
-            built: Condition = CONDITIONS[self.kind](**given, action=Action.WARN)  # the rule's own action counts
+            built: Condition = CONDITIONS[self.kind](**given, action=Action.WARN)  # the rule's action overrides it
         except ValueError as error:
             raise problem(str(error)) from None
         return built
@@ -302,7 +302,7 @@ class _Rule(Section):
             yield (*where, "over"), condition.over or ""
 
     def rules(self, name: str) -> Iterator[Rule]:
-        """One for every combination of what `for_each` lists."""
+        """One rule for every combination of `for_each` values."""
         for values in product(*self.for_each.values()):
             place = dict(zip(self.for_each, values, strict=True))
             texts = {key: _filled(getattr(self, key), place) for key in ("sentence", "cause", "remedy", "source")}
@@ -353,7 +353,7 @@ class _PackFile(Section):
 
 
 def _filled(text: str, place: Mapping[str, str]) -> str:
-    """With the words of a place of `for_each` for its placeholders."""
+    """The text with its placeholders replaced by one combination of `for_each` values."""
     for key, word in place.items():
         text = text.replace("{" + key + "}", word)
     return text

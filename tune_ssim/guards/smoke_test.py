@@ -1,4 +1,4 @@
-"""Prune when inference collapses: statistics of samples with fixed crops and fixed noise, judged against step 0."""
+"""Prunes a trial when inference collapses: compares statistics of samples (fixed crops, fixed noise) with those at step 0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JUDGED = frozenset({"non_finite_fraction", "reference_psnr", "consistency_psnr",
     "std_ratio", "entropy_bits", "flow_loss_top_bin", "undecodable_fraction", "high_frequency_share", "diversity",
 }  # fmt: skip
 
-NO_CORRELATION = 0.1  # of a start with less the correlation tells nothing: the images are flatter than the input's noise
+NO_CORRELATION = 0.1  # below this at the start, the correlation is meaningless: the images are flatter than the noise of the input
 
 RECOGNISABLE_DB = (
     30.0  # PSNR against the truth, or the input, that is no collapse, however good the start was: bicubic has 30.6 (FACTS §2)
@@ -34,30 +34,32 @@ class Finding:
 
 @dataclass(frozen=True)
 class SmokeTest:
-    """Reads the statistics that `probes.collapse` makes of a `Sample`; what a task does not have is not judged.
+    """Judges the statistics that `probes.collapse` computes from a `Sample`. Missing statistics are not judged.
 
-    The first samples are judged against the autoencoder's reconstructions where there are any, later ones against the first.
-    Defaults from 32 fundus crops, healthy against ruined (FACTS §2): each lies between the two clouds.
-    Two failures in a row are needed, since single ones recover; at step 0 one is enough, and means a bad set-up.
+    The first samples are compared with the autoencoder's reconstructions if there are any, later samples with the first.
+    The defaults are from FACTS §2 (32 fundus crops): each limit separates healthy from ruined models.
+    Two failures in a row are required, because single failures recover. At step 0 one failure suffices and means a bad setup.
     """
 
-    # Steps at which to sample; the last step of a trial is always one. A collapse under plain SGD heals in part and shows in
-    # some tests only: at 0, 25, 50, 100 and 200 gain 1000 of the bundled task went through with two seeds of eight.
+    # Steps at which to sample; the last step of a trial is always included. Under plain SGD a collapse partly recovers and is
+    # visible in some tests only: with tests at 0, 25, 50, 100 and 200, gain 1000 of the bundled task passed for two of eight seeds.
     at: tuple[int, ...] = (0, 25, 50, 75, 100, 150, 200)
-    consecutive: int = 2  # one-off failures recover
+    consecutive: int = 2  # single failures recover
     max_consistency_drop_db: float = 3.0  # of the pooled sample against its own input: healthy 27.7-29.7, ruined 16-24
-    # The same against the ground truth, where there is one. Gain 1000 with seeds 4 and 5: 3.8 to 6 dB down, several times; gains
-    # up to 100, and 1000 under clipping, at most 3.0 (ten runs). A collapse that has half healed passes every other limit.
+    # The same against the ground truth, if there is one. Gain 1000 with seeds 4 and 5: 3.8 to 6 dB down, several times; gains up
+    # to 100, and 1000 with clipping, at most 3.0 (ten runs). A partly recovered collapse passes every other limit.
     max_reference_drop_db: float = 3.0
-    min_correlation_ratio: float = 0.65  # correlation of the same, of its start: healthy .66-.69, ruined <= .3
-    max_high_frequency: float = 1.6  # energy, of the autoencoder's reconstruction: healthy .65-1.03, noise >= 1.5
+    min_correlation_ratio: float = 0.65  # correlation relative to the start: healthy .66-.69, ruined <= .3
+    max_high_frequency: float = 1.6  # energy relative to the autoencoder's reconstruction: healthy .65-1.03, noise >= 1.5
     min_high_frequency: float = 0.1  # flat colour
-    min_std_ratio: float = 0.4  # contrast, of the reference's
+    min_std_ratio: float = 0.4  # contrast relative to the reference
     # Without ground truth. Energy: 8/9 for white noise; .47 at most for crops of the 17 photographs and textures in scikit-image.
     max_high_frequency_share: float = 0.67
-    min_diversity_ratio: float = 0.1  # of its start: samples that are all alike have 0; seeds and settings move it by a few percent
+    min_diversity_ratio: float = (
+        0.1  # relative to the start: 0 if all samples are equal; seeds and settings change it by a few percent
+    )
     min_entropy_bits: float = 1.5  # of the grey-level histogram (64 bins); a flat colour has 0
-    max_flow_loss_ratio: float = 10.0  # flow loss in the noisiest t-bin, of its start
+    max_flow_loss_ratio: float = 10.0  # flow loss in the noisiest t-bin, relative to the start
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)
     name = "smoke_test"
@@ -72,7 +74,7 @@ class SmokeTest:
             if not getattr(self, limit) > 0:
                 raise ValueError(f"{limit} must be > 0, got {getattr(self, limit)}")
         for limit in (name for name in vars(self) if name.startswith("min_")):
-            if math.isnan(getattr(self, limit)):  # nothing is below NaN: the limit would be off without a word
+            if math.isnan(getattr(self, limit)):  # nothing is below NaN, so the limit would be silently off
                 raise ValueError(f"{limit} must be a number, got nan")
         if not self.min_high_frequency < self.max_high_frequency:
             raise ValueError(
@@ -85,7 +87,8 @@ class SmokeTest:
 
     @property
     def expected_by(self) -> int:
-        """Samples that a training sends by itself come with the second smoke test at the latest: the first may be of step 0."""
+        """The step by which a training that sends its own samples must have sent some: the second smoke test, because the first
+        may be at step 0."""
         return self.at[min(1, len(self.at) - 1)]
 
     def due(self, step: int, last_step: int) -> bool:
@@ -101,10 +104,10 @@ class SmokeTest:
         start = state["start"] if state["start"] is not None else _ideal(first)
         findings = self.findings(first, start)
         again = _with_prefix(record, SMOKE_AGAIN)
-        confirmed = bool(findings and again and self.findings(again, start))  # it failed with the second noise as well
+        confirmed = bool(findings and again and self.findings(again, start))  # it also failed with the second noise
         failures = 0 if not findings or (again and not confirmed) else state["failures"] + 1 + confirmed
         state = {
-            # Samples that fail are no start to be judged against; a NaN among them would pass everything later.
+            # Failed samples must not become the reference: a NaN in them would let everything pass later.
             "start": state["start"] if findings or state["start"] is not None else first,
             "failures": failures,
             "last_step": record.step,
@@ -125,7 +128,7 @@ class SmokeTest:
         return state, self._violation(record.step, worst, "prune", sentence, remedy)
 
     def findings(self, now: dict[str, float], start: dict[str, float]) -> list[Finding]:
-        """The statistics of one smoke test that are on the wrong side, most telling first."""
+        """The statistics of one smoke test that violate their limits, most informative first."""
         found: list[Finding] = []
         for metric, limit, is_floor, words in self._limits(now, start):
             value = now.get(metric)
@@ -136,8 +139,8 @@ class SmokeTest:
         return found
 
     def used(self, now: dict[str, float], start: dict[str, float]) -> tuple[float, str]:
-        """How much of the way from the start to a limit is gone, of the statistic that is nearest to its own: 0 at the start,
-        1 at the limit; and its name."""
+        """The largest fraction of the distance from start to limit over all statistics (0 at the start, 1 at the limit), and the
+        name of that statistic."""
         worst = (0.0, "")
         for metric, limit, _, _ in self._limits(now, start):
             value, first = now.get(metric), start.get(metric)
@@ -148,7 +151,7 @@ class SmokeTest:
 
     def _limits(self, now: dict[str, float], start: dict[str, float]) -> Iterator[tuple[str, float | None, bool, str]]:
         """(statistic, limit, whether the limit is a floor, sentence)."""
-        # One such pixel makes every other statistic NaN, so it is said first.
+        # Reported first, because one non-finite pixel makes every other statistic NaN.
         yield "non_finite_fraction", 0.0, False, "{value:.1%} of the sampled pixels are not finite"
         floor_db = _from_start(start, "consistency_psnr", lambda db: min(db - self.max_consistency_drop_db, RECOGNISABLE_DB))
         yield "consistency_psnr", floor_db, True, "agreement with the input {value:.1f} dB (floor {limit:.1f} dB)"
@@ -159,15 +162,15 @@ class SmokeTest:
         energy = "high-frequency energy {value:.2f}x the reference's "
         yield "high_frequency", self.max_high_frequency, False, energy + "(limit {limit:g}: noise)"
         yield "high_frequency", self.min_high_frequency, True, energy + "(floor {limit:g}: flat)"
-        if "high_frequency" not in now:  # nothing to compare with
+        if "high_frequency" not in now:  # there are no reference images
             share = "high-frequency share of the variance {value:.2f} (limit {limit:g}: noise)"
             yield "high_frequency_share", self.max_high_frequency_share, False, share
         alike = _from_start(start, "diversity", lambda diversity: self.min_diversity_ratio * diversity)
         yield "diversity", alike, True, "samples differ from one another by {value:.2g} (floor {limit:.2g}: all alike)"
         yield "std_ratio", self.min_std_ratio, True, "contrast {value:.2f}x the reference's (floor {limit:g})"
-        # Images that are nearly flat by themselves have little entropy even when they are perfect.
-        least = min(self.min_entropy_bits, 0.5 * now.get("ideal_entropy_bits", math.inf))
-        yield "entropy_bits", least, True, "histogram entropy {value:.2f} bit (floor {limit:.2f})"
+        # Nearly flat images have little entropy even if they are perfect.
+        min_entropy = min(self.min_entropy_bits, 0.5 * now.get("ideal_entropy_bits", math.inf))
+        yield "entropy_bits", min_entropy, True, "histogram entropy {value:.2f} bit (floor {limit:.2f})"
         ceiling = _from_start(start, "flow_loss_top_bin", lambda loss: self.max_flow_loss_ratio * loss)
         yield "flow_loss_top_bin", ceiling, False, "flow loss at the noisiest t {value:.3g} (limit {limit:.3g})"
         yield "undecodable_fraction", 0.0, False, "{value:.1%} of the generated token ids cannot be decoded"
@@ -186,7 +189,7 @@ class SmokeTest:
         return None
 
     def summary(self, state: State) -> dict[str, float]:
-        """`smoke_failures`: in a row, at the end. `smoke_used_max`: see `used`; 1 is the limit."""
+        """`smoke_failures`: consecutive failures at the end. `smoke_used_max`: see `used`; 1 is the limit."""
         used = {} if state["used"] is None else {"smoke_used_max": state["used"]}
         return {"smoke_failures": float(state["failures"])} | used
 
@@ -199,9 +202,10 @@ def _with_prefix(record: Record, prefix: str) -> dict[str, float]:
 
 
 def _ideal(first: dict[str, float]) -> dict[str, float]:
-    """What the first samples are judged against: they are their own start, except that they must agree with the input nearly as
-    well as the reconstructions do. Only the correlation has a scale of its own: healthy starts have 0.98-1.02 of the
-    reconstructions', random or half-loaded weights at most 0.24 (bundled task; four sets of weights)."""
+    """The reference for the first samples: their own statistics, but with the correlation of the reconstructions if known.
+
+    Only the correlation has an absolute scale: relative to the reconstructions, healthy models start at 0.98-1.02, random or
+    partly loaded weights at 0.24 or less (bundled task; four sets of weights)."""
     correlation = first.get("ideal_consistency_correlation")
     return first if correlation is None else first | {"consistency_correlation": correlation}
 

@@ -1,4 +1,4 @@
-"""A metric, or the ratio of two, that must stay within bounds: the guard users write most."""
+"""Bounds for a metric or for the ratio of two metrics."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tune_ssim.records.record_table import Table
 
 @dataclass(frozen=True)
 class Threshold(TableGuard):
-    """Fires after `patience` records in a row with `metric` outside [`lower`, `upper`]. NaN counts as outside.
+    """Fires after `patience` consecutive records with `metric` outside [`lower`, `upper`]. NaN counts as outside.
 
-    `over`: another metric of the same record; what is judged is their quotient. `steps`: the records in a row must also
-    span that many training steps, however often the training logs. `after`: earlier steps are not judged.
+    over: another metric; judge the ratio of the two. steps: the consecutive records must also span this many training steps,
+    regardless of the logging interval. after: steps before it are not judged.
     """
 
     metric: str
@@ -48,8 +48,8 @@ class Threshold(TableGuard):
         return (self.metric,) if self.over is None else (self.metric, self.over)
 
     def init(self) -> State:
-        """`outside` records in a row so far, the first at step `since`, the latest with `value`.
-        `records` in all, from `first_step` to `last_step`."""
+        """outside: consecutive records out of bounds so far. since, value: step of the first and value of the latest of them.
+        records: number of all records, from `first_step` to `last_step`."""
         return {
             "outside": 0, "since": 0, "value": None, "holds": False,
             "records": 0, "first_step": None, "last_step": self.after - 1,
@@ -98,7 +98,7 @@ class Threshold(TableGuard):
         return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
 
     def unjudged(self, state: State) -> str | None:
-        """Why a log could not have been outside for long enough, or None."""
+        """Why the log is too short for this guard to fire, or None."""
         begun = "" if not self.after else f" after step {self.after}"
         if not state["records"]:
             return f"{self._what} has no record{begun}"

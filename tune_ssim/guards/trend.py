@@ -1,4 +1,4 @@
-"""Does a noisy metric rise, or fail to fall? Judged by what noise of that size cannot do."""
+"""Detects whether a noisy metric rises, or does not fall, with a significance test against its noise."""
 
 from __future__ import annotations
 
@@ -16,46 +16,45 @@ from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records.record_table import Table
 
-BLOCKS = 20  # of a window: enough to see how strong the noise is, few enough to judge at each
-PLACES = tuple(i - (BLOCKS - 1) / 2 for i in range(BLOCKS))  # of the blocks, about the middle of the window
+BLOCKS = 20  # blocks per window: enough to estimate the noise, few enough to judge often
+PLACES = tuple(i - (BLOCKS - 1) / 2 for i in range(BLOCKS))  # block positions relative to the middle of the window
 SQUARES = sum(place * place for place in PLACES)
-JUDGED = 4  # windows of 1, 2, 4 and 8 times the length: how far back is looked where the noise hides the trend
-SCALES = 12  # up to 2048 times: how slowly a metric has been falling all along
-LOOK = 4  # a window is judged when so many of its blocks are new
-# Correlation of neighbouring blocks beyond which a window cannot tell: fewer than 6 of its 18 residuals count, and 20 blocks with
-# a correlation of 0.9 show 0.7 on average, one of 0.98 no more (running means and EMAs of white noise).
-ALIKE = 0.5
-REMEMBERED = 4 * BLOCKS // LOOK  # looks at a window: as many as at four that share no block
-HUGE = 1e150  # its square is still a number; what is beyond has gone out of range
-BUFFER = 25  # values kept of a block before they are summed up
-# Deviates of a normal distribution. Windows overlap and are judged again and again, so these are stricter than for one test;
-# what they give on healthy noise of several kinds, and how soon a real trend is seen, is measured in tests/test_trend.py.
-CERTAIN_RISE = 4.0
-CERTAIN_FALL = 2.3
-CERTAIN_STALL = 3.5
+JUDGED_SCALES = 4  # windows of 1, 2, 4 and 8 times the length are judged if noise hides the trend in shorter ones
+SCALES = 12  # window lengths up to 2048 times, to know how slowly a metric has been falling
+JUDGE_EVERY = 4  # a window is judged again after this many new blocks
+# Largest correlation of neighbouring blocks with which a window is conclusive. Above it, fewer than 6 of its 18 residuals are
+# independent; 20 blocks with a true correlation of 0.9 or 0.98 show only 0.7 on average (running means, EMAs of white noise).
+MAX_CORRELATION = 0.5
+CORRELATION_MEMORY = 4 * BLOCKS // JUDGE_EVERY  # judgements in the running mean; the same number as in four disjoint windows
+MAX_LEVEL = 1e150  # its square is still finite; larger values count as overflow
+BUFFER = 25  # values of a block that are kept before they are averaged
+# Normal quantiles. Windows overlap and are judged repeatedly, so these are stricter than for a single test. False alarms on
+# several kinds of noise, and the delay for a real trend, are measured in tests/test_trend.py.
+RISE_SIGMAS = 4.0
+FALL_SIGMAS = 2.3
+STALL_SIGMAS = 3.5
 
 
 @dataclass(frozen=True)
 class Trend(TableGuard):
     """Fires when `metric` is "rising", or "not falling", over a window of at least `steps` training steps.
 
-    A window is BLOCKS blocks of steps/BLOCKS steps, or of one record where the training logs less often, so it may span more
-    steps. A block counts as the mean of the middle half of its values: outliers do not matter. Through the blocks goes a
-    straight line; its error is estimated from the scatter about it, with the correlation of neighbours (smoothed logs), in
-    this window and in the ones before. Where neighbours are so much alike that the window is as good as a few values, it
-    cannot tell.
+    A window has BLOCKS blocks of steps/BLOCKS steps, or of one record if the training logs less often, so it may span more
+    steps. The level of a block is the mean of the middle half of its values, which ignores outliers. A straight line is
+    fitted to the levels; its error is estimated from the residuals and the correlation of neighbouring blocks (smoothed
+    logs), in this window and in earlier ones. If neighbours are strongly correlated, the window is inconclusive.
 
-    rising: the line rises by more than `by` of the level and for certain, and each quarter of the window lies above the
-    one before; or every block does. not falling: the line does not fall for certain, and a fall of `by` per `steps` can be
-    excluded, or one at the pace at which longer windows show it falling. Where the noise hides a trend, windows of twice,
-    four and eight times the length are judged in the same way, and longer ones in place of those that cannot tell. A metric
-    that is below `settled` of its highest level has done its falling: there a plateau is no finding.
+    rising: the line rises significantly and by more than `by` of the level, and each quarter of the window is above the
+    previous one, or each block is. not falling: the line does not fall significantly, and a fall of `by` per `steps`, or at
+    the pace seen in longer windows, can be excluded. If noise hides a trend, windows of two, four and eight times the length
+    are judged in the same way, and longer ones instead of inconclusive ones. A metric below `settled` times its highest level
+    has finished falling, so a plateau there is not reported.
     """
 
     metric: str
     trend: Literal["rising", "not falling"]
     steps: int = 200  # note 002 §7
-    by: float = 0.03  # of the level: what a window of noise of a few percent can still tell apart
+    by: float = 0.03  # relative to the level: the smallest change a window can detect with noise of a few percent
     settled: float = 0.0
     after: int = 0  # earlier steps are not judged: a warm-up
     action: Action = Action.WARN
@@ -101,22 +100,22 @@ class Trend(TableGuard):
             values = [value if value == value else math.inf for value in values]
         found, begin, count = [], bisect_right(steps, state["last_step"]), len(steps)
         while begin < count:
-            # Up to and with the value that closes the block.
-            most = min(begin + BUFFER - len(state["values"]), count)
-            end = bisect_left(steps, state["end"], begin, most) + 1
-            state["values"] += values[begin : min(end, most)]
-            if nans and bisect_left(nans, begin) < bisect_left(nans, min(end, most)):
+            # Up to and including the value that closes the block.
+            stop = min(begin + BUFFER - len(state["values"]), count)
+            end = bisect_left(steps, state["end"], begin, stop) + 1
+            state["values"] += values[begin : min(end, stop)]
+            if nans and bisect_left(nans, begin) < bisect_left(nans, min(end, stop)):
                 state["nan"] = True
-            begin = min(end, most)
+            begin = min(end, stop)
             state["last_step"] = steps[begin - 1]
-            if end <= most or len(state["values"]) == BUFFER:
+            if end <= stop or len(state["values"]) == BUFFER:
                 violation = self._close(state, steps[begin - 1])
                 if violation is not None:
                     found.append((rows[begin - 1], violation))
         return found
 
     def _close(self, state: State, step: int) -> Violation | None:
-        """The block is full: of values that are kept, or of steps; then the newest value is the first of the next one."""
+        """Called when the buffer is full, or when the block ends; then the newest value belongs to the next block."""
         values, block, held = state["values"], state["block"], state["holds"]
         if state["start"] is None:
             state["start"], state["end"] = step, step + self.steps / BLOCKS
@@ -131,71 +130,71 @@ class Trend(TableGuard):
         return self.finding(state) if state["holds"] and not held else None
 
     def _judge(self, state: State, start: int, level: float) -> None:
-        """One more block: does the trend hold? Once it does, it does until the contrary is seen. A longer window is asked only
-        where the shorter ones cannot tell."""
-        if not abs(level) < HUGE:
+        """Adds a block and updates whether the trend holds. A trend holds until the opposite is seen. Longer windows are judged
+        only if shorter ones are inconclusive."""
+        if not abs(level) < MAX_LEVEL:
             state |= {"since": start, "first": state["peak"] or 0.0, "last": level, "holds": True}
             return
         if state["peak"] is None or level > state["peak"]:
             state["peak"] = level
         state["blocks"] = count = state["blocks"] + 1
-        undecided, told = True, 0
+        undecided, conclusive = True, 0
         for scale, kept in enumerate(state["scales"]):
             levels, starts = kept["levels"], kept["starts"]
             levels.append(level)
             starts.append(start)
             if len(levels) > BLOCKS:
                 del levels[0], starts[0]
-            if count % LOOK == 0:
+            if count % JUDGE_EVERY == 0:
                 kept["pace"] = None
                 if len(levels) == BLOCKS:
                     line = Line.through(levels)
-                    kept["alike"] += (line.alike - kept["alike"]) / REMEMBERED
+                    kept["alike"] += (line.alike - kept["alike"]) / CORRELATION_MEMORY
                     line = line.allowing(kept["alike"])
-                    # Longer than JUDGED: where shorter ones could not tell, and `by` per `steps` is not yet all there is.
-                    near = scale < JUDGED or (told < JUDGED and self.by * 2**scale < 1)
+                    # Beyond JUDGED_SCALES only if shorter windows were inconclusive, and a fall of `by` per `steps` is possible.
+                    near = scale < JUDGED_SCALES or (conclusive < JUDGED_SCALES and self.by * 2**scale < 1)
                     if undecided and (near or state["holds"]):
                         undecided = not self._decide(state, scale, line)
-                    told += line.tells
+                    conclusive += line.is_conclusive
             if count % 2:
                 return
             count //= 2
             start, level = starts[-2], (levels[-2] + levels[-1]) / 2
 
     def _decide(self, state: State, scale: int, line: Line) -> bool:
-        """Judges the window of a scale; False: its noise does not tell."""
+        """Judges the window of a scale. False if it is inconclusive."""
         levels, starts = state["scales"][scale]["levels"], state["scales"][scale]["starts"]
-        rise, least = line.rise, self.by * 2**scale * abs(sum(levels) / BLOCKS)
+        rise, min_change = line.rise, self.by * 2**scale * abs(sum(levels) / BLOCKS)
         if state["holds"] and rise >= 0:
             return False
         if not state["holds"] and self.trend == "rising" and rise <= 0:
             return True
-        if not state["holds"] and self.trend == "not falling" and rise < -least:
+        if not state["holds"] and self.trend == "not falling" and rise < -min_change:
             return False
-        if not line.tells and not (_never_falls(levels) or _never_rises(levels)):
+        if not line.is_conclusive and not (_never_falls(levels) or _never_rises(levels)):
             return False
         if state["holds"]:
-            # It is not given up for one lucky window, nor for what was before it.
-            falls = rise + line.doubt(CERTAIN_STALL) < 0 and (scale == 0 or starts[0] >= state["since"])
+            # One lucky window, or a fall from before the trend, does not end it.
+            falls = rise + line.doubt(STALL_SIGMAS) < 0 and (scale == 0 or starts[0] >= state["since"])
             state["holds"] = not falls
             return falls
         if line.falls:
             return True
         if self.trend == "rising":
-            found = rise > least and (_never_falls(levels) or (rise > line.doubt(CERTAIN_RISE) and _climbs(levels)))
+            found = rise > min_change and (_never_falls(levels) or (rise > line.doubt(RISE_SIGMAS) and _climbs(levels)))
         else:
-            lowest = max(rise, 0.0) if _never_falls(levels) else rise - line.doubt(CERTAIN_STALL)
-            found = lowest >= -least and levels[-1] >= self.settled * state["peak"] and lowest >= self._pace(state, scale)
+            lowest = max(rise, 0.0) if _never_falls(levels) else rise - line.doubt(STALL_SIGMAS)
+            found = lowest >= -min_change and levels[-1] >= self.settled * state["peak"] and lowest >= self._pace(state, scale)
             found = found and not any(Line.through(kept["levels"]).falls for kept in state["scales"][:scale])
         if found:
-            low, high = min(levels), max(levels)  # of a curve that is no straight line the ends lie beyond what was seen
+            low, high = min(levels), max(levels)  # the ends of the fitted line may lie outside the observed levels
             first, last = (min(max(end, low), high) for end in (line.middle - line.rise / 2, line.middle + line.rise / 2))
             state |= {"since": starts[0], "first": first, "last": last, "holds": True}
         return found
 
     def _pace(self, state: State, scale: int) -> float:
-        """How much a metric falls in this window that goes on as it has fallen, for certain, over a longer one: a long training
-        falls too slowly for a short window to show it, and is not stuck. (Of several, the slowest; -inf without any.)"""
+        """The expected fall in this window at the pace of the longer windows that fall significantly; the slowest of these, or
+        -inf if there are none. In a long training the loss may fall too slowly for a short window without being stuck."""
         slowest = -math.inf
         for longer in range(scale + 1, SCALES):
             kept = state["scales"][longer]
@@ -213,7 +212,7 @@ class Trend(TableGuard):
         if state["nan"] and not math.isfinite(last):
             last = math.nan
         where = f"over steps {state['since']}-{end}"
-        if not abs(last) < HUGE:
+        if not abs(last) < MAX_LEVEL:
             sentence = f"{self.metric} is {last:g} {where}"
         elif self.trend == "rising":
             sentence = f"{self.metric} rose from {first:.4g} to {last:.4g} {where}"
@@ -229,13 +228,13 @@ class Trend(TableGuard):
 
 
 def free(alike: float) -> float:
-    """Degrees of freedom of a line's error: of the BLOCKS - 2, as many as count where neighbours are so much alike."""
+    """Effective degrees of freedom of a line's error: BLOCKS - 2, reduced for correlated neighbours."""
     return max((BLOCKS - 2) * (1 - alike) / (1 + alike), 1.0)
 
 
 class Line(NamedTuple):
-    """The least-squares line through BLOCKS equally spaced levels: its level in the `middle`, its `rise` from the first to the
-    last, the standard `error` of that, the error's degrees of `freedom`, and how much neighbouring residuals are `alike`."""
+    """A least-squares line through BLOCKS equally spaced levels. middle: level in the middle. rise: from first to last block.
+    error: standard error of the rise. freedom: degrees of freedom of the error. alike: correlation of neighbouring residuals."""
 
     middle: float
     rise: float
@@ -245,9 +244,9 @@ class Line(NamedTuple):
 
     @classmethod
     def through(cls, levels: Sequence[float]) -> Line:
-        """The error allows for noise in which neighbours are alike, as in a smoothed log: for residuals of an AR(1) process with
-        correlation ρ the variance of a slope grows by (1+ρ)/(1-ρ), and as many fewer residuals count. Of so few the estimate
-        of ρ is too low, by about (2+4ρ)/n for a fitted line (Marriott and Pope 1954), which is added back."""
+        """Fits the line. The error accounts for correlated noise, as in a smoothed log: for AR(1) residuals with correlation ρ the
+        variance of a slope grows by (1+ρ)/(1-ρ), and the degrees of freedom shrink by the same factor. The estimate of ρ is
+        biased by about -(2+4ρ)/n for a fitted line (Marriott and Pope 1954), which is corrected."""
         n = BLOCKS
         first = levels[0]
         above = [level - first for level in levels]
@@ -266,25 +265,25 @@ class Line(NamedTuple):
         return cls(first + mean, slope * (n - 1), math.sqrt(scatter / (freedom * SQUARES)) * (n - 1), freedom, alike)
 
     def allowing(self, alike: float) -> Line:
-        """The same line, with the error of noise whose neighbours are as much alike as that, where they are less so here."""
+        """The same line with its error increased for a correlation of at least `alike`."""
         if alike <= self.alike or not self.error:
             return self
         freedom = free(alike)
         return Line(self.middle, self.rise, self.error * math.sqrt(self.freedom / freedom), freedom, alike)
 
     @property
-    def tells(self) -> bool:
+    def is_conclusive(self) -> bool:
         """Whether its error can be trusted."""
-        return not self.error or self.alike <= ALIKE
+        return not self.error or self.alike <= MAX_CORRELATION
 
     @property
     def falls(self) -> bool:
-        """For certain."""
-        return self.rise + self.doubt(CERTAIN_FALL) < 0
+        """Whether it falls significantly."""
+        return self.rise + self.doubt(FALL_SIGMAS) < 0
 
     def doubt(self, certainty: float) -> float:
-        """How far the true rise may be off: its error times the quantile of Student's t that is as rare as the normal deviate
-        `certainty`, by the approximation of Wallace (1959); within 5 % of it from 10 degrees of freedom on."""
+        """Half-width of a confidence interval for the rise: the error times the quantile of Student's t that corresponds to the
+        normal quantile `certainty`. Uses the approximation of Wallace (1959), within 5 % from 10 degrees of freedom on."""
         if not self.error:
             return 0.0
         freedom = self.freedom
@@ -293,13 +292,13 @@ class Line(NamedTuple):
 
 
 def _climbs(levels: Sequence[float]) -> bool:
-    """Each quarter lies above the one before."""
+    """Whether each quarter of the window is above the previous one."""
     quarter = BLOCKS // 4
     return all(a < b for a, b in pairwise(sum(levels[i : i + quarter]) for i in range(0, BLOCKS, quarter)))
 
 
 def _never_falls(levels: Sequence[float]) -> bool:
-    """But for one block. Then no noise has to be allowed for: of a curve that is no straight line the error is too large."""
+    """Whether the levels rise at every block but one. Then the noise is ignored, because a curved line has too large an error."""
     return sum(map(lt, levels, levels[1:])) >= BLOCKS - 2
 
 
@@ -308,7 +307,7 @@ def _never_rises(levels: Sequence[float]) -> bool:
 
 
 def _centre(values: Sequence[float]) -> float:
-    """The mean of the middle half (of three, the median): what lies far out does not count."""
+    """The mean of the middle half of the values (of three, the median), which ignores outliers."""
     ordered, count = sorted(values), len(values)
     cut = (count + 1) // 4
     return sum(ordered[cut : count - cut]) / (count - 2 * cut)
