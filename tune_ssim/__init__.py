@@ -40,7 +40,7 @@ __all__ = [
     "trial_context",
 ]
 
-# A name here must differ from every submodule of this package: importing `tune_ssim.x` binds `x` to the module.
+# Names here must differ from all submodules, since importing `tune_ssim.x` binds `x` to the module.
 _MODULE_OF = {
     "Forward": "tune_ssim.trials.training",
     "Part": "tune_ssim.trials.training",

@@ -1,4 +1,4 @@
-"""`python -m tune_ssim` is the `tune-ssim` command."""
+"""Lets `python -m tune_ssim` run the `tune-ssim` command."""
 
 from tune_ssim.cli.app import main
 

@@ -1,1 +1,1 @@
-"""Preflight, calibration and forecast: whether the set-up is sound, and how hard each setting pushes."""
+"""Checks before launch: preflight tests the set-up; calibration and forecast predict how hard each setting pushes."""

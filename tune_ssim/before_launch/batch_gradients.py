@@ -1,7 +1,7 @@
-"""The gradients of one batch: of the main loss, of the pixel loss, and of the SSIM loss behind every gate at once.
+"""Gradients of one batch: of the main loss, of the pixel loss, and of the SSIM loss for all gates.
 
-The SSIM loss is a mean over the samples that take part. So one backward pass for each bin of t that lies between two gates
-gives its gradient behind all of them: the mean of the bins that the gate lets through, weighted by their samples."""
+The SSIM loss is a mean over the samples that take part. So one backward pass per bin of t between two gates is enough for all
+gates: the gradient for a gate is the mean over the bins that it lets through, weighted by their sample counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tune_ssim.losses import DecodedLoss
 from tune_ssim.probes.norm_model import Array
 from tune_ssim.trials.training import Forward
 
-TOP_SHARE = 0.01  # of the gradient's elements
+TOP_SHARE = 0.01  # share of the gradient's elements
 
 
 @dataclass
@@ -50,7 +50,7 @@ def gradients_of(forward: Forward, parameters: Sequence[torch.nn.Parameter], max
             result.decoded.retain_grad()
         gradients.append(_gradient(result.total, parameters) if acts else [None] * len(parameters))
         if result.decoded is not None and result.decoded.grad is not None:
-            # A mean over the samples that take part: times their number it is one sample's own gradient.
+            # The loss is a mean over the samples that take part, so times their number it is one sample's gradient.
             elements[name].append(result.decoded.grad.detach().float().flatten() * len(result.decoded_index))
 
     auxiliary("pixel", pixel_alone, None)
@@ -75,8 +75,8 @@ def gradients_of(forward: Forward, parameters: Sequence[torch.nn.Parameter], max
 
 
 def _bins(forward: Forward, max_ts: Sequence[float]) -> list[torch.Tensor]:
-    """For each gate the samples that it lets through and the narrower ones do not; compared in t's own precision, as the
-    loss does."""
+    """For each gate the samples that it lets through and the narrower ones do not; compared in the precision of t, as in the
+    loss."""
     t = forward.t.detach().cpu()
     edges = torch.tensor(max_ts, dtype=t.dtype)
     member = t > 0
@@ -87,7 +87,7 @@ def _bins(forward: Forward, max_ts: Sequence[float]) -> list[torch.Tensor]:
 
 
 def _gradient(loss: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor | None]:
-    """Computed by an ordinary backward pass, which works with activation checkpointing and hooks; leaves no gradient behind."""
+    """Gradients from an ordinary backward pass, which works with activation checkpointing and hooks. Clears `.grad` afterwards."""
     for parameter in parameters:
         parameter.grad = None
     if loss.requires_grad:

@@ -1,9 +1,9 @@
-"""Calibration: how hard every setting of a study will push, measured on a few batches with the update switched off.
+"""Calibration: predicts how hard every setting of a study will push, from a few batches with the update switched off.
 
-`gram` reads the gradients themselves: one backward pass for the main loss, one for the pixel loss and one for each t-bin of
+`gram` uses the gradients themselves: one backward pass for the main loss, one for the pixel loss and one for each t-bin of
 the SSIM loss, whose mean over participating samples is then known for every gate. It needs a task with `forward`.
-`readings` needs nothing but `step()`: total_norm at a few gains behind each gate, to which N² = A + 2Bg + Cg² is fitted.
-Both end with real training steps at a setting that took no part, and say how far the prediction is from them.
+`readings` needs only `step()`: it reads total_norm at a few gains for each gate and fits N² = A + 2Bg + Cg².
+Both end with real training steps at a setting that was not measured, and report the error of the prediction.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import IMAGE_LOSS_KEYS, Training, as_training
 
 HELD = ("ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "pixel_loss_max_t")
-GATES = (0.1, 0.2, 0.3, 0.5, 1.0)  # for the picture: those of the notes (000 §5.1), no gate at all, and one between
-GRAM_BYTES = 4 * 2**30  # gradients held at once; beyond it readings are taken
-CHECK_STEPS = 3  # training steps that the model is checked with
-# Of the check. Healthy: float32 4e-7 and less, bf16 autocast 6e-4 by gram and 3e-3 by readings. Faulty: a clamp that cuts in 1.2,
-# a grad_scale that does not arrive 5.8 (tests/test_calibrate.py).
+GATES = (0.1, 0.2, 0.3, 0.5, 1.0)  # for the picture: those of the notes (000 §5.1), no gate, and one in between
+GRAM_BYTES = 4 * 2**30  # memory for gradients; if they need more, readings are taken
+CHECK_STEPS = 3  # training steps to check the model with
+# Error of the check. Healthy: float32 4e-7 and less, bf16 autocast 6e-4 by gram and 3e-3 by readings. Faulty: a clamp that cuts
+# in 1.2, a grad_scale that does not arrive 5.8 (tests/test_calibrate.py).
 CHECK_TOLERANCE = 0.03
 UNTOUCHED = 1e-5  # relative change of N²: float32 rounding is 1e-6, and at the gains that are read an active batch shows 1e-2
 
 
 @dataclass(frozen=True)
 class TrainingCheck:
-    """Real training steps at one setting against the prediction."""
+    """Real training steps at one setting, compared with the prediction."""
 
     setting: Mapping[str, float]
     steps: tuple[int, ...]
@@ -50,7 +50,7 @@ class TrainingCheck:
 
     @property
     def relative_error(self) -> float:
-        """The largest factor between the two, less one."""
+        """The largest factor between the two, minus one."""
         pairs = list(zip(self.predicted, self.measured, strict=True))
         if not all(math.isfinite(norm) and norm > 0 for pair in pairs for norm in pair):
             return math.inf
@@ -59,8 +59,8 @@ class TrainingCheck:
 
 @dataclass(frozen=True)
 class Outliers:
-    """Outliers of the gradient that one loss sends into the decoder's output, at weight 1 and per sample: a few pixels may rule the
-    direction while every norm looks harmless (note 001). Medians over batches."""
+    """Outliers of the gradient that one loss sends into the decoder's output, at weight 1 and per sample: a few pixels may
+    dominate the direction while every norm looks harmless (note 001). Medians over batches."""
 
     rms: float
     peak_over_rms: float
@@ -72,9 +72,9 @@ class Calibration:
     model: NormModel
     forecast: Forecast
     check: TrainingCheck
-    gradient_at_decoder: Mapping[str, Outliers] | None  # `ssim`, `pixel`; None where the task has no `forward`
-    dropped: tuple[int, ...] = ()  # batches with a norm that is not finite
-    why: str = ""  # this method
+    gradient_at_decoder: Mapping[str, Outliers] | None  # `ssim`, `pixel`; None if the task has no `forward`
+    dropped: tuple[int, ...] = ()  # batches with a non-finite norm
+    why: str = ""  # reason for the method
     wall_s: float = 0.0
     share_of_study: float = 0.0  # of the search's training time
     findings: tuple[Finding, ...] = field(default=())
@@ -108,8 +108,8 @@ class Calibration:
 
 
 def calibrate(study: Study, *, device: str | None = None) -> Calibration:
-    """Measures and forecasts. Raises BadSetup where nothing can be predicted: gradients that are zero or not finite, or no
-    batch in which the loss is active; UserError for a task that cannot be measured."""
+    """Measures and forecasts. Raises BadSetup if nothing can be predicted: gradients are zero or non-finite, or the loss is active
+    in no batch. Raises UserError for a task that cannot be measured."""
     if study.calibration is None:
         raise UserError("calibration: null in the study switches it off")
     if not study.has_ssim:
@@ -142,8 +142,8 @@ def calibrate(study: Study, *, device: str | None = None) -> Calibration:
 
 
 def gates_of(study: Study, for_picture: bool) -> tuple[float, ...]:
-    """The max_t to calibrate: the study's own grid, else every value that the space can take (of a range its ends and what
-    lies between), and with `for_picture` those of GATES too."""
+    """The max_t to calibrate: the study's own grid, otherwise every value of the space (for a range, its ends and the middle), and
+    with `for_picture` also those of GATES."""
     assert study.calibration is not None
     if study.calibration.grid is not None:
         return tuple(sorted(study.calibration.grid))
@@ -174,7 +174,7 @@ class Measured:
 
 
 class _Probe:
-    """The study's task, set up again and again with its update switched off."""
+    """Sets up the study's task repeatedly, with its update switched off."""
 
     def __init__(self, study: Study, device: str | None) -> None:
         assert study.calibration is not None
@@ -183,7 +183,7 @@ class _Probe:
         self.batches = tuple(range(1, self.options.batches + 1))
         baseline = study.baseline_settings
         others = {key: value for key, value in baseline.items() if not key.startswith(IMAGE_LOSS_KEYS)}
-        # A trial as the search would launch it, but for the auxiliary loss: that is set for each reading.
+        # A trial as the search would launch it, except for the auxiliary loss, which each reading sets.
         self.base = {**study.task_config, **others, **study.space.stages[0].fixed, **self.options.disable_update}
         self.baseline_config = {**study.task_config, **baseline, **self.options.disable_update}
         self.step_s = 0.0
@@ -211,7 +211,7 @@ class _Probe:
         return task
 
     def _why_not_gram(self, task: Training) -> str | None:
-        """The reason to take readings of total_norm; None where the gradients themselves are available."""
+        """The reason to take readings of total_norm; None if the gradients are available."""
         if self.options.method == "readings":
             return "calibration.method says so"
         reason = _no_gram(task, len(GATES) + 2)
@@ -219,10 +219,10 @@ class _Probe:
             raise UserError(f"calibration.method: gram: {reason}")
         return reason
 
-    # -- readings: what any training reports
+    # -- readings of total_norm
 
     def read(self, config: Mapping[str, Any], steps: int | None = None) -> tuple[Array, Array]:
-        """total_norm and ssim_active_fraction (NaN where it is not reported) of the first steps at `config`, each `[step]`."""
+        """total_norm and ssim_active_fraction (NaN if not reported) of the first steps at `config`, each `[step]`."""
         task = self.set_up(config)
         before = _weights_of(task)
         norms, active = [], []
@@ -242,8 +242,8 @@ class _Probe:
         return np.asarray(norms), np.asarray(active)
 
     def baseline(self, q: Array | None = None) -> Array:
-        """total_norm of the baseline on every batch. With the gradients at hand, and a baseline that differs in its auxiliary
-        loss alone, it follows from them: a second of training steps saved."""
+        """total_norm of the baseline on every batch. It follows from the gradients, if available, when the baseline differs only
+        in its auxiliary loss, which saves a second of training steps."""
         effective, mine = self.set_up(self.baseline_config).effective(), self.effective
         others = {name for name in {*effective, *mine} if not name.startswith(IMAGE_LOSS_KEYS)}
         alike = all(effective.get(name) == mine.get(name) for name in others)
@@ -255,13 +255,13 @@ class _Probe:
         return norms
 
     def at(self, gain: float, max_t: float, pixel_weight: float = 0.0, grad_scale: float | None = None) -> dict[str, Any]:
-        """A configuration; settings that the task does not have are left out."""
+        """A configuration, without settings that the task does not have."""
         scale = grad_scale or self.held.get(GRAD_SCALE, 1.0) or 1.0
         setting = {MAX_T: max_t, GRAD_SCALE: scale, "pixel_loss_weight": pixel_weight}
         return {**self.base, WEIGHT: gain / scale, **{name: value for name, value in setting.items() if name in self.known}}
 
     def readings(self) -> Measured:
-        """One reading without auxiliary loss, two behind each gate, one more for each wherever the pixel loss takes part."""
+        """One reading without auxiliary loss, two for each gate, and one more for each if the pixel loss takes part."""
         widest = self.max_ts[-1]
         pixel_weights = _pixel_weights(self.study, self.held)
         alone, _ = self.read(self.at(0.0, widest))
@@ -286,11 +286,11 @@ class _Probe:
         return Measured(self.max_ts, np.stack(q[::-1]), np.stack(active[::-1]), self.baseline())
 
     def _two_gains(self, max_t: float, alone: Array, gain: float) -> tuple[dict[float, Array], Any, float]:
-        """Readings at a gain that adds about as much to N² as there was, and at four times it, looked for from `gain` on; which
-        batches are active; the gain. No readings where no gain up to 1e12 changes anything.
+        """Readings at a gain that about doubles N², searched upwards from `gain`, and at four times that gain; which batches are
+        active; the gain. No readings if no gain up to 1e12 has an effect.
 
-        A batch is active if its reported fraction says so. Where none is reported, or only one process's own, the norm says it:
-        every process then comes to the same conclusions."""
+        A batch is active according to its reported fraction. If none is reported, or only that of one process, the norm decides,
+        so that all processes agree."""
         while True:
             norms, fraction = self.read(self.at(gain, max_t))
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -306,7 +306,7 @@ class _Probe:
                 return {}, active, 1.0
         return {gain: norms, 4 * gain: self.read(self.at(4 * gain, max_t))[0]}, active, gain
 
-    # -- gram: the gradients themselves
+    # -- gram: from the gradients
 
     def gram(self) -> Measured:
         task: Any = self.task
@@ -328,11 +328,11 @@ class _Probe:
             outliers,
         )
 
-    # -- does it hold
+    # -- check of the prediction
 
     def check(self, model: NormModel) -> TrainingCheck:
-        """A few training steps with the gain split otherwise than it was measured: a parameter that is dropped on its way, a
-        clamp, or an update that is not switched off shows here."""
+        """A few training steps with the gain split differently from the measurement. This reveals a dropped parameter, a clamp,
+        or an update that is not switched off."""
         widest = next(max_t for i, max_t in reversed(list(enumerate(model.max_ts))) if model.active[i].any())
         i = model.max_ts.index(widest)
         gain = float(np.median(np.sqrt(model.q[i, model.active[i], MAIN, MAIN] / model.q[i, model.active[i], SSIM, SSIM])))
@@ -356,7 +356,7 @@ class _Probe:
 
 
 def _model(probe: _Probe, measured: Measured) -> NormModel:
-    """Only batches whose every number is finite. Raises BadSetup if too little is left to predict from."""
+    """Keeps batches with finite numbers only. Raises BadSetup if too few are left for a prediction."""
     main = np.sqrt(measured.q[0, :, MAIN, MAIN])
     probe._require_gradient(main)
     entries = measured.q[:, :, [MAIN, MAIN, SSIM], [MAIN, SSIM, SSIM]]
@@ -376,7 +376,7 @@ def _model(probe: _Probe, measured: Measured) -> NormModel:
         raise BadSetup("calibration: the SSIM loss sends no gradient to the trainable parameters; is its path to them detached?")
     clamp_gain: tuple[float, ...] = ()
     if (clamp := probe.effective.get("ssim_grad_clamp")) is not None:
-        # Where no peak was read the clamp may cut in anywhere.
+        # Without a measured peak the clamp may act at any gain.
         peaks = measured.peaks if measured.peaks is not None else np.full(len(measured.max_ts), math.inf)
         clamp_gain = tuple(float(clamp) / float(peak) if peak > 0 else math.inf for peak in peaks)
     return NormModel(
@@ -401,8 +401,8 @@ def _own_findings(check: TrainingCheck) -> list[Finding]:
 
 
 def _limits(study: Study, probe: _Probe, findings: list[Finding]) -> tuple[float | None, float | None]:
-    """The norm guard's limit, and the ratio beyond which settings are not launched: none where the prediction does not hold, and
-    none under clipping, where a high norm is no evidence of harm (FACTS §2)."""
+    """The norm guard's limit, and the ratio above which settings are not launched: None if the prediction does not hold, and None
+    under clipping, where a high norm is no evidence of harm (FACTS §2)."""
     guard = study.guards.get("norm_ratio")
     if not isinstance(guard, NormRatio):
         return None, None
@@ -410,7 +410,7 @@ def _limits(study: Study, probe: _Probe, findings: list[Finding]) -> tuple[float
     if factor is None or findings:
         return guard.limit, None
     if replace(guard, clipped=probe.effective.get("max_grad_norm") is not None).action is not Action.PRUNE:
-        sentence = "a norm beyond the limit ends no trial here (gradient clipping, or on_excess): nothing is skipped for it"
+        sentence = "a norm above the limit ends no trial here (gradient clipping, or on_excess): nothing is skipped for it"
         findings.append(Finding("clipped", sentence))
         return guard.limit, None
     return guard.limit, factor * guard.limit
@@ -431,13 +431,13 @@ def _no_gram(task: Any, gradients: int) -> str | None:
 
 
 def _spread() -> bool:
-    """Whether this is one of several processes of a training."""
+    """Whether the training has several processes."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _weights_of(task: Any) -> list[torch.Tensor] | None:
-    """A copy on the host, to see whether they moved; None where the task does not show them."""
+    """A copy on the host, to detect changes; None if the task does not show them."""
     if not task.abilities().trainable_parameters:
         return None
     return [p.detach().cpu().clone() for p in task.trainable_parameters()]
@@ -456,7 +456,7 @@ def _without_ssim(main_norms: Array) -> Array:
 
 
 def _pixel_weights(study: Study, held: Mapping[str, float]) -> list[float]:
-    """Two at which to read where trials have a pixel loss, else none."""
+    """Two weights to read at if trials have a pixel loss, otherwise none."""
     found = {held.get("pixel_loss_weight", 0.0)}
     for stage in study.space.stages:
         domain = stage.parameters.get("pixel_loss_weight")

@@ -1,5 +1,5 @@
-"""What a norm model says about a search space, before any of it is launched: where it is inert, where it is deadly, which of
-its settings are one and the same. Pure numbers; what measures them is `calibrate`."""
+"""Forecast of a search space from a norm model, before launch: which settings are inert, which are deadly, and which are
+equivalent. Pure computation on the measurements of `calibrate`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 from tune_ssim.probes.norm_model import Array, NormModel, Prediction
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, Choice, Domain, Space, Stage, gain_of
 
-INERT = 1e-3  # relative change of total_norm that no training shows; the notes' own gains give 1.000-1.001 (FACTS §1)
+INERT = 1e-3  # relative change of total_norm without visible effect; the notes' own gains give 1.000-1.001 (FACTS §1)
 BLIND = 10.0  # baseline over main loss: the guard's own measure of what is too much (note 000 §5.2)
 LANDMARKS = (1.1, 1.5, 3.0)  # upper ends of the bundled spaces in relative units
 NOTES = {"v1": (1.0, 0.3, 1.0), "v2": (0.1, 0.1, 0.1), "v3": (0.1, 0.1, 0.01)}  # weight, max_t, grad_scale (SEEDS A4)
-SCAN = 61  # gains looked at across a range
+SCAN = 61  # gains evaluated across a range
 # Searched settings that cannot change a gradient before the first update.
 HARMLESS = ("lr", "max_grad_norm", "steps", "weight_decay", "momentum", "optimizer", "ema_decay")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something the user should know. name: inert · deadly · blind · aliases · clamp · inactive · interpolated · unreachable ·
+    """A finding for the user. name: inert · deadly · blind · aliases · clamp · inactive · interpolated · unreachable ·
     clipped · other_settings · inexact."""
 
     name: str
@@ -34,18 +34,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Landmarks:
-    """Gains of note at one gate; None where no gain has that ratio. inert_below: changes total_norm by less than 0.1 %."""
+    """Gains of interest at one gate; None if no gain has that ratio. inert_below: smaller gains change total_norm by less than
+    0.1 %."""
 
     max_t: float
     active_batches: int
     cosine: float
     inert_below: float | None
-    gain_for: Mapping[str, float | None]  # by the ratio to the baseline, as text: 1.1, 1.5, 3, the limit
+    gain_for: Mapping[str, float | None]  # keyed by the ratio to the baseline, as text: 1.1, 1.5, 3, the limit
 
 
 @dataclass(frozen=True)
 class Named:
-    """A setting with a name (a note's version, a space's point) and what it will do; `judgement` in a few words."""
+    """A named setting (a note's version, a space's point) and its prediction; `judgement` in a few words."""
 
     name: str
     setting: Mapping[str, Any]
@@ -57,7 +58,7 @@ class Named:
 class Forecast:
     """limit: the norm guard's, None if it is off. max_ratio: settings whose predicted ratio exceeds it are not launched.
 
-    shares: of the space, measured as it is sampled: `inert`, `beyond_limit`, `skipped`. `widest`: its predicted ratios."""
+    shares: of the space, weighted as it is sampled: `inert`, `beyond_limit`, `skipped`. `widest`: its predicted ratios."""
 
     limit: float | None
     max_ratio: float | None
@@ -119,18 +120,18 @@ def skip_sentence(prediction: Prediction, max_ratio: float, limit: float) -> str
 
 
 def gain_at(model: NormModel, ratio: float, setting: Mapping[str, Any]) -> float:
-    """The gain that gives `setting` (its gate, its pixel loss) the predicted norm ratio. Raises ValueError: `gain_for`."""
+    """The gain at which `setting` (its gate, its pixel loss) has the predicted norm ratio. Raises ValueError, see `gain_for`."""
     full = {"pixel_loss_weight": 0.0, **model.held, **setting}
     return model.gain_for(ratio, float(full[MAX_T]), float(full["pixel_loss_weight"]))
 
 
 def inert_below(model: NormModel, max_t: float, pixel_weight: float = 0.0) -> float | None:
-    """The smallest gain that changes total_norm by 0.1 % behind a gate, longer or shorter; None where none does so."""
+    """The smallest gain that changes total_norm by 0.1 % in either direction for a gate; None if no gain does."""
     try:
         top = model.gain_for(3 * model.predict_gain(0.0, max_t, pixel_weight).ratio, max_t, pixel_weight)
     except ValueError:
         return None
-    gains = np.geomspace(top * 1e-8, top, 801)  # 100 a decade: where it is to a few percent
+    gains = np.geomspace(top * 1e-8, top, 801)  # 100 per decade: accurate to a few percent
     changes = model.ratios(gains, max_t, pixel_weight) / model.ratios([0.0], max_t, pixel_weight)[0] - 1
     return float(gains[np.flatnonzero(np.abs(changes) >= INERT)[0]])
 
@@ -140,15 +141,15 @@ def inert_below(model: NormModel, max_t: float, pixel_weight: float = 0.0) -> fl
 
 @dataclass(frozen=True)
 class Scan:
-    """One gate and pixel weight of a stage: the gains that its range holds and what they will do."""
+    """One gate and pixel weight of a stage: the gains in its range and their predictions."""
 
     stage: str
     max_t: float
     pixel_weight: float
     gains: Array
     ratios: Array
-    changes: Array  # of total_norm against the same without SSIM, relative
-    share: float  # of the stage, for each gain
+    changes: Array  # relative change of total_norm against the same without SSIM
+    share: float  # share of the stage, for each gain
 
 
 def gains_of(model: NormModel, stage: Stage) -> Iterator[tuple[float, float, Array]]:
@@ -161,7 +162,7 @@ def gains_of(model: NormModel, stage: Stage) -> Iterator[tuple[float, float, Arr
 
 
 def _scans(model: NormModel, stage: Stage) -> Iterator[Scan]:
-    """Without the gains at which a clamp cuts in: of those nothing is known."""
+    """Without the gains at which a clamp acts, since nothing is known about them."""
     for max_t, pixel_weight, gains in gains_of(model, stage):
         gains = gains[[not model.predict_gain(float(gain), max_t).clamped for gain in gains]] if model.has_clamp else gains
         if gains.size:
@@ -171,7 +172,7 @@ def _scans(model: NormModel, stage: Stage) -> Iterator[Scan]:
 
 
 def _values(stage: Stage, model: NormModel, name: str) -> Sequence[float | None]:
-    """Values that a setting may have: choices, or the calibrated values and ends of a range, or the one it is held at."""
+    """Values of a setting: choices, or the calibrated values and ends of a range, or its fixed value."""
     domain = stage.parameters.get(name)
     if domain is None:
         return [stage.fixed.get(name, model.held.get(name))]
@@ -202,7 +203,7 @@ def _spread(stage: Stage, model: NormModel, name: str) -> Array:
 
 
 def _points(domain: Domain) -> Array:
-    """A range as it is sampled, ends included; or the choices."""
+    """Values across a range as it is sampled, ends included; or the choices."""
     return np.asarray(domain.grid(SCAN), dtype=float)
 
 
@@ -271,7 +272,7 @@ def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | 
             gain = weakest.gains[weakest.ratios.argmin()]
             yield Finding(
                 "deadly",
-                f"every setting of the space is predicted beyond the norm guard's limit {limit:g}: the mildest, gain {gain:.3g} @ "
+                f"the predicted ratio of every setting exceeds the norm guard's limit {limit:g}: the mildest, gain {gain:.3g} @ "
                 f"{weakest.max_t:g}, has {least:.3g}x the baseline's total_norm",
                 "lower the gain, or use `unit: norm_ratio`",
             )
@@ -294,8 +295,8 @@ def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | 
 
 
 def _aliases(model: NormModel, space: Space) -> Iterator[Finding]:
-    """Settings that differ only in how their gain is split. A clamp at the decoder's output is not proportional to its
-    gradient, so with one in force nothing is called an alias."""
+    """Settings that differ only in how their gain is split. With a clamp at the decoder's output the gradient is not proportional
+    to the gain, so nothing is called an alias."""
     if model.has_clamp:
         return
     for stage in space.stages:

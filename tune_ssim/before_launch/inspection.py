@@ -19,7 +19,7 @@ from tune_ssim.trials.checkpoint import tensors_of
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import Training
 
-OWN_PROCESS = "the training is a process of its own: what reaches it is checked when the baseline runs, its weights are not"
+OWN_PROCESS = "the training runs in a separate process: its settings are checked when the baseline runs, its weights are not"
 NO_CALIBRATION = (
     "calibration: it takes steps inside the training's own process, and this training is a command or a function that is only "
     "read; start the study with `tune-ssim run`, whose norm guard compares each trial with the baseline, or write the training as "
@@ -33,11 +33,11 @@ def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance
 
 
 def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
-    """The parts that are asked for, as plain data. A part that a process of its own cannot show is left out."""
+    """The requested parts, as plain data. Parts that a separate process cannot show are left out."""
     found: dict[str, Any] = {}
     try:
         task_class = load_task(study.task_path, study.import_path)
-        if task_class().reports_after_last_step:  # a process of its own
+        if task_class().reports_after_last_step:  # a separate process
             calibration = False
             if preflight:
                 found["preflight"] = Report((unknown("setup", OWN_PROCESS),), 0.0).to_dict()
@@ -63,7 +63,7 @@ def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: 
             found["start"] = {"contents": contents, "parents": list(task.ancestry())}
     except (UserError, BadSetup) as error:
         return {"failed": type(error).__name__, "message": str(error)}
-    except Exception as error:  # of the training's own code
+    except Exception as error:  # raised by the training's code
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
         return {"failed": "BadSetup", "message": f"{type(error).__name__}: {' '.join(str(error).split())} ({where})"}
@@ -78,13 +78,13 @@ def found_or_raise(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _starting_contents(task: Training) -> list[Contents]:
-    """The contents of the state before the first step and of every part: what no trial has made."""
+    """Hashes of the state before the first step and of every part, none of which a trial has written."""
     all_tensors = (tensors_of(task.state_dict()), *(part.module.state_dict() for part in task.parts().values()))
     return [tensor_contents(tensors) for tensors in all_tensors if tensors]
 
 
 def preflight_lines(report: dict[str, Any] | None) -> list[str]:
-    """A summary and every warning, for people."""
+    """A summary and all warnings, as text."""
     if report is None:
         return []
     counts = Counter(check["status"] for check in report["checks"])

@@ -1,4 +1,4 @@
-"""Hashes of what a result was obtained with: the code that trains and judges, the weights as loaded, the data."""
+"""Hashes of everything a result depends on: the code that trains and judges, the loaded weights, the data."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from tune_ssim.probes import content_id, tensor_hashes
 from tune_ssim.trials.training import Training
 
-# The parts of this package that decide a result; a change of a table or a message changes nothing that was proven.
+# The parts of this package that affect a result. Changes to tables or messages do not invalidate a proof.
 DECIDES = ("losses", "probes", "guards", "tasks", "records/record.py", "trials/trial.py", "trials/training.py", "trials/command")
 
 
 def fingerprints(task: Training, import_path: str | None = None) -> dict[str, str]:
-    """Subject → sha256, of a task that was just set up: `code/…`, `weights/<part>`, `data/…`.
+    """Subject → SHA-256, for a task after its set-up: `code/…`, `weights/<part>`, `data/…`.
 
-    Weights are hashed as they are in memory; the order and names of tensors mean nothing. Code is the deciding part of this
-    package and every module of the user's that is loaded and lies under `import_path`, or in the task's own package."""
+    Weights are hashed as they are in memory, independent of the order and names of tensors. Code is the relevant part of this
+    package and every loaded user module under `import_path` or in the task's package."""
     found = code_fingerprints({**_package_files(), **_own_files(type(task), import_path)})
     for name, part in task.parts().items():
         found[f"weights/{name}"] = content_id(tensor_hashes(part.module.state_dict()))

@@ -1,4 +1,4 @@
-"""What people type and see: verbs, tables, live progress, exit codes."""
+"""The command line: verbs, tables, live progress, exit codes."""
 
 from tune_ssim.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The command line: the group of all verbs and its entry point. Imports lazily, so that `--help` answers at once."""
+"""The command line: the group of all verbs and its entry point. Imports are lazy, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def exit_code(arguments: list[str]) -> int:
-    """Runs a verb and turns however it ends into a code and at most one line on stderr."""
+    """Runs a verb. Converts its result or exception into an exit code and at most one line on stderr."""
     context: click.Context | None = None
     try:
         context = cli.make_context("tune-ssim", arguments)

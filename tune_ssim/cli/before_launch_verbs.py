@@ -1,4 +1,4 @@
-"""Verbs that look at a study before it is launched: preflight, calibrate, spaces."""
+"""Verbs that inspect a study before launch: preflight, calibrate, spaces."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def preflight(study: str | None, space: str | None, seed: int | None, address: s
         console.print(preflight_table(report, console.options.ascii_only))
     if report["status"] == "bad_setup":
         raise BadSetup("\n".join(bad_lines(report)))
-    if resolved.calibrates and report["status"] != "unknown":  # of a process of its own nothing is known before it runs
+    if resolved.calibrates and report["status"] != "unknown":  # a separate process shows nothing before it runs
         suggest_next("calibrate", *([study] if study else []), why="says how hard each setting pushes", to_stderr=as_json)
     else:
         suggest_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
@@ -87,7 +87,7 @@ def spaces(name: str | None, as_json: bool) -> None:
 
     found = [load_space(name)] if name else [load_space(bundled) for bundled in bundled_spaces()]
     if as_json:
-        # Everything explicit, as in `run --dry-run`; always with stages, so that a program has one form to read.
+        # All defaults explicit, as in `run --dry-run`; always with stages, so that programs read one format.
         data = [
             {
                 "name": space.name,
@@ -114,7 +114,7 @@ def spaces(name: str | None, as_json: bool) -> None:
 
 
 def _inspect(study: Any, address: str | None, phase: str) -> dict[str, Any]:
-    """The result of preflight or calibration as plain data; measured in this process, or on a cluster with a trial's resources."""
+    """The result of preflight or calibration as plain data, measured here or on a cluster with a trial's resources."""
     from tune_ssim.base.files import jsonable
 
     wanted = {"preflight": phase == "preflight", "calibration": phase == "calibration", "provenance": False}

@@ -29,7 +29,7 @@ ACTION_MEANINGS = {
 
 
 def format_check(report: LogReport, ascii_only: bool = False, with_alerts: bool = True) -> RenderableType:
-    """The whole report. `with_alerts` is False where the alerts were printed as they came."""
+    """The whole report. `with_alerts`: False if the alerts were already printed as they arrived."""
 
     def show(text: str) -> str:
         return readable(text, ascii_only)
@@ -48,7 +48,8 @@ def format_check(report: LogReport, ascii_only: bool = False, with_alerts: bool 
 
 
 def _follows(alert: Alert) -> bool:
-    """Whether a rule fired on non-finite values after the step at which the training would have been ended: that is no news."""
+    """Whether a rule fired on non-finite values after the step at which a live trial would have ended, which adds no
+    information."""
     return alert.after_end and alert.violation.cause == NON_FINITE_CAUSE
 
 
@@ -99,7 +100,7 @@ def _branches(branches: tuple[BranchReport, ...], ascii_only: bool) -> Table:
 
 
 def _unknown(report: LogReport) -> Iterator[str]:
-    """One line for each reason why rules could not judge: first the metrics that are absent, then the rest."""
+    """One line for each reason why rules could not judge: missing metrics first, then the rest."""
     absent = [unknown for unknown in report.unknown if unknown.missing]
     metrics = list(dict.fromkeys(metric for unknown in absent for metric in unknown.missing))
     if absent:

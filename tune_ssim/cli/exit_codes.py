@@ -1,4 +1,4 @@
-"""Exit codes of the command line, and what is printed with them."""
+"""Exit codes of the command line, and their messages."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tune_ssim.cli.output import discard_stdout
 
 DONE, OURS, MISTAKE, BAD_SETUP, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 DEBUG_VARIABLE = "TUNE_SSIM_DEBUG"
-# Errors of the file system that no code of ours can cause or cure: a full disk, a folder that may not be written.
+# File system errors that are not bugs of this package, such as a full disk or a read-only folder.
 ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
 
 
 def fail(code: int, message: str) -> int:
-    """Prints the message, a line for each problem (a study file may have several), and returns the code."""
+    """Prints the message, one line per problem (a study file may have several), and returns the code."""
     for line in filter(None, map(str.strip, message.splitlines())):
         try:
             click.echo("error: " + "".join(letter if letter.isprintable() else " " for letter in line), err=True)
@@ -33,15 +33,15 @@ def fail(code: int, message: str) -> int:
 
 
 def missing_library(verb: str, module: str | None) -> str | None:
-    """`run needs Ray: pip install 'tune-ssim[ray]'`; None if no extra of ours installs the module that was not found."""
+    """`run needs Ray: pip install 'tune-ssim[ray]'`; None if no extra of this package installs the missing module."""
     if verb in ("run", "verify") and install_hint(module) and not is_installed("ray"):
-        return f"{verb} needs {install_hint('ray')}; for the bundled studies 'tune-ssim[all]'"  # brings the other libraries too
+        return f"{verb} needs {install_hint('ray')}; for the bundled studies 'tune-ssim[all]'"  # also installs the other libraries
     hint = install_hint(module)
     return hint and f"{verb} needs {hint}"
 
 
 def bug_report(error: Exception, storage: Path | None) -> str:
-    """Writes the traceback to a file in the storage path, else in the temporary folder. Returns the message to print."""
+    """Writes the traceback to a file in the storage path or the temporary folder. Returns the message to print."""
     text = "".join(traceback.format_exception(error))
     if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
         click.echo(text, err=True)
@@ -59,7 +59,7 @@ def bug_report(error: Exception, storage: Path | None) -> str:
 
 
 def reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads (`| head`). Then the interpreter must not flush it again at exit."""
+    """Whether stdout is a closed pipe (`| head`). Then the interpreter must not flush it again at exit."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

@@ -1,4 +1,4 @@
-"""A study from Python, shown as `tune-ssim run` shows it."""
+"""Runs a study from Python with the display of `tune-ssim run`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(study: Study, *, storage: Path, console: Console | None = None, **options: Any) -> StudyFolder:
-    """See `orchestration.run_study.run_study` for the options. console: None is the terminal."""
+    """Runs a study; for the options see `orchestration.run_study.run_study`. console: None is the terminal."""
     from tune_ssim.cli.live_table import LiveTable
 
     with LiveTable(None, console) as table:

@@ -1,7 +1,7 @@
-"""What a study shows while it runs: the `Progress` of a terminal, and of a pipe.
+"""The progress display of a running study, for a terminal and for a pipe.
 
-On a terminal: the running trials, redrawn at most four times a second, and above them one line for every trial that
-has ended. Elsewhere (a pipe, CI): the same lines and nothing that moves.
+A terminal shows the running trials, redrawn at most four times a second, below one line for every trial that has ended. A pipe or
+CI log gets the lines only.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Running:
 
 
 class LiveTable:
-    """A context manager. `total`: the trials to come, baselines included; None where that is open.
+    """A context manager. `total`: number of trials, baselines included; None if unknown.
 
     The methods may be called from any thread and as often as there are records: they only keep the newest numbers.
     """
@@ -58,7 +58,7 @@ class LiveTable:
                 get_renderable=self._picture,
                 console=self.console,
                 refresh_per_second=REFRESHES_PER_S,
-                transient=True,  # what stays on the screen are the lines
+                transient=True,  # only the lines stay on the screen
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
@@ -71,20 +71,20 @@ class LiveTable:
             self._live = None
 
     def expect(self, total: int | None, done: int | None = None) -> None:
-        """Trials to come in this phase, None where that is open; `done` of them ended in an earlier start."""
+        """Sets the number of trials in this phase, None if unknown. `done` of them ended in an earlier start."""
         with self._lock:
             if total is not None:
                 self.ended = done or 0
             self.total = total
 
     def phase(self, text: str) -> None:
-        """What the study is doing now, e.g. "baseline" or "search: conservative"."""
+        """Sets the current phase, e.g. "baseline" or "search: conservative"."""
         with self._lock:
             self._phase = readable(text, self._ascii)
         self._print(Text(self._phase, "bold"))
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Prints a permanent line."""
         self._print(Text(readable(line, self._ascii)))
 
     def trial_started(self, trial_id: str, config: Mapping[str, Any] | str) -> None:
@@ -96,7 +96,7 @@ class LiveTable:
     def trial_progress(
         self, trial_id: str, step: int, steps: int, norm_ratio: float | None = None, smoke: str | None = None
     ) -> None:
-        """`step` of `steps`; `norm_ratio` and `smoke` ("passed", "failed once") stand until the next are given."""
+        """`step` of `steps`; `norm_ratio` and `smoke` ("passed", "failed once") are kept until the next values."""
         with self._lock:
             trial = self._running.setdefault(trial_id, _Running(""))
             trial.step, trial.steps = step, steps
@@ -113,7 +113,7 @@ class LiveTable:
         self._print(Text(f"{count} ") + verdict_line(summary, self._ascii))
 
     def _print(self, line: Text) -> None:
-        # A pipe has no width: the line stays whole there, for grep.
+        # A pipe has no width, so lines are not wrapped there.
         self.console.print(line, soft_wrap=not self.console.is_terminal, highlight=False)
 
     def _picture(self) -> Group:

@@ -1,4 +1,4 @@
-"""The arguments of `tune-ssim check`: which log, and `name=value` options."""
+"""Arguments of `tune-ssim check`: the log, and `name=value` options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tune_ssim.records.readers.source import MLFLOW
 
 
 def open_log(log: str, names: Mapping[str, str], pattern: Sequence[str] = (), *, follow: bool = False) -> Source:
-    """A file, a folder or `mlflow:RUN_ID`. Raises UserError for a file that does not exist, unless it is to be followed."""
+    """A file, a folder or `mlflow:RUN_ID`. Raises UserError for a file that does not exist, unless it is followed."""
     if log.startswith(MLFLOW):
         from tune_ssim.tracking.mlflow_source import open_run
 
@@ -25,7 +25,7 @@ def open_log(log: str, names: Mapping[str, str], pattern: Sequence[str] = (), *,
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # too long a name, a NUL character
+    except (OSError, ValueError):  # a name that is too long or contains a NUL
         return False
 
 

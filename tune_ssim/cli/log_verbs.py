@@ -1,4 +1,4 @@
-"""The verb that reads the log of any training: check."""
+"""The verb `check`, which reads the log of any training."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check(
     if target is not None and target.suffix.lower() != ".png":
         raise UserError(f"--picture {picture}: a PNG is written; end the name with .png")
     if target is not None:
-        require("matplotlib")  # before the log is read
+        require("matplotlib")  # checked before the log is read
     renamed, console = pairs("--map", names), make_console()
     ascii_only = console.options.ascii_only
     compared = None if baseline is None else baseline_of(open_log(baseline, renamed, pattern))

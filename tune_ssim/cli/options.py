@@ -1,4 +1,4 @@
-"""Options that several verbs share, and the group that lists them."""
+"""Options shared by several verbs, and the group of verbs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tune_ssim.base.errors import UserError
 
 
 class Verbs(click.Group):
-    """A group that lists its verbs in the order of their use and suggests the right one for a misspelt name."""
+    """A group that lists its verbs in order of use and suggests the closest one for a misspelt name."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)

@@ -1,4 +1,4 @@
-"""What the verbs print: text, tables, JSON, and the next useful command."""
+"""Output of the verbs: text, tables, JSON, and a hint to the next command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def suggest_next(*words: str, why: str, to_stderr: bool = False) -> None:
-    """The next useful command, as it can be pasted; without passwords."""
+    """Prints the next useful command, ready to paste, without passwords."""
     context = click.get_current_context()
     if context.get_parameter_source("storage") is click.core.ParameterSource.COMMANDLINE:
         words = (*words, "--storage-path", str(context.params["storage"]))
@@ -29,16 +29,16 @@ def suggest_next(*words: str, why: str, to_stderr: bool = False) -> None:
 
 
 def discard_stdout() -> None:
-    """Sends everything that is printed from now on to /dev/null."""
+    """Redirects all further output to /dev/null."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 
 def make_console(outlive_reader: bool = False, to_stderr: bool = False) -> Console:
-    """A rich console: it honours NO_COLOR, a pipe gets wide lines, and a character that the encoding lacks becomes `?`.
+    """A rich console. It honours NO_COLOR, writes wide lines to a pipe, and replaces characters missing in the encoding by `?`.
 
-    When the reader of a pipe has gone, a listing ends; with `outlive_reader` (a study) the process goes on without output.
+    When the reader of a pipe closes it, a listing ends; with `outlive_reader` (for a study) the process goes on without output.
     """
     from rich.console import Console
 
@@ -63,22 +63,22 @@ def readable(text: str, console: Console) -> str:
 
 
 def print_exactly(text: str) -> None:
-    """To stdout as UTF-8 whatever the locale: a program reads it."""
+    """Writes to stdout as UTF-8 whatever the locale, for other programs."""
     stream, rest = sys.stdout.buffer, memoryview(text.encode())
     while rest:
-        rest = rest[stream.write(rest) :]  # with PYTHONUNBUFFERED the stream is raw and may take a part only
+        rest = rest[stream.write(rest) :]  # with PYTHONUNBUFFERED the stream is raw and may accept only a part
     stream.flush()
 
 
 def print_json(value: Any) -> None:
-    """To stdout, with the strings "NaN" and "Infinity" for non-finite numbers."""
+    """Writes JSON to stdout, with the strings "NaN" and "Infinity" for non-finite numbers."""
     from tune_ssim.base.files import jsonable
 
     print_exactly(json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
 
 
 def output_file(output: str | None, option: str = "--output") -> Path | None:
-    """The path to write to; None for stdout. Raises UserError where no file can be written."""
+    """The path to write to; None for stdout. Raises UserError if no file can be written there."""
     if output is None or output == "-":
         return None
     path = Path(output)

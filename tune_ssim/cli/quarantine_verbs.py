@@ -1,4 +1,4 @@
-"""Verbs of the ledger of ruined checkpoints: quarantine list, why, release."""
+"""Verbs of the quarantine ledger: quarantine list, why, release."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def quarantine_why(what: str, storage: Path) -> None:
     try:
         lines = ledger.why(what)
         refusal = ledger.check(what) if Path(what).exists() else None
-    except BadSetup as error:  # here a file that is no checkpoint is a wrong argument
+    except BadSetup as error:  # here a file that is not a checkpoint is a wrong argument
         raise UserError(str(error)) from None
     for line in lines:
         console.print(readable(f"{line.time}  {line.id[:12]}  {line}", console), markup=False)

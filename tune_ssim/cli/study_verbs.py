@@ -58,7 +58,7 @@ def run(
         folder = find_study(storage, name)
         source, name = folder.study_file, folder.name
     overrides = {"space": space, "trials": trials, "seed": seed, "name": name, "tracking_uri": tracking_uri}
-    resolved = load_study(source, overrides, launch=address is None)  # a cluster's nodes have programs of their own
+    resolved = load_study(source, overrides, launch=address is None)  # the nodes of a cluster may have other programs
     if dry_run:
         print_exactly(resolved.to_yaml())
         given = [(f"--{key.replace('_', '-')}", str(value)) for key, value in overrides.items() if value is not None]
@@ -222,7 +222,7 @@ def ui(name: str | None, port: int, tracking_uri: str | None, storage: Path) -> 
     try:
         serve_ui(storage, tracking_uri, name=study, port=port)
     except KeyboardInterrupt:
-        click.echo()  # Ctrl-C is the way to end it: no error
+        click.echo()  # Ctrl-C ends it normally
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Tables for a terminal. Whatever a colour says, a word says too."""
+"""Tables for a terminal. Colours always repeat what the text says."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tune_ssim.study.space import WEIGHT, Space, gain_of
 from tune_ssim.trials.quarantine import Entry
 from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
 
-# Minimal width of the terminal → the columns that fit and leave room for the reason.
+# Minimum terminal width → the columns that fit and leave room for the reason.
 COLUMNS = {
     120: ("gain", "weight", "max_t", "grad_scale", "steps", "norm ratio", "objective", "PSNR"),
     72: ("gain", "max_t", "steps", "ratio", "objective", "PSNR"),
     0: ("gain", "objective"),
 }
-# Of a task without an SSIM loss.
+# Columns for a task without an SSIM loss.
 OTHER_COLUMNS = {120: ("setting", "steps", "norm ratio", "objective"), 72: ("setting", "steps", "objective"), 0: ("objective",)}
-WIDE = 120  # from this width on the reason has a column of its own
+WIDE = 120  # from this width on the reason has its own column
 VERDICT_ORDER = list(Verdict)
 
 
@@ -37,7 +37,7 @@ def trials_table(
     objective: str = OBJECTIVE,
     winner: str | None = None,
 ) -> Table:
-    """One row a trial, the best first, for a terminal of `width` columns. `winner`: the trial_id to mark."""
+    """One row per trial, best first, for a terminal of `width` columns. `winner`: the trial_id to mark."""
     wide, summaries = width >= WIDE, list(summaries)
     has_ssim = any(WEIGHT in summary.config for summary in summaries) or not summaries
 
@@ -83,14 +83,14 @@ def trials_table(
 
 
 def _joined(verdict: Text, why: str) -> Text:
-    """`pruned: total_norm is …`; a reason such as "safe to step 200" begins with its verdict itself."""
+    """`pruned: total_norm is …`. A reason such as "safe to step 200" already begins with the verdict."""
     if why.startswith(verdict.plain):
         return verdict + Text(why[len(verdict) :])
     return verdict + Text(f": {why}" if why else "")
 
 
 def best_first(summaries: Iterable[TrialSummary], objective: str = OBJECTIVE) -> list[TrialSummary]:
-    """By verdict, then by objective; among equal verdicts a trial without an objective comes last."""
+    """Sort key: verdict, then objective. Among equal verdicts a trial without an objective comes last."""
 
     def key(summary: TrialSummary) -> tuple[int, float]:
         value = summary.metric(objective)
@@ -144,7 +144,7 @@ def stages_table(space: Space, ascii_only: bool = False) -> Table:
 
 
 def gains_table(calibration: Mapping[str, Any], ascii_only: bool = False) -> Table:
-    """One row for each max_t of `Calibration.to_dict()`: the gains that give total_norm a certain multiple of the baseline's."""
+    """One row for each max_t of `Calibration.to_dict()`, with the gains for given ratios of total_norm to the baseline's."""
     gates = calibration["by_max_t"]
     ratios = list(gates[0]["gain_for"])
     table = Table(
@@ -184,15 +184,15 @@ def predictions_table(calibration: Mapping[str, Any], ascii_only: bool = False) 
 
 
 def calibration_sentences(calibration: Mapping[str, Any]) -> list[str]:
-    """The rest of `Calibration.to_dict()` as sentences, the most important first."""
+    """The rest of `Calibration.to_dict()` as sentences, most important first."""
     low, high = (number(ratio) for ratio in calibration["ratios"])
     shares = {name: number(share) for name, share in calibration["shares"].items()}
     sentences = [f"{f['sentence']}; {f['remedy']}" if f["remedy"] else f["sentence"] for f in calibration["findings"]]
     space = f"the space pushes {low:.3g} to {high:.3g} times the baseline's total_norm: {shares['inert']:.0%} of it is inert"
     if calibration["limit"] is not None:
-        space += f", {shares['beyond_limit']:.0%} beyond the norm guard's limit {calibration['limit']:g}"
+        space += f", {shares['beyond_limit']:.0%} above the norm guard's limit {calibration['limit']:g}"
     if calibration["skip_above"] is not None:
-        space += f", {shares['skipped']:.0%} beyond {calibration['skip_above']:g} and not launched"
+        space += f", {shares['skipped']:.0%} above {calibration['skip_above']:g} and not launched"
     sentences += [space, f"the baseline itself pushes {calibration['baseline_ratio_main']:.3g} times the main loss"]
     gradients = calibration["gradient_at_decoder"] or {}
     if {"ssim", "pixel"} <= set(gradients):
@@ -215,7 +215,7 @@ CHECK_STYLES = {"ok": "green", "unknown": "dim", "warn": "yellow", "bad_setup": 
 
 
 def preflight_table(report: Mapping[str, Any], ascii_only: bool = False) -> Table:
-    """One row for each check of preflight's `Report.to_dict()`; a warning or fault has its remedy below it."""
+    """One row for each check of preflight's `Report.to_dict()`, with the remedy below a warning or fault."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("check", no_wrap=True, overflow="fold")
     table.add_column("verdict", no_wrap=True)
@@ -229,7 +229,7 @@ def preflight_table(report: Mapping[str, Any], ascii_only: bool = False) -> Tabl
 
 
 def _measured(value: Any, form: str) -> str:
-    """A number, or a dash where it is NaN (also JSON's string "NaN"): it was not measured."""
+    """A number, or a dash if it is NaN or the string "NaN", that is, not measured."""
     return format_number(None if math.isnan(number(value)) else number(value), form)
 
 

@@ -1,4 +1,4 @@
-"""A checked log as a picture: the curves that the rules look at, one above the other, with the alerts marked."""
+"""Draws a checked log: the curves that the rules use, stacked, with the alerts marked."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ WIDTH, ROW, DPI = 9.6, 1.35, 125  # inches; 1200 pixels wide
 MAX_PANELS = 8
 MAX_MARKS = 12  # alerts marked in one panel
 LANES, LANE_HEIGHT = 4, 0.18  # rows of labels in a panel, and the share of its height that each takes
-LETTER_WIDTH = 0.0078  # of a label, as a share of the panel's width
+LETTER_WIDTH = 0.0078  # width of a letter in a label, as a share of the panel's width
 INK, GREY, LINE, CLOUD = "#1d2733", "#51606f", "#2a67a3", "#a9cbea"
 COLOURS = {"warn": "#e08a1e", "probe": "#2a67a3", "prune": "#b5343c", "abort": "#7a1f5c"}
-SMOOTHING_PARTS = 40  # a noisy curve is drawn through the medians of so many parts
+SMOOTHING_PARTS = 40  # a noisy curve is drawn through the medians of this many parts
 
 
 def draw_check(report: LogReport) -> bytes:
@@ -92,7 +92,7 @@ def _draw(axes: Axes, metric: str, curve: Curve) -> None:
     axes.plot(steps, gaps, color=CLOUD if noisy else LINE, lw=0.8 if noisy else 1.3)
     if noisy:
         parts = np.array_split(np.arange(len(steps)), SMOOTHING_PARTS)
-        middle = [float(np.median(gaps[part])) for part in parts]  # NaN where one is
+        middle = [float(np.median(gaps[part])) for part in parts]  # NaN if one is in the part
         axes.plot([steps[part].mean() for part in parts], middle, color=LINE, lw=1.6)
     finite = mean[np.isfinite(mean)]
     positive = finite[finite > 0]
@@ -108,11 +108,11 @@ def _draw(axes: Axes, metric: str, curve: Curve) -> None:
 
 
 def _mark(axes: Axes, alerts: Sequence[Alert], curve: Curve, first: int, last: int) -> None:
-    """Each alert as a line and a triangle; those of one step share a label, and labels that would touch lie one below the other."""
+    """Marks each alert with a line and a triangle. Alerts of one step share a label; labels that would overlap are stacked."""
     at: dict[int, list[Alert]] = {}
     for alert in alerts:
         at.setdefault(alert.violation.step, []).append(alert)
-    ends = [-1.0] * LANES  # of the last label in each lane, as a share of the width
+    ends = [-1.0] * LANES  # right end of the last label in each lane, as a share of the width
     for step in sorted(at):
         names = ", ".join(alert.violation.guard.split("/")[-1] for alert in at[step])
         colour = COLOURS[at[step][0].violation.action]  # the most severe comes first
@@ -144,7 +144,7 @@ def _count(report: LogReport) -> str:
 
 
 def _shorten_middle(text: str, max_length: int) -> str:
-    """`dbg/update…o/mu_head`: names differ at their ends."""
+    """Shortens in the middle, since names differ at their ends: `dbg/update…o/mu_head`."""
     half = (max_length - 1) // 2
     return text if len(text) <= max_length else f"{text[:half]}…{text[-half:]}"
 

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT, DPI = 9.6, 5.4, 125  # inches; 1200 × 675 pixels
 COLUMNS, ROWS = 360, 120
-MAX_COLOUR = 100.0  # larger ratios have the last colour
+MAX_COLOUR = 100.0  # larger ratios get the last colour
 COLOUR_STOPS = [(0.0, "#f4f6f8"), (0.06, "#e3eedd"), (0.25, "#f7e3a1"), (0.5, "#f0994d"), (0.75, "#b5343c"), (1.0, "#3d1028")]
 INK, LIMIT = "#1d2733", "#8e1024"
 STAGE_COLOURS = ["#a9cbea", "#7fb0dd", "#4f8cc4", "#2a67a3", "#123f70"]  # later stages are darker
 
 
 def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "") -> bytes:
-    """PNG of `Calibration.to_dict()`, or of that read back from JSON. `study`: its name, for the title."""
+    """PNG of `Calibration.to_dict()`, also after a JSON round trip. `study`: its name, for the title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
@@ -91,7 +91,7 @@ def _gate_range(model: NormModel) -> tuple[float, float]:
 
 
 def _gain_range(model: NormModel, calibration: Mapping[str, Any], segments: list[Any], pixel_weight: float) -> tuple[float, float]:
-    """Covers every gain that is drawn, and the gain that reaches 1.5 times the limit."""
+    """The range of gains: covers all that are drawn, and the gain at 1.5 times the limit."""
     drawn = [gain for _, _, gains in segments for gain in (gains[0], gains[-1])]
     drawn += [gain_of(named["setting"]) for named in calibration["settings"]]
     for gate, active in zip(model.max_ts, model.active, strict=True):
@@ -122,7 +122,7 @@ def _draw_contours(axes: Axes, gains: Array, gates: Array, ratios: Array, limit:
     if limit is not None:
         lines.append((limit, f"guard's limit {limit:g}×", LIMIT, 2.0, "-"))
     if max_ratio is not None:
-        lines.append((max_ratio, f"not launched beyond {max_ratio:g}×", LIMIT, 1.3, "--"))
+        lines.append((max_ratio, f"not launched above {max_ratio:g}×", LIMIT, 1.3, "--"))
     for ratio, words, colour, width, style in lines:
         if not np.nanmin(ratios) < ratio < np.nanmax(ratios):
             continue
@@ -134,7 +134,7 @@ def _draw_contours(axes: Axes, gains: Array, gates: Array, ratios: Array, limit:
 
 
 def _draw_inert_zone(axes: Axes, model: NormModel, gains: Array, gates: Array, pixel_weight: float) -> None:
-    """Below this edge a setting changes the norm by less than 0.1 %; interpolated between the calibrated gates."""
+    """Draws the edge below which a setting changes the norm by less than 0.1 %, interpolated between the calibrated gates."""
     usable = [gate for gate, active in zip(model.max_ts, model.active, strict=True) if active.any()]
     found = [inert_below(model, gate, pixel_weight) for gate in usable]
     edges = [gains[-1] if gain is None else gain for gain in found]
@@ -147,21 +147,21 @@ def _draw_inert_zone(axes: Axes, model: NormModel, gains: Array, gates: Array, p
 
 
 def _draw_space(axes: Axes, space: Space, segments: list[tuple[str, float, Array]]) -> None:
-    """The gains that each stage searches at each max_t; later stages are darker."""
+    """Draws the gains that each stage searches at each max_t; later stages are darker."""
     stages = [stage.name for stage in space.stages]
     for index, name in enumerate(stages):
         colour = STAGE_COLOURS[round((index + 1) * (len(STAGE_COLOURS) - 1) / len(stages))]
         words = f"space {name}" if len(stages) == 1 else name
-        shift = 1 + 0.03 * (index - (len(stages) - 1) / 2)  # stages that share a gate are drawn side by side
+        shift = 1 + 0.03 * (index - (len(stages) - 1) / 2)  # stages with the same gate are drawn next to each other
         for stage, gate, gains in segments:
             if stage == name:
                 ends, height = [gains[0], gains[-1]], [gate * shift] * 2
                 axes.plot(ends, height, "|-", color=colour, lw=2.2, ms=8, mew=2, solid_capstyle="butt", label=words)
-                words = "_"  # one entry a stage in the legend
+                words = "_"  # one legend entry per stage
 
 
 def _draw_settings(axes: Axes, settings: list[Mapping[str, Any]]) -> None:
-    """The settings that the table names: the notes' versions, and the points of the space."""
+    """Draws the settings that the table names: the notes' versions, and the points of the space."""
     from matplotlib import patheffects
 
     halo = [patheffects.withStroke(linewidth=2.5, foreground="white", alpha=0.8)]

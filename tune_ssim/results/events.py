@@ -1,7 +1,7 @@
 """The events of a study, in order. The process that runs it writes them; `tracking` replays them into MLflow.
 
 Neither Ray nor MLflow is imported: an event is a plain JSON object in the study's `events.jsonl`, with the time at which it was
-written. A replay is therefore repeatable: it gives the same rows with the same times however often it is done.
+written. So a replay always gives the same rows with the same times.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tune_ssim.study.space import WEIGHT, gain_of
 
 BULKY = ("records", "images")  # keys of a result that are dropped from Ray's own snapshots
 
-# What Ray Tune adds to every result and nobody plots.
+# Keys that Ray Tune adds to every result and that are not worth plotting.
 _BOOKKEEPING = frozenset(
     {"timestamp", "pid", "training_iteration", "iterations_since_restore", "time_since_restore", "time_this_iter_s"}
     | {"config", "done", "trial_id", "checkpoint_dir_name", "experiment_tag", "date", "hostname", "node_ip"}
@@ -27,16 +27,16 @@ _BOOKKEEPING = frozenset(
 
 @dataclass(frozen=True)
 class EventWriter:
-    """Appends events to the study's folder. It has no state of its own, so it can be pickled."""
+    """Appends events to the study's folder. Stateless, so it can be pickled."""
 
     folder: StudyFolder
 
     def study_started(self, name: str, study_sha256: str = "", note: str = "") -> None:
-        """At the start, and again at every resume: the first one identifies the study. `note` is Markdown."""
+        """Written at the start and at every resume. The first one identifies the study. `note` is Markdown."""
         self._add("study", name=name, study_sha256=study_sha256, note=note)
 
     def file(self, path: str, artifact_path: str = "") -> None:
-        """A file of the study, `path` relative to its folder, to be shown with it in the folder `artifact_path`."""
+        """A file of the study to be logged to the artifact folder `artifact_path`. `path`: relative to the study's folder."""
         self._add("file", path=path, artifact_path=artifact_path)
 
     def trial_started(
@@ -47,13 +47,13 @@ class EventWriter:
         slot: int | None = None,
         parameters: Mapping[str, Any] | None = None,
     ) -> None:
-        """`config`: the settings that were requested. `parameters`: those in force, if they are known already."""
+        """`config`: the requested settings. `parameters`: those in force, if already known."""
         self._add("trial", trial_id=trial_id, role=role, config=config, slot=slot, parameters=parameters or {})
 
     def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """A result of our trainable: its `records` ([[step, {name: number}], …]) and its `images` ({step: PNG bytes}).
 
-        For any other trainable: all its numbers, at its `training_iteration`."""
+        Of any other trainable: all its numbers, at its `training_iteration`."""
         records: Iterable[Any] = result.get("records") or []
         if "records" not in result:
             values = numbers_of(result)
@@ -93,7 +93,7 @@ def numbers_of(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def gain(config: Mapping[str, Any]) -> float | None:
-    """The gain of a configuration for display, rounded; None where it has no SSIM loss (SEEDS B6)."""
+    """The gain of a configuration for display, rounded; None if it has no SSIM loss (SEEDS B6)."""
     try:
         found = gain_of(config) if WEIGHT in config else math.nan
     except (TypeError, ValueError):  # not numbers

@@ -20,13 +20,13 @@ from tune_ssim.version import __version__
 
 FORMATS = ("yaml", "json", "env", "args")
 
-# Variables that a shell reads itself. A parameter of that name would break the shell that sources the lines.
+# Variables with a meaning to the shell. A parameter of that name would break a shell that sources the lines.
 SHELL_VARIABLES = {"PATH", "IFS", "HOME", "ENV", "CDPATH", "PWD", "OLDPWD", "PS1", "PS2", "PS4", "SHELL", "TERM", "UID"}
 SHELL_PREFIXES = ("LC_", "LD_", "BASH", "PYTHON")
 
 
 def experiment_name(summary: TrialSummary, study_name: str) -> str:
-    """A different name for every setting and horizon: a script that resumes by name finds no other checkpoint (SEEDS A10)."""
+    """A unique name for each setting and horizon, so that a script that resumes by name finds no other checkpoint (SEEDS A10)."""
     text = json.dumps(jsonable([summary.settings, summary.horizon]), sort_keys=True, default=str)
     name = f"{study_name}-{summary.trial_id}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("-.")  # it becomes a folder's name and an argument
@@ -102,13 +102,13 @@ def _arguments(config: Mapping[str, Any]) -> str:
         if value is None:
             continue
         word = _argument(key, value)
-        # argparse takes "-1e-05" for an option unless it is tied to its own.
+        # argparse takes "-1e-05" for an option unless it is joined with "=".
         words += [f"--{key}={word}"] if word.startswith("-") else [f"--{key}", word]
     return shlex.join(words)
 
 
 def _argument(key: str, value: Any) -> str:
-    """One value as text. There is no agreed form for lists and mappings."""
+    """One value as text. Raises UserError for lists and mappings, which have no standard form."""
     if isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, str):

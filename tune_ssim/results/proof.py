@@ -17,13 +17,13 @@ from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.winner import confirmations, holds
 from tune_ssim.trials.summary import TrialSummary
 
-LEVEL = 0.95  # of the confidence intervals
+LEVEL = 0.95  # confidence level of the intervals
 
 
 def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
-    """The evidence for the setting of `summary`. `unproven` lists what is missing; where it is empty the setting is proven.
+    """The evidence for the setting of `summary`. `unproven` lists what is missing; if it is empty the setting is proven.
 
-    Raises UserError where a file of the study cannot be read."""
+    Raises UserError if a file of the study cannot be read."""
     trials = folder.trials()
     confirmed = confirmations(summary, trials)
     baselines = [trial for trial in trials if trial.role is Role.BASELINE]
@@ -55,7 +55,7 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
 
 
 def _limits(folder: StudyFolder) -> tuple[dict[str, float], list[KeepRule]]:
-    """Metric → the limit of its guard, and the margins of `objective.keep`, as the study file has them."""
+    """Metric → the limit of its guard, and the margins of `objective.keep`, from the study file."""
     try:
         norm_ratio = (folder.section("guards").get("norm_ratio") or {}).get("limit")
         keep = folder.section("objective").get("keep") or {}
@@ -67,7 +67,7 @@ def _limits(folder: StudyFolder) -> tuple[dict[str, float], list[KeepRule]]:
 
 def paired(differences: Sequence[float]) -> dict[str, Any]:
     """Mean and confidence interval (Student's t, two-sided) of paired differences, one per seed; no interval for a single seed."""
-    from scipy.stats import t as student_t  # imported here: it takes half a second, which `tune-ssim trials` does not need
+    from scipy.stats import t as student_t  # imported here because it takes half a second and `tune-ssim trials` does not need it
 
     mean = fmean(differences)
     if len(differences) < 2:
@@ -77,7 +77,7 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
 
 
 def comparison(confirmed: Sequence[TrialSummary]) -> dict[str, Any]:
-    """`paired` and the difference for each seed, of every `delta_…` that all trials of the confirm phase measured."""
+    """`paired` and the differences per seed, for every `delta_…` that all trials of the confirm phase measured."""
     names = sorted(
         set.intersection(*({name for name in trial.metrics if name.startswith("delta_")} for trial in confirmed))
         if confirmed
@@ -93,7 +93,7 @@ def comparison(confirmed: Sequence[TrialSummary]) -> dict[str, Any]:
 def margins(
     confirmed: Sequence[TrialSummary], baselines: Sequence[TrialSummary], limits: Mapping[str, Any], rules: Iterable[KeepRule]
 ) -> dict[str, Any]:
-    """How near the worst trial of the confirm phase came to each guard's limit and to each margin of `objective.keep`.
+    """The distance of the worst trial of the confirm phase from each guard's limit and each margin of `objective.keep`.
 
     `limits`: metric → the limit of its guard."""
     found: dict[str, Any] = {}
@@ -115,18 +115,18 @@ def margins(
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of plain values; the order of keys has no influence."""
+    """SHA-256 of plain values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(jsonable(value), sort_keys=True).encode()).hexdigest()
 
 
 def seals(exported: Mapping[str, Any]) -> dict[str, str]:
-    """The digest of every part of an export, so that `verify` can name the part of the file that was changed."""
+    """The digest of every part of an export, so that `verify` can name the part that was edited."""
     parts = {name: value for name, value in exported.items() if name not in ("proof", "seals")}
     return {name: digest(value) for name, value in (parts | {f"proof.{k}": v for k, v in exported["proof"].items()}).items()}
 
 
 def differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """One line for every subject (`weights/denoiser`, `code/losses/structural.py`, …) that is not what it was."""
+    """One line for every subject (`weights/denoiser`, `code/losses/structural.py`, …) that has changed."""
     lines = []
     for name in sorted({*recorded, *found}):
         if name not in found:

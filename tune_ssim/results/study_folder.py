@@ -1,11 +1,11 @@
-"""The folder of a study, where the truth lives: everything else (MLflow, the tables on the screen) is made from it.
+"""The folder of a study, the single source of truth. MLflow runs and tables are derived from it.
 
 <storage>/<study>/
   study.yaml            the study as resolved
   preflight.json, calibration.json, provenance.json, start.json
                         what was found before the first trial
-  trials.jsonl          one line a trial, written when it ends: see TrialSummary
-  skipped.jsonl         settings that were predicted to be ruinous and not launched
+  trials.jsonl          one line per trial, written when it ends: see TrialSummary
+  skipped.jsonl         settings not launched because they were predicted to be ruinous
   checkpoints.jsonl     checkpoints that trials wrote, by their contents
   events.jsonl          everything that happened, in order; MLflow is a replay of it
   baseline/<sha256>.json
@@ -13,8 +13,8 @@
   ray/                  Ray Tune's own state and the checkpoints
   writer.lock           while a process runs the study: see study_lock
 
-Whatever is read here raises UserError, naming the file and the line, where it is not what this package writes. Only a line
-whose end is missing is passed over: the process that wrote it was killed.
+Reading raises UserError, naming the file and line, for content that this package did not write. Only a truncated last line is
+skipped, since the process that wrote it was killed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SKIPPED = "skipped.jsonl"
 
 @dataclass(frozen=True)
 class Skipped:
-    """A suggestion that was not launched: what it was, the norm ratio predicted or wanted, and why."""
+    """A suggestion that was not launched: its settings, the predicted or requested norm ratio, and the reason."""
 
     stage: str
     config: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class WrittenCheckpoint:
-    """What a trial wrote at `step`. `parents`: content ids of what it was trained from."""
+    """A checkpoint that a trial wrote at `step`. `parents`: content ids of what it was trained from."""
 
     trial_id: str
     step: int
@@ -60,7 +60,7 @@ class WrittenCheckpoint:
 
 @dataclass(frozen=True)
 class StartingState:
-    """Everything that a trial starts from, as hashes: never to be quarantined. `parents`: what its weights were made from."""
+    """Hashes of everything that a trial starts from, never to be quarantined. `parents`: ancestors of its weights."""
 
     contents: tuple[Contents, ...]
     parents: tuple[str, ...]
@@ -99,16 +99,16 @@ class StudyFolder:
             folder.mkdir(parents=True, exist_ok=True)
         return self
 
-    # -- the study and what was found before its first trial
+    # -- the study and the results of its phases before launch
 
     def study(self) -> dict[str, Any]:
-        """The study.yaml as plain values, unchecked, so that a study of an earlier version can be read; empty without a file."""
+        """The study.yaml as plain values, without validation, so that earlier versions can be read; empty without a file."""
         from tune_ssim.base.yaml_source import read_yaml
 
         return dict(read_yaml(self.study_file).value) if self.study_file.exists() else {}
 
     def section(self, name: str) -> dict[str, Any]:
-        """A mapping in the study.yaml; empty where it is absent or null. Raises UserError where it is something else."""
+        """A mapping in the study.yaml; empty if it is absent or null. Raises UserError for any other value."""
         value = self.study().get(name)
         if value is not None and not isinstance(value, dict):
             raise UserError(f"{self.study_file}: {name}: must be a mapping, got {str(value)[:60]!r}")
@@ -116,30 +116,30 @@ class StudyFolder:
 
     @property
     def objective(self) -> str:
-        """The metric that the study maximises; `delta_ssim` if its study.yaml does not say."""
+        """The metric that the study maximises; `delta_ssim` if study.yaml does not name one."""
         return str(self.section("objective").get("maximize") or OBJECTIVE)
 
     @property
     def tracking_uri(self) -> str | None:
-        """MLflow's, as the study file gives it."""
+        """MLflow's tracking URI in the study file."""
         uri = self.section("tracking").get("uri")
         return None if uri is None else str(uri)
 
     def preflight(self) -> dict[str, Any] | None:
-        """The report, or None where preflight was switched off; so the next three."""
+        """The report, or None if preflight was switched off. The next three work alike."""
         return parse_json(self.path / PREFLIGHT, _with(status=str, checks=list))
 
     def calibration(self) -> dict[str, Any] | None:
         return parse_json(self.path / CALIBRATION, _with(model=dict, settings=list))
 
     def provenance(self) -> dict[str, str] | None:
-        """Subject → SHA-256 of code, weights and data as they were when the study ran."""
+        """Subject → SHA-256 of code, weights and data when the study ran."""
         return parse_json(self.path / PROVENANCE, _hashes)
 
     def start(self) -> StartingState | None:
         return parse_json(self.path / START, _starting_state)
 
-    # -- what its trials did
+    # -- results of trials
 
     def write_image(self, trial_id: str, step: int, png: bytes) -> Path:
         path = self.path / "images" / trial_id / f"smoke_{step:06d}.png"
@@ -154,11 +154,11 @@ class StudyFolder:
         return read_lines(self.events_file)
 
     def skipped(self) -> list[Skipped]:
-        """Each once: a search that is resumed repeats some."""
+        """Skipped settings without duplicates, which a resumed search writes."""
         return read_skipped(self.skipped_file)
 
     def add_checkpoint(self, trial_id: str, checkpoint: Mapping[str, Any]) -> None:
-        """Notes that a trial wrote one: its step, its path and its contents as hashes."""
+        """Records a checkpoint that a trial wrote: its step, its path and the hashes of its contents."""
         append_line(self.path / "checkpoints.jsonl", {"trial_id": trial_id, **checkpoint})
 
     def checkpoints(self, trial_id: str) -> list[WrittenCheckpoint]:
@@ -166,7 +166,7 @@ class StudyFolder:
         return [line for line in lines if line.trial_id == trial_id]
 
     def add_trial(self, summary: TrialSummary) -> bool:
-        """False, and nothing is written, for a trial that has a verdict: its first one is final."""
+        """Appends a summary. Returns False and writes nothing if the trial already has a verdict, since the first one is final."""
         before = self._verdicts(containing=json.dumps(summary.trial_id)).get(summary.trial_id)
         if before is not None and not before.is_repeated_on_resume:
             return False
@@ -174,8 +174,8 @@ class StudyFolder:
         return True
 
     def trials(self) -> list[TrialSummary]:
-        """In the order in which they first ended. The first verdict of a trial is final; only one that is
-        `is_repeated_on_resume` gives way to a later line."""
+        """Summaries in the order in which trials first ended. The first verdict of a trial is final, except that one with
+        `is_repeated_on_resume` is replaced by a later line."""
         return list(self._verdicts().values())
 
     def _verdicts(self, containing: str = "") -> dict[str, TrialSummary]:
@@ -188,7 +188,7 @@ class StudyFolder:
 
 
 def read_skipped(log: Path) -> list[Skipped]:
-    """What was written to a log of settings that were not launched, each once."""
+    """The settings in a log of those not launched, without duplicates."""
     found: list[Skipped] = []
     for one in parse_lines(log, _skipped):
         if one not in found:
@@ -197,7 +197,7 @@ def read_skipped(log: Path) -> list[Skipped]:
 
 
 def _with(**kinds: type) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A check that an object has these keys, with values of these types. It raises ValueError, naming the key."""
+    """A function that checks that an object has these keys with values of these types. It raises ValueError, naming the key."""
 
     def checked(value: dict[str, Any]) -> dict[str, Any]:
         for name, kind in kinds.items():
@@ -247,7 +247,7 @@ def storage_path(given: str | Path | None) -> Path:
 
 
 def find_study(storage: Path, name: str | None) -> StudyFolder:
-    """The study called `name`, or the one that was started last. Raises UserError naming what there is."""
+    """The study called `name`, or the one started last. Raises UserError listing the existing ones."""
     found = sorted(storage.glob("*/study.yaml"), key=lambda path: (path.stat().st_mtime_ns, path.parent.name))
     if not found:
         raise UserError(f"no study in {storage}; start one with `tune-ssim run`, or say --storage-path")

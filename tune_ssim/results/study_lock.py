@@ -1,7 +1,7 @@
-"""The writer's lock of a study's folder: at most one process runs a study, on this machine or on any that shares the storage.
+"""The writer lock of a study's folder. At most one process runs a study, across all machines that share the storage.
 
-Relied on: linking a file to a name that must not be there yet, and renaming one, are atomic (POSIX; NFS too), and opening a
-file fetches its attributes anew (NFS's close-to-open consistency). Not relied on: flock, lockd, clocks that agree.
+It relies on atomic hard links (to a name that must not exist) and renames (POSIX; NFS too), and on fresh attributes when a file is
+opened (NFS's close-to-open consistency). It does not rely on flock, lockd or synchronised clocks.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from types import TracebackType
 from tune_ssim.base.errors import UserError
 
 LOCK_FILE = "writer.lock"
-HEARTBEAT_S = 5.0  # a sign of life costs one system call
-# An NFS client may show attributes this old (nfs(5), acregmax: 60 s), so a file that is not younger proves nothing.
+HEARTBEAT_S = 5.0  # a heartbeat costs one system call
+# NFS clients cache attributes for up to 60 s (nfs(5), acregmax), so a shorter silence proves nothing.
 MAX_SILENCE_S = 60.0
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, as far as another one can recognise it. `started`: its start in clock ticks since boot, None where the system
-    does not tell. `namespace`: the machine's boot and the process-id namespace; only within the same one does `pid` mean anything.
+    """Identifies a process to other processes. `started`: its start in clock ticks since boot, None if the system does not
+    report it. `namespace`: the machine's boot id and the process-id namespace, within which `pid` is valid.
     """
 
     host: str
@@ -38,7 +38,7 @@ class Owner:
     pid: int
     started: int | None
     since: str  # ISO 8601, local time with its offset
-    token: str  # of this one acquisition
+    token: str  # unique to this acquisition
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -48,24 +48,24 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether this process could see it."""
+        """Whether this process can see it."""
         return (self.host, self.namespace) == (socket.gethostname(), _namespace())
 
     @property
     def is_alive(self) -> bool:
-        """Of one that `is_here`. Another process that was given the same id since then started later."""
+        """Whether an owner that `is_here` is alive. A later process with the same id has a later start time."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return False
         except PermissionError:
-            pass  # another user's
+            pass  # a process of another user
         return self.started is None or _start_of(self.pid) in (None, self.started)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A lock file as it was read; `owner` is None for one that is not written yet, or was torn."""
+    """A lock file as read; `owner` is None if the file is not written yet or truncated."""
 
     owner: Owner | None
     mtime: float
@@ -79,8 +79,8 @@ class _Found:
 class StudyLock:
     """A context manager. Raises UserError on entry while another process runs the study; a dead owner's lock is taken over.
 
-    An owner on this machine is dead when its process is. One elsewhere is dead after `max_silence_s` without a heartbeat, by
-    the file system's own clock, and without another one during two more `heartbeat_s`: a file server may have been away.
+    An owner on this machine is dead if its process is. One elsewhere is dead after `max_silence_s` without a heartbeat, by the
+    file system's clock, and none during two more `heartbeat_s`, since the file server may have been unreachable.
     """
 
     def __init__(self, folder: Path, *, heartbeat_s: float = HEARTBEAT_S, max_silence_s: float = MAX_SILENCE_S) -> None:
@@ -101,27 +101,27 @@ class StudyLock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         assert self._owner is not None and self._heart is not None
         self._stop.set()
-        self._heart.join(timeout=self.heartbeat_s)  # a file server that is away does not keep the process
+        self._heart.join(timeout=self.heartbeat_s)  # an unreachable file server must not block the exit
         os.close(self._descriptor)
         _remove(self.file, self._owner.token)
 
     def require_held(self) -> None:
-        """Raises UserError where the lock was lost: this process must not write into the study any more."""
+        """Raises UserError if the lock was lost, so that this process stops writing into the study."""
         if self.is_lost:
             raise UserError(f"study {self.folder.name}: this process was silent for too long, and another one runs the study now")
 
     def _acquire(self, path: Path) -> tuple[Owner, int]:
-        """A descriptor of the lock file that is now ours."""
+        """Acquires the lock. Returns a descriptor of the lock file."""
         while True:
             with suppress(FileExistsError):
                 return _create(path)
             found = _read(path)
-            if found is None:  # released in this moment
+            if found is None:  # released just now
                 continue
             if not self._is_dead(path, found):
                 raise UserError(self._refusal(found))
-            # Whoever takes over from this owner must hold the lock called after it; the one that comes second finds that the
-            # file is no longer the one that it judged. A process that died while it took over is taken over from in turn.
+            # A takeover from this owner needs a second lock named after it. The slower of two processes then finds that the
+            # lock file is no longer the one it judged. A process that died during a takeover is itself taken over from.
             mutex = path.with_name(f".{LOCK_FILE}.{found.identity}")
             taker, descriptor = self._acquire(mutex)
             try:
@@ -165,18 +165,18 @@ class StudyLock:
         return f"{words}; end it there, or choose another --name"
 
     def _beat(self) -> None:
-        """Touches the file through its descriptor: never the file of another owner that took over the name."""
+        """Touches the file through its descriptor, so never the file of a later owner."""
         while not self._stop.wait(self.heartbeat_s):
             try:
                 os.utime(self._descriptor)
                 found = _read(self.file)
-            except OSError:  # the file server is away
+            except OSError:  # the file server is unreachable
                 continue
             self.is_lost = found is None or self._owner is None or found.identity != self._owner.token
 
 
 def _create(path: Path) -> tuple[Owner, int]:
-    """Raises FileExistsError. The file appears with its whole content: an owner that is killed in between leaves no lock."""
+    """Creates the lock file atomically with its content, so a kill leaves no partial lock. Raises FileExistsError."""
     owner = Owner.this_process()
     whole = path.with_name(f".{path.name.lstrip('.')}.{owner.token}")
     descriptor = os.open(whole, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -193,7 +193,7 @@ def _create(path: Path) -> tuple[Owner, int]:
 
 
 def _read(path: Path) -> _Found | None:
-    """None for a file that is not there."""
+    """Reads a lock file; None if it does not exist."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -211,7 +211,7 @@ def _read(path: Path) -> _Found | None:
 
 
 def _remove(path: Path, identity: str) -> None:
-    """Removes the lock of `identity`, and of no other: it is looked at again under a name that nobody else knows."""
+    """Removes the lock only if it has this `identity`. It is renamed to a unique name first and checked again."""
     found = _read(path)
     if found is None or found.identity != identity:
         return
@@ -235,8 +235,8 @@ def _namespace() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """Clock ticks since boot (proc(5), field 22 of stat); -1 for a process that has ended and waits for its parent; None where
-    the system does not tell."""
+    """Clock ticks since boot (proc(5), field 22 of stat); -1 for a zombie process; None if the system
+    does not report it."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -21,7 +21,7 @@ VERDICT_STYLES = {
     Verdict.BAD_SETUP: "bold magenta",
     Verdict.ERROR: "bold red",
 }
-# ASCII in place of the other characters of reasons and headings.
+# ASCII replacements for other characters in reasons and headings.
 ASCII = str.maketrans(
     {"Δ": "d", "≥": ">=", "≤": "<=", "×": "x", "·": "*", "…": "...", "–": "-", "—": "-", "−": "-", "★": "*", "→": "->"}
     | {"±": "+-", "’": "'", "“": '"', "”": '"', "σ": "sigma", "μ": "mu"}
@@ -62,14 +62,14 @@ def metric_label(name: str) -> str:
 
 
 def format_setting(config: Mapping[str, Any]) -> str:
-    """`gain 30 @ 0.3`; for a training without an SSIM loss every setting by its name."""
+    """`gain 30 @ 0.3`; for a training without an SSIM loss, all settings by name."""
     if GAIN not in config and WEIGHT not in config:
         return ", ".join(f"{name} {format_number(value)}" for name, value in config.items())
     return f"gain {format_number(gain_of(config))} @ {format_number(config.get('ssim_loss_max_t'))}"
 
 
 def format_number(value: Any, form: str = ".4g") -> str:
-    """A number as text: a dash where it was not measured; NaN and Infinity by name."""
+    """A number as text; a dash if it was not measured; NaN and Infinity by name."""
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -78,6 +78,6 @@ def format_number(value: Any, form: str = ".4g") -> str:
 
 
 def readable(text: str, ascii_only: bool = False) -> str:
-    """One line without control characters (names and reasons come from files); in ASCII with `ascii_only`."""
+    """One line without control characters, since names and reasons come from files; ASCII if `ascii_only`."""
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text.translate(ASCII).encode("ascii", "replace").decode() if ascii_only else text

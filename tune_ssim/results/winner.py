@@ -15,20 +15,20 @@ from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
 
 
 class NoSafeTrial(UserError):
-    """The study holds nothing that may be exported; the message counts the verdicts and names the nearest miss."""
+    """The study has no setting to export. The message counts the verdicts and names the nearest miss."""
 
 
 def best_safe(
     study: StudyFolder | Path | str | Iterable[TrialSummary], *, objective: str | None = None, where: str = "this study"
 ) -> TrialSummary:
-    """The safe trial with the largest objective that the confirm phase has not refuted.
+    """The safe trial with the largest objective, unless the confirm phase refuted it.
 
     `study`: a study's folder, its path, or summaries. `objective`: a metric's name; without it `objective.maximize` of
-    the folder's study.yaml, else `delta_ssim`. What qualifies: see `ranked`. Where there was a confirm phase, only a
-    setting that held there does: all its trials safe, and a mean objective above zero. Among equals the first one wins.
+    the folder's study.yaml, else `delta_ssim`. What qualifies: see `ranked`. After a confirm phase, only a
+    setting that held there does: all its trials safe, and a mean objective above zero. On a tie the first one wins.
 
-    Raises NoSafeTrial if nothing qualifies, and also if the best delta is not above zero: a setting that does not
-    beat the baseline is no winner.
+    Raises NoSafeTrial if nothing qualifies, or if the best delta is not above zero, that is, no setting beats the
+    baseline.
     """
     if isinstance(study, (str, Path)):
         study = StudyFolder(Path(study))
@@ -59,10 +59,10 @@ def best_safe(
 
 
 def ranked(summaries: Iterable[TrialSummary], objective: str = OBJECTIVE) -> list[TrialSummary]:
-    """Trials of the search that may win, the best first, each setting once.
+    """Trials of the search that may win, best first, without duplicate settings.
 
-    A trial qualifies if its verdict is `safe` (the margins of `objective.keep` are part of the verdict: a trial beyond
-    them is `degraded`), its objective is finite and, where it is a difference to the baseline, above zero, and no other
+    A trial qualifies if its verdict is `safe` (which includes the margins of `objective.keep`: a trial outside them
+    is `degraded`), its objective is finite and, where it is a difference to the baseline, above zero, and no other
     trial of the same setting was pruned or degraded."""
     return [
         summary
@@ -90,7 +90,7 @@ def confirmations(summary: TrialSummary, summaries: Iterable[TrialSummary]) -> l
 
 
 def holds(confirmed: Sequence[TrialSummary], objective: str = OBJECTIVE) -> bool:
-    """Whether a setting had at least two trials in the confirm phase, all of them safe and on average better than the baseline."""
+    """Whether a setting had at least two trials in the confirm phase, all safe and on average better than the baseline."""
     if len(confirmed) < 2 or any(trial.verdict is not Verdict.SAFE for trial in confirmed):
         return False
     return not objective.startswith("delta_") or fmean(trial.metric(objective) for trial in confirmed) > 0

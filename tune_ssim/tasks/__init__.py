@@ -1,1 +1,1 @@
-"""Real trainings that come with the package, and their weights."""
+"""Bundled trainings and their weights."""

@@ -1,4 +1,4 @@
-"""An autoencoder of one's own, as the diffusers library saves it: a folder with config.json and its safetensors file."""
+"""A user's autoencoder in the format of the diffusers library: a folder with config.json and a safetensors file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tune_ssim.base.errors import BadSetup, UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
-CHUNK = 8  # images, as a DecodedLoss has it
-PROBE = 64  # pixels of the image by which channels and reduction are found out
+CHUNK = 8  # images per chunk, as in DecodedLoss
+PROBE = 64  # side of the image that is encoded to find channels and reduction
 
 
 class DiffusersVAE(nn.Module):
@@ -43,7 +43,7 @@ class DiffusersVAE(nn.Module):
         self.register_buffer("latent_std", torch.tensor(std).float().view(1, -1, 1, 1) / scale)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """The posterior's mean where there is a posterior, standardised."""
+        """The standardised latent: the posterior's mean, if there is a posterior."""
         return (_in_chunks(self._moment, images) - self.latent_mean) / self.latent_std
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -59,16 +59,16 @@ class DiffusersVAE(nn.Module):
 
 
 def _in_chunks(function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
-    """In small batches where no gradient is wanted: an evaluation's 128 images of a real VAE would fill the memory."""
+    """Runs in small batches if no gradient is needed, since an evaluation's 128 images could fill the memory with a real VAE."""
     if torch.is_grad_enabled():
         return function(batch)
     return torch.cat([function(chunk) for chunk in batch.split(CHUNK)])
 
 
 def load_diffusers_vae(folder: str | Path) -> DiffusersVAE:
-    """One of `CLASSES`, loaded from a local folder; pickled weights (.bin) are not read, nothing is downloaded.
+    """Loads one of `CLASSES` from a local folder. Pickled weights (.bin) are not read; nothing is downloaded.
 
-    Raises UserError for a folder that is not one of these or a missing diffusers, BadSetup for weights that do not fit."""
+    Raises UserError for any other folder or if diffusers is missing, BadSetup for weights that do not fit."""
     folder = Path(folder)
     settings = _settings(folder)
     name = settings.get("_class_name")
@@ -83,7 +83,7 @@ def load_diffusers_vae(folder: str | Path) -> DiffusersVAE:
     except ImportError as error:
         raise UserError(f"vae: needs the diffusers library ({error}): pip install 'tune-ssim[diffusers]'") from None
     try:
-        # low_cpu_mem_usage needs a further library, and says so at every load unless it is switched off.
+        # low_cpu_mem_usage needs a further library and warns at every load unless it is switched off.
         inner, info = getattr(diffusers, name).from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True,
             torch_dtype=torch.float32,

@@ -1,12 +1,12 @@
-"""Flow matching from a latent that a condition is encoded into, with a KL and a semantic target (note 002).
+"""Flow matching from a latent encoded from a condition, with a KL term and a semantic target (note 002).
 
     condition ─► encoder ─► mu, log_var ─► z = mu + exp(½ log_var) ε ─┬─► DINO head ─► 1 − cosine to frozen features ─► · dino_alpha
                                 │                                     └─► z_t = (1−t) x + t z ─► flow ─► velocity ─► loss_flow
                                 └─► KL(N(mu, exp(log_var)) ‖ N(0, 1)) ─► · kl_weight
 
-The flow starts at the latent z (t = 1) instead of at noise, and ends at the patch x (t = 0). The condition is what a caption
-would be: the photograph's subject, and the patch's sixteen coarse grey levels. Every branch reaches the encoder, so each can
-ruin the others: that is what the metrics are for.
+The flow starts at the latent z (t = 1) instead of at noise, and ends at the patch x (t = 0). The condition replaces a caption: the
+photograph's subject and the patch's sixteen coarse grey levels. Every branch reaches the encoder, so each can ruin the others. The
+metrics show this.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tune_ssim.trials.training import Number, Part, Sample, Training
 PIXELS, COARSE, WIDTH = PATCH * PATCH, 4, 256
 GREY, CONTRAST = 0.53, 0.3  # mean and standard deviation of the training patches: x = (patch - GREY) / CONTRAST
 EULER_STEPS = 8
-SMOKE_PATCHES, EVALUATION_PATCHES = 48, 240  # as many of each of the twelve photographs
+SMOKE_PATCHES, EVALUATION_PATCHES = 48, 240  # the same number from each of the twelve photographs
 PATCH_STREAM, NOISE_STREAM = 0, 1  # independent random streams of one step
 BRANCHES = ("flow", "dino", "kl")
 TAGS = ("flow", "dino_t_head", "mu_head", "logvar_head")  # names of note 002 §0
@@ -54,10 +54,10 @@ class FlowConfig:
     kl_weight: float = 6e-3
     kl_max_variance: float | None = 10.0  # bound of exp(log_var) in the KL (note 004); None: off
     dino_alpha: float = 1.0  # weight of the semantic target, once it is warm
-    dino_warmup: float = 0.25  # share of the trial in which it rises from 0 (note 002 §1.1); 0: there from the first step
+    dino_warmup: float = 0.25  # share of the trial over which it rises from 0 (note 002 §1.1); 0: full from the first step
     dino_network: str | None = None  # module:function of a larger network; None: the bundled one
     measure_every: int = 5  # steps between readings of the gradients of each part
-    ablate: str | None = None  # flow | dino | kl: this branch is left out of the loss, and measured all the same
+    ablate: str | None = None  # flow | dino | kl: this branch is left out of the loss but still measured
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> FlowConfig:
@@ -84,7 +84,7 @@ class FlowConfig:
 
 
 class Networks(nn.Module):
-    """Everything that trains: the condition's encoder with its two heads, the flow, and the head of the semantic branch."""
+    """All trained networks: the condition's encoder with its two heads, the flow, and the head of the semantic branch."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class FlowDinoKL(Training):
     """See `trials.training.Training` for the contract.
 
     Metrics of a step, means over its micro-batches: loss = loss_flow + loss_dino + loss_kl; loss_dino = alpha · dino_global
-    and loss_kl = kl_weight · kl_raw as they enter the loss, so 0 where a branch is left out; dino_global: 1 − cosine;
+    and loss_kl = kl_weight · kl_raw as they enter the loss, so 0 if a branch is left out; dino_global: 1 − cosine;
     kl_raw: nats; z_init/mean and z_init/var: of the sampled latent. Every `measure_every` steps `dbg/loss_grad/flow` and
     `dbg/loss_grad/dino`: how hard each pushes the latent, in the first micro-batch, the weight included."""
 
@@ -177,14 +177,14 @@ class FlowDinoKL(Training):
         return found, z
 
     def sample(self, noise: int = 0) -> Sample:
-        """Patches that the flow makes from held-out conditions."""
+        """Patches that the flow generates from held-out conditions."""
         patches, _ = self.patches.held_out_batch(SMOKE_PATCHES)
         images = self._generate(SMOKE_PATCHES, noise)
         return Sample(images.expand(-1, 3, -1, -1), patches.to(self.device).expand(-1, 3, -1, -1))
 
     def evaluate(self) -> dict[str, float]:
-        """Held out: the losses with fixed noise, and `alignment`: the cosine between the features of what the flow makes and
-        those of the patch that the condition is of, the training patches' mean feature taken out."""
+        """Held-out losses with fixed noise, and `alignment`: the cosine between the features of generated patches and of the
+        patches of the same conditions, after subtracting the training patches' mean feature."""
         patches, subjects = self.patches.held_out_batch(EVALUATION_PATCHES)
         patches = patches.to(self.device)
         generator = torch.Generator().manual_seed(20_251_101)
@@ -228,7 +228,7 @@ class FlowDinoKL(Training):
             "device": self.device.type,
         }
 
-    # -- what preflight looks at
+    # -- for preflight
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.networks.parameters())
@@ -244,14 +244,14 @@ class FlowDinoKL(Training):
         return torch.cat(micros).cpu().expand(-1, 3, -1, -1)
 
     def fingerprints(self) -> dict[str, str]:
-        """sha256 of every pixel of the two parts of the photographs."""
+        """SHA-256 of all pixels of the two parts of the photographs."""
         parts = {"data/train": self.patches.train, "data/held_out": self.patches.held_out}
         return {name: hashlib.sha256(b"".join(x.numpy().tobytes() for x in parts)).hexdigest() for name, parts in parts.items()}
 
     # -- the parts of a step
 
     def _batch(self, n: int, micro: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """From (seed, n, micro) alone: patches `[batch, 1, 16, 16]`, conditions, the latents' noise, and t."""
+        """The batch, from (seed, n, micro) only: patches `[batch, 1, 16, 16]`, conditions, the latents' noise, and t."""
         size = self.config.batch_size
         patches, subjects = self.patches.train_batch(size, self._generator(n, micro, PATCH_STREAM))
         generator = self._generator(n, micro, NOISE_STREAM)

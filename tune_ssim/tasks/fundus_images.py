@@ -2,7 +2,7 @@
 
 The study's image is `skimage.data.retina()` (1411 x 1411 RGB, CC0, inside the scikit-image wheel: no download), halved
 by area averaging to 705 x 705. The top 70 % of the rows train; the bottom 30 % are held out. Other images of the same
-wheel stand in for somebody else's data.
+wheel represent a user's own data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 from tune_ssim.base.errors import UserError
 
 CROP = 48  # pixels; 12 x 12 latents behind an f = 4 autoencoder
-IMAGES = ("retina", "immunohistochemistry", "microaneurysms", "astronaut", "coffee", "chelsea")  # all inside the wheel
+IMAGES = ("retina", "immunohistochemistry", "microaneurysms", "astronaut", "coffee", "chelsea")  # all in the wheel
 FACTOR = 4  # super-resolution factor: the low-resolution input is CROP / FACTOR wide
 LOW_RES_NOISE = 0.03  # standard deviation added to the low-resolution input, on the [0, 1] scale
 TRAIN_ROWS = 0.7
@@ -46,12 +46,12 @@ class FundusImages:
         return torch.where(flip[:, 1, None, None, None], crops.flip(-2), crops)
 
     def held_out_crops(self, count: int) -> torch.Tensor:
-        """`[count, 3, crop, crop]`: always the same crops, spread evenly over the held-out part."""
+        """`[count, 3, crop, crop]`: fixed crops, spread evenly over the held-out part."""
         rows = torch.linspace(0, len(self.held_out_origins) - 1, count).round().long()
         return cut(self.held_out, self.held_out_origins[rows], self.crop)
 
     def fingerprints(self) -> dict[str, str]:
-        """sha256 of every pixel and place of the two parts."""
+        """SHA-256 of all pixels and crop origins of the two parts."""
         parts = {"data/train": (self.train, self.train_origins), "data/held_out": (self.held_out, self.held_out_origins)}
         return {name: hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest() for name, tensors in parts.items()}
 
@@ -75,7 +75,7 @@ def _origins(image: torch.Tensor, crop: int) -> torch.Tensor:
 
 @lru_cache(maxsize=2)
 def load_fundus_images(image: str = "retina", crop: int = CROP) -> FundusImages:
-    """One of `IMAGES`, decoded once a process (0.2 s). Raises UserError if it is too small for crops of this size."""
+    """One of `IMAGES`, decoded once per process (0.2 s). Raises UserError if it is too small for crops of this size."""
     from skimage import data
 
     pixels = np.asarray(getattr(data, image)())

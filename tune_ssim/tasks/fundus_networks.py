@@ -101,9 +101,9 @@ def timestep_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
 class Denoiser(nn.Module):
     """Velocity of the flow: `(z_t [n, c, h, w], t [n], condition [n, 3, H, W] in [-1, 1])` → `[n, c, h, w]`; h, w even.
 
-    A two-level U-Net. The low-resolution image enters by concatenation: as it is where it has the latent's size, as with the
-    bundled VAE; behind a VAE that reduces more than the image was reduced, `shrink` x `shrink` of its pixels become channels;
-    where the latent is larger, its pixels are repeated.
+    A two-level U-Net. The low-resolution image is concatenated to the latent: unchanged if it has the latent's size, as with the
+    bundled VAE. If the latent is smaller, `shrink` x `shrink` of its pixels become channels. If the latent is larger, its pixels
+    are repeated.
     """
 
     def __init__(self, width: int = 48, embedding: int = 64, latent_channels: int = LATENT_CHANNELS, shrink: int = 1) -> None:

@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adamw_hot": {"optimizer": "adamw", "lr": 5e-3, "max_grad_norm": None},  # ruins while the norm looks harmless
 }
 MADE_FOR = "tune_ssim_vae"  # metadata of a denoiser's file: content id of the VAE whose latents it was trained on
-STATISTICS_CROPS = 64  # training crops by which the latents' mean and deviation are measured
+STATISTICS_CROPS = 64  # training crops used to measure the latents' mean and deviation
 EULER_STEPS = 12  # fixed: two steps instead of twelve raise SSIM by 0.010
 SMOKE_CROPS, EVALUATION_CROPS = 32, 128
 FLOW_BINS = 5  # t-bins of the held-out flow loss
@@ -52,20 +52,20 @@ IMAGE_STREAM, NOISE_STREAM, LOW_RES_STREAM = 0, 1, 2  # independent random strea
 class FundusConfig:
     """The `task_config` of a study."""
 
-    preset: str = "sgd"  # fills optimizer, lr and max_grad_norm where they are not given
+    preset: str = "sgd"  # default of optimizer, lr and max_grad_norm
     optimizer: str | None = None  # sgd | adamw
     lr: float | None = None  # 0 switches the update off
     max_grad_norm: float | None = None  # gradient clipping; None: the preset's
     steps: int = 200  # optimiser steps of a trial; read by the trial, not here
     batch_size: int = 8
-    image: str | None = None  # see fundus_images.IMAGES; retina where there is no `data`
-    data: str | None = None  # a folder of one's own images in its place; see image_folder
-    data_side: int | None = None  # pixels to which the shorter side of larger ones is reduced; None: they stay as they are
+    image: str | None = None  # see fundus_images.IMAGES; retina if there is no `data`
+    data: str | None = None  # a folder of your own images instead; see image_folder
+    data_side: int | None = None  # larger images are reduced to this shorter side, in pixels; None: unchanged
     data_errors: str = "skip"  # skip | refuse: images that cannot be read or are smaller than a crop
     crop: int = CROP  # pixels, a multiple of 8
     width: int = 48  # channels of the denoiser; the bundled weights have 48
     t_law: str = "uniform"  # uniform | shifted_sigmoid_normal (BAGEL)
-    timestep_shift: float = 1.0  # of the second law
+    timestep_shift: float = 1.0  # parameter of the second law
     precision: str = "float32"  # float32 | bf16 | fp16: autocast of the denoiser; the SSIM is float32 always
     ssim_loss_weight: float = 0.0
     ssim_loss_max_t: float = 0.3
@@ -74,10 +74,10 @@ class FundusConfig:
     pixel_loss_weight: float = 0.0
     pixel_loss_max_t: float = 0.3
     decode_chunk: int = 8  # latents decoded at once
-    measure_main_norm: bool = False  # one more backward pass a step: the norm of the flow loss alone
+    measure_main_norm: bool = False  # one more backward pass per step, for the norm of the flow loss alone
     pretrained: bool = True  # False: start from random weights
     vae: str | None = None  # folder of a diffusers AutoencoderKL or AutoencoderTiny in place of the bundled VAE
-    weights: str | None = None  # folder with the files of the bundled one, and fundus_denoiser_ema.safetensors if there is one
+    weights: str | None = None  # folder with files as in the bundled one; fundus_denoiser_ema.safetensors is optional
     finetune_from_ema: bool = False  # start from that third file
     ema_decay: float | None = None  # average the denoiser's weights while training; None: no average
 
@@ -139,7 +139,7 @@ class FundusSR(Training):
         self.seed, self.step_count = seed, 0
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.images = self._load_images()
-        self.fixed: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}  # what inference starts from, by (count, noise)
+        self.fixed: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}  # inputs of inference, by (count, noise)
         torch.manual_seed(seed)  # only for random initial weights
         self.vae, self.model, self.ema = self._load_networks()
         try:
@@ -254,7 +254,7 @@ class FundusSR(Training):
             "device": self.device.type,
         }
 
-    # -- what preflight and calibration look at
+    # -- for preflight and calibration
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return list(self.model.parameters())
@@ -278,7 +278,7 @@ class FundusSR(Training):
         return self.images.train_crops(self.config.batch_size, self._generator(n, IMAGE_STREAM))
 
     def left_out(self) -> dict[str, str]:
-        """Files of the data that are not used, and why."""
+        """Data files that are not used, each with the reason."""
         return dict(self.images.left_out) if isinstance(self.images, FolderImages) else {}
 
     def latent_statistics(self) -> tuple[list[float], list[float]]:
@@ -286,14 +286,14 @@ class FundusSR(Training):
         return measured_latents(self.vae, self.images, self.device)
 
     def fingerprints(self) -> dict[str, str]:
-        """sha256 of the two parts of the data, and of what inference starts from."""
+        """SHA-256 of the two parts of the data, and of the inputs of inference."""
         start = b"".join(x.numpy().tobytes() for noise in (0, 1) for x in self._fixed_inputs(EVALUATION_CROPS, noise))
         return {**self.images.fingerprints(), "data/evaluation": hashlib.sha256(start).hexdigest()}
 
     # -- the parts of a step
 
     def _batch(self, n: int) -> tuple[torch.Tensor, ...]:
-        """Batch n, from (seed, n) alone: crops in [0, 1], low-resolution inputs in [-1, 1], clean latents, noise, and t
+        """Batch n, from (seed, n) only: crops in [0, 1], low-resolution inputs in [-1, 1], clean latents, noise, and t
         on the host, where the gate decides."""
         size = self.config.batch_size
         crops, side = self.training_images(n), self.config.crop // FACTOR
@@ -338,7 +338,7 @@ class FundusSR(Training):
     def _fixed_inputs(self, count: int, noise: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Held-out crops in [0, 1], their degraded inputs in [0, 1] and initial latents, on the CPU."""
         crops, side = self.images.held_out_crops(count), self.config.crop // FACTOR
-        generator = torch.Generator().manual_seed(20_251_122)  # one draw for the degradation, whichever `noise`
+        generator = torch.Generator().manual_seed(20_251_122)  # the same degradation for every `noise`
         low = low_resolution(crops, torch.randn(count, 3, side, side, generator=generator))
         generator.manual_seed(1 + noise)
         latent_side = self.config.crop // self.vae.factor
@@ -408,7 +408,7 @@ def _pretrain(config: FundusConfig) -> str:
 
 
 def load_vae(path: str | Path) -> VAE | DiffusersVAE:
-    """A folder in diffusers' layout, or a file of the bundled VAE's kind."""
+    """Loads a VAE from a folder in diffusers' layout, or a file like that of the bundled VAE."""
     if Path(path).suffix != ".safetensors":
         return load_diffusers_vae(path)
     vae = VAE()
@@ -417,12 +417,12 @@ def load_vae(path: str | Path) -> VAE | DiffusersVAE:
 
 
 def denoiser_for(vae: VAE | DiffusersVAE, width: int) -> Denoiser:
-    """With fresh weights, for this VAE's latents."""
+    """A denoiser with fresh weights for this VAE's latents."""
     return Denoiser(width, latent_channels=vae.latent_channels, shrink=max(1, vae.factor // FACTOR))
 
 
 def vae_id(vae: VAE | DiffusersVAE) -> str:
-    """Content id of its tensors, those that standardise the latents included."""
+    """Content id of its tensors, including those that standardise the latents."""
     return content_id(tensor_hashes(vae.state_dict()))
 
 
@@ -437,9 +437,9 @@ def measured_latents(
 
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
-    """All tensors of `path`, strictly; a bundled file must have its recorded hash.
+    """Loads all tensors of `path`, strictly. A bundled file must have its recorded hash.
 
-    Raises UserError where there is no such file, and BadSetup for one that holds something else than `module` needs."""
+    Raises UserError if there is no such file, and BadSetup if its contents do not fit `module`."""
     sums = path.parent / "SHA256SUMS"
     if not path.exists():
         raise UserError(f"{path}: no such file")

@@ -1,12 +1,12 @@
 """Crops of a folder of images of any size and mode, split into training and held-out images by their contents.
 
-An image belongs to the held-out part if the first 32 bits of its SHA-256, as a fraction of 2^32, lie below `HELD_OUT`. So an
-image keeps its part whatever it is called and whatever is added beside it, and two copies of it never lie on both sides. Where
-that leaves a part empty, one image goes over. Sub-folders called `train` and `held_out`, if there are both, are the parts
-instead: images of one patient belong together, which no hash knows.
+An image belongs to the held-out part if the first 32 bits of its SHA-256, as a fraction of 2^32, lie below `HELD_OUT`. So an image
+stays in its part if it is renamed or other images are added, and two copies never land in different parts. If a part would be
+empty, one image is moved to it. If there are sub-folders `train` and `held_out`, they are the parts instead, for example to keep
+images of one patient together.
 
-Every image is read and decoded once when a process first sees it, so that a broken one is known before the first step.
-Afterwards pixels are read when they are needed, and kept as far as `CACHE_BYTES` go.
+Every image is decoded once when a process first sees it, so that a broken one is found before the first step. Afterwards pixels
+are read when needed, and cached up to `CACHE_BYTES`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.tasks.fundus_images import BACKGROUND, MAX_BACKGROUND
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2")
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")  # none that starts another program, as EPS does
-MAX_PIXELS = 89_478_485  # of one image: Pillow's own limit, beyond which a small file may unpack into all of the memory
-MAX_BYTES = 2**30  # of one file
-CACHE_BYTES = 256 * 2**20  # a process; some 80 images of a megapixel
-THREADS = 4  # that decode; bounds the memory that the first look takes
-HELD_OUT = 0.3  # as of the bundled photograph
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")  # no format that starts another program, as EPS does
+MAX_PIXELS = 89_478_485  # per image: Pillow's own limit against decompression bombs
+MAX_BYTES = 2**30  # per file
+CACHE_BYTES = 256 * 2**20  # per process; about 80 images of a megapixel
+THREADS = 4  # decoder threads; bounds the memory of the first scan
+HELD_OUT = 0.3  # as for the bundled photograph
 PARTS = ("train", "held_out")
-CANDIDATES = 4  # places looked at for a crop that is not mostly background
-HELD_OUT_SEED = 20_251_122  # of the places of held-out crops: the same for every trial, whatever its seed
+CANDIDATES = 4  # places tried for a crop that is not mostly background
+HELD_OUT_SEED = 20_251_122  # seeds the places of held-out crops, the same for every trial
 WHITE = {"uint8": 255, "uint16": 65_535, "float32": 1}
-NAMED = 20  # files in a message: what a screen holds
+NAMED = 20  # files named in a message
 
 
 class Unreadable(Exception):
@@ -49,7 +49,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """sha256: of the file. height, width: in pixels, upright, after reduction."""
+    """An image file. sha256: of the file. height, width: in pixels, upright, after reduction."""
 
     path: str
     sha256: str
@@ -59,7 +59,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """`train`, `held_out`: in the order of their hashes, so that names mean nothing. left_out: file → why. crop: pixels.
+    """`train`, `held_out`: in hash order, so that names do not matter. left_out: file → reason. crop: pixels.
     side: images with a longer shorter side were reduced to it."""
 
     train: tuple[ImageFile, ...]
@@ -77,12 +77,12 @@ class FolderImages:
         return torch.where(flip[:, 1, None, None, None], crops.flip(-2), crops)
 
     def held_out_crops(self, count: int) -> torch.Tensor:
-        """`[count, 3, crop, crop]`: always the same crops, from as many held-out images as there are, in equal shares."""
+        """`[count, 3, crop, crop]`: fixed crops, in equal shares from all held-out images."""
         generator = torch.Generator().manual_seed(HELD_OUT_SEED)
         return torch.stack([self._crop(self.held_out[i * len(self.held_out) // count], generator) for i in range(count)])
 
     def fingerprints(self) -> dict[str, str]:
-        """sha256 of the contents of each part's files; their names and places mean nothing."""
+        """SHA-256 of the contents of each part's files, independent of names and paths."""
         parts = {"data/train": self.train, "data/held_out": self.held_out}
         return {
             name: hashlib.sha256(f"{self.side}".encode() + "".join(file.sha256 for file in files).encode()).hexdigest()
@@ -90,7 +90,7 @@ class FolderImages:
         }
 
     def _crop(self, file: ImageFile, generator: torch.Generator) -> torch.Tensor:
-        """Of a few places the first that shows enough, else the one that shows most: fundus photographs are framed in black."""
+        """The first of a few places with little background, else the one with the least: fundus photographs have black frames."""
         pixels, candidates = CACHE.pixels(file, self.side), []
         rows = torch.randint(file.height - self.crop + 1, (CANDIDATES,), generator=generator).tolist()
         columns = torch.randint(file.width - self.crop + 1, (CANDIDATES,), generator=generator).tolist()
@@ -104,7 +104,7 @@ class FolderImages:
 
 
 def load_folder_images(folder: str | Path, crop: int, side: int | None = None, errors: str = "skip") -> FolderImages:
-    """Images under `folder`, its sub-folders included; hidden files and folders are not looked at, links are followed, loops not.
+    """Images under `folder`, including sub-folders. Hidden files and folders are ignored; links are followed, but not in loops.
 
     A file that cannot be read, or whose image is smaller than the crop, is left out and named (`skip`), or ends the study
     (`refuse`). Raises UserError for that, and for fewer than two images."""
@@ -116,7 +116,7 @@ def load_folder_images(folder: str | Path, crop: int, side: int | None = None, e
     return _looked_at(str(root), tuple(parts.items()), crop, side, errors)
 
 
-@lru_cache(maxsize=2)  # for as long as the files are the same
+@lru_cache(maxsize=2)  # valid as long as the files are unchanged
 def _looked_at(
     root: str, parts: tuple[tuple[str, tuple[Found, ...]], ...], crop: int, side: int | None, errors: str
 ) -> FolderImages:
@@ -145,7 +145,7 @@ def words(left_out: Mapping[str, str]) -> str:
 
 
 def _once(images: Sequence[ImageFile]) -> list[ImageFile]:
-    """Copies of an image count once."""
+    """Removes copies of an image."""
     return sorted({image.sha256: image for image in reversed(images)}.values(), key=lambda image: image.sha256)
 
 
@@ -166,14 +166,14 @@ def _split(
     every = images.get("", [])
     if len(every) < 2:
         raise UserError(f"data: {root}: {len(every)} different images that can be used; at least 2, one is held out{why}")
-    fractions = [int(image.sha256[:8], 16) / 2**32 for image in every]  # ascending, as the images are in the order of their hashes
+    fractions = [int(image.sha256[:8], 16) / 2**32 for image in every]  # ascending, since the images are in hash order
     first = min(max(sum(fraction < HELD_OUT for fraction in fractions), 1), len(every) - 1)
     return tuple(every[first:]), tuple(every[:first])
 
 
 # -- files
 
-Found = tuple[str, int, int, str]  # path, size, mtime_ns, and why it cannot be used, if that is known already
+Found = tuple[str, int, int, str]  # path, size, mtime_ns, and the reason why it cannot be used, if already known
 
 
 def _files(folder: Path) -> tuple[Found, ...]:
@@ -185,7 +185,7 @@ def _walk(folder: Path) -> Iterator[Found]:
     problems: list[OSError] = []
     for place, folders, names in os.walk(folder, followlinks=True, onerror=problems.append):
         status = Path(place).stat()
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was walked already, or to one above
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder already walked, or to a parent
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -210,7 +210,7 @@ def _look(found: Found, side: int | None) -> ImageFile | str:
     return why or _look_inside(path, size, mtime_ns, side)
 
 
-@lru_cache(maxsize=1_000_000)  # size and mtime_ns: a file that has changed is looked at again
+@lru_cache(maxsize=1_000_000)  # keyed by size and mtime_ns, so a changed file is read again
 def _look_inside(path: str, size: int, mtime_ns: int, side: int | None) -> ImageFile | str:
     try:
         content = Path(path).read_bytes()
@@ -226,12 +226,12 @@ def _look_inside(path: str, size: int, mtime_ns: int, side: int | None) -> Image
 
 
 def read_pixels(content: bytes, side: int | None = None) -> np.ndarray:
-    """An image file's content → `[height, width, channels]`: 3 channels of uint8, or 1 of uint16 or float32 (white: `WHITE`),
-    upright as EXIF has it.
+    """Decodes an image to `[height, width, channels]`: 3 channels of uint8, or 1 of uint16 or float32 (white: `WHITE`), upright
+    according to EXIF.
 
-    Of several frames the first. Transparent parts are shown on black. 16 bits are a fraction of 65535, floating-point numbers
-    must lie in [0, 1]: what white is cannot be guessed. Colour profiles are not applied. side: the shorter side is reduced to
-    this, by averaging over areas, if it is longer. Raises Unreadable."""
+    Uses the first of several frames. Transparent parts become black. 16-bit values are fractions of 65535; floating-point values
+    must lie in [0, 1], since white cannot be guessed. Colour profiles are not applied. side: a longer shorter side is reduced to
+    this by area averaging. Raises Unreadable."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -286,14 +286,14 @@ def _unit(pixels: np.ndarray) -> torch.Tensor:
 
 
 class PixelCache:
-    """Decoded images, the least recently used ones forgotten beyond `limit` bytes."""
+    """Decoded images in an LRU cache of at most `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes = limit, 0
         self.kept: OrderedDict[tuple[str, int | None], np.ndarray] = OrderedDict()
 
     def pixels(self, file: ImageFile, side: int | None) -> np.ndarray:
-        """Raises UserError for a file that is not the one that was looked at."""
+        """The pixels of a file. Raises UserError if it has changed since the scan."""
         key = (file.sha256, side)
         if key in self.kept:
             self.kept.move_to_end(key)

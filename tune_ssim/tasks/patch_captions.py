@@ -1,7 +1,7 @@
 """Questions and answers about the bundled patches, and a small language model that can answer from a description in words.
 
-What an answer says is the patch's real subject and what is measured on it: how bright it is and how much contrast it has.
-There are many right wordings of one answer, drawn anew for every step, so the cross-entropy cannot reach zero.
+An answer states the patch's real subject and its measured brightness and contrast. There are many correct wordings of an answer,
+drawn anew for every step, so the cross-entropy cannot reach zero.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ ANSWERS = (
     "here we see a {c} and {b} piece of {s} .",
     "it looks like {b} {s} with a {c} surface .",
 )
-FILLERS = ("the", "of", "a", "and", ",", "it", "is", "we")  # what a description in words holds besides
-PAD, END, IMAGE = 0, 1, 2  # token ids: padding, end of the answer, the place of a visual token
+FILLERS = ("the", "of", "a", "and", ",", "it", "is", "we")  # other words in a description
+PAD, END, IMAGE = 0, 1, 2  # token ids: padding, end of the answer, placeholder of a visual token
 WORDS = (
     "<pad>", "<end>", "<image>",
     *sorted({word for text in (*QUESTIONS, *ANSWERS) for word in text.split() if "{" not in word} | set(FILLERS)),
     *(word for words in (*BRIGHTNESS, *CONTRAST) for word in words), *SUBJECTS,
 )  # fmt: skip
 VOCABULARY = tuple(dict.fromkeys(WORDS))
-EMBEDDED = 96  # rows of the embedding: padded to a round number, as real models have it, so some ids have no word
+EMBEDDED = 96  # rows of the embedding, padded to a round number as in real models, so some ids have no word
 IGNORED = -100  # label of a position that takes no part in the loss (PyTorch's and Hugging Face's number)
 VISUAL_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 16, 6, 12
 SEQUENCE = VISUAL_TOKENS + QUESTION_TOKENS + ANSWER_TOKENS
@@ -55,7 +55,7 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: Sequence[int]) -> tuple[str, list[int]]:
-    """The words up to the end, and the ids that no word belongs to (note 001: such an id decodes to None, and joining fails)."""
+    """The words up to the end, and the ids without a word (note 001: such an id decodes to None, and joining fails)."""
     found: list[str] = []
     unknown: list[int] = []
     for id in ids:
@@ -69,7 +69,7 @@ def decode(ids: Sequence[int]) -> tuple[str, list[int]]:
 
 
 def dialogue(subject: int, brightness: int, contrast: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
-    """A question and one of its right answers, which ends in `END`, as token ids."""
+    """A question and one of its correct answers, ending in `END`, as token ids."""
 
     def one_of(choices: Sequence[str]) -> str:
         return choices[int(torch.randint(len(choices), (), generator=generator))]
@@ -82,7 +82,7 @@ def sequence_of(question: Sequence[int], answer: Sequence[int]) -> tuple[list[in
     """Token ids and labels of one sample, both `SEQUENCE` long: visual tokens, question, answer, padding.
 
     Labels are IGNORED over the visual and question positions and the padding (note 003 §3); the label of a position is its
-    own token: the shift is the loss's."""
+    own token, and the loss shifts them."""
     prompt = [IMAGE] * VISUAL_TOKENS + list(question)
     padding = SEQUENCE - len(prompt) - len(answer)
     labels = [IGNORED] * len(prompt) + list(answer) + [IGNORED] * padding
@@ -114,5 +114,5 @@ class CaptionLanguage(nn.Module):
 
 
 def caption_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats a token, of the positions whose label is not IGNORED. Label i is predicted at position i − 1."""
+    """Cross-entropy in nats per token, over the positions whose label is not IGNORED. Label i is predicted at position i − 1."""
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)

@@ -1,7 +1,7 @@
-"""A small frozen network whose features say what a patch shows: the semantic target of `flow_dino_kl`.
+"""A small frozen network with semantic features of patches: the semantic target of `flow_dino_kl`.
 
 It was trained on the bundled photographs by self-distillation without labels, as DINO is (Caron et al. 2021); see
-`pretrain_patch_features`. A larger one takes its place by name: `dino_network: my_pkg.dino:load`, a function of no argument
+`pretrain_patch_features`. A larger one can be named instead: `dino_network: my_pkg.dino:load`, a function without arguments
 that returns a module from `[n, 3, H, W]` in [0, 1] to `[n, dim]`.
 """
 
@@ -21,7 +21,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 class PatchFeatures(nn.Module):
-    """`[n, 1 or 3, 16, 16]` in [0, 1] → `[n, 32]`. Colour is averaged: it has seen grey patches only."""
+    """`[n, 1 or 3, 16, 16]` in [0, 1] → `[n, 32]`. Colour is averaged, since it was trained on grey patches only."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Grey patches of real photographs, each with its subject, cut into a training part and a spatially separate held-out part.
 
-The photographs lie inside the scikit-image wheel (no download). Colour becomes grey by its mean, every photograph is halved
+The photographs are in the scikit-image wheel (no download). Colours are averaged to grey, every photograph is halved
 by area averaging (the large retina twice), and its grey levels are stretched between their 2nd and 98th percentile. The top
 70 % of the rows train; the bottom 30 % are held out.
 """
@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 PATCH = 16  # pixels
-# The function of skimage.data → what it shows.
+# Function of skimage.data → subject.
 PHOTOS: Mapping[str, str] = {
     "brick": "brick",
     "grass": "grass",
@@ -52,7 +52,7 @@ class PhotoPatches:
         return torch.stack([self.train[k][row] for k, row in zip(subjects.tolist(), rows, strict=True)]), subjects
 
     def held_out_batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Always the same patches: as many of every photograph, spread evenly over its held-out part."""
+        """Fixed patches: the same number from every photograph, spread evenly over its held-out part."""
         subjects = torch.arange(count) * len(self.held_out) // count
         chosen = []
         for k, patches in enumerate(self.held_out):
@@ -62,7 +62,7 @@ class PhotoPatches:
 
 @lru_cache(maxsize=1)
 def load_photo_patches() -> PhotoPatches:
-    """All of `PHOTOS`, decoded once a process (0.6 s)."""
+    """All of `PHOTOS`, decoded once per process (0.6 s)."""
     parts = [load_photo(name) for name in PHOTOS]
     return PhotoPatches(
         tuple(_patches(train, TRAIN_STRIDE) for train, _ in parts),

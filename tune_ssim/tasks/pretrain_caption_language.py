@@ -1,7 +1,7 @@
-"""Makes the language model of `two_stage_vlm` again from nothing: `python -m tune_ssim.tasks.pretrain_caption_language --out DIR`.
+"""Trains the language model of `two_stage_vlm` from scratch: `python -m tune_ssim.tasks.pretrain_caption_language --out DIR`.
 
-It learns to answer the questions of `patch_captions` from a description in words: the three that matter, somewhere among
-fillers, where a vision-language model has its visual tokens. It never sees a patch. About a CPU minute.
+It learns to answer the questions of `patch_captions` from a description in words: the three relevant words, mixed with
+fillers, in place of the visual tokens of a vision-language model. It never sees a patch. Takes about a CPU minute.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Pretrains the networks of the bundled task: `python -m tune_ssim.tasks.pretrain_fundus --out FOLDER` (about 5 CPU minutes).
 
 First the VAE (reconstruction + a light KL), then the denoiser on flow matching alone: no pixel loss and no
-SSIM loss, so that a study starts from a model that has never seen the loss it tunes. Without further flags these are the bundled
-weights, made again from nothing; `--data FOLDER` takes one's own images, `--vae PATH` one's own VAE, which is left as it is.
-Seeds are fixed; two machines differ in the last bits, so the hashes in `weights/SHA256SUMS` name the shipped files, not the recipe.
+SSIM loss, so that a study starts from a model that was never trained with the loss it tunes. Without further flags it reproduces
+the bundled weights; `--data FOLDER` takes your own images, `--vae PATH` your own VAE, which stays frozen. Seeds are fixed, but
+machines differ in the last bits, so the hashes in `weights/SHA256SUMS` identify the shipped files, not the recipe.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from tune_ssim.tasks.fundus_sr import DENOISER_FILE, MADE_FOR, VAE_FILE, FundusS
 from tune_ssim.tasks.image_folder import FolderImages, load_folder_images, words
 
 VAE_STEPS, VAE_BATCH, VAE_LR = 900, 16, 1e-3
-# Of the sum over a latent's elements, against a mean square: a posterior as wide as real latent autoencoders have, which the
-# decoder must tolerate by smoothing. Tried: 1e-6 for 3000 steps reconstructs better (0.934 against 0.879 SSIM held out) and
-# leaves an SSIM loss nothing to gain behind the frozen decoder; 1e-4 does not reconstruct.
+# Weight of the KL, a sum over a latent's elements, against a mean square. It gives a posterior as wide as in real latent
+# autoencoders, which makes the decoder smooth. Tried: 1e-6 for 3000 steps reconstructs better (0.934 against 0.879 SSIM held out)
+# and leaves an SSIM loss nothing to gain behind the frozen decoder; 1e-4 does not reconstruct.
 KL_WEIGHT = 1e-5
 FLOW_STEPS, FLOW_BATCH, FLOW_LR = 2500, 16, 1e-3
-EMA_DECAY = 0.999  # of the denoiser's weights; the averaged ones are shipped
+EMA_DECAY = 0.999  # for the denoiser's weights; the averaged ones are shipped
 
 Images = FundusImages | FolderImages
 
@@ -106,7 +106,7 @@ def train_denoiser(
 
 
 def _progress(what: str, steps: int) -> Iterator[int]:
-    """On stderr, where one is looking; the numbers on stdout stay JSON lines."""
+    """Shows progress on stderr, so that stdout has JSON lines only."""
     console = Console(stderr=True)
     yield from track(range(steps), description=f"pretraining the {what}", console=console, disable=not console.is_terminal)
 

@@ -1,9 +1,9 @@
-"""Makes the features of `flow_dino_kl` again from nothing: `python -m tune_ssim.tasks.pretrain_patch_features --out DIR`.
+"""Trains the features of `flow_dino_kl` from scratch: `python -m tune_ssim.tasks.pretrain_patch_features --out DIR`.
 
 Self-distillation without labels (DINO, Caron et al. 2021) on the training rows of the bundled photographs: a student sees two
-crops of one place, jittered, and predicts what its own moving average makes of the other; the average's outputs are centred
-and sharpened, so that they do not become constant. About two CPU minutes. It prints how many held-out patches the subject of
-the nearest training patch names rightly: labels serve for that number only.
+jittered crops of one place and predicts the output of its own moving average for the other crop. The average's outputs are centred
+and sharpened, so that they do not become constant. Takes about two CPU minutes. It prints the share of held-out patches whose
+nearest training patch has the same subject; labels are used for this number only.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     stage 2:  visual tokens ─┐
               question ──────┴─► frozen language model ─► cross-entropy of the answer ─► loss_caption
 
-The proxy has a trivial best answer, tokens of zero, so a low proxy is ruin: stage 2 refuses to start from it. 254 training
-patches, two a batch, as in the note; its learning rates are scaled to a network that starts from random weights.
+The proxy loss has a trivial optimum, tokens of zero. So a low proxy loss means ruin, and stage 2 refuses to start from it. As in
+the note, there are 254 training patches and two per batch; the learning rates are scaled to a network with random initial weights.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from tune_ssim.trials.quarantine import Ledger
 from tune_ssim.trials.training import Number, Part, Sample, Training
 
 TRAIN_PATCHES, EVALUATION_PATCHES, SMOKE_PATCHES = 254, 240, 48  # note 003 §2 has 254
-RUINED_PROXY = 0.001  # mean of an epoch, note 003 §3: below it the visual tokens are as good as zero
+RUINED_PROXY = 0.001  # mean of an epoch, note 003 §3: below it the visual tokens are practically zero
 DIALOGUE_STREAM, ORDER_STREAM = 0, 1  # independent random streams of one step
 
 
@@ -59,14 +59,14 @@ class VLMConfig:
     """The `task_config` of a study."""
 
     steps: int = 1270  # optimiser steps of a trial, both stages together
-    stage1_steps: int = 254  # of them; 0: stage 2 only; all of them: stage 1 only
+    stage1_steps: int = 254  # steps of stage 1; 0: stage 2 only; equal to `steps`: stage 1 only
     batch_size: int = 2  # note 003 §3: 1 or 2
-    stage1_lr: float = 1e-5  # of AdamW (note 003 §2); 1e-4 was its ruin
+    stage1_lr: float = 1e-5  # of AdamW (note 003 §2); 1e-4 ruined it
     lr: float = 1e-3  # of AdamW in stage 2; 0 switches both updates off. The note's 2e-5 is for a pretrained encoder
     max_grad_norm: float | None = None  # gradient clipping; None: off
     measure_every: int = 5  # steps between readings of the gradients of each part
-    vision_checkpoint: str | None = None  # what stage 2 starts from, where there is no stage 1 here; None: from scratch
-    storage: str | None = None  # storage path whose ledger of ruined checkpoints is asked about `vision_checkpoint`
+    vision_checkpoint: str | None = None  # start of stage 2 if there is no stage 1; None: from scratch
+    storage: str | None = None  # storage path of the quarantine ledger that `vision_checkpoint` is checked against
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> VLMConfig:
@@ -102,7 +102,7 @@ class TwoStageVLM(Training):
     """See `trials.training.Training` for the contract.
 
     Metrics of a step: stage; in stage 1 loss_proxy; in stage 2 loss_caption in nats a token (and `loss_ce`, its usual name),
-    label_fraction, the share of positions that count, and visual_scale, the size of visual tokens beside words;
+    label_fraction, the share of positions that count, and visual_scale, the ratio of visual tokens to word embeddings;
     `dbg/llm_trainable`, which must be 0; total_norm; epoch."""
 
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
@@ -120,7 +120,7 @@ class TwoStageVLM(Training):
         self.language.to(self.device).requires_grad_(False).eval()
         if self.config.vision_checkpoint is not None:
             self._load_stage1(Path(self.config.vision_checkpoint))
-        self.epoch_losses: list[float] = []  # of the proxy, in the present epoch
+        self.epoch_losses: list[float] = []  # proxy losses of the current epoch
         self.optimizer = self._optimizer(self.config.stage1_lr if self.stage == 1 else self.config.lr)
         self.taps = GradientTaps({"vision": self.vision, "bridge": self.bridge}, every=self.config.measure_every)
         if self.stage == 2:
@@ -157,15 +157,15 @@ class TwoStageVLM(Training):
         return {"loss": loss.detach(), **metrics, "dbg/llm_trainable": trainable, "total_norm": norm, **readings}
 
     def sample(self, noise: int = 0) -> Sample:
-        """What it says about held-out patches, to the first question or, with `noise` 1, the second. The images are the
-        patches: text is all that this model makes."""
+        """Generated answers about held-out patches, to the first question or, with `noise` 1, the second. The images are the
+        patches themselves, since the model generates text only."""
         rows = torch.arange(SMOKE_PATCHES) * EVALUATION_PATCHES // SMOKE_PATCHES
         ids = self._generate(self.held_out[rows], QUESTIONS[noise])
         return Sample(self.held_out[rows].expand(-1, 3, -1, -1), token_ids=ids, vocabulary_size=len(VOCABULARY))
 
     def evaluate(self) -> dict[str, float]:
-        """Held out: the cross-entropy of the answers in nats a token, and minus it, `log_likelihood`; `recognised`: the share of
-        generated answers that name the subject; `undecodable`: of those with an id that no word belongs to."""
+        """Held-out metrics: cross-entropy of the answers in nats per token, and `log_likelihood`, its negative; `recognised`: the
+        share of generated answers that name the subject; `undecodable`: the share with an id without a word."""
         generator = torch.Generator().manual_seed(20_260_204)
         rows = torch.arange(EVALUATION_PATCHES)
         ids, labels = self._dialogues(rows, self.held_out_subjects, self.held_out_levels, generator)
@@ -198,7 +198,7 @@ class TwoStageVLM(Training):
         self.step_count, self.epoch_losses = state["step_count"], list(state["epoch_losses"])
 
     def effective(self) -> dict[str, Any]:
-        """Of the stage that is on, the learning rate is read from the optimiser."""
+        """The parameters in force. The current stage's learning rate is read from the optimiser."""
         rate = "stage1_lr" if self.config.stage1_steps > self.step_count else "lr"
         return {
             **asdict(self.config),
@@ -207,7 +207,7 @@ class TwoStageVLM(Training):
             "device": self.device.type,
         }
 
-    # -- what preflight looks at
+    # -- for preflight
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [*self.vision.parameters(), *self.bridge.parameters()]
@@ -226,7 +226,7 @@ class TwoStageVLM(Training):
         return self.patches[self._rows(n)].expand(-1, 3, -1, -1)
 
     def fingerprints(self) -> dict[str, str]:
-        """sha256 of every pixel and subject of the two parts of the data."""
+        """SHA-256 of all pixels and subjects of the two parts of the data."""
         parts = {"data/train": (self.patches, self.subjects), "data/held_out": (self.held_out, self.held_out_subjects)}
         return {name: hashlib.sha256(b"".join(x.numpy().tobytes() for x in parts)).hexdigest() for name, parts in parts.items()}
 
@@ -236,8 +236,8 @@ class TwoStageVLM(Training):
         return self._visual_tokens(self.patches[rows].to(self.device)).square().mean()
 
     def _caption(self, n: int) -> tuple[torch.Tensor, float, torch.Tensor]:
-        """Cross-entropy of the answers of step n, the share of positions that count, and how large a visual token is beside a word
-        (root mean squares)."""
+        """Cross-entropy of the answers of step n, the share of positions that count, and the ratio of visual tokens to word
+        embeddings (root mean squares)."""
         rows = self._rows(n)
         ids, labels = self._dialogues(rows, self.subjects, self.levels, self._generator(n, DIALOGUE_STREAM))
         tokens = self._visual_tokens(self.patches[rows].to(self.device))
@@ -258,14 +258,14 @@ class TwoStageVLM(Training):
         self.optimizer = self._optimizer(self.config.lr)
 
     def _require_frozen(self) -> None:
-        """Note 003 §3: checked at the start of stage 2, an error otherwise."""
+        """Raises BadSetup at the start of stage 2 if the language model is not frozen (note 003 §3)."""
         free = [name for name, parameter in self.language.named_parameters() if parameter.requires_grad]
         if free:
             raise BadSetup(f"the language model must be frozen in stage 2: {len(free)} of its tensors train, such as {free[0]}")
 
     def _load_stage1(self, path: Path) -> None:
-        """A folder that a trial's checkpoint is in, or a safetensors file with `vision.*` and `bridge.*`. Raises BadSetup for
-        a quarantined or ruined one: what counts is what the weights do, under whatever name they come."""
+        """Loads a trial's checkpoint folder, or a safetensors file with `vision.*` and `bridge.*`. Raises BadSetup for a
+        quarantined or ruined one, judged by the weights and not by the file name."""
         if self.config.storage is not None:
             Ledger(self.config.storage).require_clean(path / TENSORS if path.is_dir() else path)
         if (path / STATE).exists():
@@ -297,16 +297,17 @@ class TwoStageVLM(Training):
     # -- the parts of a step
 
     def _visual_tokens(self, patches: torch.Tensor) -> torch.Tensor:
-        """`[n, 1, 16, 16]` → `[n, 16, 64]`, in the place of word embeddings."""
+        """`[n, 1, 16, 16]` → `[n, 16, 64]`, in place of word embeddings."""
         return self.bridge(self.vision(patches))  # type: ignore[no-any-return]
 
     def _logits(self, visual_tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Of whole sequences `ids` `[n, length]`, whose first 16 places the visual tokens take."""
+        """Logits of whole sequences `ids` `[n, length]`, with visual tokens in the first 16 positions."""
         words = self.language.embedding(ids[:, VISUAL_TOKENS:].to(self.device))
         return self.language(torch.cat([visual_tokens, words], dim=1))  # type: ignore[no-any-return]
 
     def _rows(self, n: int) -> torch.Tensor:
-        """The patches of step n, from (seed, n) alone: every epoch is a new order of all 254, the odd ones at its end left out."""
+        """The patches of step n, from (seed, n) only. Every epoch is a new permutation of all 254; an incomplete last batch is
+        dropped."""
         per_epoch = TRAIN_PATCHES // self.config.batch_size
         epoch, place = divmod(n - 1, per_epoch)
         order = torch.randperm(TRAIN_PATCHES, generator=self._generator(epoch, ORDER_STREAM))
@@ -324,7 +325,7 @@ class TwoStageVLM(Training):
         return torch.tensor(ids), torch.tensor(labels, device=self.device)
 
     def _generate(self, patches: torch.Tensor, question: str) -> torch.Tensor:
-        """The likeliest next token again and again: `[n, 12]`, on the host."""
+        """Greedy decoding: `[n, 12]`, on the host."""
         prompt = [PAD] * VISUAL_TOKENS + encode(question)
         ids = torch.tensor([prompt] * len(patches))
         with torch.no_grad():

@@ -4,8 +4,8 @@
                              └───────────► KL(N(mu, exp(log_var)) ‖ N(0, 1)) ───────► · alpha ───────┴─► loss
 
 The cross-entropy is the mean over the 256 pixels, the KL a sum over the 16 latents, so alpha = 1/256 makes the loss the
-negative ELBO. Trained from random weights, since alpha acts from the first step on: without it the latent runs away from its
-prior, with too much of it the posterior collapses within a few hundred steps.
+negative ELBO. Trained from random weights, since alpha acts from the first step on. Without it the latent diverges from its
+prior; if it is too large the posterior collapses within a few hundred steps.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tune_ssim.tasks.task_config import read_config
 from tune_ssim.trials.training import Number, Part, Sample, Training
 
 LATENTS, WIDTH = 16, 128
-SMOKE_PATCHES, EVALUATION_PATCHES = 48, 240  # as many of each of the twelve photographs
+SMOKE_PATCHES, EVALUATION_PATCHES = 48, 240  # the same number from each of the twelve photographs
 PATCH_STREAM, NOISE_STREAM = 0, 1  # independent random streams of one step
 SCHEDULES = ("constant", "linear", "slow_linear", "cyclical")
-# Shares of the trial at which alpha is there. Note 004: `min(0.01, epoch / 1000)` rises for ten epochs, `min(0.01, step / 100000)`
-# for a thousand steps; the annealer over 3,000,000 steps begins again and again, here as often as Fu et al. 2019.
+# Shares of the trial at which alpha reaches its full value. Note 004: `min(0.01, epoch / 1000)` rises for ten epochs, `min(0.01,
+# step / 100000)` for a thousand steps; the annealer over 3,000,000 steps restarts repeatedly, here as often as in Fu et al. 2019.
 LINEAR_SHARE, SLOW_LINEAR_SHARE, CYCLES = 0.1, 0.5, 4
 
 
@@ -45,7 +45,7 @@ class VAEConfig:
     steps: int = 600  # optimiser steps of a trial: the schedules of alpha are shares of it
     batch_size: int = 64
     lr: float = 1e-3  # 0 switches the update off
-    beta1: float = 0.5  # of Adam; note 004 came from 0.9
+    beta1: float = 0.5  # of Adam; note 004 started from 0.9
     max_grad_norm: float | None = None  # gradient clipping; None: off
     kl_alpha: float = 1e-3  # weight of the KL, at the end of its schedule
     kl_schedule: str = "constant"  # constant | linear | slow_linear | cyclical
@@ -171,7 +171,8 @@ class VAEKL(Training):
         return Sample(images.expand(-1, 3, -1, -1), patches.to(self.device).expand(-1, 3, -1, -1))
 
     def evaluate(self) -> dict[str, float]:
-        """Held out: `elbo` in nats a patch (the exact KL, one fixed draw), its two parts, and the mean's reconstruction."""
+        """Held-out metrics: `elbo` in nats per patch (the exact KL, one fixed draw), its two parts, and the mean's
+        reconstruction."""
         patches, _ = self.patches.held_out_batch(EVALUATION_PATCHES)
         generator = torch.Generator().manual_seed(20_250_320)
         patches, drawn = (x.to(self.device) for x in (patches, torch.randn(EVALUATION_PATCHES, LATENTS, generator=generator)))
@@ -217,7 +218,7 @@ class VAEKL(Training):
             "device": self.device.type,
         }
 
-    # -- what preflight looks at
+    # -- for preflight
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [*self.encoder.parameters(), *self.decoder.parameters()]
@@ -230,14 +231,14 @@ class VAEKL(Training):
         return self._batch(n)[0].cpu().expand(-1, 3, -1, -1)
 
     def fingerprints(self) -> dict[str, str]:
-        """sha256 of every pixel of the two parts of the photographs."""
+        """SHA-256 of all pixels of the two parts of the photographs."""
         parts = {"data/train": self.patches.train, "data/held_out": self.patches.held_out}
         return {name: hashlib.sha256(b"".join(x.numpy().tobytes() for x in parts)).hexdigest() for name, parts in parts.items()}
 
     # -- the parts of a step
 
     def _batch(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch n, from (seed, n) alone: patches `[batch, 1, 16, 16]` and the noise of their latents."""
+        """Batch n, from (seed, n) only: patches `[batch, 1, 16, 16]` and the noise of their latents."""
         patches, _ = self.patches.train_batch(self.config.batch_size, self._generator(n, PATCH_STREAM))
         noise = torch.randn(self.config.batch_size, LATENTS, generator=self._generator(n, NOISE_STREAM))
         return patches.to(self.device), noise.to(self.device)

@@ -1,12 +1,12 @@
-"""A conformance suite for your own trainings: does `MyTask` keep the contract of `tune_ssim.Training`?
+"""A conformance suite for your own trainings: checks that `MyTask` implements `tune_ssim.Training` correctly.
 
     from tune_ssim.testing import check_task
 
     def test_my_task():
         check_task(MyTask, {"batch_size": 2}).raise_if_broken()
 
-Preflight asks whether a set-up is sound; this asks whether a class can be trusted with one: what is missing, what a method
-returns, whether steps depend on (seed, n) alone, whether a resumed run is the same run. It trains a few dozen steps.
+Preflight checks a set-up; this suite checks a class: missing methods, return values, whether steps depend on (seed, n) only, and
+whether a resumed run equals an uninterrupted one. It trains a few dozen steps.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tune_ssim.trials.load_training import load_task
 
 __all__ = ["Finding", "TaskReport", "check_task"]
 
-STEPS_OF_A_TRIAL = 200  # passed to setup(), as a study would (study.DEFAULT_STEPS); only a few of them are taken
-DISABLE_UPDATE = {"lr": 0.0}  # the contract: a learning rate of 0 leaves the weights as they are
+STEPS_OF_A_TRIAL = 200  # passed to setup(), as in a study (study.DEFAULT_STEPS); only a few are taken
+DISABLE_UPDATE = {"lr": 0.0}  # required: a learning rate of 0 leaves the weights unchanged
 CHECKS: dict[str, Callable[[ClassUnderTest, Run], Iterator[Check]]] = {
     "random/repeatable": check_repeatable,
     "still": check_still,
     "step/total_norm/clipping": check_clipping,
     "ssim_loss_weight": check_weight,
-    # From here on whole runs are compared.
+    # The following checks compare whole runs.
     "random/seed": check_seed,
     "setup/afresh": check_afresh,
     "state_dict/resume": check_resume,
@@ -55,10 +55,10 @@ def check_task(
     disable_update: Mapping[str, Any] = DISABLE_UPDATE,
 ) -> TaskReport:
     """Sets `task` (a class, or "module:Class") up about twenty times with `config`, as a study does, and trains `steps` steps
-    before and after a checkpoint. What the task does wrong is a finding with its remedy, never an exception.
+    before and after a checkpoint. Faults of the task become findings with a remedy, never exceptions.
 
-    config: small is quick; `steps` (the length of a trial) is added. device: as given to setup(). disable_update: the settings
-    that switch the update off. The global random generators are left as they were. Raises ValueError for `steps` below 3."""
+    config: a small one is fast; `steps` (the length of a trial) is added. device: as given to setup(). disable_update: the settings
+    that switch the update off. The global random generators are restored. Raises ValueError for `steps` below 3."""
     if steps < 3:
         raise ValueError(f"check_task: steps={steps!r}; expected at least 3: something is looked at before each of the first five")
     started = time.perf_counter()
@@ -72,14 +72,14 @@ def check_task(
 def _findings(
     task: str | type, config: Mapping[str, Any], seed: int, device: str | None, still: Mapping[str, Any], steps: int
 ) -> Iterator[Check]:
-    """In the order in which one would mend them: what is there, what it accepts, what it does."""
+    """Findings in the order in which to fix them: what exists, what it accepts, what it does."""
     if isinstance(task, str):
         try:
             loaded = load_task(task)
         except UserError as error:
             yield broken("class", str(error), "give the class, or module:Class of an importable module")
             return
-        except Exception as error:  # of the user's module, while it is imported
+        except Exception as error:  # raised while the user's module is imported
             yield broken("class", f"{task.partition(':')[0]} cannot be imported: {describe_error(error)}", "mend the module")
             return
         if not isinstance(loaded, type):
@@ -115,7 +115,7 @@ def _training(subject: ClassUnderTest, steps: int) -> Iterator[Check]:
         except Failure as error:
             yield broken("step", str(error), error.remedy)
             return
-        except Exception as error:  # without a run nothing is known, and that is no pass
+        except Exception as error:  # without a run nothing is known, which is not a pass
             yield broken(
                 "step", f"the steps could not be measured: {describe_error(error)}", "see tune_ssim.Training for what is expected"
             )
@@ -123,7 +123,7 @@ def _training(subject: ClassUnderTest, steps: int) -> Iterator[Check]:
         yield from run.findings
         if "step" in run.broken:
             return
-        # Every check adds to what is known to be broken, so that one fault is reported once.
+        # Each check records what is broken, so that one fault is reported once.
         for name, check in CHECKS.items():
             if name == "random/seed" and "random/repeatable" in run.broken:
                 yield unknown(

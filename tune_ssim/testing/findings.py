@@ -1,4 +1,4 @@
-"""The report of `check_task`: a list for people, one exception for their tests."""
+"""The report of `check_task`: printed as a list, or raised as one exception in tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def broken(name: str, sentence: str, remedy: str) -> Check:
 
 @dataclass(frozen=True)
 class TaskReport(Report):
-    """All findings about one class, in the order in which one would mend them."""
+    """All findings about one class, in the order in which to fix them."""
 
     task: str = ""
 
@@ -39,11 +39,11 @@ class TaskReport(Report):
 
     @property
     def ok(self) -> bool:
-        """Nothing is broken. What could not be measured does not count against the class."""
+        """Whether nothing is broken. Unmeasured checks do not count."""
         return not self.of("broken")
 
     def raise_if_broken(self) -> None:
-        """AssertionError with all that is broken: the last line of a user's test."""
+        """Raises AssertionError listing everything broken, for use at the end of a test."""
         if found := self.of("broken"):
             raise AssertionError("\n".join((f"{self.task} does not keep the contract of a task:", *map(str, found))))
 

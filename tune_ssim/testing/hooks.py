@@ -1,4 +1,4 @@
-"""The optional methods, by which preflight and calibration see deeper: they must agree with the steps."""
+"""Checks of the optional methods, used by preflight and calibration: they must agree with the steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONAL = ("forward", "trainable_parameters", "time_law", "parts", "training_im
 
 
 def check_hooks(task: Training, n: int, step: Numbers) -> Iterator[Check]:
-    """Before step `n` of a training, whose numbers were `step` in another run."""
+    """Checks before step `n`. `step`: metrics of the same step in another run."""
     present = [name for name in OPTIONAL if task.abilities().has(name)]
     parameters: list[Any] = []
     if "trainable_parameters" in present:

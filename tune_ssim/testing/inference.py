@@ -20,7 +20,7 @@ from tune_ssim.trials.training import Sample
 
 
 def check_looking_on(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
-    """One run with everything else called between the steps; its steps must be those of `run`."""
+    """A run with all other methods called between the steps. Its steps must equal those of `run`."""
     task = subject.make()
     looks: tuple[tuple[str, Callable[[], Iterator[Check]]], ...] = (
         ("sample()", lambda: check_samples(subject, task)),
@@ -56,7 +56,7 @@ def _state(subject: ClassUnderTest, task: Any) -> Iterator[Check]:
 
 
 def check_second_draw(subject: ClassUnderTest, task: Any) -> Iterator[Check]:
-    """After an update: a network whose last layer starts at 0 turns any noise into the same image."""
+    """Checks after an update, since a network whose last layer starts at 0 turns any noise into the same image."""
     if "sample" in subject.broken_methods:
         return
     one, other = call(task, "sample", 0), call(task, "sample", 1)

@@ -14,7 +14,7 @@ from tune_ssim import records
 from tune_ssim.before_launch.preflight.report import Check
 from tune_ssim.testing.findings import broken, ok, unknown, warn
 
-# Other names of the same number, as trainers and the notes write them (lower case, without a prefix such as `train/`).
+# Aliases of each metric in trainers and the notes (lower case, without a prefix such as `train/`).
 ALIASES: dict[str, tuple[str, ...]] = {
     records.LOSS: ("total_loss", "loss_total", "train_loss", "training_loss", "sum_loss"),
     records.TOTAL_NORM: ("grad_norm", "gradient_norm", "gnorm", "norm", "global_norm", "grad_norm_total", "total_grad_norm"),
@@ -140,7 +140,7 @@ def _check_ranges(metrics: Mapping[Any, Any]) -> Iterator[Check]:
 
 
 def _number(value: Any) -> float | None:
-    """The number of a metric; None if a record cannot hold it."""
+    """A metric as a number; None if a record cannot hold it."""
     if isinstance(value, torch.Tensor):
         return float(value.detach()) if value.ndim == 0 and not value.is_complex() else None
     is_number = isinstance(value, numbers.Real) or (getattr(value, "ndim", None) == 0 and hasattr(value, "item"))
@@ -154,7 +154,7 @@ def _kind(value: Any) -> str:
 
 
 def _near(name: str, present: Iterable[Any], aliases: Iterable[str], *, close: bool = True) -> str | None:
-    """The key that was probably meant."""
+    """The key that was probably intended."""
     plain = {
         str(key).lower().replace("train/", "").replace("val/", "").replace("-", "_").replace("/", "_"): str(key) for key in present
     }

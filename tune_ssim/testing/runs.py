@@ -1,4 +1,4 @@
-"""Checks that the steps depend on (seed, n) alone: when repeated, after a resume, whatever is called in between."""
+"""Checks that steps depend on (seed, n) only: when repeated, after a resume, and with other calls in between."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ GENERATORS = (
 )
 
 
-LOOKS = 5  # times that a run is looked at from outside, two steps apart: a change of the optimiser shows one step later
+LOOKS = 5  # inspections of a run, two steps apart, since a change of the optimiser shows one step later
 
 
 class Run:
-    """A run with a checkpoint after k steps. steps: its numbers, at least 2k. saved: None where no checkpoint could be made.
-    comparable: another run of the same configuration and seed is the same run."""
+    """A run with a checkpoint after k steps. steps: metrics of at least 2k steps. saved: None if no checkpoint could be made.
+    comparable: whether another run with the same configuration and seed is identical."""
 
     def __init__(self, subject: ClassUnderTest, k: int, folder: Path) -> None:
         self.k, self.folder = k, folder
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def broken(self) -> set[str]:
-        """Names of what is broken already: its consequences need not be reported."""
+        """Names of checks already broken, whose consequences need not be reported."""
         return {finding.name for finding in self.findings if finding.status == "broken"}
 
     def _save(self, subject: ClassUnderTest, task: Any) -> Iterator[Check]:
@@ -75,7 +75,7 @@ class Run:
 
 
 def check_repeatable(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
-    """Same seed, same numbers, also when somebody else draws from the global generators."""
+    """Checks that the same seed gives the same numbers, even if other code draws from the global generators."""
     shaken = subject.steps(subject.make(chance=1), run.k, shake=True)
     difference = subject.difference(run.steps, shaken)
     if not difference:
@@ -136,7 +136,7 @@ def check_resume(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
 
 
 def check_afresh(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
-    """setup() on an instance that has trained builds everything anew."""
+    """Checks that setup() on a trained instance rebuilds everything."""
     task = subject.make()
     subject.steps(task, 1)
     subject.set_up(task)

@@ -1,4 +1,4 @@
-"""What one call of `sample()` or `sample_ema()` returns."""
+"""Checks of the result of `sample()` or `sample_ema()`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tune_ssim.testing.findings import broken, warn
 from tune_ssim.trials.training import Sample
 from tune_ssim.trials.trial import statistics_of
 
-SLACK = 1e-4  # beyond [0, 1]: rounding of a clamp in half precision
+SLACK = 1e-4  # tolerance outside [0, 1]: rounding of a clamp in half precision
 
 
 def check_sample(name: str, sample: Any) -> Iterator[Check]:
@@ -28,7 +28,7 @@ def check_sample(name: str, sample: Any) -> Iterator[Check]:
         images = getattr(sample, part)
         if images is None and part != "images":
             continue
-        # A low-resolution input may have noise on it, and so leave [0, 1] a little.
+        # A noisy low-resolution input may leave [0, 1] a little.
         if problem := _picture_problem(images, slack=0.5 if part == "inputs" else SLACK):
             problems.append(broken(f"{name}/{part}", f"{part} {problem[0]}", problem[1]))
         elif part in ("references", "reconstructions") and list(images.shape) != shape:

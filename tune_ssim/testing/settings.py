@@ -23,8 +23,8 @@ from tune_ssim.trials.training import Sample
 
 WEIGHT, MAX_T, GRAD_SCALE, CLIP = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "max_grad_norm"
 TINY = 1e-7  # a weight whose gradient is lost in float32's rounding of any main gradient
-FOLLOWS = 0.05  # relative change of total_norm that no rounding explains
-ACTIVE_STEPS = 8  # steps looked at for one with a sample behind the gate
+FOLLOWS = 0.05  # relative change of total_norm larger than any rounding
+ACTIVE_STEPS = 8  # steps searched for one with a sample that passes the gate
 PARAMETER = "parameter"
 MISSPELT = "ssim_loss_wieght"
 
@@ -114,7 +114,7 @@ def check_effective(subject: ClassUnderTest) -> Iterator[Check]:
 
 
 def check_still(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
-    """The update can be switched off, and is on otherwise; each step has a batch of its own."""
+    """Checks that the update can be switched off, is on otherwise, and that each step has its own batch."""
     words = ", ".join(f"{name} = {value!r}" for name, value in subject.disable_update.items())
     try:
         task = subject.make(subject.disable_update)
@@ -164,7 +164,7 @@ def check_still(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
 
 
 def check_weight(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
-    """The auxiliary loss's weight: in force as asked, felt by total_norm, and not by the random numbers."""
+    """Checks that the auxiliary loss's weight is in force, changes total_norm, and does not change the random numbers."""
     still, count = _still(subject, run)
     try:
         off = _Probe(subject, {**still, WEIGHT: 0.0}, count)
@@ -200,7 +200,7 @@ class _Probe:
 
 
 def _same_batches(off: _Probe, tiny: _Probe, subject: ClassUnderTest) -> Iterator[Check]:
-    """A weight of next to nothing must not change what is drawn."""
+    """Checks that a tiny weight does not change the random draws."""
     for n, (a, b) in enumerate(zip(off.steps, tiny.steps, strict=True), 1):
         for name in (LOSS_FLOW, LOSS):
             if name in a and name in b and _apart(a[name], b[name]):
@@ -215,7 +215,7 @@ def _same_batches(off: _Probe, tiny: _Probe, subject: ClassUnderTest) -> Iterato
 
 
 def _force(subject: ClassUnderTest, off: _Probe, still: Mapping[str, Any], count: int) -> Iterator[Check]:
-    """Raises the weight until total_norm follows; then what is recorded must follow as well."""
+    """Raises the weight until total_norm follows, then checks the recorded values."""
     on, gain, at = off, 0.0, None
     for gain in BLACK_BOX_GAINS:
         on = _Probe(subject, {**still, WEIGHT: gain, **_open(subject)}, max(count, ACTIVE_STEPS if still else 1))
@@ -259,7 +259,7 @@ def _force(subject: ClassUnderTest, off: _Probe, still: Mapping[str, Any], count
 
 
 def _unweighted(off: Numbers, on: Numbers, gain: float, n: int) -> Iterator[Check]:
-    """loss_ssim is recorded before its weight, and loss is the sum with it."""
+    """Checks that loss_ssim is recorded unweighted, and that loss is the weighted sum."""
     if LOSS_SSIM not in on or LOSS not in on or LOSS not in off:
         return
     added, recorded = on[LOSS] - off[LOSS], on[LOSS_SSIM]
@@ -279,7 +279,7 @@ def _unweighted(off: Numbers, on: Numbers, gain: float, n: int) -> Iterator[Chec
 
 
 def check_clipping(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
-    """total_norm is read before clipping: it does not depend on the limit."""
+    """Checks that total_norm is measured before clipping, so does not depend on the limit."""
     name = f"step/{TOTAL_NORM}/clipping"
     still, _ = _still(subject, run)
     try:
@@ -304,7 +304,7 @@ def check_clipping(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
 
 
 def _without_clipping(subject: ClassUnderTest, still: Mapping[str, Any]) -> _Probe:
-    """Steps without clipping: max_grad_norm None, or where the task refuses that, a limit that no norm reaches."""
+    """Steps without clipping: max_grad_norm None, or if the task refuses that, a very high limit."""
     try:
         return _Probe(subject, {**still, CLIP: None}, 1)
     except (UserError, Failure):
@@ -312,7 +312,7 @@ def _without_clipping(subject: ClassUnderTest, still: Mapping[str, Any]) -> _Pro
 
 
 def _fixed_clipping(subject: ClassUnderTest, run: Run, name: str) -> Iterator[Check]:
-    """A limit that is no setting: a strong push must be seen to exceed it."""
+    """Checks a limit that is not a setting: with a strong push total_norm must exceed it."""
     limit = _Probe(subject, {}, 1).effective.get(CLIP)
     if not isinstance(limit, (int, float)) or isinstance(limit, bool):
         return
@@ -343,12 +343,12 @@ def _after_clipping(name: str, sentence: str) -> Check:
 
 
 def _still(subject: ClassUnderTest, run: Run) -> tuple[Mapping[str, Any], int]:
-    """Settings with the update off and how many steps can be compared; one, where it cannot be switched off."""
+    """Settings with the update off, and the number of comparable steps (one if it cannot be switched off)."""
     return (subject.disable_update, run.k) if subject.accepts(subject.disable_update) else ({}, 1)
 
 
 def _open(subject: ClassUnderTest) -> dict[str, float]:
-    """No gate and no attenuation, as far as the task knows of them."""
+    """Settings without gate and attenuation, as far as the task has them."""
     return {name: 1.0 for name in (MAX_T, GRAD_SCALE) if subject.accepts({name: 1.0})}
 
 
@@ -362,8 +362,8 @@ def _follows(off: Numbers, on: Numbers) -> bool:
 
 
 def _weights(subject: ClassUnderTest, task: Any) -> dict[str, torch.Tensor]:
-    """The tensors that must not move, by name: the parameters if the task shows them, else the tensors of its state, else what
-    inference makes of them. Empty if there is nothing to look at."""
+    """The tensors that must not change, by name: the parameters if the task shows them, else the tensors of its state, else the
+    output of inference. Empty if there are none."""
     if task.abilities().trainable_parameters:
         found = call(task, "trainable_parameters")
         listed = list(found) if isinstance(found, Iterable) else []
@@ -380,7 +380,7 @@ def _weights(subject: ClassUnderTest, task: Any) -> dict[str, torch.Tensor]:
 
 
 def _state_tensors(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of a nested state that only an update may change: not an optimiser's own, running statistics, or generators."""
+    """Tensors of a nested state that only an update may change: no optimiser state, running statistics or generators."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() and not name.endswith(("/running_mean", "/running_var")):
             yield name, value.detach().clone()
@@ -403,7 +403,7 @@ def _moved(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
 
 
 def _stayed(name: str, old: torch.Tensor, new: torch.Tensor) -> bool:
-    """An average of the weights in a state may move by rounding alone."""
+    """Whether a tensor is unchanged. Averaged weights in a state may change by rounding."""
     if name.startswith(PARAMETER) or name == "samples":
         return torch.equal(old, new)
     return old.shape == new.shape and torch.allclose(old, new, rtol=1e-5, atol=0.0, equal_nan=True)

@@ -11,7 +11,7 @@ from tune_ssim.before_launch.preflight.subject import describe_error
 from tune_ssim.testing.findings import broken, ok
 from tune_ssim.trials.training import CONTRACT, missing_methods
 
-# How a trial calls each method, and how it should read.
+# How a trial calls each method, and its expected signature.
 CALLS: dict[str, tuple[tuple[tuple[Any, ...], ...], str]] = {
     "setup": ((({}, 0), ({}, 0, None)), "def setup(self, config, seed, device=None)"),
     "step": (((),), "def step(self)"),
@@ -51,7 +51,7 @@ def check_class(task_class: Any) -> Iterator[Check]:
 
 
 def bare(task_class: type) -> Any:
-    """An instance, even where methods of the contract are missing: `check_methods` lists them."""
+    """An instance, even if required methods are missing; `check_methods` lists them."""
     found = type(task_class.__name__, (task_class,), {}) if inspect.isabstract(task_class) else task_class
     if inspect.isabstract(found):
         found.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ def check_methods(task_class: type) -> Iterator[Check]:
 
 
 def _refusal(method: Any, calls: tuple[tuple[Any, ...], ...]) -> str:
-    """Why one of the calls does not fit; empty if all do, or nothing is known of the signature."""
+    """Why a call does not fit the signature; empty if all do, or if the signature is unknown."""
     try:
         signature = inspect.signature(method)
     except (TypeError, ValueError):
@@ -100,5 +100,5 @@ def _refusal(method: Any, calls: tuple[tuple[Any, ...], ...]) -> str:
 def _signature(method: Any) -> str:
     try:
         return str(inspect.signature(method))
-    except Exception:  # the repr() of a default is anybody's code
+    except Exception:  # the repr() of a default is user code
         return "(…)"

@@ -22,18 +22,18 @@ Numbers = dict[str, float]
 
 @dataclass(frozen=True)
 class ClassUnderTest(Subject):
-    """A subject whose runs are compared. broken_methods: absent or with a wrong signature; reported once, never called."""
+    """A subject whose runs are compared. broken_methods: missing or with a wrong signature; reported once, never called."""
 
     broken_methods: frozenset[str] = frozenset()
     accepted: dict[str, bool] = field(default_factory=dict, compare=False)  # settings that were tried on setup()
 
     @property
     def exact(self) -> bool:
-        """On a CPU equal means to the bit; kernels of an accelerator add in any order."""
+        """Whether equal runs must agree bit for bit, as on a CPU. Kernels of an accelerator sum in any order."""
         return self.device == "cpu" or not torch.accelerator.is_available()
 
     def make(self, settings: Mapping[str, Any] | None = None, seed: int | None = None, chance: int = 0) -> Training:
-        """A new instance, set up while the global generators stand at `chance`."""
+        """A new instance, set up with the global generators seeded with `chance`."""
         set_global_generators(chance)
         return super().make(settings, seed)
 
@@ -48,7 +48,7 @@ class ClassUnderTest(Subject):
         return self.accepted[key]
 
     def steps(self, task: Training, count: int, *, shake: bool = False) -> list[Numbers]:
-        """The next `count` steps as numbers. `shake`: the global generators are reseeded between them."""
+        """Metrics of the next `count` steps. `shake`: whether the global generators are reseeded between them."""
         made = []
         for n in range(count):
             if shake:
@@ -57,7 +57,7 @@ class ClassUnderTest(Subject):
         return made
 
     def difference(self, one: Sequence[Numbers], other: Sequence[Numbers], first: int = 1) -> str:
-        """Where two runs part; empty if they do not."""
+        """The first difference of two runs; empty if there is none."""
         for n, (a, b) in enumerate(zip(one, other, strict=False), first):
             for name in sorted(a.keys() | b.keys()):
                 if name not in a or name not in b:
@@ -75,7 +75,7 @@ class ClassUnderTest(Subject):
 def set_global_generators(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)  # the very generator that tasks misuse
+    np.random.seed(seed)  # the global generator that tasks may misuse
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def digests(value: Any, name: str = "", depth: int = 0) -> dict[str, str]:
     elif callable(getattr(value, "state_dict", None)):
         try:
             pairs = [(name, value.state_dict())]
-        except Exception:  # not every state_dict() can be called: it is for a hint only
+        except Exception:  # some state_dict() may raise; the digests only serve as a hint
             return {}
     else:
         return {}
@@ -116,7 +116,7 @@ def digests(value: Any, name: str = "", depth: int = 0) -> dict[str, str]:
 
 
 def attributes(task: Any) -> dict[str, str]:
-    """Digests of what an instance keeps, by the name of the attribute."""
+    """Digests of an instance's attributes, by name."""
     found = {}
     for name, value in dict(getattr(task, "__dict__", {})).items():
         if parts := digests(value, name):

@@ -1,4 +1,4 @@
-"""What people read of a study in MLflow: the names of its runs, and the table in the description of the parent run."""
+"""Texts of a study in MLflow: the names of its runs, and the table in the description of the parent run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERDICTS = [verdict.value for verdict in Verdict]  # best first
 
 @dataclass
 class Leaderboard:
-    """What the events of a study say about its trials."""
+    """The trials of a study, collected from its events."""
 
     name: str
     note: str = ""
@@ -66,7 +66,7 @@ class Leaderboard:
         return f"{self.name}: best {_setting('search', best.get('config') or {})}, {result}"[:MAX_NAME_LENGTH]
 
     def ranked(self) -> list[tuple[str, Summary]]:
-        """By verdict, then by the objective, best first; baselines last."""
+        """Sorted by verdict, then by the objective, best first; baselines last."""
 
         def place(item: tuple[str, Summary]) -> tuple[bool, int, float]:
             summary = item[1]
@@ -113,7 +113,7 @@ class Leaderboard:
 
 
 def number(value: Any) -> float | None:
-    """Also of the strings in which `jsonable` writes NaN and infinities; None for what is no number."""
+    """A value as float, including the strings that `jsonable` writes for NaN and infinities; None if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -123,7 +123,7 @@ def number(value: Any) -> float | None:
 
 
 def plain(value: Any) -> str:
-    """1.0 and 1 are one setting; 0.1 · 0.01 is 0.001."""
+    """A value as text, the same for 1.0 and 1; 0.1 · 0.01 gives 0.001."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return str(value)
     if isinstance(value, (int, float)):
@@ -165,7 +165,7 @@ def _objective(summary: Summary) -> str:
 
 
 def _objective_value(summary: Summary) -> float:
-    """-Inf where it was not measured."""
+    """The value of the objective; -Inf if it was not measured."""
     value = number((summary.get("metrics") or {}).get(_objective(summary)))
     return -math.inf if value is None or math.isnan(value) else value
 
@@ -175,7 +175,7 @@ def _signed(value: float) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that is safe in a Markdown table; a reason may contain anything."""
+    """Escapes text for a Markdown table, since a reason may contain anything."""
     return re.sub(r"([\\|\[\]<>`*_])", r"\\\1", " ".join(text.split()))
 
 

@@ -1,8 +1,8 @@
-"""Mirrors a study into MLflow from a process of its own, so that nothing MLflow does can stop or slow training.
+"""Mirrors a study into MLflow from a separate process, so that MLflow cannot stop or slow down training.
 
 The process (`mirror_process`) reads the study's events from the last byte that MLflow has acknowledged. It runs at low
-priority, holds a quarter of a megabyte of events at a time, and keeps trying while a server is down. Ending it at any moment
-loses nothing: the next one begins where it stopped. Neither mlflow nor ray is imported here.
+priority, holds a quarter of a megabyte of events at a time, and retries while a server is down. It can be killed at any moment
+without loss, since the next process continues where it stopped. Neither mlflow nor ray is imported here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tune_ssim.base.passwords import hide_password, without_password
 from tune_ssim.results.study_folder import StudyFolder
 
 EXPERIMENT = "tune_ssim"
-POLL_S = 2.0  # larger batches cost MLflow less: 25 ms a batch, 0.2 ms a metric
+POLL_S = 2.0  # larger batches cost MLflow less: 25 ms per batch, 0.2 ms per metric
 MAX_PAUSE_S = 30.0
 ORPHAN_TIMEOUT_S = 60.0  # how long a mirror continues after its study was killed
 
-# Few retries of MLflow's own: `mirror_process` has its own back-off. The user's settings win.
+# Few retries by MLflow, since `mirror_process` has its own back-off. The user's settings take precedence.
 _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -40,19 +40,19 @@ _SETTINGS = {
 
 
 class State(TypedDict):
-    """The progress of a mirror; a small file in the study's folder, one for each tracking URI."""
+    """The progress of a mirror, kept in a small file in the study's folder, one per tracking URI."""
 
     offset: int  # bytes of events.jsonl that MLflow has
     events: int
     experiment_id: str | None
     share_key: str | None
     runs: dict[str, str]  # trial_id → run_id; the parent run is ""
-    refused: list[str]  # what MLflow did not accept, as messages
+    refused: list[str]  # messages about what MLflow rejected
     error: str | None
 
 
 class MLflowMirror:
-    """`uri` None is SQLite beside the study's folder. No method raises because of MLflow."""
+    """Starts and stops the mirror process. `uri` None: SQLite next to the study's folder. No method raises because of MLflow."""
 
     def __init__(self, folder: StudyFolder, uri: str | None = None, experiment: str | None = None) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class MLflowMirror:
         return {**self.__dict__, "_process": None}
 
     def start(self) -> None:
-        """Returns at once: importing MLflow and opening its database happen in the other process."""
+        """Returns at once. The other process imports MLflow and opens its database."""
         if self._process is not None and self._process.poll() is None:
             return
         self._problem = None if is_installed("mlflow") else install_hint("mlflow")
@@ -89,7 +89,7 @@ class MLflowMirror:
             self._problem = describe_error(error)
 
     def drain(self, timeout_s: float = 60.0, progress: Callable[[str], None] | None = None) -> bool:
-        """Ends the mirror when MLflow has everything (True) or after `timeout_s` (False); `status()` then says why."""
+        """Ends the mirror when MLflow has everything (True) or after `timeout_s` (False); `status()` then gives the reason."""
         if not self._pending_bytes() and self._process is None:
             return True
         self.start()  # if it was never started, or has died
@@ -101,7 +101,7 @@ class MLflowMirror:
             if progress is not None:
                 progress(self.status())
             time.sleep(0.1)
-        hangs = process.poll() is None  # in a request
+        hangs = process.poll() is None  # hangs in a request
         if hangs:
             process.kill()
         code = process.wait()
@@ -116,12 +116,12 @@ class MLflowMirror:
         return code == 0
 
     def reached(self) -> bool:
-        """Whether MLflow has anything of this study, or at least gave no error yet."""
+        """Whether MLflow has any event of this study, or has given no error yet."""
         state = read_state(self.folder, self.uri)
         return state["events"] > 0 or state["error"] is None
 
     def status(self) -> str:
-        """How much of the study MLflow has, and what the problem is; one line."""
+        """One line: how much of the study MLflow has, and the problem if there is one."""
         state = read_state(self.folder, self.uri)
         pending = self._pending_events(state["offset"])
         where = hide_password(self.uri)
@@ -160,14 +160,14 @@ def mirror_study(
     timeout_s: float = 600.0,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[bool, str]:
-    """Mirrors what is pending of a study now. Returns whether MLflow has all of it, and the status in one line."""
+    """Mirrors the pending events of a study now. Returns whether MLflow has all of them, and the status in one line."""
     mirror = MLflowMirror(folder, uri, experiment)
     done = mirror.drain(timeout_s, progress)
     return done, mirror.status()
 
 
 def run_ids(folder: StudyFolder, uri: str | None = None) -> dict[str, str]:
-    """trial_id → MLflow's run_id, as far as it is mirrored. The parent run is ""."""
+    """trial_id → MLflow's run_id, for the mirrored trials. The parent run is ""."""
     return read_state(folder, uri or default_uri(folder.path.parent))["runs"]
 
 
@@ -185,7 +185,7 @@ def lock_file(folder: StudyFolder, uri: str) -> Path:
 
 
 def read_state(folder: StudyFolder, uri: str) -> State:
-    """Zero progress where there is no file or it is damaged, which is always safe: applying an event twice changes nothing."""
+    """The saved progress. Zero if the file is missing or damaged, which is safe, since events are idempotent."""
     empty = State(offset=0, events=0, experiment_id=None, share_key=None, runs={}, refused=[], error=None)
     try:
         return State(**{**empty, **json.loads(state_file(folder, uri).read_bytes())})  # type: ignore[typeddict-item]
@@ -194,7 +194,7 @@ def read_state(folder: StudyFolder, uri: str) -> State:
 
 
 def process_environment() -> dict[str, str]:
-    """For processes that use MLflow: this package can be imported there, and the user's own settings win."""
+    """Environment for processes that use MLflow: they can import this package, and the user's settings take precedence."""
     import tune_ssim
 
     package = str(Path(tune_ssim.__file__).parent.parent)

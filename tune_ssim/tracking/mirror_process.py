@@ -1,4 +1,4 @@
-"""The program of the mirror's process: `python -m tune_ssim.tracking.mirror_process`, started by `mirror`."""
+"""The program of the mirror process, `python -m tune_ssim.tracking.mirror_process`, which `mirror` starts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tune_ssim.tracking.replay import Replay, read_chunk
 
 
 class Commands:
-    """Lines from a pipe, without blocking. (`select` on a buffered file would miss what is already in its buffer.)"""
+    """Reads lines from a pipe with a timeout. (`select` on a buffered file would miss what is already in its buffer.)"""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self._text = descriptor, b""
 
     def next(self, timeout_s: float | None = None) -> str | None:
-        """None: nothing within `timeout_s`. An empty line: the other end is closed."""
+        """The next line; None if there is none within `timeout_s`; empty if the other end is closed."""
         while b"\n" not in self._text:
             if not select.select([self._descriptor], [], [], timeout_s)[0]:
                 return None
@@ -37,8 +37,8 @@ class Commands:
 
 
 def main(descriptor: int = 0) -> None:
-    """Reads one line of JSON (`folder`, `uri`, `experiment`), then mirrors until it reads `drain <seconds>`, or until the pipe is
-    closed because its parent has died: then it mirrors what is pending. The state file holds its progress."""
+    """Reads one line of JSON (`folder`, `uri`, `experiment`), then mirrors until it reads `drain <seconds>`, or until the pipe
+    closes because its parent has died; then it mirrors the pending events. The state file holds its progress."""
     commands = Commands(descriptor)
     job = json.loads(commands.next() or "{}")
     folder, uri = StudyFolder(Path(job["folder"])), job["uri"]
@@ -62,7 +62,7 @@ def main(descriptor: int = 0) -> None:
                     state["error"] = None
                 pause = mirror.POLL_S if locked else 1.0
                 error = None if locked else "another process is mirroring this study"
-            except Exception as problem:  # whatever MLflow or the network does: report it, wait, and try again
+            except Exception as problem:  # any error of MLflow or the network: report it, wait, and retry
                 replay = None
                 error = mirror.describe_error(problem)
                 pause = min(2 * pause, mirror.MAX_PAUSE_S)

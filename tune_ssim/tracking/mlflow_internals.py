@@ -1,7 +1,7 @@
-"""What we rely on in MLflow beyond its public API: the addresses and tags of its pages, and the limits of its stores.
+"""Everything used of MLflow that is not public API: URLs and tags of its pages, and limits of its stores.
 
-All of it was seen in MLflow 3.12 to 3.17 (mlflow/server/js/build and the files named below); `tests/test_tracking.py` looks for
-the names of the pages in the installed version. Where a later version drops one, the pages look plainer; no data is lost.
+Verified in MLflow 3.12 to 3.17 (mlflow/server/js/build and the files named below); `tests/test_tracking.py` looks for the names of
+the pages in the installed version. If a later version drops one, the pages look plainer; no data is lost.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SOURCE = "mlflow.source.name"
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 # With this tag the page of a run offers a slider over the steps of its images (mlflow/tracking/client.py, `log_image`).
 HAS_IMAGES = {"mlflow.loggedImages": "True"}
-TRAINING_PAGES = "workflowType=machine_learning"  # in an address: the pages of model training, not those of GenAI
+TRAINING_PAGES = "workflowType=machine_learning"  # part of a URL: the pages of model training, not those of GenAI
 
-# The columns of the shared view, left to right, with their widths in pixels. They are narrow because MLflow opens its assistant
-# beside the table on a first visit. The reason comes last and takes the remaining space.
+# The columns of the shared view, left to right, with widths in pixels. They are narrow because MLflow opens its assistant next to
+# the table on a first visit. The reason comes last and takes the remaining space.
 COLUMNS = {
     "attributes.`Run Name`": 300,
     "runDateAndNestInfo": 45,  # "Created" cannot be hidden; it begins with the status of the run
@@ -65,7 +65,7 @@ def share_view(client: MlflowClient, experiment_id: str, study_id: str, search_f
 
     No public call chooses the columns (verdict, gain, reason, …): this is the format of the page's own "Share". The tag
     `mlflow.sharedViewState.<key>` holds `{"name", "createdAt", "state"}`; `state` is JSON, or "deflate;" and the base64 of its zlib
-    stream. Runs are nested only while they are sorted by date; sorted by a metric, all are shown.
+    stream. Runs are nested only while sorted by date; sorted by a metric, the list is flat.
     """
     state = {
         "searchFilter": search_filter,
@@ -90,8 +90,8 @@ def share_view(client: MlflowClient, experiment_id: str, study_id: str, search_f
 
 
 def image_paths(folder: str, file_name: str, step: int, time_ms: int, unique: str) -> list[str]:
-    """Where an image is stored: as a plain file, and twice under the name by which `HAS_IMAGES` finds it. MLflow's own name has a
-    random part where ours has `unique`."""
+    """Paths of a stored image: a plain file, and two with the names that `HAS_IMAGES` needs. MLflow's own names have a random part
+    in place of `unique`."""
     stem = f"images/{folder.replace('/', '~') or 'images'}+step+{step}+timestamp+{time_ms}+{unique}"
     return [f"{folder}/{file_name}", f"{stem}.png", f"{stem}+compressed.webp"]
 

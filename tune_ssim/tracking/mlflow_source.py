@@ -18,7 +18,7 @@ from tune_ssim.tracking.mlflow_internals import restored
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-COMMANDS = "tune_ssim commands"  # the experiment of runs that scripts log to by themselves
+COMMANDS = "tune_ssim commands"  # the experiment for the runs that scripts log to
 PREFIXES = ("mlflow:", "runs:/")
 SQLITE = "sqlite:///"
 
@@ -31,7 +31,7 @@ def open_run(
 ) -> MLflowRun:
     """The metrics of a run, named `mlflow:RUN_ID` or `runs:/RUN_ID`, from its first step.
 
-    `tracking_uri`: None is MLflow's own choice ($MLFLOW_TRACKING_URI). `names`: their metric names → ours. Raises UserError if
+    `tracking_uri`: None is MLflow's own choice ($MLFLOW_TRACKING_URI). `names`: log names → our metric names. Raises UserError if
     there is no such run, or the tracking server does not answer."""
     run_id = next((run.removeprefix(prefix) for prefix in PREFIXES if run.startswith(prefix)), "").strip("/")
     if not run_id or "/" in run_id:
@@ -52,8 +52,8 @@ def open_run(
 
 
 def open_new_run(tracking_uri: str, name: str, names: Mapping[str, str] | None = None) -> tuple[MLflowRun, dict[str, str]]:
-    """A new, empty run, and the environment in which `mlflow.start_run()` continues it. So a script that logs to MLflow is followed
-    without knowing what it calls its runs. Raises UserError if the tracking server does not answer."""
+    """A new, empty run, and the environment in which `mlflow.start_run()` continues it. So a script that logs to MLflow can be
+    followed whatever it calls its runs. Raises UserError if the tracking server does not answer."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -69,8 +69,8 @@ def open_new_run(tracking_uri: str, name: str, names: Mapping[str, str] | None =
 
 
 class MLflowRun:
-    """See `tune_ssim.records.readers.Source`. Each `read` asks for the whole histories, in pages; what was released before is not
-    released again. If a metric is logged twice at a step, the first value wins."""
+    """See `tune_ssim.records.readers.Source`. Each `read` fetches the whole histories, in pages. Records already
+    released are not released again. If a metric is logged twice at a step, the first value wins."""
 
     format = "mlflow"
 
@@ -102,8 +102,8 @@ class MLflowRun:
         yield self._rows.steps.take()
 
     def _fetch(self, complete: bool) -> None:
-        """`complete`: nothing will be logged any more. Otherwise steps that began after the first request are left for the next
-        call: metrics that were fetched early may lack them."""
+        """`complete`: nothing more will be logged. Otherwise steps that began after the first request are left for the next call,
+        since metrics fetched earlier may lack them."""
         from mlflow.exceptions import MlflowException
 
         try:

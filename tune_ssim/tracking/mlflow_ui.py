@@ -1,4 +1,4 @@
-"""`tune-ssim ui`: mirrors everything, starts MLflow's server on loopback, prints a link to the trials, best first."""
+"""`tune-ssim ui`: mirrors all studies, starts MLflow's server on loopback, prints a link to the trials, best first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ START_TIMEOUT_S = 90.0  # a cold import of MLflow on a busy machine
 
 
 def studies_of(storage: Path) -> list[StudyFolder]:
-    """The studies with events, the last started at the end."""
+    """The studies with events, the latest last."""
     found = [StudyFolder(path.parent) for path in storage.glob("*/events.jsonl")]
     return sorted(found, key=lambda folder: (_started(folder), folder.name))
 
@@ -39,19 +39,19 @@ def serve_ui(
     experiment: str | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Mirrors what is pending, serves until Ctrl-C, ends the server with all its processes.
+    """Mirrors pending events, serves until Ctrl-C, then ends the server with all its processes.
 
     With an http(s) `uri` there is a server already: only the link is printed. Raises UserError if there is no study,
     no port from `port` on is free, or the server does not start.
     """
     folders = studies_of(storage)
-    shown = find_study(storage, name) if name is not None or not folders else folders[-1]
+    selected = find_study(storage, name) if name is not None or not folders else folders[-1]
     uri = uri or default_uri(storage)
     for folder in folders:
         done, status = mirror_study(folder, uri, experiment)
         if not done:
             say(f"{folder.name}: {status}")
-    state = read_state(shown, uri)
+    state = read_state(selected, uri)
     if uri.startswith(("http://", "https://")):
         if state["experiment_id"] is None:
             raise UserError(f"MLflow at {hide_password(uri)}: {state['error'] or 'nothing could be mirrored'}")
@@ -68,7 +68,7 @@ def serve_ui(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a group of its own, so that its workers end with it
+        start_new_session=True,  # its own process group, so that its workers end with it
     )
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:

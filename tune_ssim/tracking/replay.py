@@ -1,13 +1,13 @@
-"""Replays a study's events into MLflow: a parent run a study, a child run a trial.
+"""Replays a study's events into MLflow: one parent run per study, one child run per trial.
 
-One mechanism serves the live mirror, a mirror made later (the server was down) and a resumed study: events are applied
-from the last acknowledged byte on, and applying one twice changes nothing, because
+The same mechanism serves the live mirror, a later mirror (after the server was down) and a resumed study. Events are applied from
+the last acknowledged byte on. Applying one twice changes nothing, because
 
 - a run is looked up by its tags (`tune_ssim.study_id`, `tune_ssim.trial_id`) before it is created;
 - a metric has the time of its event: MLflow keeps one row for the same name, step, value and time;
-- if a trial is set back to a checkpoint and repeats steps, the first value of each step wins.
+- if a trial resumes from a checkpoint and repeats steps, the first value of each step wins.
 
-So nothing here needs to be exactly-once, and kill -9 at any moment costs at most a second push of one chunk.
+So exactly-once delivery is not needed, and kill -9 at any moment costs at most a repeated push of one chunk.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TRIAL_ID = "tune_ssim.trial_id"
 class Replay:
     """One connection to MLflow, and the state of a study up to `offset`.
 
-    Any method may raise what MLflow raises; make a new one then."""
+    Any method may raise an exception of MLflow; create a new instance then."""
 
     def __init__(self, folder: StudyFolder, uri: str, experiment: str) -> None:
         import mlflow
@@ -57,14 +57,14 @@ class Replay:
         self.experiment_id = _experiment(self._client, experiment, _artifact_location(uri, folder))
         self.runs: dict[str, str] = {}  # trial_id → run_id; the parent is ""
         self._find_runs()
-        self.refused: list[str] = []  # what MLflow will never accept, as messages
+        self.refused: list[str] = []  # messages about what MLflow rejects for good
 
-        # What the events up to `offset` say.
+        # State from the events up to `offset`.
         self._board = Leaderboard(folder.name)
         self._board_has_changed = False
         self._last: dict[tuple[str, str], tuple[int, float]] = {}  # (trial, metric) → last step and its value
         self._non_finite: set[tuple[str, str]] = set()
-        self._names: dict[str, str] = {}  # of metrics and parameters: ours → MLflow's
+        self._names: dict[str, str] = {}  # names of metrics and parameters: ours → MLflow's
         self._unsent: dict[str, list[Any]] = {}  # trial_id → metrics
 
         self.offset = self.events = 0
@@ -82,7 +82,7 @@ class Replay:
         )
 
     def push_chunk(self) -> bool:
-        """Applies the next events, at most about CHUNK_BYTES; False if there are none."""
+        """Applies the next events, about CHUNK_BYTES at most. False if there are none."""
         chunk = read_chunk(self.folder.events_file, self.offset)
         if not chunk:
             return False
@@ -100,7 +100,8 @@ class Replay:
         return True
 
     def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
-        """Calls `action`. What MLflow refuses for good (an invalid name, say) is noted and skipped: it must not block the rest."""
+        """Calls `action`. A permanent rejection by MLflow (e.g. of an invalid name) is noted and skipped, so that the rest goes
+        on."""
         try:
             action(*arguments)
         except self._mlflow_error as error:
@@ -111,7 +112,7 @@ class Replay:
             self.refused.append(f"{error.filename} is gone")
 
     def _new_metrics(self, event: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
-        """Name, value and step of what no earlier event had."""
+        """Name, value and step of metrics that no earlier event had."""
         trial_id = event["trial_id"]
         for step, values in event["records"]:
             for name, value in values.items():
@@ -213,7 +214,7 @@ class Replay:
 
     def _add_metric(self, trial_id: str, name: str, value: float, step: int, time_ms: int) -> None:
         if not math.isfinite(value) and (trial_id, name) not in self._non_finite:
-            # MLflow draws NaN as a gap and leaves it out of a metric's "latest" value: a tag says it as well.
+            # MLflow draws NaN as a gap and ignores it in a metric's "latest" value, so a tag records it too.
             self._non_finite.add((trial_id, name))
             text = "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
             key = self._name(f"non_finite.{name}")
@@ -253,7 +254,7 @@ class Replay:
         self._client.log_batch(run_id, tags=made)
 
     def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """MLflow refuses to change a parameter: a tag says where the value in force is not the one that was asked for."""
+        """Logs parameters. MLflow cannot change one, so a tag records a value in force that differs from the requested one."""
         wanted = {self._name(key): shortened(plain(value), internals.MAX_PARAM_LENGTH) for key, value in flattened(values).items()}
         if (strength := gain(values)) is not None:  # short names, for the columns
             wanted |= {"gain": plain(strength), "max_t": plain(values.get("ssim_loss_max_t"))}
@@ -270,7 +271,7 @@ class Replay:
             self._tag(run_id, differing)
 
     def _name(self, name: str) -> str:
-        """A valid name in MLflow, another one for each of ours."""
+        """A valid MLflow name, unique for each of our names."""
         if name not in self._names:
             mapped = internals.valid_name(name)
             if len(mapped) > internals.MAX_NAME_LENGTH or mapped in self._names.values():
@@ -323,7 +324,7 @@ def _experiment(client: MlflowClient, name: str, artifact_location: str | None) 
 
 
 def _artifact_location(uri: str, folder: StudyFolder) -> str | None:
-    """A server has its own (None). For a database it is beside its file or in the storage path, never the current folder."""
+    """The artifact location. None for a server, which has its own. For a database: next to its file or in the storage path."""
     scheme = uri.split(":", 1)[0]
     if scheme.startswith("sqlite"):
         database = uri.split("?", 1)[0].partition(":///")[2]
@@ -334,7 +335,7 @@ def _artifact_location(uri: str, folder: StudyFolder) -> str | None:
 
 
 def _study_id(folder: StudyFolder) -> str:
-    """From the first event, which never changes and contains the time: so it differs for two studies of one name."""
+    """An id from the first event, which never changes and contains the time, so studies with the same name differ."""
     first = read_chunk(folder.events_file, 0).split(b"\n", 1)[0]
     return f"{folder.name}-{hashlib.sha256(first).hexdigest()[:12]}"
 
@@ -363,7 +364,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
     except ValueError:
-        return None  # torn by kill -9
+        return None  # truncated by kill -9
     if not isinstance(event, dict) or "event" not in event or "time_ms" not in event:
         return None
     if isinstance(event.get("effective"), str):  # MLflowTracking of version 0.1.0 wrote it as text

@@ -1,7 +1,7 @@
-"""Preflight: seconds of measurements before a study, so that no setting is blamed for a broken set-up.
+"""Preflight: a few seconds of checks before a study, so that no setting is blamed for a broken set-up.
 
-Effects are tested, not flags: what a step does, not what its configuration says. A training is seen through the optional
-methods of `trials.training.Training`; what it does not show is `unknown`.
+It tests effects, not flags: what a step does, not what its configuration says. It measures a training through the optional
+methods of `trials.training.Training`. Checks that need a missing method are `unknown`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["preflight_task", "run_preflight", "settings_of"]
 
-DISABLE_UPDATE = {"lr": 0.0}  # the contract of a task: a learning rate of 0 leaves the weights as they are
+DISABLE_UPDATE = {"lr": 0.0}  # required of a task: a learning rate of 0 leaves the weights unchanged
 
 
 def run_preflight(study: Study, *, device: str | None = None) -> Report:
-    """The set-up of a study. Raises UserError for a task or a configuration that cannot be understood."""
+    """Checks the set-up of a study. Raises UserError for an invalid task or configuration."""
     return preflight_task(
         load_task(study.task_path, study.import_path),
         study.task_config,
@@ -55,10 +55,10 @@ def preflight_task(
     disable_update: Mapping[str, Any] = DISABLE_UPDATE,
     device: str | None = None,
 ) -> Report:
-    """A task with `config`. settings: what may be launched on top of it; baseline: what the baseline sets on top of it.
+    """Checks a task with `config`. settings: those that may be launched, on top of `config`; baseline: the baseline's, on top of
+    it.
 
-    disable_update: settings under which a step changes nothing. The training itself is left alone: every measurement has a task
-    of its own."""
+    disable_update: settings under which a step changes nothing. Every measurement has its own instance of the task."""
     started = time.perf_counter()
     subject = Subject(task_class, {"steps": steps, **config}, seed, device, disable_update)
     checks = tuple(_checks(subject, steps, settings, dict(baseline or {}), guards))
@@ -68,7 +68,7 @@ def preflight_task(
 def _checks(
     subject: Subject, steps: int, settings: Sequence[Mapping[str, Any]], baseline: dict[str, Any], guards: Sequence[Guard]
 ) -> Iterator[Check]:
-    """In the order in which one would look for a cause: what is there, what a step does, what is to be launched."""
+    """Checks in the order in which to look for a cause: what exists, what a step does, what is to be launched."""
     smoke_test = next((guard for guard in guards if isinstance(guard, SmokeTest)), None)
     limit = next((guard.limit for guard in guards if isinstance(guard, NormRatio)), NormRatio().limit)
     try:
@@ -86,7 +86,7 @@ def _checks(
 def _start(
     task: Training, steps: int, settings: Sequence[Mapping[str, Any]], guards: Sequence[Guard], smoke_test: SmokeTest | None
 ) -> Iterator[Check]:
-    """Checks of the task as it is after its set-up. The one step that it takes comes last."""
+    """Checks of the task after its set-up. Its only step comes last."""
     sample, seen = call(task, "sample", 0), images.look(task) if task.abilities().forward else None
     yield Check("setup", "ok", "the task sets up, samples and runs forward" if seen else "the task sets up and samples")
     yield from guarded("weights", lambda: networks.check_weights(task))

@@ -16,16 +16,18 @@ from tune_ssim.before_launch.preflight.report import Check
 from tune_ssim.before_launch.preflight.subject import Unavailable, call
 from tune_ssim.trials.training import Forward, Sample
 
-SAMPLES = 64  # training samples whose predictions are looked at
-MAX_FORWARDS = 32  # forward passes made for them
-LOW_T = 0.3  # up to here the prediction of the clean image is close to it whatever the network says: its error shrinks with t
-SCALES = (0.5, 2.0)  # of the latents: what a wrong scaling factor may have done to them
-SMALL_SIDE = 12  # pixels; detail that an autoencoder does not keep is averaged away before images are compared
-PIXEL_BUDGET = 4_000_000  # training pixels looked at: 1700 crops of 48 x 48
-PATCH = 8  # pixels; what is common to training and held-out images must hold such a square
-STRIDE = 4  # of the patches of the training images; those of the held-out images lie everywhere
-MAX_HELD_OUT_SIDE = 64  # pixels; of larger held-out images the middle is looked at
-MIN_TEXTURE = 2.0  # standard deviation of a patch in grey levels of 255: flat ones are alike by nature
+SAMPLES = 64  # training samples whose predictions are checked
+MAX_FORWARDS = 32  # forward passes for these samples
+LOW_T = (
+    0.3  # up to this t the predicted clean image is close to the true one whatever the network predicts
+)
+SCALES = (0.5, 2.0)  # scales of the latents that a wrong scaling factor may cause
+SMALL_SIDE = 12  # pixels; averages away detail that an autoencoder loses before images are compared
+PIXEL_BUDGET = 4_000_000  # training pixels checked: 1700 crops of 48 x 48
+PATCH = 8  # pixels; side of the squares compared between training and held-out images
+STRIDE = 4  # stride of the patches of training images; that of held-out images is 1
+MAX_HELD_OUT_SIDE = 64  # pixels; larger held-out images are cropped to the centre
+MIN_TEXTURE = 2.0  # standard deviation of a patch in grey levels of 255; flat patches always match
 
 
 @dataclass
@@ -35,8 +37,8 @@ class Seen:
     main: float  # main loss, mean over the passes
     trivial: float | None  # the same of the best constant velocity
     t: Tensor  # [n], of the generation targets
-    decoded: Tensor  # [m, 3, H, W] in [0, 1]: their predictions at t <= LOW_T
-    rescaled: Mapping[float, Tensor]  # the same, decoded from latents of SCALES times the size
+    decoded: Tensor  # [m, 3, H, W] in [0, 1]: predictions at t <= LOW_T
+    rescaled: Mapping[float, Tensor]  # the same, decoded from latents multiplied by SCALES
     targets: Tensor  # of the same samples
     all_targets: Tensor  # of all samples
     batch_size: int
@@ -90,7 +92,7 @@ def check_losses(seen: Seen | None) -> Iterator[Check]:
 
 
 def check_pairs(sample: Sample, seen: Seen | None) -> Iterator[Check]:
-    """Images that must show the same: decoded and target, reconstruction and reference, input and reference."""
+    """Checks pairs that must show the same image: decoded and target, reconstruction and reference, input and reference."""
     if seen is not None:
         yield _range("targets", seen.all_targets)
     if sample.references is not None:
@@ -159,13 +161,13 @@ def _range(name: str, images: Tensor) -> Check:
 
 
 def _small(*images: Tensor) -> list[Tensor]:
-    """All averaged down to one size."""
+    """Averages all down to one size."""
     side = min(SMALL_SIDE, *(size for image in images for size in image.shape[-2:]))
     return [functional.adaptive_avg_pool2d(image.detach().float().cpu(), side) for image in images]
 
 
 def _mappings(x: Tensor, y: Tensor) -> tuple[float, dict[str, float]]:
-    """Mean square between `x` and `y`, and between `x` and what known mix-ups make of `y`."""
+    """Mean square between `x` and `y`, and between `x` and `y` after each known mix-up."""
     mixed = {
         "half": y * 0.5 + 0.5,
         "double": (2 * y - 1).clamp(0, 1),
@@ -178,8 +180,8 @@ def _mappings(x: Tensor, y: Tensor) -> tuple[float, dict[str, float]]:
 
 
 def _own_partner(x: Tensor, y: Tensor) -> float:
-    """Share of the comparisons in which `x[i]` is more like `y[i]` than like `y[j]`; NaN where all images are alike. Likeness:
-    correlation after removing the mean image, so that what all have in common says nothing."""
+    """Share of comparisons in which `x[i]` is more similar to `y[i]` than to `y[j]`; NaN if all images are alike. Similarity is
+    correlation after removing the mean image, that is, what all have in common."""
     a, b = ((image - image.mean(dim=0)).flatten(1) for image in (x, y))
     n = len(a)
     if n < 2 or b.abs().mean() < 1 / 255:
@@ -223,7 +225,7 @@ def _patch_hashes(images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """For every `PATCH` x `PATCH` square at multiples of `stride`: its hash, `[n, squares]` int64, and whether it has texture."""
     levels = (images * 255).round().clamp(0, 255)
     generator = torch.Generator().manual_seed(255)
-    # Integers so small that every sum is exact in float32: 255 · 64 · 8 · 8 · 3 < 2^24.
+    # Small integers, so that every sum is exact in float32: 255 · 64 · 8 · 8 · 3 < 2^24.
     kernels = torch.randint(-64, 65, (4, levels.shape[1], PATCH, PATCH), generator=generator).float()
     hashes, textured = [], []
     for chunk in levels.split(128):  # bounds the working memory

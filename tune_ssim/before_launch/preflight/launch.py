@@ -18,11 +18,11 @@ from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
 from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WEIGHT, Space
 from tune_ssim.trials.training import Sample
 
-BASELINE_STEPS = 6  # the median of their norms
+BASELINE_STEPS = 6  # the median of their norms is used
 
 
 def settings_of(space: Space) -> list[dict[str, Any]]:
-    """Settings that represent a space: its points, and the ends of every parameter but the gain's."""
+    """Settings that represent a space: its points, and the ends of every parameter except the gain."""
     settings: list[dict[str, Any]] = []
     for stage in space.stages:
         settings += stage.point_configs()
@@ -52,7 +52,7 @@ def check_gates(
 
 
 def check_law(task: Any, seen: Seen | None) -> Iterator[Check]:
-    """The Kolmogorov-Smirnov distance between the times drawn and the declared law."""
+    """Checks the Kolmogorov-Smirnov distance between the drawn times and the declared law."""
     law = time_law(task)
     if seen is None:
         raise Unavailable("the task has no forward()")
@@ -65,7 +65,7 @@ def check_law(task: Any, seen: Seen | None) -> Iterator[Check]:
 
 
 def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
-    """Settings that a space varies besides the auxiliary losses': each must be accepted, and be in force afterwards."""
+    """Checks searched settings that do not belong to the auxiliary losses: each must be accepted, and then be in force."""
     in_force = call(subject.make(base), "effective")
     asked = {name: value for setting in settings for name, value in setting.items() if name not in KNOWN}
     for name, value in asked.items():
@@ -86,13 +86,13 @@ def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence
 
 
 def check_seeds(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
-    """The batch of step 1 must be another one with another seed."""
+    """Checks that another seed gives another batch of step 1."""
     first, other = (call(subject.make(base, seed), "training_images", 1) for seed in (subject.seed, subject.seed + 1))
     yield rules.other_seed(first.shape == other.shape and torch.equal(first, other))
 
 
 def check_baseline(subject: Subject, baseline: Mapping[str, Any], limit: float) -> Iterator[Check]:
-    """On the same steps, with nothing updated."""
+    """Compares total_norm of the baseline and of the main loss, on the same steps without updates."""
     names = [name for name in ("ssim_loss_weight", "pixel_loss_weight") if name in call(subject.make(baseline), "effective")]
     if not names:
         yield rules.unknown("baseline/norm", "effective() names no auxiliary weight")
@@ -116,7 +116,7 @@ def _norms(subject: Subject, settings: Mapping[str, Any]) -> list[dict[str, floa
 
 
 def check_tokens(sample: Sample) -> Iterator[Check]:
-    """Generated token ids, where the task makes text."""
+    """Checks generated token ids, if the task generates text."""
     ids, size = sample.token_ids, sample.vocabulary_size
     if ids is not None and size is not None and ids.numel():
         outside = int(((ids < 0) | (ids >= size)).sum())
@@ -124,7 +124,7 @@ def check_tokens(sample: Sample) -> Iterator[Check]:
 
 
 def check_first_step(sample: Sample, metrics: Mapping[str, float]) -> Iterator[Check]:
-    """The first cross-entropy and the mask of the labels, where the task has text; the marks of known trainings."""
+    """Checks the first cross-entropy and the label mask, if the task has text, and the values of known trainings."""
     if rules.LOSS_CE in metrics:
         yield rules.caption_loss(metrics[rules.LOSS_CE], sample.vocabulary_size, metrics.get(rules.LABEL_FRACTION))
     yield from rules.fingerprints(metrics)

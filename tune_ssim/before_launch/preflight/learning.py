@@ -1,4 +1,4 @@
-"""Checks of a few real steps: frozen networks stay, trained ones move, and the samples survive."""
+"""Checks of a few real steps: frozen networks do not change, trained ones do, and samples stay intact."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tune_ssim.trials.trial import statistics_of
 
 STEPS = 3
 LATER = 25  # steps: the second of SmokeTest.at
-FASTER = 1000.0  # times the learning rate: more than float32's 24 bits swallow of a small one
-SMALL_PUSH = 0.1  # the SSIM gradient of these steps over the main one: it reaches the decoder, and harms nothing
+FASTER = 1000.0  # factor on the learning rate, larger than the rounding of float32's 24 bits
+SMALL_PUSH = 0.1  # SSIM gradient over the main gradient in these steps: it reaches the decoder but does no harm
 
 
 def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest | None) -> Iterator[Check]:
@@ -77,8 +77,8 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
 
 
 def _samples_later(task: Any, guard: SmokeTest) -> tuple[list[str], int]:
-    """What the smoke test finds after STEPS, and after LATER if it finds anything: the first steps of a hot training may pass
-    through a bad place. And how many steps were taken."""
+    """Failures of the smoke test after STEPS, and if there are any, after LATER, since a training with a high learning rate may
+    recover from bad first steps. Also the number of steps taken."""
     if findings := findings_of(guard, statistics_of(call(task, "sample", 0))):
         for _ in range(LATER - STEPS):
             call(task, "step")
@@ -88,10 +88,10 @@ def _samples_later(task: Any, guard: SmokeTest) -> tuple[list[str], int]:
 
 
 class _Gradients:
-    """Which parameters get a gradient other than 0, seen while it is computed: a step may clear it before it ends."""
+    """Records which parameters get a non-zero gradient while it is computed, since a step may clear it."""
 
     def __init__(self, parameters: Mapping[Any, torch.nn.Parameter]) -> None:
-        self.seen: dict[Any, None] = {}  # in the order in which they came
+        self.seen: dict[Any, None] = {}  # in order of arrival
         self.parameters = parameters
 
     def __enter__(self) -> _Gradients:
@@ -108,7 +108,7 @@ class _Gradients:
 
 
 def _small_ssim(subject: Subject, base: Mapping[str, Any]) -> dict[str, float]:
-    """An SSIM loss that is seen everywhere and pushes next to nothing; nothing where the task does not show its forward pass."""
+    """Settings of an SSIM loss that is active everywhere with a tiny push; empty if the task does not show its forward pass."""
     task = subject.make(base)
     if not task.abilities().has("forward", "trainable_parameters") or "ssim_loss_weight" not in call(task, "effective"):
         return {}
@@ -117,7 +117,7 @@ def _small_ssim(subject: Subject, base: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _too_slow(subject: Subject, settings: Mapping[str, Any], names: Sequence[str], rates: Mapping[str, float]) -> list[str]:
-    """Which of the parameters that did not move do so at a learning rate that rounding cannot swallow."""
+    """Which of the unchanged parameters change at a learning rate too large to be lost in rounding."""
     task = subject.make({**settings, **{name: FASTER * rate for name, rate in rates.items()}})
     parameters = _named_parameters(task, call(task, "parts") if task.abilities().parts else {})
     before = {name: parameters[name].detach().clone() for name in names}
@@ -126,7 +126,8 @@ def _too_slow(subject: Subject, settings: Mapping[str, Any], names: Sequence[str
 
 
 def _learning_rate(subject: Subject, settings: Mapping[str, Any], name: str, rate: float, first: float) -> Check:
-    """Half the learning rate, half the first update: true of SGD and of AdamW, whose first step is a rate times a sign."""
+    """Checks that half the learning rate gives half the first update, as in SGD and in AdamW, whose first step is rate times
+    sign."""
     if not first:
         return rules.unknown(f"parameter/{name}", "the first step moved nothing")
     task = subject.make({**settings, name: rate / 2})
@@ -156,7 +157,7 @@ def _is_among(part: Part, parameters: Mapping[str, torch.nn.Parameter]) -> bool:
 
 
 def _in_train_mode(module: torch.nn.Module) -> list[str]:
-    """Layers that behave otherwise in train mode; a dropout of 0 does not."""
+    """Layers that behave differently in train mode, except a dropout of 0."""
     return [
         f"{name or type(layer).__name__}"
         for name, layer in module.named_modules()
@@ -165,7 +166,7 @@ def _in_train_mode(module: torch.nn.Module) -> list[str]:
 
 
 def check_decoder(task: Any) -> Iterator[Check]:
-    """Functional dropout and batch statistics show in what is decoded, wherever they hide."""
+    """Detects functional dropout and batch statistics from decoded images."""
     forward = call(task, "forward", 1)
     with torch.no_grad():
         z0 = forward.z0[:2]

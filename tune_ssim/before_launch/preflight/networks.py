@@ -19,11 +19,11 @@ from tune_ssim.records import SMOKE, Record
 from tune_ssim.trials.training import Part, Sample
 from tune_ssim.trials.trial import statistics_of
 
-MIN_WEIGHTS = 256  # of a layer; fewer look like a trained layer's
+MIN_WEIGHTS = 256  # fewest weights of a layer to judge it by
 
 
 def check_weights(task: Any) -> Iterator[Check]:
-    """Each network against its file, and averaged weights against raw ones."""
+    """Compares each network with its file, and averaged weights with raw ones."""
     parts: dict[str, Part] = dict(call(task, "parts"))
     for name, part in parts.items():
         if part.weights is None:
@@ -54,9 +54,9 @@ def check_weights(task: Any) -> Iterator[Check]:
 
 
 def fresh_layers(module: torch.nn.Module) -> list[str]:
-    """Linear and convolutional layers whose weights are spread as torch initialises them: uniformly within ±1/√fan_in.
+    """Linear and convolutional layers with weights as torch initialises them: uniform within ±1/√fan_in.
 
-    Training leaves that interval: of the bundled networks' 29 layers each has an element beyond it, by 16 % at least."""
+    Training leaves that interval: each of the bundled networks' 29 layers has an element outside it, by at least 16 %."""
     found = []
     for name, layer in module.named_modules():
         if not isinstance(layer, (torch.nn.Linear, torch.nn.modules.conv._ConvNd)) or layer.weight.numel() < MIN_WEIGHTS:
@@ -70,7 +70,7 @@ def fresh_layers(module: torch.nn.Module) -> list[str]:
 
 
 def _holds(part: Part, parts: dict[str, Part]) -> str | None:
-    """The file of another part that this one equals: raw and averaged weights are easily exchanged."""
+    """The file of another part with the same weights, since raw and averaged weights are easily swapped."""
     for other in parts.values():
         if other.weights is None or other.weights == part.weights or not other.weights.exists():
             continue
@@ -80,7 +80,7 @@ def _holds(part: Part, parts: dict[str, Part]) -> str | None:
 
 
 def _nearest(average: torch.nn.Module, parts: dict[str, Part]) -> tuple[str, float] | None:
-    """The raw part of the same architecture that an average is nearest to, and the distance over the norm of its weights."""
+    """The closest raw part of the same architecture for an average, and the distance relative to the norm of its weights."""
     mine, distances = dict(average.named_parameters()), {}
     for name, part in parts.items():
         theirs = dict(part.module.named_parameters())
@@ -94,7 +94,7 @@ def _nearest(average: torch.nn.Module, parts: dict[str, Part]) -> tuple[str, flo
 
 
 def check_samples(task: Any, guard: SmokeTest, raw: Sample) -> Iterator[Check]:
-    """The smoke test on the starting weights, raw and averaged: either can be ruined while the other is fine."""
+    """Runs the smoke test on the starting weights, raw and averaged, since one may be ruined while the other is fine."""
     of_raw = statistics_of(raw)
     found = findings_of(guard, of_raw)
     try:
@@ -108,7 +108,7 @@ def check_samples(task: Any, guard: SmokeTest, raw: Sample) -> Iterator[Check]:
         return
     of_average = statistics_of(averaged)
     found_average = findings_of(guard, of_average)
-    # Beside the start's own rules: one set of weights must not be worse than the other by more than averaging explains.
+    # In addition, one set of weights must not be worse than the other by more than averaging explains.
     mutual = replace(guard, max_flow_loss_ratio=rules.MAX_AVERAGE_LOSS_RATIO)
     if not found and not found_average:
         found = [finding.words for finding in mutual.findings(of_raw, of_average)]

@@ -1,7 +1,7 @@
-"""The gradient that a step must have, computed independently of the tested code.
+"""The expected gradient of a step, computed independently of the tested code.
 
 SSIM from its definition, in float64, differentiated by autograd; the gate, the gradient's scale and clamp and the pixel loss
-as `losses.DecodedLoss` documents them. Slow and short: a check that called the tested code could not fail.
+as `losses.DecodedLoss` documents them. Slow and simple: a check that calls the tested code could not fail.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WINDOW, SIGMA, C1, C2 = 11, 1.5, 0.01**2, 0.03**2  # Wang et al. 2004, and what 
 
 @dataclass(frozen=True)
 class Setting:
-    """The auxiliary losses' parameters, under the names of a configuration; what a task does not know has no effect."""
+    """The auxiliary losses' parameters, with the names of a configuration. Those that a task lacks have no effect."""
 
     ssim_loss_weight: float = 0.0
     ssim_loss_max_t: float = 1.0
@@ -34,8 +34,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a step must record: total_norm, and of the losses that take part their values. peak: the largest element of what the
-    SSIM loss sends into the decoder."""
+    """Expected records of a step: total_norm, and the values of the active losses. peak: the largest element of the SSIM gradient
+    at the decoder's output."""
 
     gradients: Sequence[Tensor | None]
     total_norm: float
@@ -81,7 +81,7 @@ def pixel_gradient(decoded: Tensor, targets: Tensor, image_range: str, sizes: Si
 def _gradient(
     decoded: Tensor, targets: Tensor, image_range: str, sizes: Sizes | None, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[float, Tensor]:
-    """Sample by sample: float64 and autograd's intermediate maps of a whole batch of large images would not fit."""
+    """Works sample by sample, since float64 maps for a whole batch of large images would not fit into memory."""
     total, gradient = 0.0, torch.zeros_like(decoded, dtype=torch.float64)
     for i in range(len(decoded)):
         height, width = decoded.shape[-2:] if sizes is None else sizes[i]
@@ -155,7 +155,7 @@ def setting_of(config: Mapping[str, Any]) -> Setting:
 
 def _active(forward: Forward, max_t: float) -> list[int]:
     t = forward.t.cpu()
-    active = (t > 0) & (t <= torch.tensor(max_t, dtype=t.dtype))  # in t's own precision, as the loss compares
+    active = (t > 0) & (t <= torch.tensor(max_t, dtype=t.dtype))  # in the precision of t, as in the loss
     if forward.is_target is not None:
         active &= forward.is_target.cpu()
     return [int(sample) for sample in active.nonzero().flatten()]

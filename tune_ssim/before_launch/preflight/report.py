@@ -1,4 +1,4 @@
-"""Results of preflight and of `check_task`: a status for every question, with its evidence. Plain data, JSON in and out."""
+"""Results of preflight and of `check_task`: checks with a status and evidence, convertible to and from JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKS: dict[Status, str] = {"ok": "✓", "unknown": "?", "warn": "!", "bad_setup
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to one question. name: `subject` or `subject/part`. evidence: the numbers behind the sentence.
+    """The result of one check. name: `subject` or `subject/part`. evidence: the numbers behind the sentence.
 
     bad_setup: no study with this set-up can give a result. broken (of `check_task`): no study with this class can, or it would
     misjudge. warn: it works, and something is lost. unknown: could not be measured. remedy: what to do; empty if all is well."""
@@ -32,14 +32,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All checks of one set-up or class, in the order in which one would look for a cause."""
+    """All checks of one set-up or class, in the order in which to look for a cause."""
 
     checks: tuple[Check, ...]
     seconds: float = math.nan
 
     @property
     def status(self) -> Status:
-        """The worst; `unknown` only where nothing at all is known."""
+        """The worst status; `unknown` only if all checks are unknown."""
         known = [check.status for check in self.checks if check.status != "unknown"]
         return max(known, key=SEVERITY.index, default="unknown")
 

@@ -197,18 +197,18 @@ def tokens(ids: int, outside: int, smallest: int, largest: int, vocabulary_size:
 # -- images
 
 RANGE_SLACK = 0.01  # resampling overshoots [0, 1] a little; the known mix-ups by 1 and more
-MAX_CONSTANT = 0.5  # share of the images; sound 0
+MAX_CONSTANT = 0.5  # share of the images; 0 in sound set-ups
 MAX_MAPPING_RATIO = 1.5
-MIN_IMAGES = 8  # with fewer pairs nothing can be decided
+MIN_IMAGES = 8  # with fewer pairs no decision is possible
 MIN_OWN_WINS = 0.8
 MAX_LATENT_RATIO = 1.0
 MIN_RECONSTRUCTION_CORRELATION = 0.3
 MIN_EXPLAINED = 0.0
-NAMED_FILES = 20  # in a sentence: what a screen holds
+NAMED_FILES = 20  # files named in a sentence
 # Of a channel of latents. Bundled VAE on its own photograph: deviations 0.88 to 0.95, means up to 0.12; on tissue sections, which
-# it does not know, 1.7 to 2.7 and 5.6.
+# it was not trained on, 1.7 to 2.7 and 5.6.
 STD_RANGE, MAX_LATENT_MEAN = (1 / 3, 3.0), 2.0
-FRAME_IMAGES, FRAME_SHARE = 0.5, 0.5  # a few patches that most images share are no overlap but a frame or a watermark
+FRAME_IMAGES, FRAME_SHARE = 0.5, 0.5  # a few patches shared by most images are a frame or a watermark, not an overlap
 
 MIX_UPS = {
     "half": "[0, 1] is taken for [-1, 1]",
@@ -223,13 +223,13 @@ MIX_UPS = {
 def image_range(name: str, lowest: float, highest: float, non_finite: int, images: int) -> Check:
     """The range of the images called `name`, which must be [0, 1]; `non_finite` of them have a pixel that is not finite."""
     evidence = {"min": lowest, "max": highest, "non_finite_images": non_finite, "images": images}
-    check, shown = f"data/{name}", name.replace("_", " ")
+    check, label = f"data/{name}", name.replace("_", " ")
     if non_finite:
-        sentence = f"{non_finite} of {images} {shown} have pixels that are not finite"
+        sentence = f"{non_finite} of {images} {label} have pixels that are not finite"
         return Check(check, "bad_setup", sentence, evidence, "repair or drop them")
     is_sound = lowest >= -RANGE_SLACK and highest <= 1 + RANGE_SLACK
     kind = "[0, 255]" if highest > 2 else "[-1, 1]" if lowest < -0.5 else "neither [0, 1] nor [-1, 1]"
-    sentence = f"{images} {shown} lie in [{lowest:.3g}, {highest:.3g}]"
+    sentence = f"{images} {label} lie in [{lowest:.3g}, {highest:.3g}]"
     sentence += "" if is_sound else f"; [0, 1] is expected, this looks like {kind}"
     return _judge(check, is_sound, sentence, evidence, "map them to [0, 1] once")
 
@@ -242,7 +242,7 @@ def constant_images(constant: int, images: int) -> Check:
 
 
 def mapping(name: str, what: str, identity: float, mixed_up: Mapping[str, float]) -> Check:
-    """Two kinds of image that must show the same. identity: mean square between them; mixed_up: the same after each mix-up."""
+    """Two kinds of image that must match. identity: mean square between them; mixed_up: the same after each mix-up."""
     best = min(mixed_up, key=lambda mix_up: mixed_up[mix_up])
     ratio = identity / max(mixed_up[best], 1e-12)
     evidence = {"mean_square": identity, **{f"mean_square_{key}": value for key, value in mixed_up.items()}, "ratio": ratio}
@@ -256,7 +256,7 @@ def own_partner(name: str, what: str, wins: float, images: int) -> Check:
     check, evidence = f"data/{name}", {"own_wins": wins, "images": images}
     if images < MIN_IMAGES or math.isnan(wins):
         why = "they are all alike" if math.isnan(wins) else f"there are only {images}"
-        return Check(check, "unknown", f"{what} cannot be told from others': {why}", evidence)
+        return Check(check, "unknown", f"{what} cannot be distinguished from others': {why}", evidence)
     is_sound = wins >= MIN_OWN_WINS
     sentence = f"{what} are more like their own partner than like another's in {wins:.0%} of the comparisons"
     sentence += "" if is_sound else "; chance gives 50 %"
@@ -296,7 +296,7 @@ def autoencoder(psnr: float, explained: float, correlation: float) -> Check:
 
 
 def left_out(files: Mapping[str, str]) -> Check:
-    """files: what is not used, and why."""
+    """files: those that are not used, with the reason."""
     named = "; ".join(f"{name} ({why})" for name, why in list(files.items())[:NAMED_FILES])
     more = f"; and {len(files) - NAMED_FILES} more" if len(files) > NAMED_FILES else ""
     sentence = f"{len(files)} {'file' if len(files) == 1 else 'files'} of the data left out: {named}{more}"
@@ -334,12 +334,12 @@ def overlap(shared: Sequence[int], patches: Sequence[int], held_out: int) -> Che
     return _judge("data/overlap", not images, sentence, evidence, "split before cropping: by image, or with a gap of one crop")
 
 
-# -- what a training step really does
+# -- effects of a training step
 
 MIN_SSIM_COSINE = 0.999
 MAX_SSIM_ERROR = 1e-3
 MAX_DEVIATION = 0.02
-LOOSE_DEVIATION = 0.5  # where the gradient is garbage already: a dropped parameter still shows as a factor of 2 and more
+LOOSE_DEVIATION = 0.5  # if the gradient is already wrong: a dropped parameter still shows as a factor of 2 or more
 MIN_STEP_COSINE = 0.995
 MAX_DECODE_DIFFERENCE = 0.02
 MAX_BATCH_DIFFERENCE = 0.01
@@ -364,14 +364,14 @@ def ssim_precision(where: str, *, cosine: float, factor: float, error: float, pe
 
 
 def step_gradient(part: str, measured: float, expected: float, cosine: float | None, *, random: bool = False) -> Check:
-    """total_norm of a real step against the gradient of its own forward pass. random: that pass comes out otherwise each time."""
+    """total_norm of a real step against the gradient of its own forward pass. random: whether that pass differs each time."""
     name = f"gradient/{part}"
     factor = measured / expected if expected > 0 else math.inf
     evidence = {"total_norm": measured, "expected": expected, "factor": factor}
     if cosine is not None:
         evidence["cosine"] = cosine
     if random and not near(factor):
-        return Check(name, "unknown", f"forward() is random beyond (seed, n): no {part} gradient can be expected", evidence)
+        return Check(name, "unknown", f"forward() depends on more than (seed, n): no {part} gradient can be expected", evidence)
     if cosine is not None and not cosine >= MIN_STEP_COSINE:
         measures = f"a cosine of {cosine:.3f} to that of its forward pass in float32 and {factor:.3g}x its norm"
         half = "compute SSIM in float32, outside autocast: half precision does this"
@@ -386,9 +386,9 @@ def step_gradient(part: str, measured: float, expected: float, cosine: float | N
 def parameter(
     name: str, asked: Any, in_force: Any, factor: float | None = None, response: str = "", slack: float = MAX_DEVIATION
 ) -> Check:
-    """A parameter that was asked for: what the loss says it uses, and what using it does.
+    """A requested parameter: the value that effective() reports, and its measured effect.
 
-    factor: effect measured over effect expected of a change of this parameter, 1 where it acts as it should."""
+    factor: effect measured over effect expected of a change of this parameter; 1 if it acts as it should."""
     evidence = {key: float(value) for key, value in (("asked", asked), ("in_force", in_force)) if _is_number(value)}
     check, remedy = f"parameter/{name}", f"follow {name} from the configuration to the line that uses it"
     if not same(asked, in_force):
@@ -408,7 +408,7 @@ def clipping(limit: float | None, before: float, after: float, expected: float |
     evidence = {key: value for key, value in known.items() if value is not None}
     name, target = "parameter/max_grad_norm", before if limit is None else min(before, limit)
     if not math.isfinite(before):
-        return Check(name, "unknown", f"total_norm is {before:.4g}: nothing can be said of its clipping", evidence)
+        return Check(name, "unknown", f"total_norm is {before:.4g}: its clipping cannot be checked", evidence)
     if limit is not None and expected is not None and expected > (1 + LOOSE_DEVIATION) * limit and before <= 1.01 * limit:
         sentence = f"total_norm is recorded after clipping at {limit:g}: {before:.4g}, while the gradient has {expected:.4g}"
         remedy = "record what clip_grad_norm_ returns: the norm guard is blind otherwise"
@@ -488,9 +488,9 @@ def misspelt_key(is_accepted: bool, key: str) -> Check:
     return _judge("parameter/unknown", not is_accepted, sentence, {}, "refuse unknown keys in setup() with a ValueError", "warn")
 
 
-# -- can the guards judge?
+# -- whether the guards can judge
 
-MIN_CHANCE = 0.95  # of enough active steps for a verdict
+MIN_CHANCE = 0.95  # probability of enough active steps for a verdict
 MIN_LAW_PROBABILITY = 1e-6
 
 
@@ -554,8 +554,8 @@ def _judge(
 
 def _some(names: Sequence[str], words: str) -> str:
     """`3 changed (conv.weight, …)`; empty for none."""
-    shown = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
-    return f"{len(names)} {words} ({shown})" if names else ""
+    listed = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+    return f"{len(names)} {words} ({listed})" if names else ""
 
 
 def _list(*clauses: str) -> str:

@@ -1,7 +1,7 @@
-"""Checks of training steps: their gradients, with the update switched off, against those of their own forward pass.
+"""Checks of training steps: compares their gradients, with the update switched off, with those of their forward pass.
 
-A parameter is judged by its effect: the setting is changed, and total_norm must follow. The gain of the base setting is so
-large that SSIM rules the gradient; that it would ruin a training does not matter, for nothing is updated.
+A parameter is judged by its effect: when the setting changes, total_norm must follow. The gain of the base setting is so large that
+SSIM dominates the gradient. It would ruin a training, but nothing is updated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call
 from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM
 from tune_ssim.trials.training import Forward
 
-DOMINANCE = 30.0  # the auxiliary gradient of a reading over the main one: a change of it shows, and float32 still has room
+DOMINANCE = 30.0  # auxiliary gradient of a reading over the main one: changes are visible, and float32 is still precise enough
 MAX_SKIPPED = 25  # steps that a GradScaler may skip before its scale fits: 65536 = 2^16, and DOMINANCE below that
 BLACK_BOX_GAINS = (1e2, 1e4, 1e6)  # tried in turn on a task without a forward pass, until total_norm follows
 LOSSES = {"ssim": ("ssim_loss_weight", "ssim_loss_max_t"), "pixel": ("pixel_loss_weight", "pixel_loss_max_t")}
@@ -46,18 +46,18 @@ NEUTRAL: dict[str, float | None] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """One step with nothing updated: what it recorded, and what it had to record (None without a forward pass)."""
+    """One step without an update: its record, and the expected record (None without a forward pass)."""
 
     settings: Mapping[str, Any]
     effective: Mapping[str, Any]
     metrics: Mapping[str, float]
-    n: int  # its number
-    moved: bool  # the weights changed although the update is off
+    n: int  # number of the step
+    moved: bool  # whether the weights changed although the update is off
     after: float | None  # norm of the gradients that the optimiser saw; None if they are gone
-    cosine: float | None  # of those to the expected ones
+    cosine: float | None  # cosine of those gradients to the expected ones
     expected: Expected | None
-    random: bool = False  # forward(n) is not the same each time, so nothing can be expected of a step
-    gate: float | None = None  # of a reading that is not what its setting gives: the max_t that explains it
+    random: bool = False  # whether forward(n) differs each time, so no value can be expected
+    gate: float | None = None  # max_t that explains a reading not explained by its setting
 
     @property
     def total_norm(self) -> float:
@@ -65,7 +65,7 @@ class Reading:
 
     @property
     def agreement(self) -> float:
-        """total_norm over what it had to be."""
+        """total_norm over its expected value."""
         assert self.expected is not None
         return self.total_norm / self.expected.total_norm if self.expected.total_norm else math.inf
 
@@ -83,7 +83,7 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
     if TOTAL_NORM not in metrics:
         raise Unavailable(f"step() records no {TOTAL_NORM}")
     moved = any(not torch.equal(old, new.detach()) for old, new in zip(before, parameters, strict=True))
-    if moved:  # by an update that is not switched off, or by a gradient that is not finite: 0 x NaN is NaN
+    if moved:  # by an update that is not switched off, or a non-finite gradient: 0 x NaN is NaN
         with torch.no_grad():
             for old, new in zip(before, parameters, strict=True):
                 new.copy_(old)
@@ -123,7 +123,7 @@ def _seeded(task: Any, method: str, *arguments: Any, seed: int = 0) -> Any:
 def _with_gate(
     reading: Reading, forward: Forward, setting: Setting, parameters: Sequence[Any], gradients: Sequence[Any] | None
 ) -> Reading:
-    """The reading beside the max_t that explains it, if there is one: the loss then runs, behind another gate than was set."""
+    """The reading with the max_t that explains it, if there is one. The loss then acts, but with another gate than requested."""
     times = sorted({t for t in forward.t.tolist() if t > 0})
     for weight, gate in LOSSES.values():
         if not getattr(setting, weight):
@@ -138,12 +138,12 @@ def _with_gate(
 
 
 def _numbers_of(found: Expected) -> Expected:
-    """`found` without its gradients: many readings are kept, and each would be as large as the model."""
+    """`found` without its gradients, since many readings are kept and each would be as large as the model."""
     return replace(found, gradients=())
 
 
 def check_ssim(task: Any) -> Iterator[Check]:
-    """The loss object alone, on the step's own decoded images and on flat bright patches, where half precision cancels."""
+    """Checks the loss object alone, on the step's decoded images and on flat bright patches, where half precision cancels."""
     with torch.no_grad():
         forward: Forward = call(task, "forward", 1)
         decoded = forward.decode(forward.z0).float()
@@ -194,7 +194,7 @@ def check_parameters(subject: Subject, base: Mapping[str, Any]) -> Iterator[Chec
 
 
 class _Probe:
-    """Readings by what is special about their setting."""
+    """Takes readings, each named by what is special about its setting."""
 
     def __init__(self, subject: Subject, base: Mapping[str, Any]) -> None:
         self.subject, self.base = subject, base
@@ -205,7 +205,7 @@ class _Probe:
             raise Unavailable("effective() does not name ssim_loss_weight")
         self.readings: dict[str, Reading] = {}
         self.times: list[float] = []
-        self.weights: dict[str, float] | None = None  # at which each auxiliary gradient is DOMINANCE times the main one
+        self.weights: dict[str, float] | None = None  # weights at which each auxiliary gradient is DOMINANCE times the main one
         if task.abilities().has("forward", "trainable_parameters"):
             forward: Forward = call(task, "forward", 1)
             self.times = forward.t.tolist()
@@ -227,7 +227,7 @@ def _switched_off(main: Reading, subject: Subject) -> Iterator[Check]:
 
 
 def _loss(probe: _Probe, loss: str, main: Reading) -> Iterator[Check]:
-    """One auxiliary loss: does it act at all, with the gradient of its forward pass, and does each parameter of it?"""
+    """Checks that one auxiliary loss acts, with the gradient of its forward pass, and so does each of its parameters."""
     weight_name, gate_name = LOSSES[loss]
     if weight_name not in probe.known:
         return
@@ -250,7 +250,7 @@ def _loss(probe: _Probe, loss: str, main: Reading) -> Iterator[Check]:
     elif full.expected is not None:
         yield rules.step_gradient(loss, full.total_norm, full.expected.total_norm, full.cosine, random=full.random)
     sound = full.expected is None or (rules.near(full.agreement) and full.gate is None)
-    slack = rules.MAX_DEVIATION if sound else rules.LOOSE_DEVIATION  # a gradient that is garbage does not scale exactly
+    slack = rules.MAX_DEVIATION if sound else rules.LOOSE_DEVIATION  # a wrong gradient does not scale exactly
     double = probe.read(f"twice the {weight_name}", **{weight_name: 2 * weight})
     response = f"total_norm goes from {full.total_norm:.4g} to {double.total_norm:.4g} when it doubles"
     yield rules.parameter(weight_name, 2 * weight, double.effective[weight_name], _change(double, full, 2.0), response, slack)
@@ -271,7 +271,7 @@ def _loss(probe: _Probe, loss: str, main: Reading) -> Iterator[Check]:
 
 
 def _strong(probe: _Probe, loss: str, main: Reading) -> Reading:
-    """A reading in which this loss rules the gradient."""
+    """A reading in which this loss dominates the gradient."""
     weight_name = LOSSES[loss][0]
     if probe.weights is not None:
         return probe.read(f"a large {weight_name}", **{weight_name: probe.weights[loss]})
@@ -283,7 +283,7 @@ def _strong(probe: _Probe, loss: str, main: Reading) -> Reading:
 
 
 def _gate(probe: _Probe, loss: str, weight: float, main: Reading, full: Reading | None) -> Check:
-    """Checks that a gate below every t of the step leaves the main loss alone, and that one amid them lets the lower t pass."""
+    """Checks that a gate below every t of the step leaves only the main loss, and that one in between passes the lower t."""
     weight_name, name = LOSSES[loss]
     times = sorted({t for t in probe.times if t > 0})
     if not times:
@@ -309,7 +309,7 @@ def _gate(probe: _Probe, loss: str, weight: float, main: Reading, full: Reading 
 
 
 def _change(reading: Reading, base: Reading, ratio: float) -> float:
-    """The change of total_norm over what it had to be; a fault that both readings share cancels."""
+    """The change of total_norm over its expected change. A fault common to both readings cancels."""
     if reading.expected is not None and base.expected is not None and base.gate is None:
         return reading.agreement / base.agreement
     return reading.total_norm / base.total_norm / ratio
@@ -326,7 +326,7 @@ def _clipping(reading: Reading) -> Check:
 
 
 def _others(probe: _Probe) -> Iterator[Check]:
-    """Settings without an effect that can be measured here must at least be in `effective()`."""
+    """Checks that settings without a measurable effect are at least in `effective()`."""
     reading = next(iter(probe.readings.values()))
     asked, stated = {**probe.subject.config, **reading.settings}, reading.effective
     if "batch_size" in asked and probe.times:

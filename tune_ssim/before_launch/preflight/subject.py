@@ -1,4 +1,4 @@
-"""The training under test: failures inside it become checks, and what it does not show is unknown."""
+"""The training under test. Failures inside it become checks; what it does not show is unknown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tune_ssim.trials.training import OPTIONAL, Training, as_training
 
 
 class Failure(Exception):
-    """A method of the training failed: the set-up is not sound, whatever the reason. remedy: what to do about it."""
+    """A method of the training failed, so the set-up is not sound. remedy: what to do about it."""
 
     def __init__(self, sentence: str, remedy: str = "") -> None:
         super().__init__(sentence)
@@ -27,12 +27,12 @@ class Failure(Exception):
 
 
 class Unavailable(Exception):
-    """The training does not show what is needed here: the check is `unknown`."""
+    """The training lacks what a check needs, so the check is `unknown`."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A training's class and what it is set up with. One instance at a time: two copies of a model may not fit into memory."""
+    """A training's class and its configuration. One instance at a time, since two copies of a model may not fit into memory."""
 
     task_class: Callable[[], Any]
     config: Mapping[str, Any]
@@ -53,13 +53,13 @@ class Subject:
             raise Failure(str(error)) from None
         except UserError:
             raise
-        except ValueError as error:  # how a training refuses a configuration (Training.setup)
+        except ValueError as error:  # raised by Training.setup for an invalid configuration
             raise UserError(f"{type(task).__name__}: {error}") from None
         except (Exception, SystemExit) as error:
             raise failure_of(task, "setup", error) from error
 
     def unmoved(self, settings: Mapping[str, Any]) -> Training:
-        """One whose steps change nothing."""
+        """An instance whose steps do not change the weights."""
         try:
             return self.make({**settings, **self.disable_update})
         except UserError as error:
@@ -67,7 +67,7 @@ class Subject:
 
 
 def call(task: Training, method: str, *arguments: Any) -> Any:
-    """Raises Unavailable where the training has no such method, Failure where the method fails."""
+    """Raises Unavailable if the training lacks the method, Failure if the method fails."""
     if method in OPTIONAL and not task.abilities().has(method):
         raise Unavailable(f"the task has no {method}()")
     try:
@@ -77,7 +77,7 @@ def call(task: Training, method: str, *arguments: Any) -> Any:
 
 
 def failure_of(task: Any, method: str, error: BaseException) -> Failure:
-    """A failure of a method, with the line of the user's own file that it passed."""
+    """A failure of a method, with the line in the user's file."""
     frames = traceback.extract_tb(error.__traceback__)
     own = Path(str(getattr(sys.modules.get(type(task).__module__), "__file__", "")))
     place = next((frame for frame in reversed(frames) if own.name and Path(frame.filename) == own), frames[-1])
@@ -86,7 +86,7 @@ def failure_of(task: Any, method: str, error: BaseException) -> Failure:
 
 
 def guarded(name: str, checks: Callable[[], Iterator[Check]], failed: Status = "bad_setup") -> Iterator[Check]:
-    """The checks. What the training does not show is `unknown`; what fails inside it has the status `failed`."""
+    """The checks. Those that need a missing method are `unknown`; those that fail inside the training get the status `failed`."""
     try:
         yield from checks()
     except Unavailable as reason:
@@ -96,7 +96,7 @@ def guarded(name: str, checks: Callable[[], Iterator[Check]], failed: Status = "
     except UserError as error:
         remedy = "accept them, if a study may set them"
         yield Check(name, "unknown", f"the task refuses the settings of this check: {error}", remedy=remedy)
-    except Exception as error:  # shapes and types that no check was made for; a fault of the training's own comes as Failure
+    except Exception as error:  # unexpected shapes and types; errors inside the training arrive as Failure
         remedy = "see tune_ssim.Training for what is expected"
         yield Check(name, "unknown", f"could not be measured: {describe_error(error)}", remedy=remedy)
 
@@ -108,7 +108,7 @@ def time_law(task: Training) -> TimeLaw:
 
 
 def numbers(metrics: Any) -> dict[str, float]:
-    """A step's metrics on the host, without those that are no numbers."""
+    """A step's numeric metrics on the host."""
     found: dict[str, float] = {}
     for name, value in metrics.items() if isinstance(metrics, Mapping) else ():
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
