@@ -18,9 +18,7 @@ from tune_ssim.trials.training import Forward, Sample
 
 SAMPLES = 64  # training samples whose predictions are checked
 MAX_FORWARDS = 32  # forward passes for these samples
-LOW_T = (
-    0.3  # up to this t the predicted clean image is close to the true one whatever the network predicts
-)
+LOW_T = 0.3  # up to this t the predicted clean image is close to the true one whatever the network predicts
 SCALES = (0.5, 2.0)  # scales of the latents that a wrong scaling factor may cause
 SMALL_SIDE = 12  # pixels; averages away detail that an autoencoder loses before images are compared
 PIXEL_BUDGET = 4_000_000  # training pixels checked: 1700 crops of 48 x 48
