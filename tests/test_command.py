@@ -298,7 +298,7 @@ def test_a_value_that_was_matched_and_is_no_number_is_quoted(value: str, tmp_pat
     trial.advance()
     assert trial.verdict and trial.verdict.verdict == "error"
     assert "metric 'loss*' absent" in trial.verdict.reason
-    assert f"group 'loss' found '{value}', which is no number" in trial.verdict.reason
+    assert f"group 'loss' found '{value}', which is not a number" in trial.verdict.reason
 
 
 def test_a_failed_trial_says_how_far_it_came() -> None:

@@ -202,7 +202,7 @@ def test_patterns_of_the_user(tmp_path: Path) -> None:
     validation = r"val @ (?P<step>\d+) -> acc (?P<accuracy>\S+)"
     source = open_source(write(tmp_path / "log", log), pattern=[train, validation], names={"grad_norm": "total_norm"})
     assert rest_of(source) == [Record(3, {"loss": 0.5, "total_norm": 7.0}), Record(4, {"loss": 0.25, "accuracy": 91.5})]
-    assert "line 4: 'it 5: L oops': group 'loss' found 'oops', which is no number" in source.issues.sentence()
+    assert "line 4: 'it 5: L oops': group 'loss' found 'oops', which is not a number" in source.issues.sentence()
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_step_that_is_none_costs_its_row(step: str) -> None:
     records = parser.feed(f'{{"step": {step}, "loss": 0.5}}\n{{"step": 1, "loss": 0.25}}\n'.encode()) + parser.finish()
     assert records == [Record(1, {"loss": 0.25})]
     assert "line 1: " in parser.issues.sentence()
-    assert "no whole number from 0 on" in parser.issues.sentence()
+    assert "not an integer >= 0" in parser.issues.sentence()
 
 
 @pytest.mark.parametrize(
@@ -722,10 +722,10 @@ def test_a_broken_event_file(tmp_path: Path) -> None:
     damaged[at - 60 : at + 5] = b"\0" * 65  # and the frame itself
     source = open_source(write(path, bytes(damaged)))
     assert steps_of(rest_of(source)) == list(range(6))
-    assert "bytes are no event" in source.issues.sentence()
+    assert "bytes are not an event" in source.issues.sentence()
     source = open_source(write(path, bytes(data[:-5])))
     assert steps_of(rest_of(source)) == list(range(6))
-    assert "bytes are no complete event" in source.issues.sentence()
+    assert "bytes are not a complete event" in source.issues.sentence()
 
 
 @pytest.mark.parametrize(

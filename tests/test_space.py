@@ -248,8 +248,8 @@ BAD = [
     ("name: s\n", "s.yaml: parameters: nothing to search"),
     (HEAD, "s.yaml:2: parameters: nothing to search"),
     ("name: s\nparameters: [gain]", "s.yaml:2: parameters: must be a mapping, got ['gain'] (a list)"),
-    (GOOD + "  ssim_loss_weight: {choice: [1]}", "s.yaml:5: ssim_loss_weight: cannot stand beside gain"),
-    (GOOD + "fixed: {ssim_loss_weight: 1}", "s.yaml:5: ssim_loss_weight: cannot stand beside gain"),
+    (GOOD + "  ssim_loss_weight: {choice: [1]}", "s.yaml:5: ssim_loss_weight: cannot be combined with gain"),
+    (GOOD + "fixed: {ssim_loss_weight: 1}", "s.yaml:5: ssim_loss_weight: cannot be combined with gain"),
     (GOOD + "  ssim_grad_scale: {choice: [1]}", "s.yaml:5: ssim_grad_scale: must be fixed when gain is searched"),
     (GOOD + "fixed: {ssim_grad_scale: 0}", "s.yaml:5: ssim_grad_scale: must be > 0 when gain is searched, got 0"),
     (GOOD + "fixed: {ssim_loss_max_t: 0.1}", "s.yaml:5: ssim_loss_max_t: is searched and fixed at once"),
@@ -388,7 +388,7 @@ def test_a_mapping_from_python() -> None:
 def test_objects_are_checked_when_built() -> None:
     with pytest.raises(ValueError, match="lower"):
         Uniform(2, 1)
-    with pytest.raises(ValueError, match="cannot stand beside gain"):
+    with pytest.raises(ValueError, match="cannot be combined with gain"):
         Stage(name="a", parameters={"gain": Choice((1,)), "ssim_loss_weight": Choice((1,))})
     stage = Stage(name="a", parameters={"gain": Choice((1,))})
     assert stage.fixed == {"ssim_grad_scale": 1.0}

@@ -311,7 +311,7 @@ class Stage(Document):
         elif GAIN in parameters:
             for part, settings in (("parameters", parameters), ("fixed", fixed)):
                 if WEIGHT in settings:
-                    yield Problem((part, WEIGHT), f"cannot stand beside {GAIN}: {GAIN} = {WEIGHT} x {GRAD_SCALE}")
+                    yield Problem((part, WEIGHT), f"cannot be combined with {GAIN}: {GAIN} = {WEIGHT} x {GRAD_SCALE}")
             if GRAD_SCALE in parameters:
                 message = f"must be fixed when {GAIN} is searched: only their quotient would change"
                 yield Problem(("parameters", GRAD_SCALE), message)

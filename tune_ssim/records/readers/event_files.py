@@ -54,7 +54,7 @@ class EventFiles:
         for file in self._files():
             rest = file.stat().st_size - self._offsets.get(file.name, 0)
             if rest > 0:
-                self.issues.note(f"{file.name}: the last {rest} bytes are no complete event")
+                self.issues.note(f"{file.name}: the last {rest} bytes are not a complete event")
         return [*records, *self._rows.steps.finish()]
 
     def held(self) -> int | None:
@@ -80,7 +80,7 @@ class EventFiles:
         if size < offset:
             offset = self._offsets[path.name] = 0
             self._rows.steps.begin_anew()
-            self.issues.note(f"{path.name} was cut while it was read: steps that it repeats are passed over")
+            self.issues.note(f"{path.name} was truncated while it was read: repeated steps are skipped")
         if size == offset:
             return
         with path.open("rb") as file:
@@ -104,7 +104,7 @@ class EventFiles:
                 if found is None and (at or len(data) == available):
                     return at  # a gap that may still be filled
                 found = found or len(data) - HEADER + 1
-                self._skip(f"{found - at} bytes are no event")
+                self._skip(f"{found - at} bytes are not an event")
                 at = found
                 continue
             frame = HEADER + length + FOOTER
@@ -125,7 +125,7 @@ class EventFiles:
         try:
             step, found = scalars(event)
         except ValueError as error:
-            self.issues.skip(self.issues.lines, "", f"no event ({error})")
+            self.issues.skip(self.issues.lines, "", f"not an event ({error})")
             return
         if not found:
             return

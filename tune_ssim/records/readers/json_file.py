@@ -95,12 +95,12 @@ class JsonFile:
         if len(rows) < self._done:
             self._done = 0
             self._rows.steps.begin_anew()
-            self.issues.note("the log was rewritten while it was read: steps that it repeats are passed over")
+            self.issues.note("the log was rewritten while it was read: repeated steps are skipped")
         for number, row in enumerate(rows[self._done :], self._done + 1):
             if isinstance(row, dict):
                 self._rows.add_object(row, number, str(row)[:200])
             else:
-                self.issues.skip(number, str(row)[:200], "no JSON object")
+                self.issues.skip(number, str(row)[:200], "not a JSON object")
         self._done = self.issues.lines = len(rows)
 
     def _as_lines(self) -> LineFile:

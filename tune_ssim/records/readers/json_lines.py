@@ -78,7 +78,7 @@ class JsonLines:
         elif line.strip() != line:
             self._take_line(line.strip(), number)
         elif line:
-            self._rows.issues.skip(number, line, "no JSON object")
+            self._rows.issues.skip(number, line, "not a JSON object")
 
     def _take_tagged(self, line: str, number: int) -> None:
         begin = line.find(TAG)
@@ -89,7 +89,7 @@ class JsonLines:
         if row is None:
             row, _ = decoded(with_plain_numbers(line[begin:]))
         if row is None:
-            self._rows.issues.skip(number, line[begin:], "no JSON object after the tag")
+            self._rows.issues.skip(number, line[begin:], "not a JSON object after the tag")
         else:
             self._rows.add_object(row, number, line)
 

@@ -14,8 +14,8 @@ from tune_ssim.records.readers.parser import LineParser
 CHUNK_BYTES = 1024 * 1024  # bytes per read; only the records of one chunk are in memory
 TAIL_BYTES = 64  # the last bytes read are compared again before the next read, to detect a rewritten file
 
-WAS_REPLACED = "the log was replaced while it was read: steps that it repeats are passed over"
-WAS_REWRITTEN = "the log was rewritten while it was read: steps that it repeats are passed over"
+WAS_REPLACED = "the log was replaced while it was read: repeated steps are skipped"
+WAS_REWRITTEN = "the log was rewritten while it was read: repeated steps are skipped"
 
 
 class LineFile:

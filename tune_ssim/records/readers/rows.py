@@ -100,7 +100,7 @@ class Rows:
             return
         whole = step_in(step)
         if whole is None:
-            self.issues.skip(line, text, "its step is no whole number from 0 on")
+            self.issues.skip(line, text, "its step is not an integer >= 0")
         else:
             self.steps.add(whole, values, line, text)
 

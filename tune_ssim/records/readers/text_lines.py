@@ -192,7 +192,7 @@ class PatternLines:
                 continue
             value = text_number(text.strip(" ,;|%()[]{}'\""))
             if value is None:
-                self._rows.issues.skip(number, line, f"group '{name}' found {text!r}, which is no number")
+                self._rows.issues.skip(number, line, f"group '{name}' found {text!r}, which is not a number")
             else:
                 values[self._rows.names[name]] = value
         return values
