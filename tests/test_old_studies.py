@@ -30,7 +30,9 @@ def expected(name: str) -> Any:
 
 def test_trials(storage: Path) -> None:
     assert json.loads(tune_ssim("trials", "--json", cwd=storage).stdout) == expected("trials.json")
-    table = [line.rstrip() for line in tune_ssim("trials", cwd=storage, COLUMNS="200").stdout.splitlines() if not line.startswith("next")]
+    table = [
+        line.rstrip() for line in tune_ssim("trials", cwd=storage, COLUMNS="200").stdout.splitlines() if not line.startswith("next")
+    ]
     assert table == (EXPECTED / "trials.txt").read_text().splitlines()
 
 
