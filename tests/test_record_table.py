@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,9 +102,14 @@ def test_any_log_is_judged_alike_however_it_is_cut(gaps: list[int], data: st.Dat
     stream = [Record(record.step, {name: float(value) for name, value in record.values.items()}) for record in stream]
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=4)))
     expected = violations_of(GUARDS, stream)
-    assert repr(violations_of_watch(GUARDS, stream, cuts)) == repr(expected)
+    assert text_of(violations_of_watch(GUARDS, stream, cuts)) == text_of(expected)
     live = Watch(GUARDS, strict=False)
-    assert repr([found for found in map(live.update, stream) if found]) == repr(expected[0])
+    assert text_of([found for found in map(live.update, stream) if found]) == text_of(expected[0])
+
+
+def text_of(found: object) -> str:
+    """NaN equals NaN in it. A sum of zeros may have either sign, which means nothing."""
+    return re.sub(r"-0\.0(?!\d)", "0.0", repr(found))
 
 
 @pytest.mark.parametrize("pack", bundled_packs())
