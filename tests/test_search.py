@@ -146,6 +146,21 @@ def test_settings_that_were_run_replace_another_suggestion() -> None:
     assert not search.replace(ask(search).slot, {"ssim_loss_weight": 1e9, "ssim_loss_max_t": 0.2, "ssim_grad_scale": 1.0})
 
 
+def test_a_replacement_does_not_take_another_place_of_the_queue() -> None:
+    search = OptunaSearch(WIDE, deterministic=False, seed=3)
+    for _ in WIDE.points:
+        search.tell(ask(search).slot, SAFE)
+    slot = ask(search).slot  # the first point of the hypercube; five are left
+    assert search.replace(slot, {"ssim_loss_weight": 5.0, "ssim_loss_max_t": 0.2, "ssim_grad_scale": 1.0})
+    search.tell(slot, Outcome(Verdict.SAFE, 0.5, 0.0))
+    assert search.study.best_trial.params == {"gain": 5.0, "ssim_loss_max_t": 0.2}
+    undisturbed = OptunaSearch(WIDE, deterministic=False, seed=3)
+    for _ in range(len(WIDE.points) + 1):
+        undisturbed.tell(ask(undisturbed).slot, SAFE)
+    for _ in range(5):
+        assert ask(search).settings == ask(undisturbed).settings
+
+
 def route(outcome: Any, trials: int = 8, **options: Any) -> tuple[str, list[str], StagedSearch]:
     search, stages = StagedSearch(load_space("note_v3"), trials, noise_floor=lambda: 0.001, concurrency=1, **options), []
     while isinstance(suggestion := search.ask(), Suggestion):

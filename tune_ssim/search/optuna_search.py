@@ -111,9 +111,15 @@ class OptunaSearch:
             return False
         if any(value not in self.stage.parameters[name] for name, value in place.items()):
             return False  # Optuna itself only warns
-        self.study.enqueue_trial(place)
         self.study.tell(self._trials[slot], state=TrialState.FAIL)
-        self._trials[slot] = self.study.ask(self.distributions)
+        self.study.enqueue_trial(place, user_attrs={"replaces": slot}, skip_if_exists=False)
+        earlier = []  # of the queue: Optuna takes the oldest first
+        while (trial := self.study.ask(self.distributions)).user_attrs.get("replaces") != slot:
+            earlier.append(trial)
+        for queued in earlier:
+            self.study.enqueue_trial(queued.params, user_attrs=queued.user_attrs, skip_if_exists=False)
+            self.study.tell(queued, state=TrialState.FAIL)
+        self._trials[slot] = trial
         return True
 
     def _tell_up_to(self, last_slot: int) -> bool:
