@@ -242,6 +242,13 @@ class Trial:
         if trial["baseline"] != digest:
             raise UserError(f"checkpoint {folder}: it was judged against another baseline")
         self.task.load_state_dict(state["task"])
+        try:
+            self._load_state(trial)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"checkpoint {folder}: saved by another version ({error})") from None
+        self.note_contents(folder)
+
+    def _load_state(self, trial: Mapping[str, Any]) -> None:
         self.watch.load_state_dict(trial["watch"])
         self.warnings = [Violation(**warning) for warning in trial["warnings"]]
         self.series = {name: dict(points) for name, points in trial["series"].items()}
@@ -252,7 +259,6 @@ class Trial:
             self.verdict = Judgement(
                 **{**verdict, "verdict": Verdict(verdict["verdict"]), "violation": violation and Violation(**violation)}
             )
-        self.note_contents(folder)
 
     # -- verdicts
 
@@ -373,6 +379,9 @@ class Trial:
             return
         made.append(record)
         for violation in self.watch.update(record):
+            if not violation.action.ends_trial:
+                self.warnings.append(violation)
+                continue
             self._end_with(replace(violation, sentence=f"{violation.sentence} (tested because {cause.sentence})"))
 
     def _last_step_of_baseline(self) -> int:
@@ -437,6 +446,9 @@ class Trial:
         found = dict(self.task.evaluate())
         horizon = f"to step {self.step}"
         if self.baseline is None:
+            if unjudged:
+                self.verdict = Judgement(Verdict.ERROR, "; ".join(unjudged), metrics=found)
+                return
             self.verdict = Judgement(Verdict.SAFE, f"safe {horizon}", metrics=found)
             return
         reference = self.baseline.reference(self.seed).evaluation
