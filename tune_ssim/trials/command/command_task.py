@@ -521,8 +521,10 @@ class CommandTask(Training):
             cwd=self._cwd() if self.spec.cwd is None or self.fields else self.home,
             grace_s=self.spec.grace_s,
         )
-        in_time = process.wait(timeout_s)
-        process.stop()
+        try:
+            in_time = process.wait(timeout_s)
+        finally:
+            process.stop()
         text = b"".join(output).decode(errors="replace")
         if not in_time or process.exit_code != 0:
             how = process.describe_exit() if in_time else f"not done after {timeout_s:g} s"
