@@ -15,6 +15,7 @@ import pytest
 from small_studies import SMALL, TESTS
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.files import append_line
 from tune_ssim.orchestration.run_study import run_study
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.study import Study, load_study
@@ -99,6 +100,20 @@ class Paused(SmallTask):
 def test_what_needs_ray_is_said(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         run_study(small(**changes), storage=tmp_path, in_process=True)
+
+
+def test_a_confirm_phase_whose_baseline_failed_is_resumed(tmp_path: Path) -> None:
+    """What was wrong is mended meanwhile, here a fault of the longer training; the search is not run again."""
+    study = small(**CONFIRMED)
+    folder = run_study(small(confirm=None), storage=tmp_path, in_process=True)
+    before = folder.trials_file.read_bytes()
+    failed = {**folder.trials()[0].to_dict(), "trial_id": "confirm-baseline-0", "verdict": "error", "reason": "no memory"}
+    append_line(folder.trials_file, failed)
+    folder.study_file.write_text(study.to_yaml())
+    run_study(study, storage=tmp_path, in_process=True, resume=True)
+    assert folder.trials_file.read_bytes().startswith(before)
+    verdicts = {trial.trial_id: trial.verdict for trial in folder.trials() if trial.trial_id.startswith("confirm-baseline")}
+    assert set(verdicts.values()) == {"safe"} and len(verdicts) == 2
 
 
 # ---- a stop at any write ----

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.inspection import inspect_here
 from tune_ssim.orchestration.executor import JobSearch, Phase, outcome_of
 from tune_ssim.orchestration.recorder import StudyRecorder
+from tune_ssim.orchestration.trainings import make_training
 from tune_ssim.search.search import Done, Wait
 from tune_ssim.study.study import Study
 from tune_ssim.trials.job import TrialJob
@@ -45,7 +48,9 @@ class InProcessExecutor:
         recorder.trial_started(job)
         own = recorder.folder.path / CHECKPOINTS / job.trial_id
         found = sorted(own.glob("step_*"), reverse=True) if own.is_dir() else []
-        run = TrialRun(phase.spec, job, checkpoints=found)
+        run = TrialRun(phase.spec, job, partial(make_training, phase.spec), checkpoints=found)
+        if found and not run.is_resumed:  # of another configuration: they must not outlive the new ones
+            shutil.rmtree(own)
         try:
             result = None
             while result is None:

@@ -15,6 +15,7 @@ from ray.tune.utils.util import unflatten_dict
 from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.forecast import gain_at
 from tune_ssim.guards import Baseline
+from tune_ssim.guards.verdict import Verdict
 from tune_ssim.orchestration.executor import JobSearch
 from tune_ssim.orchestration.ray_job import config_of, outcome_of
 from tune_ssim.probes.norm_model import NormModel
@@ -83,7 +84,10 @@ class JobSearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id in self._names:
-            self.search.tell(self._names.pop(trial_id), outcome_of(result, str(self.metric), error))
+            outcome = outcome_of(result, str(self.metric), error)
+            if outcome.verdict is None and not error:  # a scheduler ended it: nothing is known against the setting
+                outcome = Outcome(Verdict.STOPPED, harm=0.0, settings=outcome.settings)
+            self.search.tell(self._names.pop(trial_id), outcome)
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).write_text("{}")

@@ -12,7 +12,7 @@ from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.quarantine import Ledger
-from tune_ssim.trials.summary import TrialSummary
+from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
 from tune_ssim.trials.trial_run import TrialReport, TrialResult
 
 
@@ -20,10 +20,16 @@ class StudyRecorder:
     """Called by every executor. The first verdict of a trial is final."""
 
     def __init__(
-        self, folder: StudyFolder, progress: Progress, steps: int, require_lock: Callable[[], None] = lambda: None
+        self,
+        folder: StudyFolder,
+        progress: Progress,
+        steps: int,
+        require_lock: Callable[[], None] = lambda: None,
+        objective: str = OBJECTIVE,
     ) -> None:
         """require_lock: raises UserError if another process has taken over the study."""
         self.folder, self.progress, self.steps, self.require_lock = folder, progress, steps, require_lock
+        self.objective = objective
         self.writer = EventWriter(folder)
         self.started: set[str] = set()
         self.ended: set[str] = set()
@@ -72,7 +78,7 @@ class StudyRecorder:
         settings = resolve_settings(job.settings)
         summary = TrialSummary(
             trial_id=job.trial_id, role=job.role, seed=job.seed, config=settings, verdict=verdict, reason=reason,
-            horizon={"steps": steps}, steps=steps, metrics=metrics,
+            horizon={"steps": steps}, steps=steps, metrics=metrics, objective=self.objective,
         )  # fmt: skip
         self.trial_ended(TrialResult(summary))
 

@@ -121,11 +121,11 @@ class _StudyRun:
         before_launch(study, self.folder, self.writer, self.progress, self.executor)
         self.progress.phase(f"{self.folder.name}: {describe_plan(study.baseline_seeds, study.search.trials, self.concurrency)}")
         failure = self.search()
-        self._require_sound()
+        self._require_sound(lambda trial: not trial.trial_id.startswith(PREFIX))
         if failure:
             raise UserError(f"{failure}; the search ended before its other trials (--resume goes on with them)")
         self.confirm()
-        self._require_sound()
+        self._require_sound(lambda trial: True)
         return ""
 
     def search(self) -> str:
@@ -230,7 +230,7 @@ class _StudyRun:
             asha.grace_steps if asha else None,
             study.import_path,
         )
-        recorder = StudyRecorder(self.folder, self.progress, steps, self.require_lock)
+        recorder = StudyRecorder(self.folder, self.progress, steps, self.require_lock, study.objective.maximize)
         self.executor.run(Phase(name, spec, self.concurrency, asha), search, recorder)
         if recorder.unfinished and not search.failure:
             # Ray handles Ctrl-C itself, saves its state and returns normally.
@@ -257,9 +257,10 @@ class _StudyRun:
         safe = {trial.trial_id for trial in self.folder.trials() if trial.verdict == Verdict.SAFE}
         return {name: run for name, run in found.items() if name in safe}
 
-    def _require_sound(self) -> None:
-        """Raises if the study failed as a whole: its baseline failed, or every trial failed in the same way."""
-        trials = self.folder.trials()
+    def _require_sound(self, of_phases_so_far: Callable[[TrialSummary], bool]) -> None:
+        """Raises if the study failed as a whole: its baseline failed, or every trial failed in the same way. A later phase that
+        failed in an earlier start is run again."""
+        trials = [trial for trial in self.folder.trials() if of_phases_so_far(trial)]
         failed = next((trial for trial in trials if trial.role == Role.BASELINE and trial.verdict != Verdict.SAFE), None)
         others = [trial for trial in trials if trial.role != Role.BASELINE]
         if failed is None and others and all(trial.verdict in (Verdict.BAD_SETUP, Verdict.ERROR) for trial in others):

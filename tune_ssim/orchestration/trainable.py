@@ -17,8 +17,8 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Guard, KeepRule, NonFinite, NormRatio, SmokeTest
 from tune_ssim.orchestration.nodes import NodesProcess
 from tune_ssim.orchestration.ray_job import job_of, result_of
+from tune_ssim.orchestration.trainings import make_training
 from tune_ssim.orchestration.workers import WorkersTask
-from tune_ssim.tracking.mlflow_source import open_new_run
 from tune_ssim.trials.checkpoint import load_checkpoint
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.job import TrialJob
@@ -118,14 +118,6 @@ class GuardedTrainable(tune.Trainable):
         if run.training is not self._workers or for_good or run.failure is not None:
             run.close()
             self._workers = None
-
-
-def make_training(spec: TrialSpec) -> Training:
-    """Creates the training in this process. Connects commands to MLflow through `tracking`, which lower packages cannot import."""
-    training = spec.make_training()
-    if isinstance(training, CommandTask):
-        training.open_mlflow = open_new_run
-    return training
 
 
 def earlier_checkpoints(job: TrialJob) -> list[Path]:

@@ -100,7 +100,7 @@ class TrialRun:
         self._traceback = ""
         self._pass_through = pass_through
         self._started_s = time.perf_counter()
-        self._is_started = False
+        self._is_started = self.is_resumed = False
         self._guarded(lambda: self._start(make_training or spec.make_training, checkpoints))
 
     def _start(self, make_training: Callable[[], Training], checkpoints: Sequence[Path]) -> None:
@@ -113,6 +113,7 @@ class TrialRun:
         self._start_afresh()
         for checkpoint in checkpoints if self.training.can_resume else ():
             if self._load(checkpoint):
+                self.is_resumed = True
                 break
 
     def _start_afresh(self) -> None:
