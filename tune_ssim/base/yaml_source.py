@@ -52,13 +52,6 @@ class Source:
     options: Mapping[Loc, str] = field(default_factory=dict)
     prefix: Loc = ()
 
-    def subtree(self, *loc: str | int) -> Source:
-        """The part of the document at `loc`, which must exist."""
-        value = self.value
-        for key in loc:
-            value = value[key]
-        return Source(self.label, value, self.lines, self.options, self.prefix + loc)
-
     def option_at(self, loc: Loc) -> str | None:
         """The command-line option that set the value at `loc`, or None."""
         return next((self.options[key] for key in _upwards(self.prefix + loc) if key in self.options), None)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
 
 State = dict[str, Any]
-GuardType = TypeVar("GuardType", bound="Guard")
 
 
 class Guard(Protocol):

@@ -72,9 +72,6 @@ class _Worker:
     def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
 
-    def pid(self) -> int:
-        return os.getpid()
-
 
 class WorkersTask(Training):
     """A training over `workers` processes. Losses are averaged over the ranks; everything else is the first rank's result.
@@ -144,9 +141,6 @@ class WorkersTask(Training):
         workers, self._workers = self._workers, []
         for worker in workers:
             ray.kill(worker)
-
-    def pids(self) -> list[int]:
-        return list(ray.get([worker.pid.remote() for worker in self._workers]))
 
     def _first(self, method: str, *arguments: Any) -> Any:
         """Calls a method on every rank and returns the first rank's result."""

@@ -79,7 +79,6 @@ class Trial:
         """task: a `Training`, or an object with its seven methods."""
         self.task, self.plan = as_training(task), plan
         self.verdict: Judgement | None = None
-        self.is_set_up = False  # `start` has returned
 
     def start(
         self,
@@ -112,7 +111,6 @@ class Trial:
         self.first_step_past_end: int | None = None
         if self.smoke_test is not None:
             self.task.want_samples_at(self.smoke_test.at)
-        self.is_set_up = True
 
     @property
     def paired(self) -> bool:
