@@ -116,6 +116,19 @@ def test_a_confirm_phase_whose_baseline_failed_is_resumed(tmp_path: Path) -> Non
     assert set(verdicts.values()) == {"safe"} and len(verdicts) == 2
 
 
+def test_another_study_is_not_resumed_under_the_same_name(tmp_path: Path) -> None:
+    folder = run_study(small(search={"trials": 2}), storage=tmp_path, in_process=True)
+    written = folder.study_file.read_bytes()
+    for changes in ({"search": {"trials": 2, "seed": 7}}, {"task_config": {"steps": 60}}):
+        with pytest.raises(
+            UserError, match=r"study.yaml: the study was started with another (search|task_config); resume it without"
+        ):
+            run_study(small(**changes), storage=tmp_path, in_process=True, resume=True)
+        assert folder.study_file.read_bytes() == written
+    run_study(small(search={"trials": 4}), storage=tmp_path, in_process=True, resume=True)  # more of the same
+    assert sum(trial.role == "search" for trial in folder.trials()) == 4 and load_study(folder.study_file).search.trials == 4
+
+
 # ---- a stop at any write ----
 
 

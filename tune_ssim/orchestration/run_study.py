@@ -29,7 +29,7 @@ from tune_ssim.search.confirm import PREFIX, ConfirmSearch, confirm_seeds, confi
 from tune_ssim.search.optuna_search import DEFAULT_LATIN_POINTS, OptunaSearch
 from tune_ssim.search.search import Outcome, Search
 from tune_ssim.search.staged import StagedSearch
-from tune_ssim.study.study import Study
+from tune_ssim.study.study import Study, load_study
 from tune_ssim.tracking.mirror import MLflowMirror
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.summary import TrialSummary
@@ -37,6 +37,7 @@ from tune_ssim.trials.trial import TrialPlan
 from tune_ssim.trials.trial_run import TrialSpec
 
 SEARCH, CONFIRM = "run", "confirm"  # names of phases and of their folders in the study's `ray/`
+FREE_ON_RESUME = ("name", "resources", "tracking", "import_path", "report_every", "result_every", "checkpoint_every", "confirm")
 DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; the rest is mirrored later
 UNREACHED_TIMEOUT_S = 10.0  # the same, if it accepted no event during the study
 
@@ -62,9 +63,11 @@ def run_study(
     folder = _folder(study, storage, name, resume)
     load_task(study.task_path, study.import_path)  # a misspelt task fails before Ray starts
     folder.create()
+    if resume:
+        _require_same_study(study, load_study(folder.study_file), folder)
     with StudyLock(folder.path) as lock, _executor(study, address, in_process) as executor:
-        if not resume:
-            write_atomically(folder.study_file, study.to_yaml().encode())
+        # Also on resume: more trials, or other resources, belong to what the study is now.
+        write_atomically(folder.study_file, study.to_yaml().encode())
         run = _StudyRun(study, folder, executor, progress, lock.require_held)
         run.writer.study_started(folder.name, study.sha256)
         run.writer.file("study.yaml")
@@ -320,6 +323,23 @@ def _folder(study: Study, storage: Path, name: str | None, resume: bool) -> Stud
         path = storage / f"{wanted}-{number}"
         number += 1
     return StudyFolder(path)
+
+
+def _require_same_study(study: Study, before: Study, folder: StudyFolder) -> None:
+    """Raises UserError, naming the keys, for a study that would not have made the trials that are there: its proof would describe
+    another study than the one that was run."""
+    now, then = _without_free_keys(study), _without_free_keys(before)
+    if changed := sorted(key for key in {*now, *then} if now.get(key) != then.get(key)):
+        raise UserError(
+            f"--resume: {folder.study_file}: the study was started with another {', '.join(changed)}; resume it without STUDY and "
+            "options, or start a new study with --name"
+        )
+
+
+def _without_free_keys(study: Study) -> dict[str, Any]:
+    """What a study's trials depend on. How many they are, where they run and how they are watched may change on resume."""
+    found = {key: value for key, value in study.to_dict().items() if key not in FREE_ON_RESUME}
+    return found | {"search": {key: value for key, value in found["search"].items() if key not in ("trials", "concurrency")}}
 
 
 def _is_taken(path: Path) -> bool:
