@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,10 @@ import torch
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.before_launch.batch_gradients import gradients_of
 from tune_ssim.before_launch.forecast import Finding, Forecast, forecast
+from tune_ssim.before_launch.readings import Reader, Reading, read_here
 from tune_ssim.guards import NormRatio
 from tune_ssim.guards.verdict import Action
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel, fit
-from tune_ssim.records import ACTIVE_FRACTION, TOTAL_NORM
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice
 from tune_ssim.study.study import Study
 from tune_ssim.trials.load_training import load_task
@@ -107,9 +108,11 @@ class Calibration:
         }
 
 
-def calibrate(study: Study, *, device: str | None = None) -> Calibration:
-    """Measures and forecasts. Raises BadSetup if nothing can be predicted: gradients are zero or non-finite, or the loss is active
-    in no batch. Raises UserError for a task that cannot be measured."""
+def calibrate(study: Study, *, device: str | None = None, reader: Reader | None = None) -> Calibration:
+    """Measures and forecasts. reader: takes the readings of a training that runs in other processes.
+
+    Raises BadSetup if nothing can be predicted: gradients are zero or non-finite, or the loss is active in no batch. Raises
+    UserError for a task that cannot be measured."""
     if study.calibration is None:
         raise UserError("calibration: null in the study switches it off")
     if not study.has_ssim:
@@ -117,7 +120,7 @@ def calibrate(study: Study, *, device: str | None = None) -> Calibration:
             f"calibration: neither task_config nor the space {study.space.name!r} has an SSIM loss whose push could vary"
         )
     started = time.perf_counter()
-    probe = _Probe(study, device)
+    probe = _Probe(study, device, reader)
     measured = probe.gram() if probe.why_not_gram is None else probe.readings()
     model = _model(probe, measured)
     check = probe.check(model)
@@ -173,10 +176,20 @@ class Measured:
     outliers: Mapping[str, Outliers] | None = None
 
 
+@dataclass(frozen=True)
+class _FirstGain:
+    """A reading at a gain that changes the norm visibly. active: `[batch]`. has_effect: False if no gain does."""
+
+    gain: float
+    reading: Reading
+    active: Any
+    has_effect: bool
+
+
 class _Probe:
     """Sets up the study's task repeatedly, with its update switched off."""
 
-    def __init__(self, study: Study, device: str | None) -> None:
+    def __init__(self, study: Study, device: str | None, reader: Reader | None) -> None:
         assert study.calibration is not None
         self.study, self.device, self.options = study, device, study.calibration
         self.task_class = load_task(study.task_path, study.import_path)
@@ -187,6 +200,7 @@ class _Probe:
         self.base = {**study.task_config, **others, **study.space.stages[0].fixed, **self.options.disable_update}
         self.baseline_config = {**study.task_config, **baseline, **self.options.disable_update}
         self.step_s = 0.0
+        self.reader = reader or partial(read_here, self.set_up, self.options.disable_update)
         named = {name for stage in study.space.stages for name in (*stage.parameters, *stage.fixed)} | set(self.base)
         gate = {MAX_T: 1.0} if MAX_T in named and MAX_T not in self.base else {}
         self.task: Training | None = self.set_up({**self.base, **gate, WEIGHT: 1.0})
@@ -221,25 +235,14 @@ class _Probe:
 
     # -- readings of total_norm
 
-    def read(self, config: Mapping[str, Any], steps: int | None = None) -> tuple[Array, Array]:
-        """total_norm and ssim_active_fraction (NaN if not reported) of the first steps at `config`, each `[step]`."""
-        task = self.set_up(config)
-        before = _weights_of(task)
-        norms, active = [], []
-        started = time.perf_counter()
-        for _ in range(steps or len(self.batches)):
-            metrics = task.step() or {}
-            if TOTAL_NORM not in metrics:
-                raise UserError(f"calibration: the task's step() reports no {TOTAL_NORM}; saw {', '.join(metrics)}")
-            norms.append(float(metrics[TOTAL_NORM]))
-            if before is not None and not math.isfinite(norms[-1]):
-                _restore(task, before)  # a learning rate of 0 times a gradient of NaN is a weight of NaN
-            active.append(float(metrics.get(ACTIVE_FRACTION, math.nan)))
-        self.step_s = (time.perf_counter() - started) / len(norms)
-        if before is not None and any(not torch.equal(a, b) for a, b in zip(before, _weights_of(task) or [], strict=True)):
-            words = f"with {self.options.disable_update} the training still changed the weights"
-            raise BadSetup(f"calibration: {words}: say in calibration.disable_update how its update is switched off")
-        return np.asarray(norms), np.asarray(active)
+    def read(self, config: Mapping[str, Any], steps: int | None = None) -> Reading:
+        return self.read_all([config], steps)[0]
+
+    def read_all(self, configs: Sequence[Mapping[str, Any]], steps: int | None = None) -> list[Reading]:
+        """Readings of the first steps at each configuration."""
+        found = self.reader(configs, steps or len(self.batches))
+        self.step_s = found[-1].step_s
+        return found
 
     def baseline(self, q: Array | None = None) -> Array:
         """total_norm of the baseline on every batch. It follows from the gradients, if available, when the baseline differs only
@@ -249,7 +252,7 @@ class _Probe:
         alike = all(effective.get(name) == mine.get(name) for name in others)
         gate = effective.get("pixel_loss_max_t") == mine.get("pixel_loss_max_t") and effective.get(WEIGHT) == 0
         if q is None or not (alike and gate and "pixel_loss_weight" in effective):
-            return self.read(self.baseline_config)[0]
+            return self.read(self.baseline_config).norms
         v = np.array([1.0, effective["pixel_loss_weight"], 0.0])
         norms: Array = np.sqrt(np.einsum("i,bij,j->b", v, q, v))
         return norms
@@ -261,50 +264,55 @@ class _Probe:
         return {**self.base, WEIGHT: gain / scale, **{name: value for name, value in setting.items() if name in self.known}}
 
     def readings(self) -> Measured:
-        """One reading without auxiliary loss, two for each gate, and one more for each if the pixel loss takes part."""
-        widest = self.max_ts[-1]
+        """One reading without auxiliary loss, two for each gate, and one more for each if the pixel loss takes part. Readings that
+        do not depend on others are requested together, since a reader may take them side by side."""
+        widest, narrower = self.max_ts[-1], self.max_ts[:-1]
         pixel_weights = _pixel_weights(self.study, self.held)
-        alone, _ = self.read(self.at(0.0, widest))
+        fixed = [self.baseline_config, self.at(0.0, widest), *(self.at(0.0, widest, weight) for weight in pixel_weights)]
+        baseline, alone, *with_pixel = (reading.norms for reading in self.read_all(fixed))
         self._require_gradient(alone)
-        settings, norms = [(0.0, 0.0)], [alone]
-        for pixel_weight in pixel_weights:
-            settings.append((pixel_weight, 0.0))
-            norms.append(self.read(self.at(0.0, widest, pixel_weight))[0])
-        q, active = [], []
-        gain = 1.0
-        for max_t in reversed(self.max_ts):  # from the widest gate, where most batches are active
-            taken, acts, gain = self._two_gains(max_t, alone, gain)
-            active.append(acts)
-            if not taken:
+        # From the widest gate, where most batches are active; its gain is where the search for the others' begins.
+        found = {widest: self._first_gain(widest, alone, 1.0)}
+        start = found[widest].gain
+        first = dict(zip(narrower, self.read_all([self.at(start, max_t) for max_t in narrower]), strict=True)) if narrower else {}
+        found |= {max_t: self._first_gain(max_t, alone, start, first[max_t]) for max_t in narrower}
+        second = [(max_t, (0.0, 4 * one.gain)) for max_t, one in found.items() if one.has_effect]
+        second += [(max_t, (weight, one.gain)) for max_t, one in found.items() if one.has_effect for weight in pixel_weights[:1]]
+        readings = self.read_all([self.at(gain, max_t, weight) for max_t, (weight, gain) in second]) if second else []
+        q = []
+        for max_t in self.max_ts:
+            one = found[max_t]
+            if not one.has_effect:
                 q.append(_without_ssim(alone))
                 continue
-            own = [((0.0, g), reading) for g, reading in taken.items()]
-            if pixel_weights:
-                both = self.at(gain, max_t, pixel_weights[0])
-                own.append(((pixel_weights[0], gain), self.read(both)[0]))
-            q.append(fit([*settings, *(s for s, _ in own)], np.stack([*norms, *(n for _, n in own)])))
-        return Measured(self.max_ts, np.stack(q[::-1]), np.stack(active[::-1]), self.baseline())
+            taken = {(0.0, 0.0): alone, **{(w, 0.0): norms for w, norms in zip(pixel_weights, with_pixel, strict=True)}}
+            taken[0.0, one.gain] = one.reading.norms
+            taken |= {setting: reading.norms for (own, setting), reading in zip(second, readings, strict=True) if own == max_t}
+            q.append(fit(list(taken), np.stack(list(taken.values()))))
+        active = np.stack([found[max_t].active for max_t in self.max_ts])
+        return Measured(self.max_ts, np.stack(q), active, baseline)
 
-    def _two_gains(self, max_t: float, alone: Array, gain: float) -> tuple[dict[float, Array], Any, float]:
-        """Readings at a gain that about doubles N², searched upwards from `gain`, and at four times that gain; which batches are
-        active; the gain. No readings if no gain up to 1e12 has an effect.
+    def _first_gain(self, max_t: float, alone: Array, gain: float, reading: Reading | None = None) -> _FirstGain:
+        """A reading at a gain that about doubles N², searched upwards from `gain`, where `reading` may have been taken. Without
+        effect if no gain up to 1e12 has one.
 
         A batch is active according to its reported fraction. If none is reported, or only that of one process, the norm decides,
         so that all processes agree."""
         while True:
-            norms, fraction = self.read(self.at(gain, max_t))
+            reading = reading or self.read(self.at(gain, max_t))
             with np.errstate(invalid="ignore", divide="ignore"):
-                added = np.nan_to_num(np.abs(norms**2 / alone**2 - 1), nan=math.inf)
-            active = added > UNTOUCHED if _spread() or np.isnan(fraction).any() else fraction > 0
+                added = np.nan_to_num(np.abs(reading.norms**2 / alone**2 - 1), nan=math.inf)
+            by_norm = _spread() or bool(np.isnan(reading.active_fraction).any())
+            active = added > UNTOUCHED if by_norm else reading.active_fraction > 0
             typical = float(np.median(added[active])) if active.any() else 0.0
             if 1e-2 <= typical <= 1e4:
-                break
-            if not active.any() and not (_spread() or np.isnan(fraction).any()):
-                return {}, active, 1.0
+                return _FirstGain(gain, reading, active, True)
+            if not active.any() and not by_norm:
+                return _FirstGain(1.0, reading, active, False)
             gain = gain / 100 if typical > 1e4 else gain * min(1e3, math.sqrt(1 / max(typical, 1e-7)))
             if not 1e-12 < gain < 1e12:
-                return {}, active, 1.0
-        return {gain: norms, 4 * gain: self.read(self.at(4 * gain, max_t))[0]}, active, gain
+                return _FirstGain(1.0, reading, active, False)
+            reading = None
 
     # -- gram: from the gradients
 
@@ -341,7 +349,7 @@ class _Probe:
             scale, gain = 1.0, 3 * gain
         positions = [k for k in range(len(model.batches)) if model.active[i, k]][:CHECK_STEPS]
         last = model.batches[positions[-1]]
-        norms, _ = self.read(self.at(gain, widest, grad_scale=scale), steps=last)
+        norms = self.read(self.at(gain, widest, grad_scale=scale), steps=last).norms
         v = np.array([1.0, gain])
         predicted = [float(np.sqrt(v @ model.q[i, k][np.ix_([MAIN, SSIM], [MAIN, SSIM])] @ v)) for k in positions]
         steps = tuple(model.batches[k] for k in positions)
@@ -434,19 +442,6 @@ def _spread() -> bool:
     """Whether the training has several processes."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _weights_of(task: Any) -> list[torch.Tensor] | None:
-    """A copy on the host, to detect changes; None if the task does not show them."""
-    if not task.abilities().trainable_parameters:
-        return None
-    return [p.detach().cpu().clone() for p in task.trainable_parameters()]
-
-
-def _restore(task: Any, weights: Sequence[torch.Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, weight in zip(task.trainable_parameters(), weights, strict=True):
-            parameter.copy_(weight)
 
 
 def _without_ssim(main_norms: Array) -> Array:
