@@ -25,8 +25,10 @@ from tune_ssim.probes import file_contents, tensor_contents
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.command_spec import CommandSpec, fill, fill_value
 from tune_ssim.study.study import load_study
+from tune_ssim.trials.channel import TrialEnd
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.command.echoes import agrees
+from tune_ssim.trials.command.output import CommandOutput
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.processes import OutputLog
 from tune_ssim.trials.quarantine import Ledger
@@ -270,7 +272,7 @@ def test_what_the_last_step_still_makes_is_waited_for(monkeypatch: pytest.Monkey
     early = run(code, {"steps": 5}, records={"pattern": STEP_LOSS})
     early.spec.command.append("{exp_dir}/5.pt")
     assert records(early)[-2:] == [{"step": 5, "loss": 0.5}, {"step": 5, "val": 2.0}]
-    assert early._held_out == {"ssim": 0.5}
+    assert early._output and early._output.held_out == {"ssim": 0.5}
 
 
 @pytest.mark.parametrize(("steps", "verdict"), [((0, 1000, 2000), "error"), ((1000, 2000), "error"), ((0, 10, 1000), "safe")])
@@ -598,13 +600,14 @@ def test_a_printed_value_is_compared_as_it_is_printed(printed: str, config: dict
     name = next(iter(config), "steps")
     for echo in ("auto", "required"):
         task = run("", {"steps": 40, **config}, records={"file": "x"}, echo=echo)
-        task.log = OutputLog(Path(tempfile.mkdtemp()) / "log")
+        folder = Path(tempfile.mkdtemp())
+        output = CommandOutput(task.settings, OutputLog(folder / "log"), TrialEnd(folder), None)
         for byte in printed.replace("\\n", "\n").encode():
-            task._take_output(bytes([byte]))
-        task._collect(final=True)
+            output.take(bytes([byte]))
+        output.collect(final=True)
         asked = task.config[name]
         assert task.effective()[name] == (asked if in_force is None or (in_force is True) else in_force)
-        assert (name in task._stated) == (in_force is not None)
+        assert (name in task.settings.stated) == (in_force is not None)
 
 
 @pytest.mark.parametrize("pattern", [r"step (?P<step>\d+) \| loss (?P<loss>\S+) \| lr: (?P<lr>\S+)", "key_values", None])
@@ -617,10 +620,10 @@ def test_a_record_is_no_echo(pattern: str | None) -> None:
     for rows in ({"pattern": pattern}, None):
         task = run(WARM_UP + GOOD, {"lr": 0.01}, environment={"LR": "{lr}"}, records=rows)
         records(task)
-        assert "lr" not in task._stated
+        assert "lr" not in task.settings.stated
     task = run('print(\'TUNE_SSIM {"step": 1, "lr": 0.5}\')\n' + GOOD, {"lr": 0.01}, environment={"LR": "{lr}"})
     records(task)
-    assert "lr" not in task._stated
+    assert "lr" not in task.settings.stated
 
 
 def test_what_a_format_told_is_in_force() -> None:

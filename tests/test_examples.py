@@ -17,7 +17,7 @@ from test_image_folder import folder_of
 from tune_ssim.records.readers import LineParser, open_source
 from tune_ssim.study.command_spec import ALWAYS
 from tune_ssim.study.study import load_study
-from tune_ssim.trials.command.command_task import free_port
+from tune_ssim.trials.command.process import free_port
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")

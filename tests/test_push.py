@@ -18,6 +18,9 @@ from tune_ssim.guards import NonFinite, SmokeTest
 from tune_ssim.study.command_spec import CommandSpec
 from tune_ssim.trials.channel import TrialEnd, message_of, tagged_messages
 from tune_ssim.trials.command.command_task import CommandTask
+from tune_ssim.trials.command.output import CommandOutput
+from tune_ssim.trials.command.settings import SettingsInForce
+from tune_ssim.trials.processes import OutputLog
 from tune_ssim.trials.push import TrialContext
 from tune_ssim.trials.trial import Trial, TrialPlan
 
@@ -154,14 +157,16 @@ def test_nothing_is_transferred_where_nobody_listens(trial: TrialEnd, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["read", "ended", "held_out", "effective", "echoed"])
-def test_a_metric_of_any_name_is_kept(trial: TrialEnd, name: str) -> None:
+def test_a_metric_of_any_name_is_kept(trial: TrialEnd, name: str, tmp_path: Path) -> None:
     with trial_context() as t:
         t.report(step=3, loss=1.0, **{name: 2.0})
     assert {"step": 3, "loss": 1.0, name: 2.0} in trial.read()
-    task = CommandTask(CommandSpec(command=["true"]))
-    task.setup({"steps": 9}, 0)
-    task._dispatch(tagged_messages(b'TUNE_SSIM {"step": 3, "loss": 1, "%s": 2}' % name.encode())[0])
-    assert task._records == [(3, {"loss": 1.0, name: 2.0})]
+    output = CommandOutput(
+        SettingsInForce(CommandSpec(command=["true"]), {}), OutputLog(tmp_path / "log"), TrialEnd(tmp_path), None
+    )
+    output.take(b'TUNE_SSIM {"step": 3, "loss": 1, "%s": 2}\n' % name.encode())
+    output.collect()
+    assert output.records == [(3, {"loss": 1.0, name: 2.0})]
 
 
 LOOKS_LATE = """

@@ -16,7 +16,7 @@ from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.trials.command.command_task import Invocation, free_port
+from tune_ssim.trials.command.process import Invocation, free_port
 from tune_ssim.trials.processes import OutputLog, SupervisedProcess
 
 POLL_S = 0.1  # between polls of the nodes

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import STEP_SKIPPED, TOTAL_NORM
-from tune_ssim.trials.command.command_task import free_port
+from tune_ssim.trials.command.process import free_port
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import Abilities, Sample, Training
 

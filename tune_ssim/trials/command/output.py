@@ -1,0 +1,163 @@
+"""What a running command reports, read from every place into records."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+from tune_ssim.records import Record
+from tune_ssim.records.readers import LineParser, Source
+from tune_ssim.records.readers.parse_issues import ParseIssues
+from tune_ssim.trials.channel import TAG, TrialEnd, tagged_messages
+from tune_ssim.trials.command.settings import SettingsInForce
+from tune_ssim.trials.processes import OutputLog
+
+MAX_LINE = 2**20  # longest line, in bytes, that is searched for tags
+
+
+class PrintedRecords:
+    """The records in the lines that a command prints, as a `Source`. `feed` is called by the thread that reads the pipe."""
+
+    def __init__(self, parser: LineParser) -> None:
+        self._parser, self._lock = parser, threading.RLock()
+        self._ready: list[Record] = []
+
+    @property
+    def issues(self) -> ParseIssues:
+        return self._parser.issues
+
+    @property
+    def format(self) -> str | None:
+        return self._parser.format
+
+    def feed(self, data: bytes) -> None:
+        with self._lock:
+            self._ready += self._parser.feed(data)
+
+    def read(self) -> list[Record]:
+        with self._lock:
+            ready, self._ready = self._ready, []
+            return ready
+
+    def finish(self) -> list[Record]:
+        with self._lock:
+            return [*self.read(), *self._parser.finish()]
+
+    def held(self) -> int | None:
+        with self._lock:
+            return self._parser.held()
+
+    def release(self) -> list[Record]:
+        with self._lock:
+            return [*self.read(), *self._parser.release()]
+
+    def batches(self) -> Iterator[Sequence[Record]]:
+        yield self.read()
+
+
+class CommandOutput:
+    """Everything that a command reports: records, settings in force, held-out metrics.
+
+    It comes from the lines that the command prints (`take`, called by the thread that reads the pipe), from `trial_context` in it
+    (`channel`), and from `source`: its printed lines, a file or an MLflow run. `collect` moves what has arrived into `records`.
+    poll_s: time between two reads of the source."""
+
+    def __init__(
+        self, settings: SettingsInForce, log: OutputLog, channel: TrialEnd, source: Source | None, poll_s: float = 0.0
+    ) -> None:
+        self.settings, self.log, self.channel, self.source, self.poll_s = settings, log, channel, source, poll_s
+        self.records: list[tuple[int, dict[str, float]]] = []
+        self.held_out: dict[str, float] = {}
+        self._looks_for_settings = settings.spec.echo != "off"
+        self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._line = b""
+        self._source_due = 0.0
+
+    def take(self, data: bytes) -> None:
+        """Takes a piece of what the command prints."""
+        self.log.write(data)
+        # Before the records of the same piece: the first record triggers the check of the settings.
+        if self._looks_for_settings and (found := self.settings.echoes.feed(data)):
+            self._messages.put({"echoed": found})
+        if isinstance(self.source, PrintedRecords):
+            self.source.feed(data)
+        self._line += data
+        has_tag = TAG in self._line
+        complete, _, rest = self._line.rpartition(b"\n")
+        self._line = rest[-MAX_LINE:]
+        for line in complete.split(b"\n") if has_tag else ():
+            self._read_tagged_line(line)
+
+    def _read_tagged_line(self, line: bytes) -> None:
+        for message in tagged_messages(line):
+            # A parser of JSON lines also takes tagged records, since it maps their names.
+            is_parsed = isinstance(self.source, PrintedRecords) and self.source.format == "jsonl"
+            if "step" not in message or not is_parsed:
+                self._messages.put(message)
+
+    def collect(self, final: bool = False) -> None:
+        """Moves everything that has arrived into `records`. final: the command has ended."""
+        if final and self._line:
+            line, self._line = self._line, b""
+            if self._looks_for_settings:
+                self._messages.put({"echoed": self.settings.echoes.finish()})
+            self._read_tagged_line(line)
+        pushed = [self._dispatch(message) for message in self.channel.read()]
+        while not self._messages.empty():
+            pushed.append(self._dispatch(self._messages.get()))
+        records = [record for record in pushed if record is not None]
+        if self.source is not None and (final or time.monotonic() >= self._source_due):
+            self._source_due = time.monotonic() + self.poll_s
+            read = self.source.finish() if final else self.source.read()
+            records = sorted([*records, *map(_plain, read)], key=itemgetter(0)) if records else list(map(_plain, read))
+        self.records += records
+
+    def _dispatch(self, message: dict[str, Any]) -> tuple[int, dict[str, float]] | None:
+        """The record in a message; any other message is kept here."""
+        if "step" in message:  # first: a metric of a step may have any name
+            return message["step"], numbers_of(message, without=("step",))
+        if "effective" in message:
+            self.settings.sent(message["effective"])
+        elif "read" in message:
+            self.settings.read(message["read"])
+        elif "held_out" in message:
+            self.held_out |= numbers_of(message["held_out"])
+        elif "echoed" in message:
+            self.settings.printed(message["echoed"])
+        return None
+
+    def release(self) -> None:
+        """Moves the step that is held back for later rows into `records`."""
+        if self.source is not None:
+            self.records += map(_plain, self.source.release())
+
+    def give_up(self) -> None:
+        """Reads an abandoned command's output to its end, so that `problem` says what could not be read."""
+        if self.source is not None:
+            self.source.finish()
+
+    def problem(self) -> str:
+        """One line about records that could not be read; empty if there are none."""
+        return self.source.issues.sentence() if self.source is not None else ""
+
+    def quote(self) -> str:
+        """Where the output is kept, and its last lines."""
+        last = self.log.quote()
+        return f"all that it printed is in {self.log.path}" + (f", last: {last}" if last else " (nothing)")
+
+
+def _plain(record: Record) -> tuple[int, dict[str, float]]:
+    return record.step, dict(record.values)
+
+
+def numbers_of(values: Any, without: Sequence[str] = ()) -> dict[str, float]:
+    """The numbers in a mapping, NaN and Inf included. Other values are dropped."""
+    found: dict[str, float] = {}
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in without:
+            found[str(name)] = float(value)
+    return found
