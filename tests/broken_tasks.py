@@ -6,7 +6,8 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -221,7 +222,7 @@ class SetupExits(Honest):
         raise SystemExit(2)
 
 
-@fault("setup/unknown_key", "swallows", "raise ValueError")
+@fault("setup/unknown_key", "accepts the unknown key", "raise ValueError")
 class SwallowsKeys(Honest):
     def check_keys(self, config: Mapping[str, Any]) -> None:
         pass
@@ -324,7 +325,7 @@ class NormAfterClipping(Honest):
         return nn.utils.get_total_norm([p.grad for p in self.network.parameters()])
 
 
-@fault("step/total_norm/clipping", "never exceeds max_grad_norm 0.001")
+@fault("step/total_norm/clipping", "after clipping at 0.001", "clip_grad_norm_")
 class FixedClipping(Honest):
     def check_keys(self, config: Mapping[str, Any]) -> None:
         if unknown := set(config) - set(DEFAULTS) | set(config) & {"max_grad_norm"}:
@@ -388,13 +389,13 @@ class ForgetsNothing(Honest):
         return Honest.batch(self, len(self.drawn))
 
 
-@fault("random/configuration", "trials and baseline see other batches")
+@fault("random/configuration", "trials cannot be compared", "whether or not a loss needs them")
 class WeightSeedsTheBatch(Honest):
     def generator(self, n: int) -> torch.Generator:
         return torch.Generator().manual_seed(1000 * n + self.seed + int(self.config["ssim_loss_weight"] > 0))
 
 
-@fault("random/configuration", "trials and baseline see other batches")
+@fault("random/configuration", "trials cannot be compared", "whether or not a loss needs them")
 class DrawsMoreWithSsim(Honest):
     """The SSIM loss takes numbers of the step's generator before the batch does."""
 
@@ -403,6 +404,36 @@ class DrawsMoreWithSsim(Honest):
         if self.config["ssim_loss_weight"] > 0:
             torch.rand(3, generator=generator)
         return generator
+
+
+class BlackBox(Honest):
+    """Shows no forward pass."""
+
+    forward: Any = None
+
+    def step(self) -> dict[str, Any]:
+        self.forward = partial(Honest.forward, self)  # of the instance; abilities are those of the class
+        return Honest.step(self)
+
+
+@fault("random/configuration", "trials cannot be compared")
+class WeightSeedsTheBatchOfABlackBox(BlackBox):
+    generator = WeightSeedsTheBatch.generator
+
+
+@fault("ssim_loss_weight/felt", "does not act so")
+class WeightlessBlackBox(BlackBox):
+    def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
+        Honest.setup(self, config, seed, device)
+        self.loss = replace(self.loss, ssim_loss_weight=0.0)
+
+    def effective(self) -> dict[str, Any]:
+        return {**Honest.effective(self), "ssim_loss_weight": self.config["ssim_loss_weight"]}
+
+
+@fault("step/total_norm/clipping", "after clipping")
+class BlackBoxAfterClipping(BlackBox):
+    clip = NormAfterClipping.clip
 
 
 @fault("random/seed", "no noise at all")
@@ -588,7 +619,7 @@ class OwnDefaultInForce(Honest):
         return {**Honest.effective(self), "ssim_loss_weight": 0.1}
 
 
-@fault("effective/ssim_loss_weight", "does not say ssim_loss_weight")
+@fault("effective/ssim_loss_weight", "does not report ssim_loss_weight")
 class SilentAboutTheWeight(Honest):
     def effective(self) -> dict[str, Any]:
         return {name: value for name, value in Honest.effective(self).items() if name != "ssim_loss_weight"}
@@ -600,7 +631,7 @@ class TensorInForce(Honest):
         return {**Honest.effective(self), "lr": torch.tensor(self.config["lr"])}
 
 
-@fault("ssim_loss_weight/felt", "does not follow ssim_loss_weight")
+@fault("ssim_loss_weight/felt", "does not act so", "detached")
 class DetachedPrediction(Honest):
     def forward(self, n: int) -> Forward:
         found = Honest.forward(self, n)
@@ -608,7 +639,7 @@ class DetachedPrediction(Honest):
         return found
 
 
-@fault("effective/settable", "says ssim_grad_clamp", status="warn")
+@fault("effective/settable", "reports ssim_grad_clamp", status="warn")
 class RefusesWhatItSays(Honest):
     def check_keys(self, config: Mapping[str, Any]) -> None:
         if unknown := set(config) - set(DEFAULTS) | set(config) & {"ssim_grad_clamp"}:

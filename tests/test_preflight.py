@@ -32,7 +32,7 @@ from tune_ssim.before_launch.preflight import (
     steps,
 )
 from tune_ssim.before_launch.preflight.plain import Setting, cosine, expected, plain_ssim
-from tune_ssim.before_launch.preflight.report import Check, Report
+from tune_ssim.before_launch.preflight.report import Check, Report, unknown
 from tune_ssim.before_launch.preflight.subject import Subject
 from tune_ssim.cli.tables import preflight_table
 from tune_ssim.guards import NormRatio, SmokeTest
@@ -64,7 +64,7 @@ def bad(checks: Iterator[Check]) -> list[str]:
 def test_a_report_has_the_worst_status_and_survives_json() -> None:
     checks = (
         Check("setup", "ok", "fine"),
-        rules.unknown("gate", "nothing known"),
+        unknown("gate", "nothing known"),
         Check("loss/main", "bad_setup", "too large", {"loss": math.inf, "ratio": math.nan}, "load the weights"),
         Check("smoke/raw", "bad_setup", "noise"),
     )
@@ -248,7 +248,7 @@ def precision(found: Case) -> Iterator[Check]:
 
 
 def parameters(found: Case) -> Iterator[Check]:
-    return steps.check_parameters(subject_of(found), found.baseline)
+    return steps.check_parameters(steps.Probe(subject_of(found), found.baseline))
 
 
 def learning_steps(found: Case) -> Iterator[Check]:
@@ -331,7 +331,7 @@ def test_the_bundled_set_up_is_sound_and_wholly_known() -> None:
 
 
 def test_the_table_says_every_check_and_every_remedy() -> None:
-    report = Report((Check("setup", "ok", "it sets up"), rules.tokens(9, 1, 0, 9, 9), rules.unknown("gate", "no law of t")))
+    report = Report((Check("setup", "ok", "it sets up"), rules.tokens(9, 1, 0, 9, 9), unknown("gate", "no law of t")))
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(preflight_table(report.to_dict(), ascii_only=True))
     text = " ".join(console.export_text().split())

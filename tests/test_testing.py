@@ -79,7 +79,7 @@ def test_a_report_is_for_people_and_for_tests() -> None:
     report = report_of("CallsItGradNorm")
     assert str(report).startswith("CallsItGradNorm: ")
     assert "\n  ✗ step/total_norm: " in str(report) and "\n      → rename 'grad_norm' to 'total_norm': " in str(report)
-    with pytest.raises(AssertionError, match="CallsItGradNorm does not keep the contract") as raised:
+    with pytest.raises(AssertionError, match="CallsItGradNorm does not implement") as raised:
         report.raise_if_broken()
     assert "✗ step/total_norm" in str(raised.value) and "✓" not in str(raised.value)
     assert json.loads(json.dumps(report.to_dict()))["ok"] is False

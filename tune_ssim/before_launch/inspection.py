@@ -11,8 +11,7 @@ from typing import Any
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.files import jsonable, number
 from tune_ssim.base.tensor_file import Contents
-from tune_ssim.before_launch.preflight.report import Report
-from tune_ssim.before_launch.preflight.rules import unknown
+from tune_ssim.before_launch.preflight.report import Report, unknown
 from tune_ssim.probes import tensor_contents
 from tune_ssim.study.study import Study
 from tune_ssim.trials.checkpoint import tensors_of

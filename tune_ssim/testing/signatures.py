@@ -6,29 +6,19 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.report import Check, broken, ok
 from tune_ssim.before_launch.preflight.subject import describe_error
-from tune_ssim.testing.findings import broken, ok
 from tune_ssim.trials.training import CONTRACT, missing_methods
 
-# How a trial calls each method, and its expected signature.
-CALLS: dict[str, tuple[tuple[tuple[Any, ...], ...], str]] = {
-    "setup": ((({}, 0), ({}, 0, None)), "def setup(self, config, seed, device=None)"),
-    "step": (((),), "def step(self)"),
-    "sample": (((), (0,)), "def sample(self, noise=0)"),
-    "evaluate": (((),), "def evaluate(self)"),
-    "state_dict": (((),), "def state_dict(self)"),
-    "load_state_dict": ((({},),), "def load_state_dict(self, state)"),
-    "effective": (((),), "def effective(self)"),
-}
-ALIASES = {
-    "setup": ("set_up", "build", "init", "configure"),
-    "step": ("train_step", "training_step", "train", "update"),
-    "sample": ("generate", "samples", "infer", "inference"),
-    "evaluate": ("eval", "validate", "validation", "test"),
-    "state_dict": ("get_state", "save", "save_checkpoint", "state"),
-    "load_state_dict": ("set_state", "load", "load_checkpoint", "load_state"),
-    "effective": ("effective_config", "get_config", "config", "params"),
+# For each method the arguments of a trial's calls, its expected signature, and the names that other trainers give it.
+METHODS: dict[str, tuple[tuple[tuple[Any, ...], ...], str, tuple[str, ...]]] = {
+    "setup": ((({}, 0), ({}, 0, None)), "setup(self, config, seed, device=None)", ("set_up", "build", "init", "configure")),
+    "step": (((),), "step(self)", ("train_step", "training_step", "train", "update")),
+    "sample": (((), (0,)), "sample(self, noise=0)", ("generate", "samples", "infer", "inference")),
+    "evaluate": (((),), "evaluate(self)", ("eval", "validate", "validation", "test")),
+    "state_dict": (((),), "state_dict(self)", ("get_state", "save", "save_checkpoint", "state")),
+    "load_state_dict": ((({},),), "load_state_dict(self, state)", ("set_state", "load", "load_checkpoint", "load_state")),
+    "effective": (((),), "effective(self)", ("effective_config", "get_config", "config", "params")),
 }
 
 
@@ -44,7 +34,7 @@ def check_class(task_class: Any) -> Iterator[Check]:
         yield broken(
             "class",
             f"{task_class.__name__}() failed: {describe_error(error)}",
-            "a trial makes the task without arguments and calls setup(config, seed, device): move the building there",
+            "a trial makes the task without arguments and calls setup(config, seed, device): build everything there",
         )
         return
     yield ok("class", f"{task_class.__name__}() can be made without arguments")
@@ -61,26 +51,24 @@ def bare(task_class: type) -> Any:
 def check_methods(task_class: type) -> Iterator[Check]:
     """A finding for each of the seven; its name is `method/NAME`."""
     task, missing = bare(task_class), missing_methods(task_class)
-    for name in CONTRACT:
-        calls, reads = CALLS[name]
-        written = inspect.getattr_static(task_class, name, None)
-        method = getattr(task, name, None) if not isinstance(written, property) else written
-        if method is None or (name in missing and callable(written)):
-            near = next((alias for alias in ALIASES[name] if callable(getattr(task, alias, None))), None)
+    for method in CONTRACT:
+        calls, expected, aliases = METHODS[method]
+        name, reads = f"method/{method}", f"def {expected}"
+        written = inspect.getattr_static(task_class, method, None)
+        found = getattr(task, method, None) if not isinstance(written, property) else written
+        if found is None or (method in missing and callable(written)):
+            near = next((alias for alias in aliases if callable(getattr(task, alias, None))), None)
             hint = f"rename {near}()" if near else "add it"
-            yield broken(f"method/{name}", f"there is no {name}()", f"{hint}: {reads}; see tune_ssim.Task")
-        elif not callable(method):
-            yield broken(f"method/{name}", f"{name} is a {type(method).__name__}, not a method", f"make it {reads}")
-        elif inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
-            yield broken(
-                f"method/{name}",
-                f"{name}() is a generator or a coroutine: calling it does nothing",
-                f"make it an ordinary method that returns its result: {reads}",
-            )
-        elif refusal := _refusal(method, calls):
-            yield broken(f"method/{name}", f"{name}{_signature(method)}: {refusal}", f"make it {reads}")
+            yield broken(name, f"there is no {method}()", f"{hint}: {reads}; see tune_ssim.Task")
+        elif not callable(found):
+            yield broken(name, f"{method} is a {type(found).__name__}, not a method", f"make it {reads}")
+        elif inspect.iscoroutinefunction(found) or inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
+            remedy = f"make it an ordinary method that returns its result: {reads}"
+            yield broken(name, f"{method}() is a generator or a coroutine: calling it does nothing", remedy)
+        elif refusal := _refusal(found, calls):
+            yield broken(name, f"{method}{_signature(found)}: {refusal}", f"make it {reads}")
         else:
-            yield ok(f"method/{name}", f"{name}{_signature(method)}")
+            yield ok(name, f"{method}{_signature(found)}")
 
 
 def _refusal(method: Any, calls: tuple[tuple[Any, ...], ...]) -> str:

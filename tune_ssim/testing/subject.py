@@ -37,6 +37,10 @@ class ClassUnderTest(Subject):
         set_global_generators(chance)
         return super().make(settings, seed)
 
+    def unmoved(self, settings: Mapping[str, Any]) -> Training:
+        """An instance whose steps do not change the weights, if its update can be switched off. Otherwise use its first step."""
+        return self.make({**settings, **self.disable_update} if self.accepts(self.disable_update) else settings)
+
     def accepts(self, settings: Mapping[str, Any]) -> bool:
         key = repr(sorted(settings.items()))
         if key not in self.accepted:
@@ -61,7 +65,7 @@ class ClassUnderTest(Subject):
         for n, (a, b) in enumerate(zip(one, other, strict=False), first):
             for name in sorted(a.keys() | b.keys()):
                 if name not in a or name not in b:
-                    return f"step {n}: {name} is there in one run only"
+                    return f"step {n}: only one run records {name}"
                 if not self.same(a[name], b[name]):
                     return f"step {n}: {name} {a[name]:.9g} against {b[name]:.9g}"
         return ""
@@ -89,36 +93,24 @@ def global_generators_kept() -> Iterator[None]:
     np.random.set_state(numpy)
 
 
-def digests(value: Any, name: str = "", depth: int = 0) -> dict[str, str]:
-    """Digests of every tensor, number and text in nested containers and in objects with a state_dict(), by place."""
-    if isinstance(value, torch.Tensor):
-        data = value.detach().cpu().contiguous()
-        return {name: hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b"").hexdigest()}
-    if isinstance(value, (bool, int, float, str)) or value is None:
-        return {name: repr(value)}
-    if depth > 6:
-        return {}
-    if isinstance(value, Mapping):
-        pairs = [(f"{name}[{key!r}]", item) for key, item in value.items()]
-    elif isinstance(value, (list, tuple)):
-        pairs = [(f"{name}[{i}]", item) for i, item in enumerate(value)]
-    elif callable(getattr(value, "state_dict", None)):
-        try:
-            pairs = [(name, value.state_dict())]
-        except Exception:  # some state_dict() may raise; the digests only serve as a hint
-            return {}
-    else:
-        return {}
-    found: dict[str, str] = {}
-    for place, item in pairs:
-        found |= digests(item, place, depth + 1)
-    return found
-
-
 def attributes(task: Any) -> dict[str, str]:
-    """Digests of an instance's attributes, by name."""
-    found = {}
-    for name, value in dict(getattr(task, "__dict__", {})).items():
-        if parts := digests(value, name):
-            found[name] = hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
-    return found
+    """A digest of each attribute of an instance that holds tensors, numbers or texts, by name."""
+    found = {name: _content(value) for name, value in vars(task).items()}
+    return {name: hashlib.sha256(content.encode()).hexdigest() for name, content in found.items() if content}
+
+
+def _content(value: Any, depth: int = 0) -> str:
+    """Tensors, numbers and texts in nested containers and in objects with a state_dict(), as text; empty if there are none."""
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return repr(value)
+    if callable(getattr(value, "state_dict", None)):
+        try:
+            value = value.state_dict()
+        except Exception:  # the digest is only a hint
+            return ""
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    parts = {key: _content(item, depth + 1) for key, item in value.items()} if isinstance(value, Mapping) and depth < 7 else {}
+    return repr({key: part for key, part in parts.items() if part}) if any(parts.values()) else ""

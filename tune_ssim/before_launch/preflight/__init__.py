@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tune_ssim.before_launch.preflight import images, launch, learning, networks
 from tune_ssim.before_launch.preflight import steps as readings
 from tune_ssim.before_launch.preflight.launch import settings_of
-from tune_ssim.before_launch.preflight.report import Check, Report
-from tune_ssim.before_launch.preflight.rules import setup_failed, unknown
+from tune_ssim.before_launch.preflight.report import Check, Report, unknown
+from tune_ssim.before_launch.preflight.rules import setup_failed
 from tune_ssim.before_launch.preflight.subject import Failure, Subject, call, guarded, numbers
 from tune_ssim.guards import Guard, NormRatio, SmokeTest
 from tune_ssim.trials.load_training import load_task
@@ -76,7 +76,7 @@ def _checks(
     except Failure as failure:
         yield setup_failed(str(failure))
         return
-    yield from guarded("parameter", lambda: readings.check_parameters(subject, baseline))
+    yield from guarded("parameter", lambda: readings.check_parameters(readings.Probe(subject, baseline)))
     yield from guarded("parameter/searched", lambda: launch.check_settings(subject, baseline, settings))
     yield from guarded("seeds", lambda: launch.check_seeds(subject, baseline))
     yield from guarded("trained", lambda: learning.check_learning(subject, baseline, smoke_test))

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.plain import unit
-from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.subject import Unavailable, call
 from tune_ssim.trials.training import Forward, Sample
 
@@ -84,7 +84,7 @@ def check_losses(seen: Seen | None) -> Iterator[Check]:
     if seen is None:
         raise Unavailable("the task has no forward()")
     if seen.trivial is None:
-        yield rules.unknown("loss/main", "the forward pass does not say what the network should predict")
+        yield unknown("loss/main", "the forward pass does not say what the network should predict")
     else:
         yield rules.main_loss(seen.main, seen.trivial)
 
@@ -103,7 +103,7 @@ def check_pairs(sample: Sample, seen: Seen | None) -> Iterator[Check]:
         pairs.append(("predictions", "predictions at low t and targets", seen.decoded, seen.targets))
     for name, what, images, targets in pairs:
         if images is None or targets is None or not len(images):
-            yield rules.unknown(f"data/{name}", "there are none to compare")
+            yield unknown(f"data/{name}", "there are none to compare")
             continue
         x, y = _small(images, targets)
         if not (torch.isfinite(x).all() and torch.isfinite(y).all()):

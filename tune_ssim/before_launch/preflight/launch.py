@@ -11,7 +11,7 @@ import torch
 from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.images import Seen
-from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers, time_law
 from tune_ssim.guards import Guard, NormRatio
 from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
@@ -95,7 +95,7 @@ def check_baseline(subject: Subject, baseline: Mapping[str, Any], limit: float) 
     """Compares total_norm of the baseline and of the main loss, on the same steps without updates."""
     names = [name for name in ("ssim_loss_weight", "pixel_loss_weight") if name in call(subject.make(baseline), "effective")]
     if not names:
-        yield rules.unknown("baseline/norm", "effective() names no auxiliary weight")
+        yield unknown("baseline/norm", "effective() names no auxiliary weight")
         return
     with_loss = _norms(subject, baseline)
     active = [step.get("pixel_active_fraction", 1.0) > 0 for step in with_loss]

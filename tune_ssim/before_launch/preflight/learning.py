@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.networks import findings_of
 from tune_ssim.before_launch.preflight.plain import norm, own_gradient_norms
-from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call
 from tune_ssim.guards import SmokeTest
 from tune_ssim.probes import tensor_hashes
@@ -64,11 +64,11 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
             learning_rate=next(iter(rates.values()), None),
         )
     else:
-        yield rules.unknown("trained", "the task has no trainable_parameters()")
+        yield unknown("trained", "the task has no trainable_parameters()")
     for name in untouched:
         yield rules.untrained_part(name)
     if later is None:
-        yield rules.unknown("baseline/smoke", "the study has switched its smoke test off")
+        yield unknown("baseline/smoke", "the study has switched its smoke test off")
     else:
         yield rules.baseline_samples(*later)
     for name, rate in rates.items():
@@ -129,7 +129,7 @@ def _learning_rate(subject: Subject, settings: Mapping[str, Any], name: str, rat
     """Checks that half the learning rate gives half the first update, as in SGD and in AdamW, whose first step is rate times
     sign."""
     if not first:
-        return rules.unknown(f"parameter/{name}", "the first step moved nothing")
+        return unknown(f"parameter/{name}", "the first step moved nothing")
     task = subject.make({**settings, name: rate / 2})
     parameters = list(call(task, "trainable_parameters"))
     before = [parameter.detach().clone() for parameter in parameters]

@@ -11,7 +11,7 @@ import torch
 
 from tune_ssim.base.errors import BadSetup
 from tune_ssim.before_launch.preflight import rules
-from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.subject import Unavailable, call
 from tune_ssim.guards import SmokeTest
 from tune_ssim.probes import compare_with_file
@@ -101,7 +101,7 @@ def check_samples(task: Any, guard: SmokeTest, raw: Sample) -> Iterator[Check]:
         averaged: Sample | None = call(task, "sample_ema", 0)
     except Unavailable as reason:
         yield rules.smoke("raw", found, of_raw)
-        yield rules.unknown("smoke/ema", str(reason))
+        yield unknown("smoke/ema", str(reason))
         return
     if averaged is None:
         yield rules.smoke("raw", found, of_raw)

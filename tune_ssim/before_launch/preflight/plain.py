@@ -117,8 +117,9 @@ def expected(forward: Forward, setting: Setting, parameters: Sequence[torch.nn.P
                 decoded[rows], forward.targets[for_pixel], image_range, _sizes(forward, for_pixel)
             )
             seed[rows] += gradient * setting.pixel_loss_weight
-        outputs.append(decoded)
-        seeds.append(seed.to(decoded.dtype))
+        if decoded.requires_grad:  # otherwise the prediction is detached, and the auxiliary losses send no gradient
+            outputs.append(decoded)
+            seeds.append(seed.to(decoded.dtype))
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     found = iter(torch.autograd.grad(outputs, learning, seeds, retain_graph=True, allow_unused=True))
     gradients = [next(found) if parameter.requires_grad else None for parameter in parameters]

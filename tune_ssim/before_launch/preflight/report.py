@@ -30,6 +30,22 @@ class Check:
         return f"{line}\n    → {self.remedy}" if self.remedy else line
 
 
+def ok(name: str, sentence: str) -> Check:
+    return Check(name, "ok", sentence)
+
+
+def unknown(name: str, sentence: str, remedy: str = "") -> Check:
+    return Check(name, "unknown", sentence, remedy=remedy)
+
+
+def warn(name: str, sentence: str, remedy: str = "") -> Check:
+    return Check(name, "warn", sentence, remedy=remedy)
+
+
+def broken(name: str, sentence: str, remedy: str) -> Check:
+    return Check(name, "broken", sentence, remedy=remedy)
+
+
 @dataclass(frozen=True)
 class Report:
     """All checks of one set-up or class, in the order in which to look for a cause."""

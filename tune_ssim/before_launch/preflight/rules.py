@@ -11,14 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tune_ssim.before_launch.preflight.report import Check, Status
+from tune_ssim.before_launch.preflight.report import Check, Status, unknown
 
 LOSS_CE = "loss_ce"  # of a step, where a task has text: cross-entropy of its caption
 LABEL_FRACTION = "label_fraction"  # of a step, where a task has text: share of the positions that carry a label
-
-
-def unknown(name: str, why: str) -> Check:
-    return Check(name, "unknown", why)
 
 
 def setup_failed(message: str) -> Check:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,24 +24,19 @@ from tune_ssim.before_launch.preflight.plain import (
     setting_of,
     ssim_gradient,
 )
-from tune_ssim.before_launch.preflight.report import SEVERITY, Check
+from tune_ssim.before_launch.preflight.report import SEVERITY, Check, unknown
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers
-from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM
+from tune_ssim.records import ACTIVE_FRACTION, LOSS, LOSS_FLOW, STEP_SKIPPED, TOTAL_NORM
 from tune_ssim.trials.training import Forward
 
 DOMINANCE = 30.0  # auxiliary gradient of a reading over the main one: changes are visible, and float32 is still precise enough
 MAX_SKIPPED = 25  # steps that a GradScaler may skip before its scale fits: 65536 = 2^16, and DOMINANCE below that
+TINY = 1e-7  # a weight whose gradient is lost in float32's rounding of any main gradient
+MAIN_ALONE, LARGE = "the main loss alone", "a large ssim_loss_weight"  # names of readings
 BLACK_BOX_GAINS = (1e2, 1e4, 1e6)  # tried in turn on a task without a forward pass, until total_norm follows
 LOSSES = {"ssim": ("ssim_loss_weight", "ssim_loss_max_t"), "pixel": ("pixel_loss_weight", "pixel_loss_max_t")}
 GRAD_SCALE, GRAD_CLAMP = "ssim_grad_scale", "ssim_grad_clamp"
-NEUTRAL: dict[str, float | None] = {
-    "ssim_loss_weight": 0.0,
-    "ssim_loss_max_t": 1.0,
-    GRAD_SCALE: 1.0,
-    GRAD_CLAMP: None,
-    "pixel_loss_weight": 0.0,
-    "pixel_loss_max_t": 1.0,
-}
+NEUTRAL: dict[str, float | None] = asdict(Setting())
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,17 @@ class Reading:
     @property
     def total_norm(self) -> float:
         return self.metrics[TOTAL_NORM]
+
+    @property
+    def main_loss(self) -> float | None:
+        """The main loss of step 1, from the forward pass, else as recorded; None if it is not known."""
+        if self.n > 1:
+            return None
+        if self.expected is not None:
+            return self.expected.loss_main
+        is_alone = self.settings.get("ssim_loss_weight", 0.0) <= TINY
+        found = self.metrics.get(LOSS_FLOW, self.metrics.get(LOSS) if is_alone else None)
+        return found if found and math.isfinite(found) else None
 
     @property
     def agreement(self) -> float:
@@ -179,21 +185,22 @@ def check_ssim(task: Any) -> Iterator[Check]:
     yield max(checks, key=lambda check: SEVERITY.index(check.status))
 
 
-def check_parameters(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
+def check_parameters(probe: Probe) -> Iterator[Check]:
     """Checks every auxiliary parameter by its effect, the other settings by `effective()`."""
-    probe = _Probe(subject, base)
-    main = probe.read("the main loss alone")
-    yield from _switched_off(main, subject)
+    main = probe.read(MAIN_ALONE)
+    yield from _switched_off(main, probe.subject)
     if main.expected is not None:
         yield rules.step_gradient("main", main.total_norm, main.expected.total_norm, main.cosine, random=main.random)
     yield from _loss(probe, "ssim", main)
     if probe.weights is not None:
         yield from _loss(probe, "pixel", main)
+    else:
+        probe.read("a tiny ssim_loss_weight", ssim_loss_weight=TINY)
     yield from _others(probe)
     yield _batches(probe)
 
 
-class _Probe:
+class Probe:
     """Takes readings, each named by what is special about its setting."""
 
     def __init__(self, subject: Subject, base: Mapping[str, Any]) -> None:
@@ -226,13 +233,16 @@ def _switched_off(main: Reading, subject: Subject) -> Iterator[Check]:
         yield Check(f"parameter/{name}", "bad_setup", sentence, {}, f"follow {name} from the configuration to the optimiser")
 
 
-def _loss(probe: _Probe, loss: str, main: Reading) -> Iterator[Check]:
+def _loss(probe: Probe, loss: str, main: Reading) -> Iterator[Check]:
     """Checks that one auxiliary loss acts, with the gradient of its forward pass, and so does each of its parameters."""
     weight_name, gate_name = LOSSES[loss]
     if weight_name not in probe.known:
         return
     full = _strong(probe, loss, main)
     weight = full.settings[weight_name]
+    if full.metrics.get(ACTIVE_FRACTION) == 0 and gate_name not in probe.known:
+        yield unknown(f"parameter/{weight_name}", f"no sample of step {full.n} is active, and {gate_name} cannot be set")
+        return
     if _batches(probe).status == "bad_setup":
         return  # nothing can be compared; `check_parameters` reports it at the end
     if loss == "ssim":
@@ -270,7 +280,7 @@ def _loss(probe: _Probe, loss: str, main: Reading) -> Iterator[Check]:
         yield _gate(probe, loss, weight, main, full if sound else None)
 
 
-def _strong(probe: _Probe, loss: str, main: Reading) -> Reading:
+def _strong(probe: Probe, loss: str, main: Reading) -> Reading:
     """A reading in which this loss dominates the gradient."""
     weight_name = LOSSES[loss][0]
     if probe.weights is not None:
@@ -282,7 +292,7 @@ def _strong(probe: _Probe, loss: str, main: Reading) -> Reading:
     return reading
 
 
-def _gate(probe: _Probe, loss: str, weight: float, main: Reading, full: Reading | None) -> Check:
+def _gate(probe: Probe, loss: str, weight: float, main: Reading, full: Reading | None) -> Check:
     """Checks that a gate below every t of the step leaves only the main loss, and that one in between passes the lower t."""
     weight_name, name = LOSSES[loss]
     times = sorted({t for t in probe.times if t > 0})
@@ -317,15 +327,15 @@ def _change(reading: Reading, base: Reading, ratio: float) -> float:
 
 def _clipping(reading: Reading) -> Check:
     if "max_grad_norm" not in reading.effective:
-        return rules.unknown("parameter/max_grad_norm", "effective() does not name max_grad_norm")
+        return unknown("parameter/max_grad_norm", "effective() does not name max_grad_norm")
     if reading.after is None:
-        return rules.unknown("parameter/max_grad_norm", "the gradients are gone after a step")
+        return unknown("parameter/max_grad_norm", "the gradients are gone after a step")
     limit = reading.effective["max_grad_norm"]
     wanted = None if reading.expected is None else reading.expected.total_norm
     return rules.clipping(limit, reading.total_norm, reading.after, wanted)
 
 
-def _others(probe: _Probe) -> Iterator[Check]:
+def _others(probe: Probe) -> Iterator[Check]:
     """Checks that settings without a measurable effect are at least in `effective()`."""
     reading = next(iter(probe.readings.values()))
     asked, stated = {**probe.subject.config, **reading.settings}, reading.effective
@@ -341,10 +351,10 @@ def _others(probe: _Probe) -> Iterator[Check]:
         yield Check("parameter/others", "ok", f"{len(names)} further settings are in force as asked", {"settings": len(names)})
 
 
-def _batches(probe: _Probe) -> Check:
-    """The main loss of step 1 under each setting, seen through the forward pass."""
-    first = {name: r.expected.loss_main for name, r in probe.readings.items() if r.expected is not None and r.n == 1}
+def _batches(probe: Probe) -> Check:
+    """The main loss of step 1 under each setting."""
+    first = {name: loss for name, reading in probe.readings.items() if (loss := reading.main_loss) is not None}
     if len(first) < 2:
-        return rules.unknown("batches", "fewer than two settings show the main loss of step 1")
+        return unknown("batches", "fewer than two settings show the main loss of step 1")
     base = next(iter(first.values()))
     return rules.same_batches({name: value / base - 1 for name, value in first.items()})
