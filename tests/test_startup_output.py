@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tune_ssim.before_launch.startup_output import startup_checks
+from tune_ssim.before_launch.command.startup_output import startup_checks
 
 WARNED = {
     "Some weights of BertForTokenClassification were not initialized from the model checkpoint at bert-base-uncased and are newly "

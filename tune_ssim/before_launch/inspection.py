@@ -11,19 +11,13 @@ from typing import Any
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.files import jsonable, number
 from tune_ssim.base.tensor_file import Contents
-from tune_ssim.before_launch.preflight.report import Report, unknown
+from tune_ssim.before_launch.command.starts import Take
 from tune_ssim.probes import tensor_contents
 from tune_ssim.study.study import Study
 from tune_ssim.trials.checkpoint import tensors_of
+from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import Training
-
-OWN_PROCESS = "the training runs in a separate process: its settings are checked when the baseline runs, its weights are not"
-NO_CALIBRATION = (
-    "calibration: it takes steps inside the training's own process, and this training is a command or a function that is only "
-    "read; start the study with `tune-ssim run`, whose norm guard compares each trial with the baseline, or write the training as "
-    "a class (tune_ssim.Training)"
-)
 
 
 def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
@@ -31,16 +25,17 @@ def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance
     return found_or_raise(inspect_study(study, preflight, calibration, provenance))
 
 
-def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
-    """The requested parts, as plain data. Parts that a separate process cannot show are left out."""
+def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: bool, take: Take | None = None) -> dict[str, Any]:
+    """The requested parts, as plain data. take: runs the starts of a command, by default one after the other on this machine."""
     found: dict[str, Any] = {}
     try:
         task_class = load_task(study.task_path, study.import_path)
-        if task_class().reports_after_last_step:  # a separate process
-            calibration = False
-            if preflight:
-                found["preflight"] = Report((unknown("setup", OWN_PROCESS),), 0.0).to_dict()
-                preflight = False
+        if isinstance(task_class(), CommandTask):
+            from tune_ssim.before_launch.command.inspect import inspect_command
+
+            if preflight or calibration:
+                found = inspect_command(study, task_class, take, preflight=preflight, calibration=calibration)
+            preflight = calibration = False
         if preflight:
             from tune_ssim.before_launch.preflight import run_preflight
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup
 from tune_ssim.cli.options import study_options
 from tune_ssim.cli.output import make_console, output_file, print_json, readable, suggest_next
 
@@ -34,7 +34,7 @@ def preflight(study: str | None, space: str | None, seed: int | None, address: s
         console.print(preflight_table(report, console.options.ascii_only))
     if report["status"] == "bad_setup":
         raise BadSetup("\n".join(bad_lines(report)))
-    if resolved.calibrates and report["status"] != "unknown":  # a separate process shows nothing before it runs
+    if resolved.calibrates:
         suggest_next("calibrate", *([study] if study else []), why="says how hard each setting pushes", to_stderr=as_json)
     else:
         suggest_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
@@ -127,8 +127,4 @@ def _inspect(study: Any, address: str | None, phase: str) -> dict[str, Any]:
             from tune_ssim.orchestration.run_study import inspect_on
 
             found = inspect_on(study, address=address, **wanted)
-    if phase not in found:
-        from tune_ssim.before_launch.inspection import NO_CALIBRATION
-
-        raise UserError(NO_CALIBRATION)
     return dict(jsonable(found[phase]))

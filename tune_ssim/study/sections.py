@@ -142,8 +142,11 @@ class CalibrationOptions(Section):
 
     batches: Annotated[int, Field(ge=1)] = 24  # medians of >= 10 active steps (FACTS §1), also behind gates that half of them pass
     grid: Annotated[list[float], Field(min_length=1)] | None = None  # values of max_t; None: from the space
-    # Settings that keep the weights unchanged, with any launcher (FACTS §1).
+    # Settings that keep the weights unchanged, with any launcher (FACTS §1). Also `update_off`. For a command the default is none:
+    # its updates are held off from outside.
     disable_update: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.0})
+    # Starts for each reading of a command whose updates can be held off in no way: the norm of its first step, one seed a start.
+    seeds: Annotated[int, Field(ge=1)] | None = None
     # gram: from the gradients; readings: from total_norm only, which any training reports; auto: gram where possible.
     method: Literal["auto", "gram", "readings"] = "auto"
 

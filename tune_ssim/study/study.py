@@ -305,15 +305,19 @@ def _pack(entry: Any, file: _File | None) -> RulePack:
         raise problem(str(error), subject="") from None
 
 
-def _not_for_commands(given: Any, info: ValidationInfo) -> Any:
-    if given is not None and isinstance(info.data.get("task"), CommandSpec):
-        raise problem("looks into the task's own process; a command has another one: leave it out")
-    return given
+def _calibration(given: Any, info: ValidationInfo) -> Any:
+    """`update_off` is another name for `disable_update`. Without it, the updates of a command are held off from outside."""
+    if not isinstance(given, Mapping):
+        return given
+    if "update_off" in given:
+        if "disable_update" in given:
+            raise problem("has both update_off and disable_update, which are one option")
+        given = {**{key: value for key, value in given.items() if key != "update_off"}, "disable_update": given["update_off"]}
+    return {"disable_update": {}, **given} if isinstance(info.data.get("task"), CommandSpec) else given
 
 
-def _unless_command(section: type[S]) -> Any:
-    """A field that is on by default, and off for a command."""
-    return Field(default_factory=lambda done: None if isinstance(done.get("task"), CommandSpec) else section())
+def _default_calibration(done: Mapping[str, Any]) -> CalibrationOptions:
+    return CalibrationOptions(disable_update={}) if isinstance(done.get("task"), CommandSpec) else CalibrationOptions()
 
 
 def _import_path(given: Any, info: ValidationInfo) -> str | None:
@@ -357,9 +361,9 @@ class Study(Document):
     objective: OrDefaults[Objective] = Field(default_factory=Objective)
     resources: OrDefaults[Resources] = Field(default_factory=Resources)
     # None: off, which the proof records.
-    preflight: Annotated[Preflight | None, BeforeValidator(_not_for_commands)] = _unless_command(Preflight)
+    preflight: Preflight | None = Field(default_factory=Preflight)
     # None: off, so nothing is predicted.
-    calibration: Annotated[CalibrationOptions | None, BeforeValidator(_not_for_commands)] = _unless_command(CalibrationOptions)
+    calibration: Annotated[CalibrationOptions | None, BeforeValidator(_calibration)] = Field(default_factory=_default_calibration)
     confirm: Confirm | None = Field(default_factory=Confirm)  # None: off; then nothing is exported without --unproven
     # Steps between transfers from the device, and so between guard checks; 1 on CPU (DESIGN).
     report_every: Annotated[int, PlainValidator(_count)] = 1

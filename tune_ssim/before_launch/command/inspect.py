@@ -1,0 +1,118 @@
+"""Preflight and calibration of a command study from short starts of its command."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.before_launch.calibration import Calibration, calibrate
+from tune_ssim.before_launch.command import checks
+from tune_ssim.before_launch.command.starts import CommandReader, StartJob, Starts, Take
+from tune_ssim.before_launch.command.take_start import take_here
+from tune_ssim.before_launch.preflight.launch import settings_of
+from tune_ssim.before_launch.preflight.report import Check, Report
+from tune_ssim.guards import NormRatio
+from tune_ssim.study.space import KNOWN
+from tune_ssim.study.study import Study
+from tune_ssim.trials.training import IMAGE_LOSS_KEYS
+
+STEPS = 20  # of a preflight start; a debug run has 10 to 50 (SEEDS A5)
+MAX_SETTINGS = 3  # searched settings of other losses that are tested, two starts each
+
+
+def inspect_command(
+    study: Study,
+    make: Callable[[], Any],
+    take: Take | None = None,
+    *,
+    preflight: bool,
+    calibration: bool,
+    steps: int = STEPS,
+) -> dict[str, Any]:
+    """The preflight report and the calibration, as plain data. Both use the same starts.
+
+    make: the study's task. take: runs the starts, by default one after the other in a temporary folder of this machine."""
+    if take is None:
+        with tempfile.TemporaryDirectory(prefix="tune-ssim-starts-") as folder:
+            here = take_here(make, Path(folder))
+            return inspect_command(study, make, here, preflight=preflight, calibration=calibration, steps=steps)
+    started = time.perf_counter()
+    inspection = _Inspection(study, Starts(take), steps)
+    found: dict[str, Any] = {}
+    if preflight:
+        report = Report(tuple(inspection.checks()), time.perf_counter() - started)
+        found["preflight"] = report.to_dict()
+        if report.status == "bad_setup":
+            return found
+    if calibration and study.calibrates:
+        found["calibration"] = inspection.calibration().to_dict()
+    return found
+
+
+class _Inspection:
+    def __init__(self, study: Study, starts: Starts, steps: int) -> None:
+        self.study, self.starts, self.seed = study, starts, study.search.seed
+        self.options = study.calibration if study.calibrates else None
+        self.steps = self.options.batches if self.options is not None else steps  # one start serves preflight and calibration
+        self._calibration: Calibration | None = None
+        self._unpaired = ""
+
+    def calibration(self) -> Calibration:
+        """Raises UserError or BadSetup if the command cannot be calibrated."""
+        if self._unpaired:
+            raise UserError(f"calibration: {self._unpaired}; it compares settings on the same batches")
+        if self._calibration is None:
+            self._calibration = calibrate(self.study, reader=CommandReader(self.starts, self.seed, self.options))
+        return self._calibration
+
+    def checks(self) -> Iterator[Check]:
+        """Checks in the order in which to look for a cause. Ends after a start that failed."""
+        disabled = self.options.disable_update if self.options is not None else {}
+        config = {**self.study.task_config, **self.study.baseline_settings}
+        first = StartJob({**config, **disabled}, self.seed, self.steps)
+        jobs = [first, replace(first, repeat=1), replace(first, seed=self.seed + 1)]
+        if disabled:
+            jobs.append(StartJob(config, self.seed, self.steps, is_held=False))
+        baseline, again, other, *trained = self.starts(jobs)
+        yield from checks.check_start(baseline)
+        if baseline.failure:
+            return
+        yield checks.check_held(baseline, trained[0] if trained else None)
+        yield from checks.check_observed(baseline.observed)
+        for check in checks.check_seeds(baseline, again, other):
+            if check.name == "seeds/same" and check.status == "warn":
+                self._unpaired = check.sentence
+            yield check
+        if self.study.calibrates:
+            yield from self._effects()
+        yield from self._other_settings(config)
+
+    def _effects(self) -> Iterator[Check]:
+        try:
+            found = self.calibration()
+        except UserError as error:
+            yield Check("calibration", "unknown", str(error))
+        except BadSetup as error:
+            lost = checks.check_weight(list(self.starts.taken.values()))
+            yield lost or Check("calibration", "bad_setup", str(error), {}, "follow ssim_loss_weight to the loss that is minimised")
+        else:
+            yield from checks.check_effects(found.model, found.check)
+            guards = (guard for guard in self.study.guard_list if isinstance(guard, NormRatio))
+            yield checks.check_baseline(found.model, next(guards, NormRatio()).limit)
+
+    def _other_settings(self, config: Mapping[str, Any]) -> Iterator[Check]:
+        """Searched settings that are not of the auxiliary losses, such as a learning rate: with updates, so that they can act."""
+        values: dict[str, list[Any]] = {}
+        for setting in settings_of(self.study.space):
+            for name, value in setting.items():
+                if name not in KNOWN and not name.startswith(IMAGE_LOSS_KEYS):
+                    values.setdefault(name, []).append(value)
+        ends = {name: [found[0], found[-1]] for name, found in values.items() if found[0] != found[-1]}
+        for name, both in list(ends.items())[:MAX_SETTINGS]:
+            jobs = [StartJob({**config, name: value}, self.seed, self.steps, is_held=False) for value in both]
+            yield checks.check_setting(name, *self.starts(jobs))
