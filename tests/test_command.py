@@ -894,7 +894,8 @@ def test_a_study_with_a_command_is_what_it_was_after_yaml() -> None:
         "fixed": {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0},
     }
     study = load_study({"name": "s", "task": DOORS["a script that knows nothing"], "space": space})
-    assert study.preflight is None and study.calibration is None and study.baseline.overrides == {}
+    assert study.preflight is not None and study.baseline.overrides == {}
+    assert study.calibration is not None and study.calibration.disable_update == {}  # held off from outside
     from ruamel.yaml import YAML
 
     assert load_study({**YAML(typ="safe").load(study.to_yaml())}).to_dict() == study.to_dict()

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.command.inspect import inspect_command
+from tune_ssim.before_launch.command.starts import significant_digits
 from tune_ssim.before_launch.command.take_start import take_here
 from tune_ssim.before_launch.preflight.report import Report
 from tune_ssim.probes.norm_model import NormModel
@@ -86,6 +88,59 @@ def test_a_sound_command_is_calibrated_exactly(tmp_path: Path) -> None:
         assert predicted == pytest.approx(measured, rel=1e-4)
     # Alone, the baseline three times, two gains for each gate, and the check; a few more to find a gain that shows.
     assert starts <= 3 * 2 + 1 + 4
+
+
+def test_the_first_step_alone_needs_no_update_off(tmp_path: Path) -> None:
+    """One batch a start: the norm of the first step is measured before the first update."""
+    options = {"calibration": {"method": "first_step", "batches": 4}}
+    found, _ = inspect(study(tmp_path, **options), tmp_path / "starts")
+    model = NormModel.from_dict(found["calibration"]["model"])
+    first = [norms(f"--seed={seed}", "--ssim_loss_weight=7", "--ssim_loss_max_t=0.3")[0] for seed in range(4)]
+    v = np.array([1.0, 0.0, 7.0])
+    assert [float(np.sqrt(v @ np.nan_to_num(q) @ v)) for q in model.q[0]] == pytest.approx(first, rel=1e-4)
+
+
+def test_a_program_that_cannot_be_held_says_what_to_do(tmp_path: Path) -> None:
+    sound = study(tmp_path, calibration={"batches": 4})
+    found, _ = inspect(sound, tmp_path / "starts")
+    report = Report.from_dict(found["preflight"])
+    assert "calibration" not in found and report.status == "ok"
+    assert "update_off" in next(check.sentence for check in report.checks if check.name == "calibration")
+    with pytest.raises(UserError, match=r"calibration: \{update_off: \{lr: 0\}\}"):
+        inspect(sound, tmp_path / "again", preflight=False)
+
+
+def test_a_searched_setting_that_does_nothing_is_found(tmp_path: Path) -> None:
+    """Of no auxiliary loss: the momentum is on the command line, and the program uses it or not."""
+    space = {"name": "momenta", "parameters": {"momentum": {"choice": [0.0, 0.9]}}}
+    config = {"steps": 60, "lr": 0.01, "ssim_loss_weight": 0.0}
+    for defect, status in (("", "ok"), ("momentum ignored", "bad_setup")):
+        flags = ("--momentum={momentum}", f"--defect={defect}")
+        baseline = {"ssim_loss_max_t": 1.0, "ssim_grad_scale": 1.0, "pixel_loss_weight": 0.0, "momentum": 0.0}
+        searched = study(tmp_path, *flags, space=space, task_config=config, baseline=baseline, calibration=None)
+        found, _ = inspect(searched, tmp_path / f"starts {defect}")
+        (check,) = (one for one in Report.from_dict(found["preflight"]).checks if one.name == "parameter/momentum")
+        assert check.status == status
+
+
+@pytest.mark.parametrize(("digits", "worst"), [(8, 1e-4), (4, 0.02)])
+def test_printed_digits_limit_the_prediction(tmp_path: Path, digits: int, worst: float) -> None:
+    """Issue: 1e-4 relative with 8 printed digits, 2 % with 4."""
+    found, _ = inspect(study(tmp_path, f"--digits={digits}"), tmp_path / "starts", preflight=False)
+    model = NormModel.from_dict(found["calibration"]["model"])
+    for gain in (0.3, 3.0, 30.0):
+        measured = norms(f"--ssim_loss_weight={gain}", "--ssim_loss_max_t=1.0")
+        v = np.array([1.0, 0.0, gain])
+        predicted = [float(np.sqrt(v @ np.nan_to_num(q) @ v)) for q in model.q[1]]
+        assert predicted == pytest.approx(measured, rel=worst)
+    said = [finding for finding in found["calibration"]["findings"] if finding["name"] == "digits"]
+    assert bool(said) == (digits == 4)
+
+
+def test_significant_digits() -> None:
+    assert significant_digits([1.5, 0.25, float("nan")]) == 2
+    assert significant_digits([2.5008142, 3.6104310]) == 8
+    assert significant_digits([1 / 3]) == 16
 
 
 DEFECTS = {

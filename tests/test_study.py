@@ -357,7 +357,10 @@ BAD_CALIBRATION = [
     ("calibration: {grid: [0, 0.1]}", "s.yaml:1: calibration.grid: must be different values of max_t"),
     ("calibration: {grid: []}", "s.yaml:1: calibration.grid: must not be empty, got [] (a list)"),
     ("calibration: {grid: 0.1}", "s.yaml:1: calibration.grid: must be a list, got 0.1"),
-    ("calibration: {method: exact}", "s.yaml:1: calibration.method: must be one of 'auto', 'gram', 'readings', got 'exact'"),
+    (
+        "calibration: {method: exact}",
+        "s.yaml:1: calibration.method: must be one of 'auto', 'gram', 'readings', 'first_step', got 'exact'",
+    ),
     ("calibration: {disable_update: 0}", "s.yaml:1: calibration.disable_update: must be a mapping, got 0"),
     ("calibration: {batch: 3}", "s.yaml:1: calibration: unknown key 'batch'; did you mean 'batches'?"),
     ("calibration: 3", "s.yaml:1: calibration: must be a mapping, got 3"),
@@ -491,11 +494,20 @@ def test_reading_a_study_imports_nothing_heavy() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_a_command_cannot_have_a_gain_in_relative_units(written: Any) -> None:
-    """Nothing calibrates it, so nothing turns the ratio into a gain."""
-    task = "task: {command: [x, '{ssim_loss_weight}', '{ssim_loss_max_t}', '{ssim_grad_scale}']}\n"
+def test_relative_units_need_a_calibration(written: Any) -> None:
+    """Nothing else turns the ratio into a gain. A command is calibrated too, with its updates held off from outside."""
+    task = "task: {command: [x, '{ssim_loss_weight}', '{ssim_loss_max_t}', '{ssim_grad_scale}']}\nspace: moderate\n"
     with pytest.raises(UserError, match="gives its gain as a norm ratio, which needs it"):
-        load_study(written(task + "space: moderate\n"))
+        load_study(written(task + "calibration: null\n"))
+    calibration = load_study(written(task)).calibration
+    assert calibration is not None and calibration.disable_update == {}
+
+
+def test_update_off_is_another_name_for_disable_update(written: Any) -> None:
+    calibration = load_study(written("calibration: {update_off: {learning_rate: 0}}\n")).calibration
+    assert calibration is not None and calibration.disable_update == {"learning_rate": 0}
+    with pytest.raises(UserError, match=r"s.yaml:1: calibration: has both update_off and disable_update"):
+        load_study(written("calibration: {update_off: {lr: 0}, disable_update: {lr: 0}}\n"))
 
 
 def test_what_is_wrong_in_a_part_and_between_parts_comes_at_once(written: Any) -> None:

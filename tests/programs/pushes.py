@@ -42,6 +42,7 @@ for step in range(1, args.steps + 1):
     norm = sum(g * g for g in gradient) ** 0.5
     loss = sum(m * m for m in main) / 2
     lr = 0.01 if args.defect == "lr ignored" else args.lr
-    velocity = [args.momentum * v + g for v, g in zip(velocity, gradient, strict=True)]
+    momentum = 0.0 if args.defect == "momentum ignored" else args.momentum
+    velocity = [momentum * v + g for v, g in zip(velocity, gradient, strict=True)]
     weights = [w - lr * v for w, v in zip(weights, velocity, strict=True)]
     print(f"step {step}: loss {loss:.{args.digits}g} total_norm {norm:.{args.digits}g}", flush=True)

@@ -27,6 +27,7 @@ from tune_ssim.guards.verdict import Action
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel, fit
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice
 from tune_ssim.study.study import Study
+from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import IMAGE_LOSS_KEYS, Training, as_training
 
@@ -226,7 +227,9 @@ class _Probe:
 
     def _why_not_gram(self, task: Training) -> str | None:
         """The reason to take readings of total_norm; None if the gradients are available."""
-        if self.options.method == "readings":
+        if self.options.method == "first_step" and not isinstance(task, CommandTask):
+            raise UserError("calibration.method: first_step is for commands; a task in Python is read with its update switched off")
+        if self.options.method in ("readings", "first_step"):
             return "calibration.method says so"
         reason = _no_gram(task, len(GATES) + 2)
         if self.options.method == "gram" and reason is not None:

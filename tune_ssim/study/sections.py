@@ -145,10 +145,9 @@ class CalibrationOptions(Section):
     # Settings that keep the weights unchanged, with any launcher (FACTS §1). Also `update_off`. For a command the default is none:
     # its updates are held off from outside.
     disable_update: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.0})
-    # Starts for each reading of a command whose updates can be held off in no way: the norm of its first step, one seed a start.
-    seeds: Annotated[int, Field(ge=1)] | None = None
     # gram: from the gradients; readings: from total_norm only, which any training reports; auto: gram where possible.
-    method: Literal["auto", "gram", "readings"] = "auto"
+    # first_step: for a command whose updates can be held off in no way; each of the `batches` is a start with another seed.
+    method: Literal["auto", "gram", "readings", "first_step"] = "auto"
 
     @field_validator("grid")
     @classmethod

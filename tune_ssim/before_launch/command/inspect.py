@@ -50,7 +50,11 @@ def inspect_command(
         if report.status == "bad_setup":
             return found
     if calibration and study.calibrates:
-        found["calibration"] = inspection.calibration().to_dict()
+        try:
+            found["calibration"] = inspection.calibration().to_dict()
+        except UserError:
+            if not preflight or study.space.is_relative:
+                raise  # otherwise the study runs without it, and the preflight report says why
     return found
 
 
@@ -67,7 +71,8 @@ class _Inspection:
         if self._unpaired:
             raise UserError(f"calibration: {self._unpaired}; it compares settings on the same batches")
         if self._calibration is None:
-            self._calibration = calibrate(self.study, reader=CommandReader(self.starts, self.seed, self.options))
+            found = calibrate(self.study, reader=CommandReader(self.starts, self.seed, self.options))
+            self._calibration = replace(found, findings=(*found.findings, *checks.digits_finding(list(self.starts.taken.values()))))
         return self._calibration
 
     def checks(self) -> Iterator[Check]:

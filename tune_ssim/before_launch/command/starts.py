@@ -91,17 +91,17 @@ class CommandReader:
     def __init__(self, starts: Starts, seed: int, options: CalibrationOptions | None) -> None:
         self.starts, self.seed = starts, seed
         self._is_disabled = options is not None and bool(options.disable_update)
-        self._seeds = options.seeds if options is not None else None
+        self._first_step_only = options is not None and options.method == "first_step"
 
     def __call__(self, configs: Sequence[Mapping[str, Any]], batches: int) -> list[Reading]:
-        if self._seeds is not None:
-            return [self._over_seeds(config, self._seeds) for config in configs]
+        if self._first_step_only:
+            return [self._over_seeds(config, batches) for config in configs]
         starts = self.starts([StartJob(config, self.seed, batches) for config in configs])
         if not self._is_disabled and any(start.held is None and not start.failure for start in starts):
             raise UserError(
                 "calibration: the program cannot be observed, so its updates cannot be held off; say how they are switched off, "
-                "e.g. `calibration: {update_off: {lr: 0}}` with {lr} in the command, or have the first step of several starts "
-                "read with `calibration: {seeds: 4}`"
+                "e.g. `calibration: {update_off: {lr: 0}}` with {lr} in the command, or have only first steps read, one start a "
+                "batch, with `calibration: {method: first_step, batches: 4}`"
             )
         return [self._reading([start], batches) for start in starts]
 
