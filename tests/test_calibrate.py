@@ -285,29 +285,21 @@ def test_which_batches_are_active_is_read_from_the_norm_where_nothing_else_says_
     assert 0 < gram.active.sum() < 3 and (quiet.active == gram.active).all()
 
 
-COMMAND = "{command: ['{python}', train.py, '--weight', '{ssim_loss_weight}']}"
-
-
-@pytest.mark.parametrize("task", [COMMAND, "loop:main"])
-def test_a_process_of_its_own_cannot_be_calibrated(task: str, tmp_path: Path) -> None:
-    """One line that says why, and preflight does not send people there."""
-    (tmp_path / "loop.py").write_text("def main(): pass")
+@pytest.mark.parametrize("task", ["{command: ['{python}', train.py, '--weight', '{ssim_loss_weight}']}", "loop:main"])
+def test_a_process_of_its_own_that_fails_is_quoted(task: str, tmp_path: Path) -> None:
+    """One line with what it printed last, from both verbs, and preflight does not send people to calibrate."""
+    (tmp_path / "loop.py").write_text("def main(): raise SystemExit('no data')")
+    (tmp_path / "train.py").write_text("raise SystemExit('no data')")
     path = tmp_path / "study.yaml"
     path.write_text(
         f"task: {task}\ntask_config: {{steps: 5}}\nguards: {{smoke_test: null}}\n"
         "space: {parameters: {ssim_loss_weight: {choice: [1.0]}}}\n"
     )
-
-    def run(verb: str) -> subprocess.CompletedProcess[str]:
+    for verb, code in (("calibrate", 2), ("preflight", 3)):
         words = [sys.executable, "-m", "tune_ssim", verb, str(path)]
-        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-    calibrated = run("calibrate")
-    assert calibrated.returncode == 2 and calibrated.stdout == "", calibrated
-    assert calibrated.stderr.startswith("error: calibration: it takes steps inside the training's own process"), calibrated.stderr
-    assert len(calibrated.stderr.splitlines()) == 1 and "tune-ssim run" in calibrated.stderr
-    checked = run("preflight")
-    assert checked.returncode == 0 and "next: tune-ssim run " in checked.stdout, checked
+        ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == code and "no data" in ended.stderr and "bug" not in ended.stderr, ended
+        assert len(ended.stderr.splitlines()) == 1 and "next:" not in ended.stdout, ended
 
 
 # ---- what is broken ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def study(tmp_path: Path, *extra: str, space: Any = None, **changes: Any) -> Stu
 
 def inspect(study: Study, folder: Path, **phases: bool) -> tuple[dict[str, Any], int]:
     make = load_task(study.task_path, study.import_path)
-    taken = take_here(make, folder)
+    taken = partial(take_here, make, study.name, folder)
     count = 0
 
     def take(jobs: Any) -> Any:

@@ -25,6 +25,11 @@ def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance
     return found_or_raise(inspect_study(study, preflight, calibration, provenance))
 
 
+def is_command(study: Study) -> bool:
+    """Whether the training runs in processes of its own: a command, or a function that reports through `trial_context`."""
+    return isinstance(load_task(study.task_path, study.import_path)(), CommandTask)
+
+
 def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: bool, take: Take | None = None) -> dict[str, Any]:
     """The requested parts, as plain data. take: runs the starts of a command, by default one after the other on this machine."""
     found: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from tune_ssim.cli.exit_codes import (
     reader_is_gone,
 )
 from tune_ssim.cli.log_verbs import check
+from tune_ssim.cli.observe_verbs import observe
 from tune_ssim.cli.options import Verbs
 from tune_ssim.cli.quarantine_verbs import quarantine
 from tune_ssim.cli.study_verbs import export, mirror, run, trials, ui, verify
@@ -55,7 +56,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for verb in (run, preflight, calibrate, trials, export, check, verify, ui, spaces, mirror, quarantine):
+for verb in (run, preflight, calibrate, trials, export, check, observe, verify, ui, spaces, mirror, quarantine):
     cli.add_command(verb)
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import ray
@@ -15,7 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.stopper import Stopper
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.before_launch.inspection import found_or_raise, inspect_study
+from tune_ssim.before_launch.inspection import found_or_raise, inspect_study, is_command
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.executor import JobSearch, Phase
 from tune_ssim.orchestration.progress import NoProgress
@@ -23,6 +24,7 @@ from tune_ssim.orchestration.ray_cluster import concurrency_of, connection, desc
 from tune_ssim.orchestration.ray_internals import keep_actors
 from tune_ssim.orchestration.ray_job import BULKY, job_of, report_of
 from tune_ssim.orchestration.ray_search import JobSearcher
+from tune_ssim.orchestration.ray_starts import take_on_ray
 from tune_ssim.orchestration.recorder import StudyRecorder
 from tune_ssim.orchestration.trainable import TrialResources, trainable_class
 from tune_ssim.study.sections import Asha
@@ -56,15 +58,24 @@ class RayExecutor:
         return concurrency_of(study, self.cluster)
 
     def inspect(self, study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
-        """Runs as a Ray task with a trial's resources, since the driver's node may have no accelerator."""
-        gpus = gpus_of(study, self.cluster)
-        remote = ray.remote(num_cpus=study.resources.cpus, num_gpus=gpus, max_retries=1)(inspect_study)
-        return found_or_raise(ray.get(remote.remote(study, preflight, calibration, provenance)))
+        """Runs as a Ray task with a trial's resources, since the driver's node may have no accelerator. The starts of a command
+        are tasks of their own."""
+        resources = self._resources(study)
+        remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=1)(inspect_study)
+        found: dict[str, Any] = {}
+        if is_command(study) and (preflight or calibration):
+            take = partial(take_on_ray, study, resources)
+            found = found_or_raise(inspect_study(study, preflight, calibration, provenance=False, take=take))
+            preflight = calibration = False
+        return found | found_or_raise(ray.get(remote.remote(study, preflight, calibration, provenance)))
+
+    def _resources(self, study: Study) -> TrialResources:
+        wanted = study.resources
+        return TrialResources(wanted.workers, wanted.nodes, wanted.cpus, gpus_of(study, self.cluster))
 
     def run(self, phase: Phase, search: JobSearch, recorder: StudyRecorder) -> None:
         """Runs a phase. Ray's own state, which a kill may leave truncated or outdated, is never read again."""
-        wanted = self._study.resources
-        resources = TrialResources(wanted.workers, wanted.nodes, wanted.cpus, gpus_of(self._study, self.cluster))
+        resources = self._resources(self._study)
         placement, objective = resources.placement(), phase.spec.plan.objective
         before = os.environ.get(MAX_PENDING)
         os.environ[MAX_PENDING] = before or str(phase.concurrency)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,8 +17,10 @@ from tune_ssim.before_launch.command.startup_output import startup_checks
 from tune_ssim.before_launch.forecast import Finding
 from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.guards import Guard
+from tune_ssim.guards.watch import named
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel
-from tune_ssim.records import TOTAL_NORM
+from tune_ssim.records import SMOKE, TOTAL_NORM
 from tune_ssim.study.space import MAX_T, WEIGHT
 
 # Two starts with the same seed differ by what the kernels leave to chance: 0 on CPUs, 3e-3 in bf16 (tests/test_calibrate.py).
@@ -27,22 +30,60 @@ MIN_DIGITS = 6  # of a printed total_norm, for the cross term of the norm model 
 LOSS = re.compile(r"loss|mse|\bce\b|nll", re.IGNORECASE)  # names of metrics that a batch decides, unlike times and rates
 
 
-def check_start(start: Start) -> Iterator[Check]:
-    """The first start with the baseline's settings: whether it ran, what was read, and what it said."""
+def check_start(start: Start, guards: Sequence[Guard], objective: str) -> Iterator[Check]:
+    """The first start with the baseline's settings: whether it ran, what was read, what the guards can judge, what it said."""
     if start.failure:
         yield Check("start", "bad_setup", start.failure, {}, "run the command by hand with the same settings")
         return
     names = sorted({name for record in start.records for name in record.values})
     seconds = {"first_record_s": start.first_record_s, "step_s": start.step_s}
-    yield Check(
-        "start", "ok", f"the command ran {len(start.records)} steps; first record after {start.first_record_s:.1f} s", seconds
-    )
-    yield Check("records", "ok", f"metrics: {', '.join(names)}", {"metrics": float(len(names))})
+    sentence = f"the command ran {len(start.records)} steps, the first of them after {start.first_record_s:.1f} s"
+    yield Check("start", "ok", sentence, seconds)
+    yield _records(start, names)
     yield _total_norm(start)
+    yield _guards(guards, names)
+    yield _objective(objective, names)
+    if start.checkpoints:
+        yield Check("checkpoints", "ok", f"checkpoints found at steps {', '.join(map(str, start.checkpoints))}")
+    yield from start.samples
     yield from startup_checks(start.output)
     yield from _settings(start)
     if start.records:
         yield from rules.fingerprints(start.records[0].values)
+
+
+def _records(start: Start, names: Sequence[str]) -> Check:
+    steps = [record.step for record in start.records]
+    evidence = {"steps": float(len(steps)), "metrics": float(len(names))}
+    sentence = f"steps {steps[0]} to {steps[-1]}, metrics {', '.join(names)}"
+    apart = [later - earlier for earlier, later in itertools.pairwise(steps)]
+    if apart and median(apart) > 1:
+        sentence += f"; one record every {median(apart):g} steps"
+    if start.reading:
+        return Check("records", "warn", f"{sentence}; not read: {start.reading}", evidence, "see `records` in docs/own_training.md")
+    return Check("records", "ok", sentence, evidence)
+
+
+def _guards(guards: Sequence[Guard], names: Sequence[str]) -> Check:
+    """Guards whose metrics have not appeared. Samples come later, and the total_norm has its own check."""
+    blind = {guard.name: [metric for metric in guard.metrics if not named(metric, names)] for guard in guards}
+    blind = {
+        name: missing
+        for name, missing in blind.items()
+        if missing and missing[0] != TOTAL_NORM and not missing[0].startswith(SMOKE)
+    }
+    evidence = {"guards": float(len(guards)), "without_metric": float(len(blind))}
+    if not blind:
+        return Check("guards", "ok", f"{', '.join(guard.name for guard in guards)}: their metrics are there", evidence)
+    sentence = "; ".join(f"{name} has no {', '.join(missing)} to judge" for name, missing in blind.items())
+    return Check("guards", "warn", sentence, evidence, "print these metrics, or switch the guard off in `guards`")
+
+
+def _objective(objective: str, names: Sequence[str]) -> Check:
+    metric = objective.removeprefix("delta_")
+    if metric in names:
+        return Check("objective", "ok", f"{objective}: {metric} is among the metrics")
+    return rules.unknown("objective", f"{objective}: {metric} has not appeared yet; there are {', '.join(names)}")
 
 
 def _total_norm(start: Start) -> Check:

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tune_ssim.before_launch.command.starts import CommandReader, StartJob, Star
 from tune_ssim.before_launch.command.take_start import take_here
 from tune_ssim.before_launch.preflight.launch import settings_of
 from tune_ssim.before_launch.preflight.report import Check, Report
-from tune_ssim.guards import NormRatio
+from tune_ssim.guards import NormRatio, SmokeTest
 from tune_ssim.study.space import KNOWN
 from tune_ssim.study.study import Study
 from tune_ssim.trials.training import IMAGE_LOSS_KEYS
@@ -39,7 +40,7 @@ def inspect_command(
     make: the study's task. take: runs the starts, by default one after the other in a temporary folder of this machine."""
     if take is None:
         with tempfile.TemporaryDirectory(prefix="tune-ssim-starts-") as folder:
-            here = take_here(make, Path(folder))
+            here = partial(take_here, make, study.name, Path(folder))
             return inspect_command(study, make, here, preflight=preflight, calibration=calibration, steps=steps)
     started = time.perf_counter()
     inspection = _Inspection(study, Starts(take), steps)
@@ -79,12 +80,13 @@ class _Inspection:
         """Checks in the order in which to look for a cause. Ends after a start that failed."""
         disabled = self.options.disable_update if self.options is not None else {}
         config = {**self.study.task_config, **self.study.baseline_settings}
-        first = StartJob({**config, **disabled}, self.seed, self.steps)
-        jobs = [first, replace(first, repeat=1), replace(first, seed=self.seed + 1)]
+        smoke_test = next((guard for guard in self.study.guard_list if isinstance(guard, SmokeTest)), None)
+        first = StartJob({**config, **disabled}, self.seed, self.steps, smoke_test=smoke_test)
+        jobs = [first, replace(first, repeat=1, smoke_test=None), replace(first, seed=self.seed + 1, smoke_test=None)]
         if disabled:
             jobs.append(StartJob(config, self.seed, self.steps, is_held=False))
         baseline, again, other, *trained = self.starts(jobs)
-        yield from checks.check_start(baseline)
+        yield from checks.check_start(baseline, self.study.guard_list, self.study.objective.maximize)
         if baseline.failure:
             return
         yield checks.check_held(baseline, trained[0] if trained else None)

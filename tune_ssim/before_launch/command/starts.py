@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.before_launch.preflight.report import Check
 from tune_ssim.before_launch.readings import Reading
+from tune_ssim.guards import SmokeTest
 from tune_ssim.probes.norm_model import Array
 from tune_ssim.records import ACTIVE_FRACTION, TOTAL_NORM, Record
 from tune_ssim.study.sections import CalibrationOptions
@@ -19,13 +21,14 @@ from tune_ssim.study.sections import CalibrationOptions
 @dataclass(frozen=True)
 class StartJob:
     """config: the command's settings. steps: optimiser steps to read. is_held: the observer holds the updates off. repeat: tells
-    equal jobs apart, each of which is run."""
+    equal jobs apart, each of which is run. smoke_test: judges the samples of step 0, if there is a command for it."""
 
     config: Mapping[str, Any]
     seed: int
     steps: int
     is_held: bool = True
     repeat: int = 0
+    smoke_test: SmokeTest | None = None
 
     @property
     def key(self) -> str:
@@ -38,7 +41,8 @@ class Start:
 
     records: of its training steps, in order. settings: those that it echoed, otherwise as given. output: its first lines.
     held: whether the observer saw the weights unchanged after every step; None if it could not look. observed: what the observer
-    reports besides records. failure: why it ended before its last step; empty if it did not."""
+    reports besides records. reading: what could not be read, as one line. checkpoints: the steps of those it wrote. samples: checks
+    of step 0. failure: why it ended before its last step; empty if it did not."""
 
     job: StartJob
     records: tuple[Record, ...]
@@ -46,6 +50,9 @@ class Start:
     output: tuple[str, ...] = ()
     held: bool | None = None
     observed: Mapping[str, Any] = field(default_factory=dict)
+    reading: str = ""
+    checkpoints: tuple[int, ...] = ()
+    samples: tuple[Check, ...] = ()
     failure: str = ""
     first_record_s: float = 0.0
     wall_s: float = 0.0

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.before_launch.command.starts import Start, StartJob
+from tune_ssim.before_launch.preflight.networks import check_samples
+from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.rules import unknown
+from tune_ssim.before_launch.preflight.subject import guarded
+from tune_ssim.guards import SmokeTest
 from tune_ssim.records import Record, is_of_training
 from tune_ssim.trials.command.command_task import CommandTask
 
 OUTPUT_LINES = 2000  # of the program's start, searched for warnings
 
 
-def take_start(make: Callable[[], CommandTask], job: StartJob, name: str, folder: Path) -> Start:
-    """Starts the command, reads `job.steps` training steps and ends it. A command that fails is a `Start` with its failure."""
+def take_start(make: Callable[[], CommandTask], job: StartJob, study: str, folder: Path) -> Start:
+    """Starts the command, reads `job.steps` training steps and ends it. A command that fails is a `Start` with its failure.
+
+    folder: for its files; what it writes there can be deleted afterwards."""
     task = make()
+    # A name that no other start ever has: a training may resume from whatever it finds under its name (SEEDS A10).
+    name = f"{study}-start-{uuid4().hex[:8]}"
     task.identify(name, folder)
     task.setup(job.config, job.seed)
     records: list[Record] = []
+    settings: Mapping[str, Any] = {}
+    samples: tuple[Check, ...] = ()
     failure, first_record_s, started = "", 0.0, time.monotonic()
     try:
+        if job.smoke_test is not None and task.takes_samples:
+            samples = tuple(guarded("smoke", partial(_samples, task, job.smoke_test)))
+            started = time.monotonic()
         while len(records) < job.steps:
             values = task.step()
             if values is None:
@@ -32,14 +48,33 @@ def take_start(make: Callable[[], CommandTask], job: StartJob, name: str, folder
             numbers = {key: float(value) for key, value in values.items() if key != "step"}
             if is_of_training(int(values["step"]), numbers):
                 records.append(Record(int(values["step"]), numbers))
-        wall_s = time.monotonic() - started
-        settings: Mapping[str, Any] = task.effective()
+        settings = task.effective()
     except (UserError, BadSetup) as error:
-        failure, wall_s, settings = str(error), time.monotonic() - started, {}
-    finally:
-        task.close()
-    output = _head(folder / name / "output.log")
-    return Start(job, tuple(records), settings, output, None, {}, failure, first_record_s, wall_s)
+        failure = str(error)
+    wall_s = time.monotonic() - started
+    reading, checkpoints = task.reading_problem(), tuple(sorted(task.written()))
+    task.close()
+    return Start(
+        job,
+        tuple(records),
+        settings,
+        _head(folder / name / "output.log"),
+        reading=reading,
+        checkpoints=checkpoints,
+        samples=samples,
+        failure=failure,
+        first_record_s=first_record_s,
+        wall_s=wall_s,
+    )
+
+
+def _samples(task: CommandTask, smoke_test: SmokeTest) -> Iterator[Check]:
+    """The smoke test of the weights that the training starts from."""
+    sample = task.sample()
+    if sample is None:
+        yield unknown("smoke", "no samples before the first step: `smoke.at_start` names no checkpoint")
+    else:
+        yield from check_samples(task, smoke_test, sample)
 
 
 def _head(log: Path) -> tuple[str, ...]:
@@ -49,16 +84,6 @@ def _head(log: Path) -> tuple[str, ...]:
         return tuple(line.rstrip("\n") for _, line in zip(range(OUTPUT_LINES), file, strict=False))
 
 
-def take_here(make: Callable[[], CommandTask], folder: Path) -> Callable[[Sequence[StartJob]], list[Start]]:
-    """A `Take` that runs one start after the other on this machine."""
-    count = 0
-
-    def take(jobs: Sequence[StartJob]) -> list[Start]:
-        nonlocal count
-        found = []
-        for job in jobs:
-            count += 1
-            found.append(take_start(make, job, f"start-{count:02d}", folder))
-        return found
-
-    return take
+def take_here(make: Callable[[], CommandTask], study: str, folder: Path, jobs: Sequence[StartJob]) -> list[Start]:
+    """A `Take` once its first three arguments are bound: one start after the other on this machine."""
+    return [take_start(make, job, study, folder) for job in jobs]
