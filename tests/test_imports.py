@@ -47,6 +47,7 @@ ROOMS = [
     "testing",
     "cli",
 ]
+LOADED_BY_PATH = {"inside", "site"}  # folders of probes/observer
 LOOSE = {"__init__", "__main__", "version"}  # files that stand in no room
 MAX_ARROWS = 80  # between rooms: a reader can still hold them in mind
 INTEGRATIONS = {"lightning": "lightning", "huggingface": "transformers", "accelerate": "accelerate"}  # module → extra library
@@ -73,9 +74,11 @@ MUST_NOT_LOAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
-    """Dotted name → file of every module, packages included."""
+    """Dotted name → file of every module, packages included; not of what is loaded by its path into other programs."""
     found = {}
     for file in sorted(package.rglob("*.py")):
+        if set(file.parent.relative_to(package).parts) & LOADED_BY_PATH:
+            continue
         parts = (package.name, *file.relative_to(package).with_suffix("").parts)
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     return found
@@ -264,6 +267,8 @@ def test_every_imported_library_is_declared(folder: str) -> None:
     siblings = {file.stem for place in (folder, "benchmarks") for file in (ROOT / place).glob("*.py")}
     distributions = packages_distributions()
     for file in sorted((ROOT / folder).rglob("*.py")):
+        if file.parent.name in LOADED_BY_PATH:
+            continue
         for line, name in imported_names(file.read_text(encoding="utf-8")):
             library = name.split(".")[0]
             if library in {"tune_ssim", "tests"} | siblings or library in sys.stdlib_module_names:
@@ -289,3 +294,16 @@ def declared(key: str) -> list[str]:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     block = re.split(rf"^{key} = \[.*\n", text, maxsplit=1, flags=re.M)[1].split("\n]", 1)[0]
     return [ast.literal_eval(line.split("#")[0].strip().rstrip(",")) for line in block.splitlines()]
+
+
+def test_what_is_loaded_into_programs_needs_nothing_of_ours() -> None:
+    """Standard library, torch, and what the program itself has imported already."""
+    observer = PACKAGE / "probes" / "observer"
+    files = [file for folder in LOADED_BY_PATH for file in (observer / folder).glob("*.py")]
+    assert len(files) > 5
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in names:
+                assert name.split(".")[0] in {*sys.stdlib_module_names, "torch", "safetensors"}, f"{file.name}: {name}"

@@ -74,7 +74,7 @@ elif args.log == "mlflow":
 
     mlflow.set_tracking_uri(f"sqlite:///{args.folder}/mlflow.db")
 elif args.log == "wandb":
-    import wandb
+    wandb = __import__("wandb")
 for step in range(args.steps):
     draw = torch.Generator().manual_seed(step * world + rank)
     total = 0.0

@@ -6,18 +6,20 @@ import traceback
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.files import jsonable, number
 from tune_ssim.base.tensor_file import Contents
-from tune_ssim.before_launch.command.starts import Take
 from tune_ssim.probes import tensor_contents
 from tune_ssim.study.study import Study
 from tune_ssim.trials.checkpoint import tensors_of
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import Training
+
+if TYPE_CHECKING:
+    from tune_ssim.before_launch.command.starts import Take
 
 
 def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
