@@ -16,7 +16,7 @@ from tune_ssim.before_launch.command.starts import Start, significant_digits
 from tune_ssim.before_launch.command.startup_output import startup_checks
 from tune_ssim.before_launch.forecast import Finding
 from tune_ssim.before_launch.preflight import rules
-from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.guards import Guard
 from tune_ssim.guards.watch import named
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel
@@ -83,7 +83,7 @@ def _objective(objective: str, names: Sequence[str]) -> Check:
     metric = objective.removeprefix("delta_")
     if metric in names:
         return Check("objective", "ok", f"{objective}: {metric} is among the metrics")
-    return rules.unknown("objective", f"{objective}: {metric} has not appeared yet; there are {', '.join(names)}")
+    return unknown("objective", f"{objective}: {metric} has not appeared yet; there are {', '.join(names)}")
 
 
 def _total_norm(start: Start) -> Check:
@@ -122,7 +122,7 @@ def check_seeds(first: Start, again: Start, other: Start) -> Iterator[Check]:
     """The same seed must give the same batches, and another seed others. All three with the weights held."""
     same = difference(first, again)
     if same is None:
-        yield rules.unknown("seeds/same", "two starts have no loss and no total_norm in common")
+        yield unknown("seeds/same", "two starts have no loss and no total_norm in common")
         return
     evidence = {"largest_difference": same}
     if same <= SAME_BATCH:
@@ -134,7 +134,7 @@ def check_seeds(first: Start, again: Start, other: Start) -> Iterator[Check]:
         yield Check("seeds/same", "warn", sentence, evidence, remedy)
     unequal = difference(first, other)
     if unequal is None or same > SAME_BATCH:
-        yield rules.unknown("seeds/other", "randomness does not come from the seed alone")
+        yield unknown("seeds/other", "randomness does not come from the seed alone")
     else:
         yield rules.other_seed(unequal <= max(10 * same, 1e-6))
 
@@ -168,7 +168,7 @@ def check_held(start: Start, trained: Start | None) -> Check:
             return Check("update_off", "ok", f"the weights are unchanged after {len(start.records)} held steps")
         return Check("update_off", "bad_setup", "the weights changed although the updates were held off", {}, "report this program")
     if trained is None:
-        return rules.unknown("update_off", "the program could not be observed: only the first step of a start is before an update")
+        return unknown("update_off", "the program could not be observed: only the first step of a start is before an update")
     if difference(start, trained) == 0:
         sentence = f"{len(start.records)} steps with calibration.update_off are those without it: it switches nothing off"
         return Check("update_off", "bad_setup", sentence, {}, "name a setting that keeps the weights as they are")
@@ -248,7 +248,7 @@ def check_setting(name: str, one: Start, other: Start) -> Check:
     ends = [start.job.config.get(name) for start in (one, other)]
     found = difference(one, other)
     if found is None:
-        return rules.unknown(check, "two starts have no loss and no total_norm in common")
+        return unknown(check, "two starts have no loss and no total_norm in common")
     evidence = {"largest_difference": found}
     if found > 0:
         return Check(check, "ok", f"it acts: {ends[0]} and {ends[1]} give other numbers", evidence)

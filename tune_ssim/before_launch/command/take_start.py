@@ -12,8 +12,7 @@ from uuid import uuid4
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.before_launch.command.starts import Start, StartJob
 from tune_ssim.before_launch.preflight.networks import check_samples
-from tune_ssim.before_launch.preflight.report import Check
-from tune_ssim.before_launch.preflight.rules import unknown
+from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.subject import guarded
 from tune_ssim.guards import SmokeTest
 from tune_ssim.records import Record, is_of_training
