@@ -137,10 +137,10 @@ def test_the_checkpoints_of_a_ruined_command_are_quarantined(tmp_path: Path) -> 
     written = ruined.task.written()
     assert len(written) >= 2 and len(quarantine_checkpoints(folder, summaries[1])) == len(written)
     ledger = Ledger(tmp_path)
-    for path in written.values():
+    for _, path in written:
         refusal = ledger.check(path)
         assert refusal is not None and refusal.entry.trial_id == "trial-00"
-    assert all(ledger.check(path) is None for path in baseline.task.written().values())
+    assert all(ledger.check(path) is None for _, path in baseline.task.written())
 
 
 def test_a_checkpoint_of_torch_is_read_and_nothing_in_it_is_run(tmp_path: Path) -> None:

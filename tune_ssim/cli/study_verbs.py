@@ -261,7 +261,7 @@ def _suggest_resume(storage: Path, started_s: float, resumed: bool) -> None:
 
 def _show_trials(folder: StudyFolder, console: Console) -> None:
     from tune_ssim.cli.tables import trials_table
-    from tune_ssim.results.trial_text import format_setting
+    from tune_ssim.results.trial_text import format_setting, warning_lines
     from tune_ssim.results.winner import NoSafeTrial, best_safe
 
     summaries = folder.trials()
@@ -281,5 +281,7 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
             winner=winner,
         )
     )
+    for line in warning_lines(summaries):
+        console.print(readable(f"warning: {line}", console), markup=False)
     for skipped in folder.skipped():
         console.print(readable(f"not launched: {format_setting(skipped.config)}: {skipped.sentence}", console), markup=False)

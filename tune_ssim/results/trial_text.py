@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.text import Text
@@ -40,6 +41,21 @@ def verdict_line(summary: TrialSummary, ascii_only: bool = False) -> Text:
         readable(f"  {what}{result}", ascii_only),
         (readable(f"  {summary.reason}", ascii_only), "dim"),
     )
+
+
+def warning_lines(summaries: Iterable[TrialSummary]) -> list[str]:
+    """One line for each kind of warning, with the trials that have it. Warnings that differ only in numbers are of one kind."""
+    kinds: dict[str, tuple[str, list[str]]] = {}
+    for summary in summaries:
+        for warning in summary.warnings:
+            kind = re.sub(r"[-+.\de]*\d", "#", warning)
+            kinds.setdefault(kind, (warning, []))[1].append(summary.trial_id)
+    lines = []
+    for warning, trials in kinds.values():
+        trials = list(dict.fromkeys(trials))
+        more = f" and {len(trials) - 1} more" if len(trials) > 1 else ""
+        lines.append(f"{trials[0]}{more}: {warning}")
+    return lines
 
 
 def proof_line(proof: Mapping[str, Any]) -> str:

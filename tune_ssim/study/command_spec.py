@@ -119,8 +119,9 @@ class CommandSpec(Section):
     environment: additional variables; `EXP_NAME` is always set and unique per trial. cwd: default the study's folder.
     echo: compare parameters that the command prints (`name=value`, `name: value`, JSON) with the trial's settings; `required`:
     a parameter that is not printed stops the study. known: values that the script hard-codes, e.g.
-    `{max_grad_norm: 1.0, batch_size: 8}`. checkpoints: the path of the checkpoint at `{step}`. resume: extra arguments to
-    resume from `{checkpoint}`; without them a trial whose process died restarts under a new name.
+    `{max_grad_norm: 1.0, batch_size: 8}`. checkpoints: the path of the checkpoint at `{step}`, or of one
+    that is overwritten; `*` is any text. resume: extra arguments to resume from `{checkpoint}`; without them a trial whose process
+    died restarts under a new name. exit_codes: those of a training that has ended well.
     """
 
     command: Words
@@ -134,6 +135,7 @@ class CommandSpec(Section):
     smoke: SmokeCommand | None = None
     evaluate: EvaluateCommand | None = None
     resume: list[str] | None = None
+    exit_codes: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [0])
     grace_s: Seconds = 10.0  # between TERM and KILL
     first_record_s: Seconds = 1800.0  # enough to load a model of many GB
     silence_s: Seconds = 1800.0  # PyTorch's own timeout for collectives is 10 to 30 minutes

@@ -27,7 +27,8 @@ class TrialSummary:
     ssim_grad_scale. horizon: the training length that the verdict covers, e.g. {"steps": 200, "batch_size": 8, "lr": 0.005}.
     evidence: {guard, step, metric, value, limit} of the violation that ended the trial, or None.
     objective: the metric that the study maximises. seed: seeds the training's random numbers.
-    quarantined: content ids of the checkpoints that a ruined trial wrote. warnings: messages of guards with the action `warn`.
+    quarantined: content ids of the checkpoints that a ruined trial wrote. warnings: messages of guards with the action `warn`, and
+    what was noticed about the training, such as log rows that were passed over.
     metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are floats here, and the strings "NaN",
     "Infinity", "-Infinity" in a file, since JSON has no such numbers.
     """

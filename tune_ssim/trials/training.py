@@ -242,13 +242,17 @@ class Training(ABC):
         """A picture (PNG) of samples that the training sent."""
         return None
 
-    def written(self) -> Mapping[int, Path]:
-        """The checkpoints that the training itself wrote, by step."""
-        return {}
+    def written(self) -> Sequence[tuple[int, Path]]:
+        """(step, path) of each checkpoint that the training itself wrote."""
+        return []
 
     def reading_problem(self) -> str:
         """One line about records that could not be parsed; empty if there are none."""
         return ""
+
+    def remarks(self) -> Sequence[str]:
+        """What the user should know about a training that has ended, a sentence each."""
+        return []
 
     def where_printed(self, name: str) -> str | None:
         """The printed line that shows the setting `name`."""

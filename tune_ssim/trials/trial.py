@@ -101,6 +101,7 @@ class Trial:
         self.verdict = self._check_effective() or self._check_baseline()
         self.series: dict[str, dict[int, float]] = {}
         self.warnings: list[Violation] = []
+        self.remarks: tuple[str, ...] = ()  # of the training, once it has ended
         self.images: dict[int, bytes] = {}
         self.records_before_error: list[Record] = []
         self.wrote: list[dict[str, Any]] = []  # contents of checkpoints, for the quarantine ledger
@@ -164,6 +165,7 @@ class Trial:
             self._finish()
         if self.verdict is not None and self.task.reports_after_last_step:
             self.task.close(self.verdict.verdict.value, self.verdict.reason)
+            self.remarks = tuple(self.task.remarks())
             self._note_files()
 
     def summary_metrics(self) -> dict[str, float]:
@@ -224,7 +226,7 @@ class Trial:
         """Adds the checkpoint files that a process wrote, once it has ended: those of a ruined trial and of the sound baseline."""
         assert self.verdict is not None
         wanted = self.verdict.verdict == Verdict.PRUNED or (self.role == Role.BASELINE and self.verdict.verdict == Verdict.SAFE)
-        for step, path in sorted(self.task.written().items()) if wanted else ():
+        for step, path in self.task.written() if wanted else ():
             contents = file_contents(path)
             if contents is not None:
                 self.wrote.append({"step": step, "path": str(path), "contents": asdict(contents), "parents": list(self.parents)})

@@ -226,7 +226,7 @@ class TrialRun:
             evidence=violation.evidence() if violation else None,
             steps=trial.step if trial else 0,
             metrics={**metrics, "seconds": round(time.perf_counter() - self._started_s, 3)},
-            warnings=[warning.sentence for warning in trial.warnings] if trial else [],
+            warnings=[*(warning.sentence for warning in trial.warnings), *trial.remarks] if trial else [],
         )
         baseline = None
         if trial is not None and judgement.verdict == Verdict.SAFE and self.job.role == Role.BASELINE:

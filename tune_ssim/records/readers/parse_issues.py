@@ -13,7 +13,7 @@ class ParseIssues:
     """Counts and examples of parse problems.
 
     lines: lines (or TensorBoard events) read so far. unread: how many of them could not be read. first: examples of these
-    with location, text and reason. notes: other remarks for the user."""
+    with location, text and reason. notes: other remarks for the user. restarted: where the step counter began again."""
 
     lines: int = 0
     unread: int = 0
@@ -22,6 +22,7 @@ class ParseIssues:
     unit: str = "line"
     repeated: int = 0  # skipped rows of steps that were already logged
     first_repeated: str = ""
+    restarted: str = ""
 
     def skip(self, line: int, text: str, reason: str) -> None:
         """Counts a line that should have been a row and could not be read."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from tune_ssim.records import Record
+from tune_ssim.records import EPOCH, Record
 from tune_ssim.records.readers.parse_issues import ParseIssues
+from tune_ssim.records.readers.step_counter import StepCounter
 from tune_ssim.records.readers.values import MAX_STEP
 from tune_ssim.records.record_table import Table
 
@@ -22,13 +23,14 @@ class Steps:
 
     If a metric of a step is logged twice, the first value wins. Rows of steps that were already released are skipped and
     reported in `issues`: repeated lines change nothing, and a run that restarts from an older checkpoint counts again once
-    it has passed the last step it had reached.
+    it has passed the last step it had reached. A counter that begins again at each epoch is counted on, see `StepCounter`.
 
     A step far ahead of the steps after it (a misread number, a line mixed from two writers) waits for them. In a log without
     steps, rows are numbered from 1."""
 
     def __init__(self, issues: ParseIssues) -> None:
         self.issues = issues
+        self._counter = StepCounter(issues)
         self.last = -1  # newest released step
         self._step = -1  # the pending step
         self._values: dict[str, float] = {}
@@ -43,6 +45,8 @@ class Steps:
 
     def add(self, step: int | None, values: dict[str, float], line: int, text: str = "") -> None:
         """Adds a row, with the `line` it came from. Takes ownership of `values`."""
+        if step is not None:
+            step = self._counter.count(step, values.get(EPOCH), line)
         if step is None:
             self._without_step(values, line, text)
         elif step == self._step > self.last:  # else finish() has released it
@@ -68,6 +72,10 @@ class Steps:
         """Adds many rows at once if their steps strictly increase. False: nothing was added; add them one by one."""
         if len(table) < 2 or self._ahead or table.steps[0] <= max(self._step, self.last) or not table.grows:
             return False
+        if self._counter.earlier_steps:
+            return False
+        epochs = table.column(EPOCH)
+        self._counter.advance(table.steps, epochs.values[-1] if epochs else None)
         if self._step < 0:
             self._knows_steps()
         if self.held() is not None and self._given is None and not self._released and tuple(self._values) == table.metrics:
@@ -135,6 +143,7 @@ class Steps:
     def begin_anew(self) -> None:
         """Restarts at the beginning of the log; rows up to the current step will be repeated."""
         self._replayed_until = max(self._step, *self._ahead, self.last)
+        self._counter.begin_anew()
         if self._rows is not None:
             self._rows = 0
 

@@ -18,7 +18,7 @@ from tune_ssim.records import held_out_values, is_of_training
 from tune_ssim.records.readers import LineParser, Source, open_source
 from tune_ssim.study.command_spec import CommandSpec, fill, placeholders
 from tune_ssim.trials.channel import VARIABLE, TrialEnd
-from tune_ssim.trials.command.checkpoints import checkpoints, newest_checkpoint, sizes
+from tune_ssim.trials.command.checkpoints import Checkpoints, sizes
 from tune_ssim.trials.command.filled_spec import FilledSpec
 from tune_ssim.trials.command.output import CommandOutput, PrintedRecords, numbers_of
 from tune_ssim.trials.command.process import Launch, Process, launch_here
@@ -231,22 +231,25 @@ class CommandTask(Training):
         if not held and not (self.step_now >= self.steps and evaluable):
             return False
         made: list[tuple[str, int, int]] = []
-        if self.spec.checkpoints is not None and (self.spec.smoke is not None or self.spec.evaluate is not None):
-            checkpoint = self.written().get(self.steps)
-            if checkpoint is None:  # an older one would be judged instead
+        if self._checkpoints is not None and (self.spec.smoke is not None or self.spec.evaluate is not None):
+            last = [path for step, path in self._checkpoints.found(self.steps) if step == self.steps]
+            if not last:  # an older one would be judged instead
                 return False
-            made = sizes(checkpoint)
+            made = sizes(last[-1])
         now = time.monotonic()
         if self._last_change[0] != (held, made):
             self._last_change = (held, made), now
         return now - self._last_change[1] > LAST_ROWS_S
 
     def _require_good_end(self, process: Process, output: CommandOutput) -> None:
-        if self._first_record_seen and process.exit_code == 0:
+        if self._first_record_seen and process.exit_code in self.spec.exit_codes:
             return
         after = f"after step {self.step_now}" if self._first_record_seen else "without a record"
         failed_in_loop = self._is_trial_loop and process.exit_code != 0  # it would have reported
         hint = "" if self._first_record_seen or failed_in_loop else self._where_looked(output)
+        if self._first_record_seen and (process.exit_code or 0) > 0:
+            codes = sorted({*self.spec.exit_codes, process.exit_code or 0})
+            hint = f" (if this is how it ends when all is well: `exit_codes: {codes}`)"
         raise UserError(f"the command ended {after}, {process.describe_exit()}{hint}; {output.quote()}")
 
     def _why_silent(self, output: CommandOutput, limit: float) -> str:
@@ -316,17 +319,27 @@ class CommandTask(Training):
         except (IndexError, ValueError):
             raise UserError("the evaluation's command printed no line of JSON with numbers") from None
 
-    def _checkpoint(self) -> Path | None:
-        template = self.spec.checkpoints
-        return None if template is None else newest_checkpoint(template, self.filled.fields, self.filled.beside, self.step_now)
+    @property
+    def _checkpoints(self) -> Checkpoints | None:
+        """None if the study does not say where they are, and before the command has started."""
+        if self.spec.checkpoints is None or self._output is None:
+            return None
+        return Checkpoints(self.spec.checkpoints, self.filled.fields, self.filled.beside)
 
-    def written(self) -> dict[int, Path]:
-        """Existing checkpoints by step."""
-        template = self.spec.checkpoints
-        return {} if template is None or self._output is None else checkpoints(template, self.filled.fields, self.filled.beside)
+    def _checkpoint(self) -> Path | None:
+        return None if self._checkpoints is None else self._checkpoints.newest(self.step_now)
+
+    def written(self) -> list[tuple[int, Path]]:
+        return [] if self._checkpoints is None else self._checkpoints.found(self.step_now)
+
+    def remarks(self) -> list[str]:
+        found = [self.reading_problem()]
+        if self._checkpoints is not None and not self.written():
+            found.append(f"checkpoints: {self.spec.checkpoints!r} matches no file, so no ruined checkpoint is quarantined")
+        return list(filter(None, found))
 
     def state_dict(self) -> dict[str, Any]:
-        checkpoint = self._checkpoint() if self._output is not None else None
+        checkpoint = self._checkpoint()
         return {"step": self.step_now, "checkpoint": str(checkpoint) if checkpoint else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from tune_ssim.records import Record
+from tune_ssim.base.errors import UserError
+from tune_ssim.records import EPOCH, Record, is_of_training
 from tune_ssim.records.readers import LineParser, Source
 from tune_ssim.records.readers.parse_issues import ParseIssues
+from tune_ssim.records.readers.step_counter import StepCounter
 from tune_ssim.trials.channel import TAG, TrialEnd, tagged_messages
 from tune_ssim.trials.command.settings import SettingsInForce
 from tune_ssim.trials.processes import OutputLog
@@ -72,6 +74,8 @@ class CommandOutput:
         self.settings, self.log, self.channel, self.source, self.poll_s = settings, log, channel, source, poll_s
         self.records: list[tuple[int, dict[str, float]]] = []
         self.held_out: dict[str, float] = {}
+        self._pushed = ParseIssues(unit="record")
+        self._counter = StepCounter(self._pushed)
         self._looks_for_settings = settings.spec.echo != "off"
         self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._line = b""
@@ -100,7 +104,8 @@ class CommandOutput:
                 self._messages.put(message)
 
     def collect(self, final: bool = False) -> None:
-        """Moves everything that has arrived into `records`. final: the command has ended."""
+        """Moves everything that has arrived into `records`. final: the command has ended. Raises UserError if the step
+        counter began again, since later rows cannot be told from repeated ones."""
         if final and self._line:
             line, self._line = self._line, b""
             if self._looks_for_settings:
@@ -115,11 +120,25 @@ class CommandOutput:
             read = self.source.finish() if final else self.source.read()
             records = sorted([*records, *map(_plain, read)], key=itemgetter(0)) if records else list(map(_plain, read))
         self.records += records
+        for issues in self._issues:
+            if issues.restarted:
+                raise UserError(
+                    f"the step counter began again ({issues.restarted}): if it counts the steps of an epoch, log the epoch with "
+                    "them, as `epoch` (in a pattern: (?P<epoch>\\d+)), or log a step that goes on"
+                )
+
+    @property
+    def _issues(self) -> list[ParseIssues]:
+        return [self._pushed] if self.source is None else [self._pushed, self.source.issues]
 
     def _dispatch(self, message: dict[str, Any]) -> tuple[int, dict[str, float]] | None:
         """The record in a message; any other message is kept here."""
         if "step" in message:  # first: a metric of a step may have any name
-            return message["step"], numbers_of(message, without=("step",))
+            step, values = message["step"], numbers_of(message, without=("step",))
+            self._pushed.lines += 1
+            if is_of_training(step, values):
+                return self._counter.count(step, values.get(EPOCH), self._pushed.lines), values
+            return step + self._counter.earlier_steps, values
         if "effective" in message:
             self.settings.sent(message["effective"])
         elif "read" in message:
@@ -142,7 +161,7 @@ class CommandOutput:
 
     def problem(self) -> str:
         """One line about records that could not be read; empty if there are none."""
-        return self.source.issues.sentence() if self.source is not None else ""
+        return "; ".join(filter(None, (issues.sentence() for issues in self._issues)))
 
     def quote(self) -> str:
         """Where the output is kept, and its last lines."""

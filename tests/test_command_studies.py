@@ -1,0 +1,136 @@
+"""What a study of somebody's program says, where it was silent or wrong before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_studies import DESCENT, LOSS, run, study, trials
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.guards.verdict import Verdict
+from tune_ssim.records.readers import LineParser
+from tune_ssim.results.trial_text import warning_lines
+from tune_ssim.trials.command.checkpoints import Checkpoints
+
+# ---- a step counter that begins again at each epoch
+
+EPOCHS = """
+import sys
+for epoch in range(1, 5):
+    for step in range(10):
+        loss = "nan" if sys.argv[1] == "9.0" and epoch == 3 and step == 4 else 1 / (10 * epoch + step)
+        print(f"epoch {epoch} step {step}: loss {loss}")
+print('TUNE_SSIM {"held_out": {"score": 1}}')
+"""
+
+
+def test_steps_are_counted_over_epochs(tmp_path: Path) -> None:
+    given = study(
+        tmp_path,
+        EPOCHS,
+        task={"records": {"pattern": f"epoch (?P<epoch>\\d+) {LOSS}"}},
+        space={"name": "rates", "parameters": {"lr": {"choice": [9.0]}}},
+        task_config={"steps": 40},
+    )
+    baseline, trial = trials(given, tmp_path / "results")
+    assert (baseline.verdict, baseline.steps) == (Verdict.SAFE, 39)
+    assert (trial.verdict, trial.steps, trial.reason) == (Verdict.PRUNED, 24, "loss is nan at step 24")
+    assert baseline.warnings == [
+        "the step counter begins again at each epoch: steps are counted over epochs (first in line 11: step 0 after step 9)"
+    ]
+
+
+def test_a_counter_that_begins_again_without_an_epoch_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the step counter began again \(line 13: step 2 after step 9\)") as error:
+        run(study(tmp_path, EPOCHS, task={"records": {"pattern": LOSS}}), tmp_path / "results")
+    assert "(?P<epoch>\\d+)" in str(error.value)
+
+
+PUSHED_EPOCHS = """
+import tune_ssim
+with tune_ssim.trial_context() as t:
+    t.config["lr"]
+    for epoch in range(3):
+        for step in range(1, 11):
+            t.report(step=step, loss=1.0, **({"epoch": epoch} if "epoch" in __import__("sys").argv else {}))
+    t.held_out(score=1.0)
+"""
+
+
+@pytest.mark.parametrize("names_epoch", [True, False])
+def test_reported_steps_are_counted_alike(names_epoch: bool, tmp_path: Path) -> None:
+    given = study(tmp_path, PUSHED_EPOCHS, ("epoch",) if names_epoch else ())
+    if names_epoch:
+        assert [trial.steps for trial in trials(given, tmp_path / "results")] == [30, 30]
+    else:
+        with pytest.raises(UserError, match=r"the step counter began again \(record 13: step 3 after step 10\)"):
+            run(given, tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps"),
+    [
+        ([(0, 1), (5, 1), (10, 1), (0, 2), (5, 2)], [0, 5, 10, 15, 20]),  # a row every 5 steps
+        ([(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)], [1, 2, 3, 4]),  # fractions of an epoch, and a counter that goes on
+        ([(1, 1), (2, 1), (3, 1), (1, 1), (4, 1)], [1, 2, 3, 4]),  # a validation that counts epochs
+        ([(1, 1), (2, 1), (2, 2), (3, 2)], [1, 2, 3]),
+        ([(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (2, 3)], [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_the_epochs_that_rows_name(rows: list[tuple[int, float]], steps: list[int]) -> None:
+    text = "".join(f'{{"step": {step}, "epoch": {epoch}, "loss": 1.0}}\n' for step, epoch in rows)
+    for size in (1, 1000):  # row by row, and as one table
+        parser = LineParser(format="jsonl")
+        found = [record for at in range(0, len(text), size) for record in parser.feed(text[at : at + size].encode())]
+        assert [record.step for record in [*found, *parser.finish()]] == steps
+        assert parser.issues.restarted == ""
+
+
+# ---- checkpoints
+
+
+def test_checkpoints_without_a_step_and_with_any_text(tmp_path: Path) -> None:
+    for name in ("a/1/x.pt", "a/2/y.pt", "a/10/z.pt", "a/10/deep/w.pt", "last.pt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(template: str) -> list[tuple[int, str]]:
+        paths = Checkpoints(template, {"exp_dir": str(tmp_path)}, lambda path: tmp_path / path).found(7)
+        return [(step, str(path.relative_to(tmp_path))) for step, path in paths]
+
+    assert found("{exp_dir}/last.pt") == [(7, "last.pt")]
+    assert found("a/{step}/*.pt") == [(1, "a/1/x.pt"), (2, "a/2/y.pt"), (10, "a/10/z.pt")]
+    assert sorted(found("a/{step}/**/*.pt")) == [(1, "a/1/x.pt"), (2, "a/2/y.pt"), (10, "a/10/deep/w.pt"), (10, "a/10/z.pt")]
+    assert found("gone-{step}.pt") == found("*.ckpt") == []
+    steps = Checkpoints("a/{step}/*.pt", {}, lambda path: tmp_path / path)
+    assert steps.newest(9) == tmp_path / "a/2/y.pt" and steps.newest(0) is None
+
+
+SAVES = DESCENT + "open(sys.argv[4] + '/ckpt.pt', 'w').write(str(w))\n"
+
+
+def test_a_checkpoint_that_is_overwritten_is_the_newest(tmp_path: Path) -> None:
+    evaluate = {"command": ["{python}", "-c", "print('{{\"score\": %s}}' % open('{checkpoint}').read())"]}
+    task = {"records": {"pattern": LOSS}, "checkpoints": "{exp_dir}/ckpt.pt", "evaluate": evaluate}
+    found = trials(study(tmp_path, SAVES, (*("{lr}", "{seed}", "{steps}"), "{exp_dir}"), task=task), tmp_path / "results")
+    assert [trial.verdict for trial in found] == [Verdict.SAFE, Verdict.SAFE]
+    assert all(0 < trial.metrics["score"] < 5 for trial in found) and not found[0].warnings
+
+
+def test_checkpoints_that_match_no_file_are_reported(tmp_path: Path) -> None:
+    task = {"records": {"pattern": LOSS}, "checkpoints": "{exp_dir}/{step}/*.safetensors"}
+    found = trials(study(tmp_path, task=task), tmp_path / "results")
+    (line,) = warning_lines(found)
+    assert line.startswith("baseline-0 and 1 more: checkpoints: '{exp_dir}/{step}/*.safetensors' matches no file, so no ruined")
+
+
+# ---- the exit code of a training that has ended well
+
+
+def test_another_exit_code_may_be_a_good_end(tmp_path: Path) -> None:
+    given = study(tmp_path, DESCENT + "sys.exit(1)\n", task={"records": {"pattern": LOSS}})
+    with pytest.raises(UserError, match=r"ended after step 30, exit code 1 .*`exit_codes: \[0, 1\]`"):
+        run(given, tmp_path / "results")
+    given["task"]["exit_codes"] = [0, 1]
+    assert [trial.verdict for trial in trials(given, tmp_path / "other")] == [Verdict.SAFE, Verdict.SAFE]
