@@ -51,7 +51,7 @@ def take_start(make: Callable[[], CommandTask], job: StartJob, study: str, folde
     except (UserError, BadSetup) as error:
         failure = str(error)
     wall_s = time.monotonic() - started
-    reading, checkpoints = task.reading_problem(), tuple(sorted(task.written()))
+    reading, checkpoints = task.reading_problem(), tuple(sorted({step for step, _ in task.written()}))
     task.close()
     return Start(
         job,
