@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -261,8 +260,3 @@ def check_baseline(model: NormModel, limit: float) -> Check:
     return rules.baseline_push(
         float(np.median(model.baseline)), float(np.median(model.baseline)) / model.baseline_ratio_main, limit
     )
-
-
-def check_observed(observed: Mapping[str, Any]) -> Iterator[Check]:
-    """Weights before the first update, as the observer compared them with files."""
-    yield from ()

@@ -13,6 +13,7 @@ from typing import Any
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.before_launch.calibration import Calibration, calibrate
 from tune_ssim.before_launch.command import checks
+from tune_ssim.before_launch.command.observed_weights import check_observed
 from tune_ssim.before_launch.command.starts import CommandReader, StartJob, Starts, Take
 from tune_ssim.before_launch.command.take_start import take_here
 from tune_ssim.before_launch.preflight.launch import settings_of
@@ -90,7 +91,7 @@ class _Inspection:
         if baseline.failure:
             return
         yield checks.check_held(baseline, trained[0] if trained else None)
-        yield from checks.check_observed(baseline.observed)
+        yield from check_observed(baseline.observed)
         for check in checks.check_seeds(baseline, again, other):
             if check.name == "seeds/same" and check.status == "warn":
                 self._unpaired = check.sentence
