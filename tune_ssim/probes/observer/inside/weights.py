@@ -99,8 +99,8 @@ def describe_weights(events, trained, parameters, files) -> None:
     for path, read in OPENED.items():
         if path not in known and os.path.exists(path):
             known[path] = read(path)
-    named = {os.path.abspath(path) for path in files}
-    for path in named - set(known):
+    asked = {os.path.abspath(path) for path in files}
+    for path in asked - set(known):
         known[path] = _samples_of_file(events, path)
     optimised = {id(p) for p in parameters}
     own = {id(module) for module in trained}
@@ -109,7 +109,7 @@ def describe_weights(events, trained, parameters, files) -> None:
         trainable = sum(1 for p in module.parameters() if id(p) in optimised and p.requires_grad)
         is_sharded = any(hasattr(p, "to_local") or type(p).__name__ == "FlatParameter" for p in module.parameters())
         values = {} if is_sharded else {name: sample_of(p) for name, p in named.items() if isinstance(p, torch.Tensor)}
-        compared = [{**_compare(values, path, samples), "named": path in named} for path, samples in known.items()]
+        compared = [{**_compare(values, path, samples), "named": path in asked} for path, samples in known.items()]
         compared = [one for one in compared if one["of"]]
         equal = set().union(*(one.pop("equal_names") for one in compared)) if compared else set()
         fresh = [name for name, sample in values.items() if name not in equal]
