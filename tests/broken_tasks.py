@@ -421,7 +421,7 @@ class WeightSeedsTheBatchOfABlackBox(BlackBox):
     generator = WeightSeedsTheBatch.generator
 
 
-@fault("ssim_loss_weight/felt", "does not act so")
+@fault("ssim_loss_weight/felt", "has another effect")
 class WeightlessBlackBox(BlackBox):
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         Honest.setup(self, config, seed, device)
@@ -631,7 +631,7 @@ class TensorInForce(Honest):
         return {**Honest.effective(self), "lr": torch.tensor(self.config["lr"])}
 
 
-@fault("ssim_loss_weight/felt", "does not act so", "detached")
+@fault("ssim_loss_weight/felt", "has another effect", "detached")
 class DetachedPrediction(Honest):
     def forward(self, n: int) -> Forward:
         found = Honest.forward(self, n)

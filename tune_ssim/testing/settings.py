@@ -18,6 +18,7 @@ from tune_ssim.before_launch.preflight.subject import Failure, call, failure_of
 from tune_ssim.records import LOSS, LOSS_SSIM
 from tune_ssim.testing.runs import GENERATORS, Run
 from tune_ssim.testing.subject import ClassUnderTest
+from tune_ssim.trials.training import same_setting
 
 WEIGHT, MAX_T, GRAD_SCALE, CLIP = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "max_grad_norm"
 MISSPELT = "ssim_loss_wieght"
@@ -83,7 +84,7 @@ def check_effective(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
             sentence = f"effective() returns a {type(value).__name__} as {name}, which JSON cannot hold"
             wrong.append(broken(f"effective/{name}", sentence, "return float(…), int(…), str(…) or .item() of it"))
     asked = {**subject.config, **weight}
-    for name in (name for name in asked if name in found and not rules.same(asked[name], found[name])):
+    for name in (name for name in asked if name in found and not same_setting(asked[name], found[name])):
         sentence = f"{name} was set to {asked[name]!r} but effective() says {found[name]!r}"
         wrong.append(broken(f"effective/{name}", sentence, f"read {name} where it is used; does it arrive there from setup()?"))
     if weight and WEIGHT not in found:

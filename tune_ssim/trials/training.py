@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -280,6 +281,13 @@ def as_training(task: Any) -> Training:
     if not isinstance(task, Training):
         task.__class__ = training_class(type(task))
     return task  # type: ignore[no-any-return]
+
+
+def same_setting(asked: Any, found: Any) -> bool:
+    """Whether two values of a setting are equal, numbers up to rounding."""
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (asked, found)):
+        return math.isclose(asked, found, rel_tol=1e-6)
+    return bool(asked == found)
 
 
 def missing_methods(found: type) -> list[str]:

@@ -40,7 +40,7 @@ from tune_ssim.records import (
 from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint, tensors_of
 from tune_ssim.trials.sample_check import require_kind, require_range
 from tune_ssim.trials.sample_grid import sample_grid
-from tune_ssim.trials.training import AUXILIARY_KEYS, Number, Sample, as_training
+from tune_ssim.trials.training import AUXILIARY_KEYS, Number, Sample, as_training, same_setting
 
 MIN_HARM = 0.05  # harm of a trial ruined close to its end: above zero, below the harm of any early prune
 
@@ -298,7 +298,7 @@ class Trial:
     def _check_effective(self) -> Judgement | None:
         """Checks that the requested settings are in force (in one known training the comments said 0.1, the script passed 1)."""
         for name, asked in self.config.items():
-            if name in self.effective and not _same(asked, self.effective[name]):
+            if name in self.effective and not same_setting(asked, self.effective[name]):
                 in_force = self.effective[name]
                 line = self.task.where_printed(name)
                 words = f"{name} was set to {asked!r} but {in_force!r} is in force: the parameter does not reach the training"
@@ -315,7 +315,7 @@ class Trial:
         self.unpaired = ""
         reference = self.baseline.reference(self.seed).effective
         for name in sorted(set(self.effective) & set(reference)):
-            if name.startswith(AUXILIARY_KEYS) or _same(self.effective[name], reference[name]):
+            if name.startswith(AUXILIARY_KEYS) or same_setting(self.effective[name], reference[name]):
                 continue
             if name not in self.searched:
                 words = f"{name} is {self.effective[name]!r} here and {reference[name]!r} in the baseline: not comparable"
@@ -511,9 +511,3 @@ def _resolve(pending: Sequence[tuple[int, Mapping[str, Number]]]) -> list[Record
         )
         for step, metrics in pending
     ]
-
-
-def _same(asked: Any, found: Any) -> bool:
-    if isinstance(asked, (int, float)) and isinstance(found, (int, float)) and not isinstance(asked, bool):
-        return math.isclose(asked, found, rel_tol=1e-6)
-    return bool(asked == found)

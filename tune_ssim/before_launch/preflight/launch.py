@@ -16,7 +16,7 @@ from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call
 from tune_ssim.guards import Guard, NormRatio
 from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
 from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WEIGHT, Space
-from tune_ssim.trials.training import Sample
+from tune_ssim.trials.training import Sample, same_setting
 
 BASELINE_STEPS = 6  # the median of their norms is used
 
@@ -74,7 +74,7 @@ def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence
         except UserError as error:
             yield Check(f"parameter/{name}", "bad_setup", f"the space sets {name} to {value!r}: {error}", {}, "change the space")
             continue
-        if not rules.same(value, in_force_now.get(name)):
+        if not same_setting(value, in_force_now.get(name)):
             yield rules.parameter(name, value, in_force_now.get(name))
     misspelt = next(name for name in ("ssim_los_weight", "ssim_los_weight_") if name not in in_force)
     try:

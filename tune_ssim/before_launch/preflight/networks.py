@@ -34,20 +34,8 @@ def check_weights(task: Any) -> Iterator[Check]:
         except BadSetup as error:
             yield Check(f"weights/{name}", "bad_setup", str(error))
             continue
-        yield rules.weights(
-            name,
-            part.weights.name,
-            equal_fraction=found.equal_fraction,
-            missing=found.missing,
-            unexpected=found.unexpected,
-            mismatched=[f"{tensor}: {shapes}" for tensor, shapes in found.mismatched.items()],
-            different=found.different,
-            norm_parameters=found.norm_parameters,
-            untrained=len(found.untrained),
-            fresh_layers=fresh_layers(part.module),
-            metadata_missing=found.metadata_missing,
-            holds=None if found.equal else _holds(part, parts),
-        )
+        holds = None if found.equal else _holds(part, parts)
+        yield rules.weights(name, part.weights.name, found, fresh_layers(part.module), holds)
     for name, part in parts.items():
         if part.kind == "ema" and (nearest := _nearest(part.module, parts)) is not None:
             yield rules.ema_distance(name, *nearest)

@@ -1,20 +1,23 @@
 """The rules of preflight: measurements at step 0 → verdicts. Numbers in, `Check` out; pure Python.
 
 `bad_setup` means that no setting of the space is to blame and none can help. Every limit lies between the measurements of
-sound and of broken set-ups: the figures beside it, sound against broken, are those of `benchmarks/preflight.py`.
+sound and of broken set-ups that `benchmarks/preflight.py` takes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tune_ssim.before_launch.preflight.report import Check, Status, unknown
+from tune_ssim.trials.training import same_setting
 
-LOSS_CE = "loss_ce"  # of a step, where a task has text: cross-entropy of its caption
-LABEL_FRACTION = "label_fraction"  # of a step, where a task has text: share of the positions that carry a label
+if TYPE_CHECKING:
+    from tune_ssim.probes import WeightComparison
+
+LOSS_CE = "loss_ce"  # of a step, if a task has text: cross-entropy of its caption
+LABEL_FRACTION = "label_fraction"  # of a step, if a task has text: share of the positions that carry a label
 
 
 def setup_failed(message: str) -> Check:
@@ -27,78 +30,60 @@ MAX_EMA_DISTANCE = 0.65
 MAX_AVERAGE_LOSS_RATIO = 2.5
 
 
-def weights(
-    part: str,
-    file: str,
-    *,
-    equal_fraction: float,
-    missing: Sequence[str] = (),
-    unexpected: Sequence[str] = (),
-    mismatched: Sequence[str] = (),
-    different: Sequence[str] = (),
-    norm_parameters: int = 0,
-    untrained: int = 0,
-    fresh_layers: Sequence[str] = (),
-    metadata_missing: bool = False,
-    holds: str | None = None,
-) -> Check:
-    """A network against the file that it must have been loaded from, as `probes.compare_with_file` finds it.
+def weights(part: str, file: str, found: WeightComparison, fresh_layers: Sequence[str] = (), holds: str | None = None) -> Check:
+    """A network compared with the file that it must have been loaded from.
 
-    fresh_layers: those whose weights are spread as an initialisation leaves them. holds: another file that it equals instead.
+    fresh_layers: those whose weights are distributed as after initialisation. holds: another file that it equals instead.
     """
-    name = f"weights/{part}"
+    name, untrained, norms = f"weights/{part}", len(found.untrained), found.norm_parameters
     evidence = {
-        "equal_fraction": equal_fraction,
-        "missing": len(missing),
-        "unexpected": len(unexpected),
-        "mismatched": len(mismatched),
-        "different": len(different),
-        "norm_parameters": norm_parameters,
+        "equal_fraction": found.equal_fraction,
+        "missing": len(found.missing),
+        "unexpected": len(found.unexpected),
+        "mismatched": len(found.mismatched),
+        "different": len(found.different),
+        "norm_parameters": norms,
         "untrained_norm_parameters": untrained,
         "fresh_layers": len(fresh_layers),
-        "metadata_missing": float(metadata_missing),
+        "metadata_missing": float(found.metadata_missing),
     }
-    is_untrained = norm_parameters > 0 and untrained == norm_parameters
     faults = _list(
-        _some(missing, f"not in {file}"),
-        _some(unexpected, f"of {file} not used"),
-        _some(mismatched, f"of another shape than in {file}"),
-        _some(different, f"with other values than in {file}"),
+        _some(found.missing, f"not in {file}"),
+        _some(found.unexpected, f"of {file} not used"),
+        _some([f"{tensor}: {shapes}" for tensor, shapes in found.mismatched.items()], f"of another shape than in {file}"),
+        _some(found.different, f"with other values than in {file}"),
     )
     if faults:
-        also = f"; it holds {holds} instead" if holds else ", and it looks like a fresh initialisation" if is_untrained else ""
-        sentence = f"{equal_fraction:.1%} of the numbers are the file's{also}: {faults}"
-        return Check(name, "bad_setup", sentence, evidence, f"load {file} strictly, and leave the weights alone after that")
+        also = f"; it holds {holds} instead" if holds else ", and it looks freshly initialised" if found.fresh else ""
+        sentence = f"{found.equal_fraction:.1%} of the numbers equal the file's{also}: {faults}"
+        return Check(name, "bad_setup", sentence, evidence, f"load {file} strictly, and do not change the weights after that")
+    sentence = f"all tensors equal those of {file}"
     if fresh_layers:
-        sentence = f"all tensors are those of {file}, {_some(fresh_layers, 'of them as a fresh initialisation leaves them')}"
+        sentence += f", {_some(fresh_layers, 'of them look freshly initialised')}"
         return Check(name, "bad_setup", sentence, evidence, "was the file written by a network that had not been loaded itself?")
-    trained = f", trained ({norm_parameters - untrained} of {norm_parameters} normalisation parameters)" if norm_parameters else ""
-    sentence = f"all tensors are those of {file}{trained}"
-    if is_untrained:  # a network whose norms were frozen all along looks like this too
+    if found.fresh:  # also true of a network whose norms were always frozen
         return Check(name, "warn", sentence, evidence, "is this the file of a trained network?")
-    if metadata_missing:  # SEEDS B2
-        sentence += "; the file does not say its format"
-        return Check(name, "warn", sentence, evidence, 'save it with metadata={"format": "pt"}: some loaders refuse it without')
-    return Check(name, "ok", sentence, evidence)
+    sentence += f", trained ({norms - untrained} of {norms} normalisation parameters)" if norms else ""
+    remedy = 'save it with metadata={"format": "pt"}: some loaders refuse it without'  # SEEDS B2
+    return _judge(name, not found.metadata_missing, sentence, evidence, remedy, "warn", fault="; the file does not name its format")
 
 
 def fresh_weights(part: str) -> Check:
-    return unknown(f"weights/{part}", "starts from no file: there is nothing to compare with")
+    return unknown(f"weights/{part}", "starts without a file, so there is nothing to compare with")
 
 
 def ema_distance(part: str, of: str, distance: float) -> Check:
     """distance: norm(EMA − raw) / norm(raw) over all parameters of one architecture."""
-    sentence = f"{part} is {distance:.3g} of the weights' norm away from {of}"
-    is_sound = distance <= MAX_EMA_DISTANCE
-    sentence += "" if is_sound else ": an average of another model"
-    return _judge(f"weights/{part}~{of}", is_sound, sentence, {"distance": distance}, "take both files from the same training")
+    sentence, fault = f"the distance of {part} from {of} is {distance:.3g} of the weights' norm", ": an average of another model"
+    evidence, remedy = {"distance": distance}, "take both files from the same training"
+    return _judge(f"weights/{part}~{of}", distance <= MAX_EMA_DISTANCE, sentence, evidence, remedy, fault=fault)
 
 
 def smoke(kind: str, findings: Sequence[str], statistics: Mapping[str, float]) -> Check:
     """The smoke test on the starting weights; `findings`: the sentences of SmokeTest."""
     name = f"smoke/{kind}"
     if not statistics:
-        return unknown(name, "the samples have nothing by which they could be judged")
+        return unknown(name, "the samples have no statistics by which they could be judged")
     if not findings:
         return Check(name, "ok", f"samples of the {kind} weights pass", statistics)
     sentence = f"the {kind} weights are ruined before the first update: {'; '.join(findings[:3])}"
@@ -108,9 +93,9 @@ def smoke(kind: str, findings: Sequence[str], statistics: Mapping[str, float]) -
 
 def baseline_samples(findings: Sequence[str], steps: int) -> Check:
     """The smoke test after the first steps of the baseline; one that fails and later passes has recovered."""
+    ruined = f"{steps} steps of the baseline ruin the samples: {'; '.join(findings)}"
+    sentence = ruined if findings else f"samples pass after {steps} steps of the baseline"
     remedy = "lower the learning rate or the baseline's pixel_loss_weight"
-    words = f"{steps} steps of the baseline ruin the samples: {'; '.join(findings)}"
-    sentence = words if findings else f"samples pass after {steps} steps of the baseline"
     return _judge("baseline/smoke", not findings, sentence, {"steps": steps}, remedy)
 
 
@@ -122,10 +107,10 @@ MAX_CE_OF_UNIFORM = 0.9  # FACTS §5: with its weights 0.05 of ln V, without the
 
 
 def main_loss(loss: float, trivial: float) -> Check:
-    """trivial: what the best constant prediction of the velocity would have."""
+    """trivial: the loss of the best constant prediction of the velocity."""
     ratio = loss / trivial if trivial > 0 else math.inf
     evidence = {"loss": loss, "trivial_loss": trivial, "ratio": ratio}
-    sentence = f"the main loss is {loss:.3g}, {ratio:.2f}x that of a predictor that knows nothing"
+    sentence = f"the main loss is {loss:.3g}, {ratio:.2f}x that of the best constant prediction"
     remedy = "check the weights, the latents' scale, the range of the images and that each sample meets its own condition"
     return _judge("loss/main", ratio < MAX_LOSS_RATIO, sentence, evidence, remedy)
 
@@ -145,48 +130,32 @@ def caption_loss(loss: float, vocabulary_size: int | None, label_fraction: float
         if not loss < MAX_CE_OF_UNIFORM * evidence["uniform"]:
             sentence += f"; guessing among {vocabulary_size} tokens gives {evidence['uniform']:.3g}"
             return Check("loss/text", "bad_setup", sentence, evidence, "check that the language model's weights were loaded")
-    is_sound = loss >= MIN_FIRST_CE
-    sentence += "" if is_sound else f", below {MIN_FIRST_CE}: the model sees what it is asked for"
-    return _judge("loss/text", is_sound, sentence, evidence, mask)
+    fault = f", below {MIN_FIRST_CE}: the model sees the answer"
+    return _judge("loss/text", loss >= MIN_FIRST_CE, sentence, evidence, mask, fault=fault)
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """First-step metrics of a known training, with its weights and without them."""
-
-    healthy: float
-    ruined: float
-
-    @property
-    def limit(self) -> float:
-        return math.sqrt(self.healthy * self.ruined)
-
-
-# By model, under the names of its own log; a task that records all of a model's names is taken for it. (FACTS §5)
-FINGERPRINTS = {
-    "BAGEL": {
-        "mse": Fingerprint(0.41, 2.0),  # ruined: the wrong, small model
-        "ce": Fingerprint(0.55, 11.0),  # ruined: weights not loaded, near ln V
-    }
-}
+# First-step metrics of known trainings, with their weights and without, under the names of their own log. A task that records all
+# of a model's names is taken for it. (FACTS §5: 2.0 of the wrong, small model; 11.0 near ln V, weights not loaded)
+FINGERPRINTS = {"BAGEL": {"mse": (0.41, 2.0), "ce": (0.55, 11.0)}}
 
 
 def fingerprints(metrics: Mapping[str, float]) -> list[Check]:
-    """The first step's metrics against those of known trainings."""
+    """The first step's metrics compared with those of known trainings."""
     found = []
     for model, marks in FINGERPRINTS.items():
-        for metric, mark in marks.items() if marks.keys() <= metrics.keys() else ():
+        for metric, (healthy, ruined) in marks.items() if marks.keys() <= metrics.keys() else ():
             value = metrics[metric]
-            evidence = {metric: value, "healthy": mark.healthy, "ruined": mark.ruined}
-            words = f"{metric} is {value:.3g}; {model} starts at {mark.healthy} with its weights and at {mark.ruined} without"
-            found.append(_judge(f"loss/{metric}", value < mark.limit, words, evidence, "check which weights were loaded"))
+            evidence = {metric: value, "healthy": healthy, "ruined": ruined}
+            sentence = f"{metric} is {value:.3g}; {model} starts at {healthy} with its weights and at {ruined} without"
+            is_sound = value < math.sqrt(healthy * ruined)
+            found.append(_judge(f"loss/{metric}", is_sound, sentence, evidence, "check which weights were loaded"))
     return found
 
 
 def tokens(ids: int, outside: int, smallest: int, largest: int, vocabulary_size: int) -> Check:
     """Generated token ids: how many, and how many of them lie outside the vocabulary (SEEDS B1: such an id decodes to None)."""
     evidence = {"ids": ids, "outside": outside, "smallest": smallest, "largest": largest, "vocabulary_size": vocabulary_size}
-    sentence = f"of {ids} generated token ids {outside} lie outside the vocabulary [0, {vocabulary_size}): {smallest} to {largest}"
+    sentence = f"{outside} of {ids} generated token ids are outside the vocabulary [0, {vocabulary_size}): {smallest} to {largest}"
     return _judge("text/tokens", not outside, sentence, evidence, "match tokenizer, vocabulary and the model's output layer")
 
 
@@ -221,19 +190,18 @@ def image_range(name: str, lowest: float, highest: float, non_finite: int, image
     evidence = {"min": lowest, "max": highest, "non_finite_images": non_finite, "images": images}
     check, label = f"data/{name}", name.replace("_", " ")
     if non_finite:
-        sentence = f"{non_finite} of {images} {label} have pixels that are not finite"
+        sentence = f"{non_finite} of {images} {label} have non-finite pixels"
         return Check(check, "bad_setup", sentence, evidence, "repair or drop them")
     is_sound = lowest >= -RANGE_SLACK and highest <= 1 + RANGE_SLACK
     kind = "[0, 255]" if highest > 2 else "[-1, 1]" if lowest < -0.5 else "neither [0, 1] nor [-1, 1]"
-    sentence = f"{images} {label} lie in [{lowest:.3g}, {highest:.3g}]"
-    sentence += "" if is_sound else f"; [0, 1] is expected, this looks like {kind}"
-    return _judge(check, is_sound, sentence, evidence, "map them to [0, 1] once")
+    sentence, fault = f"{images} {label} are in [{lowest:.3g}, {highest:.3g}]", f"; expected [0, 1], this looks like {kind}"
+    return _judge(check, is_sound, sentence, evidence, "map them to [0, 1] once", fault=fault)
 
 
 def constant_images(constant: int, images: int) -> Check:
     sentence = f"{constant} of {images} training images are one flat colour"
-    remedy = "check the loader: such images teach nothing"
     worst: Status = "bad_setup" if constant >= MAX_CONSTANT * images else "warn"
+    remedy = "check the loader: nothing can be learned from such images"
     return _judge("data/constant", not constant, sentence, {"constant": constant, "images": images}, remedy, worst)
 
 
@@ -243,8 +211,8 @@ def mapping(name: str, what: str, identity: float, mixed_up: Mapping[str, float]
     ratio = identity / max(mixed_up[best], 1e-12)
     evidence = {"mean_square": identity, **{f"mean_square_{key}": value for key, value in mixed_up.items()}, "ratio": ratio}
     is_sound = ratio <= MAX_MAPPING_RATIO
-    sentence = f"{what} agree (mean square {identity:.2g})" if is_sound else f"{what} fit {ratio:.3g}x better if {MIX_UPS[best]}"
-    return _judge(f"data/{name}", is_sound, sentence, evidence, "decide once how images are laid out, and map them there")
+    sentence = f"{what} agree (mean square {identity:.2g})" if is_sound else f"{what} match {ratio:.3g}x better if {MIX_UPS[best]}"
+    return _judge(f"data/{name}", is_sound, sentence, evidence, "choose one layout of images, and convert them to it once")
 
 
 def own_partner(name: str, what: str, wins: float, images: int) -> Check:
@@ -253,30 +221,25 @@ def own_partner(name: str, what: str, wins: float, images: int) -> Check:
     if images < MIN_IMAGES or math.isnan(wins):
         why = "they are all alike" if math.isnan(wins) else f"there are only {images}"
         return Check(check, "unknown", f"{what} cannot be distinguished from others': {why}", evidence)
-    is_sound = wins >= MIN_OWN_WINS
     sentence = f"{what} are more like their own partner than like another's in {wins:.0%} of the comparisons"
-    sentence += "" if is_sound else "; chance gives 50 %"
-    return _judge(check, is_sound, sentence, evidence, "check the order of images, conditions and targets in a batch")
+    remedy = "check the order of images, conditions and targets in a batch"
+    return _judge(check, wins >= MIN_OWN_WINS, sentence, evidence, remedy, fault="; chance gives 50 %")
 
 
 def latent_scale(error: float, rescaled: Mapping[float, float], explained: float | None, images: int) -> Check:
-    """error: mean square between decoded predictions at low t and their targets; rescaled: the same of latents that many times
-    as large. explained: as in `autoencoder`; one that cannot give these images back says nothing certain."""
+    """error: mean square between decoded predictions at low t and their targets; rescaled: the same for latents multiplied by each
+    factor. explained: as in `autoencoder`; if it cannot reconstruct these images, the result is uncertain."""
     best = min(rescaled, key=lambda scale: rescaled[scale])
     ratio = error / max(rescaled[best], 1e-12)
     evidence = {"mean_square": error, **{f"mean_square@{scale:g}": value for scale, value in rescaled.items()}, "ratio": ratio}
     if images < MIN_IMAGES:
         return Check("data/latents", "unknown", f"there are only {images} predictions at low t", evidence)
     is_sound = ratio <= MAX_LATENT_RATIO
-    sentence = f"predictions at low t fit their targets best as they are (mean square {error:.2g})"
-    sentence = (
-        sentence
-        if is_sound
-        else f"predictions at low t would fit their targets {ratio:.3g}x better with latents {best:g}x as large"
-    )
+    better = f"predictions at low t would match their targets {ratio:.3g}x better with latents {best:g}x as large"
+    sentence = f"predictions at low t match their targets best at their own scale (mean square {error:.2g})" if is_sound else better
     remedy = "scale latents alike where they are encoded for training, decoded and sampled; t = 0 is clean"
-    certain = explained is not None and explained >= MIN_EXPLAINED
-    return _judge("data/latents", is_sound, sentence, evidence, remedy, "bad_setup" if certain else "warn")
+    is_certain = explained is not None and explained >= MIN_EXPLAINED
+    return _judge("data/latents", is_sound, sentence, evidence, remedy, "bad_setup" if is_certain else "warn")
 
 
 def autoencoder(psnr: float, explained: float, correlation: float) -> Check:
@@ -285,10 +248,9 @@ def autoencoder(psnr: float, explained: float, correlation: float) -> Check:
     sentence = f"reconstructions have {psnr:.1f} dB and correlate {correlation:.2f} with the held-out images"
     if not correlation >= MIN_RECONSTRUCTION_CORRELATION:
         return Check("data/autoencoder", "bad_setup", sentence, evidence, "check the autoencoder's weights and the images' range")
-    is_good = explained >= MIN_EXPLAINED
-    sentence += "" if is_good else f"; one flat colour each would be nearer ({explained:.0%} of the variance is explained)"
-    remedy = "the autoencoder was not made for such images: no loss behind it can reach their detail"
-    return _judge("data/autoencoder", is_good, sentence, evidence, remedy, "warn")
+    fault = f"; a flat colour for each would be closer ({explained:.0%} of the variance is explained)"
+    remedy = "the autoencoder was not made for such images: no loss behind it can recover their detail"
+    return _judge("data/autoencoder", explained >= MIN_EXPLAINED, sentence, evidence, remedy, "warn", fault=fault)
 
 
 def left_out(files: Mapping[str, str]) -> Check:
@@ -296,21 +258,22 @@ def left_out(files: Mapping[str, str]) -> Check:
     named = "; ".join(f"{name} ({why})" for name, why in list(files.items())[:NAMED_FILES])
     more = f"; and {len(files) - NAMED_FILES} more" if len(files) > NAMED_FILES else ""
     sentence = f"{len(files)} {'file' if len(files) == 1 else 'files'} of the data left out: {named}{more}"
-    return Check("data/files", "warn", sentence, {"files": len(files)}, "remove them, or replace them by sound ones")
+    return Check("data/files", "warn", sentence, {"files": len(files)}, "remove or replace them")
 
 
 def latent_statistics(mean: Sequence[float], std: Sequence[float]) -> Check:
     """mean, std: of each channel of the training images' latents, as the network gets them."""
     evidence = {"mean": sum(mean) / len(mean), "std_lowest": min(std), "std_highest": max(std)}
-    largest = max(mean, key=abs)
+    largest, typical = max(mean, key=abs), sorted(std)[len(std) // 2]
+    is_sound = STD_RANGE[0] <= min(std) and max(std) <= STD_RANGE[1] and abs(largest) <= MAX_LATENT_MEAN
     spread = f"{min(std):.2g} to {max(std):.2g}"
     sentence = f"latents of the training images have standard deviations from {spread} and means up to {largest:.2g}"
-    is_sound = STD_RANGE[0] <= min(std) and max(std) <= STD_RANGE[1] and abs(largest) <= MAX_LATENT_MEAN
-    typical = sorted(std)[len(std) // 2]
-    sentence += "" if is_sound else "; flow matching from unit noise expects about 1 and 0"
-    remedy = f"scaling_factor and shift_factor of the VAE do not suit these images: latents {1 / max(typical, 1e-12):.3g}x as large"
-    remedy += " would have unit deviation; a denoiser must be trained with the same numbers"
-    return _judge("latents/statistics", is_sound, sentence, evidence, remedy, "warn")
+    remedy = (
+        f"scaling_factor and shift_factor of the VAE do not suit these images: latents {1 / max(typical, 1e-12):.3g}x as large "
+        "would have unit deviation; a denoiser must be trained with the same numbers"
+    )
+    fault = "; flow matching from unit noise expects about 1 and 0"
+    return _judge("latents/statistics", is_sound, sentence, evidence, remedy, "warn", fault=fault)
 
 
 def overlap(shared: Sequence[int], patches: Sequence[int], held_out: int) -> Check:
@@ -322,12 +285,12 @@ def overlap(shared: Sequence[int], patches: Sequence[int], held_out: int) -> Che
         "training_images": len(shared), "held_out_images": held_out,
     }  # fmt: skip
     if not sum(patches):
-        return Check("data/overlap", "unknown", "the training images have no texture by which they could be found again", evidence)
+        return Check("data/overlap", "unknown", "the training images have no texture by which to find them again", evidence)
     sentence = f"{images} of {len(shared)} training images have textured patches in common with the {held_out} held-out images"
     if images > FRAME_IMAGES * len(shared) and most < FRAME_SHARE:
-        return Check("data/overlap", "warn", f"{sentence}, each a few: a frame or a watermark?", evidence, "crop it away")
-    sentence += f", up to {most:.0%} of their patches: what is held out is trained on" if images else ""
-    return _judge("data/overlap", not images, sentence, evidence, "split before cropping: by image, or with a gap of one crop")
+        return Check("data/overlap", "warn", f"{sentence}, a few each: a frame or a watermark?", evidence, "crop it away")
+    fault = f", up to {most:.0%} of their patches: held-out images are trained on"
+    return _judge("data/overlap", not images, sentence, evidence, "split before cropping: by image, or one crop apart", fault=fault)
 
 
 # -- effects of a training step
@@ -346,37 +309,39 @@ def near(ratio: float) -> bool:
 
 
 def ssim_precision(where: str, *, cosine: float, factor: float, error: float, peak: float) -> Check:
-    """SSIM's gradient at the decoded images against a float64 reference of the same pair. factor: of its norm; error: of the
+    """SSIM's gradient at the decoded images compared with a float64 reference of the same pair. factor: of its norm; error: of the
     loss; peak: largest element of the reference over its root mean square (SEEDS B5)."""
     evidence = {"cosine": cosine, "factor": factor, "error": error, "peak_over_rms": peak}
     if cosine >= MIN_SSIM_COSINE and abs(error) <= MAX_SSIM_ERROR and near(factor):
-        return Check("ssim/precision", "ok", f"SSIM's value and gradient are those of float64 (cosine {cosine:.7f})", evidence)
+        return Check("ssim/precision", "ok", f"SSIM's value and gradient equal those in float64 (cosine {cosine:.7f})", evidence)
     sentence = (
-        f"on {where} SSIM is not computed in float32: its gradient has a cosine of {cosine:.3f} to that of float64 and "
-        f"{factor:.3g}x its norm, its value is off by {error:.1e}"
+        f"on {where} SSIM is not computed in float32: compared with float64 its gradient has a cosine of {cosine:.3f} and "
+        f"{factor:.3g}x the norm, and its value is off by {error:.1e}"
     )
     remedy = "compute SSIM in float32, outside autocast, from images that were never rounded"
     return Check("ssim/precision", "bad_setup", sentence, evidence, remedy)
 
 
 def step_gradient(part: str, measured: float, expected: float, cosine: float | None, *, random: bool = False) -> Check:
-    """total_norm of a real step against the gradient of its own forward pass. random: whether that pass differs each time."""
+    """total_norm of a real step compared with the gradient of its own forward pass. random: whether that pass differs each time."""
     name = f"gradient/{part}"
     factor = measured / expected if expected > 0 else math.inf
     evidence = {"total_norm": measured, "expected": expected, "factor": factor}
     if cosine is not None:
         evidence["cosine"] = cosine
     if random and not near(factor):
-        return Check(name, "unknown", f"forward() depends on more than (seed, n): no {part} gradient can be expected", evidence)
+        sentence = f"forward() depends on more than (seed, n), so the {part} gradient cannot be predicted"
+        return Check(name, "unknown", sentence, evidence)
     if cosine is not None and not cosine >= MIN_STEP_COSINE:
-        measures = f"a cosine of {cosine:.3f} to that of its forward pass in float32 and {factor:.3g}x its norm"
+        sentence = f"compared with its forward pass in float32 the {part} gradient of a step has a cosine of {cosine:.3f} and "
+        sentence += f"{factor:.3g}x the norm"
         half = "compute SSIM in float32, outside autocast: half precision does this"
         remedy = half if part == "ssim" else "minimise what is reported, and nothing else"
-        return Check(name, "bad_setup", f"the {part} gradient of a step has {measures}", evidence, remedy)
-    sentence = f"total_norm of a step is {measured:.4g}; with its {part} loss alone behind it, it would be {expected:.4g}"
-    words = f"total_norm of a step is what its {part} loss gives ({measured:.4g})"
+        return Check(name, "bad_setup", sentence, evidence, remedy)
+    expected_only = f"total_norm of a step is {measured:.4g}; the gradient of its {part} loss alone is {expected:.4g}"
+    sentence = f"total_norm of a step equals the gradient of its {part} loss ({measured:.4g})" if near(factor) else expected_only
     remedy = "is the loss scaled, added twice or left out of what is minimised?"
-    return _judge(name, near(factor), words if near(factor) else sentence, evidence, remedy)
+    return _judge(name, near(factor), sentence, evidence, remedy)
 
 
 def parameter(
@@ -384,17 +349,17 @@ def parameter(
 ) -> Check:
     """A requested parameter: the value that effective() reports, and its measured effect.
 
-    factor: effect measured over effect expected of a change of this parameter; 1 if it acts as it should."""
+    factor: measured effect of a change of this parameter over the expected effect; 1 if it acts as it should."""
     evidence = {key: float(value) for key, value in (("asked", asked), ("in_force", in_force)) if _is_number(value)}
     check, remedy = f"parameter/{name}", f"follow {name} from the configuration to the line that uses it"
-    if not same(asked, in_force):
+    if not same_setting(asked, in_force):
         sentence = f"{name} was set to {_short_repr(asked)} but {_short_repr(in_force)} is in force: it does not reach the training"
         return Check(check, "bad_setup", sentence, evidence, remedy)
-    reported = f"effective() reports {name} {_short_repr(in_force)}, as asked"
+    reported = f"effective() reports {name} {_short_repr(in_force)}, as requested"
     if factor is None:
         return Check(check, "unknown", f"{reported}; its effect cannot be measured here", evidence)
     is_sound = abs(factor - 1) <= slack
-    sentence = f"{name} acts as it should" if is_sound else f"{reported}, but it does not act so: {response}"
+    sentence = f"{name} has the expected effect" if is_sound else f"{reported}, but it has another effect: {response}"
     return _judge(check, is_sound, sentence, evidence | {"factor": factor}, remedy)
 
 
@@ -406,14 +371,14 @@ def clipping(limit: float | None, before: float, after: float, expected: float |
     if not math.isfinite(before):
         return Check(name, "unknown", f"total_norm is {before:.4g}: its clipping cannot be checked", evidence)
     if limit is not None and expected is not None and expected > (1 + LOOSE_DEVIATION) * limit and before <= 1.01 * limit:
-        sentence = f"total_norm is recorded after clipping at {limit:g}: {before:.4g}, while the gradient has {expected:.4g}"
+        sentence = f"total_norm is recorded after clipping at {limit:g}: it is {before:.4g}, the gradient's norm is {expected:.4g}"
         remedy = "record what clip_grad_norm_ returns: the norm guard is blind otherwise"
         return Check(name, "bad_setup", sentence, evidence, remedy)
-    sees = f"of a total_norm of {before:.4g} the optimiser sees {after:.4g}"
+    seen = f"total_norm is {before:.4g}, and the optimiser gets {after:.4g}"
     is_sound = abs(after - target) <= MAX_DEVIATION * target
     stated = "no clipping is in force" if limit is None else f"max_grad_norm {limit:g} is in force"
     remedy = "follow max_grad_norm from the configuration to the call that clips"
-    return _judge(name, is_sound, sees if is_sound else f"{stated}, but {sees}", evidence, remedy)
+    return _judge(name, is_sound, seen if is_sound else f"{stated}, but {seen}", evidence, remedy)
 
 
 def frozen(part: str, *, tensors: int, changed: Sequence[str], with_gradient: Sequence[str], training: Sequence[str]) -> Check:
@@ -428,14 +393,14 @@ def frozen(part: str, *, tensors: int, changed: Sequence[str], with_gradient: Se
 def decoder(repeat: float, alone: float) -> Check:
     """Largest difference of the decoded images when decoded again, and when decoded one by one."""
     evidence = {"repeat": repeat, "alone": alone}
+    sentence = "decoding is repeatable, and independent of the other images in the batch"
     if not repeat <= MAX_DECODE_DIFFERENCE:
         sentence = f"decoding the same latents twice gives images that differ by {repeat:.2g}"
     elif not alone <= MAX_DECODE_DIFFERENCE:
         sentence = f"an image differs by {alone:.2g} when it is decoded without the rest of its batch"
-    else:
-        return Check("frozen/decoder", "ok", "decoding is repeatable and keeps images apart", evidence)
+    is_sound = repeat <= MAX_DECODE_DIFFERENCE and alone <= MAX_DECODE_DIFFERENCE
     remedy = "put the decoder into eval mode: dropout is random, BatchNorm mixes the images of a batch"
-    return Check("frozen/decoder", "bad_setup", sentence, evidence, remedy)
+    return _judge("frozen/decoder", is_sound, sentence, evidence, remedy)
 
 
 def trained(
@@ -451,13 +416,13 @@ def trained(
     if faults := _list(_some(without_gradient, "get no gradient"), _some(stuck, "do not move")):
         return Check("trained", "bad_setup", f"{of} {faults}", evidence, remedy)
     if too_slow:
-        sentence = f"{of} {_some(too_slow, 'do not move: rounding swallows updates this small')}"
-        return Check("trained", "warn", sentence, evidence, "raise the learning rate, or keep the weights in a finer precision")
+        sentence = f"{of} {_some(too_slow, 'do not move: their updates are lost in rounding')}"
+        return Check("trained", "warn", sentence, evidence, "raise the learning rate, or keep the weights in a higher precision")
     return Check("trained", "ok", f"all {parameters} trainable parameters get a gradient and move", evidence)
 
 
 def untrained_part(part: str) -> Check:
-    sentence = f"{part} is to be trained, and none of its parameters is among the trainable ones"
+    sentence = f"{part} should be trained, but none of its parameters is trainable"
     return Check(f"trained/{part}", "bad_setup", sentence, {}, "check trainable_parameters() and the optimiser's list")
 
 
@@ -466,21 +431,21 @@ def same_batches(differences: Mapping[str, float]) -> Check:
     worst = max(differences, key=lambda name: abs(differences[name]))
     largest = abs(differences[worst])
     is_sound = largest <= MAX_BATCH_DIFFERENCE
-    other = f"with {worst} step 1 has another batch (main loss {largest:.1%} apart): trials cannot be compared"
+    other = f"with {worst} step 1 has another batch (its main loss differs by {largest:.1%}): trials cannot be compared"
     sentence = f"step 1 has the same batch under {len(differences)} settings" if is_sound else other
     evidence = {"largest_difference": largest, "settings": len(differences)}
     return _judge("batches", is_sound, sentence, evidence, "draw the random numbers of step n from (seed, n) alone")
 
 
 def other_seed(is_same_batch: bool) -> Check:
-    same_words = "another seed gives the same batch: repeating a trial with other seeds says nothing about the noise"
+    same_words = "another seed gives the same batch: repeating a trial with other seeds does not measure the noise"
     sentence = same_words if is_same_batch else "another seed gives another batch"
     return _judge("seeds", not is_same_batch, sentence, {}, "draw the random numbers of step n from (seed, n)", "warn")
 
 
 def misspelt_key(is_accepted: bool, key: str) -> Check:
-    accepts = f"the task accepts the unknown setting {key!r}: a misspelt parameter would be lost without a word"
-    sentence = accepts if is_accepted else "the task refuses a setting that it does not know"
+    accepts = f"the task accepts the unknown setting {key!r}: a misspelt parameter would be ignored silently"
+    sentence = accepts if is_accepted else "the task refuses unknown settings"
     return _judge("parameter/unknown", not is_accepted, sentence, {}, "refuse unknown keys in setup() with a ValueError", "warn")
 
 
@@ -494,8 +459,8 @@ def gates(probabilities: Mapping[float, float], steps: int, needed: int) -> Chec
     """probabilities: for each max_t that may be launched, P(a step is active)."""
     expected = {max_t: steps * p for max_t, p in sorted(probabilities.items())}
     evidence = {f"active_steps@{max_t:g}": count for max_t, count in expected.items()} | {"steps": steps, "needed": needed}
-    words = ", ".join(f"{count:.3g} at max_t {max_t:g}" for max_t, count in expected.items())
-    sentence = f"of {steps} steps these are expected to have an SSIM gradient: {words}; a verdict needs {needed}"
+    counts = ", ".join(f"{count:.3g} at max_t {max_t:g}" for max_t, count in expected.items())
+    sentence = f"expected number of steps with an SSIM gradient: {counts}, of {steps} steps; a verdict needs {needed}"
     can_be_judged = any(count >= needed for count in expected.values())
     is_sure = all(chance_of_at_least(needed, steps, p) >= MIN_CHANCE for p in probabilities.values())
     remedy = "train longer, raise ssim_loss_max_t or the batch size"
@@ -525,27 +490,30 @@ def law_of_t(distance: float, count: int) -> Check:
 def baseline_push(norm: float, main_norm: float, limit: float) -> Check:
     """Medians of total_norm under the baseline's settings and of the main loss alone, on the same steps. limit: the guard's."""
     ratio = norm / main_norm if main_norm > 0 else math.inf
-    is_sound = ratio < limit
-    sentence = f"the baseline's total_norm is {ratio:.3g}x that of the main loss alone"
-    sentence += "" if is_sound else f": a trial at the norm guard's limit of {limit:g} pushes {ratio * limit:.3g}x, it is blind"
-    remedy = "lower the baseline's pixel_loss_weight, or rely on the smoke test"
     evidence = {"total_norm": norm, "total_norm_main": main_norm, "ratio": ratio}
-    return _judge("baseline/norm", is_sound, sentence, evidence, remedy, "warn")
+    sentence = f"the baseline's total_norm is {ratio:.3g}x that of the main loss alone"
+    fault = f": a trial at the norm guard's limit of {limit:g} has {ratio * limit:.3g}x, which the guard does not notice"
+    remedy = "lower the baseline's pixel_loss_weight, or rely on the smoke test"
+    return _judge("baseline/norm", ratio < limit, sentence, evidence, remedy, "warn", fault=fault)
 
 
 # -- sentences
 
 
-def same(asked: Any, found: Any) -> bool:
-    if _is_number(asked) and _is_number(found):
-        return math.isclose(asked, found, rel_tol=1e-6)
-    return bool(asked == found)
-
-
 def _judge(
-    name: str, is_sound: bool, sentence: str, evidence: Mapping[str, float], remedy: str, otherwise: Status = "bad_setup"
+    name: str,
+    is_sound: bool,
+    sentence: str,
+    evidence: Mapping[str, float],
+    remedy: str,
+    otherwise: Status = "bad_setup",
+    *,
+    fault: str = "",
 ) -> Check:
-    return Check(name, "ok" if is_sound else otherwise, sentence, evidence, "" if is_sound else remedy)
+    """`ok`, or the status `otherwise` with the remedy, and `fault` added to the sentence."""
+    if is_sound:
+        return Check(name, "ok", sentence, evidence)
+    return Check(name, otherwise, sentence + fault, evidence, remedy)
 
 
 def _some(names: Sequence[str], words: str) -> str:

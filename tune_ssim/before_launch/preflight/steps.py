@@ -27,7 +27,7 @@ from tune_ssim.before_launch.preflight.plain import (
 from tune_ssim.before_launch.preflight.report import SEVERITY, Check, unknown
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers
 from tune_ssim.records import ACTIVE_FRACTION, LOSS, LOSS_FLOW, STEP_SKIPPED, TOTAL_NORM
-from tune_ssim.trials.training import Forward
+from tune_ssim.trials.training import Forward, same_setting
 
 DOMINANCE = 30.0  # auxiliary gradient of a reading over the main one: changes are visible, and float32 is still precise enough
 MAX_SKIPPED = 25  # steps that a GradScaler may skip before its scale fits: 65536 = 2^16, and DOMINANCE below that
@@ -344,7 +344,7 @@ def _others(probe: Probe) -> Iterator[Check]:
         yield rules.parameter("batch_size", asked["batch_size"], stated.get("batch_size"), factor, response)
     done = {*probe.known, "max_grad_norm", "batch_size", *probe.subject.disable_update}
     names = [name for name in asked if name in stated and name not in done]
-    wrong = [name for name in names if not rules.same(asked[name], stated[name])]
+    wrong = [name for name in names if not same_setting(asked[name], stated[name])]
     for name in wrong:
         yield rules.parameter(name, asked[name], stated[name])
     if not wrong:
