@@ -248,7 +248,7 @@ def test_the_bundled_task_on_a_folder(tmp_path: Path) -> None:
     assert set(task.fingerprints()) == {"data/train", "data/held_out", "data/evaluation"}
     assert task.effective()["image"] is None and task.left_out() == {}
     for config, words in (
-        ({"image": "retina"}, "say one of them"),
+        ({"image": "retina"}, "give one of them"),
         ({"data": str(tmp_path / "nowhere")}, "no such folder"),
         ({"data": str(tmp_path / "x" / "00.png")}, "not a folder"),
         ({"data": 3}, "data must be a folder"),

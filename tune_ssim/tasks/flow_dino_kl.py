@@ -11,13 +11,11 @@ metrics show this.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -25,12 +23,12 @@ from torch.nn import functional
 from tune_ssim.losses import euler_sample, noisy_latent, velocity_target
 from tune_ssim.losses.latent import dino_alignment, kl_to_standard_normal, reparameterise
 from tune_ssim.losses.schedules import Constant, Schedule, WarmUp
-from tune_ssim.probes import GradientTaps, loss_norms, total_norm
-from tune_ssim.tasks.fundus_sr import load_weights
-from tune_ssim.tasks.patch_features import FEATURES_FILE, WEIGHTS, PatchFeatures, load_named_network
+from tune_ssim.probes import GradientTaps, loss_norms
+from tune_ssim.tasks.bundled import WEIGHTS, BundledTraining, load_weights, numbers_of
+from tune_ssim.tasks.patch_features import FEATURES_FILE, PatchFeatures, load_named_network
 from tune_ssim.tasks.photo_patches import PATCH, SUBJECTS, load_photo_patches
-from tune_ssim.tasks.task_config import read_config
-from tune_ssim.trials.training import Number, Part, Sample, Training
+from tune_ssim.tasks.task_config import NOT_NEGATIVE, POSITIVE, read_config
+from tune_ssim.trials.training import Number, Part, Sample
 
 PIXELS, COARSE, WIDTH = PATCH * PATCH, 4, 256
 GREY, CONTRAST = 0.53, 0.3  # mean and standard deviation of the training patches: x = (patch - GREY) / CONTRAST
@@ -68,11 +66,11 @@ class FlowConfig:
             choices={"ablate": (None, *BRANCHES)},
             counts={"steps": 1, "batch_size": 2, "accumulation": 1, "measure_every": 1},
             numbers={
-                "lr": (0, math.inf),
-                "max_grad_norm": (1e-12, math.inf),
-                "kl_weight": (0, math.inf),
+                "lr": NOT_NEGATIVE,
+                "max_grad_norm": POSITIVE,
+                "kl_weight": NOT_NEGATIVE,
                 "kl_max_variance": (1.001, math.inf),
-                "dino_alpha": (0, math.inf),
+                "dino_alpha": NOT_NEGATIVE,
                 "dino_warmup": (0, 1),
             },
             optional=("max_grad_norm", "kl_max_variance"),
@@ -108,7 +106,7 @@ class Networks(nn.Module):
         return self.flow(torch.cat([z_t, phases.sin(), phases.cos()], dim=1))  # type: ignore[no-any-return]
 
 
-class FlowDinoKL(Training):
+class FlowDinoKL(BundledTraining):
     """See `trials.training.Training` for the contract.
 
     Metrics of a step, means over its micro-batches: loss = loss_flow + loss_dino + loss_kl; loss_dino = alpha · dino_global
@@ -116,10 +114,11 @@ class FlowDinoKL(Training):
     kl_raw: nats; z_init/mean and z_init/var: of the sampled latent. Every `measure_every` steps `dbg/loss_grad/flow` and
     `dbg/loss_grad/dino`: how hard each pushes the latent, in the first micro-batch, the weight included."""
 
+    config: FlowConfig
+    stateful = ("networks", "optimizer")
+
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
-        self.config = FlowConfig.from_mapping(config)
-        self.seed, self.step_count = seed, 0
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.begin(FlowConfig.from_mapping(config), seed, device)
         self.patches = load_photo_patches()
         self.features = self._load_features().to(self.device)
         torch.manual_seed(seed)
@@ -142,9 +141,7 @@ class FlowDinoKL(Training):
                 pushes |= loss_norms({"flow": found["loss_flow"], "dino": found["loss_dino"]}, [latent])
             (found["loss"] / self.config.accumulation).backward()
             seen.append({name: value.detach() for name, value in found.items()})
-        norm = total_norm(self.networks.parameters())
-        if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.networks.parameters(), self.config.max_grad_norm, norm)
+        norm = self.clip()
         readings = self.taps.read(self.step_count)
         self.optimizer.step()
         means = {name: torch.stack([found[name] for found in seen]).mean() for name in seen[0]}
@@ -205,28 +202,10 @@ class FlowDinoKL(Training):
                 "z_var": z.var(),
                 "psnr": (-10 * torch.log10((images - patches).square().mean(dim=(1, 2, 3)).clamp(min=1e-10))).mean(),
             }
-        return dict(zip(found, torch.stack([value.double() for value in found.values()]).tolist(), strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "networks": self.networks.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step_count": self.step_count,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.networks.load_state_dict(state["networks"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step_count = state["step_count"]
+        return numbers_of(found)
 
     def effective(self) -> dict[str, Any]:
-        return {
-            **asdict(self.config),
-            "optimizer": type(self.optimizer).__name__.lower(),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "dino_alpha": self.dino_alpha(self.config.steps),
-            "device": self.device.type,
-        }
+        return {**super().effective(), "dino_alpha": self.dino_alpha(self.config.steps)}
 
     # -- for preflight
 
@@ -244,23 +223,17 @@ class FlowDinoKL(Training):
         return torch.cat(micros).cpu().expand(-1, 3, -1, -1)
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of all pixels of the two parts of the photographs."""
-        parts = {"data/train": self.patches.train, "data/held_out": self.patches.held_out}
-        return {name: hashlib.sha256(b"".join(x.numpy().tobytes() for x in parts)).hexdigest() for name, parts in parts.items()}
+        return self.patches.fingerprints()
 
     # -- the parts of a step
 
     def _batch(self, n: int, micro: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The batch, from (seed, n, micro) only: patches `[batch, 1, 16, 16]`, conditions, the latents' noise, and t."""
         size = self.config.batch_size
-        patches, subjects = self.patches.train_batch(size, self._generator(n, micro, PATCH_STREAM))
-        generator = self._generator(n, micro, NOISE_STREAM)
+        patches, subjects = self.patches.train_batch(size, self._generator(n, PATCH_STREAM, 0, micro))
+        generator = self._generator(n, NOISE_STREAM, 0, micro)
         noise, t = torch.randn(size, PIXELS, generator=generator), torch.rand(size, generator=generator)
         return patches.to(self.device), _condition(patches, subjects).to(self.device), noise.to(self.device), t.to(self.device)
-
-    def _generator(self, n: int, micro: int, stream: int, rank: int = 0) -> torch.Generator:
-        state = np.random.SeedSequence([self.seed, n, rank, stream, micro]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state[0]))
 
     def _generate(self, count: int, noise: int) -> torch.Tensor:
         """`[count, 1, 16, 16]` in [0, 1], from the conditions of held-out patches; a non-finite pixel stays non-finite."""

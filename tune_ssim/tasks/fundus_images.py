@@ -7,7 +7,6 @@ wheel represent a user's own data.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.tasks.bundled import sha256_of
 
 CROP = 48  # pixels; 12 x 12 latents behind an f = 4 autoencoder
 IMAGES = ("retina", "immunohistochemistry", "microaneurysms", "astronaut", "coffee", "chelsea")  # all in the wheel
@@ -53,7 +53,7 @@ class FundusImages:
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of all pixels and crop origins of the two parts."""
         parts = {"data/train": (self.train, self.train_origins), "data/held_out": (self.held_out, self.held_out_origins)}
-        return {name: hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest() for name, tensors in parts.items()}
+        return {name: sha256_of(tensors) for name, tensors in parts.items()}
 
 
 def cut(image: torch.Tensor, origins: torch.Tensor, crop: int) -> torch.Tensor:

@@ -11,29 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional
 
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.losses import DecodedLoss, TimeLaw, euler_sample, noisy_latent, ssim, velocity_target, z0_from_velocity
 from tune_ssim.probes import content_id, tensor_hashes, total_norm
+from tune_ssim.tasks.bundled import WEIGHTS, BundledTraining, load_weights, numbers_of, sha256_of
 from tune_ssim.tasks.diffusers_vae import WEIGHTS_FILE as DIFFUSERS_FILE
 from tune_ssim.tasks.diffusers_vae import DiffusersVAE, load_diffusers_vae
 from tune_ssim.tasks.fundus_images import CROP, FACTOR, IMAGES, FundusImages, load_fundus_images, low_resolution
 from tune_ssim.tasks.fundus_networks import VAE, Denoiser
 from tune_ssim.tasks.image_folder import FolderImages, load_folder_images
-from tune_ssim.trials.training import Forward, Number, Part, Sample, Training
+from tune_ssim.tasks.task_config import NOT_NEGATIVE, POSITIVE, read_config
+from tune_ssim.trials.training import Forward, Number, Part, Sample
 
-WEIGHTS = Path(__file__).parent / "weights"
 VAE_FILE, DENOISER_FILE, EMA_FILE = "fundus_vae.safetensors", "fundus_denoiser.safetensors", "fundus_denoiser_ema.safetensors"
 PRESETS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "lr": 0.005, "max_grad_norm": None},  # collapses for real within 200 CPU steps
@@ -83,61 +81,44 @@ class FundusConfig:
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> FundusConfig:
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(config) - known):
-            raise UserError(f"fundus_sr: unknown key '{unknown[0]}'; known keys: {', '.join(sorted(known))}")
         preset = config.get("preset", "sgd")
         if preset not in PRESETS:
             raise UserError(f"fundus_sr: preset {preset!r}; valid: {', '.join(PRESETS)}")
         image = {} if config.get("data") else {"image": "retina"}
-        made = cls(**{**PRESETS[preset], **image, **config})
-        made._check()
-        return made
-
-    def _check(self) -> None:
-        if self.data is not None and self.image is not None:
-            raise UserError(f"fundus_sr: image {self.image!r} and data {self.data!r}; say one of them")
-        choices = {
-            "optimizer": ("sgd", "adamw"),
-            "precision": ("float32", "bf16", "fp16"),
-            "t_law": ("uniform", "shifted_sigmoid_normal"),
-            "data_errors": ("skip", "refuse"),
-        }
-        if self.data is None:
-            choices["image"] = IMAGES
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                raise UserError(f"fundus_sr: {name} {getattr(self, name)!r}; valid: {', '.join(valid)}")
-        for name in ("data", "vae", "weights"):
-            value = getattr(self, name)
+        made = read_config(
+            cls,
+            "fundus_sr",
+            {**PRESETS[preset], **image, **config},
+            choices={
+                "optimizer": ("sgd", "adamw"),
+                "precision": ("float32", "bf16", "fp16"),
+                "t_law": ("uniform", "shifted_sigmoid_normal"),
+                "data_errors": ("skip", "refuse"),
+                **({"image": IMAGES} if image else {}),
+            },
+            counts={"steps": 1, "batch_size": 1, "decode_chunk": 1, "data_side": 1},
+            multiples={"crop": 8, "width": 8},
+            numbers={"lr": NOT_NEGATIVE, **dict.fromkeys(("timestep_shift", "max_grad_norm", "ema_decay"), POSITIVE)},
+            optional=("max_grad_norm", "ema_decay", "data_side"),
+        )
+        if made.data is not None and made.image is not None:
+            raise UserError(f"fundus_sr: image {made.image!r} and data {made.data!r}; give one of them")
+        for name, value in {"data": made.data, "vae": made.vae, "weights": made.weights}.items():
             if value is not None and (not isinstance(value, str) or not value or "\0" in value):
                 raise UserError(f"fundus_sr: {name} must be a folder, got {value!r}")
-        units = {"steps": 1, "batch_size": 1, "decode_chunk": 1, "crop": 8, "width": 8, "data_side": 1}
-        for name, unit in units.items():
-            value = getattr(self, name)
-            if value is None and name == "data_side":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % unit:
-                words = "an integer >= 1" if unit == 1 else f"a positive multiple of {unit}"
-                raise UserError(f"fundus_sr: {name} must be {words}, got {value!r}")
-        for name in ("lr", "timestep_shift", "max_grad_norm", "ema_decay"):
-            value = getattr(self, name)
-            if value is None and name in ("max_grad_norm", "ema_decay"):
-                continue
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not 0 <= value < float("inf") or (value == 0 and name != "lr"):
-                raise UserError(f"fundus_sr: {name} must be a finite number {'>=' if name == 'lr' else '>'} 0, got {value!r}")
-        if self.ema_decay is not None and self.ema_decay >= 1:
-            raise UserError(f"fundus_sr: ema_decay must be below 1, got {self.ema_decay!r}")
+        if made.ema_decay is not None and made.ema_decay >= 1:
+            raise UserError(f"fundus_sr: ema_decay must be below 1, got {made.ema_decay!r}")
+        return made
 
 
-class FundusSR(Training):
+class FundusSR(BundledTraining):
     """Super-resolution fine-tuning; see the module."""
 
+    config: FundusConfig
+    stateful = ("model", "ema", "optimizer", "scaler")
+
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
-        self.config = FundusConfig.from_mapping(config)
-        self.seed, self.step_count = seed, 0
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.begin(FundusConfig.from_mapping(config), seed, device)
         self.images = self._load_images()
         self.fixed: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}  # inputs of inference, by (count, noise)
         torch.manual_seed(seed)  # only for random initial weights
@@ -174,9 +155,7 @@ class FundusSR(Training):
             self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = total_norm(self.model.parameters())
-        if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.max_grad_norm, norm)
+        norm = self.clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.is_enabled():
@@ -223,36 +202,10 @@ class FundusSR(Training):
             for i in range(FLOW_BINS):
                 t = torch.full((len(z0),), (i + 0.5) / FLOW_BINS, device=self.device)
                 metrics[f"flow_loss_bins/{i}"] = self._flow_loss(self.model, z0, initial, t, low)
-        names = list(metrics)
-        return dict(zip(names, torch.stack([metrics[name].double() for name in names]).tolist(), strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        averaged = {} if self.ema is None else {"ema": self.ema.state_dict()}
-        return {
-            "model": self.model.state_dict(),
-            **averaged,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step_count": self.step_count,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step_count = state["step_count"]
+        return numbers_of(metrics)
 
     def effective(self) -> dict[str, Any]:
-        group = self.optimizer.param_groups[0]
-        return {
-            **asdict(self.config),
-            **self.loss.effective(),
-            "optimizer": type(self.optimizer).__name__.lower(),
-            "lr": group["lr"],
-            "device": self.device.type,
-        }
+        return {**super().effective(), **self.loss.effective()}
 
     # -- for preflight and calibration
 
@@ -287,8 +240,8 @@ class FundusSR(Training):
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the two parts of the data, and of the inputs of inference."""
-        start = b"".join(x.numpy().tobytes() for noise in (0, 1) for x in self._fixed_inputs(EVALUATION_CROPS, noise))
-        return {**self.images.fingerprints(), "data/evaluation": hashlib.sha256(start).hexdigest()}
+        start = [tensor for noise in (0, 1) for tensor in self._fixed_inputs(EVALUATION_CROPS, noise)]
+        return {**self.images.fingerprints(), "data/evaluation": sha256_of(start)}
 
     # -- the parts of a step
 
@@ -306,10 +259,6 @@ class FundusSR(Training):
         with torch.no_grad():
             z0 = self.vae.encode(2 * crops - 1)
         return crops, 2 * low_resolution(crops, blur_noise) - 1, z0, noise, t
-
-    def _generator(self, n: int, stream: int, rank: int = 0) -> torch.Generator:
-        state = np.random.SeedSequence([self.seed, n, rank, stream]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state[0]))
 
     def _generate(self, model: Denoiser, noise: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """Samples in [0, 1]; clipped, but a non-finite pixel stays non-finite."""
@@ -434,29 +383,3 @@ def measured_latents(
     with torch.no_grad():
         latents = torch.cat([vae.encode(2 * chunk.to(device) - 1).cpu() for chunk in crops.split(8)])
     return latents.mean(dim=(0, 2, 3)).tolist(), latents.std(dim=(0, 2, 3)).tolist()
-
-
-def load_weights(module: torch.nn.Module, path: Path) -> None:
-    """Loads all tensors of `path`, strictly. A bundled file must have its recorded hash.
-
-    Raises UserError if there is no such file, and BadSetup if its contents do not fit `module`."""
-    sums = path.parent / "SHA256SUMS"
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    try:
-        if sums.exists():
-            recorded = {name: digest for digest, name in map(str.split, sums.read_text().splitlines())}
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-            if recorded.get(path.name, found) != found:
-                raise BadSetup(f"{path}: hash {found[:12]}… is not the recorded {recorded[path.name][:12]}…; reinstall")
-        tensors = load_file(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except BadSetup:
-        raise
-    except Exception as error:  # safetensors raises its own type for anything malformed
-        raise BadSetup(f"{path}: not a safetensors file ({error})") from None
-    try:
-        module.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise BadSetup(f"{path}: not the weights of this network: {' '.join(str(error).split())[:400]}") from None

@@ -7,7 +7,6 @@ drawn anew for every step, so the cross-entropy cannot reach zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from torch.nn import functional
 from tune_ssim.tasks.photo_patches import SUBJECTS
 
 LANGUAGE_FILE = "caption_language.safetensors"
-WEIGHTS = Path(__file__).parent / "weights"
 BRIGHTNESS = (("dark", "dim", "shadowy"), ("grey", "medium", "even"), ("bright", "pale", "light"))
 CONTRAST = (("flat", "plain", "smooth"), ("soft", "gentle", "mild"), ("rough", "busy", "sharp"))
 MEAN_BOUNDS, STD_BOUNDS = (0.45, 0.65), (0.1, 0.22)  # thirds of the training patches

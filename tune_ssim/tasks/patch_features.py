@@ -8,7 +8,6 @@ that returns a module from `[n, 3, H, W]` in [0, 1] to `[n, dim]`.
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,7 +16,6 @@ from tune_ssim.base.errors import UserError
 
 FEATURES = 32
 FEATURES_FILE = "patch_features.safetensors"
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 class PatchFeatures(nn.Module):

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from tune_ssim.tasks.bundled import sha256_of
+
 PATCH = 16  # pixels
 # Function of skimage.data → subject.
 PHOTOS: Mapping[str, str] = {
@@ -58,6 +60,10 @@ class PhotoPatches:
         for k, patches in enumerate(self.held_out):
             chosen.append(patches[torch.linspace(0, len(patches) - 1, int((subjects == k).sum())).round().long()])
         return torch.cat(chosen), subjects
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of all pixels of the two parts of the photographs."""
+        return {"data/train": sha256_of(self.train), "data/held_out": sha256_of(self.held_out)}
 
 
 @lru_cache(maxsize=1)

@@ -10,21 +10,19 @@ the note, there are 254 training patches and two per batch; the learning rates a
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from tune_ssim.base.errors import BadSetup, UserError
-from tune_ssim.probes import GradientTaps, total_norm
-from tune_ssim.tasks.fundus_sr import load_weights
+from tune_ssim.probes import GradientTaps
+from tune_ssim.tasks.bundled import WEIGHTS, BundledTraining, load_weights, sha256_of
 from tune_ssim.tasks.patch_captions import (
     ANSWER_TOKENS,
     IGNORED,
@@ -33,7 +31,6 @@ from tune_ssim.tasks.patch_captions import (
     QUESTIONS,
     VISUAL_TOKENS,
     VOCABULARY,
-    WEIGHTS,
     WIDTH,
     CaptionLanguage,
     attributes,
@@ -44,10 +41,10 @@ from tune_ssim.tasks.patch_captions import (
     sequence_of,
 )
 from tune_ssim.tasks.photo_patches import SUBJECTS, load_photo_patches
-from tune_ssim.tasks.task_config import read_config
+from tune_ssim.tasks.task_config import NOT_NEGATIVE, POSITIVE, read_config
 from tune_ssim.trials.checkpoint import STATE, TENSORS, load_checkpoint
 from tune_ssim.trials.quarantine import Ledger
-from tune_ssim.trials.training import Number, Part, Sample, Training
+from tune_ssim.trials.training import Number, Part, Sample
 
 TRAIN_PATCHES, EVALUATION_PATCHES, SMOKE_PATCHES = 254, 240, 48  # note 003 §2 has 254
 RUINED_PROXY = 0.001  # mean of an epoch, note 003 §3: below it the visual tokens are practically zero
@@ -75,7 +72,7 @@ class VLMConfig:
             "two_stage_vlm",
             config,
             counts={"steps": 1, "stage1_steps": 0, "batch_size": 1, "measure_every": 1},
-            numbers={"stage1_lr": (0, math.inf), "lr": (0, math.inf), "max_grad_norm": (1e-12, math.inf)},
+            numbers={"stage1_lr": NOT_NEGATIVE, "lr": NOT_NEGATIVE, "max_grad_norm": POSITIVE},
             optional=("max_grad_norm",),
         )
         if made.batch_size > TRAIN_PATCHES:
@@ -98,17 +95,18 @@ class Vision(nn.Module):
         return self.norm(self.body(4 * patches - 2).flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
 
 
-class TwoStageVLM(Training):
+class TwoStageVLM(BundledTraining):
     """See `trials.training.Training` for the contract.
 
     Metrics of a step: stage; in stage 1 loss_proxy; in stage 2 loss_caption in nats a token (and `loss_ce`, its usual name),
     label_fraction, the share of positions that count, and visual_scale, the ratio of visual tokens to word embeddings;
     `dbg/llm_trainable`, which must be 0; total_norm; epoch."""
 
+    config: VLMConfig
+    stateful = ("vision", "bridge", "optimizer")
+
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
-        self.config = VLMConfig.from_mapping(config)
-        self.seed, self.step_count = seed, 0
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.begin(VLMConfig.from_mapping(config), seed, device)
         self.patches, self.subjects = load_photo_patches().train_batch(TRAIN_PATCHES, torch.Generator().manual_seed(254))
         self.levels = attributes(self.patches)
         self.held_out, self.held_out_subjects = load_photo_patches().held_out_batch(EVALUATION_PATCHES)
@@ -146,9 +144,7 @@ class TwoStageVLM(Training):
             metrics |= {"loss_caption": loss.detach(), "loss_ce": loss.detach(), "label_fraction": label_fraction}
             metrics["visual_scale"] = scale
         loss.backward()
-        norm = total_norm(self.trainable_parameters())
-        if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.trainable_parameters(), self.config.max_grad_norm, norm)
+        norm = self.clip()
         readings = self.taps.read(self.step_count)
         self.optimizer.step()
         if stage == 1:
@@ -183,29 +179,17 @@ class TwoStageVLM(Training):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "vision": self.vision.state_dict(),
-            "bridge": self.bridge.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step_count": self.step_count,
-            "epoch_losses": list(self.epoch_losses),
-        }
+        return {**super().state_dict(), "epoch_losses": list(self.epoch_losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.vision.load_state_dict(state["vision"])
-        self.bridge.load_state_dict(state["bridge"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step_count, self.epoch_losses = state["step_count"], list(state["epoch_losses"])
+        super().load_state_dict(state)
+        self.epoch_losses = list(state["epoch_losses"])
 
     def effective(self) -> dict[str, Any]:
         """The parameters in force. The current stage's learning rate is read from the optimiser."""
-        rate = "stage1_lr" if self.config.stage1_steps > self.step_count else "lr"
-        return {
-            **asdict(self.config),
-            "optimizer": type(self.optimizer).__name__.lower(),
-            rate: self.optimizer.param_groups[0]["lr"],
-            "device": self.device.type,
-        }
+        found = super().effective()
+        is_stage1 = self.config.stage1_steps > self.step_count
+        return {**found, "stage1_lr": found["lr"], "lr": self.config.lr} if is_stage1 else found
 
     # -- for preflight
 
@@ -228,7 +212,7 @@ class TwoStageVLM(Training):
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of all pixels and subjects of the two parts of the data."""
         parts = {"data/train": (self.patches, self.subjects), "data/held_out": (self.held_out, self.held_out_subjects)}
-        return {name: hashlib.sha256(b"".join(x.numpy().tobytes() for x in parts)).hexdigest() for name, parts in parts.items()}
+        return {name: sha256_of(tensors) for name, tensors in parts.items()}
 
     # -- the two stages
 
@@ -334,10 +318,6 @@ class TwoStageVLM(Training):
                 following = self._logits(tokens, ids)[:, -1].argmax(dim=1)
                 ids = torch.cat([ids, following[:, None].cpu()], dim=1)
         return ids[:, len(prompt) :]
-
-    def _generator(self, n: int, stream: int, rank: int = 0) -> torch.Generator:
-        state = np.random.SeedSequence([self.seed, n, rank, stream]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state[0]))
 
 
 def ruined(what: str, square: float) -> str:

@@ -10,13 +10,11 @@ prior; if it is too large the posterior collapses within a few hundred steps.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -24,10 +22,11 @@ from torch.nn import functional
 from tune_ssim.losses import ssim
 from tune_ssim.losses.latent import active_units, kl_to_standard_normal, marginal_kl, reparameterise
 from tune_ssim.losses.schedules import Constant, CyclicalLinear, Linear, Schedule
-from tune_ssim.probes import GradientTaps, total_norm
+from tune_ssim.probes import GradientTaps
+from tune_ssim.tasks.bundled import BundledTraining, numbers_of
 from tune_ssim.tasks.photo_patches import PATCH, load_photo_patches
-from tune_ssim.tasks.task_config import read_config
-from tune_ssim.trials.training import Number, Part, Sample, Training
+from tune_ssim.tasks.task_config import NOT_NEGATIVE, POSITIVE, read_config
+from tune_ssim.trials.training import Number, Part, Sample
 
 LATENTS, WIDTH = 16, 128
 SMOKE_PATCHES, EVALUATION_PATCHES = 48, 240  # the same number from each of the twelve photographs
@@ -61,10 +60,10 @@ class VAEConfig:
             choices={"kl_schedule": SCHEDULES},
             counts={"steps": 1, "batch_size": 2, "measure_every": 1},  # the variance over a batch needs two
             numbers={
-                "lr": (0, math.inf),
+                "lr": NOT_NEGATIVE,
                 "beta1": (0, 0.9999),
-                "max_grad_norm": (1e-12, math.inf),
-                "kl_alpha": (0, math.inf),
+                "max_grad_norm": POSITIVE,
+                "kl_alpha": NOT_NEGATIVE,
                 "kl_max_variance": (1.001, math.inf),
             },
             optional=("max_grad_norm", "kl_max_variance"),
@@ -104,17 +103,18 @@ class Decoder(nn.Module):
         return self.body(z).view(-1, 1, PATCH, PATCH)  # type: ignore[no-any-return]
 
 
-class VAEKL(Training):
+class VAEKL(BundledTraining):
     """See `trials.training.Training` for the contract.
 
     Metrics of a step: loss = loss_reconstruction + loss_kl; loss_kl = alpha · kl_raw; kl_raw in nats, a mean over the batch;
     active_units: how many of the 16 latents depend on the patch (Burda et al. 2016); z_init/marginal_kl: how far all latents
     together are from the prior."""
 
+    config: VAEConfig
+    stateful = ("encoder", "decoder", "optimizer")
+
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
-        self.config = VAEConfig.from_mapping(config)
-        self.seed, self.step_count = seed, 0
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.begin(VAEConfig.from_mapping(config), seed, device)
         self.patches = load_photo_patches()
         torch.manual_seed(seed)
         self.encoder, self.decoder = Encoder().to(self.device), Decoder().to(self.device)
@@ -141,9 +141,7 @@ class VAEKL(Training):
 
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = total_norm(self.trainable_parameters())
-        if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.trainable_parameters(), self.config.max_grad_norm, norm)
+        norm = self.clip()
         readings = self.taps.read(self.step_count)
         self.optimizer.step()
         return {
@@ -191,32 +189,11 @@ class VAEKL(Training):
                 "psnr": (-10 * torch.log10(error.clamp(min=1e-10))).mean(),
                 "ssim": ssim(images, patches).mean(),
             }
-        return dict(zip(found, torch.stack([value.double() for value in found.values()]).tolist(), strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "encoder": self.encoder.state_dict(),
-            "decoder": self.decoder.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step_count": self.step_count,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.encoder.load_state_dict(state["encoder"])
-        self.decoder.load_state_dict(state["decoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step_count = state["step_count"]
+        return numbers_of(found)
 
     def effective(self) -> dict[str, Any]:
-        group = self.optimizer.param_groups[0]
-        return {
-            **asdict(self.config),
-            "optimizer": type(self.optimizer).__name__.lower(),
-            "lr": group["lr"],
-            "beta1": group["betas"][0],
-            "kl_alpha": self.alpha(self.config.steps),
-            "device": self.device.type,
-        }
+        beta1 = self.optimizer.param_groups[0]["betas"][0]
+        return {**super().effective(), "beta1": beta1, "kl_alpha": self.alpha(self.config.steps)}
 
     # -- for preflight
 
@@ -231,9 +208,7 @@ class VAEKL(Training):
         return self._batch(n)[0].cpu().expand(-1, 3, -1, -1)
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of all pixels of the two parts of the photographs."""
-        parts = {"data/train": self.patches.train, "data/held_out": self.patches.held_out}
-        return {name: hashlib.sha256(b"".join(x.numpy().tobytes() for x in parts)).hexdigest() for name, parts in parts.items()}
+        return self.patches.fingerprints()
 
     # -- the parts of a step
 
@@ -242,7 +217,3 @@ class VAEKL(Training):
         patches, _ = self.patches.train_batch(self.config.batch_size, self._generator(n, PATCH_STREAM))
         noise = torch.randn(self.config.batch_size, LATENTS, generator=self._generator(n, NOISE_STREAM))
         return patches.to(self.device), noise.to(self.device)
-
-    def _generator(self, n: int, stream: int, rank: int = 0) -> torch.Generator:
-        state = np.random.SeedSequence([self.seed, n, rank, stream]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state[0]))
