@@ -21,6 +21,7 @@ from tune_ssim.guards.watch import named
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel
 from tune_ssim.records import SMOKE, TOTAL_NORM
 from tune_ssim.study.space import MAX_T, WEIGHT
+from tune_ssim.trials.training import same_setting
 
 # Two starts with the same seed differ by what the kernels leave to chance: 0 on CPUs, 3e-3 in bf16 (tests/test_calibrate.py).
 # Another batch differs by tens of percent (FACTS §1).
@@ -113,7 +114,7 @@ def _settings(start: Start) -> Iterator[Check]:
     """Settings that the program echoes differently from how they were given."""
     for name, asked in start.job.config.items():
         found = start.settings.get(name, asked)
-        if not rules.same(asked, found):
+        if not same_setting(asked, found):
             yield rules.parameter(name, asked, found)
 
 
