@@ -8,7 +8,6 @@ from typing import Any
 
 from tune_ssim.guards import EpochMean, FirstValue, Guard, MovingMean, NonFinite, Rule, Threshold, Trend, Violation
 from tune_ssim.guards.trend import BUFFER
-from tune_ssim.guards.watch import SEVERITY
 from tune_ssim.records import Record
 
 State = dict[str, Any]
@@ -20,7 +19,7 @@ def violations_of(guards: Sequence[Guard], records: Sequence[Record]) -> tuple[l
     found = []
     for record in records:
         of_record = [violation for guard in guards if (violation := step(guard, states[guard.name], record)) is not None]
-        found.append(sorted(of_record, key=lambda violation: SEVERITY.index(violation.action)))
+        found.append(sorted(of_record, key=lambda violation: -violation.action.severity))
     return [violations for violations in found if violations], states
 
 
@@ -51,7 +50,9 @@ def measured(record: Record, metric: str, over: str | None) -> float | None:
     below = record.values.get(over)
     if below is None:
         return None
-    return value / below if below else 0.0 if not value else math.copysign(math.inf, value)
+    if below:
+        return value / below
+    return value if not value or math.isnan(value) else math.copysign(math.inf, value)
 
 
 def rule_step(rule: Rule, state: State, record: Record) -> Violation | None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.cli.app import exit_code
 from tune_ssim.cli.log_arguments import open_log
 from tune_ssim.guards import Threshold, Violation, Watch
+from tune_ssim.guards.baseline_log import baseline_of_source
 from tune_ssim.guards.branch_report import judge_branch
 from tune_ssim.guards.curves import MAX_BLOCKS, Curve
-from tune_ssim.guards.log_check import LogCheck, baseline_of, check_log, ours_of
+from tune_ssim.guards.log_check import LogCheck, check_log
 from tune_ssim.guards.rule_pack import Branch, load_rules
 from tune_ssim.records import Record
+from tune_ssim.records.readers.values import usual_names
+from tune_ssim.records.record_table import Column
 
 ROOT = Path(__file__).resolve().parents[1]
 RUINED = {
@@ -281,16 +284,20 @@ def test_a_branch_whose_alert_holds_at_the_end_does_not_work() -> None:
     assert "dino_stuck holds since step" in found["findings"][0]["sentence"]
 
 
+def column(steps: Sequence[int], values: Iterable[float]) -> Column:
+    return Column(range(len(steps)), steps, list(map(float, values)))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_regulariser_that_holds_still_works_whichever_way_its_noise_goes(seed: int) -> None:
     pack = load_rules("flow_dino_kl")
     kl = next(branch for branch in pack.branches if branch.may_rise)
     curve = Curve()
-    curve.add(range(2000), 3 + 0.1 * np.random.default_rng(seed).standard_normal(2000))
+    curve.add(column(range(2000), 3 + 0.1 * np.random.default_rng(seed).standard_normal(2000)))
     found = judge_branch(pack, kl, {"kl_raw": curve}).findings[0]
     assert found.answer == "yes" and "has settled" in found.sentence
     rising = Curve()
-    rising.add(range(2000), 3 + np.arange(2000) / 500 + 0.1 * np.random.default_rng(seed).standard_normal(2000))
+    rising.add(column(range(2000), 3 + np.arange(2000) / 500 + 0.1 * np.random.default_rng(seed).standard_normal(2000)))
     assert judge_branch(pack, kl, {"kl_raw": rising}).findings[0].answer == "unknown"
 
 
@@ -307,10 +314,10 @@ def test_a_loss_that_falls_at_the_very_end_has_not_risen(low: int) -> None:
     values = 2.5 + 0.05 * np.random.default_rng(0).standard_normal(1500)
     values[-low:] -= 1
     curve = Curve()
-    curve.add(range(1500), values)
+    curve.add(column(range(1500), values))
     found = judge_branch(load_rules("ssim"), Branch("training", "loss", may_be_flat=True), {"loss": curve}).findings[0]
     assert found.answer != "no"
-    curve.add(range(1500, 2000), values[:500])
+    curve.add(column(range(1500, 2000), values[:500]))
     found = judge_branch(load_rules("ssim"), Branch("training", "loss", may_be_flat=True), {"loss": curve}).findings[0]
     assert found.answer == "no" if low == 150 else found.answer in ("no", "unknown")
 
@@ -338,7 +345,7 @@ def test_a_log_that_is_mostly_unread_is_not_healthy(tmp_path: Path, capsys: pyte
 def test_few_records_say_nothing_of_a_branch() -> None:
     pack = load_rules("flow_dino_kl")
     curve = Curve()
-    curve.add(range(10), [1.0 / (i + 1) for i in range(10)])
+    curve.add(column(range(10), [1.0 / (i + 1) for i in range(10)]))
     report = judge_branch(pack, pack.branches[0], {"loss_flow": curve})
     assert report.verdict == "unknown"
 
@@ -349,7 +356,7 @@ def test_a_curve_is_of_bounded_size_and_keeps_the_extremes(values: list[float], 
     curve = Curve()
     for start in range(0, len(values), chunk):
         part = values[start : start + chunk]
-        curve.add(range(start, start + len(part)), part)
+        curve.add(column(range(start, start + len(part)), part))
     assert len(curve.steps) <= MAX_BLOCKS
     assert curve.records == len(values)
     seen = [value for value in values[: int(curve.steps[-1]) + 1 if len(curve.steps) else 0] if math.isfinite(value)]
@@ -364,15 +371,15 @@ def test_a_curve_is_the_same_in_whatever_pieces_it_comes(pieces: list[int]) -> N
     count = sum(pieces)
     values = [math.nan if step % 7 == 3 else 0.0 if step % 5 == 0 else math.sin(step) for step in range(count)]
     whole, pieced = Curve(), Curve()
-    whole.add(range(count), values)
+    whole.add(column(range(count), values))
     for end, piece in zip(accumulate(pieces), pieces, strict=True):
-        pieced.add(range(end - piece, end), values[end - piece : end])
+        pieced.add(column(range(end - piece, end), values[end - piece : end]))
     assert repr(whole) == repr(pieced)
 
 
 def test_a_block_of_a_curve() -> None:
     curve = Curve()
-    curve.add(range(MAX_BLOCKS), [1.0, 3.0, math.nan, 0.0, math.inf, math.nan] + [2.0] * (MAX_BLOCKS - 6))
+    curve.add(column(range(MAX_BLOCKS), [1.0, 3.0, math.nan, 0.0, math.inf, math.nan] + [2.0] * (MAX_BLOCKS - 6)))
     assert len(curve.steps) == MAX_BLOCKS / 2 and curve.steps[:3] == [1, 3, 5] and curve.steps[-1] == MAX_BLOCKS - 1
     assert curve.mean[:2] == [2, 0] and (curve.low[0], curve.high[0]) == (1, 3) and curve.mean[3] == 2
     assert (curve.zero[:3], curve.broken[:3]) == ([0, 0.5, 0], [0, 0.5, 1])
@@ -390,7 +397,7 @@ def norms(level: float, count: int = 200, active: bool = True) -> list[Record]:
 @pytest.mark.parametrize(("active", "word"), [(True, "paired"), (False, "unpaired")])
 def test_the_norm_is_compared_with_the_baselines(tmp_path: Path, active: bool, word: str) -> None:
     write_csv(tmp_path / "pixel.csv", norms(1.0, active=active))
-    baseline = baseline_of(open_log(str(tmp_path / "pixel.csv"), {}))
+    baseline = baseline_of_source(open_log(str(tmp_path / "pixel.csv"), {}), "--baseline pixel.csv")
     report = checked(write_csv(tmp_path / "run.csv", norms(15.0, active=active)), baseline=baseline)
     alert = next(alert for alert in report["alerts"] if alert["guard"] == "norm_ratio")
     assert (alert["step"], alert["value"]) == (10, 15.0)
@@ -402,8 +409,8 @@ def test_the_norm_is_compared_with_the_baselines(tmp_path: Path, active: bool, w
 
 def test_a_baseline_without_norms_is_refused(tmp_path: Path) -> None:
     write_csv(tmp_path / "pixel.csv", records(30, loss=flat(1)))
-    with pytest.raises(UserError, match="the baseline's log has no metric total_norm; saw loss"):
-        baseline_of(open_log(str(tmp_path / "pixel.csv"), {}))
+    with pytest.raises(UserError, match=r"--baseline pixel.csv: no total_norm in it, found loss; `--map"):
+        baseline_of_source(open_log(str(tmp_path / "pixel.csv"), {}), "--baseline pixel.csv")
 
 
 # ---- the command line
@@ -472,10 +479,11 @@ def test_usual_names_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str
     code, out, _ = run(capsys, tmp_path / "metrics.csv", "--map", "val_loss=loss")
     assert code == 0 and "taken for loss" not in out
     for theirs in ("grad_norm", "train/grad_norm", "grad_2.0_norm_total", "gnorm", "GradNorm"):
-        assert ours_of(["loss", theirs]) == {theirs: "total_norm"}
+        assert usual_names(["loss", theirs]) == {theirs: "total_norm"}
     for theirs in ("train_loss", "train/loss", "Train Loss", "loss_total", "training/loss_step"):
-        assert ours_of(["acc", "val_loss", theirs]) == {theirs: "loss"}
-    assert ours_of(["train/loss", "loss_total"]) == ours_of(["val/loss", "loss_flow"]) == ours_of(["loss", "train_loss"]) == {}
+        assert usual_names(["acc", "val_loss", theirs]) == {theirs: "loss"}
+    for metrics in (["train/loss", "loss_total"], ["val/loss", "loss_flow"], ["loss", "train_loss"]):
+        assert usual_names(metrics) == {}
 
 
 def test_a_half_precision_run_that_died_is_not_healthy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def test_a_table_is_its_records() -> None:
     assert table.metrics == ("a", "b")
     assert table.grows
     assert Table.of(table) is table
-    columns = Table([1, 2], columns={"a": np.array([0.5, 1.5]), "b": [2.0, 3.0]})
+    columns = Table([1, 2], columns={"a": (0.5, 1.5), "b": [2.0, 3.0]})
     assert list(columns) == [Record(1, {"a": 0.5, "b": 2.0}), Record(2, {"a": 1.5, "b": 3.0})]
     assert list(columns[1:]) == [Record(2, {"a": 1.5, "b": 3.0})]
     assert type(columns[0].values["a"]) is float

@@ -42,7 +42,8 @@ def check(
     """
     from tune_ssim.cli.check_text import format_alert, format_check
     from tune_ssim.cli.log_arguments import open_log, pairs
-    from tune_ssim.guards.log_check import baseline_of, check_log
+    from tune_ssim.guards.baseline_log import baseline_of_source
+    from tune_ssim.guards.log_check import check_log
 
     target = None if picture is None else output_file(picture, "--picture")
     if target is not None and target.suffix.lower() != ".png":
@@ -51,7 +52,7 @@ def check(
         require("matplotlib")  # checked before the log is read
     renamed, console = pairs("--map", names), make_console()
     ascii_only = console.options.ascii_only
-    compared = None if baseline is None else baseline_of(open_log(baseline, renamed, pattern))
+    compared = None if baseline is None else baseline_of_source(open_log(baseline, renamed, pattern), f"--baseline {baseline}")
     report = check_log(
         open_log(log, renamed, pattern, follow=follow),
         packs=packs,

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from tune_ssim.records.record_table import Column
+
 MAX_BLOCKS = 1024  # even; more than the pixel columns of a plot
 
 
@@ -27,32 +29,34 @@ class Curve:
     _steps: list[float] = field(default_factory=list)  # records that do not fill a block yet
     _values: list[float] = field(default_factory=list)
 
-    def add(self, steps: Sequence[float], values: Sequence[float]) -> None:
-        self.records += len(steps)
-        all_steps, all_values = [*self._steps, *steps], [*self._values, *values]
+    def add(self, column: Column) -> None:
+        self.records += len(column.steps)
+        steps, values = [*self._steps, *column.steps], [*self._values, *column.values]
+        all_finite = column.all_finite and all(map(math.isfinite, self._values))
         begin = 0
-        while begin + self._per_block <= len(all_steps):
+        while begin + self._per_block <= len(steps):
             end = begin + self._per_block
-            self._append(all_steps[end - 1], all_values[begin:end])
+            self._append(steps[end - 1], values[begin:end], all_finite)
             if len(self.steps) == MAX_BLOCKS:
                 self._halve()
             begin = end
-        self._steps, self._values = all_steps[begin:], all_values[begin:]
+        self._steps, self._values = steps[begin:], values[begin:]
 
     def levels(self, count: int) -> list[float]:
         """Means over `count` equal parts of the log; NaN if a part has no finite value. Fewer parts if there are fewer blocks."""
         parts = min(count, len(self.mean)) or 1
         size, longer = divmod(len(self.mean), parts)
         ends = [size * (k + 1) + min(k + 1, longer) for k in range(parts)]
-        return [finite_mean(self.mean[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
+        return [_mean(list(filter(math.isfinite, self.mean[begin:end]))) for begin, end in zip([0, *ends], ends, strict=False)]
 
-    def _append(self, step: float, values: list[float]) -> None:
-        finite = values if all(map(math.isfinite, values)) else list(filter(math.isfinite, values))
+    def _append(self, step: float, values: list[float], all_finite: bool) -> None:
+        finite = values if all_finite else list(filter(math.isfinite, values))
+        low, high = min(finite, default=math.nan), max(finite, default=math.nan)
         self.steps.append(step)
-        self.mean.append(finite_mean(finite))
-        self.low.append(min(finite, default=math.nan))
-        self.high.append(max(finite, default=math.nan))
-        self.zero.append(values.count(0.0) / len(values))
+        self.mean.append(_mean(finite))
+        self.low.append(low)
+        self.high.append(high)
+        self.zero.append(finite.count(0.0) / len(values) if low <= 0 <= high else 0.0)
         self.broken.append(1 - len(finite) / len(values))
 
     def _halve(self) -> None:
@@ -68,10 +72,9 @@ class Curve:
         self._per_block *= 2
 
 
-def finite_mean(values: Sequence[float]) -> float:
-    """NaN if none is finite."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
+def _mean(values: Sequence[float]) -> float:
+    """NaN if there are none."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def _weighted(means: Sequence[float], shares: Sequence[float]) -> float:

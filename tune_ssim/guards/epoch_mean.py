@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import as_action, check_band, check_count, describe_band
-from tune_ssim.guards.guard import Found, State, TableGuard
+from tune_ssim.guards.condition import Band, check_count
+from tune_ssim.guards.guard import Found, State
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import EPOCH, Record
@@ -14,7 +14,7 @@ from tune_ssim.records.record_table import Table
 
 
 @dataclass(frozen=True)
-class EpochMean(TableGuard):
+class EpochMean(Band):
     """Fires when the mean of `metric` over an epoch is outside [`lower`, `upper`] (SEEDS D1). NaN counts as outside.
 
     The epoch comes from the metric `epoch` (2.7 is in epoch 2), or from the step if `steps_per_epoch` is set. An epoch is
@@ -22,19 +22,15 @@ class EpochMean(TableGuard):
     epoch: judge only this epoch, counting from 1 at the start of the log.
     """
 
-    metric: str
-    lower: float = -math.inf
-    upper: float = math.inf
     action: Action = Action.ABORT
     epoch: int | None = None
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        check_band(self.lower, self.upper)
-        object.__setattr__(self, "action", as_action(self.action))
+        super().__post_init__()
         for name in ("epoch", "steps_per_epoch"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+            if (count := vars(self)[name]) is not None:
+                check_count(name, count)
 
     @property
     def name(self) -> str:
@@ -83,13 +79,11 @@ class EpochMean(TableGuard):
     def _judge(self, state: State) -> None:
         mean = state["sum"] / state["count"]
         about = self.epoch is None or self.epoch == state["number"]
-        state |= {"judged": state["number"], "value": mean, "holds": about and not self.lower <= mean <= self.upper}
+        state |= {"judged": state["number"], "value": mean, "holds": about and self.is_outside(mean)}
 
     def finding(self, state: State) -> Violation:
-        value = state["value"]
-        limit = self.lower if value < self.lower or self.upper == math.inf else self.upper
-        sentence = f"the mean of {self.metric} over epoch {state['judged']} is {value:.4g}, {describe_band(self.lower, self.upper)}"
-        return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
+        subject = f"the mean of {self.metric} over epoch {state['judged']} is"
+        return self.violation(state["last_step"], state["value"], subject)
 
     def unjudged(self, state: State) -> str | None:
         if self.epoch is not None and state["judged"] >= self.epoch:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import as_action, check_band, check_count, describe_band, measured_column
-from tune_ssim.guards.guard import Found, State, TableGuard
+from tune_ssim.guards.condition import RatioBand, check_count
+from tune_ssim.guards.guard import Found, State
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records.record_table import Table
@@ -16,37 +15,26 @@ BLOCKS = 20  # blocks per window, as in `Trend`; the window advances by one bloc
 
 
 @dataclass(frozen=True)
-class MovingMean(TableGuard):
+class MovingMean(RatioBand):
     """Fires when the mean of `metric` over the last `steps` training steps is outside [`lower`, `upper`]. NaN counts as outside.
 
-    over: another metric; judge the mean of the ratio. The window has BLOCKS blocks of steps/BLOCKS steps, or of one record if
-    the training logs less often, so it may span more steps. after: steps before it are not judged.
+    over: judge the mean of the ratio. The window has BLOCKS blocks of steps/BLOCKS steps, or of one record if the training logs
+    less often, so it may span more steps.
     from_start: if the mean of the first window is within the bounds, later windows are not judged, and neither is a log that
     starts after `steps`. (For a learning rate that decays to zero.)
     """
 
-    metric: str
-    lower: float = -math.inf
-    upper: float = math.inf
     steps: int = 200  # note 002 §7
-    over: str | None = None
-    after: int = 0
     action: Action = Action.WARN
     from_start: bool = False
 
     def __post_init__(self) -> None:
-        check_band(self.lower, self.upper)
+        super().__post_init__()
         check_count("steps", self.steps, minimum=BLOCKS)
-        check_count("after", self.after, minimum=0)
-        object.__setattr__(self, "action", as_action(self.action))
 
     @property
     def name(self) -> str:
-        return f"moving_mean:{self._what}"
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return (self.metric,) if self.over is None else (self.metric, self.over)
+        return f"moving_mean:{self.quantity}"
 
     def init(self) -> State:
         """sum, count: of the current block, which ends before step `end`. sums, counts, starts: of the latest BLOCKS complete
@@ -58,10 +46,10 @@ class MovingMean(TableGuard):
         }  # fmt: skip
 
     def fold(self, state: State, table: Table) -> list[Found]:
-        column = measured_column(table, self.metric, self.over)
+        column = self.column(table)
         if column is None:
             return []
-        found, begin, count = [], bisect_right(column.steps, state["last_step"]), len(column)
+        found, begin, count = [], bisect_right(column.steps, state["last_step"]), len(column.steps)
         while begin < count:
             if column.steps[begin] >= state["end"]:
                 violation = self._close(state, column.steps[begin])
@@ -84,7 +72,7 @@ class MovingMean(TableGuard):
                 del state[name][:-BLOCKS]
             if len(state["sums"]) == BLOCKS and not state["over"]:
                 state |= {"value": sum(state["sums"]) / sum(state["counts"]), "until": state["last_step"]}
-                state["holds"] = not self.lower <= state["value"] <= self.upper
+                state["holds"] = self.is_outside(state["value"])
                 state["over"] = self.from_start and not state["holds"]
         elif self.from_start:
             state["over"] = step > self.after + self.steps
@@ -92,22 +80,12 @@ class MovingMean(TableGuard):
         return self.finding(state) if state["holds"] and not held else None
 
     def finding(self, state: State) -> Violation:
-        value = state["value"]
-        limit = self.lower if value < self.lower or self.upper == math.inf else self.upper
-        sentence = (
-            f"the mean of {self._what} over steps {state['starts'][0]}-{state['until']} is {value:.4g}, "
-            f"{describe_band(self.lower, self.upper)}"
-        )
-        return Violation(self.name, state["last_step"], self.metric, value, limit, self.action, sentence)
+        subject = f"the mean of {self.quantity} over steps {state['starts'][0]}-{state['until']} is"
+        return self.violation(state["last_step"], state["value"], subject)
 
     def unjudged(self, state: State) -> str | None:
         if state["value"] is None and state["over"]:
             return f"what counts are the first {self.steps} steps; the log begins later"
         if state["value"] is None:
-            begun = "" if not self.after else f" after step {self.after}"
-            return f"a mean over {self.steps} steps needs {BLOCKS} records that span them{begun}; the log ends before"
+            return f"a mean over {self.steps} steps needs {BLOCKS} records that span them{self.begun}; the log ends before"
         return None
-
-    @property
-    def _what(self) -> str:
-        return self.metric if self.over is None else f"{self.metric} / {self.over}"

@@ -68,9 +68,6 @@ class NonFinite(TableGuard):
             state["skipped"], state["last_step"] = 0, last
         return []
 
-    def unjudged(self, state: State) -> str | None:
-        return None
-
     def _violation(self, step: int, metric: str, value: float, sentence: str) -> Violation:
         cause = "a step too large, or numbers that half precision cannot hold"
         remedy = "lower the learning rate, or the gain of an auxiliary loss; clip the gradient; compute losses in float32"

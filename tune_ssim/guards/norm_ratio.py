@@ -10,14 +10,14 @@ from statistics import median
 from typing import Literal
 
 from tune_ssim.guards.baseline import Baseline
-from tune_ssim.guards.guard import State
+from tune_ssim.guards.guard import Guard, State
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM, TOTAL_NORM_MAIN, Record
 
 
 @dataclass(frozen=True)
-class RequireTotalNorm:
+class RequireTotalNorm(Guard):
     """Stands in for `NormRatio` in a baseline run: there is nothing to compare with yet, but total_norm is required."""
 
     name = "norm_ratio"
@@ -29,12 +29,9 @@ class RequireTotalNorm:
     def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
         return state, None
 
-    def unjudged(self, state: State) -> str | None:
-        return None
-
 
 @dataclass(frozen=True)
-class NormRatio:
+class NormRatio(Guard):
     """Limits the median pre-clip `total_norm` of the last `window` active steps, relative to the baseline on the same steps.
 
     Uses medians because norms are heavy-tailed, and only active steps because with few samples under `max_t` most steps have

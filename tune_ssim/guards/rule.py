@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tune_ssim.guards.condition import Condition, as_action
+from tune_ssim.guards.condition import Condition, set_action
 from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
@@ -33,7 +33,7 @@ class Rule(TableGuard):
     def __post_init__(self) -> None:
         if not self.when:
             raise ValueError("a rule needs at least one condition")
-        object.__setattr__(self, "action", as_action(self.action))
+        set_action(self)
 
     @property
     def about(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tune_ssim.guards.guard import State
+from tune_ssim.guards.guard import Guard, State
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import SMOKE, SMOKE_AGAIN, Record
 
@@ -33,7 +33,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class SmokeTest:
+class SmokeTest(Guard):
     """Judges the statistics that `probes.collapse` computes from a `Sample`. Missing statistics are not judged.
 
     The first samples are compared with the autoencoder's reconstructions if there are any, later samples with the first.

@@ -10,8 +10,8 @@ from itertools import pairwise
 from operator import lt, mul
 from typing import Any, Literal, NamedTuple
 
-from tune_ssim.guards.condition import as_action, check_count
-from tune_ssim.guards.guard import Found, State, TableGuard
+from tune_ssim.guards.condition import Condition, check_count, set_action
+from tune_ssim.guards.guard import Found, State
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records.record_table import Table
@@ -36,7 +36,7 @@ STALL_SIGMAS = 3.5
 
 
 @dataclass(frozen=True)
-class Trend(TableGuard):
+class Trend(Condition):
     """Fires when `metric` is "rising", or "not falling", over a window of at least `steps` training steps.
 
     A window has BLOCKS blocks of steps/BLOCKS steps, or of one record if the training logs less often, so it may span more
@@ -67,7 +67,7 @@ class Trend(TableGuard):
         for name, most in (("by", math.inf), ("settled", 1.0)):
             if not 0 <= getattr(self, name) < most:
                 raise ValueError(f"{name} must be >= 0{'' if most == math.inf else ' and < 1'}, got {getattr(self, name)}")
-        object.__setattr__(self, "action", as_action(self.action))
+        set_action(self)
 
     @property
     def name(self) -> str:
@@ -101,14 +101,14 @@ class Trend(TableGuard):
         found, begin, count = [], bisect_right(steps, state["last_step"]), len(steps)
         while begin < count:
             # Up to and including the value that closes the block.
-            stop = min(begin + BUFFER - len(state["values"]), count)
-            end = bisect_left(steps, state["end"], begin, stop) + 1
-            state["values"] += values[begin : min(end, stop)]
-            if nans and bisect_left(nans, begin) < bisect_left(nans, min(end, stop)):
+            room = BUFFER - len(state["values"])
+            end = min(bisect_left(steps, state["end"], begin, min(begin + room, count)) + 1, begin + room, count)
+            state["values"] += values[begin:end]
+            if nans and bisect_left(nans, begin) < bisect_left(nans, end):
                 state["nan"] = True
-            begin = min(end, stop)
+            begin = end
             state["last_step"] = steps[begin - 1]
-            if end <= stop or len(state["values"]) == BUFFER:
+            if steps[begin - 1] >= state["end"] or len(state["values"]) == BUFFER:
                 violation = self._close(state, steps[begin - 1])
                 if violation is not None:
                     found.append((rows[begin - 1], violation))
@@ -121,9 +121,11 @@ class Trend(TableGuard):
             state["start"], state["end"] = step, step + self.steps / BLOCKS
         elif step >= state["end"]:
             newest = values.pop()
-            level = (block[0] + (len(values) * _centre(values) if values else 0.0)) / (block[1] + len(values))
+            count = len(values)
+            level = (block[0] + (count * _centre(values) if count else 0.0)) / (block[1] + count)
             self._judge(state, state["start"], level)
-            state |= {"values": [newest], "block": [0.0, 0], "start": step, "end": step + self.steps / BLOCKS}
+            state["values"], state["block"] = [newest], [0.0, 0]
+            state["start"], state["end"] = step, step + self.steps / BLOCKS
         if len(state["values"]) == BUFFER:
             state["block"] = [block[0] + BUFFER * _centre(values), block[1] + BUFFER]
             state["values"] = []
@@ -164,7 +166,7 @@ class Trend(TableGuard):
     def _decide(self, state: State, scale: int, line: Line) -> bool:
         """Judges the window of a scale. False if it is inconclusive."""
         levels, starts = state["scales"][scale]["levels"], state["scales"][scale]["starts"]
-        rise, min_change = line.rise, self.by * 2**scale * abs(sum(levels) / BLOCKS)
+        rise, min_change = line.rise, self.by * 2**scale * abs(line.middle)
         if state["holds"] and rise >= 0:
             return False
         if not state["holds"] and self.trend == "rising" and rise <= 0:

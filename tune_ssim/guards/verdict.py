@@ -49,12 +49,16 @@ class Verdict(_Word):
 
 
 class Action(_Word):
-    """The action that a guard requests when it fires."""
+    """The action that a guard requests when it fires, the mildest first."""
 
     WARN = "warn"  # recorded only
     PROBE = "probe"  # run a smoke test now, which decides
     PRUNE = "prune"
     ABORT = "abort"  # the set-up is at fault, not the setting
+
+    @property
+    def severity(self) -> int:
+        return list(Action).index(self)
 
     @property
     def ends_trial(self) -> bool:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from tune_ssim.guards.guard import Found, Guard, State, TableGuard
+from tune_ssim.guards.guard import Found, Guard, State, is_named
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
 
 GRACE_RECORDS = 20  # records (distinct steps) within which every required metric must appear
 MAX_SHOWN_NAMES = 50  # metric names kept for the message of MissingMetric
-WILDCARD_ENDINGS = ("/", "*")  # a metric with this ending matches every name with that prefix
-SEVERITY = ("abort", "prune", "probe", "warn")
 
 
 class MissingMetric(ValueError):
@@ -74,18 +72,9 @@ class Watch:
     def _fold(self, table: Table) -> list[list[Violation]]:
         found: list[Found] = []
         for guard in self.guards:
-            if isinstance(guard, TableGuard):
-                found += guard.fold(self._states[guard.name], table)
-            elif len(table) == 1 or not guard.metrics or any(named(metric, table.metrics) for metric in guard.metrics):
-                found += self._fold_records(guard, table)  # otherwise the guard ignores these records
-        found.sort(key=lambda one: (one[0], SEVERITY.index(one[1].action)))
+            found += guard.fold(self._states[guard.name], table)
+        found.sort(key=lambda one: (one[0], -one[1].action.severity))
         return [[violation for _, violation in of_row] for _, of_row in groupby(found, key=itemgetter(0))]
-
-    def _fold_records(self, guard: Guard, table: Table) -> Iterator[Found]:
-        for row, record in enumerate(table):
-            self._states[guard.name], violation = guard.update(self._states[guard.name], record)
-            if violation is not None:
-                yield row, violation
 
     def fold(self, records: Iterable[Record]) -> list[Violation]:
         """Violations up to and including the first that ends the run. Later records are not processed."""
@@ -145,19 +134,18 @@ class Watch:
         if self._searched.issuperset(metrics):
             return
         for name in sorted(set(metrics) - set(self._names)):
-            absent = [m for guard in self.guards for m in guard.metrics if not named(m, self._names)]
-            if any(named(metric, [name]) for metric in absent) or len(self._names) < MAX_SHOWN_NAMES:
+            absent = [m for guard in self.guards for m in guard.metrics if not is_named(m, self._names)]
+            if any(is_named(metric, [name]) for metric in absent) or len(self._names) < MAX_SHOWN_NAMES:
                 self._names.append(name)
         self._searched = frozenset(metrics).union(self._names)
         for guard in self.guards:
             self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
 
     def _require(self, where: str, step: float = math.inf) -> None:
-        """Raises MissingMetric if a required metric is absent. A guard with a rare metric has `expected_by`: the step by which the
-        metric must have appeared."""
+        """Raises MissingMetric if a required metric is absent."""
         for guard in self.guards:
-            if not self._seen[guard.name] and step > getattr(guard, "expected_by", -1):
-                absent = [metric for metric in guard.metrics if not named(metric, self._names)]
+            if not self._seen[guard.name] and step > guard.expected_by:
+                absent = [metric for metric in guard.metrics if not is_named(metric, self._names)]
                 saw = ", ".join(sorted(self._names)) or "no metric at all"
                 metric = f"metric '{absent[0]}'" if absent else "everything"
                 raise MissingMetric(f"guard '{guard.name}': {metric} absent from {where}; saw {saw}")
@@ -169,11 +157,5 @@ def _is_of_form(saved: State, fresh: State) -> bool:
     return set(fresh) <= set(saved) and all(_is_of_form(*pair) for pair in parts)
 
 
-def named(metric: str, names: Collection[str]) -> bool:
-    if metric.endswith(WILDCARD_ENDINGS):
-        return any(name.startswith(metric.rstrip("*")) for name in names)
-    return metric in names
-
-
 def _has_all(guard: Guard, names: Sequence[str]) -> bool:
-    return all(named(metric, names) for metric in guard.metrics)
+    return all(is_named(metric, names) for metric in guard.metrics)

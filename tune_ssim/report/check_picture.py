@@ -10,7 +10,6 @@ import numpy as np
 
 from tune_ssim.guards.curves import Curve
 from tune_ssim.guards.log_check import Alert, LogReport
-from tune_ssim.guards.watch import SEVERITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +67,7 @@ def _panels(report: LogReport) -> list[tuple[str, Curve, list[Alert]]]:
     """At most MAX_PANELS curves, in the order of the rules: those with alerts (the most severe first), then the losses of the
     branches, then others."""
     alerts: dict[str, list[Alert]] = {}
-    for alert in sorted(report.alerts, key=lambda alert: SEVERITY.index(alert.violation.action)):
+    for alert in sorted(report.alerts, key=lambda alert: -alert.violation.action.severity):
         alerts.setdefault(alert.violation.metric, []).append(alert)
     names = [name for pack in report.packs for branch in pack.branches for name in (branch.loss, *branch.gradient)]
     wanted = dict.fromkeys([*alerts, *names, *(key for key in report.curves if isinstance(key, str))])

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.passwords import hide_password
 from tune_ssim.records import Record
-from tune_ssim.records.readers.parse_issues import ParseIssues
+from tune_ssim.records.readers.reader import Source
 from tune_ssim.records.readers.rows import Rows
+from tune_ssim.records.readers.source import MLFLOW
 from tune_ssim.tracking.mirror import describe_error
 from tune_ssim.tracking.mlflow_internals import restored
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 COMMANDS = "tune_ssim commands"  # the experiment for the runs that scripts log to
-PREFIXES = ("mlflow:", "runs:/")
 SQLITE = "sqlite:///"
 
 
@@ -33,7 +33,7 @@ def open_run(
 
     `tracking_uri`: None is MLflow's own choice ($MLFLOW_TRACKING_URI). `names`: log names → our metric names. Raises UserError if
     there is no such run, or the tracking server does not answer."""
-    run_id = next((run.removeprefix(prefix) for prefix in PREFIXES if run.startswith(prefix)), "").strip("/")
+    run_id = next((run.removeprefix(prefix) for prefix in MLFLOW if run.startswith(prefix)), "").strip("/")
     if not run_id or "/" in run_id:
         raise UserError(f"{run!r}: a run in MLflow is named mlflow:RUN_ID or runs:/RUN_ID")
     import mlflow
@@ -68,38 +68,23 @@ def open_new_run(tracking_uri: str, name: str, names: Mapping[str, str] | None =
     return MLflowRun(client, run_id, names), environment
 
 
-class MLflowRun:
-    """See `tune_ssim.records.readers.Source`. Each `read` fetches the whole histories, in pages. Records already
-    released are not released again. If a metric is logged twice at a step, the first value wins."""
-
-    format = "mlflow"
+class MLflowRun(Source):
+    """Each `read` fetches the whole histories, in pages. Records already released are not released again. If a metric is logged
+    twice at a step, the first value wins."""
 
     def __init__(self, client: MlflowClient, run_id: str, names: Mapping[str, str] | None = None) -> None:
+        super().__init__(Rows(names))
+        self.issues.unit = "value"
         self.run_id = run_id
         self._client = client
-        self._rows = Rows(names)
-        self._rows.issues.unit = "value"
-
-    @property
-    def issues(self) -> ParseIssues:
-        return self._rows.issues
-
-    def read(self) -> list[Record]:
-        return [record for part in self.batches() for record in part]
 
     def finish(self) -> list[Record]:
         self._fetch(complete=True)
-        return self._rows.steps.finish()
-
-    def held(self) -> int | None:
-        return self._rows.steps.held()
-
-    def release(self) -> list[Record]:
-        return self._rows.steps.release()
+        return self.rows.steps.finish()
 
     def batches(self) -> Iterator[list[Record]]:
         self._fetch(complete=False)
-        yield self._rows.steps.take()
+        yield self.rows.steps.take()
 
     def _fetch(self, complete: bool) -> None:
         """`complete`: nothing more will be logged. Otherwise steps that began after the first request are left for the next call,
@@ -119,9 +104,6 @@ class MLflowRun:
                 if point.step <= newest:
                     by_step.setdefault(point.step, {}).setdefault(name, restored(point.value))
         self.issues.lines = sum(map(len, histories.values()))
-        self._rows.steps.begin_anew()
+        self.rows.steps.begin_anew()
         for step in sorted(by_step):
-            names, values = self._rows.names, by_step[step]
-            ours = {names[name]: value for name, value in values.items() if name not in names.given}
-            ours |= {names.given[name]: value for name, value in values.items() if name in names.given}
-            self._rows.add(step, ours, step, f"step {step}")
+            self.rows.add(step, {self.rows.names[name]: value for name, value in by_step[step].items()}, step, f"step {step}")

@@ -3,7 +3,8 @@
 A frame: length (8 bytes, little-endian), masked CRC-32C of the length (4), the event, its masked CRC-32C (4).
 https://www.tensorflow.org/tutorials/load_data/tfrecord
 
-This is our own reader so that `check` installs without torch, Ray and protobuf, and so that it can skip and count damaged frames.
+This is our own reader because `check` must install without extras: `tensorboard` alone adds nine packages and 150 MB. Its
+EventFileLoader also stops at the first damaged frame, where this one skips and counts.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import BinaryIO
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
-from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.protobuf import scalars
+from tune_ssim.records.readers.reader import Source
 from tune_ssim.records.readers.rows import Rows
 
 CHUNK_BYTES = 256 * 1024
@@ -28,40 +29,25 @@ NONZERO = re.compile(rb"[^\0]")
 FILE_NAME = re.compile(r"tfevents\.(\d+)")
 
 
-class EventFiles:
+class EventFiles(Source):
     """The scalars of an event file, or of all event files in a folder, ordered by the timestamps in their names.
 
     A resumed run has several files. Files may grow and new files may appear. Events with a wrong checksum are skipped;
     after a broken frame, reading continues at the next valid one."""
 
-    format = "tensorboard"
-
     def __init__(self, path: Path, names: Mapping[str, str] | None = None) -> None:
+        super().__init__(Rows(names))
+        self.issues.unit = "event"
         self.path = path
-        self._rows = Rows(names)
-        self._rows.issues.unit = "event"
         self._offsets: dict[str, int] = {}  # file name → bytes read so far
 
-    @property
-    def issues(self) -> ParseIssues:
-        return self._rows.issues
-
-    def read(self) -> list[Record]:
-        return [record for part in self.batches() for record in part]
-
     def finish(self) -> list[Record]:
-        records = self.read()
+        records = super().finish()
         for file in self._files():
             rest = file.stat().st_size - self._offsets.get(file.name, 0)
             if rest > 0:
                 self.issues.note(f"{file.name}: the last {rest} bytes are not a complete event")
-        return [*records, *self._rows.steps.finish()]
-
-    def held(self) -> int | None:
-        return self._rows.steps.held()
-
-    def release(self) -> list[Record]:
-        return self._rows.steps.release()
+        return records
 
     def batches(self) -> Iterator[list[Record]]:
         try:
@@ -79,7 +65,7 @@ class EventFiles:
         size, offset = path.stat().st_size, self._offsets.get(path.name, 0)
         if size < offset:
             offset = self._offsets[path.name] = 0
-            self._rows.steps.begin_anew()
+            self.rows.steps.begin_anew()
             self.issues.note(f"{path.name} was truncated while it was read: repeated steps are skipped")
         if size == offset:
             return
@@ -89,7 +75,7 @@ class EventFiles:
                 used = self._take_frames(file, size - offset)
                 offset += used
                 self._offsets[path.name] = offset
-                yield self._rows.steps.take()
+                yield self.rows.steps.take()
                 if not used:
                     return
 
@@ -133,11 +119,8 @@ class EventFiles:
         if struct.unpack("<I", checksum)[0] != masked_crc32c(event):
             self.issues.skip(self.issues.lines, found[0][0], "its checksum is wrong")
             return
-        names = self._rows.names
-        values = {names[tag]: value for tag, value in found}
-        if names.given:
-            values = names.rename(values)
-        self._rows.add(step, values, self.issues.lines, found[0][0])
+        values = {self.rows.names[tag]: value for tag, value in found}
+        self.rows.add(step, values, self.issues.lines, found[0][0])
 
     def _skip(self, reason: str) -> None:
         self.issues.lines += 1
@@ -196,27 +179,17 @@ def _length_checksum(length: int) -> int:
 
 
 def masked_crc32c(data: bytes) -> int:
-    checksum = 0xFFFFFFFF
-    table = _crc_table()
-    pairs = len(data) // 2
-    for pair in struct.unpack_from(f"<{pairs}H", data):
-        checksum = table[(checksum ^ pair) & 0xFFFF] ^ (checksum >> 16)
-    if len(data) % 2:
-        checksum = _crc_of_byte((checksum ^ data[-1]) & 255) ^ (checksum >> 8)
+    checksum, table = 0xFFFFFFFF, _crc_table()
+    for byte in data:
+        checksum = table[(checksum ^ byte) & 255] ^ (checksum >> 8)
     checksum ^= 0xFFFFFFFF
     return (((checksum >> 15) | (checksum << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 @functools.cache
-def _crc_of_byte(byte: int) -> int:
-    """CRC-32C (Castagnoli), reflected polynomial 0x82F63B78, RFC 3720 appendix B.4."""
-    for _ in range(8):
-        byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
-    return byte
-
-
-@functools.cache
 def _crc_table() -> list[int]:
-    """A table for two bytes at a time: twice as fast as one byte, and built in about 20 ms."""
-    single = [_crc_of_byte(byte) for byte in range(256)]
-    return [single[(single[pair & 255] ^ (pair >> 8)) & 255] ^ (single[pair & 255] >> 8) for pair in range(65536)]
+    """CRC-32C (Castagnoli) of each byte, reflected polynomial 0x82F63B78, RFC 3720 appendix B.4."""
+    table = list(range(256))
+    for _ in range(8):
+        table = [(value >> 1) ^ (0x82F63B78 if value & 1 else 0) for value in table]
+    return table

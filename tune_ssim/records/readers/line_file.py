@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tune_ssim.records import Record
-from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.parser import LineParser
+from tune_ssim.records.readers.reader import Source
 
 CHUNK_BYTES = 1024 * 1024  # bytes per read; only the records of one chunk are in memory
 TAIL_BYTES = 64  # the last bytes read are compared again before the next read, to detect a rewritten file
@@ -18,10 +18,11 @@ WAS_REPLACED = "the log was replaced while it was read: repeated steps are skipp
 WAS_REWRITTEN = "the log was rewritten while it was read: repeated steps are skipped"
 
 
-class LineFile:
+class LineFile(Source):
     """Follows `path`, which need not exist yet."""
 
     def __init__(self, path: Path, parser: LineParser) -> None:
+        super().__init__(parser.rows)
         self.path = path
         self._parser = parser
         self._file: io.FileIO | None = None
@@ -29,25 +30,8 @@ class LineFile:
         self._identity: list[int] | None = None  # device and inode
         self._tail = b""  # the last bytes before the offset
 
-    @property
-    def issues(self) -> ParseIssues:
-        return self._parser.issues
-
-    @property
-    def format(self) -> str | None:
-        return self._parser.format
-
-    def read(self) -> list[Record]:
-        return [record for part in self.batches() for record in part]
-
     def finish(self) -> list[Record]:
         return [*self.read(), *self._parser.finish()]
-
-    def held(self) -> int | None:
-        return self._parser.held()
-
-    def release(self) -> list[Record]:
-        return self._parser.release()
 
     def batches(self) -> Iterator[Sequence[Record]]:
         try:

@@ -16,9 +16,10 @@ Span = tuple[int, int]
 
 
 class Places(NamedTuple):
-    """Positions in a line: the span of the step, and per metric its name, the span of the name and the span of the number."""
+    """Positions in a line: the span of the step, if there is one, and per metric its name, the span of the name and the span of the
+    number."""
 
-    step: Span
+    step: Span | None
     metrics: Sequence[tuple[str, Span, Span]]
 
 
@@ -27,9 +28,9 @@ class LineShape:
     day). It finds the same step and metrics as the slow reader in every line that matches."""
 
     def __init__(self, line: str, places: Places) -> None:
-        """Raises ValueError if places overlap or are not numbers, or if there are no metrics."""
-        if not places.metrics:
-            raise ValueError("no metrics")
+        """Raises ValueError if there is no step or no metric, or if places overlap or are not numbers."""
+        if not places.metrics or places.step is None:
+            raise ValueError("no step or no metrics")
         words: dict[Span, str] = {places.step: r"(\d{1,19})"}
         columns = {places.step: ""}
         for metric, name, number in places.metrics:

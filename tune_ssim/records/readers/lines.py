@@ -24,10 +24,6 @@ class Lines:
         self._after_return = False  # the last byte was \r, so a \n now belongs to the same line end
         self._at_start = True
 
-    def __len__(self) -> int:
-        """Number of buffered bytes."""
-        return len(self._part)
-
     def feed(self, data: bytes) -> list[str]:
         if self._after_return and data[:1] == b"\n":
             data = data[1:]

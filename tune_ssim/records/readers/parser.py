@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
 from tune_ssim.records.readers.csv_rows import CsvRows, delimiter_of, is_header, looks_like_csv, split_fields
 from tune_ssim.records.readers.json_lines import TAG, JsonLines, is_row
 from tune_ssim.records.readers.lines import MAX_LINE_BYTES, Lines
-from tune_ssim.records.readers.parse_issues import ParseIssues, excerpt
+from tune_ssim.records.readers.parse_issues import excerpt
+from tune_ssim.records.readers.reader import LineFormat, Reader
 from tune_ssim.records.readers.rows import Rows
-from tune_ssim.records.readers.text_lines import HOW_A_PATTERN_LOOKS, PRINTED, PatternLines, PrintedLines, text_format
+from tune_ssim.records.readers.text_lines import HOW_A_PATTERN_LOOKS, PRINTED, PrintedLines, text_format
 
 LINE_FORMATS = ("jsonl", "csv", "text")
 FEED_BYTES = 1024 * 1024  # bytes split at a time, to bound memory for large chunks
 SHOWN_LINES = 3  # lines of an unknown log quoted in the message
 
 
-class LineFormat(Protocol):
-    @property
-    def format(self) -> str: ...
-
-    def take(self, lines: list[str], number: int) -> None: ...
-
-
-class LineParser:
+class LineParser(Reader):
     """Turns bytes, in chunks of any size, into records.
 
     format: jsonl, csv or text (see docs/logs.md). None: the first line that is a row in one of these formats decides, and a
@@ -45,33 +38,22 @@ class LineParser:
             raise UserError(f"format: must be one of {', '.join(LINE_FORMATS)} for lines; got {format!r}")
         if pattern is not None and format not in (None, "text"):
             raise UserError(f"pattern: goes with format text, not with {format}")
-        self._rows = Rows(names)
-        self._pattern = pattern
+        super().__init__(Rows(names))
         self._lines = Lines()
-        self._format = self._make("text" if pattern is not None else format, file_name)
-
-    def _make(self, format: str | None, file_name: str) -> LineFormat:
+        self._format: LineFormat
         if format == "jsonl":
-            return JsonLines(self._rows)
-        if format == "csv":
-            return CsvRows(self._rows)
-        if format == "text":
-            return text_format(self._rows, self._pattern)
-        return AnyLines(self._rows, file_name)
-
-    @property
-    def issues(self) -> ParseIssues:
-        return self._rows.issues
+            self._format = JsonLines(self.rows)
+        elif format == "csv":
+            self._format = CsvRows(self.rows)
+        elif format == "text" or pattern is not None:
+            self._format = text_format(self.rows, pattern)
+        else:
+            self._format = AnyLines(self.rows, file_name)
 
     @property
     def format(self) -> str | None:
         """The format; None if not detected yet."""
         return self._format.format or None
-
-    @property
-    def held_bytes(self) -> int:
-        """Buffered bytes of an incomplete line."""
-        return len(self._lines)
 
     def feed(self, data: bytes) -> list[Record]:
         """Takes bytes and returns the records that are now complete."""
@@ -81,30 +63,19 @@ class LineParser:
         """Like `feed`, but returns batches, as tables where possible."""
         for begin in range(0, len(data), FEED_BYTES):
             self._take(self._lines.feed(data[begin : begin + FEED_BYTES]))
-        return self._rows.steps.take_batches()
+        return self.rows.steps.take_batches()
 
     def finish(self) -> list[Record]:
-        """The remaining records: the last line without a newline, and the pending step."""
         self._take(self._lines.finish())
-        if isinstance(self._format, AnyLines):
-            self._format.finish()
-        elif isinstance(self._format, PatternLines | PrintedLines) and (why := self._format.unmatched()):
+        if why := self._format.why_no_rows():
             self.issues.note(why)
-        return self._rows.steps.finish()
-
-    def held(self) -> int | None:
-        """See `Source.held`."""
-        return self._rows.steps.held()
-
-    def release(self) -> list[Record]:
-        """See `Source.release`."""
-        return self._rows.steps.release()
+        return super().finish()
 
     def begin_anew(self, reason: str) -> None:
         """Restarts at the beginning of a file that was replaced or truncated."""
         self.issues.note(reason)
         self._lines.begin_anew()
-        self._rows.steps.begin_anew()
+        self.rows.steps.begin_anew()
 
     def _take(self, lines: list[str]) -> None:
         issues = self.issues
@@ -117,11 +88,11 @@ class LineParser:
             self.issues.lines += len(lines)
 
 
-class AnyLines:
+class AnyLines(LineFormat):
     """Detects the format from the first line that is a row; earlier lines are skipped."""
 
     def __init__(self, rows: Rows, file_name: str = "") -> None:
-        self._rows = rows
+        super().__init__(rows)
         self._named_csv = file_name.lower().endswith((".csv", ".tsv"))
         self._named_jsonl = file_name.lower().endswith((".jsonl", ".ndjson"))
         self._printed = PrintedLines(rows)
@@ -129,20 +100,14 @@ class AnyLines:
         self._first: list[str] = []  # the first lines that are not blank
         self._seen = 0
 
-    @property
-    def format(self) -> str:
-        return self._chosen.format if self._chosen else ""
-
     def take(self, lines: list[str], number: int) -> None:
-        """The lines `number`, `number` + 1, … of the log."""
-        if not (isinstance(self._chosen, JsonLines) and self._chosen.tagged) and TAG in "\n".join(lines):
+        if not isinstance(self._chosen, JsonLines) and TAG in "\n".join(lines):
             tagged = next(k for k, line in enumerate(lines) if TAG in line)
             self._take_untagged(lines[:tagged], number)
-            self._rows.discard()
             self._chosen = JsonLines(self._rows)
-            self._chosen.tagged = True
             lines, number = lines[tagged:], number + tagged
         self._take_untagged(lines, number)
+        self.format = self._chosen.format if self._chosen else ""
 
     def _take_untagged(self, lines: list[str], number: int) -> None:
         for k, line in enumerate(lines):
@@ -170,13 +135,9 @@ class AnyLines:
         if self._chosen is not None:
             self._chosen.take([line], number)
 
-    def finish(self) -> None:
-        """Adds a note if no line was a row in any format."""
-        if self._chosen is None and self._seen:
-            self._rows.issues.note(self.unknown())
-
-    def unknown(self) -> str:
-        """The message for a log in no known format, with what the user can do."""
+    def why_no_rows(self) -> str:
+        if self._chosen is not None or not self._seen:
+            return ""
         shown = " ".join(excerpt(line) for line in self._first)
         return (
             f"no row of a training in {self._seen} line{'s' if self._seen > 1 else ''}, beginning with {shown}; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tune_ssim.records.readers.json_lines import is_row
-from tune_ssim.records.readers.text_lines import MAX_PATTERN_TEXT, PAIR, PRINTED, UserPattern, key_values
+from tune_ssim.records.readers.text_lines import MAX_PATTERN_TEXT, PAIR, PRINTED, KeyValues, UserPattern
 from tune_ssim.records.readers.values import Names
 
 LOSS_NAMES = ("loss", "train_loss")  # measured values, never settings
@@ -25,7 +25,7 @@ class RecordLines:
         self._any = printed and pattern is None
         if self._any:
             self._readers = [printed(self._names).read for printed in PRINTED.values()]
-        self._key_values = key_values(self._names).read
+        self._key_values = KeyValues(self._names).read
 
     def takes(self, line: str) -> bool:
         line = line[:MAX_PATTERN_TEXT]

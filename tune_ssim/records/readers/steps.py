@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from tune_ssim.records import EPOCH, Record
 from tune_ssim.records.readers.parse_issues import ParseIssues
@@ -78,11 +77,8 @@ class Steps:
         self._counter.advance(table.steps, epochs.values[-1] if epochs else None)
         if self._step < 0:
             self._knows_steps()
-        if self.held() is not None and self._given is None and not self._released and tuple(self._values) == table.metrics:
-            table = table.prepended(Record(self._step, self._values))  # one batch, not two
-        else:
-            self._release(table.steps[0])
-            self._close_batch()
+        self._release(table.steps[0])
+        self._close_batch()
         self._parts.append(table[:-1])
         self.last = table.steps[-2]
         held = table[len(table) - 1]
@@ -97,7 +93,7 @@ class Steps:
         """Like `take`, but as batches; records that arrived as a table stay a table."""
         self._close_batch()
         parts, self._parts = self._parts, []
-        return joined(parts) if len(parts) > 1 else parts
+        return parts
 
     def _close_batch(self) -> None:
         if self._released:
@@ -174,12 +170,3 @@ class Steps:
         for _, line, text in self._waiting:
             self.issues.skip(line, text, "no step")
         self._waiting = []
-
-
-def joined(parts: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
-    """Concatenates consecutive tables with the same metrics, because guards have a fixed cost per table."""
-    found: list[Sequence[Record]] = []
-    for names, of_run in groupby(parts, key=lambda part: part.by_columns if isinstance(part, Table) else None):
-        run = list(of_run)
-        found += run if names is None or len(run) == 1 else [Table.joined([part for part in run if isinstance(part, Table)])]
-    return found

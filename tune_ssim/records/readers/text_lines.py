@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import regex
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records.readers.line_shape import NUMBER, LineShape, Places
 from tune_ssim.records.readers.parse_issues import excerpt
+from tune_ssim.records.readers.reader import LineFormat
 from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.values import Names, text_number
 
@@ -25,16 +26,9 @@ MAX_PATTERN_TEXT = 10_000
 LINE_LIMIT_S = 2.0
 SLOW_LINES = 3  # a pattern is disabled after this many timeouts
 
+Row = tuple[str | None, dict[str, float]]  # step and metrics
+
 HOW_A_PATTERN_LOOKS = r"a regular expression with named groups, one of them `step`, e.g. 'step (?P<step>\d+) .*loss (?P<loss>\S+)'"
-
-
-class Printed(NamedTuple):
-    """A built-in pattern. read: line → (step or None, name → number); None if it is not a row. look: line → the text that is
-    searched. places: the positions of step and metrics in that text; None if it has no step."""
-
-    read: Callable[[str], tuple[str | None, dict[str, float]] | None]
-    look: Callable[[str], str]
-    places: Callable[[str], Places | None]
 
 
 # `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A number followed by a unit (`0.3s`) does not match.
@@ -47,17 +41,32 @@ DICT = re.compile(r"\{\s{0,8}['\"]\w")
 LIKE_A_ROW = re.compile(r"(?:loss|step|iter|epoch).{0,200}\d", re.IGNORECASE)
 
 
-class Unmatched:
-    """Tracks lines while no line has matched the pattern, to quote a typical one to a user whose pattern is wrong."""
+class TextFormat(LineFormat):
+    """Lines that are rows if they match a pattern. While none has matched, it keeps a typical line, to quote it to a user whose
+    pattern is wrong."""
 
-    def __init__(self) -> None:
-        self.never = True  # no line has matched so far
-        self._seen = 0
+    format = "text"
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
+        self._has_matched = False
+        self._seen = 0  # lines that did not match
         self._shown = ""
         self._like_a_row = False
 
-    def take(self, lines: Iterable[str]) -> None:
-        for line in lines:
+    @property
+    def pattern(self) -> str:
+        """The pattern as it is called in a message."""
+        raise NotImplementedError
+
+    def why_no_rows(self) -> str:
+        if self._has_matched or not self._seen:
+            return ""
+        lines = "the only line" if self._seen == 1 else f"any of {self._seen} lines"
+        return f"{self.pattern} did not match {lines}, {'for one ' if self._seen > 1 else ''}{excerpt(self._shown)}"
+
+    def _note_unmatched(self, lines: Iterable[str]) -> None:
+        for line in lines if not self._has_matched else ():
             if not line.strip():
                 continue
             self._seen += 1
@@ -65,13 +74,6 @@ class Unmatched:
                 self._like_a_row = LIKE_A_ROW.search(line[:MAX_PATTERN_TEXT]) is not None
                 if self._like_a_row or not self._shown:
                     self._shown = line[:1000]
-
-    def sentence(self, what: str) -> str:
-        """The message for the user; empty if a line matched or there were no lines."""
-        if not self.never or not self._seen:
-            return ""
-        lines = "the only line" if self._seen == 1 else f"any of {self._seen} lines"
-        return f"{what} did not match {lines}, {'for one ' if self._seen > 1 else ''}{excerpt(self._shown)}"
 
 
 class UserPattern:
@@ -111,35 +113,30 @@ class UserPattern:
             return False
 
 
-class PatternLines:
+class PatternLines(TextFormat):
     """Rows extracted by the user's patterns. A line may match several patterns; a line that matches none is not an error."""
 
-    format = "text"
-
     def __init__(self, rows: Rows, patterns: Iterable[str]) -> None:
-        self._rows = rows
+        super().__init__(rows)
         self._patterns = [UserPattern(pattern) for pattern in patterns]
-        self._unmatched = Unmatched()
+
+    @property
+    def pattern(self) -> str:
+        shown = ", ".join(excerpt(pattern.text) for pattern in self._patterns)
+        return f"pattern{'s' if len(self._patterns) > 1 else ''} {shown}"
 
     def take(self, lines: list[str], number: int) -> None:
-        """The lines `number`, `number` + 1, … of the log."""
         for begin in range(0, len(lines), BLOCK_LINES):
             block = shortened(lines[begin : begin + BLOCK_LINES])
             found = [self._search(pattern, block, number + begin) for pattern in self._patterns]
+            self._has_matched = self._has_matched or any(map(any, found))
+            self._note_unmatched(block)
             if len(found) == 1 and self._add_together([match for match in found[0] if match is not None]):
                 continue
             for at, matches in enumerate(zip(*found, strict=True), number + begin):
                 for match in matches:
                     if match is not None:
-                        self._unmatched.never = False
                         self._add(match, at)
-            if self._unmatched.never:
-                self._unmatched.take(block)
-
-    def unmatched(self) -> str:
-        """Says so if no line was a row."""
-        shown = ", ".join(excerpt(pattern.text) for pattern in self._patterns)
-        return self._unmatched.sentence(f"pattern{'s' if len(self._patterns) > 1 else ''} {shown}")
 
     def _search(self, pattern: UserPattern, lines: list[str], number: int) -> list[Any]:
         """A match or None for each line."""
@@ -164,67 +161,55 @@ class PatternLines:
         if not all(step is not None and len(step) < 19 and step.isascii() and step.isdigit() for step in steps):
             return False
         try:
-            columns = {self._rows.names[name]: tuple(map(float, column)) for name, column in texts.items()}
+            columns: dict[str, Sequence[float]] = {name: tuple(map(float, column)) for name, column in texts.items()}
         except (TypeError, ValueError):  # a group that did not match, or that is not a number
             return False
-        if not self._rows.add_columns(list(map(int, steps)), columns, self._rows.names):
-            return False
-        self._unmatched.never = False
-        return True
+        return self._rows.add_columns(list(map(int, steps)), columns)
 
     def _add(self, found: Any, number: int) -> None:
-        names, texts = self._rows.names, found.groupdict()
+        texts = found.groupdict()
         step = texts.pop("step")
         if step is None:
             return
-        try:
-            values = {names[name]: float(text) for name, text in texts.items() if text is not None}
-        except ValueError:
-            values = self._odd_values(texts, found.string, number)
-        if values:
-            self._rows.add(step, names.rename(values) if names.given else values, number, found.string)
-
-    def _odd_values(self, texts: Mapping[str, str | None], line: str, number: int) -> dict[str, float]:
-        """The numbers of groups that matched more than a number."""
         values = {}
         for name, text in texts.items():
             if text is None:
                 continue
             value = text_number(text.strip(" ,;|%()[]{}'\""))
             if value is None:
-                self._rows.issues.skip(number, line, f"group '{name}' found {text!r}, which is not a number")
+                self._rows.issues.skip(number, found.string, f"group '{name}' found {text!r}, which is not a number")
             else:
-                values[self._rows.names[name]] = value
-        return values
+                values[name] = value
+        self._rows.add(step, values, number, found.string)
 
 
-class PrintedLines:
+class PrintedLines(TextFormat):
     """Rows extracted by a built-in pattern: `name`, or the first that recognises a line.
 
     If chosen automatically, `bagel` can still replace the generic pattern later."""
 
-    format = "text"
-
     def __init__(self, rows: Rows, name: str | None = None) -> None:
-        self._rows = rows
+        super().__init__(rows)
         given = rows.names.given
         self._names = Names({**{theirs.lower(): ours for theirs, ours in given.items()}, **given})  # key_values lowers names
         self._printed = {known: printed(self._names) for known, printed in PRINTED.items()}
         self._may_change = name is None
-        self._unmatched = Unmatched()
         self.name = name
         self._shape: LineShape | None = None  # shape of the latest rows
         self._misfits = 0  # consecutive blocks in which most lines had another shape
+
+    @property
+    def pattern(self) -> str:
+        return f"the built-in pattern {self.name or ' or '.join(PRINTED)}"
 
     def recognises(self, line: str) -> bool:
         """Whether a built-in pattern recognises this line; the first that does is kept."""
         line = line[:MAX_PATTERN_TEXT]
         if self.name is None:
-            self.name = next((name for name, printed in self._printed.items() if printed.read(line) is not None), None)
+            self.name = next((name for name, printed in self._printed.items() if printed.read(line)), None)
         return self.name is not None
 
     def take(self, lines: list[str], number: int) -> None:
-        """The lines `number`, `number` + 1, … of the log."""
         for begin in range(0, len(lines), BLOCK_LINES):
             block = shortened(lines[begin : begin + BLOCK_LINES])
             if self._shape is None:
@@ -257,46 +242,36 @@ class PrintedLines:
     def _take_each(self, lines: list[str], number: int) -> None:
         wants_shape = self._shape is None and len(lines) >= MIN_ALIKE and self._misfits < MAX_MISFITS
         for at, line in enumerate(lines, number):
-            if self.name is None and not self.recognises(line):
-                self._unmatched.take([line])
-                continue
-            row = self._printed[self.name or ""].read(line)
+            row = self._printed[self.name or ""].read(line) if self.name or self.recognises(line) else None
             if row is None:
-                if self._unmatched.never:
-                    self._unmatched.take([line])
+                self._note_unmatched([line])
                 continue
-            self._unmatched.never = False
-            if self._may_change and self.name == "key_values" and self._printed["bagel"].read(line) is not None:
-                self.name, self._shape = "bagel", None
+            self._has_matched = True
+            if self._may_change and self.name == "key_values" and (surer := self._printed["bagel"].read(line)):
+                self.name, self._shape, row = "bagel", None, surer
                 self._rows.discard()
-                row = self._printed["bagel"].read(line) or row
-            step, values = row
             if wants_shape:
                 self._shape = self._shape_of(line, row)
                 wants_shape = self._shape is None
-            self._rows.add(step, self._names.rename(values) if self._names.given else values, at, line)
+            self._rows.add(*row, at, line, self._names)
 
-    def _shape_of(self, line: str, row: tuple[str | None, dict[str, float]]) -> LineShape | None:
+    def _shape_of(self, line: str, row: Row) -> LineShape | None:
         """The shape of a row; None unless reading by the shape gives the same result."""
         printed = self._printed[self.name or ""]
         seen = printed.look(line)
         places = printed.places(seen)
-        if places is None:
+        if places is None or places.step is None:
             return None
         try:
             shape = LineShape(seen, places)
         except ValueError:
             return None
         (texts,) = shape.read([seen])
-        if texts is None or row[0] is None:
+        if texts is None:
             return None
         (step,), columns = shape.columns([texts])
-        same = repr((int(row[0]), row[1])) == repr((step, {name: values[0] for name, values in columns.items()}))  # also of NaN
-        return shape if same else None
-
-    def unmatched(self) -> str:
-        """Says so if no line was a row."""
-        return self._unmatched.sentence(f"the built-in pattern {self.name or ' or '.join(PRINTED)}")
+        by_shape = step, {name: values[0] for name, values in columns.items()}
+        return shape if repr(by_shape) == repr((int(row[0] or 0), row[1])) else None  # repr: NaN equals NaN
 
 
 def shortened(lines: list[str]) -> list[str]:
@@ -319,31 +294,48 @@ def compiled(pattern: str) -> Any:
     return found
 
 
-def key_values(names: Names) -> Printed:
+class Printed:
+    """A built-in pattern."""
+
+    def __init__(self, names: Names) -> None: ...
+
+    def look(self, line: str) -> str:
+        """The text that is searched."""
+        return line
+
+    def places(self, text: str) -> Places | None:
+        """The positions of step and metrics in that text; None if it is not a row."""
+        raise NotImplementedError
+
+    def read(self, line: str) -> Row | None:
+        """Step, or None, and metric → number; None if the line is not a row."""
+        text = self.look(line)
+        places = self.places(text)
+        if places is None or not places.metrics:
+            return None
+        step = None if places.step is None else text[slice(*places.step)]
+        return step, {name: float(text[slice(*number)]) for name, _, number in places.metrics}
+
+
+class KeyValues(Printed):
     """Matches `step 12 | loss 0.31 | grad_norm: 1.2`, `Step: 12, Loss=0.31`, and dictionaries as printed by Hugging Face's
     Trainer. Names become lower case. A line needs a step, unless it is a dictionary."""
-    steps = "|".join(re.escape(name.lower()) for name in (*names.steps, "train_step", "global step"))
-    step_of = re.compile(rf"(?<![\w/-])(?:{steps})['\"]?\s{{0,8}}[:=#\[( ]?\s{{0,8}}['\"]?(\d{{1,19}})(?![\d.])")
-    is_step = {name.lower() for name in names.steps} | {"train_step"}
-    marks = {"step", "iter", *(name.lower() for name, ours in names.given.items() if ours == "step")}
 
-    def read(line: str) -> tuple[str | None, dict[str, float]] | None:
-        lower = line.lower()
-        found = step_of.search(lower) if any([mark in lower for mark in marks]) else None  # noqa: C419  (faster)
-        if found is None and not (line.rstrip().endswith("}") and DICT.search(line)):
+    def __init__(self, names: Names) -> None:
+        steps = "|".join(re.escape(name.lower()) for name in (*names.steps, "train_step", "global step"))
+        self._step = re.compile(rf"(?<![\w/-])(?:{steps})['\"]?\s{{0,8}}[:=#\[( ]?\s{{0,8}}['\"]?(\d{{1,19}})(?![\d.])")
+        self._not_metrics = {name.lower() for name in names.steps} | {"train_step"}
+        self._marks = {"step", "iter", *(name.lower() for name, ours in names.given.items() if ours == "step")}
+
+    def look(self, line: str) -> str:
+        return line.lower()
+
+    def places(self, text: str) -> Places | None:
+        found = self._step.search(text) if any([mark in text for mark in self._marks]) else None  # noqa: C419  (faster)
+        if found is None and not (text.rstrip().endswith("}") and DICT.search(text)):
             return None
-        values = {name: float(text) for name, text in PAIR.findall(lower) if name not in is_step}
-        return (found.group(1) if found else None, values) if values else None
-
-    def places(lower: str) -> Places | None:
-        found = step_of.search(lower)
-        if found is None:
-            return None
-        return Places(
-            found.span(1), [(pair[1], pair.span(1), pair.span(2)) for pair in PAIR.finditer(lower) if pair[1] not in is_step]
-        )
-
-    return Printed(read, str.lower, places)
+        pairs = [(pair[1], pair.span(1), pair.span(2)) for pair in PAIR.finditer(text) if pair[1] not in self._not_metrics]
+        return Places(found.span(1) if found else None, pairs)
 
 
 # `(step=0000120) Train Loss mse: 0.4123, Train Loss ce: 0.5511, Train Steps/Sec: 0.08, ` is the format of BAGEL's
@@ -352,57 +344,35 @@ BAGEL_STEP = re.compile(r"\(step=(\d{1,19})[^()]{0,80}\) ")
 BAGEL_NAMES = {"mse": "loss_flow", "ce": "loss_ce", "ssim": "loss_ssim", "pixel": "loss_pixel"}
 
 
-def bagel(names: Names) -> Printed:
+class Bagel(Printed):
     """Matches BAGEL's lines. `Train Loss KEY` becomes KEY, translated to our name where BAGEL's differs (`mse` is the flow
     loss); `Train Loss` becomes `loss`, `Train Steps/Sec` becomes `steps_per_sec`."""
-    known: dict[str, str] = {}
 
-    def name_of(text: str) -> str:
-        name = text.strip().removeprefix("Train ")
-        if name.startswith("Loss "):
-            name = name.removeprefix("Loss ")
-            return name if name in names.given else BAGEL_NAMES.get(name, name)
-        return name.lower().replace("/", "_per_").replace(" ", "_")
+    def __init__(self, names: Names) -> None:
+        self._given = names.given
 
-    def read(line: str) -> tuple[str | None, dict[str, float]] | None:
-        if "(step=" not in line:
-            return None
-        found = BAGEL_STEP.search(line)
-        if found is None:
-            return None
-        values = {}
-        for part in line[found.end() :].split(","):
-            text, colon, number = part.partition(": ")
-            if not colon:
-                continue
-            try:
-                value = float(number)
-            except ValueError:
-                continue
-            if text not in known:
-                if len(known) > 1000:
-                    known.clear()
-                known[text] = name_of(text)
-            values[known[text]] = value
-        return (found.group(1), values) if values else None
-
-    def places(line: str) -> Places | None:
-        found = BAGEL_STEP.search(line)
+    def places(self, text: str) -> Places | None:
+        found = BAGEL_STEP.search(text) if "(step=" in text else None
         if found is None:
             return None
         metrics, at = [], found.end()
-        for part in line[at:].split(","):
-            text, colon, number = part.partition(": ")
-            begin = at + len(text) + len(colon)
-            if colon and re.fullmatch(NUMBER, number):
-                metrics.append((name_of(text), (at, at + len(text)), (begin, begin + len(number))))
+        for part in text[at:].split(","):
+            name, colon, number = part.partition(": ")
+            begin = at + len(name) + len(colon)
+            if colon and text_number(number) is not None:
+                metrics.append((self._ours(name.strip()), (at, at + len(name)), (begin, begin + len(number))))
             at += len(part) + 1
         return Places(found.span(1), metrics)
 
-    return Printed(read, str, places)
+    def _ours(self, name: str) -> str:
+        name = name.removeprefix("Train ")
+        if name.startswith("Loss "):
+            name = name.removeprefix("Loss ")
+            return name if name in self._given else BAGEL_NAMES.get(name, name)
+        return name.lower().replace("/", "_per_").replace(" ", "_")
 
 
-PRINTED: dict[str, Callable[[Names], Printed]] = {"bagel": bagel, "key_values": key_values}
+PRINTED: dict[str, type[Printed]] = {"bagel": Bagel, "key_values": KeyValues}
 
 
 def text_format(rows: Rows, pattern: str | Sequence[str] | None) -> PatternLines | PrintedLines:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.records import LOSS, TOTAL_NORM
 
 # Keys for the step, first match wins: plain loops; Hugging Face and MMEngine; wandb; Lightning in wandb.
 STEP_NAMES = ("step", "global_step", "iter", "iteration", "_step", "trainer/global_step")
 MAX_STEP = 2**63 - 1  # as TensorBoard and MLflow store it
 Value = TypeVar("Value")
 MAX_NESTING = 3  # levels of objects read from a JSON row, as "train/loss"
+# Our name → words that identify the metric (one is needed), and words that may also occur in its name (Lightning, Hugging Face,
+# MMEngine, DeepSpeed, fairseq).
+USUAL_WORDS = {
+    LOSS: ({"loss"}, {"train", "training", "total", "step"}),
+    TOTAL_NORM: ({"norm", "gnorm", "gradnorm"}, {"grad", "gradient", "global", "total", "train", "training"}),
+}
 MAX_NAMES = 10_000  # cached names; bounds memory for a log whose names never repeat
 
 
@@ -48,9 +56,19 @@ class Names(dict[str, str]):
 
     def rename(self, values: dict[str, Value]) -> dict[str, Value]:
         """Renames by `given`, in place. A renamed metric overrides one that already has our name."""
-        moved = {ours: values.pop(theirs) for theirs, ours in self.given.items() if theirs in values}
-        values.update(moved)
+        values.update({ours: values.pop(theirs) for theirs, ours in self.given.items() if theirs in values})
         return values
+
+
+def usual_names(metrics: Iterable[str]) -> dict[str, str]:
+    """Common names of loss and gradient norm in the log → our names, if ours is missing and exactly one metric matches."""
+    words = {name: set(re.findall("[a-z]+", name.lower())) for name in metrics}
+    found = {}
+    for ours, (one_of, others) in USUAL_WORDS.items():
+        candidates = [name for name in words if words[name] <= one_of | others and words[name] & one_of]
+        if ours not in words and len(candidates) == 1:
+            found[candidates[0]] = ours
+    return found
 
 
 def number_in(value: Any) -> float | None:
