@@ -17,7 +17,7 @@ from tune_ssim.before_launch.forecast import Finding
 from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.guards import Guard
-from tune_ssim.guards.watch import named
+from tune_ssim.guards.guard import is_named
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel
 from tune_ssim.records import SMOKE, TOTAL_NORM
 from tune_ssim.study.space import MAX_T, WEIGHT
@@ -66,7 +66,7 @@ def _records(start: Start, names: Sequence[str]) -> Check:
 
 def _guards(guards: Sequence[Guard], names: Sequence[str]) -> Check:
     """Guards whose metrics have not appeared. Samples come later, and the total_norm has its own check."""
-    blind = {guard.name: [metric for metric in guard.metrics if not named(metric, names)] for guard in guards}
+    blind = {guard.name: [metric for metric in guard.metrics if not is_named(metric, names)] for guard in guards}
     blind = {
         name: missing
         for name, missing in blind.items()

@@ -21,16 +21,13 @@ from tune_ssim.trials.processes import OutputLog
 MAX_LINE = 2**20  # longest line, in bytes, that is searched for tags
 
 
-class PrintedRecords:
+class PrintedRecords(Source):
     """The records in the lines that a command prints, as a `Source`. `feed` is called by the thread that reads the pipe."""
 
     def __init__(self, parser: LineParser) -> None:
+        super().__init__(parser.rows)
         self._parser, self._lock = parser, threading.RLock()
         self._ready: list[Record] = []
-
-    @property
-    def issues(self) -> ParseIssues:
-        return self._parser.issues
 
     @property
     def format(self) -> str | None:
