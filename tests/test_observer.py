@@ -17,6 +17,7 @@ from tune_ssim.probes.observer import EventReader, observed_environment
 from tune_ssim.records import Record, merge
 
 LOOP = Path(__file__).parent / "programs" / "loop.py"
+LOOPS = LOOP.with_name("loops.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
@@ -46,30 +47,41 @@ def norms(records: list[Record], name: str = "total_norm") -> list[float]:
     return [record.values[name] for record in records if name in record.values]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [[], ["--accumulate=3"], ["--scaler"], ["--optimizer=SGD", "--clip=1e9"], ["--two"]],
-    ids=["AdamW", "accumulated", "GradScaler", "SGD", "two optimisers"],
-)
-def test_the_numbers_are_the_same_and_the_norms_are_right(tmp_path: Path, flags: list[str]) -> None:
-    bare = run([sys.executable, str(LOOP), *flags])
-    output, records, reader = observed(tmp_path, *flags)
-    assert output == bare
-    assert [record.step for record in records] == [1, 2, 3, 4, 5, 6]
-    assert norms(records) == pytest.approx(printed(bare), nan_ok=True, rel=1e-7)
+KINDS = ("plain", "accumulated", "scaled", "loose", "unclipped")
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, list[Record], EventReader]:
+    """Five trainings in one program: (printed without the observer, printed with it, records, reader)."""
+    bare = run([sys.executable, str(LOOPS), "kinds"])
+    return bare, *observed(tmp_path_factory.mktemp("events"), "kinds", program=LOOPS)
+
+
+def test_the_numbers_are_the_same_with_the_observer(kinds: tuple[str, str, list[Record], EventReader]) -> None:
+    bare, output, _, reader = kinds
+    assert output == bare and len(bare.splitlines()) == 6 * len(KINDS)
     seen = reader.observation
     assert seen.is_observed and seen.notes == [] and seen.optimizers[0]["modules"] == ["Net"]
-    if "--scaler" in flags:  # step 2 of the program has an infinite gradient
-        assert [record.step for record in records if record.values.get("step_skipped")] == [3]
-    if "--two" in flags:
-        assert len(norms(records, "total_norm/optimizer1")) == 6
 
 
-def test_without_a_clip_call_the_norm_is_that_of_the_gradients(tmp_path: Path) -> None:
-    clipped = run([sys.executable, str(LOOP), "--clip=1e9"])
-    _, records, _ = observed(tmp_path, "--clip=0")
-    assert norms(records) == pytest.approx(printed(clipped), rel=1e-6)
-    assert records[0].values["grad_coverage"] == 1.0 and 0 < records[0].values["update_ratio"] < 1
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_the_norms_are_those_of_the_program(kinds: tuple[str, str, list[Record], EventReader], kind: str) -> None:
+    """Each optimiser has its own steps; micro-batches are no steps, and a step that a GradScaler leaves out is one."""
+    bare, _, records, _ = kinds
+    suffix = f"/optimizer{KINDS.index(kind)}" if kind != KINDS[0] else ""
+    lines = "\n".join(line for line in bare.splitlines() if line.startswith(kind))
+    assert norms(records, "total_norm" + suffix) == pytest.approx(printed(lines), nan_ok=True, rel=1e-7)
+    skipped = [record.step for record in records if record.values.get("step_skipped" + suffix)]
+    assert skipped == ([3] if kind == "scaled" else [])  # the program's step 2 has an infinite gradient
+
+
+def test_without_a_clip_call_the_norm_is_that_of_the_gradients(kinds: tuple[str, str, list[Record], EventReader]) -> None:
+    _, _, records, _ = kinds
+    loose, unclipped = (norms(records, f"total_norm/optimizer{KINDS.index(kind)}") for kind in ("loose", "unclipped"))
+    assert unclipped == pytest.approx(loose, rel=1e-6) and len(unclipped) == 6
+    first = records[0].values
+    assert first["grad_coverage"] == 1.0 and 0 < first["update_ratio"] < 1
+    assert first["total_norm_clipped"] == pytest.approx(min(1.0, first["total_norm"]), rel=1e-5)
 
 
 def test_each_module_with_full(tmp_path: Path) -> None:
@@ -88,23 +100,16 @@ def test_two_ranks_have_one_norm(tmp_path: Path, kind: str) -> None:
     assert reader.observation.world_size == 2 and reader.observation.notes == []
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adafactor", "RMSprop", "NAdam", "Adagrad"])
-def test_held_updates_leave_every_weight_alone(tmp_path: Path, name: str) -> None:
-    """The second norm differs from that of a training, and equals that of the untouched weights."""
-    output, records, reader = observed(tmp_path, f"--optimizer={name}", "--steps=5", hold=True)
-    assert reader.observation.held is True and len(records) == 5
-    assert norms(records) == pytest.approx(still()[:5], rel=1e-6)
-    assert norms(records) == pytest.approx(printed(output), rel=1e-7)
-
-
-def still() -> list[float]:
-    """The gradient norms of the untouched weights, with a learning rate of 0."""
-    if not _STILL:
-        _STILL.extend(printed(run([sys.executable, str(LOOP), "--optimizer=SGD", "--lr=0"])))
-    return _STILL
-
-
-_STILL: list[float] = []
+def test_held_updates_leave_every_weight_alone(tmp_path: Path) -> None:
+    """For every optimiser of torch: each step has the norm of the untouched weights."""
+    output, records, reader = observed(tmp_path, "optimizers", program=LOOPS, hold=True)
+    lines = output.splitlines()
+    still = printed("\n".join(line for line in lines if line.startswith("still")))
+    names = list(dict.fromkeys(line.split()[0] for line in lines))
+    assert len(names) == 12 and reader.observation.held is True
+    for index, name in enumerate(names[1:], 1):
+        own = norms(records, f"total_norm/optimizer{index}")
+        assert own == pytest.approx(still[:3], rel=1e-6) and len(own) == 3, name
 
 
 def test_an_existing_sitecustomize_still_runs(tmp_path: Path) -> None:

@@ -49,7 +49,10 @@ def _remember(parameters, total, max_norm, norm_type) -> None:
     if float(norm_type) == 2.0:
         if hasattr(total, "full_tensor"):  # FSDP2: a collective, which every rank runs here
             total = total.full_tensor()
-        PENDING.append((frozenset(id(p) for p in parameters), total.detach().clone(), float(max_norm)))
+        ids = frozenset(id(p) for p in parameters)
+        # A program may clip and then not step, e.g. after a NaN: its next clipping counts.
+        PENDING[:] = [clip for clip in PENDING if not clip[0] & ids]
+        PENDING.append((ids, total.detach().clone(), float(max_norm)))
 
 
 def take(parameters):

@@ -11,15 +11,22 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 def all_roots():
     """Modules with parameters that are no part of another module, in the order of their creation."""
     base = sys.modules["torch.nn.modules.module"].Module
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), base)]  # isinstance would wake up proxies
+    kinds = {base, *_subclasses(base)}
+    modules = [thing for thing in gc.get_objects() if type(thing) in kinds]  # isinstance would wake up proxies
     inner = {id(child) for module in modules for child in module._modules.values() if child is not None}
     return [module for module in modules if id(module) not in inner and next(module.parameters(), None) is not None]
 
 
-def modules_of(parameters):
-    """The smallest root modules that own `parameters`, one for each group of them."""
+def _subclasses(kind):
+    for child in type.__subclasses__(kind):
+        yield child
+        yield from _subclasses(child)
+
+
+def modules_of(roots, parameters):
+    """The smallest of the modules `roots` that own `parameters`, one for each group of them."""
     wanted = {id(p) for p in parameters}
-    owners = [(module, {id(p) for p in module.parameters()}) for module in all_roots()]
+    owners = [(module, {id(p) for p in module.parameters()}) for module in roots]
     owners = sorted((one for one in owners if one[1] & wanted), key=lambda one: len(one[1]))
     found: list = []
     covered: set = set()

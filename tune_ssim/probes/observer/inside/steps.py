@@ -10,7 +10,7 @@ import weakref
 
 from . import clips
 from .events import guarded
-from .modules import modules_of, tags_of
+from .modules import all_roots, modules_of, tags_of
 from .weights import describe_weights
 
 UPDATE_EVERY = 10  # steps between readings of the update ratio; each copies at most UPDATE_ELEMENTS elements
@@ -39,6 +39,7 @@ class Steps:
         self.events, self.hold, self.full = events, bool(settings.get("hold")), settings.get("level") == "full"
         self.files = list(settings.get("weights") or ())
         self.optimisers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self.created = 0  # optimisers so far, also those that are gone
         self.waiting: tuple | None = None  # the last step, whose numbers may still be on their way from the device
         self.lock = threading.RLock()
 
@@ -49,7 +50,8 @@ class Steps:
     def of(self, optimizer) -> Optimiser:
         found = self.optimisers.get(optimizer)
         if found is None:
-            found = self.optimisers[optimizer] = Optimiser(len(self.optimisers), optimizer)
+            found = self.optimisers[optimizer] = Optimiser(self.created, optimizer)
+            self.created += 1
         return found
 
     # -- around an update
@@ -154,7 +156,8 @@ class Steps:
     def first_step(self, one) -> None:
         """Before the first update: which parameters train, in which precision, and where their values come from."""
         one.start = held_samples(one.parameters) if self.hold else None
-        modules = modules_of(one.parameters)
+        roots = all_roots()
+        modules = modules_of(roots, one.parameters)
         one.tags = tags_of(modules, one.parameters)
         trained = sum(p.numel() for p in one.parameters if p.requires_grad)
         dtypes = {str(p.dtype).replace("torch.", "") for p in one.parameters}
@@ -169,7 +172,7 @@ class Steps:
             modules=[type(module).__name__ for module in modules],
         )
         if int(os.environ.get("RANK", 0)) == 0:
-            describe_weights(self.events, modules, one.parameters, self.files)
+            describe_weights(self.events, roots, modules, one.parameters, self.files)
 
 
 def norm_of(gradients):

@@ -9,7 +9,7 @@ import functools
 import os
 
 from .events import guarded
-from .modules import all_roots, clean
+from .modules import clean
 
 ELEMENTS = 16  # of each of three rows
 NAMES = 8  # named in an event; counts are complete
@@ -91,7 +91,7 @@ def _install_load_state_dict(events, base) -> None:
     base.load_state_dict = load_state_dict
 
 
-def describe_weights(events, trained, parameters, files) -> None:
+def describe_weights(events, roots, trained, parameters, files) -> None:
     """An event for each module with parameters: how many train, and how it compares with each file. files: named by the study."""
     import torch
 
@@ -104,7 +104,7 @@ def describe_weights(events, trained, parameters, files) -> None:
         known[path] = _samples_of_file(events, path)
     optimised = {id(p) for p in parameters}
     own = {id(module) for module in trained}
-    for module in sorted(all_roots(), key=lambda one: id(one) not in own):
+    for module in sorted(roots, key=lambda one: id(one) not in own):
         named = {clean(name): p.detach() for name, p in module.named_parameters()}
         trainable = sum(1 for p in module.parameters() if id(p) in optimised and p.requires_grad)
         is_sharded = any(hasattr(p, "to_local") or type(p).__name__ == "FlatParameter" for p in module.parameters())
