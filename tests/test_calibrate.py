@@ -21,7 +21,7 @@ from small_task import SmallTask
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.files import jsonable
 from tune_ssim.before_launch.calibration import CHECK_TOLERANCE, Calibration, calibrate, gates_of
-from tune_ssim.before_launch.forecast import forecast
+from tune_ssim.before_launch.forecast import forecast_space
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.study.sections import BaselineRuns
 from tune_ssim.study.space import load_space
@@ -216,7 +216,7 @@ def test_the_bundled_study() -> None:
 
 
 def test_a_route_of_the_notes_is_inert_here() -> None:
-    told = forecast(usual().model, load_space("note_v3"), 10)
+    told = forecast_space(usual().model, load_space("note_v3"), 10)
     assert [finding.name for finding in told.findings] == ["inert", "interpolated"]
 
 

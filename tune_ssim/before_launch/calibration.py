@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch
 
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.before_launch.batch_gradients import gradients_of
-from tune_ssim.before_launch.forecast import Finding, Forecast, forecast
+from tune_ssim.before_launch.forecast import Forecast, forecast_space
+from tune_ssim.before_launch.preflight.report import Check, warn
 from tune_ssim.before_launch.readings import Reader, Reading, read_here
 from tune_ssim.guards import NormRatio
 from tune_ssim.guards.verdict import Action
@@ -79,7 +80,7 @@ class Calibration:
     why: str = ""  # reason for the method
     wall_s: float = 0.0
     share_of_study: float = 0.0  # of the search's training time
-    findings: tuple[Finding, ...] = field(default=())
+    findings: tuple[Check, ...] = ()  # of the forecast, and `inexact`, `clipped`
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with stable keys: the fields above (`check` with its `relative_error`), of the forecast
@@ -92,7 +93,7 @@ class Calibration:
         return {
             "method": self.model.method,
             "why": self.why,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [{"name": f.name, "sentence": f.sentence, "remedy": f.remedy} for f in self.findings],
             "limit": forecasts["limit"],
             "skip_above": forecasts["max_ratio"],  # the key of the first version
             "shares": forecasts["shares"],
@@ -129,7 +130,7 @@ def calibrate(study: Study, *, device: str | None = None, reader: Reader | None 
     if findings and study.space.is_relative:
         raise BadSetup(f"calibration: the space {study.space.name!r} gives its gain as a norm ratio, but {findings[0].sentence}")
     limit, max_ratio = _limits(study, probe, findings)
-    prospects = forecast(model, study.space, limit, max_ratio)
+    prospects = forecast_space(model, study.space, limit, max_ratio)
     wall_s = time.perf_counter() - started
     training_s = probe.step_s * study.steps * (study.search.trials + study.baseline_seeds)
     return Calibration(
@@ -402,16 +403,16 @@ def _model(probe: _Probe, measured: Measured) -> NormModel:
     )
 
 
-def _own_findings(check: TrainingCheck) -> list[Finding]:
+def _own_findings(check: TrainingCheck) -> list[Check]:
     if check.relative_error <= CHECK_TOLERANCE:
         return []
     where = ", ".join(f"{name}={value:.4g}" for name, value in check.setting.items())
     sentence = f"training steps at {where} have a total_norm {check.relative_error:.2%} away from the prediction: it does not hold"
     remedy = "look for a clamp, a parameter that does not arrive, or randomness that does not come from (seed, step)"
-    return [Finding("inexact", sentence, remedy)]
+    return [warn("inexact", sentence, remedy)]
 
 
-def _limits(study: Study, probe: _Probe, findings: list[Finding]) -> tuple[float | None, float | None]:
+def _limits(study: Study, probe: _Probe, findings: list[Check]) -> tuple[float | None, float | None]:
     """The norm guard's limit, and the ratio above which settings are not launched: None if the prediction does not hold, and None
     under clipping, where a high norm is no evidence of harm (FACTS §2)."""
     guard = study.guards.get("norm_ratio")
@@ -422,7 +423,7 @@ def _limits(study: Study, probe: _Probe, findings: list[Finding]) -> tuple[float
         return guard.limit, None
     if replace(guard, clipped=probe.effective.get("max_grad_norm") is not None).action is not Action.PRUNE:
         sentence = "a norm above the limit ends no trial here (gradient clipping, or on_excess): nothing is skipped for it"
-        findings.append(Finding("clipped", sentence))
+        findings.append(warn("clipped", sentence))
         return guard.limit, None
     return guard.limit, factor * guard.limit
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tune_ssim.before_launch.preflight.report import Check, warn
 from tune_ssim.probes.norm_model import Array, NormModel, Prediction
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, Choice, Domain, Space, Stage, gain_of
 
@@ -20,16 +21,6 @@ NOTES = {"v1": (1.0, 0.3, 1.0), "v2": (0.1, 0.1, 0.1), "v3": (0.1, 0.1, 0.01)}  
 SCAN = 61  # gains evaluated across a range
 # Searched settings that cannot change a gradient before the first update.
 HARMLESS = ("lr", "max_grad_norm", "steps", "weight_decay", "momentum", "optimizer", "ema_decay")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A finding for the user. name: inert · deadly · blind · aliases · clamp · inactive · interpolated · unreachable ·
-    clipped · other_settings · inexact."""
-
-    name: str
-    sentence: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,8 @@ class Named:
 class Forecast:
     """limit: the norm guard's, None if it is off. max_ratio: settings whose predicted ratio exceeds it are not launched.
 
-    shares: of the space, weighted as it is sampled: `inert`, `beyond_limit`, `skipped`. `widest`: its predicted ratios."""
+    shares: of the space, weighted as it is sampled: `inert`, `beyond_limit`, `skipped`. widest: its lowest and highest predicted
+    ratio. findings: inert · deadly · blind · aliases · clamp · inactive · interpolated · unreachable · other_settings."""
 
     limit: float | None
     max_ratio: float | None
@@ -66,19 +58,18 @@ class Forecast:
     widest: tuple[float, float]
     landmarks: tuple[Landmarks, ...]
     settings: tuple[Named, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[Check, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def forecast(model: NormModel, space: Space, limit: float | None = None, max_ratio: float | None = None) -> Forecast:
+def forecast_space(model: NormModel, space: Space, limit: float | None = None, max_ratio: float | None = None) -> Forecast:
     """limit, max_ratio: see `Forecast`."""
     scans = [scan for stage in space.stages for scan in _scans(model, stage)]
-    findings = list(_findings(model, space, scans, limit))
-    weights = np.concatenate([np.full(len(scan.gains), scan.share) for scan in scans]) if scans else np.zeros(0)
-    changes = np.concatenate([scan.changes for scan in scans]) if scans else np.zeros(0)
-    ratios = np.concatenate([scan.ratios for scan in scans]) if scans else np.zeros(0)
+    weights = np.concatenate([np.full(len(scan.gains), 1 / len(scan.gains)) for scan in scans] or [np.zeros(0)])
+    changes = np.concatenate([scan.changes for scan in scans] or [np.zeros(0)])
+    ratios = np.concatenate([scan.ratios for scan in scans] or [np.zeros(0)])
 
     def share(chosen: Any) -> float:
         return float(weights[chosen].sum() / weights.sum()) if weights.size else math.nan
@@ -95,7 +86,7 @@ def forecast(model: NormModel, space: Space, limit: float | None = None, max_rat
         widest=(float(ratios.min()), float(ratios.max())) if ratios.size else (math.nan, math.nan),
         landmarks=tuple(_landmarks(model, max_t, limit) for max_t in model.max_ts),
         settings=tuple(_named(model, space, limit, max_ratio)),
-        findings=tuple(findings),
+        findings=tuple(_findings(model, space, scans, limit)),
     )
 
 
@@ -127,9 +118,8 @@ def gain_at(model: NormModel, ratio: float, setting: Mapping[str, Any]) -> float
 
 def inert_below(model: NormModel, max_t: float, pixel_weight: float = 0.0) -> float | None:
     """The smallest gain that changes total_norm by 0.1 % in either direction for a gate; None if no gain does."""
-    try:
-        top = model.gain_for(3 * model.predict_gain(0.0, max_t, pixel_weight).ratio, max_t, pixel_weight)
-    except ValueError:
+    top = _gain_or_none(model, 3 * model.predict_gain(0.0, max_t, pixel_weight).ratio, max_t, pixel_weight)
+    if top is None:
         return None
     gains = np.geomspace(top * 1e-8, top, 801)  # 100 per decade: accurate to a few percent
     changes = model.ratios(gains, max_t, pixel_weight) / model.ratios([0.0], max_t, pixel_weight)[0] - 1
@@ -143,13 +133,11 @@ def inert_below(model: NormModel, max_t: float, pixel_weight: float = 0.0) -> fl
 class Scan:
     """One gate and pixel weight of a stage: the gains in its range and their predictions."""
 
-    stage: str
     max_t: float
     pixel_weight: float
     gains: Array
     ratios: Array
     changes: Array  # relative change of total_norm against the same without SSIM
-    share: float  # share of the stage, for each gain
 
 
 def gains_of(model: NormModel, stage: Stage) -> Iterator[tuple[float, float, Array]]:
@@ -168,7 +156,7 @@ def _scans(model: NormModel, stage: Stage) -> Iterator[Scan]:
         if gains.size:
             ratios = model.ratios(gains, max_t, pixel_weight)
             alone = model.ratios([0.0], max_t, pixel_weight)[0]
-            yield Scan(stage.name, max_t, pixel_weight, gains, ratios, ratios / alone - 1, 1 / len(gains))
+            yield Scan(max_t, pixel_weight, gains, ratios, ratios / alone - 1)
 
 
 def _values(stage: Stage, model: NormModel, name: str) -> Sequence[float | None]:
@@ -183,23 +171,15 @@ def _values(stage: Stage, model: NormModel, name: str) -> Sequence[float | None]
 def _gains(model: NormModel, stage: Stage, max_t: float, pixel_weight: float) -> Array:
     domain = stage.parameters.get(GAIN)
     if domain is None:
-        weights, scales = (_spread(stage, model, name) for name in (WEIGHT, GRAD_SCALE))
+        defaults = {WEIGHT: 0.0, GRAD_SCALE: 1.0, **model.held, **stage.fixed}
+        weights, scales = (
+            _points(stage.parameters[name]) if name in stage.parameters else float(defaults[name]) for name in (WEIGHT, GRAD_SCALE)
+        )
         return np.unique(np.outer(weights, scales))
     if domain.unit is None:
         return _points(domain)
-    found = []
-    for ratio in _points(domain):
-        try:
-            found.append(model.gain_for(float(ratio), max_t, pixel_weight))
-        except ValueError:
-            continue
-    return np.asarray(found)
-
-
-def _spread(stage: Stage, model: NormModel, name: str) -> Array:
-    domain = stage.parameters.get(name)
-    default = 1.0 if name == GRAD_SCALE else 0.0
-    return _points(domain) if domain is not None else np.asarray([float(stage.fixed.get(name, model.held.get(name, default)))])
+    found = (_gain_or_none(model, float(ratio), max_t, pixel_weight) for ratio in _points(domain))
+    return np.asarray([gain for gain in found if gain is not None])
 
 
 def _points(domain: Domain) -> Array:
@@ -211,42 +191,35 @@ def _landmarks(model: NormModel, max_t: float, limit: float | None) -> Landmarks
     at_rest = model.predict_gain(0.0, max_t, model.held.get("pixel_loss_weight", 0.0))
     wanted = [*LANDMARKS, *([limit] if limit is not None else [])]
     inert = inert_below(model, max_t, at_rest.pixel_weight)
-    gains = {f"{ratio:g}": _gain_or_none(model, ratio, at_rest) for ratio in wanted}
+    gains = {f"{ratio:g}": _gain_or_none(model, ratio, max_t, at_rest.pixel_weight) for ratio in wanted}
     return Landmarks(max_t, at_rest.active_batches, at_rest.cosine, inert, gains)
 
 
-def _gain_or_none(model: NormModel, ratio: float, at_rest: Prediction) -> float | None:
+def _gain_or_none(model: NormModel, ratio: float, max_t: float, pixel_weight: float) -> float | None:
     try:
-        return model.gain_for(ratio, at_rest.max_t, at_rest.pixel_weight)
+        return model.gain_for(ratio, max_t, pixel_weight)
     except ValueError:
         return None
 
 
 def _named(model: NormModel, space: Space, limit: float | None, max_ratio: float | None) -> Iterator[Named]:
-    seen: list[dict[str, Any]] = []
-    for name, triple in NOTES.items():
-        seen.append(dict(zip(TRIPLE, triple, strict=True)))
-        yield _with_name(model, name, seen[-1], limit, max_ratio)
+    settings: dict[str, dict[str, Any]] = {name: dict(zip(TRIPLE, triple, strict=True)) for name, triple in NOTES.items()}
     for stage in space.stages:
         for index, point in enumerate(stage.point_configs(), 1):
-            if not set(TRIPLE) <= set(point) or any(all(point[key] == other[key] for key in TRIPLE) for other in seen):
-                continue
-            seen.append(point)
-            where = f"{stage.name} point {index}" if len(space.stages) > 1 else f"point {index}"
-            yield _with_name(model, where, point, limit, max_ratio)
-
-
-def _with_name(model: NormModel, name: str, setting: dict[str, Any], limit: float | None, max_ratio: float | None) -> Named:
-    prediction = model.predict_setting(setting)
-    return Named(name, setting, prediction, judgement(model, prediction, limit, max_ratio))
+            is_new = not any(all(point.get(key) == other[key] for key in TRIPLE) for other in settings.values())
+            if set(TRIPLE) <= set(point) and is_new:
+                settings[f"{stage.name} point {index}" if len(space.stages) > 1 else f"point {index}"] = point
+    for name, setting in settings.items():
+        prediction = model.predict_setting(setting)
+        yield Named(name, setting, prediction, judgement(model, prediction, limit, max_ratio))
 
 
 # -- findings
 
 
-def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | None) -> Iterator[Finding]:
+def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | None) -> Iterator[Check]:
     if model.baseline_ratio_main >= BLIND:
-        yield Finding(
+        yield warn(
             "blind",
             f"the baseline itself pushes {model.baseline_ratio_main:.3g}x the main loss: the norm guard compares with that, so a "
             f"setting may push {model.baseline_ratio_main * (limit or BLIND):.3g}x the main loss before it fires",
@@ -257,8 +230,8 @@ def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | 
         change = float(np.abs(strongest.changes).max())
         if change < INERT and not model.has_clamp:
             gain = strongest.gains[np.abs(strongest.changes).argmax()]
-            start = _gain_or_none(model, 1.1, model.predict_gain(0.0, strongest.max_t, strongest.pixel_weight))
-            yield Finding(
+            start = _gain_or_none(model, 1.1, strongest.max_t, strongest.pixel_weight)
+            yield warn(
                 "inert",
                 f"the whole space changes total_norm by < {INERT:.1%} (at most {change:.2g}, at gain {gain:.3g} @ "
                 f"{strongest.max_t:g}): no setting in it does anything to this model",
@@ -270,7 +243,7 @@ def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | 
         least = float(weakest.ratios.min())
         if limit is not None and least > limit and not model.has_clamp:
             gain = weakest.gains[weakest.ratios.argmin()]
-            yield Finding(
+            yield warn(
                 "deadly",
                 f"the predicted ratio of every setting exceeds the norm guard's limit {limit:g}: the mildest, gain {gain:.3g} @ "
                 f"{weakest.max_t:g}, has {least:.3g}x the baseline's total_norm",
@@ -281,27 +254,27 @@ def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | 
     gates = {gate for stage in space.stages for gate in _values(stage, model, MAX_T) if gate is not None}
     idle = [gate for gate in sorted(gates) if not model.predict_gain(0.0, gate).active_batches]
     if idle:
-        yield Finding("inactive", f"max_t {_list(idle)}: {model.inactive_words(max(idle))}; nothing is known there")
+        yield warn("inactive", f"max_t {_list(idle)}: {model.inactive_words(max(idle))}; nothing is known there")
     between = [stage for stage in space.stages if not isinstance(stage.parameters.get(MAX_T, Choice((1.0,))), Choice)]
     if between or any(not model.is_calibrated(gate) for gate in gates):
-        yield Finding(
+        yield warn(
             "interpolated",
             f"{MAX_T} is searched between the calibrated values {_list(model.max_ts)}: numbers in between are interpolated",
         )
     yield from _unreachable(model, space)
     others = sorted(set(space.parameter_names) - {GAIN, *TRIPLE, "pixel_loss_weight", *HARMLESS})
     if others:
-        yield Finding("other_settings", f"{', '.join(others)} searched too: the numbers are those of the study's own value")
+        yield warn("other_settings", f"{', '.join(others)} searched too: the numbers are those of the study's own value")
 
 
-def _aliases(model: NormModel, space: Space) -> Iterator[Finding]:
+def _aliases(model: NormModel, space: Space) -> Iterator[Check]:
     """Settings that differ only in how their gain is split. With a clamp at the decoder's output the gradient is not proportional
     to the gain, so nothing is called an alias."""
     if model.has_clamp:
         return
     for stage in space.stages:
         if WEIGHT in stage.parameters and GRAD_SCALE in stage.parameters:
-            yield Finding(
+            yield warn(
                 "aliases",
                 f"{WEIGHT} and {GRAD_SCALE} are both searched ({stage.name}): only their product acts, so the search has one "
                 "dimension too many",
@@ -316,21 +289,21 @@ def _aliases(model: NormModel, space: Space) -> Iterator[Finding]:
                 groups.setdefault(f"{gain_of(point):.9g} {rest}", {})[triple] = None
     for group in groups.values():
         if len(group) > 1:
-            yield Finding("aliases", f"points {' and '.join(group)} are one setting: the same gain behind the same gate")
+            yield warn("aliases", f"points {' and '.join(group)} are one setting: the same gain behind the same gate")
 
 
-def _clamp(model: NormModel) -> Iterator[Finding]:
+def _clamp(model: NormModel) -> Iterator[Check]:
     if model.has_clamp:
         first = min(model.clamp_gain)
         where = model.max_ts[model.clamp_gain.index(first)]
-        yield Finding(
+        yield warn(
             "clamp",
             f"ssim_grad_clamp cuts in from gain {first:.3g} (@ {where:g}) on: there the gradient is no longer proportional to the "
             "gain, the numbers are those without the clamp, and settings of equal gain are not taken for aliases",
         )
 
 
-def _unreachable(model: NormModel, space: Space) -> Iterator[Finding]:
+def _unreachable(model: NormModel, space: Space) -> Iterator[Check]:
     for stage in space.stages:
         domain = stage.parameters.get(GAIN)
         if domain is None or domain.unit is None:
@@ -341,7 +314,7 @@ def _unreachable(model: NormModel, space: Space) -> Iterator[Finding]:
                     if max_t is not None:
                         model.gain_for(float(_points(domain).min()), max_t, pixel_weight or 0.0)
                 except ValueError as error:
-                    yield Finding("unreachable", f"{stage.name}: {error}", "raise the lower end of the range")
+                    yield warn("unreachable", f"{stage.name}: {error}", "raise the lower end of the range")
 
 
 def _list(values: Any) -> str:

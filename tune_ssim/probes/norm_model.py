@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 MAIN, PIXEL, SSIM = 0, 1, 2  # rows and columns of Q
+PRODUCTS = {  # names of Q's entries in a file
+    "main_main": (MAIN, MAIN), "main_pixel": (MAIN, PIXEL), "pixel_pixel": (PIXEL, PIXEL),
+    "main_ssim": (MAIN, SSIM), "pixel_ssim": (PIXEL, SSIM), "ssim_ssim": (SSIM, SSIM),
+}  # fmt: skip
 QUANTILES = (0.1, 0.9)
 SCAN_DECADES, SCAN_POINTS = 16, 641  # grid of gains to find the rising branch: 40 per decade
 FORMAT = 1
@@ -50,9 +54,6 @@ class Prediction:
     active_batches: int
     clamped: bool = False  # ssim_grad_clamp is active at this gain; the numbers ignore the clamp
     between: tuple[float, float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,8 @@ class NormModel:
             }
 
     def ratios(self, gains: ArrayLike, max_t: float, pixel_weight: float = 0.0) -> Array:
-        """Only the ratios of `curve`, ten times as fast."""
-        wanted = np.asarray(gains, dtype=np.float64)
-        lower, upper, share = self._between(max_t)
-        one = self._ratio(lower, wanted, pixel_weight)
-        if lower == upper:
-            return one
-        with np.errstate(divide="ignore"):
-            return np.exp(np.log(one) * (1 - share) + np.log(self._ratio(upper, wanted, pixel_weight)) * share)
+        """The ratios of `curve`."""
+        return self.curve(gains, max_t, pixel_weight)["ratio"]
 
     # -- inverse: norm → gain
 
@@ -218,15 +213,6 @@ class NormModel:
         lower, upper = int(under[-1]), int(over[0])
         return lower, upper, math.log(max_t / grid[lower]) / math.log(grid[upper] / grid[lower])
 
-    def _ratio(self, index: int, gains: Array, pixel_weight: float) -> Array:
-        chosen = self.active[index]
-        if not chosen.any():
-            return np.full(gains.shape, np.nan)
-        norms = np.sqrt(_squares(self.q[index][chosen], gains, pixel_weight))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio: Array = np.median(norms, axis=1) / np.median(self.baseline[chosen])
-        return ratio
-
     def _statistics(self, index: int, gains: Array, pixel_weight: float) -> dict[str, Array]:
         chosen = self.active[index]
         q, baseline = self.q[index][chosen], self.baseline[chosen]
@@ -259,14 +245,12 @@ class NormModel:
     # -- as JSON
 
     def to_dict(self) -> dict[str, Any]:
-        places = {"main_main": (0, 0), "main_pixel": (0, 1), "pixel_pixel": (1, 1)}
-        places |= {"main_ssim": (0, 2), "pixel_ssim": (1, 2), "ssim_ssim": (2, 2)}
         products = [
             {
                 "max_t": max_t,
                 "clamp_gain": self.clamp_gain[i],
                 "active": self.active[i].tolist(),
-                **{name: self.q[i, :, row, column].tolist() for name, (row, column) in places.items()},
+                **{name: self.q[i, :, row, column].tolist() for name, (row, column) in PRODUCTS.items()},
             }
             for i, max_t in enumerate(self.max_ts)
         ]
@@ -286,22 +270,20 @@ class NormModel:
             found = data.get("format") if isinstance(data, Mapping) else data
             raise ValueError(f"norm model format {found!r} is not known (this version reads {FORMAT})")
         try:
-            q = []
-            for part in data["dot_products"]:
-                mm, mp, pp, ms, ps, ss = (
-                    np.asarray([float(x) for x in part[name]])
-                    for name in ("main_main", "main_pixel", "pixel_pixel", "main_ssim", "pixel_ssim", "ssim_ssim")
-                )
-                q.append(np.stack([mm, mp, ms, mp, pp, ps, ms, ps, ss], axis=-1).reshape(-1, 3, 3))
+            gates = data["dot_products"]
+            q = np.empty((len(gates), len(data["batches"]), 3, 3))
+            for i, gate in enumerate(gates):
+                for name, (row, column) in PRODUCTS.items():
+                    q[i, :, row, column] = q[i, :, column, row] = [float(x) for x in gate[name]]
             return cls(
-                max_ts=tuple(float(part["max_t"]) for part in data["dot_products"]),
-                q=np.stack(q),
-                active=np.asarray([part["active"] for part in data["dot_products"]], dtype=bool),
+                max_ts=tuple(float(gate["max_t"]) for gate in gates),
+                q=q,
+                active=np.asarray([gate["active"] for gate in gates], dtype=bool),
                 baseline=np.asarray([float(x) for x in data["baseline_total_norm"]]),
                 batches=tuple(int(n) for n in data["batches"]),
                 method=str(data["method"]),
                 held={name: float(value) for name, value in data["held"].items()},
-                clamp_gain=tuple(float(part["clamp_gain"]) for part in data["dot_products"]),
+                clamp_gain=tuple(float(gate["clamp_gain"]) for gate in gates),
             )
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"not a norm model ({type(error).__name__}: {error})") from None

@@ -15,7 +15,7 @@ from scipy.stats import qmc
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import append_line
-from tune_ssim.before_launch.forecast import forecast, gain_at, skip_sentence
+from tune_ssim.before_launch.forecast import forecast_space, gain_at, skip_sentence
 from tune_ssim.guards.verdict import Verdict
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.results.study_folder import Skipped
@@ -224,7 +224,7 @@ def _lowest_ratio(model: NormModel, stage: Stage) -> float:
     """The lowest predicted norm ratio in the stage."""
     if stage.is_relative:
         return stage.parameters[GAIN].bounds[0]
-    return forecast(model, Space(name=stage.name, stages=(stage,))).widest[0]
+    return forecast_space(model, Space(name=stage.name, stages=(stage,))).widest[0]
 
 
 def _needed(model: NormModel | None, stage: Stage) -> NormModel:

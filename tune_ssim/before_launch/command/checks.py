@@ -13,9 +13,8 @@ import numpy as np
 from tune_ssim.before_launch.calibration import TrainingCheck
 from tune_ssim.before_launch.command.starts import Start, significant_digits
 from tune_ssim.before_launch.command.startup_output import startup_checks
-from tune_ssim.before_launch.forecast import Finding
 from tune_ssim.before_launch.preflight import rules
-from tune_ssim.before_launch.preflight.report import Check, unknown
+from tune_ssim.before_launch.preflight.report import Check, unknown, warn
 from tune_ssim.guards import Guard
 from tune_ssim.guards.guard import is_named
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel
@@ -99,7 +98,7 @@ def _total_norm(start: Start) -> Check:
     return Check(TOTAL_NORM, "ok", f"{source} at {found} of {len(norms)} steps", evidence | {"digits": float(digits)})
 
 
-def digits_finding(starts: Sequence[Start]) -> Iterator[Finding]:
+def digits_finding(starts: Sequence[Start]) -> Iterator[Check]:
     """What the digits of a printed total_norm leave unknown."""
     digits = significant_digits([norm for start in starts for norm in start.values(TOTAL_NORM)])
     if digits < MIN_DIGITS:
@@ -107,7 +106,7 @@ def digits_finding(starts: Sequence[Start]) -> Iterator[Finding]:
             f"total_norm is printed with {digits} significant digits: predictions are no better than {10 ** (1 - digits):.0e}, and "
             "the angle between the two gradients is not known where one of them is much larger"
         )
-        yield Finding("digits", sentence, f"print at least {MIN_DIGITS} digits, e.g. {{total_norm:.8g}}")
+        yield warn("digits", sentence, f"print at least {MIN_DIGITS} digits, e.g. {{total_norm:.8g}}")
 
 
 def _settings(start: Start) -> Iterator[Check]:

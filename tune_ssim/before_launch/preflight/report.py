@@ -1,4 +1,4 @@
-"""Results of preflight and of `check_task`: checks with a status and evidence, convertible to and from JSON."""
+"""Results of preflight and of `check_task`: checks with a status and evidence, convertible to JSON."""
 
 from __future__ import annotations
 
@@ -77,12 +77,3 @@ class Report:
             "seconds": self.seconds,
             "checks": [asdict(check) | {"evidence": dict(check.evidence)} for check in self.checks],
         }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """The inverse of `to_dict`, also after JSON that spells NaN and Infinity as text."""
-        checks = tuple(
-            Check(**{**check, "evidence": {name: float(value) for name, value in check["evidence"].items()}})
-            for check in data["checks"]
-        )
-        return cls(checks, float(data["seconds"]))
