@@ -22,6 +22,7 @@ from tune_ssim.trials.command.output import CommandOutput
 from tune_ssim.trials.command.settings import SettingsInForce
 from tune_ssim.trials.processes import OutputLog
 from tune_ssim.trials.push import TrialContext
+from tune_ssim.trials.training import Sample
 from tune_ssim.trials.trial import Trial, TrialPlan
 
 
@@ -288,6 +289,15 @@ def test_samples_far_out_are_judged_with_a_word(trial: TrialEnd, made: torch.Ten
     with trial_context() as t, pytest.warns(UserWarning, match=r"images should be float .* in another range, or of a model"):
         t.samples(made, references=images())
     assert trial.read()[1]["step"] == 0
+
+
+def test_a_sample_may_be_sent_as_a_whole(trial: TrialEnd) -> None:
+    images, references = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    with trial_context() as t:
+        t.samples(images, step=1, references=references, flow_loss_top_bin=torch.tensor(0.5))
+        t.samples(Sample(images, references, statistics={"flow_loss_top_bin": torch.tensor(0.5)}), step=2)  # type: ignore[dict-item]
+    one, other = [message for message in trial.read() if "step" in message]
+    assert other == {**one, "step": 2} and other["smoke/flow_loss_top_bin"] == 0.5
 
 
 def test_text_needs_no_images(trial: TrialEnd) -> None:

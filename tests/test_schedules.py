@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune_ssim.losses.schedules import Constant, CyclicalLinear, Linear, WarmUp
+from tune_ssim.losses.schedules import Constant, CyclicalLinear, Linear
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from tune_ssim.losses.schedules import Constant, CyclicalLinear, Linear, WarmUp
         (CyclicalLinear(0, 1, 400), {0: 0, 25: 0.5, 50: 1, 99: 1, 100: 0, 125: 0.5, 399: 1, 400: 1, 10**6: 1}),
         # cycles that do not divide the steps: of 10/3 steps each
         (CyclicalLinear(0, 1, 10, cycles=3, ratio=1), {1: 0.3, 3: 0.9, 4: 0.2, 10: 1}),
-        (WarmUp(500, 0.1), {0: 0, 250: 0.05, 500: 0.1, 501: 0.1}),
+        (Linear(0, 0.1, 500), {0: 0, 250: 0.05, 500: 0.1, 501: 0.1}),
     ],
 )
 def test_values(schedule, values):
@@ -29,14 +29,14 @@ def test_values(schedule, values):
 
 @pytest.mark.parametrize(("value", "divisor", "steps"), [(0.01, 1000, 10), (0.01, 100_000, 1000)])
 def test_the_annealings_of_note_004(value, divisor, steps):
-    schedule = WarmUp(steps=steps, value=value)
+    schedule = Linear(0, value, steps)
     for step in (0, 1, steps // 2, steps - 1, steps, steps + 1, 10 * steps):
         assert schedule(step) == pytest.approx(min(value, step / divisor))
 
 
-@given(st.sampled_from([Linear(0.01, 0.2, 1000), CyclicalLinear(0.01, 0.2, 400), WarmUp(500, 0.2)]), st.integers(-5, 5000))
+@given(st.sampled_from([Linear(0.01, 0.2, 1000), CyclicalLinear(0.01, 0.2, 400), Linear(0, 0.2, 500)]), st.integers(-5, 5000))
 def test_a_weight_stays_between_its_ends(schedule, step):
-    assert (0 if isinstance(schedule, WarmUp) else 0.01) <= schedule(step) <= 0.2
+    assert schedule.start <= schedule(step) <= 0.2
 
 
 def test_a_cycle_is_repeated_exactly():

@@ -32,8 +32,7 @@ __all__ = ["AcceleratedTrial"]
 class AcceleratedTrial:
     """Like `t.report`, for several processes. All must call it, and all learn at the same step that the trial is over.
 
-    samples: a function of the unwrapped model that returns images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a
-    `tune_ssim.Sample`; called at the steps of the study's smoke test, in eval() mode and without gradients."""
+    samples: inference by the unwrapped model, see `MakeSamples`."""
 
     def __init__(self, accelerator: Accelerator, trial: TrialContext, samples: MakeSamples | None = None) -> None:
         self.accelerator = accelerator

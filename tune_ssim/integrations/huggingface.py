@@ -28,8 +28,7 @@ class TrialCallback(TrainerCallback):
     Within a study it makes the trainer log every step, since the norm is reported only there, and lets NaN and Inf through
     (`logging_nan_inf_filter` would replace them with the mean of earlier steps).
 
-    samples: a function of the model that returns images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a
-    `tune_ssim.Sample`; called at the steps of the study's smoke test, in eval() mode and without gradients."""
+    samples: inference by the model, see `MakeSamples`."""
 
     def __init__(self, trial: TrialContext, samples: MakeSamples | None = None) -> None:
         self.reporting = Reporting(trial, samples)

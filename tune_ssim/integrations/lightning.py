@@ -35,8 +35,7 @@ class TrialCallback(Callback):
     module logs for the step (`self.log("ssim_active_fraction", …)`), except names with a slash or starting with val or test. When
     the trial is over, the fit ends as with early stopping. Outside a study it does nothing.
 
-    samples: a function of the module that returns images `[n, 3, H, W]` in [0, 1] from fixed inputs and fixed noise, or a
-    `tune_ssim.Sample`; called at the steps of the study's smoke test, in eval() mode and without gradients.
+    samples: inference by the module, see `MakeSamples`.
 
     With several micro-batches per step, `loss` is their mean. With several optimisers per batch, squared norms are added. Gradients
     may be sharded with FSDP2 (see `probes.total_norm`). With FSDP1 and DeepSpeed the whole gradient is not visible."""

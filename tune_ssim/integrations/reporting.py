@@ -11,8 +11,9 @@ import torch
 from tune_ssim.trials.push import TrialContext, TrialPruned
 from tune_ssim.trials.training import Sample
 
-# Inference on fixed inputs and fixed noise: `[n, 3, H, W]` in [0, 1], or a Sample that also has references or inputs.
 MakeSamples = Callable[[Any], "Sample | torch.Tensor"]
+"""Inference by a model on fixed inputs and fixed noise: images `[n, 3, H, W]` in [0, 1], or a `tune_ssim.Sample`. Called in eval()
+mode and without gradients, at the steps of the study's smoke test."""
 
 
 class Reporting:
@@ -54,17 +55,7 @@ class Reporting:
             return
         with looking_on(model):
             found = self.make_samples(model)
-        sample = found if isinstance(found, Sample) else Sample(found)
-        self.trial.samples(
-            sample.images,
-            step=step,
-            references=sample.references,
-            inputs=sample.inputs,
-            reconstructions=sample.reconstructions,
-            token_ids=sample.token_ids,
-            vocabulary_size=sample.vocabulary_size,
-            **sample.statistics,
-        )
+        self.trial.samples(found, step=step)
 
 
 @contextmanager

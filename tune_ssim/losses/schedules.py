@@ -37,7 +37,10 @@ class Constant(_Checked):
 
 @dataclass(frozen=True)
 class Linear(_Checked):
-    """Linear from `start` at step 0 to `end` at step `steps`, then constant at `end`."""
+    """Linear from `start` at step 0 to `end` at step `steps`, then constant at `end`.
+
+    Note 004's `min(0.01, step / 100000)` is `Linear(0.0, 0.01, steps=1000)`.
+    """
 
     start: float
     end: float
@@ -74,20 +77,6 @@ class CyclicalLinear(_Checked):
             return float(self.end)
         within = (max(step, 0) * self.cycles % self.steps) / self.steps  # exact for integer steps
         return _between(self.start, self.end, within / self.ratio)
-
-
-@dataclass(frozen=True)
-class WarmUp(_Checked):
-    """Linear warm-up from 0 at step 0 to `value` at step `steps`, then constant.
-
-    Note 004's `min(0.01, step / 100000)` is `WarmUp(steps=1000, value=0.01)`.
-    """
-
-    steps: int
-    value: float
-
-    def __call__(self, step: float) -> float:
-        return _between(0.0, self.value, step / self.steps)
 
 
 def _between(start: float, end: float, share: float) -> float:

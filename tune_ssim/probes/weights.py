@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +50,13 @@ def tensor_contents(tensors: Mapping[str, torch.Tensor]) -> Contents:
     A floating-point tensor is distinctive if it has enough distinct values (MIN_DISTINCT), or if a value is not finite. Unlike
     counters, masks, zeros and ones, no healthy training has it by chance. A cast that is not distinctive is left out.
     """
+    return _contents(tensors.items())
+
+
+def _contents(tensors: Iterable[tuple[str, torch.Tensor]]) -> Contents:
     hashes: dict[str, str] = {}
     distinctive: dict[str, tuple[str, ...]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         plain = _plain(name, tensor)
         hashes[name] = _hash(plain)
         if _is_distinctive(plain):
@@ -70,7 +74,7 @@ def file_contents(path: Path) -> Contents | None:
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file() and file.suffix in (SAFETENSORS, *TORCH_SAVE):
             try:
-                found = tensor_contents(_tensors_in(file))
+                found = _contents(_tensors_in(file))
             except Exception:  # torch and safetensors raise their own types for malformed files
                 continue
             hashes |= {f"{file.name}:{name}": value for name, value in found.hashes.items()}
@@ -78,41 +82,22 @@ def file_contents(path: Path) -> Contents | None:
     return Contents(hashes, distinctive) if hashes else None
 
 
-class _Stored(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors file, each read on access."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt", device="cpu")
-        self._names = list(self._file.keys())
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)  # type: ignore[no-any-return]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _tensors_in(file: Path) -> Mapping[str, torch.Tensor]:
+def _tensors_in(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a file, of a safetensors file one at a time."""
     if file.suffix == SAFETENSORS:
-        return _Stored(file)
-    found: dict[str, torch.Tensor] = {}
+        with safe_open(file, framework="pt", device="cpu") as stored:
+            yield from ((name, stored.get_tensor(name)) for name in stored.keys())  # noqa: SIM118  (not a mapping)
+    else:
+        yield from _nested(torch.load(file, map_location="cpu", weights_only=True, mmap=True), "")
 
-    def collect(value: object, name: str) -> None:
-        if isinstance(value, torch.Tensor):
-            if value.layout == torch.strided and not value.is_quantized:
-                found[name] = value
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                collect(item, f"{name}/{key}")
-        elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                collect(item, f"{name}/{index}")
 
-    collect(torch.load(file, map_location="cpu", weights_only=True, mmap=True), "")
-    return found
+def _nested(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        if value.layout == torch.strided and not value.is_quantized:
+            yield name, value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _nested(item, f"{name}/{key}")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from tune_ssim.losses import euler_sample, noisy_latent, velocity_target
 from tune_ssim.losses.latent import dino_alignment, kl_to_standard_normal, reparameterise
-from tune_ssim.losses.schedules import Constant, Schedule, WarmUp
+from tune_ssim.losses.schedules import Constant, Linear, Schedule
 from tune_ssim.probes import GradientTaps, loss_norms
 from tune_ssim.tasks.bundled import WEIGHTS, BundledTraining, load_weights, numbers_of
 from tune_ssim.tasks.patch_features import FEATURES_FILE, PatchFeatures, load_named_network
@@ -78,7 +78,7 @@ class FlowConfig:
 
     def dino_schedule(self) -> Schedule:
         steps = round(self.dino_warmup * self.steps)
-        return WarmUp(steps, self.dino_alpha) if steps else Constant(self.dino_alpha)
+        return Linear(0.0, self.dino_alpha, steps) if steps else Constant(self.dino_alpha)
 
 
 class Networks(nn.Module):

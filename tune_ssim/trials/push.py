@@ -78,7 +78,7 @@ class TrialContext:
 
     def samples(
         self,
-        images: torch.Tensor,
+        images: torch.Tensor | Sample,
         *,
         step: int | None = None,
         references: torch.Tensor | None = None,
@@ -88,7 +88,7 @@ class TrialContext:
         vocabulary_size: int | None = None,
         **statistics: float,
     ) -> None:
-        """Sends samples from fixed inputs and fixed noise to the smoke test. `tune_ssim.Sample` describes the arguments.
+        """Sends samples from fixed inputs and fixed noise to the smoke test: a `tune_ssim.Sample`, or its fields one by one.
         step: None is the last reported one. Call it when `due(step)`; step 0 is before the first update.
 
         Raises UserError, a ValueError, for images that are not float tensors `[n, 3, H, W]`, and within a study for references or
@@ -99,7 +99,11 @@ class TrialContext:
             from tune_ssim.trials.sample_check import require_kind
             from tune_ssim.trials.training import Sample
 
-            sample = Sample(images, references, inputs, reconstructions, {}, token_ids, vocabulary_size)
+            if isinstance(images, Sample):
+                sample = images
+            else:
+                sample = Sample(images, references, inputs, reconstructions, {}, token_ids, vocabulary_size)
+            numbers |= {f"smoke/{name}": self._number("samples", name, value) for name, value in sample.statistics.items()}
             require_kind(sample)
             if self._channel is not None:
                 self._send_samples(self._channel, at, sample, numbers)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.tensor_file import Contents
 from tune_ssim.guards import (
     Baseline,
     BaselineRun,
@@ -162,7 +163,7 @@ class Trial:
                 if smoke_due and self.verdict is None:
                     self._smoke(made)
         if self.verdict is None and (ended or (self.step >= self.plan.steps and not self.task.reports_after_last_step)):
-            self._finish()
+            self.verdict = self._finish()
         if self.verdict is not None and self.task.reports_after_last_step:
             self.task.close(self.verdict.verdict.value, self.verdict.reason)
             self.remarks = tuple(self.task.remarks())
@@ -217,19 +218,19 @@ class Trial:
         """Adds the hashes of the current state to `wrote`, so that a ruined checkpoint is recognised under any name."""
         tensors = tensors_of(self.task.state_dict()) if self.first_active is not None else {}
         if tensors:
-            contents = tensor_contents(tensors)
-            self.wrote.append(
-                {"step": self.step, "path": folder and str(folder), "contents": asdict(contents), "parents": list(self.parents)}
-            )
+            self._note(self.step, folder, tensor_contents(tensors))
 
     def _note_files(self) -> None:
         """Adds the checkpoint files that a process wrote, once it has ended: those of a ruined trial and of the sound baseline."""
         assert self.verdict is not None
         wanted = self.verdict.verdict == Verdict.PRUNED or (self.role == Role.BASELINE and self.verdict.verdict == Verdict.SAFE)
         for step, path in self.task.written() if wanted else ():
-            contents = file_contents(path)
-            if contents is not None:
-                self.wrote.append({"step": step, "path": str(path), "contents": asdict(contents), "parents": list(self.parents)})
+            if (contents := file_contents(path)) is not None:
+                self._note(step, path, contents)
+
+    def _note(self, step: int, path: Path | None, contents: Contents) -> None:
+        found = {"step": step, "path": path and str(path), "contents": asdict(contents), "parents": list(self.parents)}
+        self.wrote.append(found)
 
     def load(self, folder: Path) -> None:
         """Resumes from a checkpoint of a trial with the same configuration, after `start`."""
@@ -424,50 +425,38 @@ class Trial:
             record |= {SMOKE_AGAIN + name: value for name, value in statistics_of(second).items()}
         return Record(self.step, record)
 
-    def _finish(self) -> None:
+    def _finish(self) -> Judgement:
+        """The verdict after the last step, if no guard has ended the trial."""
         if self.first_step_past_end is not None and not self.step:
-            self.verdict = Judgement(
+            return Judgement(
                 Verdict.ERROR,
                 f"the training's first record after step 0 is at step {self.first_step_past_end}, but the trial has "
                 f"{self.plan.steps} steps: nothing of it could be judged; let it "
                 "log more often, or raise `steps` (a count of images or tokens is no step)",
             )
-            return
         try:
             unjudged = self.watch.finish()
         except MissingMetric as error:
-            self.verdict = Judgement(Verdict.ERROR, self._missing(error))
-            return
+            return Judgement(Verdict.ERROR, self._missing(error))
         if self.baseline is not None and self.step < (last := self._last_step_of_baseline()) and self.step < self.plan.steps:
-            self.verdict = Judgement(
-                Verdict.ERROR, f"the training ended by itself at step {self.step}, the baseline's at {last}: not comparable"
-            )
-            return
+            words = f"the training ended by itself at step {self.step}, the baseline's at {last}: not comparable"
+            return Judgement(Verdict.ERROR, words)
         found = dict(self.task.evaluate())
-        horizon = f"to step {self.step}"
-        if self.baseline is None:
-            if unjudged:
-                self.verdict = Judgement(Verdict.ERROR, "; ".join(unjudged), metrics=found)
-                return
-            self.verdict = Judgement(Verdict.SAFE, f"safe {horizon}", metrics=found)
-            return
-        reference = self.baseline.reference(self.seed).evaluation
+        reference = {} if self.baseline is None else self.baseline.reference(self.seed).evaluation
         compared = dict.fromkeys(("ssim", "psnr", self.plan.objective.removeprefix("delta_")))
         deltas = {f"delta_{name}": found[name] - reference[name] for name in compared if name in found and name in reference}
-        metrics = found | deltas
+        metrics, words = found | deltas, f"safe to step {self.step}"
         if unjudged:
-            self.verdict = Judgement(Verdict.ERROR, "; ".join(unjudged), metrics=metrics)
-            return
+            return Judgement(Verdict.ERROR, "; ".join(unjudged), metrics=metrics)
+        if self.baseline is None:
+            return Judgement(Verdict.SAFE, words, metrics=metrics)
         for rule in self.plan.keep:
-            breach = rule.broken_by(found, reference)
-            if breach is not None:
-                name, value, limit, words = breach
-                violation = Violation("objective", self.step, name, value, limit, Action.WARN, words)
-                self.verdict = Judgement(Verdict.DEGRADED, words, violation, metrics)
-                return
+            if (breach := rule.broken_by(found, reference)) is not None:
+                name, value, limit, sentence = breach
+                violation = Violation("objective", self.step, name, value, limit, Action.WARN, sentence)
+                return Judgement(Verdict.DEGRADED, sentence, violation, metrics)
         how = f" (unpaired: {self.unpaired})" if self.unpaired else ""
-        words = f"safe {horizon}: no guard fired, nothing worse than the margins{how}"
-        self.verdict = Judgement(Verdict.SAFE, words, metrics=metrics)
+        return Judgement(Verdict.SAFE, f"{words}: no guard fired, nothing worse than the margins{how}", metrics=metrics)
 
 
 def harm_of(verdict: str, evidence: Mapping[str, Any] | None, step: int, steps: int) -> float:
