@@ -34,10 +34,11 @@ class TrialEnd:
         self.folder = folder
         self._position, self._rest = 0, b""
 
-    def open(self, config: Mapping[str, Any], seed: int, smoke_at: tuple[int, ...], steps: int) -> None:
-        """Creates the folder. smoke_at: steps at which samples are requested, in addition to the last."""
+    def open(self, config: Mapping[str, Any], seed: int, smoke_at: tuple[int, ...], steps: int, calibrating: bool = False) -> None:
+        """Creates the folder. smoke_at: steps at which samples are requested, in addition to the last. calibrating: the training is
+        ended after a few steps and its updates are held off."""
         (self.folder / IMAGES).mkdir(parents=True)
-        settings = {"config": dict(config), "seed": seed, "smoke_at": list(smoke_at), "steps": steps}
+        settings = {"config": dict(config), "seed": seed, "smoke_at": list(smoke_at), "steps": steps, "calibrating": calibrating}
         write_atomically(self.folder / CONFIG, json.dumps(settings).encode())
 
     def read(self) -> list[dict[str, Any]]:
@@ -75,6 +76,7 @@ class TrainingEnd:
         self.seed: int = settings["seed"]
         self.steps: int = settings["steps"]
         self.smoke_at: tuple[int, ...] = tuple(settings["smoke_at"])
+        self.calibrating: bool = settings["calibrating"]
 
     def send(self, message: Mapping[str, Any]) -> None:
         # One write per line: a reader sees whole lines, except that a kill may truncate the last one.

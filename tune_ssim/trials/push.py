@@ -61,6 +61,12 @@ class TrialContext:
         return self._channel is not None
 
     @property
+    def calibrating(self) -> bool:
+        """Whether this is a short start for preflight or calibration: only its first steps are read, and no update is kept. A loop
+        may skip its validation, samples and checkpoints."""
+        return self._channel is not None and self._channel.calibrating
+
+    @property
     def seed(self) -> int:
         """A loop that seeds its batches and noise with it sees the same as the baseline, so norms are compared step by step."""
         self.config.read.add("seed")
