@@ -132,7 +132,7 @@ def test_readings_and_gradients_agree() -> None:
             np.testing.assert_allclose(one, other, rtol=2e-5)  # float32 readings; measured 5e-6
     assert by_readings().check.relative_error < 1e-4
     with pytest.raises(ValueError, match="calibrated without the pixel loss"):
-        read.predict(1, 0.3, pixel_weight=0.05)
+        read.predict_gain(1, 0.3, pixel_weight=0.05)
 
 
 def test_readings_with_a_pixel_loss_beside_the_ssim() -> None:

@@ -49,14 +49,6 @@ def test_max_variance_changes_nothing_below():
     assert torch.equal(kl_to_standard_normal(mu, log_var, max_variance=10), kl_to_standard_normal(mu, log_var))
 
 
-def test_free_bits():
-    mu = torch.tensor([[0.0, 0.1, 2.0]], requires_grad=True)
-    log_var = torch.zeros(1, 3, requires_grad=True)
-    kl = kl_to_standard_normal(mu, log_var, free_bits=0.5)
-    assert kl.item() == pytest.approx(0.5 + 0.5 + 2.0)
-    assert torch.autograd.grad(kl.sum(), mu)[0].tolist() == [[0.0, 0.0, 2.0]]
-
-
 def test_kl_of_half_precision_is_in_float32():
     mu, log_var = latent(2, 5000, dtype=torch.float32)
     half = kl_to_standard_normal(mu.bfloat16(), log_var.bfloat16())
@@ -115,7 +107,6 @@ def test_alignment():
     ("call", "message"),
     [
         (lambda: kl_to_standard_normal(torch.zeros(2, 3), torch.zeros(2, 1)), r"mu \(2, 3\), log_var \(2, 1\)"),
-        (lambda: kl_to_standard_normal(torch.zeros(2, 3), torch.zeros(2, 3), free_bits=-1), "free_bits=-1"),
         (lambda: kl_to_standard_normal(torch.zeros(2, 3), torch.zeros(2, 3), max_variance=1), "max_variance=1"),
         (lambda: reparameterise(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3)), r"noise \(3,\)"),
         (lambda: active_units(torch.zeros(1, 3)), "at least two samples"),

@@ -3,14 +3,7 @@
 The only heavy import is torch."""
 
 from tune_ssim.losses.decoded import DecodedLoss, DecodedLossResult, clamp_gradient, scale_gradient
-from tune_ssim.losses.flow import (
-    TimeLaw,
-    euler_sample,
-    flow_loss,
-    noisy_latent,
-    velocity_target,
-    z0_from_velocity,
-)
+from tune_ssim.losses.flow import TimeLaw, euler_sample, noisy_latent, velocity_target, z0_from_velocity
 from tune_ssim.losses.latent import active_units, dino_alignment, kl_to_standard_normal, marginal_kl, reparameterise
 from tune_ssim.losses.schedules import Schedule
 from tune_ssim.losses.structural import ssim, ssim_loss
@@ -24,7 +17,6 @@ __all__ = [
     "clamp_gradient",
     "dino_alignment",
     "euler_sample",
-    "flow_loss",
     "kl_to_standard_normal",
     "marginal_kl",
     "noisy_latent",
@@ -34,4 +26,4 @@ __all__ = [
     "ssim_loss",
     "velocity_target",
     "z0_from_velocity",
-]
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rectified flow (flow matching): the time convention, the loss, timestep distributions, and an Euler sampler.
+"""Rectified flow (flow matching): the time convention, timestep distributions, and an Euler sampler.
 
 **t = 0 is the clean image and t = 1 is noise**, throughout this project (note 000 §2.3):
 
@@ -33,21 +33,13 @@ class TimeLaw:
         if not (math.isfinite(self.shift) and self.shift > 0):
             raise ValueError(f"timestep law: shift={self.shift!r}; expected a finite number > 0")
 
-    def sample(
-        self,
-        n: int,
-        generator: torch.Generator | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Samples `n` timesteps, `[n]` in [0, 1]. `device`: default the generator's."""
-        if device is None and generator is not None:
-            device = generator.device
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Samples `n` timesteps, `[n]` in [0, 1], on the generator's device."""
+        device = None if generator is None else generator.device
         if self.name == "uniform":
-            t = torch.rand(n, generator=generator, device=device, dtype=dtype)
+            t = torch.rand(n, generator=generator, device=device)
         else:
-            t = torch.randn(n, generator=generator, device=device, dtype=dtype).sigmoid()
+            t = torch.randn(n, generator=generator, device=device).sigmoid()
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def active_fraction(self, max_t: float) -> float:
@@ -86,14 +78,6 @@ def z0_from_velocity(z_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     """
     _check_same("z0_from_velocity", z_t, velocity)
     return z_t - _per_sample("z0_from_velocity", t, z_t) * velocity
-
-
-def flow_loss(velocity: Tensor, z0: Tensor, noise: Tensor) -> Tensor:
-    """Per-sample mean square of `velocity − (noise − z0)`: `[batch, ...]` → `[batch]`, in float32 or better."""
-    _check_same("flow_loss", velocity, z0)
-    dtype = torch.promote_types(velocity.dtype, torch.float32)
-    error = velocity.to(dtype) - velocity_target(z0.to(dtype), noise.to(dtype))
-    return error.square().flatten(1).mean(1)
 
 
 @torch.no_grad()

@@ -9,15 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def kl_to_standard_normal(mu: Tensor, log_var: Tensor, *, free_bits: float = 0.0, max_variance: float | None = None) -> Tensor:
+def kl_to_standard_normal(mu: Tensor, log_var: Tensor, *, max_variance: float | None = None) -> Tensor:
     """Per-sample `KL(N(mu, exp(log_var)) ‖ N(0, 1)) = −½ Σ (1 + log_var − mu² − exp(log_var))`, in nats.
 
     `mu`, `log_var`: `[batch, ...]`. Returns `[batch]`, in float32 or better: the **sum** over all dimensions but the batch, as
     in note 004, whose `kl_raw` is the mean of this over the batch. Raises ValueError for mismatched shapes or settings out
     of range.
-
-    `free_bits`: lower bound in nats on the KL of each element of each sample. Elements below it get no gradient (Kingma et
-    al. 2016, who apply it to the batch mean). 0 turns it off.
 
     `max_variance`: above it `exp(log_var)` is continued linearly, so the gradient of an element with respect to log_var stays
     at `½ (max_variance − 1)` instead of exploding (note 004 uses 10; None is the exact KL). The note clamps the value instead.
@@ -26,8 +23,6 @@ def kl_to_standard_normal(mu: Tensor, log_var: Tensor, *, free_bits: float = 0.0
     if mu.shape != log_var.shape or mu.ndim < 2:
         got = f"mu {tuple(mu.shape)}, log_var {tuple(log_var.shape)}"
         raise ValueError(f"kl_to_standard_normal: {got}; expected one [batch, ...]")
-    if not (math.isfinite(free_bits) and free_bits >= 0):
-        raise ValueError(f"kl_to_standard_normal: free_bits={free_bits!r}; expected a finite number >= 0")
     if max_variance is not None and not (math.isfinite(max_variance) and max_variance > 1):
         # With a limit of 1 or less the gradient would no longer push a large variance down.
         raise ValueError(f"kl_to_standard_normal: max_variance={max_variance!r}; expected a finite number > 1, or None")
@@ -38,10 +33,7 @@ def kl_to_standard_normal(mu: Tensor, log_var: Tensor, *, free_bits: float = 0.0
     else:
         limit = math.log(max_variance)
         variance = log_var.clamp(max=limit).exp() + max_variance * (log_var - limit).relu()
-    kl = 0.5 * (mu.square() + variance - 1 - log_var)
-    if free_bits:
-        kl = kl.clamp(min=free_bits)
-    return kl.flatten(1).sum(1)
+    return (0.5 * (mu.square() + variance - 1 - log_var)).flatten(1).sum(1)
 
 
 def reparameterise(mu: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:

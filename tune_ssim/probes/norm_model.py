@@ -90,11 +90,8 @@ class NormModel:
 
     # -- forward: setting → norm
 
-    def predict(self, weight: float, max_t: float, grad_scale: float = 1.0, pixel_weight: float = 0.0) -> Prediction:
-        """The prediction for one setting. Raises ValueError for a pixel_weight above 0 if the pixel loss was not measured."""
-        return self.predict_gain(weight * grad_scale, max_t, pixel_weight)
-
     def predict_gain(self, gain: float, max_t: float, pixel_weight: float = 0.0) -> Prediction:
+        """The prediction for one setting. Raises ValueError for a pixel_weight above 0 if the pixel loss was not measured."""
         lower, upper, _ = self._between(max_t)
         numbers = {name: float(values[0]) for name, values in self.curve([gain], max_t, pixel_weight).items()}
         return Prediction(

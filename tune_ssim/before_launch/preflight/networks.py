@@ -12,7 +12,7 @@ import torch
 from tune_ssim.base.errors import BadSetup
 from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.report import Check, unknown
-from tune_ssim.before_launch.preflight.subject import Unavailable, call
+from tune_ssim.before_launch.preflight.subject import call
 from tune_ssim.guards import SmokeTest
 from tune_ssim.probes import compare_with_file
 from tune_ssim.records import SMOKE, Record
@@ -85,14 +85,11 @@ def check_samples(task: Any, guard: SmokeTest, raw: Sample) -> Iterator[Check]:
     """Runs the smoke test on the starting weights, raw and averaged, since one may be ruined while the other is fine."""
     of_raw = statistics_of(raw)
     found = findings_of(guard, of_raw)
-    try:
-        averaged: Sample | None = call(task, "sample_ema", 0)
-    except Unavailable as reason:
-        yield rules.smoke("raw", found, of_raw)
-        yield unknown("smoke/ema", str(reason))
-        return
+    averaged: Sample | None = call(task, "sample_ema", 0) if task.abilities().sample_ema else None
     if averaged is None:
         yield rules.smoke("raw", found, of_raw)
+        if not task.abilities().sample_ema:
+            yield unknown("smoke/ema", "the task has no sample_ema()")
         return
     of_average = statistics_of(averaged)
     found_average = findings_of(guard, of_average)
