@@ -42,6 +42,8 @@ def study(folder: Path, script: str = DESCENT, arguments: tuple[str, ...] = ARGU
         "objective": {"maximize": "score"},
         "confirm": None,
         "tracking": None,
+        "preflight": None,
+        "calibration": None,
         **changes,
     }
 

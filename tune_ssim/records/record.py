@@ -49,7 +49,7 @@ def is_of_training(step: int, names: Iterable[str]) -> bool:
 
 
 # Prefixes of metrics of the training itself, which are not held-out metrics.
-TRAINING_METRICS = (SMOKE, "dbg/", LOSS, TOTAL_NORM, ACTIVE_FRACTION, LR)
+TRAINING_METRICS = (SMOKE, "dbg/", LOSS, TOTAL_NORM, ACTIVE_FRACTION, LR, STEP_SKIPPED, "update_ratio", "grad_coverage")
 
 
 def held_out_values(values: Mapping[str, float]) -> dict[str, float]:

@@ -117,6 +117,8 @@ class CommandSpec(Section):
     steps exp_name exp_dir python nodes node_rank master_addr master_port gpus`; `{name:.3e}` formats it, `{{` is a brace.
 
     environment: additional variables; `EXP_NAME` is always set and unique per trial. cwd: default the study's folder.
+    observe: measure gradient norms in the command's own processes, through their environment alone, if they train with PyTorch;
+    `full`: also for each top-level module.
     echo: compare parameters that the command prints (`name=value`, `name: value`, JSON) with the trial's settings; `required`:
     a parameter that is not printed stops the study. known: values that the script hard-codes, e.g.
     `{max_grad_norm: 1.0, batch_size: 8}`. checkpoints: the path of the checkpoint at `{step}`, or of one
@@ -129,6 +131,7 @@ class CommandSpec(Section):
     cwd: Annotated[str, Field(min_length=1)] | None = None
     config_file: ConfigFile | None = None
     records: RecordsFrom | None = None  # None: records that it pushes, or prints after the tag TUNE_SSIM
+    observe: Literal["norms", "full", "off"] = "norms"  # FACTS §2: the total norm costs 0.9 % of a step
     echo: Literal["auto", "required", "off"] = "auto"
     known: dict[str, Any] = Field(default_factory=dict)
     checkpoints: Annotated[str, Field(min_length=1)] | None = None

@@ -43,6 +43,8 @@ def take_start(make: Callable[[], CommandTask], job: StartJob, study: str, folde
             if values is None:
                 failure = f"the command ended after {len(records)} of {job.steps} steps" if records else "it ended without a step"
                 break
+            if not values:
+                continue  # nothing yet
             first_record_s = first_record_s or time.monotonic() - started
             numbers = {key: float(value) for key, value in values.items() if key != "step"}
             if is_of_training(int(values["step"]), numbers):

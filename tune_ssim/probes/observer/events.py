@@ -110,7 +110,10 @@ class EventReader:
             seen.offset = int(event["step"]) - int(event["at"]) if seen.offset is None else seen.offset
             if event["source"] not in seen.loggers:
                 seen.loggers.append(event["source"])
-            return Record(int(event["at"]), {name: number(value) for name, value in event["values"].items()})
+            # Before any update, as in a program without a torch optimiser, there is only the program's own step.
+            return Record(
+                int(event["at"]) or max(0, int(event["step"])), {name: number(value) for name, value in event["values"].items()}
+            )
         elif kind == "hooked":
             seen.hooked.append(event["name"])
         elif kind == "note":

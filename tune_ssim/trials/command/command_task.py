@@ -9,17 +9,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from tune_ssim.base.errors import NothingToResume, UserError
+from tune_ssim.probes.observer import EventReader, Observation, observed_environment
 from tune_ssim.records import held_out_values, is_of_training
 from tune_ssim.records.readers import LineParser, Source, open_source
 from tune_ssim.study.command_spec import CommandSpec, fill, placeholders
 from tune_ssim.trials.channel import VARIABLE, TrialEnd
 from tune_ssim.trials.command.checkpoints import Checkpoints, sizes
 from tune_ssim.trials.command.filled_spec import FilledSpec
+from tune_ssim.trials.command.observed import ObservedRecords
 from tune_ssim.trials.command.output import CommandOutput, PrintedRecords, numbers_of
 from tune_ssim.trials.command.process import Launch, Process, launch_here
 from tune_ssim.trials.command.samples import read_samples
@@ -30,6 +32,7 @@ from tune_ssim.trials.training import Number, Sample, Training
 POLL_S = 0.05  # between polls of files; a training step worth tuning takes longer
 MLFLOW_POLL_S = 2.0  # each poll fetches whole histories
 LAST_ROWS_S = 10.0  # wait for the last step's remaining rows and checkpoint: buffered writers flush every few seconds
+OBSERVED = "observed"  # subfolder of a trial, with the observer's events while it runs
 LEAVE_S = 2.0  # time for a loop that reads its verdict to exit by itself
 
 OpenMLflow = Callable[[str, str, Mapping[str, str]], tuple[Source, dict[str, str]]]
@@ -54,6 +57,7 @@ class CommandTask(Training):
         self.launch: Launch = launch_here
         self.open_mlflow: OpenMLflow = _no_mlflow
         self.name, self.folder = "trial", Path()
+        self.holds_updates = False  # the observer leaves every weight as it is: for calibration
         self._temporary_folder: Path | None = None
 
     # -- setup and teardown
@@ -145,6 +149,7 @@ class CommandTask(Training):
                     process.wait(LEAVE_S)
             process.stop()
             self._output.log.close()
+            shutil.rmtree(Path(self.filled.fields["exp_dir"], OBSERVED), ignore_errors=True)  # its steps are in the records
         if self._temporary_folder is not None:
             shutil.rmtree(self._temporary_folder, ignore_errors=True)
             self._temporary_folder = None
@@ -189,8 +194,12 @@ class CommandTask(Training):
         filled.write_config_file()
         channel.open(self.config, self.seed, self.smoke_at, self.steps)
         resume = None if self._resume_from is None else {"checkpoint": str(self._resume_from), "step": self.step_now}
-        self._output = CommandOutput(self.settings, OutputLog(folder / "output.log"), channel, source, poll_s)
-        self._process = self.launch(lambda node: filled.invocation(node, more, resume), self._output.take, folder)
+        observed, observe = None, None
+        if self.spec.observe != "off":
+            observe = partial(observed_environment, folder / OBSERVED, level=self.spec.observe, hold=self.holds_updates)
+            observed = ObservedRecords(EventReader(folder / OBSERVED), records.names if records is not None else {})
+        self._output = CommandOutput(self.settings, OutputLog(folder / "output.log"), channel, source, observed, poll_s)
+        self._process = self.launch(lambda node: filled.invocation(node, more, resume, observe), self._output.take, folder)
 
     def _await_record(self, process: Process, output: CommandOutput) -> bool:
         """Waits until `output` has a record. False: the command has ended without error, or has nothing more to report."""
@@ -223,9 +232,9 @@ class CommandTask(Training):
     def _has_settled(self, output: CommandOutput) -> bool:
         """Whether a training that has logged its last step but does not exit (a hanging teardown, an upload) is complete. A
         checkpoint that is still being written delays this; other output does not."""
-        if output.source is None or self._is_trial_loop:  # a `trial_context` loop may still send samples
+        if self._is_trial_loop:  # it may still send samples
             return False
-        held = output.source.held() == self.steps  # a later step may be a misread number
+        held = output.held() == self.steps  # a later step may be a misread number
         # Held-out metrics may still arrive: from the checkpoint that the evaluation reads, or from the training itself.
         evaluable = self.spec.checkpoints is not None if self.spec.evaluate is not None else bool(output.held_out)
         if not held and not (self.step_now >= self.steps and evaluable):
@@ -272,6 +281,11 @@ class CommandTask(Training):
             where = "in its run in MLflow"
         problem = output.problem()
         return f" (looked {where}; {problem})" if problem else f" (looked {where})"
+
+    @property
+    def observation(self) -> Observation | None:
+        """What the observer has seen so far; None if it is off, or before the command has started."""
+        return self._output.observed.observation if self._output is not None and self._output.observed is not None else None
 
     def reading_problem(self) -> str:
         """See `Training`."""
@@ -334,6 +348,8 @@ class CommandTask(Training):
 
     def remarks(self) -> list[str]:
         found = [self.reading_problem()]
+        if self._output is not None and self._output.observed is not None:
+            found += self._output.observed.remarks()
         if self._checkpoints is not None and not self.written():
             found.append(f"checkpoints: {self.spec.checkpoints!r} matches no file, so no ruined checkpoint is quarantined")
         return list(filter(None, found))

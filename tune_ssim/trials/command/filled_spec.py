@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,15 @@ class FilledSpec:
     def beside(self, path: str) -> Path:
         return Path(self.cwd or ".", path)
 
-    def invocation(self, node: Mapping[str, Any], more: Mapping[str, str], resume: Mapping[str, Any] | None) -> Invocation:
-        """The invocation on one node. more: the trial's environment variables. resume: the fields of the `resume` arguments."""
+    def invocation(
+        self,
+        node: Mapping[str, Any],
+        more: Mapping[str, str],
+        resume: Mapping[str, Any] | None = None,
+        observe: Callable[[Mapping[str, str]], Mapping[str, str]] | None = None,
+    ) -> Invocation:
+        """The invocation on one node. more: the trial's environment variables. resume: the fields of the `resume` arguments.
+        observe: environment → variables with which the command is observed."""
         fields = {**self.fields, **node}
         argv = fill_all(self.spec.command, fields)
         if resume is not None and self.spec.resume:
@@ -48,6 +55,8 @@ class FilledSpec:
             **own,
             **more,
         }
+        if observe is not None:
+            environment |= observe({**os.environ, **environment})
         return Invocation(argv, environment, self.cwd, self.spec.grace_s)
 
     def write_config_file(self) -> None:

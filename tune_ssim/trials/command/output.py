@@ -15,6 +15,7 @@ from tune_ssim.records.readers import LineParser, Source
 from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.step_counter import StepCounter
 from tune_ssim.trials.channel import TAG, TrialEnd, tagged_messages
+from tune_ssim.trials.command.observed import ObservedRecords, Row
 from tune_ssim.trials.command.settings import SettingsInForce
 from tune_ssim.trials.processes import OutputLog
 
@@ -62,14 +63,21 @@ class CommandOutput:
     """Everything that a command reports: records, settings in force, held-out metrics.
 
     It comes from the lines that the command prints (`take`, called by the thread that reads the pipe), from `trial_context` in it
-    (`channel`), and from `source`: its printed lines, a file or an MLflow run. `collect` moves what has arrived into `records`.
-    poll_s: time between two reads of the source."""
+    (`channel`), from `source`: its printed lines, a file or an MLflow run, and from the observer in its processes (`observed`).
+    `collect` moves what has arrived into `records`. poll_s: time between two reads of the source."""
 
     def __init__(
-        self, settings: SettingsInForce, log: OutputLog, channel: TrialEnd, source: Source | None, poll_s: float = 0.0
+        self,
+        settings: SettingsInForce,
+        log: OutputLog,
+        channel: TrialEnd,
+        source: Source | None,
+        observed: ObservedRecords | None = None,
+        poll_s: float = 0.0,
     ) -> None:
         self.settings, self.log, self.channel, self.source, self.poll_s = settings, log, channel, source, poll_s
-        self.records: list[tuple[int, dict[str, float]]] = []
+        self.observed = observed
+        self.records: list[Row] = []
         self.held_out: dict[str, float] = {}
         self._pushed = ParseIssues(unit="record")
         self._counter = StepCounter(self._pushed)
@@ -116,7 +124,7 @@ class CommandOutput:
             self._source_due = time.monotonic() + self.poll_s
             read = self.source.finish() if final else self.source.read()
             records = sorted([*records, *map(_plain, read)], key=itemgetter(0)) if records else list(map(_plain, read))
-        self.records += records
+        self._add(records, final)
         for issues in self._issues:
             if issues.restarted:
                 raise UserError(
@@ -128,7 +136,7 @@ class CommandOutput:
     def _issues(self) -> list[ParseIssues]:
         return [self._pushed] if self.source is None else [self._pushed, self.source.issues]
 
-    def _dispatch(self, message: dict[str, Any]) -> tuple[int, dict[str, float]] | None:
+    def _dispatch(self, message: dict[str, Any]) -> Row | None:
         """The record in a message; any other message is kept here."""
         if "step" in message:  # first: a metric of a step may have any name
             step, values = message["step"], numbers_of(message, without=("step",))
@@ -148,8 +156,16 @@ class CommandOutput:
 
     def release(self) -> None:
         """Moves the step that is held back for later rows into `records`."""
-        if self.source is not None:
-            self.records += map(_plain, self.source.release())
+        self._add(list(map(_plain, self.source.release())) if self.source is not None else [], final=True)
+
+    def _add(self, rows: list[Row], final: bool) -> None:
+        is_alone = self.source is None and self.settings.looked_up is None
+        self.records += rows if self.observed is None else self.observed.merge(rows, is_alone=is_alone, final=final)
+
+    def held(self) -> int | None:
+        """The newest step that is held back, because more of it may come; None if there is none."""
+        held = [one.held() for one in (self.source, self.observed) if one is not None]
+        return max((step for step in held if step is not None), default=None)
 
     def give_up(self) -> None:
         """Reads an abandoned command's output to its end, so that `problem` says what could not be read."""
@@ -166,7 +182,7 @@ class CommandOutput:
         return f"all that it printed is in {self.log.path}" + (f", last: {last}" if last else " (nothing)")
 
 
-def _plain(record: Record) -> tuple[int, dict[str, float]]:
+def _plain(record: Record) -> Row:
     return record.step, dict(record.values)
 
 
