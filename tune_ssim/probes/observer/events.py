@@ -111,9 +111,8 @@ class EventReader:
             if event["source"] not in seen.loggers:
                 seen.loggers.append(event["source"])
             # Before any update, as in a program without a torch optimiser, there is only the program's own step.
-            return Record(
-                int(event["at"]) or max(0, int(event["step"])), {name: number(value) for name, value in event["values"].items()}
-            )
+            step = int(event["at"]) or max(0, int(event["step"]))
+            return Record(step, {name: number(value) for name, value in event["values"].items()})
         elif kind == "hooked":
             seen.hooked.append(event["name"])
         elif kind == "note":
