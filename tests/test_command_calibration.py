@@ -16,7 +16,7 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.command.inspect import inspect_command
 from tune_ssim.before_launch.command.starts import significant_digits
 from tune_ssim.before_launch.command.take_start import take_here
-from tune_ssim.before_launch.preflight.report import Report
+from tune_ssim.before_launch.preflight.report import Check, Report
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.trials.load_training import load_task
@@ -67,6 +67,10 @@ def inspect(study: Study, folder: Path, **phases: bool) -> tuple[dict[str, Any],
     ), count
 
 
+def report_of(found: dict[str, Any]) -> Report:
+    return Report(tuple(Check(**check) for check in found["preflight"]["checks"]))
+
+
 def norms(*flags: str) -> list[float]:
     output = subprocess.run(
         [sys.executable, str(PROGRAM), "--lr=0", "--steps=12", *flags], capture_output=True, text=True, check=True
@@ -76,7 +80,7 @@ def norms(*flags: str) -> list[float]:
 
 def test_a_sound_command_is_calibrated_exactly(tmp_path: Path) -> None:
     found, starts = inspect(study(tmp_path), tmp_path / "starts")
-    report = Report.from_dict(found["preflight"])
+    report = report_of(found)
     assert report.status == "ok", [str(check) for check in report.checks if check.status != "ok"]
     model = NormModel.from_dict(found["calibration"]["model"])
     assert model.max_ts == (0.3, 1.0) and len(model.batches) == 12
@@ -104,7 +108,7 @@ def test_the_first_step_alone_needs_no_update_off(tmp_path: Path) -> None:
 def test_a_program_that_cannot_be_held_says_what_to_do(tmp_path: Path) -> None:
     sound = study(tmp_path, calibration={"batches": 4})
     found, _ = inspect(sound, tmp_path / "starts")
-    report = Report.from_dict(found["preflight"])
+    report = report_of(found)
     assert "calibration" not in found and report.status == "ok"
     assert "update_off" in next(check.sentence for check in report.checks if check.name == "calibration")
     with pytest.raises(UserError, match=r"calibration: \{update_off: \{lr: 0\}\}"):
@@ -120,7 +124,7 @@ def test_a_searched_setting_that_does_nothing_is_found(tmp_path: Path) -> None:
         baseline = {"ssim_loss_max_t": 1.0, "ssim_grad_scale": 1.0, "pixel_loss_weight": 0.0, "momentum": 0.0}
         searched = study(tmp_path, *flags, space=space, task_config=config, baseline=baseline, calibration=None)
         found, _ = inspect(searched, tmp_path / f"starts {defect}")
-        (check,) = (one for one in Report.from_dict(found["preflight"]).checks if one.name == "parameter/momentum")
+        (check,) = (one for one in report_of(found).checks if one.name == "parameter/momentum")
         assert check.status == status
 
 
@@ -157,7 +161,7 @@ DEFECTS = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_is_found_by_its_effect(tmp_path: Path, defect: str) -> None:
     found, _ = inspect(study(tmp_path, f"--defect={defect}"), tmp_path / "starts", calibration=False)
-    report = Report.from_dict(found["preflight"])
+    report = report_of(found)
     name, status, words = DEFECTS[defect]
     wrong = [check for check in report.checks if check.status in ("warn", "bad_setup")]
     assert [(check.name, check.status) for check in wrong] == [(name, status)], [str(check) for check in report.checks]
