@@ -30,7 +30,7 @@ from ssim import save
 from tune_ssim.cli.log_arguments import open_log
 from tune_ssim.guards import Watch
 from tune_ssim.guards.log_check import LogCheck, check_log
-from tune_ssim.guards.rule_pack import RulePack, load_rules
+from tune_ssim.guards.rule_pack import load_rules
 from tune_ssim.records import Record
 from tune_ssim.records.readers import open_source
 from tune_ssim.records.record_table import Table
@@ -149,7 +149,7 @@ def parts(log: Path) -> dict[str, float]:
     seconds = {"reading": timed(lambda: parts.extend((*source.batches(), source.finish())))}
     watch = Watch(pack.rules, strict=False)
     seconds["guards by columns"] = timed(lambda: [watch.update_table(Table.of(part)) for part in parts])
-    check = LogCheck([RulePack("none", (), branches=pack.branches)])
+    check = LogCheck([pack])
     check.guards, check.watch = (), Watch((), strict=False)
     seconds["curves"] = timed(lambda: [check.feed(part) for part in parts])
     records: list[Record] = []

@@ -291,14 +291,14 @@ def column(steps: Sequence[int], values: Iterable[float]) -> Column:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_regulariser_that_holds_still_works_whichever_way_its_noise_goes(seed: int) -> None:
     pack = load_rules("flow_dino_kl")
-    kl = next(branch for branch in pack.branches if branch.may_rise)
+    kl = next(branch for branch in pack.branches.values() if branch.may_rise)
     curve = Curve()
     curve.add(column(range(2000), 3 + 0.1 * np.random.default_rng(seed).standard_normal(2000)))
-    found = judge_branch(pack, kl, {"kl_raw": curve}).findings[0]
+    found = judge_branch(pack, "kl", kl, {"kl_raw": curve}).findings[0]
     assert found.answer == "yes" and "has settled" in found.sentence
     rising = Curve()
     rising.add(column(range(2000), 3 + np.arange(2000) / 500 + 0.1 * np.random.default_rng(seed).standard_normal(2000)))
-    assert judge_branch(pack, kl, {"kl_raw": rising}).findings[0].answer == "unknown"
+    assert judge_branch(pack, "kl", kl, {"kl_raw": rising}).findings[0].answer == "unknown"
 
 
 def test_a_loss_that_is_no_number_at_the_end_does_not_work() -> None:
@@ -315,10 +315,10 @@ def test_a_loss_that_falls_at_the_very_end_has_not_risen(low: int) -> None:
     values[-low:] -= 1
     curve = Curve()
     curve.add(column(range(1500), values))
-    found = judge_branch(load_rules("ssim"), Branch("training", "loss", may_be_flat=True), {"loss": curve}).findings[0]
+    found = judge_branch(None, "training", Branch(loss="loss", may_be_flat=True), {"loss": curve}).findings[0]
     assert found.answer != "no"
     curve.add(column(range(1500, 2000), values[:500]))
-    found = judge_branch(load_rules("ssim"), Branch("training", "loss", may_be_flat=True), {"loss": curve}).findings[0]
+    found = judge_branch(None, "training", Branch(loss="loss", may_be_flat=True), {"loss": curve}).findings[0]
     assert found.answer == "no" if low == 150 else found.answer in ("no", "unknown")
 
 
@@ -346,7 +346,7 @@ def test_few_records_say_nothing_of_a_branch() -> None:
     pack = load_rules("flow_dino_kl")
     curve = Curve()
     curve.add(column(range(10), [1.0 / (i + 1) for i in range(10)]))
-    report = judge_branch(pack, pack.branches[0], {"loss_flow": curve})
+    report = judge_branch(pack, *next(iter(pack.branches.items())), {"loss_flow": curve})
     assert report.verdict == "unknown"
 
 

@@ -191,7 +191,12 @@ class Section(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _read(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
-        return given if isinstance(given, cls) else checked(given, cls.model_fields, handler)
+        return given if isinstance(given, cls) else checked(given, cls.valid_keys(), handler)
+
+    @classmethod
+    def valid_keys(cls) -> list[str]:
+        """The keys of its mapping in a file."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
 
     def replace(self: Model, **changes: Any) -> Model:
         """A copy with some fields changed, validated again."""

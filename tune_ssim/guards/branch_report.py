@@ -56,23 +56,28 @@ def series_of(branch: Branch) -> list[str | tuple[str, str]]:
 
 
 def judge_branch(
-    pack: RulePack, branch: Branch, curves: Mapping[Any, Curve], holding: Mapping[str, tuple[Rule, int]] | None = None
+    pack: RulePack | None,
+    name: str,
+    branch: Branch,
+    curves: Mapping[Any, Curve],
+    holding: Mapping[str, tuple[Rule, int]] | None = None,
 ) -> BranchReport:
     """Judges one branch.
 
-    curves: by the keys of `series_of`; a metric that never appeared has none. holding: rule name → the rule and the step since
-    which its condition has been true; rules about this branch that are still violated at the end count against it."""
-    expected = float(pack.options.get("ga") or 1)
+    pack: None for a log that matches no pack. curves: by the keys of `series_of`; a metric that never appeared has none. holding:
+    rule name → the rule and the step since which its condition has been true; rules about this branch that are still violated at
+    the end count against it."""
+    prefix = "any/" if pack is None else f"{pack.name}/"
+    expected = 1.0 if pack is None else float(pack.options.get("ga") or 1)
     findings = [_loss(branch, curves), _gradient(branch, curves), _coverage(branch, curves, expected)]
-    about = {branch.loss, *branch.gradient, branch.has_grad, branch.trainable}
-    for name, (rule, step) in (holding or {}).items():
-        if name.startswith(f"{pack.name}/") and rule.about[0] in about:
+    for rule_name, (rule, step) in (holding or {}).items():
+        if rule_name.startswith(prefix) and rule.about[0] in branch.metrics:
             subject = "loss" if branch.loss in rule.about else "coverage" if branch.has_grad in rule.about else "gradient"
             index = ("loss", "gradient", "coverage").index(subject)
             if findings[index].answer != "no":
-                words = f"{name.removeprefix(pack.name + '/')} holds since step {step}: {rule.sentence}"
+                words = f"{rule_name.removeprefix(prefix)} holds since step {step}: {rule.sentence}"
                 findings[index] = BranchFinding(subject, "no", words)
-    return BranchReport(pack.name, branch.name, tuple(findings))
+    return BranchReport(prefix[:-1], name, tuple(findings))
 
 
 def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding:

@@ -116,7 +116,7 @@ class LogCheck:
         self.records, self.first_step, self.last_step = 0, -1, -1
         self._metrics: dict[str, None] = {}  # all metrics in the log
         self._matching: set[str] = set()  # names of the packs that match the log
-        of_branches = [key for pack in packs for branch in pack.branches for key in series_of(branch)]
+        of_branches = [key for pack in packs for branch in pack.branches.values() for key in series_of(branch)]
         of_guards = [metric for guard in self.guards for metric in _metrics_of(guard)]
         self._series = list(dict.fromkeys([LOSS, TOTAL_NORM, *of_branches, *of_guards]))  # the keys of the curves
 
@@ -154,8 +154,8 @@ class LogCheck:
             for rule in guards
             if isinstance(rule, Rule) and rule.name in self.alerts and rule.holds(self.watch.state_of(rule.name))
         }
-        looked_at = packs or (self._generic_pack(),)
-        branches = [judge_branch(pack, branch, self.curves, holding) for pack in looked_at for branch in pack.branches]
+        branches = [judge_branch(pack, *branch, self.curves, holding) for pack in packs for branch in pack.branches.items()]
+        generic = [] if packs else [judge_branch(None, *branch, self.curves) for branch in self._generic_branches().items()]
         ended = self.ended
         alerts = sorted(self._counting_alerts(), key=lambda alert: alert.violation.step)
         unknown = [one for guard in guards if guard.name not in self.alerts and (one := self._unknown(guard)) is not None]
@@ -164,7 +164,7 @@ class LogCheck:
             records=self.records,
             steps=(self.first_step, self.last_step) if self.records else None,
             packs=packs,
-            branches=tuple(branches if packs else _as_parts(branches)),
+            branches=tuple(branches or _as_parts(generic)),
             alerts=tuple(replace(one, after_end=ended is not None and one.violation.step > ended.step) for one in alerts),
             unknown=tuple(unknown),
             judged=tuple(guard.name for guard in guards if guard.name not in {one.guard for one in unknown}),
@@ -186,16 +186,17 @@ class LogCheck:
         saw = saw or "no metric at all"
         return f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames)"
 
-    def _generic_pack(self) -> RulePack:
-        """A pack for a log that matches no other: the loss, or else every loss term, and the norm.
+    def _generic_branches(self) -> dict[str, Branch]:
+        """The branches of a log that matches no pack: the loss, or else every loss term, and the norm.
 
         The loss of a fine-tuning may be good from the start: it need not fall but must not rise."""
         losses = [LOSS] if LOSS in self._metrics else [name for name in self._metrics if name.startswith(LOSS)]
-        branches = [
-            Branch("training" if name == LOSS else name, name, (TOTAL_NORM,), may_be_flat=True, may_rise="kl" in name.lower())
-            for name in losses or ([LOSS] if TOTAL_NORM in self._metrics else [])
-        ]
-        return RulePack("any", (), branches=tuple(branches))
+        return {
+            "training" if loss == LOSS else loss: Branch(
+                loss=loss, gradient=(TOTAL_NORM,), may_be_flat=True, may_rise="kl" in loss.lower()
+            )
+            for loss in losses or ([LOSS] if TOTAL_NORM in self._metrics else [])
+        }
 
     def _pack_of(self, name: str) -> str:
         """The pack of a guard; empty for the guards of every study."""
@@ -344,7 +345,7 @@ def _accumulation(pack: RulePack, records: Sequence[Record]) -> float | None:
     if "ga" not in pack.options:
         return None
     found = []
-    for branch in pack.branches:
+    for branch in pack.branches.values():
         pairs = [(record.values.get(branch.has_grad), record.values.get(branch.trainable)) for record in records]
         found += [above / below for above, below in pairs if above is not None and below]
     middle = median(found) if found else 0.0

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, PlainValidator, PrivateAttr, ValidationInfo, model_validator
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.validation import Problem, Problems, Section, Text, problem, problems_of, user_error
+from tune_ssim.base.validation import Problem, Problems, Section, Text, checked, problem, validate
 from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, find_document, read_yaml, short_repr
 from tune_ssim.guards import EpochMean, FirstValue, MovingMean, Rule, Threshold, Trend
 from tune_ssim.guards.condition import Condition
@@ -36,42 +36,6 @@ CONDITIONS: dict[str, Any] = {
 }  # fmt: skip
 MAX_STEP = 2**63 - 1  # as TensorBoard and MLflow store it
 PLACEHOLDER = re.compile(r"\{\w+\}")
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A branch of the loss, and the metrics that show whether it works: its loss falls, its gradient is not zero, and all of its
-    parameters get a gradient in every micro-batch (SEEDS C5). An empty field means that there is no such metric. The first
-    metric of `gradient` that is in the log is used."""
-
-    name: str
-    loss: str
-    gradient: tuple[str, ...] = ()
-    has_grad: str = ""
-    trainable: str = ""
-    may_be_flat: bool = False  # the loss of a fine-tuning may be good from the start
-    may_rise: bool = False  # a regulariser such as the KL may settle above its start
-
-
-@dataclass(frozen=True)
-class RulePack:
-    """A set of guards. known_by: the pack matches a log that has at least one of these metrics. document: the mapping from which
-    `load_rules` reads the same pack."""
-
-    name: str
-    rules: tuple[Rule, ...]
-    description: str = ""
-    known_by: tuple[str, ...] = ()
-    options: Mapping[str, float | None] = field(default_factory=dict)
-    branches: tuple[Branch, ...] = ()
-    document: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """All metrics of the rules and branches."""
-        of_rules = [metric for rule in self.rules for metric in rule.about]
-        of_branches = [name for b in self.branches for name in (b.loss, *b.gradient, b.has_grad, b.trainable) if name]
-        return tuple(dict.fromkeys([*of_rules, *of_branches]))
 
 
 def bundled_packs_folder() -> Path:
@@ -109,17 +73,15 @@ def load_rules(
             raise UserError(f"rule pack {stem}: no option {short_repr(key)}{guess}")
         if not _is_number(value):
             raise UserError(f"rule pack {stem}: option {key}: must be a number, got {describe(value)}")
-    try:
-        return build_pack({"name": stem, **source.value}, options)
-    except ValidationError as error:
-        raise user_error(source, problems_of(error)) from None
+    document = {"name": stem, **source.value}
+    if options:
+        document["options"] = {**declared, **options}
+    return validate(RulePack, source, document, context={})
 
 
-def build_pack(document: Mapping[str, Any], options: Mapping[str, float] | None = None) -> RulePack:
-    """Builds a pack from a mapping as in a file; `options` override its options. Raises ValidationError."""
-    if isinstance(document.get("options"), Mapping):
-        document = {**document, "options": {**document["options"], **(options or {})}}
-    return _PackFile.model_validate(document, context={}).pack(document)
+def build_pack(document: Mapping[str, Any]) -> RulePack:
+    """A pack from a mapping as in a file. Raises ValidationError."""
+    return RulePack.model_validate(document, context={})
 
 
 # ---- the file format ----
@@ -310,46 +272,70 @@ class _Rule(Section):
             yield Rule(":".join([name, *values]), when, self.action, **texts, optional=self.optional)
 
 
-class _Branch(Section):
+class Branch(Section):
+    """A branch of the loss, and the metrics that show whether it works: its loss falls, its gradient is not zero, and all of its
+    parameters get a gradient in every micro-batch (SEEDS C5). An empty field means that there is no such metric. The first
+    metric of `gradient` that is in the log is used."""
+
     loss: Metric
     gradient: Names = ()
     has_grad: Metric = ""
     trainable: Metric = ""
-    may_be_flat: bool = False
-    may_rise: bool = False
+    may_be_flat: bool = False  # the loss of a fine-tuning may be good from the start
+    may_rise: bool = False  # a regulariser such as the KL may settle above its start
 
     @model_validator(mode="after")
-    def _has_a_coverage_or_none(self) -> _Branch:
+    def _has_a_coverage_or_none(self) -> Branch:
         if bool(self.has_grad) != bool(self.trainable):
             raise problem("has_grad and trainable go together: the coverage is their quotient")
         return self
 
+    @property
+    def metrics(self) -> list[str]:
+        return [name for name in (self.loss, *self.gradient, self.has_grad, self.trainable) if name]
 
-class _PackFile(Section):
+
+class RulePack(Section):
+    """A set of guards. known_by: the pack matches a log that has at least one of these metrics. branches: by name."""
+
     name: Annotated[str, PlainValidator(_plain_name)]
     description: Text = ""
     known_by: Names = ()
     options: Annotated[dict[str, float | None], PlainValidator(_options)] = Field(default=None, validate_default=True)
-    branches: dict[str, _Branch] = Field(default_factory=dict)
-    rules: Annotated[dict[str, _Rule], Field(min_length=1)]
+    branches: dict[str, Branch] = Field(default_factory=dict)
+    forms: Annotated[dict[str, _Rule], Field(min_length=1, alias="rules")]
+    _document: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
+        if isinstance(given, cls):
+            return given
+        pack = checked(given, cls.valid_keys(), handler)
+        pack._document = dict(given)
+        return pack
 
     @model_validator(mode="after")
-    def _names_are_unique(self) -> _PackFile:
-        names = [rule.name for rule in self._rules()]
-        Problems(
-            Problem(("rules",), f"two rules are called {short_repr(name)}")
-            for name in sorted({name for name in names if names.count(name) > 1})
-        ).check()
+    def _names_are_unique(self) -> RulePack:
+        names = [rule.name for rule in self.rules]
+        doubles = sorted({name for name in names if names.count(name) > 1})
+        Problems(Problem(("rules",), f"two rules are called {short_repr(name)}") for name in doubles).check()
         return self
 
-    def _rules(self) -> Iterator[Rule]:
-        for name, rule in self.rules.items():
-            yield from rule.rules(f"{self.name}/{name}")
+    @property
+    def document(self) -> dict[str, Any]:
+        """The mapping from which `load_rules` reads the same pack."""
+        return self._document
 
-    def pack(self, document: Mapping[str, Any]) -> RulePack:
-        branches = tuple(Branch(name, **dict(branch)) for name, branch in self.branches.items())
-        own = {**document, "name": self.name} | ({"options": dict(self.options)} if self.options else {})
-        return RulePack(self.name, tuple(self._rules()), self.description, self.known_by, self.options, branches, own)
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        return tuple(rule for name, form in self.forms.items() for rule in form.rules(f"{self.name}/{name}"))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All metrics of the rules and branches."""
+        of_rules = [metric for rule in self.rules for metric in rule.about]
+        return tuple(dict.fromkeys([*of_rules, *(metric for branch in self.branches.values() for metric in branch.metrics)]))
 
 
 def _filled(text: str, place: Mapping[str, str]) -> str:

@@ -69,7 +69,7 @@ def _panels(report: LogReport) -> list[tuple[str, Curve, list[Alert]]]:
     alerts: dict[str, list[Alert]] = {}
     for alert in sorted(report.alerts, key=lambda alert: -alert.violation.action.severity):
         alerts.setdefault(alert.violation.metric, []).append(alert)
-    names = [name for pack in report.packs for branch in pack.branches for name in (branch.loss, *branch.gradient)]
+    names = [name for pack in report.packs for branch in pack.branches.values() for name in (branch.loss, *branch.gradient)]
     wanted = dict.fromkeys([*alerts, *names, *(key for key in report.curves if isinstance(key, str))])
     drawn = [name for name in wanted if name in report.curves and (name in alerts or _varies(report.curves[name]))]
     chosen = drawn[:MAX_PANELS]
