@@ -501,7 +501,7 @@ def test_threshold(values: list[float], parameters: dict[str, Any], steps: list[
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"lower": 1.0, "upper": 1.0}, r"lower \(1.0\) must be below upper \(1.0\)"),
+        ({"lower": 1.0, "upper": 1.0}, r"lower must be below upper \(1.0\), got 1.0"),
         ({"lower": NAN}, "must be below"),
         ({"patience": 0}, "patience must be >= 1, got 0"),
         ({"action": "stop"}, "action must be warn, probe, prune or abort, got 'stop'"),

@@ -300,7 +300,7 @@ def test_a_pack_is_read_back_from_what_it_was(name: str) -> None:
         ("options: {gaa: 1}\nrules: {a: {when: {metric: m, above: $ga}}}", "p.yaml:2: rules.a.when.above: $ga is not an option"),
         ("options: {ga: many}\nrules: {}", "p.yaml:1: options.ga: must be a number or null, got 'many' (text)"),
         ("rules: {a: {when: {metric: m, outside: 3}}}", "rules.a.when.outside: must be [lower, upper], got 3"),
-        ("rules: {a: {when: {metric: m, outside: [2, 1]}}}", "lower (2) must be below upper (1)"),
+        ("rules: {a: {when: {metric: m, outside: [2, 1]}}}", "lower must be below upper (1), got 2"),
         ("rules: {a: {when: {metric: m, off: 1}}}", "off and by go together"),
         ("rules: {a: {when: {metric: m, above: 1, steps: 1.5}}}", "rules.a.when.steps: must be an integer, got 1.5"),
         ("rules: {a: {when: {metric: m, above: 1, steps: 0}}}", "steps must be >= 1, got 0"),

@@ -329,7 +329,7 @@ BAD = [
     ("guards: {non_finite: true}", "s.yaml:1: guards.non_finite: must be a mapping, got true"),
     ("guards: {threshold: {metric: loss}}", "s.yaml:1: guards.threshold: must be a list"),
     ("guards: {threshold: [{upper: 1}]}", "s.yaml:1: guards.threshold.0: metric is missing"),
-    ("guards: {threshold: [{metric: a, lower: 2, upper: 1}]}", "s.yaml:1: guards.threshold.0.lower: lower (2.0) must be below"),
+    ("guards: {threshold: [{metric: a, lower: 2, upper: 1}]}", "s.yaml:1: guards.threshold.0.lower: must be below upper (1.0), got 2.0"),
     ("guards: {threshold: [{metric: a}, {metric: a}]}", "s.yaml:1: guards.threshold.1: there is a threshold for 'a' already"),
     ("objective: {maximise: psnr}", "s.yaml:1: objective: unknown key 'maximise'; did you mean 'maximize'?"),
     ("objective: {maximize: ''}", "s.yaml:1: objective.maximize: must not be empty"),

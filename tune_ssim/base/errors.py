@@ -7,6 +7,20 @@ class UserError(ValueError):
     """A mistake in the user's input (exit code 2). The message gives the location, the value, and what is valid."""
 
 
+class FieldError(ValueError):
+    """An invalid value of a field of an object. The message begins with the field's name."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field, self.message = field, message
+
+
+def check_field(holds: bool, field: str, rule: str, value: object) -> None:
+    """Raises FieldError, e.g. `window must be >= 1, got 0`, unless `holds`."""
+    if not holds:
+        raise FieldError(field, f"{rule}, got {value!r}")
+
+
 class NothingToResume(UserError):
     """No saved state to resume from, so training starts from scratch."""
 

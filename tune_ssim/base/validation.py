@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from tune_ssim.base.errors import UserError
+from tune_ssim.base.errors import FieldError, UserError
 from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, short_repr
 
 MAX_PROBLEMS = 20  # lines in one message
@@ -100,24 +100,23 @@ def problem(message: str, subject: str | None = None) -> Problems:
     return Problems([Problem((), message, subject)])
 
 
-def problems_of(error: ValidationError | Problems, given: Any = None) -> list[Problem]:
-    """The problems in `given`, with this project's messages instead of pydantic's."""
+def problems_of(error: ValidationError | Problems) -> list[Problem]:
+    """The problems, with this project's messages instead of pydantic's."""
     if isinstance(error, Problems):
         return error.found
-    return [one for detail in error.errors(include_url=False) for one in _problems_in(detail, given)]
+    return [one for detail in error.errors(include_url=False) for one in _problems_in(detail)]
 
 
 def user_error(source: Source, problems: Iterable[Problem]) -> UserError:
     """A UserError with one line per problem, in document order, without duplicates."""
     lines: list[tuple[int, str]] = []
     for one in problems:
-        option, place = source.option_at(one.loc), source.at(one.loc)
+        option = source.option_at(one.loc)
         if one.about == "line":
-            text = place = one.message
+            text = one.message
         else:
-            text = f"{place}: {one.text(source.prefix)}" if option is None else f"{option}: {one.message}"
-        number = re.match(re.escape(source.label) + r":(\d+)", place)
-        line = (int(number[1]) if number else 0, text)
+            text = f"{source.at(one.loc)}: {one.text(source.prefix)}" if option is None else f"{option}: {one.message}"
+        line = source.line_at(one.loc) or 0, text
         if line not in lines:
             lines.append(line)
     texts = [text for _, text in sorted(lines, key=lambda line: line[0])]
@@ -150,7 +149,7 @@ def checked(given: Any, valid: Iterable[str], build: Callable[[dict[str, Any]], 
     try:
         built = build(known)
     except (ValidationError, Problems) as error:
-        problems.found += problems_of(error, known)
+        problems.found += problems_of(error)
     problems.check()
     return built
 
@@ -241,19 +240,15 @@ class _InvalidField:
     problems: list[Problem]
 
 
-def _problems_in(detail: Mapping[str, Any], given: Any) -> list[Problem]:
+def _problems_in(detail: Mapping[str, Any]) -> list[Problem]:
     loc, kind, context = tuple(detail["loc"]), detail["type"], detail.get("ctx", {})
     got = f", got {describe(detail['input'])}"
     message = _MESSAGES.get(kind, detail["msg"][:1].lower() + detail["msg"][1:]) + got
     if kind == "value_error":
-        if isinstance(context["error"], Problems):
-            return [one.under(*loc) for one in context["error"].found]
-        message = str(context["error"])
-        # The message of a check on a whole object starts with the name of the option that it is about.
-        option = message.split(" ", 1)[0]
-        if not loc and isinstance(given, Mapping) and option in given:
-            loc = (option,)
-            message = message.removeprefix(option + " ") if message.startswith(option + " must") else message
+        error = context["error"]
+        if isinstance(error, Problems):
+            return [one.under(*loc) for one in error.found]
+        loc, message = ((*loc, error.field), error.message) if isinstance(error, FieldError) else (loc, str(error))
     elif loc and loc[-1] == "[key]":
         loc, message = loc[:-2], f"a key must be a name{got}"
     elif kind in ("missing", "missing_argument"):

@@ -56,9 +56,13 @@ class Source:
         """The command-line option that set the value at `loc`, or None."""
         return next((self.options[key] for key in _upwards(self.prefix + loc) if key in self.options), None)
 
+    def line_at(self, loc: Loc) -> int | None:
+        """The line of the value, or of its nearest ancestor with a known line."""
+        return next((self.lines[key] for key in _upwards(self.prefix + loc) if key in self.lines), None)
+
     def at(self, loc: Loc = ()) -> str:
-        """`file:line` of the value, or of its nearest ancestor with a known line."""
-        line = next((self.lines[key] for key in _upwards(self.prefix + loc) if key in self.lines), None)
+        """`file:line` of the value."""
+        line = self.line_at(loc)
         return self.label if line is None else f"{self.label}:{line}"
 
     def overridden(self, loc: Loc, value: Any, option: str) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from tune_ssim.base.errors import FieldError, check_field
 from tune_ssim.guards.guard import State, TableGuard
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
@@ -30,8 +31,7 @@ class Band(Condition):
     upper: float = math.inf
 
     def __post_init__(self) -> None:
-        if not self.lower < self.upper:
-            raise ValueError(f"lower ({self.lower}) must be below upper ({self.upper})")
+        check_field(self.lower < self.upper, "lower", f"must be below upper ({self.upper})", self.lower)
         set_action(self)
 
     @property
@@ -62,7 +62,7 @@ class RatioBand(Band):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("after", self.after, minimum=0)
+        check_field(self.after >= 0, "after", "must be >= 0", self.after)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -82,16 +82,11 @@ class RatioBand(Band):
         return f" after step {self.after}" if self.after else ""
 
 
-def check_count(name: str, value: int, minimum: int = 1) -> None:
-    if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}")
-
-
 def set_action(guard: object) -> None:
-    """Makes the text in the field `action` an Action. Raises ValueError for anything else."""
+    """Makes the text in the field `action` an Action. Raises FieldError for anything else."""
     action = vars(guard)["action"]
     try:
         object.__setattr__(guard, "action", Action(action))
     except ValueError:
         *others, last = (one.value for one in Action)
-        raise ValueError(f"action must be {', '.join(others)} or {last}, got {action!r}") from None
+        raise FieldError("action", f"must be {', '.join(others)} or {last}, got {action!r}") from None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import Band, check_count
+from tune_ssim.base.errors import check_field
+from tune_ssim.guards.condition import Band
 from tune_ssim.guards.guard import Found, State
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
@@ -29,8 +30,8 @@ class EpochMean(Band):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("epoch", "steps_per_epoch"):
-            if (count := vars(self)[name]) is not None:
-                check_count(name, count)
+            count = vars(self)[name]
+            check_field(count is None or count >= 1, name, "must be >= 1", count)
 
     @property
     def name(self) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import RatioBand, check_count
+from tune_ssim.base.errors import check_field
+from tune_ssim.guards.condition import RatioBand
 from tune_ssim.guards.guard import Found, State
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
@@ -30,7 +31,7 @@ class MovingMean(RatioBand):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("steps", self.steps, minimum=BLOCKS)
+        check_field(self.steps >= BLOCKS, "steps", f"must be >= {BLOCKS}", self.steps)
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tune_ssim.base.errors import check_field
 from tune_ssim.guards.guard import Found, State, TableGuard
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
@@ -28,10 +29,8 @@ class NonFinite(TableGuard):
     metrics = (f"{LOSS}*",)  # `loss`, or any loss term if the log has only those
 
     def __post_init__(self) -> None:
-        if not self.prefixes:
-            raise ValueError("prefixes must name at least one metric")
-        if self.max_skipped < 1:
-            raise ValueError(f"max_skipped must be >= 1, got {self.max_skipped}")
+        check_field(bool(self.prefixes), "prefixes", "must name at least one metric", self.prefixes)
+        check_field(self.max_skipped >= 1, "max_skipped", "must be >= 1", self.max_skipped)
 
     def init(self) -> State:
         return {"skipped": 0, "last_step": -1}

@@ -9,6 +9,7 @@ from functools import cached_property
 from statistics import median
 from typing import Literal
 
+from tune_ssim.base.errors import check_field
 from tune_ssim.guards.baseline import Baseline
 from tune_ssim.guards.guard import Guard, State
 from tune_ssim.guards.verdict import Action
@@ -55,14 +56,11 @@ class NormRatio(Guard):
     metrics = (TOTAL_NORM,)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.limit) and self.limit > 1):
-            raise ValueError(f"limit must be a finite number above 1, got {self.limit}")
-        if self.window < 1:
-            raise ValueError(f"window must be >= 1 active steps, got {self.window}")
-        if self.patience < 1:
-            raise ValueError(f"patience must be >= 1, got {self.patience}")
-        if self.on_excess not in ("auto", "prune", "probe", "warn"):
-            raise ValueError(f"on_excess must be auto, prune, probe or warn, got {self.on_excess!r}")
+        check_field(math.isfinite(self.limit) and self.limit > 1, "limit", "must be a finite number above 1", self.limit)
+        check_field(self.window >= 1, "window", "must be >= 1 active steps", self.window)
+        check_field(self.patience >= 1, "patience", "must be >= 1", self.patience)
+        is_known = self.on_excess in ("auto", "prune", "probe", "warn")
+        check_field(is_known, "on_excess", "must be auto, prune, probe or warn", self.on_excess)
 
     def bind(self, baseline: Baseline, seed: int | None, clipped: bool) -> NormRatio:
         return replace(self, baseline=baseline, seed=seed, clipped=clipped)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tune_ssim.base.errors import check_field
 from tune_ssim.guards.guard import Guard, State
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import SMOKE, SMOKE_AGAIN, Record
@@ -66,20 +67,16 @@ class SmokeTest(Guard):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "at", tuple(sorted(set(self.at))))
-        if not self.at or any(not isinstance(step, int) or step < 0 for step in self.at):
-            raise ValueError(f"at must list steps >= 0, got {list(self.at)}")
-        if self.consecutive < 1:
-            raise ValueError(f"consecutive must be >= 1, got {self.consecutive}")
-        for limit in (name for name in vars(self) if name.startswith("max_")):
-            if not getattr(self, limit) > 0:
-                raise ValueError(f"{limit} must be > 0, got {getattr(self, limit)}")
-        for limit in (name for name in vars(self) if name.startswith("min_")):
-            if math.isnan(getattr(self, limit)):  # nothing is below NaN, so the limit would be silently off
-                raise ValueError(f"{limit} must be a number, got nan")
-        if not self.min_high_frequency < self.max_high_frequency:
-            raise ValueError(
-                f"min_high_frequency ({self.min_high_frequency}) must be below max_high_frequency ({self.max_high_frequency})"
-            )
+        are_steps = bool(self.at) and all(isinstance(step, int) and step >= 0 for step in self.at)
+        check_field(are_steps, "at", "must list steps >= 0", list(self.at))
+        check_field(self.consecutive >= 1, "consecutive", "must be >= 1", self.consecutive)
+        for name, value in vars(self).items():
+            if name.startswith("max_"):
+                check_field(value > 0, name, "must be > 0", value)
+            if name.startswith("min_"):  # nothing is below NaN, so the limit would be silently off
+                check_field(not math.isnan(value), name, "must be a number", value)
+        low, high = self.min_high_frequency, self.max_high_frequency
+        check_field(low < high, "min_high_frequency", f"must be below max_high_frequency ({high})", low)
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from tune_ssim.guards.condition import RatioBand, check_count
+from tune_ssim.base.errors import check_field
+from tune_ssim.guards.condition import RatioBand
 from tune_ssim.guards.guard import Found, State
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
@@ -27,8 +28,8 @@ class Threshold(RatioBand):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("patience", self.patience)
-        check_count("steps", self.steps)
+        check_field(self.patience >= 1, "patience", "must be >= 1", self.patience)
+        check_field(self.steps >= 1, "steps", "must be >= 1", self.steps)
 
     @property
     def name(self) -> str:

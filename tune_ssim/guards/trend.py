@@ -10,7 +10,8 @@ from itertools import pairwise
 from operator import lt, mul
 from typing import Any, Literal, NamedTuple
 
-from tune_ssim.guards.condition import Condition, check_count, set_action
+from tune_ssim.base.errors import check_field
+from tune_ssim.guards.condition import Condition, set_action
 from tune_ssim.guards.guard import Found, State
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
@@ -60,13 +61,11 @@ class Trend(Condition):
     action: Action = Action.WARN
 
     def __post_init__(self) -> None:
-        if self.trend not in ("rising", "not falling"):
-            raise ValueError(f"trend must be 'rising' or 'not falling', got {self.trend!r}")
-        check_count("steps", self.steps, minimum=BLOCKS)
-        check_count("after", self.after, minimum=0)
-        for name, most in (("by", math.inf), ("settled", 1.0)):
-            if not 0 <= getattr(self, name) < most:
-                raise ValueError(f"{name} must be >= 0{'' if most == math.inf else ' and < 1'}, got {getattr(self, name)}")
+        check_field(self.trend in ("rising", "not falling"), "trend", "must be 'rising' or 'not falling'", self.trend)
+        check_field(self.steps >= BLOCKS, "steps", f"must be >= {BLOCKS}", self.steps)
+        check_field(self.after >= 0, "after", "must be >= 0", self.after)
+        check_field(0 <= self.by < math.inf, "by", "must be >= 0", self.by)
+        check_field(0 <= self.settled < 1, "settled", "must be >= 0 and < 1", self.settled)
         set_action(self)
 
     @property

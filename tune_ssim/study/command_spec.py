@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tune_ssim.base.errors import UserError
-from tune_ssim.base.validation import Problems, Section
+from tune_ssim.base.errors import FieldError, UserError
+from tune_ssim.base.validation import Problem, Problems, Section
 from tune_ssim.base.yaml_source import did_you_mean
 from tune_ssim.records.readers import FORMATS, PRINTED, LineParser
 
@@ -69,7 +69,7 @@ class RecordsFrom(Section):
     @model_validator(mode="after")
     def _one(self) -> RecordsFrom:
         if self.mlflow is not None and (self.file is not None or self.pattern is not None or self.format is not None):
-            raise ValueError("mlflow goes with names only, not with file, format or pattern")
+            raise FieldError("mlflow", "goes with names only, not with file, format or pattern")
         return self
 
 
@@ -97,9 +97,9 @@ class SmokeCommand(Section):
     @model_validator(mode="after")
     def _something(self) -> SmokeCommand:
         if self.images is None and self.tokens is None:
-            raise ValueError("images must not be null where there are no tokens either")
+            raise FieldError("images", "must not be null where there are no tokens either")
         if (self.tokens is None) != (self.vocabulary_size is None):
-            raise ValueError("tokens and vocabulary_size belong together")
+            raise Problems([Problem(("tokens",), "tokens and vocabulary_size belong together")])
         return self
 
 
