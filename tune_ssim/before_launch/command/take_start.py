@@ -15,7 +15,8 @@ from tune_ssim.before_launch.preflight.networks import check_samples
 from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.subject import guarded
 from tune_ssim.guards import SmokeTest
-from tune_ssim.records import Record, is_of_training
+from tune_ssim.probes.observer import Observation
+from tune_ssim.records import Record
 from tune_ssim.trials.command.command_task import CommandTask
 
 OUTPUT_LINES = 2000  # of the program's start, searched for warnings
@@ -29,6 +30,7 @@ def take_start(make: Callable[[], CommandTask], job: StartJob, study: str, folde
     # A name that no other start ever has: a training may resume from whatever it finds under its name (SEEDS A10).
     name = f"{study}-start-{uuid4().hex[:8]}"
     task.identify(name, folder)
+    task.is_calibrating, task.holds_updates = True, job.is_held
     task.setup(job.config, job.seed)
     records: list[Record] = []
     settings: Mapping[str, Any] = {}
@@ -38,28 +40,23 @@ def take_start(make: Callable[[], CommandTask], job: StartJob, study: str, folde
         if job.smoke_test is not None and task.takes_samples:
             samples = tuple(guarded("smoke", partial(_samples, task, job.smoke_test)))
             started = time.monotonic()
-        while len(records) < job.steps:
-            values = task.step()
-            if values is None:
-                failure = f"the command ended after {len(records)} of {job.steps} steps" if records else "it ended without a step"
-                break
-            if not values:
-                continue  # nothing yet
-            first_record_s = first_record_s or time.monotonic() - started
-            numbers = {key: float(value) for key, value in values.items() if key != "step"}
-            if is_of_training(int(values["step"]), numbers):
-                records.append(Record(int(values["step"]), numbers))
+        records, first_record_s = task.first_steps(job.steps)
         settings = task.effective()
+        if len(records) < job.steps:
+            failure = f"the command ended after {len(records)} of {job.steps} steps" if records else "it ended without a step"
     except (UserError, BadSetup) as error:
         failure = str(error)
     wall_s = time.monotonic() - started
     reading, checkpoints = task.reading_problem(), tuple(sorted({step for step, _ in task.written()}))
+    seen = task.observation
     task.close()
     return Start(
         job,
         tuple(records),
         settings,
         _head(folder / name / "output.log"),
+        held=seen.held if seen is not None and seen.is_observed else None,
+        observed=_plain(seen) if seen is not None else {},
         reading=reading,
         checkpoints=checkpoints,
         samples=samples,
@@ -67,6 +64,10 @@ def take_start(make: Callable[[], CommandTask], job: StartJob, study: str, folde
         first_record_s=first_record_s,
         wall_s=wall_s,
     )
+
+
+def _plain(seen: Observation) -> dict[str, Any]:
+    return {"weights": seen.weights, "loads": seen.loads, "optimizers": seen.optimizers, "sentence": seen.sentence()}
 
 
 def _samples(task: CommandTask, smoke_test: SmokeTest) -> Iterator[Check]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tune_ssim.base.errors import NothingToResume, UserError
 from tune_ssim.probes.observer import EventReader, Observation, observed_environment
-from tune_ssim.records import held_out_values, is_of_training
+from tune_ssim.records import TOTAL_NORM, Record, held_out_values, is_of_training, merge
 from tune_ssim.records.readers import LineParser, Source, open_source
 from tune_ssim.study.command_spec import CommandSpec, fill, placeholders
 from tune_ssim.trials.channel import VARIABLE, TrialEnd
@@ -57,7 +57,8 @@ class CommandTask(Training):
         self.launch: Launch = launch_here
         self.open_mlflow: OpenMLflow = _no_mlflow
         self.name, self.folder = "trial", Path()
-        self.holds_updates = False  # the observer leaves every weight as it is: for calibration
+        self.is_calibrating = False  # only the first steps are read
+        self.holds_updates = False  # the observer leaves every weight as it is
         self._temporary_folder: Path | None = None
 
     # -- setup and teardown
@@ -177,6 +178,48 @@ class CommandTask(Training):
         self._last |= values
         return {**values, "step": step}
 
+    def first_steps(self, count: int) -> tuple[list[Record], float]:
+        """Starts the command and reads its first `count` training steps, for preflight and calibration. Returns their records, or
+        fewer if the command ended well before, and the seconds until the first.
+
+        It does not wait for rows of a log that come later than the steps. Raises UserError or BadSetup as `step` does."""
+        started, first_s = time.monotonic(), 0.0
+        self._start()
+        process, output = self._process, self._output
+        assert process is not None and output is not None
+        while True:
+            ended = process.has_ended
+            output.collect(final=ended)
+            seen = self.observation.steps if self.observation is not None else 0
+            found = {step for step, values in output.records if is_of_training(step, values)}
+            self._first_record_seen = bool(seen or output.records)
+            if self._first_record_seen:
+                first_s = first_s or time.monotonic() - started
+            if ended or len(found) >= count or seen > count:
+                break
+            if process.failure is not None:
+                raise process.failure
+            limit = self.spec.silence_s if self._first_record_seen else self.spec.first_record_s
+            if time.monotonic() - started > limit:
+                raise UserError(self._why_silent(output, limit))
+            time.sleep(POLL_S)
+        if not ended:
+            output.release()
+        elif len(found) < count:
+            self._require_good_end(process, output)
+        self.settings.require_used(output.quote())
+        rows = merge(Record(step, values) for step, values in output.records)
+        rows = [row for row in rows if is_of_training(row.step, row.values)][:count]
+        return self._with_observed_norms(rows), first_s
+
+    def _with_observed_norms(self, rows: list[Record]) -> list[Record]:
+        """The same with the observed total_norm, which has all its digits, if every step was observed."""
+        reader = EventReader(Path(self.filled.fields["exp_dir"], OBSERVED))
+        norms = [row.values[TOTAL_NORM] for row in merge(reader.read()) if TOTAL_NORM in row.values]
+        if len(norms) < len(rows):
+            return rows
+        return [Record(row.step, {**row.values, TOTAL_NORM: norm}) for row, norm in zip(rows, norms, strict=False)]
+
     def _start(self) -> None:
         filled, records = self.filled, self.spec.records
         folder = Path(filled.fields["exp_dir"])
@@ -192,11 +235,17 @@ class CommandTask(Training):
             _require_unwritten(path)
             source = open_source(path, format=records.format, names=records.names, pattern=records.pattern)
         filled.write_config_file()
-        channel.open(self.config, self.seed, self.smoke_at, self.steps)
+        channel.open(self.config, self.seed, self.smoke_at, self.steps, self.is_calibrating)
         resume = None if self._resume_from is None else {"checkpoint": str(self._resume_from), "step": self.step_now}
         observed, observe = None, None
         if self.spec.observe != "off":
-            observe = partial(observed_environment, folder / OBSERVED, level=self.spec.observe, hold=self.holds_updates)
+            observe = partial(
+                observed_environment,
+                folder / OBSERVED,
+                level=self.spec.observe,
+                hold=self.holds_updates,
+                weights=[filled.path(path) for path in self.spec.weights],
+            )
             observed = ObservedRecords(EventReader(folder / OBSERVED), records.names if records is not None else {})
         self._output = CommandOutput(self.settings, OutputLog(folder / "output.log"), channel, source, observed, poll_s)
         self._process = self.launch(lambda node: filled.invocation(node, more, resume, observe), self._output.take, folder)
