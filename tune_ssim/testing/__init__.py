@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.before_launch.preflight import DISABLE_UPDATE
 from tune_ssim.before_launch.preflight.report import MARKS, Check, Report, broken, ok, unknown
 from tune_ssim.before_launch.preflight.subject import Failure, describe_error, guarded
 from tune_ssim.testing.inference import check_looking_on
@@ -32,7 +33,6 @@ from tune_ssim.trials.load_training import load_task
 __all__ = ["TaskReport", "check_task"]
 
 STEPS_OF_A_TRIAL = 200  # passed to setup(), as in a study (study.DEFAULT_STEPS); only a few are taken
-DISABLE_UPDATE = {"lr": 0.0}  # required: a learning rate of 0 leaves the weights unchanged
 # Each check sees in its `Run` what is broken already, so that one fault is reported once.
 CHECKS: dict[str, Callable[[ClassUnderTest, Run], Iterator[Check]]] = {
     "effective": check_effective,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,10 +19,12 @@ from tune_ssim.before_launch.preflight.subject import Failure, call, failure_of
 from tune_ssim.records import LOSS, LOSS_SSIM
 from tune_ssim.testing.runs import GENERATORS, Run
 from tune_ssim.testing.subject import ClassUnderTest
+from tune_ssim.trials.checkpoint import tensors_of
 from tune_ssim.trials.training import same_setting
 
 WEIGHT, MAX_T, GRAD_SCALE, CLIP = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "max_grad_norm"
 MISSPELT = "ssim_loss_wieght"
+NOT_WEIGHTS = re.compile(r"/state/|/param_groups/|/running_(mean|var)$")  # in a state: the optimiser's, and batch statistics
 CLIPPING = "step/total_norm/clipping"
 # Names of preflight's checks in this suite, and what to look for in the code of a class.
 NAMES = {"parameter/max_grad_norm": CLIPPING, "batches": "random/configuration", f"parameter/{WEIGHT}": f"{WEIGHT}/felt"}
@@ -219,38 +222,22 @@ def _weights(subject: ClassUnderTest, task: Any) -> dict[str, torch.Tensor]:
         listed = [p for p in found if isinstance(p, torch.Tensor)] if hasattr(found, "__iter__") else []
         if listed:
             return {f"parameter {i}": parameter.detach().clone() for i, parameter in enumerate(listed)}
-    if "state_dict" in subject.broken_methods:
-        return {}
     try:
-        return dict(_state_tensors(call(task, "state_dict"), ""))
-    except Failure:  # reported elsewhere
+        state = {} if "state_dict" in subject.broken_methods else tensors_of(call(task, "state_dict"))
+    except (Failure, TypeError, AttributeError):  # reported elsewhere
         return {}
-
-
-def _state_tensors(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of a nested state, except optimiser state, running statistics and generators."""
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point() and not name.endswith(("/running_mean", "/running_var")):
-            yield name, value.detach().clone()
-    elif isinstance(value, Mapping):
-        if not {"state", "param_groups"} <= value.keys():
-            for key, item in value.items():
-                yield from _state_tensors(item, f"{name}/{str(key).replace('.', '/')}")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _state_tensors(item, f"{name}/{index}")
+    weights = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and not NOT_WEIGHTS.search(name)}
+    return {name: tensor.clone() for name, tensor in weights.items()}
 
 
 def _moved(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> str:
     """Which tensors have changed. Averaged weights in a state may change by rounding."""
     of_state = any(name.startswith("/") for name in before)
     tolerance = 1e-5 if of_state else 0.0
-    moved = [
-        name
-        for name, old in before.items()
-        if name not in after
-        or old.shape != after[name].shape
-        or not torch.allclose(old, after[name], rtol=tolerance, atol=0.0, equal_nan=True)
-    ]
+    moved = [name for name, old in before.items() if not _is_close(old, after.get(name), tolerance)]
     kind = "tensors of state_dict()" if of_state else "trainable parameters"
     return f"{len(moved)} of {len(before)} {kind}" if moved else ""
+
+
+def _is_close(old: torch.Tensor, new: torch.Tensor | None, tolerance: float) -> bool:
+    return new is not None and old.shape == new.shape and torch.allclose(old, new, rtol=tolerance, atol=0.0, equal_nan=True)

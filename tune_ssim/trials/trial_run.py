@@ -126,15 +126,7 @@ class TrialRun:
 
     def load(self, checkpoint: Path) -> bool:
         """Resumes from a checkpoint. False if it cannot be used; the trial is then unchanged, or starts again."""
-        loaded = False
-
-        def load() -> None:
-            nonlocal loaded
-            loaded = self._load(checkpoint)
-
-        if self.failure is None:
-            self._guarded(load)
-        return loaded
+        return self.failure is None and bool(self._guarded(lambda: self._load(checkpoint)))
 
     def _load(self, checkpoint: Path) -> bool:
         """Raises BadSetup for a checkpoint that another trial ruined."""
@@ -238,10 +230,10 @@ class TrialRun:
         if self.training is not None:
             self.training.close()
 
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """Runs `action`. An exception becomes the verdict, with its location; the result has the traceback."""
+    def _guarded(self, action: Callable[[], Any]) -> Any:
+        """The result of `action`. An exception becomes the verdict, with its location; the trial's result has the traceback."""
         try:
-            action()
+            return action()
         except UserError as error:
             self.failure = Judgement(Verdict.ERROR, str(error))
         except BadSetup as finding:

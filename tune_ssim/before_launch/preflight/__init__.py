@@ -14,7 +14,6 @@ from tune_ssim.before_launch.preflight import images, launch, learning, networks
 from tune_ssim.before_launch.preflight import steps as readings
 from tune_ssim.before_launch.preflight.launch import settings_of
 from tune_ssim.before_launch.preflight.report import Check, Report, unknown
-from tune_ssim.before_launch.preflight.rules import setup_failed
 from tune_ssim.before_launch.preflight.subject import Failure, Subject, call, guarded, numbers
 from tune_ssim.guards import Guard, NormRatio, SmokeTest
 from tune_ssim.trials.load_training import load_task
@@ -74,7 +73,7 @@ def _checks(
     try:
         yield from _start(subject.make(baseline), steps, settings, guards, smoke_test)
     except Failure as failure:
-        yield setup_failed(str(failure))
+        yield Check("setup", "bad_setup", str(failure), remedy="nothing can be launched before the task can be set up")
         return
     yield from guarded("parameter", lambda: readings.check_parameters(readings.Probe(subject, baseline)))
     yield from guarded("parameter/searched", lambda: launch.check_settings(subject, baseline, settings))

@@ -109,8 +109,7 @@ def check_pairs(sample: Sample, seen: Seen | None) -> Iterator[Check]:
         if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
             yield rules.image_range(name, float("nan"), float("nan"), int((~torch.isfinite(x)).flatten(1).any(1).sum()), len(x))
             continue
-        yield rules.mapping(name, what, *_mappings(x, y))
-        yield rules.own_partner(f"{name}_order", what, _own_partner(x, y), len(x))
+        yield from _check_pair(name, what, x, y)
     explained = None
     if sample.reconstructions is not None and sample.references is not None:
         psnr, explained, correlation = _quality(sample.reconstructions.float().cpu(), sample.references.float().cpu())
@@ -144,11 +143,15 @@ def check_training_images(task: Any, steps: int, sample: Sample, seen: Seen | No
     yield rules.constant_images(int((spread.amax(dim=1) < 1 / 255).sum()), len(images))
     if seen is not None and len(seen.all_targets) <= len(images) and seen.all_targets.shape[1:] == images.shape[1:]:
         x, y = _small(images[: len(seen.all_targets)], seen.all_targets)
-        yield rules.mapping("batch", "training images and targets", *_mappings(x, y))
-        yield rules.own_partner("batch_order", "training images and targets", _own_partner(x, y), len(x))
+        yield from _check_pair("batch", "training images and targets", x, y)
     if sample.references is None:
         raise Unavailable("the samples have no references to look for")
     yield rules.overlap(*shared_patches(finite, sample.references.float().cpu()), len(sample.references))
+
+
+def _check_pair(name: str, what: str, x: Tensor, y: Tensor) -> Iterator[Check]:
+    yield rules.mapping(name, what, *_mappings(x, y))
+    yield rules.own_partner(f"{name}_order", what, _own_partner(x, y), len(x))
 
 
 def _range(name: str, images: Tensor) -> Check:

@@ -11,7 +11,7 @@ import torch
 from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.images import Seen
-from tune_ssim.before_launch.preflight.report import Check, unknown
+from tune_ssim.before_launch.preflight.report import Check, ok, unknown, warn
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers, time_law
 from tune_ssim.guards import Guard, NormRatio
 from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
@@ -79,10 +79,11 @@ def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence
     misspelt = next(name for name in ("ssim_los_weight", "ssim_los_weight_") if name not in in_force)
     try:
         subject.make({**base, misspelt: 1.0})
-        accepted = True
     except UserError:
-        accepted = False
-    yield rules.misspelt_key(accepted, misspelt)
+        yield ok("parameter/unknown", "the task refuses unknown settings")
+    else:
+        sentence = f"the task accepts the unknown setting {misspelt!r}: a misspelt parameter would be ignored silently"
+        yield warn("parameter/unknown", sentence, "refuse unknown keys in setup() with a ValueError")
 
 
 def check_seeds(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
     still = {name: part.module for name, part in parts.items() if not part.trains and part.kind == "raw"}
     hashes = {name: tensor_hashes(module.state_dict()) for name, module in still.items()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with _Gradients(parameters) as learning, _Gradients(_parameters_of(still)) as leaking:
+    with _gradients(parameters) as learning, _gradients(_parameters_of(still)) as leaking:
         updates = []
         for _ in range(STEPS):
             call(task, "step")
@@ -45,15 +46,15 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
             part,
             tensors=len(after),
             changed=[name for name in after if after[name] != hashes[part].get(name)],
-            with_gradient=[name for owner, name in leaking.seen if owner == part],
+            with_gradient=[name for owner, name in leaking if owner == part],
             training=_in_train_mode(module),
         )
-    motionless = [name for name in learning.seen if torch.equal(before[name], parameters[name].detach())]
+    motionless = [name for name in learning if torch.equal(before[name], parameters[name].detach())]
     rates = {name: call(task, "effective").get(name) for name in subject.disable_update}
     rates = {name: rate for name, rate in rates.items() if isinstance(rate, (int, float)) and not isinstance(rate, bool)}
     untouched = [name for name, part in parts.items() if part.trains and not _is_among(part, parameters)]
     later = None if guard is None else _samples_later(task, guard)
-    everything, unseen = len(parameters), [name for name in parameters if name not in learning.seen]
+    everything, unseen = len(parameters), [name for name in parameters if name not in learning]
     del task, parts, parameters, still, before, learning, leaking  # the next measurements need the memory
     if everything:
         yield rules.trained(
@@ -66,7 +67,8 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
     else:
         yield unknown("trained", "the task has no trainable_parameters()")
     for name in untouched:
-        yield rules.untrained_part(name)
+        sentence = f"{name} should be trained, but none of its parameters is trainable"
+        yield Check(f"trained/{name}", "bad_setup", sentence, {}, "check trainable_parameters() and the optimiser's list")
     if later is None:
         yield unknown("baseline/smoke", "the study has switched its smoke test off")
     else:
@@ -79,32 +81,29 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
 def _samples_later(task: Any, guard: SmokeTest) -> tuple[list[str], int]:
     """Failures of the smoke test after STEPS, and if there are any, after LATER, since a training with a high learning rate may
     recover from bad first steps. Also the number of steps taken."""
-    if findings := findings_of(guard, statistics_of(call(task, "sample", 0))):
-        for _ in range(LATER - STEPS):
-            call(task, "step")
-        findings = findings_of(guard, statistics_of(call(task, "sample", 0)))
-        return findings, LATER
-    return findings, STEPS
+    if not findings_of(guard, statistics_of(call(task, "sample", 0))):
+        return [], STEPS
+    for _ in range(LATER - STEPS):
+        call(task, "step")
+    return findings_of(guard, statistics_of(call(task, "sample", 0))), LATER
 
 
-class _Gradients:
-    """Records which parameters get a non-zero gradient while it is computed, since a step may clear it."""
+@contextlib.contextmanager
+def _gradients(parameters: Mapping[Any, torch.nn.Parameter]) -> Iterator[dict[Any, None]]:
+    """The parameters that get a non-zero gradient in the block, in order of arrival. Observed while the gradient is computed, since
+    a step may clear it."""
+    seen: dict[Any, None] = {}
 
-    def __init__(self, parameters: Mapping[Any, torch.nn.Parameter]) -> None:
-        self.seen: dict[Any, None] = {}  # in order of arrival
-        self.parameters = parameters
-
-    def __enter__(self) -> _Gradients:
-        self.handles = [p.register_hook(partial(self._see, name)) for name, p in self.parameters.items() if p.requires_grad]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _see(self, name: Any, gradient: torch.Tensor) -> None:
+    def see(name: Any, gradient: torch.Tensor) -> None:
         if bool(gradient.any()):
-            self.seen[name] = None
+            seen[name] = None
+
+    handles = [p.register_hook(partial(see, name)) for name, p in parameters.items() if p.requires_grad]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _small_ssim(subject: Subject, base: Mapping[str, Any]) -> dict[str, float]:

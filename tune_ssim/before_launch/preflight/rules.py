@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tune_ssim.before_launch.preflight.report import Check, Status, unknown
+from tune_ssim.before_launch.preflight.report import Check, Status, ok, unknown, warn
 from tune_ssim.trials.training import same_setting
 
 if TYPE_CHECKING:
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 
 LOSS_CE = "loss_ce"  # of a step, if a task has text: cross-entropy of its caption
 LABEL_FRACTION = "label_fraction"  # of a step, if a task has text: share of the positions that carry a label
-
-
-def setup_failed(message: str) -> Check:
-    return Check("setup", "bad_setup", message, remedy="nothing can be launched before the task can be set up")
 
 
 # -- weights
@@ -66,10 +62,6 @@ def weights(part: str, file: str, found: WeightComparison, fresh_layers: Sequenc
     sentence += f", trained ({norms - untrained} of {norms} normalisation parameters)" if norms else ""
     remedy = 'save it with metadata={"format": "pt"}: some loaders refuse it without'  # SEEDS B2
     return _judge(name, not found.metadata_missing, sentence, evidence, remedy, "warn", fault="; the file does not name its format")
-
-
-def fresh_weights(part: str) -> Check:
-    return unknown(f"weights/{part}", "starts without a file, so there is nothing to compare with")
 
 
 def ema_distance(part: str, of: str, distance: float) -> Check:
@@ -421,11 +413,6 @@ def trained(
     return Check("trained", "ok", f"all {parameters} trainable parameters get a gradient and move", evidence)
 
 
-def untrained_part(part: str) -> Check:
-    sentence = f"{part} should be trained, but none of its parameters is trainable"
-    return Check(f"trained/{part}", "bad_setup", sentence, {}, "check trainable_parameters() and the optimiser's list")
-
-
 def same_batches(differences: Mapping[str, float]) -> Check:
     """differences: the main loss of step 1 under changed settings, relative to that under the first; the weights are the same."""
     worst = max(differences, key=lambda name: abs(differences[name]))
@@ -438,15 +425,10 @@ def same_batches(differences: Mapping[str, float]) -> Check:
 
 
 def other_seed(is_same_batch: bool) -> Check:
-    same_words = "another seed gives the same batch: repeating a trial with other seeds does not measure the noise"
-    sentence = same_words if is_same_batch else "another seed gives another batch"
-    return _judge("seeds", not is_same_batch, sentence, {}, "draw the random numbers of step n from (seed, n)", "warn")
-
-
-def misspelt_key(is_accepted: bool, key: str) -> Check:
-    accepts = f"the task accepts the unknown setting {key!r}: a misspelt parameter would be ignored silently"
-    sentence = accepts if is_accepted else "the task refuses unknown settings"
-    return _judge("parameter/unknown", not is_accepted, sentence, {}, "refuse unknown keys in setup() with a ValueError", "warn")
+    if is_same_batch:
+        sentence = "another seed gives the same batch: repeating a trial with other seeds does not measure the noise"
+        return warn("seeds", sentence, "draw the random numbers of step n from (seed, n)")
+    return ok("seeds", "another seed gives another batch")
 
 
 # -- whether the guards can judge
