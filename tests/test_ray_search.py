@@ -13,12 +13,15 @@ from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch as RayOptunaSearch
+from small_studies import baseline, trial
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun
-from tune_ssim.orchestration import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space
+from tune_ssim.orchestration import BaselineFirst, GuardedOptunaSearch, StagedSearch, param_space, ray_job
 from tune_ssim.orchestration.ray_job import job_of
 from tune_ssim.study.space import gain_of, load_space
+from tune_ssim.trials.summary import TrialSummary
+from tune_ssim.trials.trial_run import TrialReport, TrialResult
 
 WIDE = load_space("wide").stages[0]
 MODEL = at_right_angles({0.1: 40.0, 0.2: 25.0, 0.3: 15.0, 1.0: 8.0})
@@ -53,8 +56,10 @@ def test_a_restored_searcher_goes_on_as_the_one_that_was_saved(tmp_path: Path) -
     assert suggestions(again, 5, first=11) == straight[11:]
 
 
-def baseline_run(seed: int) -> str:
-    return Baseline((BaselineRun(seed, {"total_norm": {1: 1.0}}, {"ssim": 0.9}),)).to_bytes().decode()
+def ended(summary: TrialSummary, baseline_seed: int | None = None) -> dict[str, Any]:
+    """The last result of our trainable."""
+    run = None if baseline_seed is None else Baseline((BaselineRun(baseline_seed, {"total_norm": {1: 1.0}}, {"ssim": 0.9}),))
+    return ray_job.result_of(TrialReport(result=TrialResult(summary, baseline=run)), "delta_ssim")
 
 
 @pytest.mark.parametrize("inner", ["ours", "rays"])
@@ -70,7 +75,7 @@ def test_the_baseline_comes_before_any_searcher_of_ray(tmp_path: Path, inner: st
     assert [(job.role, job.seed) for job in (first, second)] == [("baseline", 7), ("baseline", 8)]
     assert searcher.suggest("c") is None
     for name, seed in (("b", 8), ("a", 7)):
-        searcher.on_trial_complete(name, {"verdict": "safe", "baseline_run": baseline_run(seed)})
+        searcher.on_trial_complete(name, ended(baseline(f"baseline-{seed - 7}"), seed))
     config = searcher.suggest("c")
     job = job_of(config, "c")
     assert job.baseline is not None and [run.seed for run in job.baseline.read().runs] == [7, 8]
@@ -81,8 +86,11 @@ def test_the_baseline_comes_before_any_searcher_of_ray(tmp_path: Path, inner: st
     again = make()
     again.restore(str(tmp_path / "state"))
     again.set_state(state)
-    again.on_trial_complete("c", {"verdict": "safe", "delta_ssim": 0.1, "harm": 0.0})
-    assert job_of(again.suggest("d"), "d").trial_id == "trial-01"
+    following = []
+    for one in (searcher, again):  # "c" was running when it was saved
+        one.on_trial_complete("c", ended(trial("trial-00")))
+        following.append(job_of(one.suggest("d"), "d"))
+    assert following[0] == following[1] and following[0].trial_id == "trial-01"
 
 
 def test_a_failing_baseline_ends_the_experiment(tmp_path: Path) -> None:

@@ -224,10 +224,6 @@ def test_the_baseline_comes_first_and_everyone_waits(tmp_path: Path) -> None:
     assert (third.seed, third.role, third.trial_id) == (7, Role.SEARCH, "trial-00")
     assert TrialJob.from_dict(third.to_dict()) == third
 
-    again = BaselineFirst(OptunaSearch(WIDE, concurrency=2), {}, folder=tmp_path, seeds=(7, 8))
-    again.load_state_dict(search.state_dict())
-    assert job(again).baseline == third.baseline
-
 
 def test_a_baseline_of_which_one_run_is_there_needs_the_other_only(tmp_path: Path) -> None:
     runs = {"baseline-1": baseline_of(8, "baseline-1").runs[0]}

@@ -10,7 +10,7 @@ from tune_ssim.search.search import Done, Outcome, Wait
 from tune_ssim.study.sections import Asha
 from tune_ssim.study.study import Study
 from tune_ssim.trials.job import TrialJob
-from tune_ssim.trials.trial_run import TrialResult, TrialSpec
+from tune_ssim.trials.trial_run import TrialSpec
 
 
 class JobSearch(Protocol):
@@ -49,15 +49,3 @@ class Executor(Protocol):
     def __enter__(self) -> Executor: ...
 
     def __exit__(self, *error: object) -> None: ...
-
-
-def outcome_of(result: TrialResult) -> Outcome:
-    summary = result.summary
-    return Outcome(
-        verdict=summary.verdict,
-        value=summary.metric(summary.objective) if summary.verdict.has_result else float("nan"),
-        harm=result.harm,
-        reason=summary.reason,
-        settings=summary.config,
-        baseline=result.baseline,
-    )

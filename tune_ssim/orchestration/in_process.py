@@ -9,10 +9,10 @@ from typing import Any
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.inspection import inspect_here
-from tune_ssim.orchestration.executor import JobSearch, Phase, outcome_of
+from tune_ssim.orchestration.executor import JobSearch, Phase
 from tune_ssim.orchestration.recorder import StudyRecorder
 from tune_ssim.orchestration.trainings import make_training
-from tune_ssim.search.search import Done, Wait
+from tune_ssim.search.search import Done, Outcome, Wait
 from tune_ssim.study.study import Study
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.trial_run import TrialRun
@@ -61,7 +61,7 @@ class InProcessExecutor:
                     _save(run, own, report.step)
         finally:
             run.close()
-        search.tell(job.trial_id, outcome_of(result))
+        search.tell(job.trial_id, Outcome.of(result.summary, result.harm, result.baseline))
 
     def __enter__(self) -> InProcessExecutor:
         return self

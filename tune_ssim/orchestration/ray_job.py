@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ray.tune.result import SHOULD_CHECKPOINT
@@ -38,7 +39,7 @@ def job_of(config: Mapping[str, Any], trial_id: str) -> TrialJob:
 
 
 def result_of(report: TrialReport, objective: str) -> dict[str, Any]:
-    """The Ray result of a report. For the keys see docs/own_training.md, "The results of a trainable"."""
+    """The Ray result of a report. For its last keys see `trainable.make_trainable`."""
     result: dict[str, Any] = {
         "step": report.step,
         "records": [record.to_json() for record in report.records],
@@ -57,6 +58,7 @@ def result_of(report: TrialReport, objective: str) -> dict[str, Any]:
     summary = ended.summary
     guard = summary.evidence["guard"] if summary.evidence and summary.verdict == Verdict.PRUNED else ""
     result |= {
+        **summary.metrics,
         "done": True,
         "verdict": summary.verdict.value,
         "reason": summary.reason,
@@ -76,42 +78,42 @@ def result_of(report: TrialReport, objective: str) -> dict[str, Any]:
 
 def report_of(result: Mapping[str, Any]) -> TrialReport:
     """The inverse of `result_of`."""
-    ended = None
-    if (verdict := verdict_of(result)) is not None:
-        summary, effective = verdict
-        baseline = result.get("baseline_run")
-        ended = TrialResult(
-            summary,
-            harm=float(result.get("harm") or 0.0),
-            effective=effective,
-            baseline=Baseline.from_bytes(baseline.encode()) if baseline else None,
-            traceback=result.get("traceback") or "",
-        )
     return TrialReport(
         step=int(result.get("step") or 0),
         records=[Record.from_json(record) for record in result.get("records") or []],
         images=dict(result.get("images") or {}),
         checkpoints=list(result.get("wrote") or []),
         norm_ratio=result.get("norm_ratio"),
-        result=ended,
+        result=ending_of(result),
     )
 
 
-def outcome_of(
-    result: Mapping[str, Any] | None, objective: str, error: bool = False, settings: Mapping[str, Any] | None = None
-) -> Outcome:
-    """The outcome for a search. A foreign trainable gives the objective and no verdict."""
-    result = result or {}
-    verdict, baseline, value, harm = (result.get(key) for key in ("verdict", "baseline_run", objective, "harm"))
-    return Outcome(
-        verdict=Verdict(verdict) if verdict else None,
-        value=math.nan if value is None else float(value),
-        harm=math.nan if harm is None else float(harm),
-        reason=str(result.get("reason") or (PROCESS_DIED if error else "")),
-        settings=settings or {},
+def ending_of(result: Mapping[str, Any]) -> TrialResult | None:
+    """How the trial ended; None before its end, and for a foreign trainable."""
+    if (verdict := verdict_of(result)) is None:
+        return None
+    baseline = result.get("baseline_run")
+    return TrialResult(
+        verdict[0],
+        harm=float(result.get("harm") or 0.0),
+        effective=verdict[1],
         baseline=Baseline.from_bytes(baseline.encode()) if baseline else None,
-        died=error,
+        traceback=result.get("traceback") or "",
     )
+
+
+def outcome_of(result: Mapping[str, Any] | None, metric: str, error: bool = False) -> Outcome:
+    """The outcome for a search that optimises `metric`. A foreign trainable may have no verdict."""
+    if error:
+        return Outcome(reason=PROCESS_DIED, died=True)
+    result = result or {}
+    if (ended := ending_of(result)) is not None:
+        outcome = Outcome.of(ended.summary, ended.harm, ended.baseline)
+    else:
+        verdict, harm = result.get("verdict"), result.get("harm")
+        outcome = Outcome(Verdict(verdict) if verdict else None, harm=math.nan if harm is None else float(harm))
+    value = result.get(metric)
+    return replace(outcome, value=math.nan if value is None else float(value))
 
 
 def verdict_of(result: Mapping[str, Any]) -> tuple[TrialSummary, dict[str, Any]] | None:

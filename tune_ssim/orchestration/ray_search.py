@@ -15,7 +15,7 @@ from ray.tune.utils.util import unflatten_dict
 from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.forecast import gain_at
 from tune_ssim.guards import Baseline
-from tune_ssim.guards.verdict import Verdict
+from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.executor import JobSearch
 from tune_ssim.orchestration.ray_job import config_of, outcome_of
 from tune_ssim.probes.norm_model import NormModel
@@ -64,89 +64,101 @@ class _GainFromRatio:
         return gain_at(self.model, self.ratio.sample(), others)
 
 
-class JobSearcher(Searcher):
-    """Gives the jobs of a study to Ray Tune. A study is resumed from its own folder, never from Ray's snapshot."""
+class _AskTell(Searcher):
+    """A search with ask and tell as a Ray searcher. Its state is the sequence of calls, which is replayed into a new searcher."""
 
-    def __init__(self, search: JobSearch, objective: str) -> None:
-        super().__init__(metric=objective, mode="max")
-        self.search = search
-        self._names: dict[str, str] = {}  # Ray's id → the trial's in the study
+    def __init__(self, metric: str | None, mode: str | None) -> None:
+        super().__init__(metric=metric, mode=mode)
+        self.reason = ""  # why the search ended by itself
+        self._running: dict[str, Any] = {}  # Ray's id → what was asked
+        self._calls: list[tuple[str, dict[str, Any] | None]] = []  # (Ray's id, its outcome, or None for a call of `suggest`)
+
+    def _ask(self) -> Any:
+        """A suggestion or a job, or Wait or Done."""
+        raise NotImplementedError
+
+    def _tell(self, asked: Any, outcome: Outcome) -> None:
+        raise NotImplementedError
+
+    def _config(self, asked: Any) -> dict[str, Any]:
+        return config_of(asked)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        job = self.search.ask()
-        if not isinstance(job, TrialJob):
-            return Searcher.FINISHED if isinstance(job, Done) else None
-        self._names[trial_id] = job.trial_id
-        return config_of(job)
+        asked = self._ask()
+        if isinstance(asked, Done):
+            self.reason = asked.reason
+            return Searcher.FINISHED
+        if isinstance(asked, Wait):
+            return None
+        self._running[trial_id] = asked
+        self._calls.append((trial_id, None))
+        return self._config(asked)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Does nothing: a search must not depend on the progress of running trials."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if trial_id in self._names:
-            outcome = outcome_of(result, str(self.metric), error)
-            if outcome.verdict is None and not error:  # a scheduler ended it: nothing is known against the setting
-                outcome = Outcome(Verdict.STOPPED, harm=0.0, settings=outcome.settings)
-            self.search.tell(self._names.pop(trial_id), outcome)
+        if trial_id in self._running:
+            self._complete(trial_id, outcome_of(result, str(self.metric), error))
 
-    def save(self, checkpoint_path: str) -> None:
-        Path(checkpoint_path).write_text("{}")
+    def _complete(self, trial_id: str, outcome: Outcome) -> None:
+        self._calls.append((trial_id, outcome.to_dict()))
+        self._tell(self._running.pop(trial_id), outcome)
 
-    def restore(self, checkpoint_path: str) -> None:
-        raise UserError("a study is resumed by `tune-ssim run --resume`, not by Ray")
-
-
-class _SearchAdapter(Searcher):
-    """A plain search as a Ray searcher. Its saved state is the sequence of calls; restoring replays them."""
-
-    search: optuna_search.OptunaSearch | staged.StagedSearch | None
-
-    def __init__(self, metric: str | None, mode: str | None) -> None:
-        super().__init__(metric=metric, mode=mode)
-        self.reason = ""  # why the search ended by itself
-        self._slots: dict[str, int] = {}  # Ray's id → slot
-        self._calls: list[tuple[str, dict[str, Any] | None]] = []  # (Ray's id, its result, or None for a call of `ask`)
-
-    @property
-    def skipped(self) -> list[Skipped]:
-        """Suggestions that were not launched."""
-        return [] if self.search is None else self.search.skipped
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        suggestion = self._ask()
-        if isinstance(suggestion, Done):
-            self.reason = suggestion.reason
-            return Searcher.FINISHED
-        if isinstance(suggestion, Wait):
-            return None
-        self._slots[trial_id] = suggestion.slot
-        self._calls.append((trial_id, None))
-        return dict(unflatten_dict(dict(suggestion.settings)))
-
-    def _ask(self) -> Suggestion | Wait | Done:
-        assert self.search is not None, "without a stage the space comes from the Tuner's param_space"
-        return self.search.ask()
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Does nothing: a sampler must not depend on the progress of running trials."""
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if trial_id not in self._slots or self.search is None:
-            return
-        values = {key: (result or {}).get(key) for key in ("verdict", "harm", self.metric)} | {"error": error}
-        self._calls.append((trial_id, values))
-        self.search.tell(self._slots.pop(trial_id), outcome_of(values, str(self.metric), error))
+    def _replay(self, calls: Sequence[tuple[str, dict[str, Any] | None]]) -> None:
+        for trial_id, outcome in calls:
+            if outcome is None:
+                self.suggest(trial_id)
+            else:
+                self._complete(trial_id, Outcome.from_dict(outcome))
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).write_text(json.dumps(self._calls))
 
     def restore(self, checkpoint_path: str) -> None:
         """Restores into a new searcher made with the same arguments."""
-        for trial_id, values in json.loads(Path(checkpoint_path).read_text()):
-            if values is None:
-                self.suggest(trial_id)
-            else:
-                self.on_trial_complete(trial_id, values, values["error"])
+        self._replay(json.loads(Path(checkpoint_path).read_text()))
+
+
+class JobSearcher(_AskTell):
+    """Gives the jobs of a study to Ray Tune. A study is resumed from its own folder, never from Ray's snapshot."""
+
+    def __init__(self, search: JobSearch, objective: str) -> None:
+        super().__init__(objective, "max")
+        self.search = search
+
+    def _ask(self) -> TrialJob | Wait | Done:
+        return self.search.ask()
+
+    def _tell(self, asked: TrialJob, outcome: Outcome) -> None:
+        if outcome.verdict is None and not outcome.died:  # a scheduler ended it: nothing is known against the setting
+            outcome = Outcome(Verdict.STOPPED, harm=0.0)
+        self.search.tell(asked.trial_id, outcome)
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise UserError("a study is resumed by `tune-ssim run --resume`, not by Ray")
+
+
+class _SearchAdapter(_AskTell):
+    """A plain search as a Ray searcher."""
+
+    search: optuna_search.OptunaSearch | staged.StagedSearch | None
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Suggestions that were not launched."""
+        return [] if self.search is None else self.search.skipped
+
+    def _ask(self) -> Suggestion | Wait | Done:
+        assert self.search is not None, "without a stage the space comes from the Tuner's param_space"
+        return self.search.ask()
+
+    def _tell(self, asked: Suggestion, outcome: Outcome) -> None:
+        assert self.search is not None
+        self.search.tell(asked.slot, outcome)
+
+    def _config(self, asked: Suggestion) -> dict[str, Any]:
+        return dict(unflatten_dict(dict(asked.settings)))
 
 
 class GuardedOptunaSearch(_SearchAdapter):
@@ -186,19 +198,22 @@ class StagedSearch(_SearchAdapter):
 
 
 class _RaySearch:
-    """Any Ray searcher as a plain search; slots serve as trial ids."""
+    """Any Ray searcher as a plain search; slots serve as trial ids. suggested: by slot; a replay takes them from here."""
 
     def __init__(self, searcher: Searcher) -> None:
-        self.searcher, self._n_asked = searcher, 0
+        self.searcher, self.suggested, self._n_asked = searcher, list[dict[str, Any]](), 0
 
     def ask(self) -> Suggestion | Wait | Done:
-        settings = self.searcher.suggest(slot_name(self._n_asked))
-        if settings is None:
-            return Wait()
-        if isinstance(settings, str):
-            return Done()
+        slot = self._n_asked
+        if slot == len(self.suggested):
+            settings = self.searcher.suggest(slot_name(slot))
+            if settings is None:
+                return Wait()
+            if isinstance(settings, str):
+                return Done()
+            self.suggested.append(settings)
         self._n_asked += 1
-        return Suggestion(self._n_asked - 1, settings)
+        return Suggestion(slot, self.suggested[slot])
 
     def tell(self, slot: int, outcome: Outcome) -> None:
         """Does nothing: `BaselineFirst` forwards Ray's own result, which has more than an outcome."""
@@ -211,7 +226,7 @@ def slot_name(slot: int) -> str:
     return f"slot-{slot}"
 
 
-class BaselineFirst(Searcher):
+class BaselineFirst(_AskTell):
     """Runs the baseline first, then the suggestions of any Ray searcher, for your own `tune.Tuner`.
 
     See `search.baseline_first.BaselineFirst` for the arguments. Trials made by `make_trainable` are compared with the baseline."""
@@ -227,13 +242,12 @@ class BaselineFirst(Searcher):
         searched: Sequence[str] = (),
         storage: str | Path | None = None,
     ) -> None:
-        super().__init__(metric=searcher.metric, mode=searcher.mode)
+        super().__init__(searcher.metric, searcher.mode)
         self.searcher = searcher  # the name by which Ray finds what it wraps
         self._inner = _RaySearch(searcher)
         self._jobs = baseline_first.BaselineFirst(
             self._inner, baseline_config, folder=folder, seeds=seeds, baseline=baseline, searched=searched, storage=storage
         )
-        self._running: dict[str, TrialJob] = {}  # by Ray's id
 
     @property
     def failure(self) -> str:
@@ -247,36 +261,31 @@ class BaselineFirst(Searcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return bool(self.searcher.set_search_properties(metric, mode, config, **spec))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        job = self._jobs.ask()
-        if not isinstance(job, TrialJob):
-            return Searcher.FINISHED if isinstance(job, Done) else None
-        self._running[trial_id] = job
-        return config_of(job)
+    def _ask(self) -> TrialJob | Wait | Done:
+        return self._jobs.ask()
+
+    def _tell(self, asked: TrialJob, outcome: Outcome) -> None:
+        self._jobs.tell(asked.trial_id, outcome)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         job = self._running.get(trial_id)
-        if job is not None and job.baseline is not None:
-            self.searcher.on_trial_result(slot_name(job.slot or 0), result)
+        if job is not None and job.role is not Role.BASELINE:
+            self.searcher.on_trial_result(slot_name(job.slot), result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        job = self._running.pop(trial_id, None)
-        if job is None:
-            return
-        if job.baseline is not None:
-            self.searcher.on_trial_complete(slot_name(job.slot or 0), result, error)
-        self._jobs.tell(job.trial_id, outcome_of(result, str(self.metric), error))
+        job = self._running.get(trial_id)
+        if job is not None and job.role is not Role.BASELINE:
+            self.searcher.on_trial_complete(slot_name(job.slot), result, error)
+        super().on_trial_complete(trial_id, result, error)
 
-    # Ray saves wrappers with get_state and the innermost searcher with save.
+    # Ray saves and restores the innermost searcher with `save` and `restore`, and what wraps it with these two.
 
     def get_state(self) -> dict[str, Any]:
-        running = {name: job.to_dict() for name, job in self._running.items()}
-        return {"jobs": self._jobs.state_dict(), "running": running, "n_asked": self._inner._n_asked}
+        return {"calls": self._calls, "suggested": self._inner.suggested}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._jobs.load_state_dict(state["jobs"])
-        self._running = {name: TrialJob.from_dict(job) for name, job in state["running"].items()}
-        self._inner._n_asked = state["n_asked"]
+        self._inner.suggested = list(state["suggested"])
+        self._replay(state["calls"])
 
     def save(self, checkpoint_path: str) -> None:
         self.searcher.save(checkpoint_path)

@@ -33,7 +33,7 @@ from tune_ssim.study.study import Study, load_study
 from tune_ssim.tracking.mirror import MLflowMirror
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.summary import TrialSummary
-from tune_ssim.trials.trial import TrialPlan
+from tune_ssim.trials.trial import TrialPlan, harm_of
 from tune_ssim.trials.trial_run import TrialSpec
 
 SEARCH, CONFIRM = "run", "confirm"  # names of phases and of their folders in the study's `ray/`
@@ -242,7 +242,7 @@ class _StudyRun:
     def _previous(self, role: Role, steps: int) -> dict[str, Outcome]:
         """Outcomes of trials from earlier starts. A trial whose process died has none and runs again."""
         return {
-            trial.trial_id: Outcome.of(trial, steps, self.study.objective.maximize)
+            trial.trial_id: Outcome.of(trial, harm_of(trial.verdict, trial.evidence, trial.steps, steps))
             for trial in self.folder.trials()
             if trial.role == role and not trial.is_repeated_on_resume
         }

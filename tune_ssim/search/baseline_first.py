@@ -161,26 +161,6 @@ class BaselineFirst:
             if self._failures[kind] >= MIN_EQUAL_FAILURES and not self.failure:
                 self.failure = f"two trials failed alike: {outcome.reason}"
 
-    def state_dict(self) -> dict[str, Any]:
-        """State as plain JSON, for callers that cannot replay from the start, such as a Tuner that Ray restores."""
-        return {
-            "failure": self.failure,
-            "runs": {name: Baseline((run,)).to_bytes().decode() for name, run in self._runs.items()},
-            "asked": sorted(self._asked),
-            "slots": dict(self._slots),
-            "n_trials": self._n_trials,
-            "failures": dict(self._failures),
-            "one_came_through": self._one_came_through,
-            "baseline_file": None if self.baseline_file is None else [self.baseline_file.path, self.baseline_file.sha256],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.failure, self._n_trials = state["failure"], state["n_trials"]
-        self._runs = {name: Baseline.from_bytes(text.encode()).runs[0] for name, text in state["runs"].items()}
-        self._asked, self._slots, self._failures = set(state["asked"]), dict(state["slots"]), dict(state["failures"])
-        self._one_came_through = state["one_came_through"]
-        self.baseline_file = BaselineFile(*state["baseline_file"]) if state["baseline_file"] else None
-
 
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from tune_ssim.guards import Baseline
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.trials.summary import TrialSummary
-from tune_ssim.trials.trial import harm_of
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,30 @@ class Outcome:
         return not self.died and self.verdict is not None and not self.failed
 
     @classmethod
-    def of(cls, summary: TrialSummary, steps: int, objective: str) -> Outcome:
-        """The outcome of a trial of `steps` steps, from its summary in the study's folder."""
+    def of(cls, summary: TrialSummary, harm: float, baseline: Baseline | None = None) -> Outcome:
         return cls(
             verdict=summary.verdict,
-            value=summary.metric(objective) if summary.verdict.has_result else math.nan,
-            harm=harm_of(summary.verdict, summary.evidence, summary.steps, steps),
+            value=summary.metric(summary.objective) if summary.verdict.has_result else math.nan,
+            harm=harm,
             reason=summary.reason,
             settings=summary.config,
+            baseline=baseline,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, except that numbers may be NaN."""
+        baseline = None if self.baseline is None else self.baseline.to_bytes().decode()
+        return {**vars(self), "settings": dict(self.settings), "baseline": baseline}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Outcome:
+        verdict, baseline = data["verdict"], data["baseline"]
+        return cls(
+            **{
+                **data,
+                "verdict": None if verdict is None else Verdict(verdict),
+                "baseline": None if baseline is None else Baseline.from_bytes(baseline.encode()),
+            }
         )
 
 
