@@ -272,6 +272,22 @@ def test_what_has_ended_is_not_run_again(tmp_path: Path, n_previous: int) -> Non
     assert run == {f"trial-{k:02d}": straight[k] for k in range(10) if f"trial-{k:02d}" not in previous}
 
 
+def test_settings_that_the_search_refuses_do_not_share_their_trial_with_others(tmp_path: Path) -> None:
+    """An ended trial keeps its id: another setting under it would be run in vain, since the first verdict is final."""
+    outside = {"ssim_loss_weight": 1e9, "ssim_loss_max_t": 0.2, "ssim_grad_scale": 1.0}
+    previous = {"trial-00": Outcome(Verdict.SAFE, 0.5, 0.0, settings=outside)}
+    for _ in range(2):  # the second start finds the result of the first
+        search = BaselineFirst(
+            OptunaSearch(WIDE), {}, folder=tmp_path, baseline=baseline_of(0, "baseline-0"), previous=previous, max_trials=1
+        )
+        if "trial-00-2" not in previous:
+            asked = job(search)
+            assert asked.trial_id == "trial-00-2" and asked.settings["ssim_loss_weight"] != 1e9
+            previous["trial-00-2"] = outcome_for(asked.settings)
+            search.tell(asked.trial_id, previous["trial-00-2"])
+        assert search.ask() == Done()
+
+
 # ---- with a norm model ----
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,11 @@ class BaselineFirst:
                 storage=self.storage,
                 study=self.study,
             )
+            job = self._replay(job)
             self._slots[job.trial_id] = suggestion.slot
-            if not self._replay(job):
+            if (outcome := self.previous.get(job.trial_id)) is None:
                 return job
+            self.search.tell(suggestion.slot, outcome)
         return Done()
 
     def tell(self, trial_id: str, outcome: Outcome) -> None:
@@ -139,18 +142,21 @@ class BaselineFirst:
         write_atomically(path, baseline.to_bytes())
         return BaselineFile(str(path), baseline.sha256)
 
-    def _replay(self, job: TrialJob) -> bool:
-        """Whether this trial ended in an earlier start. If so, passes its outcome to the search."""
-        outcome = self.previous.get(job.trial_id)
-        if outcome is None:
-            return False
+    def _replay(self, job: TrialJob) -> TrialJob:
+        """The job with the id of an earlier trial that ran these settings; without one, with an id that is free."""
+        trial_id, attempt = job.trial_id, 1
+        while (outcome := self.previous.get(job.trial_id)) is not None and not self._ran(job, outcome):
+            attempt += 1
+            job = replace(job, trial_id=f"{trial_id}-{attempt}")
+        return job
+
+    def _ran(self, job: TrialJob, outcome: Outcome) -> bool:
+        """Whether `outcome` belongs to the job. Without a fixed order a sampler may make other suggestions. The result of the earlier
+        trial is still useful, so its settings replace the suggestion, unless the search refuses them."""
         asked = resolve_settings(job.settings)
-        same = all(_equal(value, outcome.settings.get(name)) for name, value in asked.items())
-        # Without a fixed order a sampler may make other suggestions; the results of earlier trials are still useful.
-        if not same and not self.search.replace(self._slots[job.trial_id], outcome.settings):
-            return False
-        self.search.tell(self._slots[job.trial_id], outcome)
-        return True
+        if all(_equal(value, outcome.settings.get(name)) for name, value in asked.items()):
+            return True
+        return job.slot is not None and self.search.replace(job.slot, outcome.settings)
 
     def _count_failure(self, trial_id: str, outcome: Outcome) -> None:
         is_baseline = trial_id in self._baseline_ids
