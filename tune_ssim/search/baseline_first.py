@@ -151,7 +151,7 @@ class BaselineFirst:
         return job
 
     def _ran(self, job: TrialJob, outcome: Outcome) -> bool:
-        """Whether `outcome` belongs to the job. Without a fixed order a sampler may make other suggestions. The result of the earlier
+        """Whether `outcome` is of the job. Without a fixed order a sampler may make other suggestions. The result of the earlier
         trial is still useful, so its settings replace the suggestion, unless the search refuses them."""
         asked = resolve_settings(job.settings)
         if all(_equal(value, outcome.settings.get(name)) for name, value in asked.items()):
