@@ -543,6 +543,12 @@ class SmallerReferences(Honest):
         return Sample(found.images, found.references[..., :-1, :-1])
 
 
+@fault("sample/token_ids", "must be a tensor of integers", "return a tensor of integers")
+class TokensAsNumbers(Honest):
+    def sample(self, noise: int = 0) -> Sample:
+        return replace(Honest.sample(self, noise), token_ids=torch.zeros(4), vocabulary_size=9)
+
+
 @fault("sample/deterministic", "other images the second time")
 class OtherNoiseEachTime(Honest):
     def sample(self, noise: int = 0) -> Sample:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.preflight.report import Check, broken, warn
 from tune_ssim.before_launch.preflight.subject import describe_error
 from tune_ssim.testing.metrics import describe_kind
-from tune_ssim.trials.sample_check import require_kind
+from tune_ssim.trials.sample_check import kind_problem
 from tune_ssim.trials.training import Sample
 from tune_ssim.trials.trial import statistics_of
 
@@ -25,11 +24,10 @@ def check_sample(name: str, sample: Any) -> Iterator[Check]:
         remedy = "return tune_ssim.Sample(images, references, inputs)"
         yield broken(name, f"{name}() returned {describe_kind(sample)}", remedy)
         return
-    try:
-        require_kind(sample)
-    except UserError as error:  # `samples: references must be …`
-        part = str(error).split()[1]
-        yield broken(f"{name}/{part}", str(error).removeprefix("samples: "), _remedy(getattr(sample, part, None)))
+    if problem := kind_problem(sample):
+        part, words = problem
+        remedy = "return a tensor of integers" if part == "token_ids" else _remedy(getattr(sample, part))
+        yield broken(f"{name}/{part}", f"{part} {words}", remedy)
         return
     problems = [check for part, slack in SLACK.items() for check in _check_range(name, part, getattr(sample, part), slack)]
     if sample.reconstructions is not None and sample.reconstructions.shape != sample.images.shape:

@@ -16,32 +16,36 @@ WANTED = "float [n, 3, height, width] in [0, 1]"
 
 
 def require_kind(sample: Sample) -> None:
-    """Raises UserError for images that are not float tensors `[n, 3 or 1, H, W]` or whose shapes do not match, and for tokens that
-    are not integers. Nothing is copied from a device unless there is an error. A text-only sample has no images."""
+    """Raises UserError for a `kind_problem`."""
+    if problem := kind_problem(sample):
+        raise UserError(f"samples: {' '.join(problem)}")
+
+
+def kind_problem(sample: Sample) -> tuple[str, str] | None:
+    """The first field that is not what it must be, and why: images that are not float tensors `[n, 3 or 1, H, W]` or whose shapes
+    do not match, tokens that are not integers. Nothing is copied from a device unless there is a problem. A text-only sample has no
+    images."""
     ids, images = sample.token_ids, sample.images
     if ids is not None and (not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.is_complex()):
-        raise UserError(f"samples: token_ids must be a tensor of integers, got {_describe(ids)}")
+        return "token_ids", f"must be a tensor of integers, got {_describe(ids)}"
     if isinstance(images, torch.Tensor) and images.ndim and not len(images):
-        return
+        return None
     for name in ("images", "references", "inputs", "reconstructions", "examples"):
         found = getattr(sample, name)
-        if found is None and name != "images":
-            continue
-        if not (
-            isinstance(found, torch.Tensor)
-            and found.is_floating_point()
-            and found.ndim == 4
-            and found.shape[1] in (1, 3)
-            and found.numel()
-        ):
-            raise UserError(f"samples: {name} must be {WANTED}, got {_describe(found)}")
-    for name in ("references", "inputs"):
-        beside = getattr(sample, name)
+        if (found is not None or name == "images") and not _are_images(found):
+            return name, f"must be {WANTED}, got {_describe(found)}"
+    for name, beside in (("references", sample.references), ("inputs", sample.inputs)):
         if beside is None:
             continue
         if len(beside) not in (1, len(images)) or (name == "references" and beside.shape[-2:] != images.shape[-2:]):
             like = "of the number and size of the images" if name == "references" else "one an image"
-            raise UserError(f"samples: {name} must be {like}, got {list(beside.shape)} beside images {list(images.shape)}")
+            return name, f"must be {like}, got {list(beside.shape)} beside images {list(images.shape)}"
+    return None
+
+
+def _are_images(found: Any) -> bool:
+    is_float = isinstance(found, torch.Tensor) and found.is_floating_point()
+    return is_float and found.ndim == 4 and found.shape[1] in (1, 3) and found.numel() > 0
 
 
 def require_range(sample: Sample) -> str:
