@@ -40,10 +40,7 @@ class FundusImages:
     def train_crops(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """`[count, 3, crop, crop]` in [0, 1], drawn uniformly with replacement, flipped at random."""
         rows = torch.randint(len(self.train_origins), (count,), generator=generator)
-        crops = cut(self.train, self.train_origins[rows], self.crop)
-        flip = torch.rand(count, 2, generator=generator) < 0.5
-        crops = torch.where(flip[:, 0, None, None, None], crops.flip(-1), crops)
-        return torch.where(flip[:, 1, None, None, None], crops.flip(-2), crops)
+        return flipped(cut(self.train, self.train_origins[rows], self.crop), generator)
 
     def held_out_crops(self, count: int) -> torch.Tensor:
         """`[count, 3, crop, crop]`: fixed crops, spread evenly over the held-out part."""
@@ -59,6 +56,13 @@ class FundusImages:
 def cut(image: torch.Tensor, origins: torch.Tensor, crop: int) -> torch.Tensor:
     """Crops of `image` `[3, H, W]` at `origins` `[n, 2]` → `[n, 3, crop, crop]`."""
     return torch.stack([image[:, r : r + crop, c : c + crop] for r, c in origins.tolist()])
+
+
+def flipped(crops: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """`[n, 3, H, W]`, each mirrored with probability 1/2 in either direction."""
+    flip = torch.rand(len(crops), 2, generator=generator) < 0.5
+    crops = torch.where(flip[:, 0, None, None, None], crops.flip(-1), crops)
+    return torch.where(flip[:, 1, None, None, None], crops.flip(-2), crops)
 
 
 def low_resolution(images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:

@@ -27,7 +27,7 @@ import torch
 from PIL import Image, ImageOps
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.tasks.fundus_images import BACKGROUND, MAX_BACKGROUND
+from tune_ssim.tasks.fundus_images import BACKGROUND, MAX_BACKGROUND, flipped
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2")
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")  # no format that starts another program, as EPS does
@@ -72,9 +72,7 @@ class FolderImages:
         """`[count, 3, crop, crop]` in [0, 1]: an image, then a place in it, drawn uniformly; flipped at random."""
         chosen = torch.randint(len(self.train), (count,), generator=generator)
         crops = torch.stack([self._crop(self.train[i], generator) for i in chosen.tolist()])
-        flip = torch.rand(count, 2, generator=generator) < 0.5
-        crops = torch.where(flip[:, 0, None, None, None], crops.flip(-1), crops)
-        return torch.where(flip[:, 1, None, None, None], crops.flip(-2), crops)
+        return flipped(crops, generator)
 
     def held_out_crops(self, count: int) -> torch.Tensor:
         """`[count, 3, crop, crop]`: fixed crops, in equal shares from all held-out images."""
