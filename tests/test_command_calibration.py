@@ -166,3 +166,20 @@ def test_a_defect_is_found_by_its_effect(tmp_path: Path, defect: str) -> None:
     wrong = [check for check in report.checks if check.status in ("warn", "bad_setup")]
     assert [(check.name, check.status) for check in wrong] == [(name, status)], [str(check) for check in report.checks]
     assert words in wrong[0].sentence and wrong[0].remedy
+
+
+def test_an_observed_program_needs_no_setting_to_hold_its_updates(tmp_path: Path) -> None:
+    """A PyTorch loop with its ordinary learning rate; nothing in it knows of the observer, and it prints no step that is read."""
+    loop = PROGRAM.with_name("loop.py")
+    config = {"steps": 8, "rate": 0.01}
+    searched = {"name": "rates", "parameters": {"rate": {"choice": [0.01]}}}
+    task = {"command": ["{python}", str(loop), "--steps={steps}"], "environment": {"RATE": "{rate}"}}
+    given = {"name": "held", "task": task, "task_config": config}
+    held = load_study({**given, "space": searched, "objective": {"maximize": "loss"}, "guards": {"smoke_test": None}})
+    make = load_task(held.task_path, held.import_path)
+    found = inspect_command(held, make, partial(take_here, make, "held", tmp_path), preflight=True, calibration=True, steps=4)
+    checks = {check.name: check for check in report_of(found).checks}
+    assert checks["update_off"].status == "ok" and checks["seeds/same"].sentence.endswith("trials are compared in pairs")
+    assert checks["total_norm"].sentence == "observed at 4 of 4 steps"
+    assert checks["seeds"].status == "warn"  # the loop has a seed of its own
+    assert "name it in `task: {weights: [FILE]}`" in checks["weights/Net"].sentence

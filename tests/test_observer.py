@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tune_ssim.before_launch.command.observed_weights import check_observed
 from tune_ssim.probes.observer import EventReader, observed_environment
 from tune_ssim.records import Record, merge
 
@@ -172,6 +173,15 @@ def trained_module(reader: EventReader) -> Any:
     return next(module for module in reader.observation.weights if module["is_trained"])
 
 
+def faults(reader: EventReader) -> dict[str, str]:
+    """Name → status of what preflight says of the weights, except for what is well."""
+    seen = reader.observation
+    plain = {"weights": seen.weights, "loads": seen.loads, "sentence": seen.sentence()}
+    # The averaged copy of this program is loaded in one test only.
+    own = [check for check in check_observed(plain) if check.name in ("weights/Net", "load/Net")]
+    return {check.name: check.status for check in own[:1] + own[2:] if check.status != "ok"}
+
+
 def test_loaded_weights_equal_their_file(tmp_path: Path, checkpoints: Path) -> None:
     _, _, reader = observed(tmp_path, f"--load={checkpoints / 'raw.pt'}", "--steps=1", weights=[checkpoints / "ema.pt"])
     module = trained_module(reader)
@@ -180,6 +190,7 @@ def test_loaded_weights_equal_their_file(tmp_path: Path, checkpoints: Path) -> N
     assert (ema["equal"], ema["rounded"], ema["of"]) == (0, 0, 5)
     (load,) = (event for event in reader.observation.loads if event["event"] == "load_state_dict")
     assert load["path"] == str(checkpoints / "raw.pt") and load["missing"] == load["unexpected"] == 0
+    assert faults(reader) == {"weights/Net": "bad_setup"}  # the study names the averaged weights
 
 
 def test_a_checkpoint_in_half_precision_is_equal_too(tmp_path: Path, checkpoints: Path) -> None:
@@ -193,6 +204,7 @@ def test_weights_that_were_never_loaded_are_seen(tmp_path: Path, checkpoints: Pa
     _, _, reader = observed(tmp_path, "--steps=1", weights=[checkpoints / "raw.pt"])
     (file,) = trained_module(reader)["files"]
     assert (file["of"], file["equal"], file["different"]) == (5, 0, 5)
+    assert faults(reader) == {"weights/Net": "bad_setup"}
 
 
 def test_a_lost_layer_is_named(tmp_path: Path, checkpoints: Path) -> None:
@@ -201,6 +213,7 @@ def test_a_lost_layer_is_named(tmp_path: Path, checkpoints: Path) -> None:
     assert file["missing_names"] == [] and file["different_names"] == ["head.weight"] and file["equal"] == 4
     (load,) = (event for event in reader.observation.loads if event["event"] == "load_state_dict")
     assert load["missing_names"] == ["head.weight"]
+    assert faults(reader) == {"weights/Net": "warn", "load/Net": "warn"}
 
 
 def test_averaged_weights_in_place_of_raw_ones(tmp_path: Path, checkpoints: Path) -> None:
@@ -208,6 +221,7 @@ def test_averaged_weights_in_place_of_raw_ones(tmp_path: Path, checkpoints: Path
     _, _, reader = observed(tmp_path, *flags, weights=[checkpoints / "raw.pt"])
     equal = {Path(file["path"]).name: file["equal"] for file in trained_module(reader)["files"]}
     assert equal == {"ema.pt": 5, "raw.pt": 0}
+    assert faults(reader) == {"weights/Net": "bad_setup"}
 
 
 def test_the_verb_writes_a_log_that_check_reads(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def _objective(objective: str, names: Sequence[str]) -> Check:
     metric = objective.removeprefix("delta_")
     if metric in names:
         return Check("objective", "ok", f"{objective}: {metric} is among the metrics")
-    return unknown("objective", f"{objective}: {metric} has not appeared yet; there are {', '.join(names)}")
+    return unknown("objective", f"{objective}: {metric} is none of the training's metrics; it must come from an evaluation")
 
 
 def _total_norm(start: Start) -> Check:

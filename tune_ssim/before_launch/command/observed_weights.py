@@ -38,7 +38,7 @@ def _module(module: Mapping[str, Any], others: Collection[str]) -> Iterator[Chec
         if module["is_trained"]:
             yield unknown(name, f"{part}; no file with its weights was opened or named: name it in `task: {{weights: [FILE]}}`")
         return
-    best = max(files, key=lambda file: (file["equal"], file["rounded"]))
+    best = max(files, key=lambda file: (file["equal"], file["rounded"], file["named"]))
     named = [file for file in files if file["named"]]
     evidence = {key: float(best[key]) for key in ("of", "equal", "rounded", "different", "missing")}
     evidence |= {"tensors": float(tensors), "trained": float(trained)}

@@ -49,7 +49,7 @@ class Observation:
         names = ", ".join(dict.fromkeys(self.hooked))
         ranks = f" on {self.world_size} ranks" if self.world_size > 1 else ""
         logged = f"; metrics from {', '.join(self.loggers)}" if self.loggers else ""
-        return f"observed {self.steps} steps{ranks} through {names}{logged}" + "".join(f"; {note}" for note in self.notes)
+        return f"observed {self.steps} steps{ranks}; hooked: {names}{logged}" + "".join(f"; {note}" for note in self.notes)
 
 
 class EventReader:

@@ -37,6 +37,12 @@ def modules_of(roots, parameters):
     return found
 
 
+def kind_of(module) -> str:
+    """The name of a module's class, or of the module that it wraps."""
+    inner = next((module._modules[name] for name in WRAPPERS if module._modules.get(name) is not None), None)
+    return type(module).__name__ if inner is None or len(module._modules) > 1 else kind_of(inner)
+
+
 def clean(name: str) -> str:
     """A parameter's name without the names of wrappers."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

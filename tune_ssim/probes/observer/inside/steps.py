@@ -10,7 +10,7 @@ import weakref
 
 from . import clips
 from .events import guarded
-from .modules import all_roots, modules_of, tags_of
+from .modules import all_roots, kind_of, modules_of, tags_of
 from .weights import describe_weights
 
 UPDATE_EVERY = 10  # steps between readings of the update ratio; each copies at most UPDATE_ELEMENTS elements
@@ -169,7 +169,7 @@ class Steps:
             elements=trained,
             dtypes=sorted(dtypes),
             gradient_dtypes=sorted(gradients),
-            modules=[type(module).__name__ for module in modules],
+            modules=[kind_of(module) for module in modules],
         )
         if int(os.environ.get("RANK", 0)) == 0:
             describe_weights(self.events, roots, modules, one.parameters, self.files)

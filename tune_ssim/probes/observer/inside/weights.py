@@ -9,7 +9,7 @@ import functools
 import os
 
 from .events import guarded
-from .modules import clean
+from .modules import clean, kind_of
 
 ELEMENTS = 16  # of each of three rows
 NAMES = 8  # named in an event; counts are complete
@@ -115,7 +115,7 @@ def describe_weights(events, roots, trained, parameters, files) -> None:
         fresh = [name for name, sample in values.items() if name not in equal]
         events.write(
             "weights",
-            module=type(module).__name__,
+            module=kind_of(module),
             is_trained=id(module) in own,
             tensors=len(named),
             trainable=trainable,
