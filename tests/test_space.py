@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.yaml_source import MAX_BYTES, dump_yaml, parse_yaml, read_yaml
+from tune_ssim.study.domains import Choice, LogUniform, Uniform
 from tune_ssim.study.space import (
     KNOWN,
     TRIPLE,
-    Choice,
-    LogUniform,
     Space,
     Stage,
-    Uniform,
     bundled_spaces,
     bundled_spaces_folder,
     gain_of,

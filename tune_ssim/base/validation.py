@@ -62,8 +62,8 @@ class Problem:
         """The same problem with `loc` as a prefix, for the enclosing document."""
         return replace(self, loc=(*loc, *self.loc))
 
-    def text(self, prefix: Loc = ()) -> str:
-        path = (*prefix, *(self.loc[:-1] if self.about == "key" else self.loc))
+    def text(self) -> str:
+        path = self.loc[:-1] if self.about == "key" else self.loc
         subject = ".".join(map(str, path)) if self.subject is None else self.subject
         return f"{subject}: {self.message}" if subject and self.about != "line" else self.message
 
@@ -115,7 +115,7 @@ def user_error(source: Source, problems: Iterable[Problem]) -> UserError:
         if one.about == "line":
             text = one.message
         else:
-            text = f"{source.at(one.loc)}: {one.text(source.prefix)}" if option is None else f"{option}: {one.message}"
+            text = f"{source.at(one.loc)}: {one.text()}" if option is None else f"{option}: {one.message}"
         line = source.line_at(one.loc) or 0, text
         if line not in lines:
             lines.append(line)

@@ -50,15 +50,14 @@ class Source:
     value: Any
     lines: Mapping[Loc, int] = field(default_factory=dict, repr=False)
     options: Mapping[Loc, str] = field(default_factory=dict)
-    prefix: Loc = ()
 
     def option_at(self, loc: Loc) -> str | None:
         """The command-line option that set the value at `loc`, or None."""
-        return next((self.options[key] for key in _upwards(self.prefix + loc) if key in self.options), None)
+        return next((self.options[key] for key in _upwards(loc) if key in self.options), None)
 
     def line_at(self, loc: Loc) -> int | None:
         """The line of the value, or of its nearest ancestor with a known line."""
-        return next((self.lines[key] for key in _upwards(self.prefix + loc) if key in self.lines), None)
+        return next((self.lines[key] for key in _upwards(loc) if key in self.lines), None)
 
     def at(self, loc: Loc = ()) -> str:
         """`file:line` of the value."""
@@ -67,7 +66,7 @@ class Source:
 
     def overridden(self, loc: Loc, value: Any, option: str) -> Source:
         """A copy of the document with the value at `loc` set by a command-line option."""
-        return Source(self.label, _replaced(self.value, loc, value), self.lines, {**self.options, loc: option}, self.prefix)
+        return Source(self.label, _replaced(self.value, loc, value), self.lines, {**self.options, loc: option})
 
 
 def read_yaml(path: str | Path) -> Source:

@@ -26,7 +26,7 @@ from tune_ssim.before_launch.readings import Reader, Reading, read_here
 from tune_ssim.guards import NormRatio
 from tune_ssim.guards.verdict import Action
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel, fit
-from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Choice
+from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT
 from tune_ssim.study.study import Study
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.load_training import load_task
@@ -155,10 +155,8 @@ def gates_of(study: Study, for_picture: bool) -> tuple[float, ...]:
     found: set[float] = set(GATES) if for_picture else set()
     for stage in study.space.stages:
         domain = stage.parameters.get(MAX_T)
-        if isinstance(domain, Choice):
-            found |= {float(value) for value in domain.values}
-        elif domain is not None:
-            found |= {domain.lower, domain.upper, math.sqrt(domain.lower * domain.upper)} if domain.lower > 0 else {domain.upper}
+        if domain is not None:
+            found |= set(map(float, domain.grid(3)))
         elif MAX_T in stage.fixed:
             found.add(stage.fixed[MAX_T])
         found |= {point[MAX_T] for point in stage.points if MAX_T in point}
@@ -460,7 +458,7 @@ def _pixel_weights(study: Study, held: Mapping[str, float]) -> list[float]:
     for stage in study.space.stages:
         domain = stage.parameters.get("pixel_loss_weight")
         if domain is not None:
-            found |= {float(v) for v in domain.values} if isinstance(domain, Choice) else {domain.upper}
+            found |= set(map(float, domain.upper_values))
         found.add(float(stage.fixed.get("pixel_loss_weight", 0.0)))
     largest = max(found)
     return [largest, 2 * largest] if largest > 0 else []

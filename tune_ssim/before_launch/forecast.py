@@ -12,7 +12,8 @@ import numpy as np
 
 from tune_ssim.before_launch.preflight.report import Check, warn
 from tune_ssim.probes.norm_model import Array, NormModel, Prediction
-from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, Choice, Domain, Space, Stage, gain_of
+from tune_ssim.study.domains import Choice, Domain
+from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, Space, Stage, gain_of
 
 INERT = 1e-3  # relative change of total_norm without visible effect; the notes' own gains give 1.000-1.001 (FACTS §1)
 BLIND = 10.0  # baseline over main loss: the guard's own measure of what is too much (note 000 §5.2)

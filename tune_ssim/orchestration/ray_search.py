@@ -22,7 +22,8 @@ from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.results.study_folder import Skipped
 from tune_ssim.search import baseline_first, optuna_search, staged
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
-from tune_ssim.study.space import GAIN, MAX_T, LogUniform, Space, Stage, Uniform
+from tune_ssim.study.domains import LogUniform, Uniform
+from tune_ssim.study.space import GAIN, MAX_T, Space, Stage
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.summary import OBJECTIVE
 
@@ -36,14 +37,11 @@ def param_space(space: Space | Stage, model: NormModel | None = None) -> dict[st
     stages = space.stages if isinstance(space, Space) else (space,)
     if len(stages) != 1:
         raise ValueError(f"a route of {len(stages)} stages is not one space: pick a stage, or use StagedSearch")
+    ranges = {LogUniform.kind: tune.loguniform, Uniform.kind: tune.uniform}
     domains: dict[str, Any] = dict(stages[0].fixed)
     for name, parameter in stages[0].parameters.items():
-        if isinstance(parameter, LogUniform):
-            domains[name] = tune.loguniform(parameter.lower, parameter.upper)
-        elif isinstance(parameter, Uniform):
-            domains[name] = tune.uniform(parameter.lower, parameter.upper)
-        else:
-            domains[name] = tune.choice(list(parameter.values))
+        is_range = parameter.kind in ranges
+        domains[name] = ranges[parameter.kind](*parameter.bounds) if is_range else tune.choice(list(parameter.listed))
     if stages[0].is_relative:
         if model is None:
             raise UserError(f"stage {stages[0].name!r} gives its gain as a norm ratio: calibrate first and pass the norm model")

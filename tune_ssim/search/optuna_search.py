@@ -20,7 +20,7 @@ from tune_ssim.guards.verdict import Verdict
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.results.study_folder import Skipped
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
-from tune_ssim.study.space import GAIN, MAX_T, Choice, Space, Stage, gain_of, resolve_settings
+from tune_ssim.study.space import GAIN, MAX_T, Space, Stage, gain_of, resolve_settings
 
 HARM = "harm"  # name of the constraint in Optuna; feasible if <= 0
 MAX_SKIPPED_IN_A_ROW = 200  # less than a second of suggestions (TPE takes 3 ms, FACTS §3)
@@ -182,9 +182,7 @@ class OptunaSearch:
         if stage.is_relative:
             model, problems = _needed(self.model, stage), []
             domain, gates = stage.parameters[GAIN], stage.parameters.get(MAX_T)
-            # For a range of gates, its widest end.
-            max_ts = gates.values if isinstance(gates, Choice) else [gates.bounds[1]] if gates else [stage.fixed.get(MAX_T)]
-            for max_t in max_ts:
+            for max_t in gates.upper_values if gates else [stage.fixed.get(MAX_T)]:
                 try:
                     gain_at(model, domain.bounds[1], stage.fixed if max_t is None else {**stage.fixed, MAX_T: max_t})
                     break

@@ -15,23 +15,30 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationInfo, model_validator
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.validation import Document, Problem, Problems, Section, Text, or_empty, problem, unknown_keys, validate
-from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, find_document, is_file, read_yaml, short_repr
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+from tune_ssim.base.yaml_source import Source, describe, did_you_mean, find_document, is_file, read_yaml
+from tune_ssim.study.domains import (
+    FORMS,
+    Choice,
+    Domain,
+    as_float,
+    domain_yaml,
+    is_number,
+    is_same,
+    read_domain,
+    value_problem,
+    value_text,
+)
 
 WEIGHT, MAX_T, GRAD_SCALE, GAIN = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "gain"
 TRIPLE = (WEIGHT, MAX_T, GRAD_SCALE)
-NORM_RATIO = "norm_ratio"  # the one unit besides plain numbers
-TOLERANCE = 1e-9  # relative: 0.1 · 0.1 must equal 0.01, and 1e-9 is far below any difference that matters in training
 
 _AT_LEAST_0 = ("a finite number >= 0", lambda x: 0 <= x < math.inf)
 _ABOVE_0 = ("a finite number > 0", lambda x: 0 < x < math.inf)
@@ -48,158 +55,7 @@ KNOWN = {
 }
 
 
-@dataclass(frozen=True)
-class _Interval:
-    """The closed interval from `lower` to `upper`."""
-
-    lower: float
-    upper: float
-    unit: str | None = None  # norm_ratio, of a gain
-    kind: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        _check_unit(self.unit)
-        for side in ("lower", "upper"):
-            value = getattr(self, side)
-            if not _is_number(value):
-                raise ValueError(f"{side} must be a number, got {describe(value)}")
-            if not math.isfinite(_float(value)):
-                raise ValueError(f"{side} must be finite, got {_float(value):g}")
-            object.__setattr__(self, side, float(value))
-        if not self.lower < self.upper:
-            raise ValueError(f"lower ({self.lower:g}) must be below upper ({self.upper:g})")
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest value."""
-        return self.lower, self.upper
-
-    @property
-    def listed(self) -> tuple[float, ...]:
-        """The values that the file names: the two bounds."""
-        return self.bounds
-
-    def __contains__(self, value: Any) -> bool:
-        """Whether a number is inside, up to rounding."""
-        return _is_number(value) and (self.lower <= value <= self.upper or any(_same(value, bound) for bound in self.bounds))
-
-    def clip(self, value: float) -> float:
-        """The nearest value inside."""
-        return min(max(float(value), self.lower), self.upper)
-
-    def at(self, u: float) -> float:
-        """The value at the quantile `u` in [0, 1]."""
-        raise NotImplementedError
-
-    def grid(self, count: int) -> list[float]:
-        """`count` values at even quantiles, bounds included."""
-        return [self.lower, *(self.at(index / (count - 1)) for index in range(1, count - 1)), self.upper]
-
-    def to_yaml(self) -> dict[str, Any]:
-        return {**_unit_yaml(self.unit), self.kind: [self.lower, self.upper]}
-
-    def to_optuna(self) -> BaseDistribution:
-        from optuna.distributions import FloatDistribution
-
-        return FloatDistribution(self.lower, self.upper, log=isinstance(self, LogUniform))
-
-    def __str__(self) -> str:
-        return f"{_unit_words(self.unit)}{self.kind.replace('_', '-')} in [{self.lower:g}, {self.upper:g}]"
-
-
-@dataclass(frozen=True)
-class LogUniform(_Interval):
-    """Log-uniform: 0 < lower < upper."""
-
-    kind: ClassVar[str] = "log_uniform"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lower <= 0:
-            raise ValueError(f"lower must be > 0 on a logarithmic scale, got {self.lower:g}")
-
-    def at(self, u: float) -> float:
-        return self.clip(math.exp(math.log(self.lower) + u * (math.log(self.upper) - math.log(self.lower))))
-
-
-@dataclass(frozen=True)
-class Uniform(_Interval):
-    """Uniform: lower < upper."""
-
-    kind: ClassVar[str] = "uniform"
-
-    def at(self, u: float) -> float:
-        return self.lower + u * (self.upper - self.lower)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of `values`: numbers, text, true or false, without duplicates."""
-
-    values: tuple[Any, ...]
-    unit: str | None = None
-    kind: ClassVar[str] = "choice"
-
-    def __post_init__(self) -> None:
-        _check_unit(self.unit)
-        if isinstance(self.values, str) or not isinstance(self.values, (list, tuple)):
-            raise ValueError(f"choice must be a list of values, got {describe(self.values)}")
-        object.__setattr__(self, "values", tuple(self.values))
-        if not self.values:
-            raise ValueError("choice must have at least one value")
-        for index, value in enumerate(self.values):
-            problem = _scalar_problem(value) if value is not None else "must be a single value, got nothing (null)"
-            if problem:
-                raise ValueError(problem)
-            if any(_same(value, other) for other in self.values[:index]):
-                raise ValueError(f"choice has {short_repr(value)} twice")
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest of the values, which must be numbers."""
-        return float(min(self.values)), float(max(self.values))
-
-    @property
-    def listed(self) -> tuple[Any, ...]:
-        """The values that the file names: all of them."""
-        return self.values
-
-    def __contains__(self, value: Any) -> bool:
-        return any(_same(value, own) for own in self.values)
-
-    def clip(self, value: Any) -> Any:
-        """The listed value that equals `value` up to rounding, else the nearest listed number."""
-        same = [own for own in self.values if _same(own, value)]
-        return same[0] if same else min(self.values, key=lambda own: abs(own - value))
-
-    def at(self, u: float) -> Any:
-        """The value at the quantile `u` in [0, 1]."""
-        return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
-
-    def grid(self, count: int) -> list[Any]:
-        """All values."""
-        return list(self.values)
-
-    def to_yaml(self) -> dict[str, Any]:
-        return {**_unit_yaml(self.unit), self.kind: list(self.values)}
-
-    def to_optuna(self) -> BaseDistribution:
-        from optuna.distributions import CategoricalDistribution
-
-        return CategoricalDistribution(list(self.values))
-
-    def __str__(self) -> str:
-        return f"{_unit_words(self.unit)}one of " + ", ".join(_text(value) for value in self.values)
-
-
-Domain = LogUniform | Uniform | Choice
-DOMAINS: dict[str, type[LogUniform] | type[Uniform] | type[Choice]] = {
-    domain.kind: domain for domain in (LogUniform, Uniform, Choice)
-}
-# A gain given by its effect: the predicted total_norm relative to the baseline.
-UNITS = (NORM_RATIO,)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(:[A-Za-z0-9][\w.-]*)?")
-FORMS = "log_uniform: [lower, upper], uniform: [lower, upper] or choice: [value, …]"
 
 
 def _name(given: Any) -> str:
@@ -219,41 +75,16 @@ def _parameters(given: dict[str, Any]) -> dict[str, Domain]:
 
 
 def _domain(name: str, given: Any) -> Domain:
-    loc: Loc = ()
-    try:
-        if isinstance(given, (LogUniform, Uniform, Choice)):
-            domain: Domain = given
-        else:
-            if not isinstance(given, Mapping):
-                raise ValueError(f"must say how to search it, {FORMS}; got {describe(given)}")
-            Problems(unknown_keys(given, [*DOMAINS, "unit"])).check()
-            kinds = [key for key in given if key != "unit"]
-            if len(kinds) != 1:
-                raise ValueError(f"must have exactly one of {', '.join(DOMAINS)}; got {', '.join(kinds) or 'none'}")
-            (kind,) = kinds
-            values, unit, loc = given[kind], given.get("unit"), ("unit",)
-            _check_unit(unit)
-            loc = (kind,)
-            if kind == Choice.kind:
-                domain = Choice(values, unit)
-            elif not isinstance(values, (list, tuple)) or len(values) != 2:
-                raise ValueError(f"{kind} must be [lower, upper], got {describe(values)}")
-            else:
-                domain = (LogUniform if kind == LogUniform.kind else Uniform)(values[0], values[1], unit)
-            loc = ()
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            near = near_miss(name)
-            guess = f"; did you mean {near!r}?" if near else ""
-            raise ValueError(f"a parameter's name is lower_snake_case, got {name!r}{guess}")
-        found = [message for value in domain.listed if (message := setting_problem(name, value))]
-        if found:
-            raise ValueError(found[0])
-        if domain.unit is not None and name != GAIN:
-            raise ValueError(f"`unit: {domain.unit}` is for {GAIN} only: the norm ratio that a gain gives")
-    except Problems:
-        raise
-    except ValueError as error:
-        raise Problems([Problem(loc, str(error))]) from None
+    domain = read_domain(given)
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        near = near_miss(name)
+        guess = f"; did you mean {near!r}?" if near else ""
+        raise problem(f"a parameter's name is lower_snake_case, got {name!r}{guess}")
+    for value in domain.listed:
+        if message := setting_problem(name, value):
+            raise problem(message)
+    if domain.unit is not None and name != GAIN:
+        raise problem(f"`unit: {domain.unit}` is for {GAIN} only: the norm ratio that a gain gives")
     return Choice(tuple(_as_number(name, value) for value in domain.values), domain.unit) if isinstance(domain, Choice) else domain
 
 
@@ -264,7 +95,7 @@ def _fixed(given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         given = {GRAD_SCALE: 1.0, **given}
     problems = Problems()
     for name, value in given.items():
-        message = _scalar_problem(value) or setting_problem(name, value)
+        message = value_problem(value) or setting_problem(name, value)
         if message:
             problems.add((name,), message, subject=name)
     problems.check()
@@ -294,7 +125,7 @@ class Stage(Document):
 
     def to_yaml(self) -> dict[str, Any]:
         return {
-            "parameters": {name: domain.to_yaml() for name, domain in self.parameters.items()},
+            "parameters": {name: domain_yaml(domain) for name, domain in self.parameters.items()},
             "fixed": dict(self.fixed),
             "points": [dict(point) for point in self.points],
         }
@@ -441,9 +272,9 @@ def resolve_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     if WEIGHT in settings:
         raise UserError(f"{GAIN} and {WEIGHT} cannot both be given: {GAIN} = {WEIGHT} x {GRAD_SCALE}")
     gain, scale = settings.pop(GAIN), settings.setdefault(GRAD_SCALE, 1.0)
-    if not _is_number(gain) or not 0 <= gain < math.inf:
+    if not is_number(gain) or not 0 <= gain < math.inf:
         raise UserError(f"{GAIN} must be a finite number >= 0, got {describe(gain)}")
-    if not _is_number(scale) or not 0 < scale < math.inf:
+    if not is_number(scale) or not 0 < scale < math.inf:
         raise UserError(f"{GRAD_SCALE} must be > 0 with a {GAIN}, got {describe(scale)}")
     settings[WEIGHT] = gain / scale
     return settings
@@ -464,9 +295,9 @@ def setting_problem(name: str, value: Any) -> str | None:
     if name not in KNOWN:
         return None
     words, holds = KNOWN[name]
-    if not _is_number(value):
+    if not is_number(value):
         return f"must be a number, got {describe(value)}"
-    return None if holds(value) else f"must be {words}, got {_text(value)}"
+    return None if holds(value) else f"must be {words}, got {value_text(value)}"
 
 
 def near_miss(name: str) -> str | None:
@@ -547,7 +378,7 @@ def _point_problems(parameters: Mapping[str, Domain], fixed: Mapping[str, Any], 
         return
     wrong = False
     for name, value in point.items():
-        message = _scalar_problem(value) or setting_problem(name, value)
+        message = value_problem(value) or setting_problem(name, value)
         if not message and name not in needed and name not in fixed:
             message = f"is neither searched nor fixed in this space{did_you_mean(name, {**needed, **fixed})}"
         if message:
@@ -560,17 +391,10 @@ def _point_problems(parameters: Mapping[str, Domain], fixed: Mapping[str, Any], 
         yield Problem((), f"gain {gain_of(point):g} (= {WEIGHT} x {GRAD_SCALE}) is outside the space: {parameters[GAIN]}")
     for name, value in point.items():
         if name in parameters and value not in parameters[name]:
-            yield Problem((name,), f"{_text(value)} is outside the space: {parameters[name]}")
+            yield Problem((name,), f"{value_text(value)} is outside the space: {parameters[name]}")
         # With a searched gain, a point may split weight and scale in any way: only their product matters.
-        elif name in fixed and not (name == GRAD_SCALE and GAIN in parameters) and not _same(value, fixed[name]):
-            yield Problem((name,), f"{_text(value)} is outside the space: fixed at {_text(fixed[name])}")
-
-
-# ---- numbers ----
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        elif name in fixed and not (name == GRAD_SCALE and GAIN in parameters) and not is_same(value, fixed[name]):
+            yield Problem((name,), f"{value_text(value)} is outside the space: fixed at {value_text(fixed[name])}")
 
 
 def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -580,44 +404,7 @@ def _numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_number(name: str, value: Any) -> Any:
     """Known settings as floats, so that `1` and `1.0` are the same setting."""
-    return _float(value) if name in KNOWN and _is_number(value) else value
-
-
-def _float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # an integer beyond 1e308
-        return math.inf
-
-
-def _check_unit(unit: Any) -> None:
-    if unit is not None and unit not in UNITS:
-        raise ValueError(f"`unit` must be {' or '.join(UNITS)}, or left out, got {describe(unit)}")
-
-
-def _unit_yaml(unit: str | None) -> dict[str, Any]:
-    return {} if unit is None else {"unit": unit}
-
-
-def _unit_words(unit: str | None) -> str:
-    return "" if unit is None else "predicted norm ratio, "
-
-
-def _scalar_problem(value: Any) -> str | None:
-    if value is not None and not isinstance(value, (int, float, str, bool)):
-        return f"must be a single value, got {describe(value)}"
-    return "NaN is not a setting" if isinstance(value, float) and math.isnan(value) else None
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal up to rounding; true is not 1."""
-    if _is_number(one) and _is_number(other):
-        return one == other or math.isclose(_float(one), _float(other), rel_tol=TOLERANCE)
-    return type(one) is type(other) and one == other
-
-
-def _text(value: Any) -> str:
-    return f"{_float(value):g}" if _is_number(value) else str(value)
+    return as_float(value) if name in KNOWN and is_number(value) else value
 
 
 def _alike(word: str, part: str) -> bool:
