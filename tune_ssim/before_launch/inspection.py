@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from tune_ssim.before_launch.command.starts import Take
 
 
-def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
+def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance: bool, steps: int | None = None) -> dict[str, Any]:
     """`inspect_study` in this process, without Ray. Raises UserError or BadSetup for what it could not measure."""
-    return found_or_raise(inspect_study(study, preflight, calibration, provenance))
+    return found_or_raise(inspect_study(study, preflight, calibration, provenance, steps))
 
 
 def is_command(study: Study) -> bool:
@@ -32,8 +32,16 @@ def is_command(study: Study) -> bool:
     return isinstance(load_task(study.task_path, study.import_path)(), CommandTask)
 
 
-def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: bool, take: Take | None = None) -> dict[str, Any]:
-    """The requested parts, as plain data. take: runs the starts of a command, by default one after the other on this machine."""
+def inspect_study(
+    study: Study,
+    preflight: bool,
+    calibration: bool,
+    provenance: bool,
+    steps: int | None = None,
+    take: Take | None = None,
+) -> dict[str, Any]:
+    """The requested parts, as plain data. steps: of each start of a command. take: runs these starts, by default one after the
+    other on this machine."""
     found: dict[str, Any] = {}
     try:
         task_class = load_task(study.task_path, study.import_path)
@@ -41,8 +49,10 @@ def inspect_study(study: Study, preflight: bool, calibration: bool, provenance: 
             from tune_ssim.before_launch.command.inspect import inspect_command
 
             if preflight or calibration:
-                found = inspect_command(study, task_class, take, preflight=preflight, calibration=calibration)
+                found = inspect_command(study, task_class, take, preflight=preflight, calibration=calibration, steps=steps)
             preflight = calibration = False
+        elif steps is not None:
+            raise UserError("--steps is for a command; a task in Python is checked by what its methods show")
         if preflight:
             from tune_ssim.before_launch.preflight import run_preflight
 

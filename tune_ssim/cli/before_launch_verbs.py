@@ -13,9 +13,14 @@ from tune_ssim.cli.output import make_console, output_file, print_json, readable
 
 @click.command()
 @study_options
+@click.option(
+    "--steps", type=click.IntRange(min=2), metavar="N", help="Of each start of a command.  [default: those of the calibration]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Every check with its evidence, as one object.")
-def preflight(study: str | None, space: str | None, seed: int | None, address: str | None, as_json: bool) -> None:
-    """Is the set-up sound? Seconds, before anything is launched.
+def preflight(
+    study: str | None, space: str | None, seed: int | None, address: str | None, steps: int | None, as_json: bool
+) -> None:
+    """Is the set-up sound? Seconds, before anything is launched; for a command, a few of its start-ups.
 
     Tests what the training does, not what its configuration says: weights, parameters that must reach the loss, frozen
     networks, images, the precision of the SSIM, the baseline. STUDY as for `run`. Exit code 3 for a bad set-up.
@@ -24,7 +29,7 @@ def preflight(study: str | None, space: str | None, seed: int | None, address: s
     from tune_ssim.study.study import load_study
 
     resolved = load_study(study, {"space": space, "seed": seed})
-    report = _inspect(resolved, address, "preflight")
+    report = _inspect(resolved, address, "preflight", steps)
     if as_json:
         print_json(report)
     else:
@@ -113,11 +118,12 @@ def spaces(name: str | None, as_json: bool) -> None:
         suggest_next("spaces", found[0].name, why="shows its ranges", to_stderr=as_json)
 
 
-def _inspect(study: Any, address: str | None, phase: str) -> dict[str, Any]:
+def _inspect(study: Any, address: str | None, phase: str, steps: int | None = None) -> dict[str, Any]:
     """The result of preflight or calibration as plain data, measured here or on a cluster with a trial's resources."""
     from tune_ssim.base.files import jsonable
 
-    wanted = {"preflight": phase == "preflight", "calibration": phase == "calibration", "provenance": False}
+    wanted: dict[str, Any] = {"preflight": phase == "preflight", "calibration": phase == "calibration", "provenance": False}
+    wanted["steps"] = steps
     with make_console(to_stderr=True).status(f"{phase} of {study.name}"):
         if address is None:
             from tune_ssim.before_launch.inspection import inspect_here

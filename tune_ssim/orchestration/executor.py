@@ -40,7 +40,9 @@ class Executor(Protocol):
     def concurrency(self, study: Study) -> int:
         """Trials at a time. Raises UserError if not even one fits."""
 
-    def inspect(self, study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
+    def inspect(
+        self, study: Study, *, preflight: bool, calibration: bool, provenance: bool, steps: int | None = None
+    ) -> dict[str, Any]:
         """The checks before launch, run where a trial would run: see `before_launch.inspection`."""
 
     def run(self, phase: Phase, search: JobSearch, recorder: StudyRecorder) -> None:

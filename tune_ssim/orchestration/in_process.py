@@ -35,8 +35,8 @@ class InProcessExecutor:
         wanted = study.search.concurrency
         return 1 if wanted == "auto" else int(wanted)
 
-    def inspect(self, study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
-        return inspect_here(study, preflight=preflight, calibration=calibration, provenance=provenance)
+    def inspect(self, study: Study, **phases: Any) -> dict[str, Any]:
+        return inspect_here(study, **phases)
 
     def run(self, phase: Phase, search: JobSearch, recorder: StudyRecorder) -> None:
         while isinstance(job := search.ask(), TrialJob):

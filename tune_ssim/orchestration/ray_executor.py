@@ -57,7 +57,9 @@ class RayExecutor:
     def concurrency(self, study: Study) -> int:
         return concurrency_of(study, self.cluster)
 
-    def inspect(self, study: Study, *, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
+    def inspect(
+        self, study: Study, *, preflight: bool, calibration: bool, provenance: bool, steps: int | None = None
+    ) -> dict[str, Any]:
         """Runs as a Ray task with a trial's resources, since the driver's node may have no accelerator. The starts of a command
         are tasks of their own."""
         resources = self._resources(study)
@@ -65,9 +67,11 @@ class RayExecutor:
         found: dict[str, Any] = {}
         if is_command(study) and (preflight or calibration):
             take = partial(take_on_ray, study, resources)
-            found = found_or_raise(inspect_study(study, preflight, calibration, provenance=False, take=take))
+            found = found_or_raise(inspect_study(study, preflight, calibration, False, steps, take))
             preflight = calibration = False
-        return found | found_or_raise(ray.get(remote.remote(study, preflight, calibration, provenance)))
+        return found | found_or_raise(
+            ray.get(remote.remote(study, preflight, calibration, provenance, steps if preflight else None))
+        )
 
     def _resources(self, study: Study) -> TrialResources:
         wanted = study.resources

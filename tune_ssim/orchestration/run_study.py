@@ -277,10 +277,10 @@ def describe_plan(baselines: int, trials: int, concurrency: int) -> str:
     return f"{counts[0]}, then {counts[1]}, {concurrency} at a time"
 
 
-def inspect_on(study: Study, *, address: str, preflight: bool, calibration: bool, provenance: bool) -> dict[str, Any]:
+def inspect_on(study: Study, *, address: str, **phases: Any) -> dict[str, Any]:
     """Preflight, calibration or provenance, run on a cluster, for the verbs that inspect a study before launch."""
     with _executor(study, address, in_process=False) as executor:
-        return executor.inspect(study, preflight=preflight, calibration=calibration, provenance=provenance)
+        return executor.inspect(study, **phases)
 
 
 def confirm_again(

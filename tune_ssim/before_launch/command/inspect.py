@@ -34,7 +34,7 @@ def inspect_command(
     *,
     preflight: bool,
     calibration: bool,
-    steps: int = STEPS,
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """The preflight report and the calibration, as plain data. Both use the same starts.
 
@@ -61,10 +61,11 @@ def inspect_command(
 
 
 class _Inspection:
-    def __init__(self, study: Study, starts: Starts, steps: int) -> None:
+    def __init__(self, study: Study, starts: Starts, steps: int | None) -> None:
         self.study, self.starts, self.seed = study, starts, study.search.seed
         self.options = study.calibration if study.calibrates else None
-        self.steps = self.options.batches if self.options is not None else steps  # one start serves preflight and calibration
+        # By default one start serves preflight and calibration.
+        self.steps = steps or (self.options.batches if self.options is not None else STEPS)
         self._calibration: Calibration | None = None
         self._unpaired = ""
 
