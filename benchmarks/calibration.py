@@ -119,7 +119,7 @@ def main() -> None:
     gram, gram_cost = timed("gram")
     read, read_cost = timed("readings")
     apart = max(
-        abs(math.log(read.model.predict(gain, gate).ratio / gram.model.predict(gain, gate).ratio))
+        abs(math.log(read.model.predict_gain(gain, gate).ratio / gram.model.predict_gain(gain, gate).ratio))
         for gain in GAINS
         for gate in read.model.max_ts
     )
@@ -129,7 +129,7 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         baseline, *runs = pool.map(train, *zip((0.0, 1.0), *points, strict=True))
     rows = [
-        {"gain": gain, "max_t": gate, "predicted": gram.model.predict(gain, gate).ratio, "measured": ratio(run, baseline)}
+        {"gain": gain, "max_t": gate, "predicted": gram.model.predict_gain(gain, gate).ratio, "measured": ratio(run, baseline)}
         for (gain, gate), run in zip(points, runs, strict=True)
     ]
     table = Table(title="norm ratio: predicted at step 0, measured over steps 25-75")

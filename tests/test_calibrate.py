@@ -191,7 +191,7 @@ def test_between_two_gates_the_interpolation_is_near() -> None:
     between = calibrate(study(batches=4, grid=[0.25, 0.6]))
     for max_t in (0.25, 0.6):
         for gain in (1.0, 30.0, 300.0):
-            guessed, exact = usual().model.predict(gain, max_t), between.model.predict(gain, max_t)
+            guessed, exact = usual().model.predict_gain(gain, max_t), between.model.predict_gain(gain, max_t)
             assert guessed.between is not None and exact.between is None
             # Measured: at most 0.33 on 4 batches, 0.17 on 24 (gates 0.15, 0.25, 0.4, 0.7 between those of the picture).
             assert abs(math.log(guessed.ratio / exact.ratio)) < 0.5
@@ -210,7 +210,7 @@ def test_the_bundled_study() -> None:
     }  # fmt: skip
     assert (told["limit"], told["skip_above"]) == (10, None)
     again = NormModel.from_dict(told["model"])
-    assert again.predict(30, 0.3) == found.model.predict(30, 0.3)
+    assert again.predict_gain(30, 0.3) == found.model.predict_gain(30, 0.3)
     v1, v2, v3 = found.forecast.settings
     assert [named.judgement for named in (v2, v3)] == ["inert", "inert"] and 0.9 < v1.prediction.ratio < 1.1  # FACTS §1
 
@@ -265,7 +265,7 @@ def test_a_task_that_has_a_weight_and_nothing_else() -> None:
     plain = study(Plain, space, grid=None).replace(task_config={"steps": 20}, baseline=BaselineRuns(overrides={}))
     found = calibrate(plain)
     assert found.model.active.all() and found.check.relative_error < 1e-5
-    assert found.model.predict(3.0, 1.0) == calibrate_small().model.predict(3.0, 1.0)
+    assert found.model.predict_gain(3.0, 1.0) == calibrate_small().model.predict_gain(3.0, 1.0)
 
 
 def calibrate_small() -> Calibration:
@@ -413,7 +413,7 @@ def test_a_clamp_is_seen_and_its_onset_is_known() -> None:
     exact = predicted(found.model, free, 2)
     assert steps({**free, "ssim_grad_clamp": limit}, 2) == pytest.approx(exact, rel=1e-5)
     assert steps({**clamped, "ssim_grad_clamp": limit}, 1)[0] < 0.9 * predicted(found.model, clamped, 1)[0]
-    assert found.model.predict(onset * 300, 1.0).clamped and not found.model.predict(onset * 0.99, 1.0).clamped
+    assert found.model.predict_gain(onset * 300, 1.0).clamped and not found.model.predict_gain(onset * 0.99, 1.0).clamped
 
 
 def test_a_batch_whose_norm_is_not_finite_is_left_out() -> None:

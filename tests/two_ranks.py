@@ -58,7 +58,7 @@ def main(rank: int, rendezvous: str, study_file: str) -> None:
             errors.append(abs(predicted / float(task.step()["total_norm"]) - 1))
     if rank == 0:
         told = {"method": found.model.method, "why": found.why, "check": found.check.relative_error, "errors": errors}
-        print(json.dumps({**told, "ratio": found.model.predict(30, 1.0).ratio}))
+        print(json.dumps({**told, "ratio": found.model.predict_gain(30, 1.0).ratio}))
     distributed.destroy_process_group()
 
 

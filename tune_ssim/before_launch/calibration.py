@@ -246,19 +246,6 @@ class _Probe:
         self.step_s = found[-1].step_s
         return found
 
-    def baseline(self, q: Array | None = None) -> Array:
-        """total_norm of the baseline on every batch. It follows from the gradients, if available, when the baseline differs only
-        in its auxiliary loss, which saves a second of training steps."""
-        effective, mine = self.set_up(self.baseline_config).effective(), self.effective
-        others = {name for name in {*effective, *mine} if not name.startswith(IMAGE_LOSS_KEYS)}
-        alike = all(effective.get(name) == mine.get(name) for name in others)
-        gate = effective.get("pixel_loss_max_t") == mine.get("pixel_loss_max_t") and effective.get(WEIGHT) == 0
-        if q is None or not (alike and gate and "pixel_loss_weight" in effective):
-            return self.read(self.baseline_config).norms
-        v = np.array([1.0, effective["pixel_loss_weight"], 0.0])
-        norms: Array = np.sqrt(np.einsum("i,bij,j->b", v, q, v))
-        return norms
-
     def at(self, gain: float, max_t: float, pixel_weight: float = 0.0, grad_scale: float | None = None) -> dict[str, Any]:
         """A configuration, without settings that the task does not have."""
         scale = grad_scale or self.held.get(GRAD_SCALE, 1.0) or 1.0
@@ -333,7 +320,7 @@ class _Probe:
             self.max_ts,
             q,
             np.stack([one.active for one in gradients], axis=1),
-            self.baseline(q[0]),
+            self.read(self.baseline_config).norms,
             np.max([one.peaks for one in gradients], axis=0),
             outliers,
         )
