@@ -19,8 +19,12 @@ from small_studies import SMALL
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.tensor_file import TensorFile
+from tune_ssim.before_launch.command.starts import StartJob
 from tune_ssim.cli.launch import run
 from tune_ssim.orchestration.ray_cluster import spread
+from tune_ssim.orchestration.ray_starts import take_on_ray
+from tune_ssim.orchestration.run_study import run_study
+from tune_ssim.orchestration.trainable import TrialResources
 from tune_ssim.orchestration.workers import WorkersTask, together
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.trials.checkpoint import TENSORS, save_checkpoint
@@ -31,6 +35,7 @@ TESTS = Path(__file__).parent
 TRAININGS = TESTS / "trainings"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TRAININGS)))}
 SCRIPT = str(TRAININGS / "torchrun_script.py")
+PUSHES = r"step (?P<step>\d+): loss (?P<loss>\S+) total_norm (?P<total_norm>\S+)"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,30 +93,30 @@ def test_a_training_over_workers_declares_its_parents(tmp_path: Path) -> None:
     assert fingerprints == {"data/rank": "0"}
 
 
-def test_sharded_and_copied_models_give_the_verdict_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrap", ["fsdp", pytest.param("ddp", marks=pytest.mark.e2e)])
+def test_sharded_and_copied_models_give_the_verdict_of_one_process(tmp_path: Path, wrap: str) -> None:
     """`fully_shard` and DDP over two workers, one of which dies and is replaced: the state is whole in every checkpoint."""
     found = {}
-    for name, wrap, workers in (("one", "none", 1), ("sharded", "fsdp", 2), ("copied", "ddp", 2)):
+    for name, how, workers in (("one", "none", 1), ("two", wrap, 2)):
         mark = tmp_path / f"{name}-died"
         study = small(
             name=name,
             task="sharded_task:ShardedTask",
-            task_config={"steps": 40, "wrap": wrap, **({"mark": str(mark)} if workers == 2 else {})},
-            search={"trials": 2},
+            task_config={"steps": 40, "wrap": how, **({"mark": str(mark)} if workers == 2 else {})},
+            search={"trials": 2, "concurrency": 1},
             guards={"smoke_test": None},
             resources={"workers": workers},
             checkpoint_every=2,
             result_every=1,
         )
-        trials = run(study, storage=tmp_path).trials()
+        trials = run_study(study, storage=tmp_path, in_process=workers == 1).trials()
         found[name] = {trial.trial_id: trial for trial in trials}
         assert mark.exists() == (workers == 2)
     for trial_id, alone in found["one"].items():
-        for name in ("sharded", "copied"):
-            other = found[name][trial_id]
-            assert (other.verdict, other.steps) == (alone.verdict, alone.steps), other.reason
-            if alone.verdict == "safe":
-                assert other.metrics["psnr"] == pytest.approx(alone.metrics["psnr"], rel=1e-4)
+        other = found["two"][trial_id]
+        assert (other.verdict, other.steps) == (alone.verdict, alone.steps), other.reason
+        if alone.verdict == "safe":
+            assert other.metrics["psnr"] == pytest.approx(alone.metrics["psnr"], rel=1e-4)
     assert found["one"]["trial-00"].verdict == "pruned" and found["one"]["trial-01"].verdict == "safe"
 
 
@@ -162,6 +167,31 @@ def commands(pids: Path, *more: str, **changes: Any) -> Study:
     space = {**SMALL["space"], "fixed": {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0}}
     space["points"] = [{"ssim_loss_weight": 1000.0, "ssim_loss_max_t": 1.0, "ssim_grad_scale": 1.0}]
     return small(**{**given, "space": space, **changes})
+
+
+def test_starts_of_a_command_use_the_room_of_the_cluster() -> None:
+    """More of them than fit side by side."""
+    study = small(
+        task={
+            "command": ["{python}", str(TRAININGS.parent / "programs" / "pushes.py"), "--seed={seed}"],
+            "records": {"pattern": PUSHES},
+        },
+        guards={"smoke_test": None},
+    )
+    starts = take_on_ray(study, TrialResources(), [StartJob({"steps": 60}, seed, 3) for seed in range(5)])
+    assert [(start.failure, len(start.records), start.job.seed) for start in starts] == [("", 3, seed) for seed in range(5)]
+    assert len({start.values("total_norm")[0] for start in starts}) == 5
+
+
+@pytest.mark.e2e
+def test_starts_of_a_command_over_two_nodes(tmp_path: Path) -> None:
+    study = commands(tmp_path / "pids")
+    config = {**study.task_config, **study.baseline_settings}
+    jobs = [StartJob({**config, "ssim_loss_weight": weight}, 0, 3) for weight in (0.0, 1.0, 2.0)]
+    starts = take_on_ray(study, TrialResources(nodes=2), jobs)
+    assert [(start.failure, len(start.records)) for start in starts] == [("", 3)] * 3
+    assert len({start.values("total_norm")[0] for start in starts}) == 3
+    assert wait_for(lambda: not alive(tmp_path / "pids"), 20)
 
 
 def alive(pids: Path) -> list[int]:

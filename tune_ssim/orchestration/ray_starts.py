@@ -24,20 +24,22 @@ from tune_ssim.trials.load_training import load_task
 def take_on_ray(study: Study, resources: TrialResources, jobs: Sequence[StartJob]) -> list[Start]:
     """A `Take` once its first two arguments are bound. If it is interrupted, its commands end with it."""
     bundles = resources.placement()
-    groups = [placement_group(bundles.bundles, strategy=bundles.strategy) for _ in jobs]
-    remote = ray.remote(num_cpus=0, num_gpus=0, max_retries=0)(_take)
-    running = []
-    for job, group in zip(jobs, groups, strict=True):
+    own = bundles.bundles[0] if resources.nodes == 1 else {}  # a process that only waits for those on the nodes needs none
+    remote = ray.remote(num_cpus=own.get("CPU", 0), num_gpus=own.get("GPU", 0), max_retries=0)(_take)
+    groups = {}  # task → its placement group
+    for job in jobs:
+        group = placement_group(bundles.bundles, strategy=bundles.strategy)
         where = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
-        own = bundles.bundles[0] if resources.nodes == 1 else {}
-        options = remote.options(scheduling_strategy=where, num_cpus=own.get("CPU", 0), num_gpus=own.get("GPU", 0))
-        running.append(options.remote(study, resources, job))
+        groups[remote.options(scheduling_strategy=where).remote(study, resources, job)] = group
+    tasks = list(groups)
     try:
-        return list(ray.get(running))
+        while groups:
+            for done in ray.wait(list(groups))[0]:
+                remove_placement_group(groups.pop(done))  # its room is the next start's
+        return list(ray.get(tasks))
     finally:
-        for task in running:
+        for task, group in groups.items():
             ray.cancel(task, force=True)
-        for group in groups:
             remove_placement_group(group)
 
 
