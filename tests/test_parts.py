@@ -171,14 +171,12 @@ def commands(pids: Path, *more: str, **changes: Any) -> Study:
 
 def test_starts_of_a_command_use_the_room_of_the_cluster() -> None:
     """More of them than fit side by side."""
-    study = small(
-        task={
-            "command": ["{python}", str(TRAININGS.parent / "programs" / "pushes.py"), "--seed={seed}"],
-            "records": {"pattern": PUSHES},
-        },
-        guards={"smoke_test": None},
-    )
-    starts = take_on_ray(study, TrialResources(), [StartJob({"steps": 60}, seed, 3) for seed in range(5)])
+    flags = ("ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "seed")
+    program = str(TRAININGS.parent / "programs" / "pushes.py")
+    command = ["{python}", program, *(f"--{flag}={{{flag}}}" for flag in flags)]
+    study = small(task={"command": command, "records": {"pattern": PUSHES}}, guards={"smoke_test": None})
+    config = {"steps": 60, "ssim_loss_weight": 0.0, "ssim_loss_max_t": 1.0, "ssim_grad_scale": 1.0}
+    starts = take_on_ray(study, TrialResources(), [StartJob(config, seed, 3) for seed in range(5)])
     assert [(start.failure, len(start.records), start.job.seed) for start in starts] == [("", 3, seed) for seed in range(5)]
     assert len({start.values("total_norm")[0] for start in starts}) == 5
 
