@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from tune_ssim.cli.plain_table import PlainTable
 from tune_ssim.guards.branch_report import BranchReport
 from tune_ssim.guards.log_check import Alert, LogReport
 from tune_ssim.guards.rule import NON_FINITE_CAUSE
@@ -87,15 +87,12 @@ def _head(report: LogReport) -> str:
 
 
 def _branches(branches: tuple[BranchReport, ...], ascii_only: bool) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("branch", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("why", overflow="fold")
+    table = PlainTable(ascii_only).columns_of("branch", "").text_of("why")
+    order = {"no": 0, "unknown": 1, "yes": 2}
     for branch in branches:
-        order = {"no": 0, "unknown": 1, "yes": 2}
         found = sorted(branch.findings, key=lambda finding: order[finding.answer])
         verdict = Text(branch.verdict, STYLES[branch.verdict])
-        table.add_row(readable(branch.branch, ascii_only), verdict, readable("; ".join(f.sentence for f in found), ascii_only))
+        table.add(branch.branch, verdict, "; ".join(finding.sentence for finding in found))
     return table
 
 

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from tune_ssim.base.files import number
+from tune_ssim.cli.plain_table import PlainTable
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.results.trial_text import VERDICT_STYLES, format_number, format_setting, metric_label, readable
+from tune_ssim.study.domains import value_text
 from tune_ssim.study.space import WEIGHT, Space, gain_of
 from tune_ssim.trials.quarantine import Entry
 from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
@@ -40,44 +41,38 @@ def trials_table(
     """One row per trial, best first, for a terminal of `width` columns. `winner`: the trial_id to mark."""
     wide, summaries = width >= WIDE, list(summaries)
     has_ssim = any(WEIGHT in summary.config for summary in summaries) or not summaries
-
-    def show(text: str) -> str:
-        return readable(text, ascii_only)
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("trial", no_wrap=True, overflow="fold")
     names = next(names for min_width, names in (COLUMNS if has_ssim else OTHER_COLUMNS).items() if width >= min_width)
+    table = PlainTable(ascii_only).columns_of("trial", overflow="fold")
     for name in names:
-        heading = metric_label(objective) if name == "objective" else name
-        table.add_column(show(heading), justify="left" if name == "setting" else "right", no_wrap=True)
+        table.columns_of(metric_label(objective) if name == "objective" else name, justify="left" if name == "setting" else "right")
     if wide:
-        table.add_column("verdict", no_wrap=True)
-        table.add_column("why", overflow="fold", min_width=20)
+        table.columns_of("verdict").text_of("why", min_width=20)
     else:
-        table.add_column("verdict: why", overflow="fold", min_width=10)
+        table.text_of("verdict: why", min_width=10)
     for summary in best_first(summaries, objective):
         config, metrics = summary.config, summary.metrics
-        mark = show("★ ") if summary.trial_id == winner else ""
         is_in_name = summary.role is Role.SEARCH or summary.trial_id.startswith(summary.role)
-        role = "" if is_in_name else f" {summary.role}"
+        label = summary.trial_id if is_in_name else f"{summary.trial_id} {summary.role}"
+        is_winner = summary.trial_id == winner
+        norm_ratio = format_number(metrics.get("norm_ratio_max"), ".3g")
         cells = {
             "gain": format_number(gain_of(config)),
             "weight": format_number(config.get("ssim_loss_weight")),
             "max_t": format_number(config.get("ssim_loss_max_t")),
             "grad_scale": format_number(config.get("ssim_grad_scale")),
             "steps": str(summary.steps),
-            "norm ratio": format_number(metrics.get("norm_ratio_max"), ".3g"),
+            "norm ratio": norm_ratio,
+            "ratio": norm_ratio,
             "objective": format_number(metrics.get(objective), "+.4f"),
             "PSNR": format_number(metrics.get("psnr"), ".2f"),
             "setting": format_setting(config),
         }
-        cells["ratio"] = cells["norm ratio"]
         verdict = Text(summary.verdict.value, VERDICT_STYLES[summary.verdict])
-        why = show(summary.reason)
-        table.add_row(
-            Text(show(f"{mark}{summary.trial_id}{role}"), "bold" if mark else ""),
-            *(show(cells[name]) for name in names),
-            *((verdict, Text(why)) if wide else (_joined(verdict, why),)),
+        why = readable(summary.reason, ascii_only)
+        table.add(
+            Text(readable(f"★ {label}", ascii_only), "bold") if is_winner else label,
+            *(cells[name] for name in names),
+            *((verdict, why) if wide else (_joined(verdict, why),)),
         )
     return table
 
@@ -103,83 +98,56 @@ def best_first(summaries: Iterable[TrialSummary], objective: str = OBJECTIVE) ->
 
 def quarantine_table(entries: Iterable[Entry], ascii_only: bool = False) -> Table:
     """One row for each ruined checkpoint."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for column in ("id", "study", "trial", "step"):
-        table.add_column(column, no_wrap=True, justify="right" if column == "step" else "left")
-    table.add_column("why", overflow="fold", min_width=20)
+    table = PlainTable(ascii_only).columns_of("id", "study", "trial").numbers_of("step").text_of("why", min_width=20)
     for entry in entries:
-        cells = (entry.id[:12], entry.study, entry.trial_id, str(entry.step), entry.reason)
-        table.add_row(*(Text(readable(cell, ascii_only)) for cell in cells))
+        table.add(entry.id[:12], entry.study, entry.trial_id, str(entry.step), entry.reason)
     return table
 
 
 def spaces_table(spaces: Iterable[Space], ascii_only: bool = False) -> Table:
     """One row for each search space, with its stages in order."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("space", no_wrap=True, style="bold")
-    table.add_column("stages", overflow="fold")
-    table.add_column("description", overflow="fold", ratio=1)
+    table = PlainTable(ascii_only).columns_of("space", style="bold").text_of("stages").text_of("description", ratio=1)
     for space in spaces:
-        stages = "" if len(space.stages) == 1 else " → ".join(stage.name for stage in space.stages)
-        table.add_row(*(Text(readable(text, ascii_only)) for text in (space.name, stages, space.description)))
+        table.add(space.name, " → ".join(stage.name for stage in space.stages if len(space.stages) > 1), space.description)
     return table
 
 
 def stages_table(space: Space, ascii_only: bool = False) -> Table:
     """One section for each stage of a search space: what it searches, what it fixes, what it tries first."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("stage", no_wrap=True, style="bold")
-    table.add_column("setting", no_wrap=True)
-    table.add_column("value", overflow="fold")
+    table = PlainTable(ascii_only).columns_of("stage", style="bold").columns_of("setting").text_of("value")
     for stage in space.stages:
         rows = [(name, str(domain)) for name, domain in stage.parameters.items()]
-        rows += [(name, f"fixed at {_value_text(value)}") for name, value in stage.fixed.items()]
+        rows += [(name, f"fixed at {value_text(value)}") for name, value in stage.fixed.items()]
         for index, point in enumerate(stage.points, 1):
-            numbers = ", ".join(f"{name} {_value_text(value)}" for name, value in point.items())
+            numbers = ", ".join(f"{name} {value_text(value)}" for name, value in point.items())
             rows.append((f"point {index}", f"{numbers} (gain {format_number(gain_of(point))})"))
         for index, row in enumerate(rows):
-            cells = ("" if index else stage.name, *row)
-            table.add_row(*(Text(readable(text, ascii_only)) for text in cells), end_section=index == len(rows) - 1)
+            table.add("" if index else stage.name, *row, end_section=index == len(rows) - 1)
     return table
 
 
 def gains_table(calibration: Mapping[str, Any], ascii_only: bool = False) -> Table:
     """One row for each max_t of `Calibration.to_dict()`, with the gains for given ratios of total_norm to the baseline's."""
-    gates = calibration["by_max_t"]
-    ratios = list(gates[0]["gain_for"])
-    table = Table(
-        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", title_justify="left", title_style="bold"
-    )
-    table.title = "gain that gives a predicted norm ratio of"
-    limit = calibration["limit"]
-    marked = [f"{ratio}× (limit)" if limit is not None and float(ratio) == limit else f"{ratio}×" for ratio in ratios]
-    for heading in ("max_t", "active", "inert below", *marked, "cosine"):
-        table.add_column(readable(heading, ascii_only), justify="right", no_wrap=True)
-    batches = len(calibration["model"]["batches"])
+    gates, limit = calibration["by_max_t"], calibration["limit"]
+    ratios = [f"{ratio}×{' (limit)' if float(ratio) == limit else ''}" for ratio in gates[0]["gain_for"]]
+    table = PlainTable(ascii_only, title="gain that gives a predicted norm ratio of", gap=2)
+    table.numbers_of("max_t", "active", "inert below", *ratios, "cosine")
     for gate in gates:
-        gains = [gate["inert_below"], *gate["gain_for"].values()]
-        cells = [f"{gate['max_t']:g}", f"{gate['active_batches']}/{batches}"]
-        cells += [format_number(gain, ".3g") for gain in gains] + [_measured(gate["cosine"], "+.2f")]
-        table.add_row(*(Text(readable(cell, ascii_only)) for cell in cells))
+        gains = [format_number(gain, ".3g") for gain in (gate["inert_below"], *gate["gain_for"].values())]
+        active = f"{gate['active_batches']}/{len(calibration['model']['batches'])}"
+        table.add(f"{gate['max_t']:g}", active, *gains, _measured(gate["cosine"], "+.2f"))
     return table
 
 
 def predictions_table(calibration: Mapping[str, Any], ascii_only: bool = False) -> Table:
     """One row for each named setting of `Calibration.to_dict()` (the notes' versions, the space's points), with its prediction."""
-    table = Table(
-        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", title_justify="left", title_style="bold"
-    )
-    table.title = "what will happen at step 0"
-    table.add_column("setting", no_wrap=True)
-    for heading in ("gain", "max_t", "norm ratio", "to main loss", "SSIM share"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("prospects", overflow="fold")
+    table = PlainTable(ascii_only, title="what will happen at step 0", gap=2).columns_of("setting")
+    table.numbers_of("gain", "max_t", "norm ratio", "to main loss", "SSIM share").text_of("prospects")
     for named in calibration["settings"]:
         predicted = named["prediction"]
-        shares = [_measured(predicted["ratio"], ".4g"), _measured(predicted["ratio_main"], ".4g")]
-        shares.append(_measured(predicted["auxiliary_share"], ".2%"))
-        cells = [named["name"], f"{predicted['gain']:.4g}", f"{predicted['max_t']:g}", *shares, named["judgement"]]
-        table.add_row(*(Text(readable(cell, ascii_only)) for cell in cells))
+        numbers = [f"{predicted['gain']:.4g}", f"{predicted['max_t']:g}"]
+        numbers += [_measured(predicted["ratio"], ".4g"), _measured(predicted["ratio_main"], ".4g")]
+        table.add(named["name"], *numbers, _measured(predicted["auxiliary_share"], ".2%"), named["judgement"])
     return table
 
 
@@ -216,22 +184,16 @@ CHECK_STYLES = {"ok": "green", "unknown": "dim", "warn": "yellow", "bad_setup": 
 
 def preflight_table(report: Mapping[str, Any], ascii_only: bool = False) -> Table:
     """One row for each check of preflight's `Report.to_dict()`, with the remedy below a warning or fault."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("check", no_wrap=True, overflow="fold")
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("what was measured", overflow="fold", ratio=1)
+    table = PlainTable(ascii_only).columns_of("check", overflow="fold").columns_of("verdict").text_of("what was measured", ratio=1)
     for check in report["checks"]:
-        text = readable(check["sentence"], ascii_only)
+        lines = [check["sentence"]]
         if check["remedy"] and check["status"] in ("warn", "bad_setup"):
-            text += f"\n{readable(check['remedy'], ascii_only)}"
-        table.add_row(Text(readable(check["name"], ascii_only)), Text(check["status"], CHECK_STYLES[check["status"]]), Text(text))
+            lines.append(check["remedy"])
+        text = Text("\n".join(readable(line, ascii_only) for line in lines))
+        table.add(check["name"], Text(check["status"], CHECK_STYLES[check["status"]]), text)
     return table
 
 
 def _measured(value: Any, form: str) -> str:
     """A number, or a dash if it is NaN or the string "NaN", that is, not measured."""
     return format_number(None if math.isnan(number(value)) else number(value), form)
-
-
-def _value_text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
