@@ -14,6 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun, Guard, NonFinite, NormRatio, SmokeTest, Threshold, Violation
 from tune_ssim.guards.smoke_test import JUDGED
 from tune_ssim.records import (
@@ -560,7 +561,7 @@ def test_a_baseline_file(tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
     file.write_bytes(BASELINE.to_bytes())
     assert Baseline.read(file, BASELINE.sha256) == BASELINE
-    with pytest.raises(ValueError, match=r"has digest .*, expected 000000000000"):
+    with pytest.raises(UserError, match=r"has digest .*, expected 000000000000"):
         Baseline.read(file, "0" * 64)
     with pytest.raises(ValueError, match=r"No such file.*reachable under the same name from every node"):
         Baseline.read(tmp_path / "absent.json")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tune_ssim.base.files import number
 from tune_ssim.cli.plain_table import PlainTable
-from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.guards.verdict import Role
 from tune_ssim.results.trial_text import VERDICT_STYLES, format_number, format_setting, metric_label, readable
 from tune_ssim.study.domains import value_text
 from tune_ssim.study.space import WEIGHT, Space, gain_of
@@ -27,7 +27,6 @@ COLUMNS = {
 # Columns for a task without an SSIM loss.
 OTHER_COLUMNS = {120: ("setting", "steps", "norm ratio", "objective"), 72: ("setting", "steps", "objective"), 0: ("objective",)}
 WIDE = 120  # from this width on the reason has its own column
-VERDICT_ORDER = list(Verdict)
 
 
 def trials_table(
@@ -91,7 +90,7 @@ def best_first(summaries: Iterable[TrialSummary], objective: str = OBJECTIVE) ->
         value = summary.metric(objective)
         if math.isnan(value) and summary.role is Role.BASELINE:
             value = 0.0
-        return VERDICT_ORDER.index(summary.verdict), math.inf if math.isnan(value) else -value
+        return summary.verdict.rank, math.inf if math.isnan(value) else -value
 
     return sorted(summaries, key=key)
 

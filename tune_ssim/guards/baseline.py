@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tune_ssim.base.errors import UserError
+
 FORMAT = 1
 
 
@@ -91,18 +93,16 @@ class Baseline:
 
     @classmethod
     def read(cls, path: str | Path, sha256: str | None = None) -> Baseline:
-        """Reads a baseline file. Raises ValueError if it cannot be read or does not match `sha256`."""
+        """Reads a baseline file. Raises UserError if it cannot be read or does not match `sha256`."""
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise ValueError(
-                f"baseline {path}: {error.strerror or error}; "
-                "the storage path must be reachable under the same name from every node"
-            ) from None
+            hint = "the storage path must be reachable under the same name from every node"
+            raise UserError(f"baseline {path}: {error.strerror or error}; {hint}") from None
         found = hashlib.sha256(data).hexdigest()
         if sha256 is not None and found != sha256:
-            raise ValueError(f"baseline {path}: content has digest {found[:12]}…, expected {sha256[:12]}…")
+            raise UserError(f"baseline {path}: content has digest {found[:12]}…, expected {sha256[:12]}…")
         try:
             return cls.from_bytes(data)
         except ValueError as error:
-            raise ValueError(f"baseline {path}: {error}") from None
+            raise UserError(f"baseline {path}: {error}") from None

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, PrivateAttr, ValidationInfo, model_validator
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.numbers import is_number
 from tune_ssim.base.validation import Problem, Problems, Section, Text, checked, problem, validate
 from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, find_document, read_yaml, short_repr
 from tune_ssim.guards import EpochMean, FirstValue, MovingMean, Rule, Threshold, Trend
@@ -71,7 +72,7 @@ def load_rules(
         if not isinstance(declared, Mapping) or key not in declared:
             guess = did_you_mean(key, declared) if declared and isinstance(declared, Mapping) else "; it has none"
             raise UserError(f"rule pack {stem}: no option {short_repr(key)}{guess}")
-        if not _is_number(value):
+        if not is_number(value):
             raise UserError(f"rule pack {stem}: option {key}: must be a number, got {describe(value)}")
     document = {"name": stem, **source.value}
     if options:
@@ -106,7 +107,7 @@ def _number(given: Any, info: ValidationInfo) -> Any:
                 return None
             raise problem(f"the option {given} has no value; give the pack one")
         given = options[given[1:]]
-    if not _is_number(given):
+    if not is_number(given):
         raise problem(f"must be a number, got {describe(given)}")
     if isinstance(given, float) and not math.isfinite(given):
         raise problem(f"must be a finite number, got {describe(given)}")
@@ -139,7 +140,7 @@ def _options(given: Any, info: ValidationInfo) -> dict[str, float | None]:
     Problems(
         Problem((key,), f"must be a number or null, got {describe(value)}")
         for key, value in options.items()
-        if value is not None and not _is_number(value)
+        if value is not None and not is_number(value)
     ).check()
     return options
 
@@ -343,7 +344,3 @@ def _filled(text: str, place: Mapping[str, str]) -> str:
     for key, word in place.items():
         text = text.replace("{" + key + "}", word)
     return text
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -38,6 +38,11 @@ class Verdict(_Word):
     ERROR = "error"
 
     @property
+    def rank(self) -> int:
+        """0 for the best verdict."""
+        return list(Verdict).index(self)
+
+    @property
     def has_result(self) -> bool:
         """Whether the training reached its last step and was compared with the baseline."""
         return self in (Verdict.SAFE, Verdict.DEGRADED)

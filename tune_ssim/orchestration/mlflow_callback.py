@@ -8,9 +8,9 @@ from typing import Any
 
 from ray import tune
 
-from tune_ssim.orchestration.ray_job import JOB, verdict_of
+from tune_ssim.orchestration.ray_job import JOB, drop_bulk, verdict_of
 from tune_ssim.orchestration.trainable import GuardedTrainable
-from tune_ssim.results.events import BULKY, EventWriter, numbers_of
+from tune_ssim.results.events import EventWriter, numbers_of
 from tune_ssim.results.study_folder import StudyFolder, storage_path
 from tune_ssim.tracking.mirror import MLflowMirror
 from tune_ssim.trials.job import TrialJob
@@ -71,8 +71,7 @@ class MLflowTracking(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         self._events(trial).result(trial.trial_id, result)
         if self.drop_bulk:
-            for key in BULKY:
-                result.pop(key, None)
+            drop_bulk(result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial)

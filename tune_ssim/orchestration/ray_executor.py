@@ -22,7 +22,7 @@ from tune_ssim.orchestration.executor import JobSearch, Phase
 from tune_ssim.orchestration.progress import NoProgress
 from tune_ssim.orchestration.ray_cluster import concurrency_of, connection, describe_cluster, gpus_of
 from tune_ssim.orchestration.ray_internals import keep_actors
-from tune_ssim.orchestration.ray_job import BULKY, job_of, report_of
+from tune_ssim.orchestration.ray_job import drop_bulk, job_of, report_of
 from tune_ssim.orchestration.ray_search import JobSearcher
 from tune_ssim.orchestration.ray_starts import take_on_ray
 from tune_ssim.orchestration.recorder import StudyRecorder
@@ -162,8 +162,7 @@ class _RecorderCallback(Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         self.recorder.reported(_job(trial).trial_id, report_of(result))
-        for key in BULKY:
-            result.pop(key, None)
+        drop_bulk(result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial without its own verdict was stopped by a scheduler."""

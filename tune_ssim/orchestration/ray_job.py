@@ -20,8 +20,7 @@ from tune_ssim.trials.summary import PROCESS_DIED, TrialSummary
 from tune_ssim.trials.trial_run import TrialReport, TrialResult
 
 JOB = "trial_job"  # key of a config, next to the settings
-# Keys that the recorder removes from a result, so that they do not fill Ray's snapshots.
-BULKY = ("records", "images", "effective", "traceback", "wrote")
+BULKY = ("records", "images", "traceback", "wrote")  # keys of a result
 
 
 def config_of(job: TrialJob) -> dict[str, Any]:
@@ -74,6 +73,12 @@ def result_of(report: TrialReport, objective: str) -> dict[str, Any]:
     if ended.baseline is not None:
         result["baseline_run"] = ended.baseline.to_bytes().decode()
     return result
+
+
+def drop_bulk(result: dict[str, Any]) -> None:
+    """Removes what has been recorded from a result, so that it does not fill Ray's snapshots."""
+    for key in BULKY:
+        result.pop(key, None)
 
 
 def report_of(result: Mapping[str, Any]) -> TrialReport:

@@ -253,7 +253,7 @@ class _StudyRun:
         for path in sorted((self.folder.path / "baseline").rglob("*.json")):
             try:
                 baseline = Baseline.read(path, path.stem)
-            except (OSError, ValueError) as error:
+            except UserError as error:
                 self.progress.say(f"{path}: damaged, the baseline in it runs again ({error})")
                 continue
             found |= {run.trial_id: run for run in baseline.runs if run.trial_id in names}

@@ -6,23 +6,56 @@ written. So a replay always gives the same rows with the same times.
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.space import WEIGHT, gain_of
 
-BULKY = ("records", "images")  # keys of a result that are dropped from Ray's own snapshots
-
 # Keys that Ray Tune adds to every result and that are not worth plotting.
 _BOOKKEEPING = frozenset(
     {"timestamp", "pid", "training_iteration", "iterations_since_restore", "time_since_restore", "time_this_iter_s"}
     | {"config", "done", "trial_id", "checkpoint_dir_name", "experiment_tag", "date", "hostname", "node_ip"}
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One line of `events.jsonl`. event: study, file, trial, records, image, verdict or end; `EventWriter` documents the fields
+    that each of them has."""
+
+    event: str
+    time_ms: int
+    name: str = ""
+    study_sha256: str = ""
+    note: str = ""
+    path: str = ""
+    artifact_path: str = ""
+    trial_id: str = ""
+    role: str = "search"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    records: Sequence[tuple[int, Mapping[str, Any]]] = ()
+    step: int = 0
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    effective: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+    @classmethod
+    def read(cls, line: bytes) -> Event | None:
+        """None for a line that is truncated, because its writer was killed."""
+        try:
+            found = json.loads(line)
+            if isinstance(found.get("effective"), str):  # MLflowTracking of version 0.1.0 wrote it as text
+                found["effective"] = json.loads(found["effective"])
+            return cls(**{one.name: found[one.name] for one in fields(cls) if found.get(one.name) is not None})
+        except (AttributeError, TypeError, ValueError):
+            return None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tune_ssim.base.files import write_atomically
+from tune_ssim.base.numbers import is_same
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.guards.verdict import Role
 from tune_ssim.search.search import Done, Outcome, Search, Wait
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.job import BaselineFile, TrialJob
 
-SAME_SETTING = 1e-9  # relative tolerance; settings went through JSON once
 RUNS = "runs"  # subfolder of the baseline's folder, with one file per run
 MIN_EQUAL_FAILURES = 2  # DESIGN: a failing baseline, or two identical set-up errors, stop the study
 
@@ -154,7 +153,7 @@ class BaselineFirst:
         """Whether `outcome` is of the job. Without a fixed order a sampler may make other suggestions. The result of the earlier
         trial is still useful, so its settings replace the suggestion, unless the search refuses them."""
         asked = resolve_settings(job.settings)
-        if all(_equal(value, outcome.settings.get(name)) for name, value in asked.items()):
+        if all(is_same(value, outcome.settings.get(name)) for name, value in asked.items()):
             return True
         return job.slot is not None and self.search.replace(job.slot, outcome.settings)
 
@@ -166,9 +165,3 @@ class BaselineFirst:
             self._failures[kind] = self._failures.get(kind, 0) + 1
             if self._failures[kind] >= MIN_EQUAL_FAILURES and not self.failure:
                 self.failure = f"two trials failed alike: {outcome.reason}"
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
-        return math.isclose(one, other, rel_tol=SAME_SETTING)
-    return bool(one == other)

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tune_ssim.base.numbers import as_float, is_number, is_same
 from tune_ssim.base.validation import Problems, problem, unknown_keys
 from tune_ssim.base.yaml_source import describe, short_repr
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-TOLERANCE = 1e-9  # relative: 0.1 · 0.1 must equal 0.01, and 1e-9 is far below any difference that matters in training
 NORM_RATIO = "norm_ratio"  # the one unit besides plain numbers, for a gain: the predicted total_norm relative to the baseline
 FORMS = "log_uniform: [lower, upper], uniform: [lower, upper] or choice: [value, …]"
 
@@ -200,27 +200,6 @@ def _unit_words(unit: str | None) -> str:
 def _check_unit(unit: Any) -> None:
     if unit is not None and unit != NORM_RATIO:
         raise problem(f"`unit` must be {NORM_RATIO}, or left out, got {describe(unit)}")
-
-
-# ---- values ----
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # an integer beyond 1e308
-        return math.inf
-
-
-def is_same(one: Any, other: Any) -> bool:
-    """Whether two values are equal up to rounding; true is not 1."""
-    if is_number(one) and is_number(other):
-        return one == other or math.isclose(as_float(one), as_float(other), rel_tol=TOLERANCE)
-    return type(one) is type(other) and one == other
 
 
 def value_problem(value: Any) -> str | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, field_validator, model_serializer, model_validator
 
+from tune_ssim.base.numbers import is_number
 from tune_ssim.base.passwords import without_password
 from tune_ssim.base.validation import Problem, Problems, Section, or_empty
 from tune_ssim.base.yaml_source import describe
@@ -122,9 +123,8 @@ class Resources(Section):
     @field_validator("gpus", mode="plain")
     @classmethod
     def _gpus(cls, value: Any) -> Any:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value == "auto" or (is_number and 0 <= value < math.inf):
-            return float(value) if is_number else value
+        if value == "auto" or (is_number(value) and 0 <= value < math.inf):
+            return value if value == "auto" else float(value)
         raise ValueError(f"must be a number >= 0 or auto, got {describe(value)}")
 
     @property

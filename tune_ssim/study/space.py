@@ -22,20 +22,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationInfo, model_validator
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.numbers import as_float, is_number, is_same
 from tune_ssim.base.validation import Document, Problem, Problems, Section, Text, or_empty, problem, unknown_keys, validate
 from tune_ssim.base.yaml_source import Source, describe, did_you_mean, find_document, is_file, read_yaml
-from tune_ssim.study.domains import (
-    FORMS,
-    Choice,
-    Domain,
-    as_float,
-    domain_yaml,
-    is_number,
-    is_same,
-    read_domain,
-    value_problem,
-    value_text,
-)
+from tune_ssim.study.domains import FORMS, Choice, Domain, domain_yaml, read_domain, value_problem, value_text
 
 WEIGHT, MAX_T, GRAD_SCALE, GAIN = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "gain"
 TRIPLE = (WEIGHT, MAX_T, GRAD_SCALE)

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tune_ssim.guards.verdict import Verdict
-from tune_ssim.results.events import gain
+from tune_ssim.results.events import Event, gain
 from tune_ssim.results.trial_text import metric_label
 from tune_ssim.tracking.mlflow_internals import MAX_NAME_LENGTH, MAX_NOTE_LENGTH, run_page, runs_page
 from tune_ssim.trials.summary import OBJECTIVE
 
 Summary = Mapping[str, Any]  # a trial's summary as an event holds it; a foreign trainable's verdict may be "unjudged"
-VERDICTS = [verdict.value for verdict in Verdict]  # best first
 
 
 @dataclass
@@ -31,15 +30,14 @@ class Leaderboard:
     configs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     summaries: dict[str, Summary] = field(default_factory=dict)
 
-    def add(self, event: Mapping[str, Any]) -> None:
-        kind, trial_id = event["event"], event.get("trial_id", "")
-        if kind == "study":
-            self.name, self.note, self.has_ended = event.get("name") or self.name, event.get("note") or "", False
-        elif kind == "trial":
-            self.roles[trial_id], self.configs[trial_id] = event.get("role") or "search", event.get("config") or {}
-        elif kind == "verdict":
-            self.summaries[trial_id] = event["summary"]
-        elif kind == "end":
+    def add(self, event: Event) -> None:
+        if event.event == "study":
+            self.name, self.note, self.has_ended = event.name or self.name, event.note, False
+        elif event.event == "trial":
+            self.roles[event.trial_id], self.configs[event.trial_id] = event.role, event.config
+        elif event.event == "verdict":
+            self.summaries[event.trial_id] = event.summary
+        elif event.event == "end":
             self.has_ended = True
 
     def run_name(self, trial_id: str) -> str:
@@ -70,8 +68,7 @@ class Leaderboard:
 
         def place(item: tuple[str, Summary]) -> tuple[bool, int, float]:
             summary = item[1]
-            verdict = summary["verdict"]
-            rank = VERDICTS.index(verdict) if verdict in VERDICTS else len(VERDICTS)
+            rank = {verdict.value: verdict.rank for verdict in Verdict}.get(summary["verdict"], len(Verdict))
             return summary.get("role") == "baseline", rank, -_objective_value(summary)
 
         return sorted(self.summaries.items(), key=place)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_ssim.results.events import gain
+from tune_ssim.results.events import Event, gain
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.tracking import mirror
 from tune_ssim.tracking import mlflow_internals as internals
@@ -73,9 +73,8 @@ class Replay:
             for event in _events_before(folder, state["offset"]):
                 self.events += 1
                 self._board.add(event)
-                if event["event"] == "records":
-                    for _ in self._new_metrics(event):
-                        pass
+                for _ in self._new_metrics(event):
+                    pass
             self.offset = state["offset"]
         self.share_key = internals.share_view(
             self._client, self.experiment_id, self.study_id, self._runs_filter, f"tune_ssim: {self._board.name}"
@@ -87,7 +86,7 @@ class Replay:
         if not chunk:
             return False
         for line in chunk.splitlines():
-            event = _parse(line)
+            event = Event.read(line)
             self.events += 1
             if event is not None:
                 self._board.add(event)
@@ -111,31 +110,32 @@ class Replay:
         except FileNotFoundError as error:
             self.refused.append(f"{error.filename} is gone")
 
-    def _new_metrics(self, event: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+    def _new_metrics(self, event: Event) -> Iterator[tuple[str, float, int]]:
         """Name, value and step of metrics that no earlier event had."""
-        trial_id = event["trial_id"]
-        for step, values in event["records"]:
+        for step, values in event.records:
             for name, value in values.items():
                 value = number(value)
-                key = (trial_id, name)
+                key = (event.trial_id, name)
                 if value is not None and (key not in self._last or step > self._last[key][0]):
                     self._last[key] = (step, value)
                     yield name, value, step
 
-    def _apply(self, event: Mapping[str, Any]) -> None:
-        kind, time_ms = event["event"], event["time_ms"]
+    def _apply(self, event: Event) -> None:
+        kind, trial_id, time_ms = event.event, event.trial_id, event.time_ms
         parent = self._parent(time_ms)
         if kind == "study":
             self._client.update_run(parent, status="RUNNING", name=self._board.study_name())
-            self._tag(parent, {"study_sha256": event.get("study_sha256") or "", "study": self._board.name})
+            self._tag(parent, {"study_sha256": event.study_sha256, "study": self._board.name})
             self._board_has_changed = True
         elif kind == "file":
-            folder = event.get("artifact_path") or None
-            self._client.log_artifact(parent, str(self.folder.path / event["path"]), folder)
+            self._client.log_artifact(parent, str(self.folder.path / event.path), event.artifact_path or None)
         elif kind == "trial":
-            self._start(event)
+            is_known = trial_id in self.runs
+            run_id = self._child(trial_id, time_ms)
+            if is_known:
+                self._client.update_run(run_id, status="RUNNING", name=self._board.run_name(trial_id))
+            self._log_params(run_id, {**event.config, **event.parameters})
         elif kind == "records":
-            trial_id = event["trial_id"]
             for name, value, step in self._new_metrics(event):
                 self._add_metric(trial_id, name, value, step, time_ms)
         elif kind == "image":
@@ -167,21 +167,14 @@ class Replay:
         run = self._client.create_run(self.experiment_id, start_time=time_ms, tags=tags, run_name=name[: internals.MAX_NAME_LENGTH])
         return str(run.info.run_id)
 
-    def _start(self, event: Mapping[str, Any]) -> None:
-        trial_id = event["trial_id"]
-        known = trial_id in self.runs
-        run_id = self._child(trial_id, event["time_ms"])
-        if known:
-            self._client.update_run(run_id, status="RUNNING", name=self._board.run_name(trial_id))
-        self._log_params(run_id, {**self._board.configs[trial_id], **(event.get("parameters") or {})})
-
-    def _finish(self, event: Mapping[str, Any]) -> None:
-        trial_id, summary, time_ms = event["trial_id"], event["summary"], event["time_ms"]
+    def _finish(self, event: Event) -> None:
+        trial_id, summary, time_ms = event.trial_id, event.summary, event.time_ms
         run_id = self._child(trial_id, time_ms)
         step = int(summary.get("steps") or 0)
         for name, value in (summary.get("metrics") or {}).items():
             value = number(value)
-            if value is not None and not _same(self._last.get((trial_id, name)), (step, value)):
+            # repr: NaN equals NaN
+            if value is not None and repr(self._last.get((trial_id, name))) != repr((step, value)):
                 self._add_metric(trial_id, name, value, step, time_ms)
         self._flush(trial_id)
         evidence = summary.get("evidence") or {}
@@ -198,19 +191,19 @@ class Replay:
         if evidence:
             tags["evidence"] = json.dumps(evidence, ensure_ascii=False)
         self._tag(run_id, tags)
-        self._log_params(run_id, {**(summary.get("config") or {}), **(event.get("effective") or {})})
+        self._log_params(run_id, {**(summary.get("config") or {}), **event.effective})
         self._client.update_run(run_id, name=self._board.run_name(trial_id))
         self._client.set_terminated(run_id, STATUS.get(summary["verdict"], "FINISHED"), end_time=time_ms)
         self._board_has_changed = True
 
-    def _end(self, event: Mapping[str, Any]) -> None:
+    def _end(self, event: Event) -> None:
         for trial_id in self._board.configs.keys() - self._board.summaries.keys():  # e.g. stopped by Ctrl-C
-            run_id = self._child(trial_id, event["time_ms"])
+            run_id = self._child(trial_id, event.time_ms)
             self._tag(run_id, {"reason": "the study ended before this trial did"})
-            self._client.set_terminated(run_id, "KILLED", end_time=event["time_ms"])
+            self._client.set_terminated(run_id, "KILLED", end_time=event.time_ms)
         self._write_leaderboard()
-        self._tag(self.runs[""], {"reason": event.get("reason") or ""})
-        self._client.set_terminated(self.runs[""], "FINISHED", end_time=event["time_ms"])
+        self._tag(self.runs[""], {"reason": event.reason})
+        self._client.set_terminated(self.runs[""], "FINISHED", end_time=event.time_ms)
 
     def _add_metric(self, trial_id: str, name: str, value: float, step: int, time_ms: int) -> None:
         if not math.isfinite(value) and (trial_id, name) not in self._non_finite:
@@ -231,14 +224,14 @@ class Replay:
         if metrics:
             self._client.log_batch(self._child(trial_id, metrics[0].timestamp), metrics=metrics)
 
-    def _add_image(self, event: Mapping[str, Any]) -> None:
+    def _add_image(self, event: Event) -> None:
         from PIL import Image
 
-        source = self.folder.path / event["path"]
-        run_id = self._child(event["trial_id"], event["time_ms"])
-        folder, file_name = posixpath.split(event.get("name") or source.name)
-        unique = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.study_id}/{event['trial_id']}/{event['path']}"))
-        paths = internals.image_paths(folder, file_name, event["step"], event["time_ms"], unique)
+        source = self.folder.path / event.path
+        run_id = self._child(event.trial_id, event.time_ms)
+        folder, file_name = posixpath.split(event.name or source.name)
+        unique = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.study_id}/{event.trial_id}/{event.path}"))
+        paths = internals.image_paths(folder, file_name, event.step, event.time_ms, unique)
         with tempfile.TemporaryDirectory() as temporary, Image.open(source) as image:
             for path in paths:
                 copy = Path(temporary, posixpath.basename(path))
@@ -352,25 +345,9 @@ def read_chunk(path: Path, offset: int) -> bytes:
         return chunk[:end]
 
 
-def _events_before(folder: StudyFolder, offset: int) -> Iterator[dict[str, Any]]:
+def _events_before(folder: StudyFolder, offset: int) -> Iterator[Event]:
     with folder.events_file.open("rb") as file:
         while file.tell() < offset:
-            event = _parse(file.readline())
+            event = Event.read(file.readline())
             if event is not None:
                 yield event
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None  # truncated by kill -9
-    if not isinstance(event, dict) or "event" not in event or "time_ms" not in event:
-        return None
-    if isinstance(event.get("effective"), str):  # MLflowTracking of version 0.1.0 wrote it as text
-        event["effective"] = json.loads(event["effective"])
-    return event
-
-
-def _same(a: tuple[int, float] | None, b: tuple[int, float]) -> bool:
-    return a is not None and a[0] == b[0] and (a[1] == b[1] or (math.isnan(a[1]) and math.isnan(b[1])))

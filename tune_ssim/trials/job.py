@@ -18,7 +18,7 @@ class BaselineFile:
     sha256: str
 
     def read(self) -> Baseline:
-        """Raises ValueError if the file has changed."""
+        """Raises UserError if the file has changed."""
         return Baseline.read(self.path, self.sha256)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tune_ssim.base.numbers import is_same
 from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.losses import DecodedLoss, DecodedLossResult, TimeLaw
 
@@ -284,10 +284,8 @@ def as_training(task: Any) -> Training:
 
 
 def same_setting(asked: Any, found: Any) -> bool:
-    """Whether two values of a setting are equal, numbers up to rounding."""
-    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (asked, found)):
-        return math.isclose(asked, found, rel_tol=1e-6)
-    return bool(asked == found)
+    """Whether two values of a setting are equal, numbers up to the rounding of float32."""
+    return is_same(asked, found, 1e-6)
 
 
 def missing_methods(found: type) -> list[str]:

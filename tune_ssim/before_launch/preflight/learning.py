@@ -11,6 +11,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from tune_ssim.base.numbers import is_number
 from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.networks import findings_of
 from tune_ssim.before_launch.preflight.plain import norm, own_gradient_norms
@@ -51,7 +52,7 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
         )
     motionless = [name for name in learning if torch.equal(before[name], parameters[name].detach())]
     rates = {name: call(task, "effective").get(name) for name in subject.disable_update}
-    rates = {name: rate for name, rate in rates.items() if isinstance(rate, (int, float)) and not isinstance(rate, bool)}
+    rates = {name: rate for name, rate in rates.items() if is_number(rate)}
     untouched = [name for name, part in parts.items() if part.trains and not _is_among(part, parameters)]
     later = None if guard is None else _samples_later(task, guard)
     everything, unseen = len(parameters), [name for name in parameters if name not in learning]

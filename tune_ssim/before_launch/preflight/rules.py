@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tune_ssim.base.numbers import is_number
 from tune_ssim.before_launch.preflight.report import Check, Status, ok, unknown, warn
 from tune_ssim.trials.training import same_setting
 
@@ -342,7 +343,7 @@ def parameter(
     """A requested parameter: the value that effective() reports, and its measured effect.
 
     factor: measured effect of a change of this parameter over the expected effect; 1 if it acts as it should."""
-    evidence = {key: float(value) for key, value in (("asked", asked), ("in_force", in_force)) if _is_number(value)}
+    evidence = {key: float(value) for key, value in (("asked", asked), ("in_force", in_force)) if is_number(value)}
     check, remedy = f"parameter/{name}", f"follow {name} from the configuration to the line that uses it"
     if not same_setting(asked, in_force):
         sentence = f"{name} was set to {_short_repr(asked)} but {_short_repr(in_force)} is in force: it does not reach the training"
@@ -509,8 +510,4 @@ def _list(*clauses: str) -> str:
 
 
 def _short_repr(value: Any) -> str:
-    return f"{value:.4g}" if _is_number(value) else repr(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{value:.4g}" if is_number(value) else repr(value)

@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.numbers import is_number
 from tune_ssim.records import EPOCH, Record, is_of_training
 from tune_ssim.records.readers import LineParser, Source
 from tune_ssim.records.readers.parse_issues import ParseIssues
@@ -190,6 +191,6 @@ def numbers_of(values: Any, without: Sequence[str] = ()) -> dict[str, float]:
     """The numbers in a mapping, NaN and Inf included. Other values are dropped."""
     found: dict[str, float] = {}
     for name, value in values.items() if isinstance(values, Mapping) else ():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in without:
+        if is_number(value) and name not in without:
             found[str(name)] = float(value)
     return found
