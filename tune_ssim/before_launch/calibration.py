@@ -26,6 +26,7 @@ from tune_ssim.before_launch.readings import Reader, Reading, read_here
 from tune_ssim.guards import NormRatio
 from tune_ssim.guards.verdict import Action
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel, fit
+from tune_ssim.study.domains import Choice
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT
 from tune_ssim.study.study import Study
 from tune_ssim.trials.command.command_task import CommandTask
@@ -156,7 +157,10 @@ def gates_of(study: Study, for_picture: bool) -> tuple[float, ...]:
     for stage in study.space.stages:
         domain = stage.parameters.get(MAX_T)
         if domain is not None:
-            found |= set(map(float, domain.grid(3)))
+            values = [float(value) for value in domain.listed if value > 0]
+            # The model is interpolated in log max_t, so the middle of a range is the geometric one.
+            middle = set() if isinstance(domain, Choice) or len(values) < 2 else {math.sqrt(values[0] * values[1])}
+            found |= {*values, *middle}
         elif MAX_T in stage.fixed:
             found.add(stage.fixed[MAX_T])
         found |= {point[MAX_T] for point in stage.points if MAX_T in point}
@@ -261,7 +265,7 @@ class _Probe:
         baseline, alone, *with_pixel = (reading.norms for reading in self.read_all(fixed))
         self._require_gradient(alone)
         # From the widest gate, where most batches are active; its gain is where the search for the others' begins.
-        found = {widest: self._first_gain(widest, alone, 1.0)}
+        found = {widest: self._first_gain(widest, alone, _usual_gain(self.study))}
         start = found[widest].gain
         first = dict(zip(narrower, self.read_all([self.at(start, max_t) for max_t in narrower]), strict=True)) if narrower else {}
         found |= {max_t: self._first_gain(max_t, alone, start, first[max_t]) for max_t in narrower}
@@ -437,6 +441,16 @@ def _without_ssim(main_norms: Array) -> Array:
     q = np.full((len(main_norms), 3, 3), np.nan)
     q[:, MAIN, MAIN], q[:, MAIN, SSIM], q[:, SSIM, MAIN], q[:, SSIM, SSIM] = main_norms**2, 0, 0, 0
     return q
+
+
+def _usual_gain(study: Study) -> float:
+    """The middle of the gains that the study searches, to begin with; 1 if it gives none as numbers."""
+    for stage in study.space.stages:
+        domain = stage.parameters.get(GAIN) or stage.parameters.get(WEIGHT)
+        if domain is not None and domain.unit is None:
+            values = [float(value) for value in domain.listed if value > 0]
+            return math.exp(sum(map(math.log, values)) / len(values)) if values else 1.0
+    return 1.0
 
 
 def _pixel_weights(study: Study, held: Mapping[str, float]) -> list[float]:
