@@ -22,17 +22,20 @@ from small_studies import SMALL
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.cli.launch import run
 from tune_ssim.guards import Baseline
+from tune_ssim.orchestration.progress import NoProgress
 from tune_ssim.orchestration.ray_cluster import describe_cluster, require_reachable
-from tune_ssim.orchestration.run_study import describe_plan
+from tune_ssim.orchestration.run_study import describe_plan, run_study
 from tune_ssim.orchestration.verification import read_export, verify
 from tune_ssim.probes import tensor_contents
 from tune_ssim.results.export import exported_config, format_export
 from tune_ssim.results.proof import proof_of
 from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.study_lock import LOCK_FILE
 from tune_ssim.results.winner import best_safe, confirmations
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.tasks.fundus_sr import WEIGHTS, FundusSR
 from tune_ssim.trials.quarantine import Ledger
+from tune_ssim.trials.summary import TrialSummary
 
 TESTS = Path(__file__).parent
 
@@ -140,6 +143,45 @@ def test_settings_that_break_the_training_cost_their_own_trials(tmp_path: Path) 
     )
     trials = [trial for trial in run(study, in_process=True, storage=tmp_path).trials() if trial.role == "search"]
     assert [trial.verdict for trial in trials] == ["safe", "error", "error", "safe"]
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_nothing_is_written_into_a_study_that_another_process_took_over(tmp_path: Path, in_process: bool) -> None:
+    """The error is ours under Ray too, where it is raised in a callback."""
+    written: dict[str, bytes] = {}
+
+    class Thief(NoProgress):
+        def trial_ended(self, summary: TrialSummary) -> None:
+            (folder.path / LOCK_FILE).unlink(missing_ok=True)
+            (folder.path / LOCK_FILE).write_text("{}")
+            written.update({path.name: path.read_bytes() for path in folder.path.glob("*.jsonl")})
+
+    study = small(name="taken", search={"trials": 4})
+    folder = StudyFolder(tmp_path / study.name)
+    with pytest.raises(UserError, match="another one runs the study now"):
+        run_study(study, storage=tmp_path, in_process=in_process, progress=Thief())
+    assert len(folder.trials()) == 1
+    assert written == {path.name: path.read_bytes() for path in folder.path.glob("*.jsonl")}
+
+
+def test_a_baseline_that_fails_beside_another_is_no_interruption(tmp_path: Path) -> None:
+    study = small(name="half", task="half_broken:HalfBroken", import_path=str(tmp_path), search={"trials": 2}, result_every=1)
+    (tmp_path / "half_broken.py").write_text(
+        f"""
+import sys, time
+sys.path.insert(0, {str(TESTS)!r})
+from small_task import SmallTask
+class HalfBroken(SmallTask):
+    def step(self):
+        if self.seed == 0 and self.n == 5:
+            raise RuntimeError("no memory")
+        time.sleep(0.2)
+        return super().step()
+"""
+    )
+    with pytest.raises(UserError, match="no memory"):
+        run(study, storage=tmp_path)
+    assert [trial.trial_id for trial in StudyFolder(tmp_path / "half").trials()] == ["baseline-0"]  # the other was not judged
 
 
 def test_a_missing_task_is_known_before_anything_starts(tmp_path: Path) -> None:

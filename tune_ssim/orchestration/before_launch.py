@@ -32,6 +32,7 @@ def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, progre
     if phases:
         progress.phase(" and ".join(phases))
     found = executor.inspect(study, preflight=study.preflight is not None, calibration=study.calibrates, provenance=True)
+    writer.require_lock()
     if "calibration" in found:
         write_atomically(folder.path / HEAT_MAP, draw_heat_map(found["calibration"], study.space, study.name))
         writer.file(HEAT_MAP, "before_launch")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune import Callback, CheckpointConfig, FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray.tune import CheckpointConfig, FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.stopper import Stopper
 
@@ -22,11 +23,12 @@ from tune_ssim.orchestration.executor import JobSearch, Phase
 from tune_ssim.orchestration.progress import NoProgress
 from tune_ssim.orchestration.ray_cluster import concurrency_of, connection, describe_cluster, gpus_of
 from tune_ssim.orchestration.ray_internals import keep_actors
-from tune_ssim.orchestration.ray_job import drop_bulk, job_of, report_of
+from tune_ssim.orchestration.ray_job import drop_bulk, job_of, last_line_of_error, report_of
 from tune_ssim.orchestration.ray_search import JobSearcher
 from tune_ssim.orchestration.ray_starts import take_on_ray
 from tune_ssim.orchestration.recorder import StudyRecorder
 from tune_ssim.orchestration.trainable import TrialResources, trainable_class
+from tune_ssim.results.events import EventWriter
 from tune_ssim.study.sections import Asha
 from tune_ssim.study.study import Study
 from tune_ssim.trials.job import TrialJob
@@ -81,6 +83,7 @@ class RayExecutor:
         """Runs a phase. Ray's own state, which a kill may leave truncated or outdated, is never read again."""
         resources = self._resources(self._study)
         placement, objective = resources.placement(), phase.spec.plan.objective
+        recording = _RayRecording(recorder, self._is_private)
         before = os.environ.get(MAX_PENDING)
         os.environ[MAX_PENDING] = before or str(phase.concurrency)
         tuner = Tuner(
@@ -97,18 +100,21 @@ class RayExecutor:
             run_config=RunConfig(
                 name=_attempt(recorder, phase.name),
                 storage_path=str(recorder.folder.ray_folder),
-                callbacks=[_RecorderCallback(recorder, self._is_private)],
-                stop=_BaselineStopper(),
+                callbacks=[recording],
+                stop=recording,
                 failure_config=FailureConfig(max_failures=PROCESS_FAILURES),
                 checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_at_end=True),
                 verbose=0,
             ),
         )
         try:
-            _require_baselines(tuner.fit())
+            results = tuner.fit()
         finally:
             if before is None:
                 del os.environ[MAX_PENDING]
+        if recording.error is not None:
+            raise recording.error
+        _require_baselines(results)
 
 
 def _trial_name(trial: Any) -> str:
@@ -130,21 +136,39 @@ def _require_baselines(results: ResultGrid) -> None:
             raise UserError(f"{job.trial_id}: its process died: {last} (--resume tries again)")
 
 
-class _RecorderCallback(Callback):
-    """Passes results to the recorder, and removes their bulky keys so that they do not fill Ray's snapshots."""
+class _RayRecording(tune.Callback, Stopper):
+    """Passes results to the recorder, and removes their bulky keys so that they do not fill Ray's snapshots.
+
+    Ends the phase early if its baseline failed, since no setting is to blame and no further step is useful, or if a result cannot
+    be recorded. error: the first exception of the recorder. Raised in a callback, Ray would wrap it in its own."""
 
     def __init__(self, recorder: StudyRecorder, is_private: bool) -> None:
         """is_private: whether the Ray cluster is used by this study only."""
         self.recorder, self.is_private = recorder, is_private
+        self.error: Exception | None = None
         self._pending: dict[str, float] = {}  # trial → start of its wait on the monotonic clock; NaN: already reported
 
     def __getstate__(self) -> dict[str, Any]:
         """For Ray's snapshot, which is never restored. The progress display cannot be pickled."""
         return {
-            "recorder": StudyRecorder(self.recorder.folder, NoProgress(), self.recorder.steps),
+            "recorder": StudyRecorder(EventWriter(self.recorder.folder), NoProgress(), self.recorder.steps),
+            "error": None,
             "is_private": True,
             "_pending": {},
         }
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False  # no trial is stopped by itself
+
+    def stop_all(self) -> bool:
+        return self.error is not None or self.recorder.has_failed_baseline
+
+    def _record(self, action: Callable[[], None]) -> None:
+        if self.error is None:
+            try:
+                action()
+            except Exception as error:
+                self.error = error
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Reports why a trial is waiting."""
@@ -158,21 +182,22 @@ class _RecorderCallback(Callback):
                 self.recorder.progress.say(f"{name} waits: {_what_it_waits_for(trial, self.is_private)}")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.recorder.trial_started(_job(trial))
+        self._record(lambda: self.recorder.trial_started(_job(trial)))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        self.recorder.reported(_job(trial).trial_id, report_of(result))
+        self._record(lambda: self.recorder.reported(_job(trial).trial_id, report_of(result)))
         drop_bulk(result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial without its own verdict was stopped by a scheduler."""
-        reason = "stopped by the scheduler before its last step"
-        self.recorder.ended_without_result(_job(trial), Verdict.STOPPED, reason, trial.last_result or {})
+        self._ended_without_result(trial, Verdict.STOPPED, "stopped by the scheduler before its last step")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        lines = [line for line in str(getattr(trial, "error_msg", None) or "").splitlines() if line.strip()]
-        reason = f"{PROCESS_DIED}: {lines[-1].strip() if lines else 'no message'}"
-        self.recorder.ended_without_result(_job(trial), Verdict.ERROR, reason, trial.last_result or {})
+        self._ended_without_result(trial, Verdict.ERROR, f"{PROCESS_DIED}: {last_line_of_error(trial) or 'no message'}")
+
+    def _ended_without_result(self, trial: Any, verdict: Verdict, reason: str) -> None:
+        last = trial.last_result or {}
+        self._record(lambda: self.recorder.ended_without_result(_job(trial), verdict, reason, last))
 
 
 def _job(trial: Any) -> TrialJob:
@@ -191,21 +216,6 @@ def _what_it_waits_for(trial: Any, is_private: bool) -> str:
     return "it needs " + " and ".join(
         f"{needed[kind]:g} {kind}s, {free.get(kind, 0.0):g} are free (other jobs on this cluster have the rest)" for kind in short
     )
-
-
-class _BaselineStopper(Stopper):
-    """Ends a phase as soon as its baseline is a bad set-up, since no setting is to blame and no further step is useful."""
-
-    def __init__(self) -> None:
-        self.is_over = False
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        is_baseline = job_of(result.get("config") or {}, trial_id).role == Role.BASELINE
-        self.is_over = self.is_over or (is_baseline and result.get("verdict") in (Verdict.BAD_SETUP, Verdict.ERROR))
-        return False
-
-    def stop_all(self) -> bool:
-        return self.is_over
 
 
 class _KeepActors:

@@ -121,6 +121,12 @@ def outcome_of(result: Mapping[str, Any] | None, metric: str, error: bool = Fals
     return replace(outcome, value=math.nan if value is None else float(value))
 
 
+def last_line_of_error(trial: Any) -> str:
+    """Of a Ray trial whose process died; empty if there is no message."""
+    lines = str(trial.get_error() or "").strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
 def verdict_of(result: Mapping[str, Any]) -> tuple[TrialSummary, dict[str, Any]] | None:
     """The summary and the parameters that were in force; None before the trial's end, and for a foreign trainable.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tune_ssim.guards.verdict import Role, Verdict
@@ -19,20 +19,11 @@ from tune_ssim.trials.trial_run import TrialReport, TrialResult
 class StudyRecorder:
     """Called by every executor. The first verdict of a trial is final."""
 
-    def __init__(
-        self,
-        folder: StudyFolder,
-        progress: Progress,
-        steps: int,
-        require_lock: Callable[[], None] = lambda: None,
-        objective: str = OBJECTIVE,
-    ) -> None:
-        """require_lock: raises UserError if another process has taken over the study."""
-        self.folder, self.progress, self.steps, self.require_lock = folder, progress, steps, require_lock
-        self.objective = objective
-        self.writer = EventWriter(folder)
+    def __init__(self, writer: EventWriter, progress: Progress, steps: int, objective: str = OBJECTIVE) -> None:
+        self.writer, self.folder, self.progress, self.steps, self.objective = writer, writer.folder, progress, steps, objective
         self.started: set[str] = set()
         self.ended: set[str] = set()
+        self.has_failed_baseline = False
 
     @property
     def unfinished(self) -> set[str]:
@@ -40,13 +31,14 @@ class StudyRecorder:
 
     def trial_started(self, job: TrialJob) -> None:
         settings = resolve_settings(job.settings)
-        self.started.add(job.trial_id)
         self.writer.trial_started(job.trial_id, job.role.value, settings, job.slot)
+        self.started.add(job.trial_id)
         self.progress.trial_started(job.trial_id, settings)
 
     def reported(self, trial_id: str, report: TrialReport) -> None:
         if trial_id in self.ended:
             return
+        self.writer.require_lock()
         self.writer.result(trial_id, {"records": [record.to_json() for record in report.records], "images": report.images})
         self.progress.trial_progress(trial_id, report.step, self.steps, report.norm_ratio)
         for checkpoint in report.checkpoints:
@@ -58,8 +50,9 @@ class StudyRecorder:
         summary = result.summary
         if summary.trial_id in self.ended:
             return
-        self.require_lock()
+        self.writer.require_lock()
         self.ended.add(summary.trial_id)
+        self.has_failed_baseline |= summary.role is Role.BASELINE and summary.verdict is not Verdict.SAFE
         if result.traceback:
             errors = self.folder.path / "errors"
             errors.mkdir(exist_ok=True)

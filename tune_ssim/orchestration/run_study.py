@@ -68,7 +68,7 @@ def run_study(
     with StudyLock(folder.path) as lock, _executor(study, address, in_process) as executor:
         # Also on resume: more trials, or other resources, belong to what the study is now.
         write_atomically(folder.study_file, study.to_yaml().encode())
-        run = _StudyRun(study, folder, executor, progress, lock.require_held)
+        run = _StudyRun(study, EventWriter(folder, lock.require_held), executor, progress)
         run.writer.study_started(folder.name, study.sha256)
         run.writer.file("study.yaml")
         mirror = None
@@ -85,9 +85,10 @@ def run_study(
             problem = type(error).__name__
             raise
         finally:
-            for path in sorted((folder.path / "baseline").glob("*.json")):
-                run.writer.file(f"baseline/{path.name}", "baseline")
-            run.writer.study_ended(problem or "done")
+            if not lock.is_lost:
+                for path in sorted((folder.path / "baseline").glob("*.json")):
+                    run.writer.file(f"baseline/{path.name}", "baseline")
+                run.writer.study_ended(problem or "done")
             if mirror is not None:
                 _drain(mirror, folder, progress)
     return folder
@@ -105,16 +106,8 @@ class _StudyRun:
     """One start of a study. A resumed study goes through all its phases again. Trials that have ended are replayed to the search
     instead of run, so that a study can be resumed after a stop at any moment of any phase."""
 
-    def __init__(
-        self,
-        study: Study,
-        folder: StudyFolder,
-        executor: Executor,
-        progress: Progress,
-        require_lock: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.study, self.folder, self.executor, self.progress = study, folder, executor, progress
-        self.writer, self.require_lock = EventWriter(folder), require_lock
+    def __init__(self, study: Study, writer: EventWriter, executor: Executor, progress: Progress) -> None:
+        self.study, self.writer, self.folder, self.executor, self.progress = study, writer, writer.folder, executor, progress
         self.concurrency = executor.concurrency(study)
 
     def phases(self) -> str:
@@ -233,9 +226,9 @@ class _StudyRun:
             asha.grace_steps if asha else None,
             study.import_path,
         )
-        recorder = StudyRecorder(self.folder, self.progress, steps, self.require_lock, study.objective.maximize)
+        recorder = StudyRecorder(self.writer, self.progress, steps, study.objective.maximize)
         self.executor.run(Phase(name, spec, self.concurrency, asha), search, recorder)
-        if recorder.unfinished and not search.failure:
+        if recorder.unfinished and not (search.failure or recorder.has_failed_baseline):
             # Ray handles Ctrl-C itself, saves its state and returns normally.
             raise KeyboardInterrupt(f"{len(recorder.unfinished)} trials were still running")
 
@@ -307,7 +300,7 @@ def confirm_again(
         if differences(recorded, found):
             return found, []
         progress.phase(f"confirming {name} again: {len(seeds)} seeds, {steps} steps")
-        _StudyRun(study, folder, executor, progress).confirm_settings([(name, setting)], seeds, steps)
+        _StudyRun(study, EventWriter(folder), executor, progress).confirm_settings([(name, setting)], seeds, steps)
     return found, folder.trials()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
@@ -60,9 +60,10 @@ class Event:
 
 @dataclass(frozen=True)
 class EventWriter:
-    """Appends events to the study's folder. Stateless, so it can be pickled."""
+    """Appends events to the study's folder. require_lock: raises UserError if another process has taken over the study."""
 
     folder: StudyFolder
+    require_lock: Callable[[], None] = lambda: None
 
     def study_started(self, name: str, study_sha256: str = "", note: str = "") -> None:
         """Written at the start and at every resume. The first one identifies the study. `note` is Markdown."""
@@ -109,6 +110,7 @@ class EventWriter:
         self._add("end", reason=reason)
 
     def _add(self, event: str, **values: Any) -> None:
+        self.require_lock()
         self.folder.add_event({"event": event, "time_ms": time.time_ns() // 1_000_000, **values})
 
 

@@ -86,7 +86,6 @@ class StudyLock:
     def __init__(self, folder: Path, *, heartbeat_s: float = HEARTBEAT_S, max_silence_s: float = MAX_SILENCE_S) -> None:
         self.folder, self.heartbeat_s, self.max_silence_s = folder, heartbeat_s, max_silence_s
         self.file = folder / LOCK_FILE
-        self.is_lost = False  # another process took it over, since this one was silent for too long
         self._owner: Owner | None = None
         self._descriptor = -1
         self._stop = threading.Event()
@@ -104,6 +103,15 @@ class StudyLock:
         self._heart.join(timeout=self.heartbeat_s)  # an unreachable file server must not block the exit
         os.close(self._descriptor)
         _remove(self.file, self._owner.token)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process took over, since this one was silent for too long. Reads the file."""
+        try:
+            found = _read(self.file)
+        except OSError:  # the file server is unreachable
+            return False
+        return found is None or self._owner is None or found.identity != self._owner.token
 
     def require_held(self) -> None:
         """Raises UserError if the lock was lost, so that this process stops writing into the study."""
@@ -167,12 +175,8 @@ class StudyLock:
     def _beat(self) -> None:
         """Touches the file through its descriptor, so never the file of a later owner."""
         while not self._stop.wait(self.heartbeat_s):
-            try:
+            with suppress(OSError):  # the file server is unreachable
                 os.utime(self._descriptor)
-                found = _read(self.file)
-            except OSError:  # the file server is unreachable
-                continue
-            self.is_lost = found is None or self._owner is None or found.identity != self._owner.token
 
 
 def _create(path: Path) -> tuple[Owner, int]:
