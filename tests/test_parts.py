@@ -21,6 +21,7 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.before_launch.command.starts import StartJob
 from tune_ssim.cli.launch import run
+from tune_ssim.orchestration.nodes import NodesProcess
 from tune_ssim.orchestration.ray_cluster import spread
 from tune_ssim.orchestration.ray_starts import take_on_ray
 from tune_ssim.orchestration.run_study import run_study
@@ -28,6 +29,7 @@ from tune_ssim.orchestration.trainable import TrialResources
 from tune_ssim.orchestration.workers import WorkersTask, together
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.trials.checkpoint import TENSORS, save_checkpoint
+from tune_ssim.trials.command.process import Invocation
 from tune_ssim.trials.training import Abilities
 from tune_ssim.trials.trial import Trial, TrialPlan
 
@@ -223,6 +225,18 @@ def test_two_torchruns_on_two_nodes_are_pruned_and_leave_nothing(tmp_path: Path)
     logs = list((folder.path / "work").rglob("output*.log"))
     text = {log.parent.name + log.name: log.read_text() for log in logs}
     assert any("rank 0 of 2" in one for one in text.values()) and any("rank 1 of 2" in one for one in text.values())
+
+
+def test_when_a_node_dies_the_others_are_ended_even_if_nobody_calls_stop(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    code = f"import os, time; open({str(pids)!r} + f'/{{os.getpid()}}', 'w').close(); time.sleep(600)"
+    argv = [sys.executable, "-c", code]
+    process = NodesProcess(2, 1, 0, lambda node: Invocation(argv, {}, None, 0.5), lambda data: None, tmp_path)
+    assert wait_for(lambda: len(alive(pids)) == 2, 60)
+    ray.kill(process._runners[1])
+    assert process.wait(60) and "a node died" in process.describe_exit()
+    assert wait_for(lambda: not alive(pids), 30), alive(pids)
 
 
 def test_a_killed_driver_leaves_nothing_on_any_node(tmp_path: Path, cluster: Cluster) -> None:

@@ -11,7 +11,9 @@ from small_task import SmallTask
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
 from tune_ssim.tasks.fundus_sr import FundusSR
+from tune_ssim.trials.job import BaselineFile, TrialJob
 from tune_ssim.trials.trial import Trial, TrialPlan
+from tune_ssim.trials.trial_run import TrialRun, TrialSpec
 
 ALL: tuple[Guard, ...] = (NormRatio(), SmokeTest(at=(0, 10, 20)), NonFinite())
 STEPS = 40
@@ -86,6 +88,29 @@ def test_non_finite_and_exceptions_of_the_training(baseline: Baseline) -> None:
     assert (made.verdict.violation.guard, made.verdict.violation.step) == ("non_finite", 5)
     with pytest.raises(RuntimeError, match="the training broke"):
         trial(baseline=baseline, fault="raise_at_5").advance()
+
+
+class FailsAfterwards(SmallTask):
+    """A process whose end, or the look at the files that it wrote, fails."""
+
+    reports_after_last_step = True
+
+    def close(self, verdict: str = "", reason: str = "") -> None:
+        raise OSError("stale file handle")
+
+
+@pytest.mark.parametrize(("weight", "verdict"), [(300.0, "pruned"), (1.0, "safe")])
+def test_the_first_verdict_stands_if_the_training_fails_afterwards(
+    tmp_path: Path, baseline: Baseline, weight: float, verdict: str
+) -> None:
+    file = tmp_path / baseline.sha256
+    file.write_bytes(baseline.to_bytes())
+    job = TrialJob("t", {"ssim_loss_weight": weight}, baseline=BaselineFile(str(file), baseline.sha256))
+    run = TrialRun(TrialSpec(FailsAfterwards, TrialPlan(steps=STEPS, guards=ALL), result_every=STEPS), job)
+    with pytest.warns(UserWarning, match="t: the training's close: OSError: stale file handle"):
+        result = run.advance().result
+    assert result is not None and result.summary.verdict == verdict
+    assert any("after the verdict: OSError: stale file handle" in line for line in result.summary.warnings)
 
 
 def test_a_ruined_start_is_a_bad_setup_not_a_setting(baseline: Baseline) -> None:

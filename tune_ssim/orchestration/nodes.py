@@ -82,21 +82,22 @@ class NodesProcess:
         for index in range(nodes):
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index) if group else "SPREAD"
             self._runners.append(remote.options(scheduling_strategy=where).remote())
-        host, port = ray.get(self._runners[0].address.remote())
         self.exit_code: int | None = None
         self.failure: BaseException | None = None  # exception of `on_output`
         self._words, self._on_output = "", on_output
         self._ended, self._stopping = threading.Event(), threading.Event()
-        starts = []
-        for rank, runner in enumerate(self._runners):
-            what = render({"nodes": nodes, "node_rank": rank, "master_addr": host, "master_port": port})
-            starts.append(runner.start.remote(what, folder / f"output.node-{rank}.log" if rank else None))
         try:
+            host, port = ray.get(self._runners[0].address.remote())
+            starts = []
+            for rank, runner in enumerate(self._runners):
+                what = render({"nodes": nodes, "node_rank": rank, "master_addr": host, "master_port": port})
+                starts.append(runner.start.remote(what, folder / f"output.node-{rank}.log" if rank else None))
             ray.get(starts)
-        except Exception as error:
+        except BaseException as error:
             self._kill()
-            cause = getattr(error, "cause", error)
-            raise UserError(str(cause)) from None
+            if isinstance(error, Exception):
+                raise UserError(str(getattr(error, "cause", error))) from None
+            raise
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -109,20 +110,27 @@ class NodesProcess:
 
     def stop(self) -> None:
         self._stopping.set()
-        self._ended.wait()
-        self._kill()
+        try:
+            self._ended.wait()
+        finally:
+            self._kill()
 
     def describe_exit(self) -> str:
         return self._words
 
     def _watch(self) -> None:
+        try:
+            self._watch_nodes()
+        except RayError as error:
+            self._words = f"a node died ({str(error).splitlines()[0]})"
+            self._kill()  # at once: an interrupted caller may never call `stop`
+        finally:
+            self._ended.set()
+
+    def _watch_nodes(self) -> None:
         asked = False
         while True:
-            try:
-                looks = ray.get([runner.look.remote() for runner in self._runners])
-            except RayError as error:
-                self._words = f"a node died ({str(error).splitlines()[0]})"
-                break
+            looks = ray.get([runner.look.remote() for runner in self._runners])
             if self.failure is None:
                 try:
                     self._on_output(looks[0][0])
@@ -139,9 +147,8 @@ class NodesProcess:
             if all(look[1] for look in looks):
                 if self.exit_code is None:
                     self.exit_code, self._words = looks[0][2], looks[0][3]
-                break
+                return
             time.sleep(POLL_S)
-        self._ended.set()
 
     def _kill(self) -> None:
         """Kills the actors. Their commands have ended, or end with them."""

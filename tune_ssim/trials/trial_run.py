@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,15 +159,15 @@ class TrialRun:
             self.trial.save(folder)
 
     @property
-    def has_ended(self) -> bool:
-        return self.failure is not None or (self.trial is not None and self.trial.verdict is not None)
+    def _judgement(self) -> Judgement | None:
+        return self.failure or (self.trial.verdict if self.trial else None)
 
     def advance(self) -> TrialReport:
         """Trains until there is something to report."""
         report = TrialReport()
         if self.failure is None:
             self._guarded(lambda: self._advance(report))
-        judgement = self.failure or (self.trial.verdict if self.trial else None)
+        judgement = self._judgement
         if judgement is not None:
             report.result = self._result(judgement)
             if judgement.verdict == Verdict.PRUNED and self.trial is not None and self._is_started:
@@ -228,27 +228,33 @@ class TrialRun:
     def close(self) -> None:
         """Ends what the training runs outside this process."""
         if self.training is not None:
-            self.training.close()
+            try:
+                self.training.close()
+            except Exception as error:  # the trial has its verdict
+                warnings.warn(f"{self.job.trial_id}: the training's close: {type(error).__name__}: {error}", stacklevel=2)
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
-        """The result of `action`. An exception becomes the verdict, with its location; the trial's result has the traceback."""
+        """The result of `action`. An exception becomes the verdict, with its location; the trial's result has the traceback.
+        After a verdict it becomes a warning of the trial."""
         try:
             return action()
         except UserError as error:
-            self.failure = Judgement(Verdict.ERROR, str(error))
+            found = Judgement(Verdict.ERROR, str(error))
         except BadSetup as finding:
-            self.failure = Judgement(Verdict.BAD_SETUP, str(finding))
+            found = Judgement(Verdict.BAD_SETUP, str(finding))
         except self._pass_through:
             raise
         except Exception as error:
             self._traceback = traceback.format_exc()
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"
-            self.failure = Judgement(Verdict.ERROR, f"{type(error).__name__}: {error} ({where})")
-        finally:
-            if self.failure is not None:
-                with suppress(Exception):  # the training has already failed
-                    self.close()
+            found = Judgement(Verdict.ERROR, f"{type(error).__name__}: {error} ({where})")
+        if self.trial is not None and self._judgement is not None:
+            self.trial.remarks += (f"after the verdict: {found.reason}",)
+        else:
+            self.failure = found
+        self.close()
+        return None
 
 
 def _pruned_before(refusal: Refusal) -> Judgement:
