@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from tune_ssim.orchestration.run_study import run_study
+from tune_ssim.orchestration.phases import run_study
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.study import load_study
 from tune_ssim.trials.training import Sample, Training

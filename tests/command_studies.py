@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tune_ssim.orchestration.run_study import run_study
+from tune_ssim.orchestration.phases import run_study
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.study import load_study
 from tune_ssim.trials.summary import TrialSummary

@@ -236,6 +236,13 @@ def test_no_public_name_is_a_submodules_name(package: object) -> None:
     assert set(package.__all__) - {"__version__"} == set(package._MODULE_OF)
 
 
+def test_no_public_name_is_its_modules_name() -> None:
+    for name, file in modules().items():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            is_named = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == file.stem
+            assert not is_named, f"{name}.{file.stem}"
+
+
 def test_public_names_resolve_after_every_submodule_was_imported() -> None:
     code = """
 import importlib, json, sys, types

@@ -16,7 +16,7 @@ from small_studies import SMALL, TESTS
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import append_line
-from tune_ssim.orchestration.run_study import run_study
+from tune_ssim.orchestration.phases import run_study
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.study import Study, load_study
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from test_cli import tune_ssim
 
-from tune_ssim.orchestration.verification import file_differences, read_export
 from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.verification import file_differences, read_export
 
 OLD = Path(__file__).parent / "old_studies"
 EXPECTED = OLD / "expected"
@@ -50,6 +50,14 @@ def test_export_and_its_proof(storage: Path) -> None:
 
 def test_an_export_can_be_verified() -> None:
     assert file_differences(read_export(EXPECTED / "export.json")) == []
+
+
+def test_on_a_cluster_it_needs_a_folder_that_every_node_reaches(tmp_path: Path) -> None:
+    done = tune_ssim("verify", str(EXPECTED / "export.json"), "--address", "127.0.0.1:9", cwd=tmp_path, TUNE_SSIM_STORAGE="")
+    assert done.returncode == 2
+    assert "--address needs --storage-path: a folder that every node of the cluster reaches" in done.stderr
+    done = tune_ssim("verify", str(EXPECTED / "export.json"), "--address", "127.0.0.1:9", "--storage-path", "shared", cwd=tmp_path)
+    assert "--address 127.0.0.1:9: " in done.stderr and list((tmp_path / "shared").iterdir()) == []
 
 
 def test_files_of_the_folder(storage: Path) -> None:

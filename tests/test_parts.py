@@ -22,9 +22,9 @@ from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.before_launch.command.starts import StartJob
 from tune_ssim.cli.launch import run
 from tune_ssim.orchestration.nodes import NodesProcess
+from tune_ssim.orchestration.phases import run_study
 from tune_ssim.orchestration.ray_cluster import spread
 from tune_ssim.orchestration.ray_starts import take_on_ray
-from tune_ssim.orchestration.run_study import run_study
 from tune_ssim.orchestration.trainable import TrialResources
 from tune_ssim.orchestration.workers import WorkersTask, together
 from tune_ssim.study.study import Study, load_study

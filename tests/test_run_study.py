@@ -22,15 +22,16 @@ from small_studies import SMALL
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.cli.launch import run
 from tune_ssim.guards import Baseline
+from tune_ssim.orchestration.phases import describe_plan, run_study
 from tune_ssim.orchestration.progress import NoProgress
 from tune_ssim.orchestration.ray_cluster import describe_cluster, require_reachable
-from tune_ssim.orchestration.run_study import describe_plan, run_study
-from tune_ssim.orchestration.verification import read_export, verify
+from tune_ssim.orchestration.verification import verify
 from tune_ssim.probes import tensor_contents
 from tune_ssim.results.export import exported_config, format_export
 from tune_ssim.results.proof import proof_of
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.study_lock import LOCK_FILE
+from tune_ssim.results.verification import read_export
 from tune_ssim.results.winner import best_safe, confirmations
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.tasks.fundus_sr import WEIGHTS, FundusSR

@@ -130,7 +130,7 @@ def _inspect(study: Any, address: str | None, phase: str, steps: int | None = No
 
             found = inspect_here(study, **wanted)
         else:
-            from tune_ssim.orchestration.run_study import inspect_on
+            from tune_ssim.orchestration.phases import inspect_on
 
             found = inspect_on(study, address=address, **wanted)
     return dict(jsonable(found[phase]))

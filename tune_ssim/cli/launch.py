@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_ssim.orchestration.run_study import run_study
+from tune_ssim.orchestration.phases import run_study
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.study import Study
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(study: Study, *, storage: Path, console: Console | None = None, **options: Any) -> StudyFolder:
-    """Runs a study; for the options see `orchestration.run_study.run_study`. console: None is the terminal."""
+    """Runs a study; for the options see `orchestration.phases.run_study`. console: None is the terminal."""
     from tune_ssim.cli.live_table import LiveTable
 
     with LiveTable(None, console) as table:

@@ -172,9 +172,17 @@ def export(name: str | None, form: str, output: str | None, unproven: bool, stor
 @click.command()
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--address", help="A running Ray cluster (`auto`, HOST:PORT).  [default: a local one]")
+@click.option(
+    "--storage-path",
+    "storage",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="TUNE_SSIM_STORAGE",
+    help="For the files of the trials; with --address every node must reach it.  [default: $TUNE_SSIM_STORAGE, else temporary]",
+)
 @click.option("--in-process", is_flag=True, help="Without Ray, trial by trial in this process.")
 @click.option("--json", "as_json", is_flag=True, help="What was found, as one object.")
-def verify(file: Path, address: str | None, in_process: bool, as_json: bool) -> None:
+def verify(file: Path, address: str | None, storage: Path | None, in_process: bool, as_json: bool) -> None:
     """Check an export again: same code, weights, data and setting, and does it still hold?
 
     FILE: written by `tune-ssim export --format json` or yaml. Compares the hashes in it with what is here, then runs the
@@ -182,14 +190,20 @@ def verify(file: Path, address: str | None, in_process: bool, as_json: bool) -> 
     """
     from tune_ssim.cli.live_table import LiveTable
     from tune_ssim.guards.verdict import Role
-    from tune_ssim.orchestration.verification import read_export, version_notes
     from tune_ssim.orchestration.verification import verify as verify_export
+    from tune_ssim.results.verification import read_export, version_notes
 
     exported = read_export(file)
     for line in version_notes(exported):
         click.echo(f"note: {line}", err=True)
     with LiveTable(None, make_console(to_stderr=as_json)) as table:
-        found, trials = verify_export(exported, address=address, in_process=in_process, progress=table)
+        found, trials = verify_export(
+            exported,
+            address=address,
+            storage=storage and storage.absolute(),
+            in_process=in_process,
+            progress=table,
+        )
     if as_json:
         report = {"file": str(file), "holds": not found, "differences": found, "trials": [trial.to_dict() for trial in trials]}
         print_json(report)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HEAT_MAP = "calibration.png"
 
 
-def before_launch(study: Study, folder: StudyFolder, writer: EventWriter, progress: Progress, executor: Executor) -> None:
+def check_before_launch(study: Study, folder: StudyFolder, writer: EventWriter, progress: Progress, executor: Executor) -> None:
     """Runs the phases before the first trial, unless a resumed study has completed them. Raises BadSetup if they find a fault."""
     if (folder.path / PROVENANCE).exists():
         _require_clean(folder)

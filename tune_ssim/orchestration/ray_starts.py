@@ -13,7 +13,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tune_ssim.before_launch.command.starts import Start, StartJob
-from tune_ssim.before_launch.command.take_start import take_start
+from tune_ssim.before_launch.command.take_start import take_one
 from tune_ssim.orchestration.nodes import NodesProcess
 from tune_ssim.orchestration.trainable import TrialResources
 from tune_ssim.study.study import Study
@@ -51,4 +51,4 @@ def _take(study: Study, resources: TrialResources, job: StartJob) -> Start:
         return task  # type: ignore[no-any-return]
 
     with tempfile.TemporaryDirectory(prefix="tune-ssim-start-") as folder:
-        return take_start(make, job, study.name, Path(folder))
+        return take_one(make, job, study.name, Path(folder))

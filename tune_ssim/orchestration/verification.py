@@ -2,139 +2,63 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from typing import Any
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.guards.verdict import Role, Verdict
-from tune_ssim.orchestration.run_study import confirm_again
-from tune_ssim.results.export import versions
-from tune_ssim.results.proof import comparison, differences, seals
-from tune_ssim.results.winner import holds
+from tune_ssim.base.files import write_atomically
+from tune_ssim.orchestration.phases import StudyRun, make_executor
+from tune_ssim.orchestration.progress import NoProgress, Progress
+from tune_ssim.results.events import EventWriter
+from tune_ssim.results.proof import differences
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.verification import file_differences, result_differences
 from tune_ssim.study.study import Study, load_study
-
-if TYPE_CHECKING:
-    from tune_ssim.orchestration.progress import Progress
-    from tune_ssim.trials.summary import TrialSummary
-
-
-class _Horizon(BaseModel):
-    steps: Annotated[int, Field(ge=1)]
-
-
-class _Comparison(BaseModel):
-    mean: float
-    interval: tuple[float, float]
-
-
-class _Proof(BaseModel):
-    """The fields of a proof that verification needs. Further fields are allowed."""
-
-    unproven: list[str]
-    setting: dict[str, Any]
-    study: Annotated[dict[str, Any], Field(min_length=1)]
-    provenance: Annotated[dict[str, str], Field(min_length=1)]
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
-    horizon: _Horizon
-    objective: str
-    comparison: dict[str, _Comparison]
-
-
-class _Export(BaseModel):
-    trial_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
-    config: dict[str, Any]
-    exported_with: dict[str, Any]
-    seals: dict[str, str]
-    proof: _Proof
-
-    @model_validator(mode="after")
-    def _objective_was_compared(self) -> _Export:
-        if not self.proof.unproven and self.proof.objective not in self.proof.comparison:
-            raise ValueError(f"proof.comparison has no {self.proof.objective!r}")
-        if len(set(self.proof.seeds)) < len(self.proof.seeds):
-            raise ValueError("proof.seeds has a seed twice")
-        return self
-
-
-def read_export(path: Path) -> dict[str, Any]:
-    """Reads an export in JSON or YAML with a complete proof. Raises UserError for any other file."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        exported = json.loads(text) if text.lstrip().startswith("{") else YAML(typ="safe", pure=True).load(text)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, YAMLError, RecursionError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: neither JSON nor YAML: {detail}") from None
-    if not isinstance(exported, dict) or not isinstance(exported.get("proof"), dict):
-        raise UserError(f"{path}: not an export of `tune-ssim export --format json` (or yaml): it has no proof")
-    unproven = exported["proof"].get("unproven")
-    if isinstance(unproven, list) and unproven:
-        raise UserError(f"{path}: nothing to verify, it was exported as unproven: {'; '.join(map(str, unproven))}")
-    try:
-        _Export.model_validate(exported)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        words = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {place}: {words}" if place else f"{path}: {words}") from None
-    return dict(exported)
-
-
-def file_differences(exported: Mapping[str, Any]) -> list[str]:
-    """What was edited in the file since the export: settings with their values, everything else by its path."""
-    config, confirmed = exported["config"], exported["proof"]["setting"]
-    lines = [
-        f"setting: {key} is {config.get(key)!r}, {confirmed.get(key)!r} was confirmed"
-        for key in sorted({*config, *confirmed})
-        if config.get(key) != confirmed.get(key)
-    ]
-    changed = [line.split(" ")[0] for line in differences(exported["seals"], seals(exported))]
-    return lines + [f"{name} is not what was exported" for name in changed if not (lines and name in ("config", "proof.setting"))]
-
-
-def version_notes(exported: Mapping[str, Any]) -> list[str]:
-    """Libraries whose version differs here: not a fault, but a possible cause of a different result."""
-    here = versions()
-    return [
-        f"{name} was {was}, here it is {here.get(name)}" for name, was in exported["exported_with"].items() if here.get(name) != was
-    ]
+from tune_ssim.trials.summary import TrialSummary
 
 
 def verify(
-    exported: Mapping[str, Any], *, address: str | None = None, in_process: bool = False, progress: Progress | None = None
+    exported: Mapping[str, Any],
+    *,
+    address: str | None = None,
+    storage: Path | None = None,
+    in_process: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[list[str], list[TrialSummary]]:
     """The differences from the proof, one line each, and the trials of the repeated confirmation.
 
-    If anything differs beforehand, the confirmation is not run, since it would prove something else."""
-    lines = file_differences(exported)
-    if lines:
+    If anything differs beforehand, the confirmation is not run, since it would prove something else. storage: a folder for the
+    files of its trials, which are removed afterwards; None: one on this machine. On a cluster every node must reach it, so
+    `address` without it raises UserError."""
+    if address is not None and storage is None:
+        raise UserError("--address needs --storage-path: a folder that every node of the cluster reaches under the same path")
+    if lines := file_differences(exported):
         return lines, []
-    proof = exported["proof"]
+    if storage is not None:
+        storage.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="tune-ssim-verify-", dir=storage) as folder:
+        return _confirm_again(exported, Path(folder), address, in_process, progress or NoProgress())
+
+
+def _confirm_again(
+    exported: Mapping[str, Any], storage: Path, address: str | None, in_process: bool, progress: Progress
+) -> tuple[list[str], list[TrialSummary]]:
+    proof, trial_id = exported["proof"], exported["trial_id"]
+    seeds, steps = proof["seeds"], proof["horizon"]["steps"]
     study = _study(proof)
-    with TemporaryDirectory(prefix="tune-ssim-verify-") as folder:
-        found, trials = confirm_again(
-            study,
-            proof["setting"],
-            exported["trial_id"],
-            seeds=proof["seeds"],
-            steps=proof["horizon"]["steps"],
-            recorded=proof["provenance"],
-            storage=Path(folder),
-            address=address,
-            in_process=in_process,
-            progress=progress,
-        )
-    lines = differences(proof["provenance"], found)
-    return (lines, trials) if lines else (_result_differences(proof, trials), trials)
+    folder = StudyFolder(storage / study.name).create()
+    write_atomically(folder.study_file, study.to_yaml().encode())
+    with make_executor(study, address, in_process) as executor:
+        found = executor.inspect(study, preflight=False, calibration=False, provenance=True)["provenance"]
+        if lines := differences(proof["provenance"], found):
+            return lines, []
+        progress.phase(f"confirming {trial_id} again: {len(seeds)} seeds, {steps} steps")
+        run = StudyRun(study, EventWriter(folder), executor, progress)
+        run.confirm_settings([(trial_id, proof["setting"])], seeds, steps)
+    trials = folder.trials()
+    return result_differences(proof, trials), trials
 
 
 def _study(proof: Mapping[str, Any]) -> Study:
@@ -142,18 +66,3 @@ def _study(proof: Mapping[str, Any]) -> Study:
         return load_study({**proof["study"], "tracking": None})
     except UserError as error:
         raise UserError(f"the study in the proof cannot be read by this version: {error}") from None
-
-
-def _result_differences(proof: Mapping[str, Any], trials: list[TrialSummary]) -> list[str]:
-    confirmed = [trial for trial in trials if trial.role == Role.CONFIRM]
-    lines = [f"{trial.trial_id} is {trial.verdict}: {trial.reason}" for trial in trials if trial.verdict != Verdict.SAFE]
-    if lines:
-        return lines
-    objective = proof["objective"]
-    if not holds(confirmed, objective):
-        return [f"{objective} no longer beats the baseline"]
-    recorded, again = proof["comparison"][objective], comparison(confirmed)[objective]
-    low, high = recorded["interval"]
-    if not low <= again["mean"] <= high:
-        return [f"{objective} is {again['mean']:+.4f} now, outside the interval [{low:+.4f}, {high:+.4f}] that was recorded"]
-    return []

@@ -117,14 +117,14 @@ class TrialContext:
 
     def _send_samples(self, channel: TrainingEnd, step: int, sample: Sample, numbers: Mapping[str, float]) -> None:
         from tune_ssim.trials.sample_check import require_range
-        from tune_ssim.trials.sample_grid import sample_grid
+        from tune_ssim.trials.sample_grid import draw_grid
         from tune_ssim.trials.trial import statistics_of
 
         if doubt := require_range(sample):
             warnings.warn(doubt, stacklevel=3)
         found = {f"smoke/{name}": value for name, value in statistics_of(sample).items()}
         if len(sample.images):
-            channel.save_image(step, sample_grid(sample))
+            channel.save_image(step, draw_grid(sample))
         self._send_record(step, {**found, **numbers})
 
     def due(self, step: int) -> bool:

@@ -12,7 +12,7 @@ from tune_ssim.trials.training import Sample
 COLUMNS, GAP, ENLARGE = 8, 2, 2
 
 
-def sample_grid(sample: Sample) -> bytes:
+def draw_grid(sample: Sample) -> bytes:
     """PNG of the first 8 images. Rows, where available: input (nearest neighbour), target, VAE, sample.
 
     Non-finite pixels are magenta."""

@@ -40,7 +40,7 @@ from tune_ssim.records import (
 )
 from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint, tensors_of
 from tune_ssim.trials.sample_check import require_kind, require_range
-from tune_ssim.trials.sample_grid import sample_grid
+from tune_ssim.trials.sample_grid import draw_grid
 from tune_ssim.trials.training import AUXILIARY_KEYS, Number, Sample, as_training, same_setting
 
 MIN_HARM = 0.05  # harm of a trial ruined close to its end: above zero, below the harm of any early prune
@@ -414,7 +414,7 @@ class Trial:
         require_range(sample)
         values = statistics_of(sample)
         if self.plan.image_grids:
-            self.images[self.step] = sample_grid(sample)
+            self.images[self.step] = draw_grid(sample)
         record = {SMOKE + name: value for name, value in values.items()}
         start = self.watch.state_of(guard.name)["start"] or values
         if (

@@ -22,7 +22,7 @@ from tune_ssim.trials.command.command_task import CommandTask
 OUTPUT_LINES = 2000  # of the program's start, searched for warnings
 
 
-def take_start(make: Callable[[], CommandTask], job: StartJob, study: str, folder: Path) -> Start:
+def take_one(make: Callable[[], CommandTask], job: StartJob, study: str, folder: Path) -> Start:
     """Starts the command, reads `job.steps` training steps and ends it. A command that fails is a `Start` with its failure.
 
     folder: for its files; what it writes there can be deleted afterwards."""
@@ -88,4 +88,4 @@ def _head(log: Path) -> tuple[str, ...]:
 
 def take_here(make: Callable[[], CommandTask], study: str, folder: Path, jobs: Sequence[StartJob]) -> list[Start]:
     """A `Take` once its first three arguments are bound: one start after the other on this machine."""
-    return [take_start(make, job, study, folder) for job in jobs]
+    return [take_one(make, job, study, folder) for job in jobs]

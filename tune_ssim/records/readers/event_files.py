@@ -58,7 +58,7 @@ class EventFiles(Source):
 
     def _files(self) -> list[Path]:
         if self.path.is_dir():
-            return event_files(self.path) or [file for run in runs_inside(self.path) for file in event_files(run)]
+            return find_event_files(self.path) or [file for run in runs_inside(self.path) for file in find_event_files(run)]
         return [self.path] if self.path.exists() else []
 
     def _read(self, path: Path) -> Iterator[list[Record]]:
@@ -127,7 +127,7 @@ class EventFiles(Source):
         self.issues.skip(self.issues.lines, "", reason)
 
 
-def event_files(folder: Path) -> list[Path]:
+def find_event_files(folder: Path) -> list[Path]:
     """The event files directly in a folder, ordered by the timestamps in their names."""
     found = [file for file in folder.iterdir() if FILE_NAME.search(file.name) and file.is_file()]
     return sorted(found, key=lambda file: (int(FILE_NAME.search(file.name)[1]), file.name))  # type: ignore[index]
@@ -139,7 +139,7 @@ def runs_inside(folder: Path) -> list[Path]:
 
 def require_one_run(folder: Path) -> None:
     """Raises UserError unless `folder` has exactly one run: event files directly in it, or in one subfolder."""
-    if event_files(folder):
+    if find_event_files(folder):
         return
     inside = runs_inside(folder)
     if len(inside) > 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
-from tune_ssim.records.readers.event_files import HEADER, EventFiles, event_files, is_event_file, require_one_run
+from tune_ssim.records.readers.event_files import HEADER, EventFiles, find_event_files, is_event_file, require_one_run
 from tune_ssim.records.readers.json_file import JsonFile, holds_document, holds_lines
 from tune_ssim.records.readers.line_file import LineFile
 from tune_ssim.records.readers.parser import LINE_FORMATS, LineParser
@@ -126,7 +126,7 @@ class DetectedSource(Source):
 
     def _choose(self, is_complete: bool) -> Source | None:
         if self.path.is_dir():
-            return EventFiles(self.path, self._names) if event_files(self.path) else None
+            return EventFiles(self.path, self._names) if find_event_files(self.path) else None
         start = _beginning(self.path, START_BYTES)
         if not start or (len(start) < HEADER and not is_complete):
             return None

@@ -13,13 +13,12 @@ from tune_ssim.base.files import check_name, write_atomically
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.guards.baseline_log import baseline_of_log, describe, require_steps
 from tune_ssim.guards.verdict import Role, Verdict
-from tune_ssim.orchestration.before_launch import before_launch, norm_model
+from tune_ssim.orchestration.before_launch import check_before_launch, norm_model
 from tune_ssim.orchestration.executor import Executor, Phase
 from tune_ssim.orchestration.in_process import InProcessExecutor
 from tune_ssim.orchestration.progress import NoProgress, Progress
 from tune_ssim.orchestration.recorder import StudyRecorder
 from tune_ssim.results.events import EventWriter
-from tune_ssim.results.proof import differences
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.study_lock import LOCK_FILE, StudyLock
 from tune_ssim.results.trial_text import format_setting
@@ -65,10 +64,10 @@ def run_study(
     folder.create()
     if resume:
         _require_same_study(study, load_study(folder.study_file), folder)
-    with StudyLock(folder.path) as lock, _executor(study, address, in_process) as executor:
+    with StudyLock(folder.path) as lock, make_executor(study, address, in_process) as executor:
         # Also on resume: more trials, or other resources, belong to what the study is now.
         write_atomically(folder.study_file, study.to_yaml().encode())
-        run = _StudyRun(study, EventWriter(folder, lock.require_held), executor, progress)
+        run = StudyRun(study, EventWriter(folder, lock.require_held), executor, progress)
         run.writer.study_started(folder.name, study.sha256)
         run.writer.file("study.yaml")
         mirror = None
@@ -94,7 +93,7 @@ def run_study(
     return folder
 
 
-def _executor(study: Study, address: str | None, in_process: bool) -> Executor:
+def make_executor(study: Study, address: str | None, in_process: bool) -> Executor:
     if in_process:
         return InProcessExecutor()
     from tune_ssim.orchestration.ray_executor import RayExecutor
@@ -102,7 +101,7 @@ def _executor(study: Study, address: str | None, in_process: bool) -> Executor:
     return RayExecutor(study, address)
 
 
-class _StudyRun:
+class StudyRun:
     """One start of a study. A resumed study goes through all its phases again. Trials that have ended are replayed to the search
     instead of run, so that a study can be resumed after a stop at any moment of any phase."""
 
@@ -114,7 +113,7 @@ class _StudyRun:
         """Runs all phases. Returns why the study ended early, if it did. Raises BadSetup or UserError if it failed as a whole."""
         study = self.study
         self.progress.say(self.executor.describe())
-        before_launch(study, self.folder, self.writer, self.progress, self.executor)
+        check_before_launch(study, self.folder, self.writer, self.progress, self.executor)
         self.progress.phase(f"{self.folder.name}: {describe_plan(study.baseline_seeds, study.search.trials, self.concurrency)}")
         failure = self.search()
         self._require_sound(lambda trial: not trial.trial_id.startswith(PREFIX))
@@ -272,36 +271,8 @@ def describe_plan(baselines: int, trials: int, concurrency: int) -> str:
 
 def inspect_on(study: Study, *, address: str, **phases: Any) -> dict[str, Any]:
     """Preflight, calibration or provenance, run on a cluster, for the verbs that inspect a study before launch."""
-    with _executor(study, address, in_process=False) as executor:
+    with make_executor(study, address, in_process=False) as executor:
         return executor.inspect(study, **phases)
-
-
-def confirm_again(
-    study: Study,
-    setting: Mapping[str, Any],
-    name: str,
-    *,
-    seeds: Sequence[int],
-    steps: int,
-    recorded: Mapping[str, str],
-    storage: Path,
-    address: str | None = None,
-    in_process: bool = False,
-    progress: Progress | None = None,
-) -> tuple[dict[str, str], list[TrialSummary]]:
-    """Runs one setting through the confirm phase, for `tune-ssim verify`. Returns (hashes of code, weights and data now, trials).
-
-    recorded: the expected hashes. If they differ no trial is run, since it would prove something else."""
-    progress = progress or NoProgress()
-    folder = StudyFolder(storage / study.name).create()
-    write_atomically(folder.study_file, study.to_yaml().encode())
-    with _executor(study, address, in_process) as executor:
-        found = executor.inspect(study, preflight=False, calibration=False, provenance=True)["provenance"]
-        if differences(recorded, found):
-            return found, []
-        progress.phase(f"confirming {name} again: {len(seeds)} seeds, {steps} steps")
-        _StudyRun(study, EventWriter(folder), executor, progress).confirm_settings([(name, setting)], seeds, steps)
-    return found, folder.trials()
 
 
 def _folder(study: Study, storage: Path, name: str | None, resume: bool) -> StudyFolder:
