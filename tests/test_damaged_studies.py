@@ -50,16 +50,16 @@ def test_the_command_line_names_the_line(tmp_path: Path, arguments: list[str]) -
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"verdict": "great"}, "verdict 'great' is not one of safe, degraded, stopped, pruned, bad_setup, error"),
-        ({"verdict": None}, "verdict is missing"),
-        ({"role": "king"}, "role 'king' is not one of baseline, search, confirm"),
-        ({"config": [1]}, "config must be an object, got '[1]'"),
-        ({"config": {"ssim_loss_weight": "much"}}, "config.ssim_loss_weight must be a number, got 'much'"),
-        ({"metrics": {"delta_ssim": "much"}}, "metrics.delta_ssim must be a number, got 'much'"),
-        ({"metrics": {"delta_ssim": 10**400}}, "metrics.delta_ssim must be a number"),
-        ({"steps": "200"}, "steps must be a whole number, got '200'"),
-        ({"seed": True}, "seed must be a whole number"),
-        ({"trial_id": 7}, "trial_id must be text"),
+        ({"verdict": "great"}, "verdict: must be one of 'safe', 'degraded', 'stopped', 'pruned', 'bad_setup', 'error', got 'great'"),
+        ({"verdict": None}, "verdict: must be one of 'safe', 'degraded', 'stopped', 'pruned', 'bad_setup', 'error', got nothing"),
+        ({"role": "king"}, "role: must be one of 'baseline', 'search', 'confirm', got 'king'"),
+        ({"config": [1]}, "config: must be a mapping, got [1]"),
+        ({"config": {"ssim_loss_weight": "much"}}, "config.ssim_loss_weight: must be a number, got 'much'"),
+        ({"metrics": {"delta_ssim": "much"}}, "metrics.delta_ssim: must be a number, got 'much'"),
+        ({"metrics": {"delta_ssim": 10**400}}, "metrics.delta_ssim: must be a number"),
+        ({"steps": "200"}, "steps: must be an integer, got '200'"),
+        ({"seed": True}, "seed: must be an integer"),
+        ({"trial_id": 7}, "trial_id: must be text, got 7"),
     ],
 )
 def test_a_trial_with_a_foreign_value(tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -406,14 +406,19 @@ def test_a_torn_line_is_passed_over_and_repaired(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["{}", '{"action": "quarantine", "id": "a"}', '{"action": "quarantine", "id": "a", "tensors": 3, "parents": []}']
+    ("line", "words"),
+    [
+        ("{}", "not a line of a quarantine ledger"),
+        ('{"action": "quarantine", "id": "a"}', "time is missing"),
+        ('{"action": "quarantine", "id": "a", "tensors": 3, "parents": []}', ".*tensors: must be a list, got 3"),
+    ],
 )
-def test_a_foreign_line_is_an_error_not_a_pass(tmp_path: Path, line: str) -> None:
+def test_a_foreign_line_is_an_error_not_a_pass(tmp_path: Path, line: str, words: str) -> None:
     ledger = Ledger(tmp_path)
     enter(ledger, small("a"), SOUND)
     with ledger.file.open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(UserError, match=f"{LEDGER}:2: not a line of a quarantine ledger"):
+    with pytest.raises(UserError, match=f"{LEDGER}:2: {words}"):
         ledger.check_hashes(small("a").hashes)
 
 

@@ -119,7 +119,7 @@ def _parsed(value: dict[str, Any], parse: Callable[[dict[str, Any]], T], where: 
     try:
         return parse(value)
     except (ValueError, KeyError, TypeError) as error:
-        problem = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        problem = f"{error.args[0]} is missing" if isinstance(error, KeyError) else "; ".join(str(error).splitlines())
         raise UserError(f"{where}: {problem}") from None
 
 

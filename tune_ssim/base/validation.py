@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -152,6 +152,26 @@ def checked(given: Any, valid: Iterable[str], build: Callable[[dict[str, Any]], 
         problems.found += problems_of(error)
     problems.check()
     return built
+
+
+def read_as(kind: type[T], value: Mapping[str, Any]) -> T:
+    """A JSON object that this package wrote, as a dataclass: null stands for the default, and other keys are dropped. Raises
+    Problems."""
+    own = [one for one in fields(kind) if one.name in value]  # type: ignore[arg-type]
+    has_default = {one.name for one in own if one.default is not MISSING or one.default_factory is not MISSING}
+    known = {one.name: value[one.name] for one in own if value[one.name] is not None or one.name not in has_default}
+    return build_dataclass(kind, known, known)
+
+
+def json_number(value: Any) -> float:
+    """Also "NaN" and "Infinity", which `jsonable` writes."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise problem(f"must be a number, got {describe(value)}") from None
+
+
+JsonNumber = Annotated[float, BeforeValidator(json_number)]
 
 
 def build_dataclass(kind: type[T], given: Any, valid: Iterable[str]) -> T:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import append_line, parse_json, parse_lines, read_lines, write_atomically
 from tune_ssim.base.tensor_file import Contents
+from tune_ssim.base.validation import JsonNumber, read_as
 from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
 
 DEFAULT_STORAGE = "tune_ssim_results"
@@ -43,7 +44,7 @@ class Skipped:
 
     stage: str
     config: Mapping[str, Any]
-    predicted_ratio: float
+    predicted_ratio: JsonNumber
     sentence: str
 
 
@@ -64,6 +65,18 @@ class StartingState:
 
     contents: tuple[Contents, ...]
     parents: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Preflight:
+    status: str
+    checks: list[Any]
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    model: dict[str, Any]
+    settings: list[Any]
 
 
 @dataclass(frozen=True)
@@ -127,17 +140,17 @@ class StudyFolder:
 
     def preflight(self) -> dict[str, Any] | None:
         """The report, or None if preflight was switched off. The next three work alike."""
-        return parse_json(self.path / PREFLIGHT, _with(status=str, checks=list))
+        return parse_json(self.path / PREFLIGHT, lambda report: report if read_as(_Preflight, report) else None)
 
     def calibration(self) -> dict[str, Any] | None:
-        return parse_json(self.path / CALIBRATION, _with(model=dict, settings=list))
+        return parse_json(self.path / CALIBRATION, lambda report: report if read_as(_Calibration, report) else None)
 
     def provenance(self) -> dict[str, str] | None:
         """Subject → SHA-256 of code, weights and data when the study ran."""
         return parse_json(self.path / PROVENANCE, _hashes)
 
     def start(self) -> StartingState | None:
-        return parse_json(self.path / START, _starting_state)
+        return parse_json(self.path / START, lambda value: read_as(StartingState, value))
 
     # -- results of trials
 
@@ -162,7 +175,8 @@ class StudyFolder:
         append_line(self.path / "checkpoints.jsonl", {"trial_id": trial_id, **checkpoint})
 
     def checkpoints(self, trial_id: str) -> list[WrittenCheckpoint]:
-        lines = parse_lines(self.path / "checkpoints.jsonl", _checkpoint, containing=json.dumps(trial_id))
+        file = self.path / "checkpoints.jsonl"
+        lines = parse_lines(file, lambda line: read_as(WrittenCheckpoint, line), containing=json.dumps(trial_id))
         return [line for line in lines if line.trial_id == trial_id]
 
     def add_trial(self, summary: TrialSummary) -> bool:
@@ -187,56 +201,20 @@ class StudyFolder:
         return found
 
 
+def _hashes(value: dict[str, Any]) -> dict[str, str]:
+    for name, digest in value.items():
+        if not isinstance(digest, str):
+            raise ValueError(f"{name} must be text, got {str(digest)[:60]!r}")
+    return value
+
+
 def read_skipped(log: Path) -> list[Skipped]:
     """The settings in a log of those not launched, without duplicates."""
     found: list[Skipped] = []
-    for one in parse_lines(log, _skipped):
+    for one in parse_lines(log, lambda line: read_as(Skipped, line)):
         if one not in found:
             found.append(one)
     return found
-
-
-def _with(**kinds: type) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A function that checks that an object has these keys with values of these types. It raises ValueError, naming the key."""
-
-    def checked(value: dict[str, Any]) -> dict[str, Any]:
-        for name, kind in kinds.items():
-            if not isinstance(value.get(name), kind):
-                got = f"got {str(value[name])[:60]!r}" if name in value else "it is missing"
-                raise ValueError(f"{name} must be a JSON {_JSON_NAMES[kind]}, {got}")
-        return value
-
-    return checked
-
-
-_JSON_NAMES = {str: "string", dict: "object", list: "array", int: "number", float: "number"}
-
-
-def _hashes(value: dict[str, Any]) -> dict[str, str]:
-    return _with(**dict.fromkeys(value, str))(value)
-
-
-def _contents(value: Any) -> Contents:
-    if not isinstance(value, dict):
-        raise ValueError(f"contents must be a JSON object, got {str(value)[:60]!r}")
-    _with(hashes=dict, distinctive=dict)(value)
-    return Contents(_hashes(value["hashes"]), _with(**dict.fromkeys(value["distinctive"], list))(value["distinctive"]))
-
-
-def _starting_state(value: dict[str, Any]) -> StartingState:
-    _with(contents=list, parents=list)(value)
-    return StartingState(tuple(map(_contents, value["contents"])), tuple(map(str, value["parents"])))
-
-
-def _checkpoint(line: dict[str, Any]) -> WrittenCheckpoint:
-    _with(trial_id=str, step=int, contents=dict, parents=list)(line)
-    contents, parents = _contents(line["contents"]), tuple(map(str, line["parents"]))
-    return WrittenCheckpoint(line["trial_id"], line["step"], contents, parents, line.get("path"))
-
-
-def _skipped(line: dict[str, Any]) -> Skipped:
-    _with(stage=str, config=dict, sentence=str)(line)
-    return Skipped(line["stage"], line["config"], float(line["predicted_ratio"]), line["sentence"])
 
 
 def storage_path(given: str | Path | None) -> Path:

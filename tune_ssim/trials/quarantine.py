@@ -15,7 +15,7 @@ import fcntl
 import getpass
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.files import append_line, parse_lines
 from tune_ssim.base.tensor_file import Contents, TensorFile, content_id
+from tune_ssim.base.validation import read_as
 
 LEDGER = "quarantine.jsonl"
 MIN_ID_LENGTH = 6  # fewest digits of an abbreviated id on the command line
@@ -234,14 +235,9 @@ KINDS: dict[str, type[Entry] | type[Release]] = {"quarantine": Entry, "release":
 def _parse(line: Mapping[str, Any]) -> Entry | Release:
     """Raises ValueError for a line that is not from a ledger."""
     kind = KINDS.get(str(line.get("action")))
-    lists = [line.get(name) for name in ("parents", "tensors")] if kind is Entry else []
-    is_whole = kind is not None and isinstance(line.get("id"), str) and all(isinstance(value, list) for value in lists)
-    try:
-        if kind is not None and is_whole:
-            return kind(**{field.name: line[field.name] for field in fields(kind) if field.name in line})
-    except TypeError:  # a field is missing
-        pass
-    raise ValueError(f"not a line of a quarantine ledger: {str(line)[:100]}")
+    if kind is None:
+        raise ValueError(f"not a line of a quarantine ledger: {str(line)[:100]}")
+    return read_as(kind, line)
 
 
 def _resolve(id: str, lines: Iterable[Entry | Release], where: Path) -> str:

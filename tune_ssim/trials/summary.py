@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from tune_ssim.base.files import jsonable
+from tune_ssim.base.validation import JsonNumber, Problems, json_number, read_as
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, gain_of
 
@@ -44,7 +45,7 @@ class TrialSummary:
     horizon: dict[str, Any] = field(default_factory=dict)
     evidence: dict[str, Any] | None = None
     steps: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, JsonNumber] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
 
@@ -85,26 +86,18 @@ class TrialSummary:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialSummary:
         """Drops unknown keys. Raises ValueError, naming the key, for data that is not a trial's summary."""
-        for name, (kind, is_required) in _KINDS.items():
-            value = data.get(name)
-            if value is None and is_required:
-                raise ValueError(f"{name} is missing")
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise ValueError(f"{name} must be {_KIND_NAMES[kind]}, got {str(value)[:60]!r}")
+        metrics = data.get("metrics")
+        if isinstance(metrics, dict):
+            data = {**data, "metrics": {name: value for name, value in metrics.items() if value is not None}}
+        summary = read_as(cls, data)
+        problems = Problems()
         for name in (*TRIPLE, GAIN):
-            if name in data["config"] and (name, data["config"][name]) != (MAX_T, None):
-                _number(f"config.{name}", data["config"][name])
-        given = {one.name: data[one.name] for one in fields(cls) if data.get(one.name) is not None}
-        return cls(
-            **given
-            | {
-                "verdict": _word(Verdict, "verdict", data["verdict"]),
-                "role": _word(Role, "role", data.get("role") or Role.SEARCH),
-                "metrics": {
-                    name: _number(f"metrics.{name}", value) for name, value in data["metrics"].items() if value is not None
-                },
-            }
-        )
+            value = summary.config.get(name)
+            if name in summary.config and (name, value) != (MAX_T, None):
+                with problems.at("config", name):
+                    json_number(value)
+        problems.check()
+        return summary
 
 
 def reported_config(settings: Mapping[str, Any], effective: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,26 +107,3 @@ def reported_config(settings: Mapping[str, Any], effective: Mapping[str, Any]) -
     has_ssim = not effective or WEIGHT in effective
     in_force = {name: effective[name] for name in IMAGE_LOSSES if name in effective}
     return {**(WITHOUT_SSIM if has_ssim else {}), **in_force, **settings}
-
-
-_KINDS: dict[str, tuple[type, bool]] = {
-    "trial_id": (str, True), "verdict": (str, True), "config": (dict, True), "metrics": (dict, True),
-    "role": (str, False), "run_id": (str, False), "seed": (int, False), "objective": (str, False), "reason": (str, False),
-    "horizon": (dict, False), "evidence": (dict, False), "steps": (int, False), "warnings": (list, False),
-    "quarantined": (list, False),
-}  # fmt: skip
-_KIND_NAMES = {str: "text", dict: "an object", int: "a whole number", list: "a list"}
-
-
-def _word(kind: type[Role] | type[Verdict], name: str, value: str) -> Role | Verdict:
-    try:
-        return kind(value)
-    except ValueError:
-        raise ValueError(f"{name} {value[:60]!r} is not one of {', '.join(kind)}") from None
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} must be a number, got {str(value)[:60]!r}") from None
