@@ -50,7 +50,10 @@ def test_the_command_line_names_the_line(tmp_path: Path, arguments: list[str]) -
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"verdict": "great"}, "verdict: must be one of 'safe', 'degraded', 'stopped', 'pruned', 'bad_setup', 'error', got 'great'"),
+        (
+            {"verdict": "great"},
+            "verdict: must be one of 'safe', 'degraded', 'stopped', 'pruned', 'bad_setup', 'error', got 'great'",
+        ),
         ({"verdict": None}, "verdict: must be one of 'safe', 'degraded', 'stopped', 'pruned', 'bad_setup', 'error', got nothing"),
         ({"role": "king"}, "role: must be one of 'baseline', 'search', 'confirm', got 'king'"),
         ({"config": [1]}, "config: must be a mapping, got [1]"),

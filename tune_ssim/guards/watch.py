@@ -33,28 +33,27 @@ class Watch:
     guards: Sequence[Guard]
     strict: bool = True
     _states: dict[str, Any] = field(init=False)
-    _seen: dict[str, bool] = field(init=False)
     _records: int = field(init=False, default=0)  # distinct steps; a step logged twice or in two parts counts once
     _last_step: int = field(init=False, default=-1)
     _names: list[str] = field(init=False, default_factory=list)
-    _searched: frozenset[str] = field(init=False, default=frozenset())  # metric names that were already processed
+    _absent: dict[str, list[str]] = field(init=False)  # guard → its required metrics that have not appeared yet, if there are any
 
     def __post_init__(self) -> None:
         names = [guard.name for guard in self.guards]
         if len(set(names)) != len(names):
             raise ValueError(f"guards must have different names, got {names}")
         self._states = {guard.name: guard.init() for guard in self.guards}
-        self._seen = {guard.name: not guard.metrics for guard in self.guards}
+        self._find_absent()
 
     def update(self, record: Record) -> list[Violation]:
         """The violations for a record, most severe first. Raises MissingMetric if a required metric is absent from the first
         records."""
         if record.step > self._last_step:
-            if self._records >= GRACE_RECORDS and self.strict and not self._found_all:
+            if self._records >= GRACE_RECORDS and self.strict and self._absent:
                 self._require(f"the first {self._records} records", self._last_step)
             self._records += 1
             self._last_step = record.step
-        if not self._found_all:
+        if self.strict and self._absent:
             self._remember(record.values)
         found = self._fold(Table([record.step], rows=[record.values]))
         return found[0] if found else []
@@ -65,8 +64,6 @@ class Watch:
             return [found for found in map(self.update, table) if found]
         self._records += len(table)
         self._last_step = table.steps[-1]
-        if not self._found_all:
-            self._remember(table.metrics)
         return self._fold(table)
 
     def _fold(self, table: Table) -> list[list[Violation]]:
@@ -96,15 +93,8 @@ class Watch:
         return self._states[name]
 
     def state_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(
-            {
-                "states": self._states,
-                "seen": self._seen,
-                "names": self._names,
-                "records": self._records,
-                "last_step": self._last_step,
-            }
-        )
+        state = {"states": self._states, "names": self._names, "records": self._records, "last_step": self._last_step}
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if set(state["states"]) != set(self._states):
@@ -113,9 +103,9 @@ class Watch:
             if not _is_of_form(state["states"][guard.name], guard.init()):
                 raise ValueError(f"guard '{guard.name}': its saved state is another version's; begin the trial anew")
         state = copy.deepcopy(state)
-        self._states, self._seen = state["states"], state["seen"]
-        self._records, self._last_step, self._names = state["records"], state["last_step"], state["names"]
-        self._searched = frozenset()
+        self._states, self._names = state["states"], state["names"]
+        self._records, self._last_step = state["records"], state["last_step"]
+        self._find_absent()
 
     def rebind(self, guards: Sequence[Guard]) -> None:
         """Replaces the guards by the same guards with other parameters and keeps their states. Raises ValueError if the names
@@ -124,38 +114,27 @@ class Watch:
             raise ValueError(f"guards {[guard.name for guard in guards]} are not {[guard.name for guard in self.guards]}")
         self.guards = guards
 
-    @property
-    def _found_all(self) -> bool:
-        """Whether every guard has seen its metrics, so that names need no longer be tracked."""
-        return all(self._seen.values())
-
     def _remember(self, metrics: Collection[str]) -> None:
         """Records metric names: all that a guard requires, and up to MAX_SHOWN_NAMES others for messages."""
-        if self._searched.issuperset(metrics):
-            return
-        for name in sorted(set(metrics) - set(self._names)):
-            absent = [m for guard in self.guards for m in guard.metrics if not is_named(m, self._names)]
-            if any(is_named(metric, [name]) for metric in absent) or len(self._names) < MAX_SHOWN_NAMES:
+        for name in sorted(set(metrics).difference(self._names)):
+            is_required = any(is_named(metric, [name]) for absent in self._absent.values() for metric in absent)
+            if is_required or len(self._names) < MAX_SHOWN_NAMES:
                 self._names.append(name)
-        self._searched = frozenset(metrics).union(self._names)
-        for guard in self.guards:
-            self._seen[guard.name] = self._seen[guard.name] or _has_all(guard, self._names)
+        self._find_absent()
+
+    def _find_absent(self) -> None:
+        absent = {guard.name: [metric for metric in guard.metrics if not is_named(metric, self._names)] for guard in self.guards}
+        self._absent = {name: metrics for name, metrics in absent.items() if metrics}
 
     def _require(self, where: str, step: float = math.inf) -> None:
         """Raises MissingMetric if a required metric is absent."""
         for guard in self.guards:
-            if not self._seen[guard.name] and step > guard.expected_by:
-                absent = [metric for metric in guard.metrics if not is_named(metric, self._names)]
+            if guard.name in self._absent and step > guard.expected_by:
                 saw = ", ".join(sorted(self._names)) or "no metric at all"
-                metric = f"metric '{absent[0]}'" if absent else "everything"
-                raise MissingMetric(f"guard '{guard.name}': {metric} absent from {where}; saw {saw}")
+                raise MissingMetric(f"guard '{guard.name}': metric '{self._absent[guard.name][0]}' absent from {where}; saw {saw}")
 
 
 def _is_of_form(saved: State, fresh: State) -> bool:
     """Whether a saved state has all keys of a fresh state, including the states of a rule's conditions."""
     parts = zip(saved.get("parts", ()), fresh.get("parts", ()), strict=False)
     return set(fresh) <= set(saved) and all(_is_of_form(*pair) for pair in parts)
-
-
-def _has_all(guard: Guard, names: Sequence[str]) -> bool:
-    return all(is_named(metric, names) for metric in guard.metrics)
