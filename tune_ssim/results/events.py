@@ -58,12 +58,16 @@ class Event:
             return None
 
 
+def _no_lock() -> None:
+    """For a folder that only one process writes. (A function of the module, so that a writer can be pickled.)"""
+
+
 @dataclass(frozen=True)
 class EventWriter:
     """Appends events to the study's folder. require_lock: raises UserError if another process has taken over the study."""
 
     folder: StudyFolder
-    require_lock: Callable[[], None] = lambda: None
+    require_lock: Callable[[], None] = _no_lock
 
     def study_started(self, name: str, study_sha256: str = "", note: str = "") -> None:
         """Written at the start and at every resume. The first one identifies the study. `note` is Markdown."""
