@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects in a file. See `parse_lines` for errors and truncated lines."""
-    return parse_lines(path, _unchanged)
+    return parse_lines(path, dict)
 
 
 def parse_lines(path: Path, parse: Callable[[dict[str, Any]], T], containing: str = "") -> Iterator[T]:
@@ -121,10 +121,6 @@ def _parsed(value: dict[str, Any], parse: Callable[[dict[str, Any]], T], where: 
     except (ValueError, KeyError, TypeError) as error:
         problem = f"{error.args[0]} is missing" if isinstance(error, KeyError) else "; ".join(str(error).splitlines())
         raise UserError(f"{where}: {problem}") from None
-
-
-def _unchanged(value: dict[str, Any]) -> dict[str, Any]:
-    return value
 
 
 def _beginning(text: bytes) -> str:

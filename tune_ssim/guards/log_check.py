@@ -115,7 +115,7 @@ class LogCheck:
         self.alerts: dict[str, list[Alert]] = {}
         self.records, self.first_step, self.last_step = 0, -1, -1
         self._metrics: dict[str, None] = {}  # all metrics in the log
-        self._matching: set[str] = set()  # names of the packs that match the log
+        self.matching: set[str] = set()  # names of the packs that match the log
         of_branches = [key for pack in packs for branch in pack.branches.values() for key in series_of(branch)]
         of_guards = [metric for guard in self.guards for metric in _metrics_of(guard)]
         self._series = list(dict.fromkeys([LOSS, TOTAL_NORM, *of_branches, *of_guards]))  # the keys of the curves
@@ -131,9 +131,9 @@ class LogCheck:
         if not records:
             return []
         table = Table.of(records)
-        before = self._matching.copy()
+        before = self.matching.copy()
         self._add_metrics(table.metrics)
-        now_counting = self._matching - before
+        now_counting = self.matching - before
         fired = [alert for name, alerts in self.alerts.items() if self._pack_of(name) in now_counting for alert in alerts]
         new = [alert for violations in self.watch.update_table(table) for alert in self._add_alerts(violations)]
         if not self.records:
@@ -147,7 +147,7 @@ class LogCheck:
         return [*fired, *(alert for alert in new if self._counts(alert.violation.guard))]
 
     def report(self, log: str = "", notes: Iterable[str] = (), passed_over: int = 0) -> LogReport:
-        packs = tuple(pack for pack in self.packs if pack.name in self._matching)
+        packs = tuple(pack for pack in self.packs if pack.name in self.matching)
         guards = [guard for guard in self.guards if self._counts(guard.name)]
         holding = {
             rule.name: (rule, self.alerts[rule.name][-1].last_step)
@@ -177,7 +177,7 @@ class LogCheck:
     def nothing_known(self) -> str | None:
         """If no guard recognises any metric of the log, the reason; else None. Usually the metrics have other names."""
         known = {metric for pack in self.packs for metric in pack.metrics}
-        if any(self._counts(guard.name) for guard in self._general) or (self._matching and known & self._metrics.keys()):
+        if any(self._counts(guard.name) for guard in self._general) or (self.matching and known & self._metrics.keys()):
             return None
         saw = ", ".join(sorted(self._metrics)[:MAX_SHOWN_NAMES]) + (", …" if len(self._metrics) > MAX_SHOWN_NAMES else "")
         wanted = "; ".join(f"{pack.name}: {', '.join(pack.known_by)}" for pack in self.packs)
@@ -205,7 +205,7 @@ class LogCheck:
     def _counts(self, name: str) -> bool:
         """Whether this guard applies to the log."""
         if pack := self._pack_of(name):
-            return pack in self._matching
+            return pack in self.matching
         guard = next(guard for guard in self._general if guard.name == name)
         metrics = [f"{prefix}*" for prefix in guard.prefixes] if isinstance(guard, NonFinite) else guard.metrics
         return isinstance(guard, NormRatio) or any(is_named(metric, self._metrics) for metric in metrics)
@@ -220,8 +220,8 @@ class LogCheck:
                 self._metrics[name] = None
                 if name.startswith(LOSS) and name not in self._series:
                     self._series.append(name)
-        if len(self._matching) < len(self.packs):
-            self._matching |= {pack.name for pack in self.packs if self.given or self._metrics.keys() & pack.known_by}
+        if len(self.matching) < len(self.packs):
+            self.matching |= {pack.name for pack in self.packs if self.given or self._metrics.keys() & pack.known_by}
 
     def _add_alerts(self, violations: Sequence[Violation]) -> list[Alert]:
         """Adds alerts, or counts repeats, and returns the new alerts."""
@@ -272,7 +272,7 @@ def check_log(
     enough = GRACE_RECORDS if follow else PROBED_RECORDS  # when following, report early
     waiting: list[Table] = []
     check: LogCheck | None = None
-    notes: list[str] = []
+    notes: dict[str, str] = {}
     usual: dict[str, str] = {}
 
     def take(records: Sequence[Record], last: bool = False) -> None:
@@ -281,8 +281,7 @@ def check_log(
         if check is None:
             if sum(map(len, waiting)) < enough and not last:
                 return
-            chosen, guessed = _load_packs(packs, options, list(islice(chain.from_iterable(waiting), enough)))
-            notes.extend(guessed)
+            chosen = _load_packs(notes, packs, options, list(islice(chain.from_iterable(waiting), enough)))
             check = LogCheck(chosen, baseline, given=bool(packs))
             usual = usual_names({name for table in waiting for name in table.metrics})
         for table in waiting:
@@ -306,8 +305,7 @@ def check_log(
     issues = source.issues
     if not follow and (nothing := check.nothing_known()):
         raise UserError(f"{label}: {nothing}" + (f"; {issues.sentence()}" if issues.sentence() else ""))
-    known = {pack.name for pack in check.report().packs}
-    about = [note for note in notes if note.split(":")[0] in known]
+    about = [note for pack, note in notes.items() if pack in check.matching]
     about += [f"{theirs} is taken for {ours}; else `--map {theirs}=…`" for theirs, ours in usual.items()]
     return check.report(label, filter(None, [*about, issues.sentence()]), issues.repeated + issues.unread)
 
@@ -324,18 +322,20 @@ def _check_arguments(packs: Sequence[RulePack], options: Mapping[str, float]) ->
 
 
 def _load_packs(
-    packs: Sequence[str | Path], options: Mapping[str, float], first: Sequence[Record]
-) -> tuple[list[RulePack], list[str]]:
-    """The packs with their options, and notes on options that were inferred."""
-    chosen, notes = [], []
+    notes: dict[str, str], packs: Sequence[str | Path], options: Mapping[str, float], first: Sequence[Record]
+) -> list[RulePack]:
+    """The packs with their options. Adds a note for each pack with an option that was inferred from the `first` records."""
+    chosen = []
     for name in packs or bundled_packs():
         pack = load_rules(name)
         own = {key: value for key, value in options.items() if key in pack.options}
         if "ga" not in own and (seen := _accumulation(pack, first)) is not None:
             own["ga"] = seen
-            notes.append(f"{pack.name}: {seen:g} micro-batches a step, as the coverage of the first records says; else --set ga=…")
+            notes[pack.name] = (
+                f"{pack.name}: {seen:g} micro-batches a step, as the coverage of the first records says; else --set ga=…"
+            )
         chosen.append(load_rules(name, own))
-    return chosen, notes
+    return chosen
 
 
 def _accumulation(pack: RulePack, records: Sequence[Record]) -> float | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from tune_ssim.base.errors import check_field
 from tune_ssim.guards.guard import Guard, State
+from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import SMOKE, SMOKE_AGAIN, Record
 
@@ -18,9 +18,8 @@ JUDGED = frozenset({"non_finite_fraction", "reference_psnr", "consistency_psnr",
 
 NO_CORRELATION = 0.1  # below this at the start, the correlation is meaningless: the images are flatter than the noise of the input
 
-RECOGNISABLE_DB = (
-    30.0  # PSNR against the truth, or the input, that is no collapse, however good the start was: bicubic has 30.6 (FACTS §2)
-)
+# PSNR against the truth, or the input, that is no collapse, however good the start was: bicubic has 30.6 (FACTS §2).
+RECOGNISABLE_DB = 30.0
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,8 @@ class SmokeTest(Guard):
     min_std_ratio: float = 0.4  # contrast relative to the reference
     # Without ground truth. Energy: 8/9 for white noise; .47 at most for crops of the 17 photographs and textures in scikit-image.
     max_high_frequency_share: float = 0.67
-    min_diversity_ratio: float = (
-        0.1  # relative to the start: 0 if all samples are equal; seeds and settings change it by a few percent
-    )
+    # Relative to the start: 0 if all samples are equal; seeds and settings change it by a few percent.
+    min_diversity_ratio: float = 0.1
     min_entropy_bits: float = 1.5  # of the grey-level histogram (64 bins); a flat colour has 0
     max_flow_loss_ratio: float = 10.0  # flow loss in the noisiest t-bin, relative to the start
 
@@ -117,12 +115,14 @@ class SmokeTest(Guard):
         if record.step == 0:
             sentence = f"the model is ruined before its first update: {_join(findings)}"
             remedy = "check that the pretrained weights were loaded and that images are in the range the model expects"
-            return state, self._violation(record.step, worst, "abort", sentence, remedy)
-        if failures < self.consecutive and not confirmed:
+            action = Action.ABORT
+        elif failures >= self.consecutive or confirmed:
+            sentence = f"samples have collapsed, {failures} smoke tests in a row: {_join(findings)}"
+            remedy = "lower the gain (ssim_loss_weight x ssim_grad_scale), ssim_loss_max_t or the learning rate"
+            action = Action.PRUNE
+        else:
             return state, None
-        sentence = f"samples have collapsed, {failures} smoke tests in a row: {_join(findings)}"
-        remedy = "lower the gain (ssim_loss_weight x ssim_grad_scale), ssim_loss_max_t or the learning rate"
-        return state, self._violation(record.step, worst, "prune", sentence, remedy)
+        return state, Violation(self.name, record.step, worst.metric, worst.value, worst.limit, action, sentence, remedy)
 
     def findings(self, now: dict[str, float], start: dict[str, float]) -> list[Finding]:
         """The statistics of one smoke test that violate their limits, most informative first."""
@@ -189,9 +189,6 @@ class SmokeTest(Guard):
         """`smoke_failures`: consecutive failures at the end. `smoke_used_max`: see `used`; 1 is the limit."""
         used = {} if state["used"] is None else {"smoke_used_max": state["used"]}
         return {"smoke_failures": float(state["failures"])} | used
-
-    def _violation(self, step: int, worst: Finding, action: Any, sentence: str, remedy: str) -> Violation:
-        return Violation(self.name, step, worst.metric, worst.value, worst.limit, action, sentence, remedy)
 
 
 def _with_prefix(record: Record, prefix: str) -> dict[str, float]:

@@ -26,13 +26,11 @@ SMOOTHING_PARTS = 40  # a noisy curve is drawn through the medians of this many 
 
 def draw_check(report: LogReport) -> bytes:
     """The report as a PNG image."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     panels = _panels(report)
     figure = Figure(figsize=(WIDTH, 1.2 + ROW * max(1, len(panels))), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
     rows: Sequence[Axes] = list(figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0])
     first, last = report.steps or (0, 1)
     for axes, (metric, curve, alerts) in zip(rows, panels, strict=False):

@@ -26,7 +26,6 @@ STAGE_COLOURS = ["#a9cbea", "#7fb0dd", "#4f8cc4", "#2a67a3", "#123f70"]  # later
 
 def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "") -> bytes:
     """PNG of `Calibration.to_dict()`, also after a JSON round trip. `study`: its name, for the title."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
 
@@ -40,7 +39,6 @@ def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "")
     ratios = np.stack([model.ratios(gains, float(gate), pixel_weight) for gate in gates])
 
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     colours = LinearSegmentedColormap.from_list("norm_ratio", COLOUR_STOPS)
     mesh = axes.pcolormesh(
