@@ -209,7 +209,7 @@ GOOD = 'for n in range(1, 6): print(\'TUNE_SSIM {"step": %d, "loss": 0.5}\' % n)
         ("raise ValueError('the data is gone')", {}, "last: .*ValueError: the data is gone"),
         (GOOD + "raise MemoryError('at 90 %')", {}, "ended after step 5, exit code 1.*MemoryError: at 90 %"),
         ("import os; os.kill(os.getpid(), 9)", {}, "ended without a record, ended by SIGKILL"),
-        ("import time; time.sleep(60)", {"first_record_s": 0.3}, "gave no record for 0.3 s; .*(nothing)"),
+        ("import time; time.sleep(60)", {"first_record_s": 0.3}, "gave no record for 0.3 s (nothing was reported .*(nothing)"),
         ("while True: print('still loading')", {"first_record_s": 1.0}, "gave no record for 1 s.*last: still loading"),
         (GOOD + "import time; time.sleep(60)", {"silence_s": 0.5}, "gave no record after step 5 for 0.5 s"),
         ("import sys; sys.stdout.buffer.write(b'\\xff\\xfe bad\\n'); sys.exit(2)", {}, "exit code 2.*bad"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_studies import DESCENT, LOSS, run, study, trials
+from command_studies import ARGUMENTS, DESCENT, LOSS, run, study, trials
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards.verdict import Verdict
@@ -123,6 +123,35 @@ def test_checkpoints_that_match_no_file_are_reported(tmp_path: Path) -> None:
     found = trials(study(tmp_path, task=task), tmp_path / "results")
     (line,) = warning_lines(found)
     assert line.startswith("baseline-0 and 1 more: checkpoints: '{exp_dir}/{step}/*.safetensors' matches no file, so no ruined")
+
+
+# ---- records that the study does not describe
+
+
+def test_printed_lines_are_read_with_the_known_patterns(tmp_path: Path) -> None:
+    given = study(tmp_path, DESCENT, (*ARGUMENTS, "norm"), guards={"smoke_test": None})
+    baseline, trial = trials(given, tmp_path / "results")
+    assert (baseline.steps, trial.steps, trial.verdict) == (30, 30, Verdict.SAFE)
+    assert trial.metrics["norm_ratio_max"] < 10 and trial.metrics["score"] < 0  # sent behind the tag
+    assert "grad_norm is taken for total_norm; else `records: {names: {…: total_norm}}`" in baseline.warnings
+
+
+def test_a_log_that_is_only_in_a_file_is_proposed(tmp_path: Path) -> None:
+    script = "import sys\nprint('hello')\nlog = open(sys.argv[4] + '/m.csv', 'w')\nlog.write('step,loss\\n1,2\\n2,1\\n')\n"
+    with pytest.raises(UserError) as error:
+        run(study(tmp_path, script, (*ARGUMENTS, "{exp_dir}")), tmp_path / "results")
+    assert "no row of a training in 1 line, beginning with 'hello'" in str(error.value)
+    assert 'it wrote a log: `records: {file: "{exp_dir}/m.csv"}`' in str(error.value)
+
+
+def test_what_a_loop_prints_besides_its_reports_is_no_record(tmp_path: Path) -> None:
+    script = PUSHED_EPOCHS.replace("for epoch in range(3)", "for epoch in range(1)").replace(
+        "            t.report", "            print(f'step {step} loss 9', flush=True)\n            t.report"
+    )
+    trial = trials(study(tmp_path, script, ()), tmp_path / "results")[1]
+    assert (trial.verdict, trial.steps) == (Verdict.SAFE, 10)
+    events = (tmp_path / "results" / "rates" / "events.jsonl").read_text()
+    assert '"loss": 1.0' in events and '"loss": 9' not in events
 
 
 # ---- the exit code of a training that has ended well

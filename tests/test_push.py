@@ -58,7 +58,7 @@ def test_what_is_sent(trial: TrialEnd) -> None:
         t.samples(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), sharpness=2.0)
         t.in_force(ssim_loss_weight=3.0)
         t.held_out(ssim=torch.tensor(0.9))
-    read, first, samples, force, held_out, ended = trial.read()
+    _, read, first, samples, force, held_out, ended = trial.read()
     assert read == {"read": ["batch_size", "ssim_loss_weight"]}
     assert first["step"] == 1 and first["loss"] == 0.5 and first["total_norm"] != first["total_norm"]
     assert samples["step"] == 1 and samples["smoke/sharpness"] == 2.0 and samples["smoke/non_finite_fraction"] == 0
@@ -226,7 +226,7 @@ def test_samples_tell_what_was_read(trial: TrialEnd) -> None:
     with trial_context() as t:
         assert t.config["lr"] == 0.1
         t.samples(torch.rand(2, 3, 8, 8))
-    assert trial.read()[0] == {"read": ["lr"]}
+    assert trial.read()[:2] == [{"read": []}, {"read": ["lr"]}]
 
 
 def images(low: float = 0, high: float = 1) -> torch.Tensor:

@@ -54,6 +54,7 @@ class TrialContext:
         self.config = _Settings({**defaults, **(channel.config if channel else {})})
         self.steps = channel.steps if channel else None
         self._step, self._n_read_sent = 0, -1
+        self._send_read()  # from now on nothing that it prints is taken for a record
 
     @property
     def is_active(self) -> bool:

@@ -23,8 +23,8 @@ class LineParser(Reader):
     """Turns bytes, in chunks of any size, into records.
 
     format: jsonl, csv or text (see docs/logs.md). None: the first line that is a row in one of these formats decides, and a
-    line tagged TUNE_SSIM decides at any time. names: metric names in the log → ours. pattern: for text. The constructor
-    raises UserError for invalid arguments; other methods never raise for bad content."""
+    line tagged TUNE_SSIM decides at any time, or with `tagged` False is passed over. names: metric names in the log → ours.
+    pattern: for text. The constructor raises UserError for invalid arguments; other methods never raise for bad content."""
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class LineParser(Reader):
         names: Mapping[str, str] | None = None,
         pattern: str | Sequence[str] | None = None,
         file_name: str = "",
+        tagged: bool = True,
     ) -> None:
         if format is not None and format not in LINE_FORMATS:
             raise UserError(f"format: must be one of {', '.join(LINE_FORMATS)} for lines; got {format!r}")
@@ -48,7 +49,7 @@ class LineParser(Reader):
         elif format == "text" or pattern is not None:
             self._format = text_format(self.rows, pattern)
         else:
-            self._format = AnyLines(self.rows, file_name)
+            self._format = AnyLines(self.rows, file_name, tagged)
 
     @property
     def format(self) -> str | None:
@@ -91,8 +92,9 @@ class LineParser(Reader):
 class AnyLines(LineFormat):
     """Detects the format from the first line that is a row; earlier lines are skipped."""
 
-    def __init__(self, rows: Rows, file_name: str = "") -> None:
+    def __init__(self, rows: Rows, file_name: str = "", tagged: bool = True) -> None:
         super().__init__(rows)
+        self._tagged = tagged
         self._named_csv = file_name.lower().endswith((".csv", ".tsv"))
         self._named_jsonl = file_name.lower().endswith((".jsonl", ".ndjson"))
         self._printed = PrintedLines(rows)
@@ -101,7 +103,9 @@ class AnyLines(LineFormat):
         self._seen = 0
 
     def take(self, lines: list[str], number: int) -> None:
-        if not isinstance(self._chosen, JsonLines) and TAG in "\n".join(lines):
+        if not self._tagged:
+            lines = ["" if TAG in line else line for line in lines]
+        elif not isinstance(self._chosen, JsonLines) and TAG in "\n".join(lines):
             tagged = next(k for k, line in enumerate(lines) if TAG in line)
             self._take_untagged(lines[:tagged], number)
             self._chosen = JsonLines(self._rows)

@@ -21,8 +21,9 @@ from tune_ssim.study.command_spec import CommandSpec, fill, placeholders
 from tune_ssim.trials.channel import VARIABLE, TrialEnd
 from tune_ssim.trials.command.checkpoints import Checkpoints, sizes
 from tune_ssim.trials.command.filled_spec import FilledSpec
+from tune_ssim.trials.command.guesses import propose_logs
 from tune_ssim.trials.command.observed import ObservedRecords
-from tune_ssim.trials.command.output import CommandOutput, PrintedRecords, numbers_of
+from tune_ssim.trials.command.output import CommandOutput, GuessedRecords, PrintedRecords, numbers_of
 from tune_ssim.trials.command.process import Launch, Process, launch_here
 from tune_ssim.trials.command.samples import read_samples
 from tune_ssim.trials.command.settings import SettingsInForce
@@ -32,7 +33,8 @@ from tune_ssim.trials.training import Number, Sample, Training
 POLL_S = 0.05  # between polls of files; a training step worth tuning takes longer
 MLFLOW_POLL_S = 2.0  # each poll fetches whole histories
 LAST_ROWS_S = 10.0  # wait for the last step's remaining rows and checkpoint: buffered writers flush every few seconds
-OBSERVED = "observed"  # subfolder of a trial, with the observer's events while it runs
+# In a trial's folder: the output, the folder of `trial_context`, and that of the observer while the command runs.
+OUTPUT_LOG, CHANNEL, OBSERVED = "output.log", "channel", "observed"
 LEAVE_S = 2.0  # time for a loop that reads its verdict to exit by itself
 
 OpenMLflow = Callable[[str, str, Mapping[str, str]], tuple[Source, dict[str, str]]]
@@ -223,14 +225,17 @@ class CommandTask(Training):
     def _start(self) -> None:
         filled, records = self.filled, self.spec.records
         folder = Path(filled.fields["exp_dir"])
-        channel = TrialEnd(folder / "channel")
-        more, source, poll_s = {VARIABLE: str(channel.folder)}, None, 0.0
-        if records is not None and records.mlflow is not None:
+        channel = TrialEnd(folder / CHANNEL)
+        more, poll_s = {VARIABLE: str(channel.folder)}, 0.0
+        source: Source
+        if records is None:
+            source = GuessedRecords()
+        elif records.mlflow is not None:
             source, found = self.open_mlflow(records.mlflow, filled.fields["exp_name"], records.names)
             more, poll_s = found | more, MLFLOW_POLL_S
-        elif records is not None and records.file is None:
+        elif records.file is None:
             source = PrintedRecords(LineParser(pattern=records.pattern, names=records.names))
-        elif records is not None and records.file is not None:
+        else:
             path = filled.path(records.file)
             _require_unwritten(path)
             source = open_source(path, format=records.format, names=records.names, pattern=records.pattern)
@@ -247,7 +252,8 @@ class CommandTask(Training):
                 weights=[filled.path(path) for path in self.spec.weights],
             )
             observed = ObservedRecords(EventReader(folder / OBSERVED), records.names if records is not None else {})
-        self._output = CommandOutput(self.settings, OutputLog(folder / "output.log"), channel, source, observed, poll_s)
+        self._output = CommandOutput(self.settings, OutputLog(folder / OUTPUT_LOG), channel, source, observed, poll_s)
+        self._started_s = time.time()
         self._process = self.launch(lambda node: filled.invocation(node, more, resume, observe), self._output.take, folder)
 
     def _await_record(self, process: Process, output: CommandOutput) -> bool:
@@ -322,14 +328,21 @@ class CommandTask(Training):
     def _where_looked(self, output: CommandOutput) -> str:
         records = self.spec.records
         if records is None:
-            return " (nothing was reported through tune_ssim.trial_context, and no line TUNE_SSIM {json} was printed)"
-        where = "in its output"
-        if records.file is not None:
-            where = f"in {fill(records.file, self.filled.fields)}"
-        elif records.mlflow is not None:
-            where = "in its run in MLflow"
-        problem = output.problem()
-        return f" (looked {where}; {problem})" if problem else f" (looked {where})"
+            where = "nothing was reported through tune_ssim.trial_context, and no line TUNE_SSIM {json} was printed"
+        elif records.file is not None:
+            where = f"looked in {fill(records.file, self.filled.fields)}"
+        else:
+            where = "looked in its output" if records.mlflow is None else "looked in its run in MLflow"
+        return f" ({'; '.join(filter(None, [where, output.problem(), self._propose_logs()]))})"
+
+    def _propose_logs(self) -> str:
+        """Names the logs that the command wrote, if it printed no record."""
+        source = self._output.source if self._output is not None else None
+        if not isinstance(source, PrintedRecords) or source.rows.steps.last >= 0:
+            return ""
+        exp_dir = Path(self.filled.fields["exp_dir"])
+        own = (OUTPUT_LOG, CHANNEL, OBSERVED)
+        return propose_logs([exp_dir, Path(self.filled.cwd or ".")], exp_dir, self._started_s, own)
 
     @property
     def observation(self) -> Observation | None:
@@ -338,7 +351,9 @@ class CommandTask(Training):
 
     def reading_problem(self) -> str:
         """See `Training`."""
-        return "" if self._output is None else self._output.problem()
+        if self._output is None:
+            return ""
+        return "; ".join(filter(None, [self._output.problem(), self._propose_logs()]))
 
     # -- samples, metrics and checkpoints
 
@@ -396,12 +411,10 @@ class CommandTask(Training):
         return [] if self._checkpoints is None else self._checkpoints.found(self.step_now)
 
     def remarks(self) -> list[str]:
-        found = [self.reading_problem()]
-        if self._output is not None and self._output.observed is not None:
-            found += self._output.observed.remarks()
+        found = self._output.remarks() if self._output is not None else []
         if self._checkpoints is not None and not self.written():
             found.append(f"checkpoints: {self.spec.checkpoints!r} matches no file, so no ruined checkpoint is quarantined")
-        return list(filter(None, found))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         checkpoint = self._checkpoint()

@@ -37,7 +37,7 @@ class Echoes:
         named = "|".join(re.escape(name) for name in sorted(self.config, key=len, reverse=True)) or "(?!)"
         self._mention = re.compile(rf"(?<![\w.-])(--?)?({named})[\"']?\s{{0,8}}[=:]\s{{0,8}}")
         records = spec.records
-        printed = records is not None and records.file is None and records.mlflow is None
+        printed = records is None or (records.file is None and records.mlflow is None)
         if records is None:
             self._records = RecordLines(None, {}, printed)
         else:

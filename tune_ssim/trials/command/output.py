@@ -11,15 +11,17 @@ from typing import Any
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.numbers import is_number
-from tune_ssim.records import EPOCH, Record, is_of_training
+from tune_ssim.records import EPOCH, LOSS, TOTAL_NORM, Record, is_of_training
 from tune_ssim.records.readers import LineParser, Source
 from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.step_counter import StepCounter
 from tune_ssim.trials.channel import TAG, TrialEnd, tagged_messages
+from tune_ssim.trials.command.guesses import UsualNames
 from tune_ssim.trials.command.observed import ObservedRecords, Row
 from tune_ssim.trials.command.settings import SettingsInForce
 from tune_ssim.trials.processes import OutputLog
 
+REPORTED = (LOSS, TOTAL_NORM)  # a command that sends one of them sends its records
 MAX_LINE = 2**20  # longest line, in bytes, that is searched for tags
 
 
@@ -60,6 +62,14 @@ class PrintedRecords(Source):
         yield self.read()
 
 
+class GuessedRecords(PrintedRecords):
+    """The same for a command of which the study does not say where its records are: lines in any known format. A command that
+    reports by itself is not read in this way."""
+
+    def __init__(self) -> None:
+        super().__init__(LineParser(tagged=False))
+
+
 class CommandOutput:
     """Everything that a command reports: records, settings in force, held-out metrics.
 
@@ -80,6 +90,7 @@ class CommandOutput:
         self.observed = observed
         self.records: list[Row] = []
         self.held_out: dict[str, float] = {}
+        self._usual_names = UsualNames()
         self._pushed = ParseIssues(unit="record")
         self._counter = StepCounter(self._pushed)
         self._looks_for_settings = settings.spec.echo != "off"
@@ -93,8 +104,9 @@ class CommandOutput:
         # Before the records of the same piece: the first record triggers the check of the settings.
         if self._looks_for_settings and (found := self.settings.echoes.feed(data)):
             self._messages.put({"echoed": found})
-        if isinstance(self.source, PrintedRecords):
-            self.source.feed(data)
+        source = self.source
+        if isinstance(source, PrintedRecords):
+            source.feed(data)
         self._line += data
         has_tag = TAG in self._line
         complete, _, rest = self._line.rpartition(b"\n")
@@ -121,6 +133,9 @@ class CommandOutput:
         while not self._messages.empty():
             pushed.append(self._dispatch(self._messages.get()))
         records = [record for record in pushed if record is not None]
+        reports = self.settings.looked_up is not None or any(not values.keys().isdisjoint(REPORTED) for _, values in records)
+        if reports and isinstance(self.source, GuessedRecords):
+            self.source = None
         if self.source is not None and (final or time.monotonic() >= self._source_due):
             self._source_due = time.monotonic() + self.poll_s
             read = self.source.finish() if final else self.source.read()
@@ -160,7 +175,9 @@ class CommandOutput:
         self._add(list(map(_plain, self.source.release())) if self.source is not None else [], final=True)
 
     def _add(self, rows: list[Row], final: bool) -> None:
-        is_alone = self.source is None and self.settings.looked_up is None
+        rows = [(step, self._usual_names.complete(values)) for step, values in rows]
+        is_guessing = isinstance(self.source, GuessedRecords) and self.source.format is None
+        is_alone = (self.source is None and self.settings.looked_up is None) or is_guessing
         self.records += rows if self.observed is None else self.observed.merge(rows, is_alone=is_alone, final=final)
 
     def held(self) -> int | None:
@@ -172,6 +189,11 @@ class CommandOutput:
         """Reads an abandoned command's output to its end, so that `problem` says what could not be read."""
         if self.source is not None:
             self.source.finish()
+
+    def remarks(self) -> list[str]:
+        """What the user should know at the end, a sentence each."""
+        observed = self.observed.remarks() if self.observed is not None else []
+        return [*filter(None, [self.problem()]), *self._usual_names.remarks(), *observed]
 
     def problem(self) -> str:
         """One line about records that could not be read; empty if there are none."""
