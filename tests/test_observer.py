@@ -230,5 +230,7 @@ def test_the_verb_writes_a_log_that_check_reads(tmp_path: Path) -> None:
     assert ended.returncode == 0 and ended.stdout == run([sys.executable, str(LOOP), "--steps=4"])
     assert "observed 4 steps" in ended.stderr and "Net: 6 of 6 tensors are trained" in ended.stderr
     rows = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]  # the program's own counter
+    assert "the program's step 0 is taken to be its update 1" in ended.stderr
     assert [row["total_norm"] for row in rows] == pytest.approx(printed(ended.stdout), rel=1e-7)
+    assert [row["loss"] for row in rows] == pytest.approx(printed(ended.stdout, "loss"), rel=1e-7)

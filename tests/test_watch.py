@@ -25,8 +25,10 @@ from tune_ssim.guards import (
     Violation,
     Watch,
 )
+from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.watch import GRACE_RECORDS
 from tune_ssim.records import ACTIVE_FRACTION, LOSS, SMOKE, STEP_SKIPPED, TOTAL_NORM, Record, merge
+from tune_ssim.records.record_table import Table
 
 NAN, INF = math.nan, math.inf
 BASELINE = Baseline((BaselineRun(0, {TOTAL_NORM: dict.fromkeys(range(61), 1.0)}, {}),))
@@ -293,3 +295,30 @@ def test_no_guards_no_opinion() -> None:
     watch = Watch([])
     assert watch.fold(steps(50, loss=NAN)) == []
     assert watch.finish() == []
+
+
+class Own:
+    """A guard of a user, which inherits from nothing."""
+
+    name, metrics = "own", ("loss",)
+
+    def init(self) -> dict[str, Any]:
+        return {"seen": 0}
+
+    def update(self, state: dict[str, Any], record: Record) -> tuple[dict[str, Any], Violation | None]:
+        found = Violation("own", record.step, "loss", record.values["loss"], 1.0, Action.WARN, "too large")
+        return {"seen": state["seen"] + 1}, found if found.value > 1 else None
+
+    def unjudged(self, state: dict[str, Any]) -> str | None:
+        return None if state["seen"] else "nothing seen"
+
+
+def test_a_guard_need_not_inherit() -> None:
+    watch = Watch([Own()])
+    found = [
+        violation.step for step, loss in ((1, 0.5), (2, 9.0), (3, 0.5)) for violation in watch.update(Record(step, {"loss": loss}))
+    ]
+    assert found == [2] and watch.finish() == [] and watch.state_of("own") == {"seen": 3}
+    table = Watch([Own()], strict=False)
+    rows = Table([1, 2, 3], rows=[{"loss": 0.5}, {"loss": 9.0}, {"loss": 0.5}])
+    assert [[violation.step for violation in of_row] for of_row in table.update_table(rows)] == [[2]]

@@ -34,11 +34,14 @@ def observe(command: tuple[str, ...], out: str, full: bool, hold: bool, steps: i
     """Run a PyTorch program unchanged and record its gradient norms.
 
     COMMAND after `--`: tune-ssim observe -- torchrun --nproc_per_node=2 train.py. Nothing in the program changes, and its numbers
-    stay the same. The exit code is the program's.
+    stay the same. Losses that it prints in a known form are recorded too. The exit code is the program's.
     """
     from tune_ssim.base.files import write_atomically
     from tune_ssim.probes.observer import EventReader, observed_environment
-    from tune_ssim.records import merge
+    from tune_ssim.records import Record, merge
+    from tune_ssim.records.readers import LineParser
+    from tune_ssim.trials.command.observed import ObservedRecords
+    from tune_ssim.trials.command.output import PrintedRecords
     from tune_ssim.trials.processes import SupervisedProcess
 
     target = output_file(out, "--out")
@@ -51,32 +54,38 @@ def observe(command: tuple[str, ...], out: str, full: bool, hold: bool, steps: i
         raise UserError(f"observe: no program {command[0]!r} in the PATH")
     with tempfile.TemporaryDirectory(prefix="tune-ssim-observe-") as folder:
         extra = observed_environment(Path(folder), os.environ, level="full" if full else "norms", hold=hold, weights=weights)
-        reader, records = EventReader(Path(folder)), []
-        process = SupervisedProcess(list(command), _print, environment={**os.environ, **extra}, cwd=None)
+        reader, printed = EventReader(Path(folder)), PrintedRecords(LineParser())
+        observed, rows = ObservedRecords(reader, {}), []
+
+        def take(data: bytes) -> None:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+            printed.feed(data)
+
+        def add(found: list[Record], final: bool = False) -> None:
+            rows.extend(observed.merge([(one.step, dict(one.values)) for one in found], is_alone=False, final=final))
+
+        process = SupervisedProcess(list(command), take, environment={**os.environ, **extra}, cwd=None)
         try:
             while not process.wait(POLL_S):
-                records += reader.read()
+                add(printed.read())
                 if steps is not None and reader.observation.steps >= steps:
                     break
         finally:
             process.stop()
-        records += reader.read()
-    lines = [json.dumps({"step": r.step, **r.values}) for r in merge(records) if steps is None or r.step <= steps]
+        add(printed.finish(), final=True)
+    records = merge(Record(step, values) for step, values in rows)
+    lines = [json.dumps({"step": one.step, **one.values}) for one in records[:steps]]
     write_atomically(target, "".join(f"{line}\n" for line in lines).encode())
     seen = reader.observation
     click.echo(seen.sentence(), err=True)
-    for line in weights_lines(seen.weights):
+    for line in [*observed.remarks(), *weights_lines(seen.weights)]:
         click.echo(line, err=True)
     if lines:
         click.echo(f"wrote {target}: {len(lines)} records", err=True)
         suggest_next("check", str(target), why="judges them", to_stderr=True)
     if process.exit_code and (steps is None or seen.steps < steps):
         raise click.exceptions.Exit(process.exit_code if process.exit_code > 0 else 128 - process.exit_code)
-
-
-def _print(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
 
 
 def weights_lines(weights: list[Any]) -> list[str]:

@@ -58,6 +58,19 @@ class Guard:
         return None
 
 
+class ForeignGuard(Guard):
+    """A guard of a user that has `name`, `metrics`, `init`, `update` and `unjudged` without inheriting from `Guard`."""
+
+    def __init__(self, guard: Any) -> None:
+        self.guard = guard
+        self.name = guard.name  # type: ignore[misc]
+        self.init, self.update, self.unjudged = guard.init, guard.update, guard.unjudged  # type: ignore[method-assign]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(self.guard.metrics)
+
+
 class TableGuard(Guard):
     """A guard that processes many records at once: those of a long log, and the single ones of a live trial, by the same code."""
 

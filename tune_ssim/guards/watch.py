@@ -10,7 +10,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from tune_ssim.guards.guard import Found, Guard, State, is_named
+from tune_ssim.guards.guard import ForeignGuard, Found, Guard, State, is_named
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import Record
 from tune_ssim.records.record_table import Table
@@ -39,6 +39,7 @@ class Watch:
     _absent: dict[str, list[str]] = field(init=False)  # guard → its required metrics that have not appeared yet, if there are any
 
     def __post_init__(self) -> None:
+        self.guards = _adopted(self.guards)
         names = [guard.name for guard in self.guards]
         if len(set(names)) != len(names):
             raise ValueError(f"guards must have different names, got {names}")
@@ -112,7 +113,7 @@ class Watch:
         differ."""
         if [guard.name for guard in guards] != [guard.name for guard in self.guards]:
             raise ValueError(f"guards {[guard.name for guard in guards]} are not {[guard.name for guard in self.guards]}")
-        self.guards = guards
+        self.guards = _adopted(guards)
 
     def _remember(self, metrics: Collection[str]) -> None:
         """Records metric names: all that a guard requires, and up to MAX_SHOWN_NAMES others for messages."""
@@ -132,6 +133,10 @@ class Watch:
             if guard.name in self._absent and step > guard.expected_by:
                 saw = ", ".join(sorted(self._names)) or "no metric at all"
                 raise MissingMetric(f"guard '{guard.name}': metric '{self._absent[guard.name][0]}' absent from {where}; saw {saw}")
+
+
+def _adopted(guards: Sequence[Guard]) -> Sequence[Guard]:
+    return [guard if isinstance(guard, Guard) else ForeignGuard(guard) for guard in guards]
 
 
 def _is_of_form(saved: State, fresh: State) -> bool:
