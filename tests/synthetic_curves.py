@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from norm_models import at_right_angles
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "replay"))
 
 from curves import FORMAT, Curves, Run
 
-from tune_ssim.probes.norm_model import MAIN, SSIM, NormModel
-
 STEPS = 60
 EVALUATIONS, SMOKE_TESTS = [0, 15, 30, 60], [0, 15, 30, 45, 60]
-HALF_GAIN = {1.0: 8.0, 0.3: 20.0, 0.1: 80.0}  # the gain at which the SSIM gradient equals the main one
+HALF_GAIN = {0.1: 80.0, 0.3: 20.0, 1.0: 8.0}  # the gain at which the SSIM gradient equals the main one
 
 
 def synthetic_curves(
@@ -30,7 +29,7 @@ def synthetic_curves(
     gains: tuple[float, ...] = (1.0, 3.0, 8.0, 16.0, 32.0, 64.0, 125.0, 400.0),
 ) -> Curves:
     """A training that is best at the norm ratio `best_ratio` behind the widest gate, by `best`, and ruined from `ruin_ratio` on."""
-    model = norm_model()
+    model = at_right_angles(HALF_GAIN)
     runs = [made(0.0, 1.0, seed, 1.0, best_ratio, best, ruin_ratio, noise) for seed in range(seeds)]
     for seed in range(seeds):
         for max_t in HALF_GAIN:
@@ -52,16 +51,6 @@ def synthetic_curves(
         "costs": {"evaluation": 20.0, "sample": 5.0, "calibration": 30.0},
     }
     return Curves(header, runs)
-
-
-def norm_model(batches: int = 4) -> NormModel:
-    gates = sorted(HALF_GAIN)
-    q = np.full((len(gates), batches, 3, 3), np.nan)
-    for i, max_t in enumerate(gates):
-        q[i, :, MAIN, MAIN], q[i, :, SSIM, SSIM] = 1.0, HALF_GAIN[max_t] ** -2
-        q[i, :, MAIN, SSIM] = q[i, :, SSIM, MAIN] = 0.0
-    active = np.ones((len(gates), batches), dtype=bool)
-    return NormModel(tuple(gates), q, active, np.ones(batches), tuple(range(1, batches + 1)), "gram")
 
 
 def made(

@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,13 @@ class Curves:
 
     header: dict[str, Any]
     runs: list[Run]
+    order: tuple[int, ...] = ()  # of the recorded seeds, for `play`; () is rising
+    first: int = 0  # the seed that plays the first of them
+
+    def of_search(self, seed: int) -> Curves:
+        """The same curves for the search with this seed, which sees the recorded seeds in an order of its own."""
+        order = np.random.default_rng(seed).permutation(self.seeds)
+        return replace(self, order=tuple(int(one) for one in order), first=seed)
 
     @property
     def name(self) -> str:
@@ -93,10 +100,11 @@ class Curves:
     # -- settings off the grid
 
     def play(self, gain: float, max_t: float, seed: int, snap: bool = False) -> Run:
-        """The curves of any setting and seed: see `Off the grid` in the README. seed: counted through the recorded ones.
+        """The curves of any setting and seed: see `Off the grid` in the README. seed: counted through `order`, from `first` on.
 
         snap: the nearest recorded gain instead of an interpolation."""
-        seed = self.seeds[seed % len(self.seeds)]
+        order = self.order or self.seeds
+        seed = order[(seed - self.first) % len(order)]
         if gain <= 0:
             return self.baseline(seed)
         row = self.row_of(seed)

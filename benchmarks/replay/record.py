@@ -36,7 +36,6 @@ from tune_ssim.trials.trial import statistics_of
 CURVES = Path(__file__).parent / "curves"
 # Training steps: the rungs of ASHA (grace 25, factor 3), and the middle of a trial; the last step of a run is always added.
 EVALUATIONS = (0, 25, 75, 100, 200)
-SMOKE_TESTS = SmokeTest().at
 SEEDS = (0, 1, 2, 3)
 # Closer together where the best setting and the first harmful ones are expected (FACTS §2, §6). Behind the narrowest gate gains up
 # to 16 are inert (predicted ratio 1.09).
@@ -127,7 +126,10 @@ def evaluation_steps(study: Study) -> list[int]:
 
 
 def smoke_steps(study: Study) -> list[int]:
-    return sorted({*(step for step in SMOKE_TESTS if step < study.steps), study.steps})
+    """Those of the study's guard, or of the default one if it is off."""
+    guard = study.guards.get(SmokeTest.name)
+    at = guard.at if isinstance(guard, SmokeTest) else SmokeTest().at
+    return sorted({0, *(step for step in at if step < study.steps), study.steps})
 
 
 def header_of(name: str, study: Study, grid: Mapping[float, Sequence[float]], seeds: Sequence[int]) -> dict[str, Any]:

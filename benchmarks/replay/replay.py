@@ -272,7 +272,7 @@ def run_product(
         folder = StudyFolder(Path(storage) / "replay").create()
         write_atomically(folder.study_file, study.to_yaml().encode())
         calibration = write_calibration(folder, curves, study)
-        executor = ReplayExecutor(curves, workers, snap)
+        executor = ReplayExecutor(curves.of_search(seed), workers, snap)
         executor.now = float(calibration)
         run = StudyRun(study, EventWriter(folder), executor, _Progress())
         failure = run.search()
@@ -407,7 +407,7 @@ def run_stock(
     """A search of stock Ray Tune. The pick is that of `ResultGrid.get_best_result`: the trial with the best last result."""
     np.random.seed(seed)
     metric = str(curves.header.get("metric", "ssim"))
-    stock = _Stock(curves, seed, metric, tpe, asha, trials, snap)
+    stock = _Stock(curves.of_search(seed), seed, metric, tpe, asha, trials, snap)
     makespan, busy = simulate(workers, stock.start_next)
     played = [Played(one.gain, one.max_t, one.step, value=one.result[metric]) for one in stock.ended]
     measured = [one for one in played if not math.isnan(one.value)]

@@ -30,6 +30,7 @@ from truth import USELESS, Truth
 
 from tune_ssim import __version__
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.files import jsonable
 from tune_ssim.before_launch.forecast import INERT
 from tune_ssim.probes.norm_model import NormModel
 
@@ -253,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = compare(curves, names, options.seeds, options.workers, snap=options.snap, confirm=options.confirm)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(jsonable(found), indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

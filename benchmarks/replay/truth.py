@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from curves import Curves, Run
 
 RUINED_DB, RUINED_SSIM = -3.0, -0.03  # held out, against the baseline with the same seed; ruined settings lose more (FACTS §2)
-DEGRADED_DB, DEGRADED_SSIM = -0.5, -0.005  # means over seeds; 30 % above and equal to the product's own margins
+DEGRADED_DB, DEGRADED_SSIM = -0.5, -0.005  # means over seeds; the product's own margins for one run are -0.3 and -0.005
 USELESS = 0.1  # of the best mean improvement: below it a trial was a waste
 
 
@@ -59,9 +59,10 @@ class Truth:
         decibels = [self._last(run, "psnr") - self._last(base, "psnr") for run, base in zip(runs, baselines, strict=True)]
         ruined = fmean(self._is_ruined(run, base) for run, base in zip(runs, baselines, strict=True))
         delta, delta_psnr = fmean(deltas), fmean(decibels)
-        is_degraded = delta < DEGRADED_SSIM or delta_psnr < DEGRADED_DB
+        is_degraded = not (delta >= DEGRADED_SSIM and delta_psnr >= DEGRADED_DB)  # NaN too
         truth = "ruined" if ruined else "degraded" if is_degraded else "safe"
-        return Worth(truth, delta, stdev(deltas) if len(deltas) > 1 else 0.0, delta_psnr, ruined)
+        deviation = stdev(deltas) if len(deltas) > 1 and all(map(math.isfinite, deltas)) else 0.0
+        return Worth(truth, delta, deviation, delta_psnr, ruined)
 
     def _last(self, run: Run, metric: str) -> float:
         return float(run.values["evaluations"].get(metric, [0.0])[-1])  # a metric that was not recorded does not tell
