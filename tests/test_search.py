@@ -21,6 +21,7 @@ from tune_ssim.search.confirm import ConfirmSearch
 from tune_ssim.search.optuna_search import OptunaSearch
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
 from tune_ssim.search.staged import StagedSearch
+from tune_ssim.study.objective import Objective
 from tune_ssim.study.space import gain_of, load_space
 from tune_ssim.trials.job import TrialJob
 
@@ -176,14 +177,25 @@ def test_a_route_is_relaxed_only_while_it_is_stable_and_ineffective() -> None:
     assert len(stages) == 8 and not reason
     reason, stages, _ = route(lambda stage: SAFE if stage == "conservative" else PRUNED)
     assert stages[-1] == "moderate" and "harmful" in reason
-    reason, stages, _ = route(lambda stage: Outcome(Verdict.SAFE, 0.01, 0.0))
+    reason, stages, _ = route(lambda stage: Outcome(Verdict.SAFE, 0.01, 0.0, 0.01))
     assert set(stages) == {"conservative"} and "effective" in reason and "noise floor of 0.0010" in reason
-    reason, stages, _ = route(lambda stage: Outcome(Verdict.SAFE, 0.0009, 0.0))
+    reason, stages, _ = route(lambda stage: Outcome(Verdict.SAFE, 0.0009, 0.0, 0.0009))
     assert stages[-1] == "aggressive" and not reason  # another seed of the baseline differs by as much
 
 
+def test_a_route_compares_an_objective_that_is_no_difference_with_the_baseline() -> None:
+    """A score of 0.8 is no success if the baseline has 0.9; a loss of 0.5 is one if the baseline has 0.7."""
+    score, loss = Objective(maximize="score"), Objective(minimize="val_loss")
+    reason, stages, _ = route(lambda stage: Outcome(Verdict.SAFE, 0.8, 0.0, -0.1), objective=score)
+    assert stages[-1] == "aggressive" and not reason
+    reason, stages, search = route(lambda stage: Outcome(Verdict.SAFE, 0.5, 0.0, 0.2), objective=loss)
+    assert set(stages) == {"conservative"} and "is effective (Δval_loss -0.2000" in reason
+    assert search.options["direction"] == "minimize"
+
+
 def test_finalists_are_tried_until_one_holds() -> None:
-    better, worse = Outcome(Verdict.SAFE, 0.01), Outcome(Verdict.SAFE, -0.01)
+    # A loss of 3 is better than the baseline's, although it is above zero, and one of 5 is not.
+    better, worse = Outcome(Verdict.SAFE, 3.0, improvement=0.01), Outcome(Verdict.SAFE, 5.0, improvement=-0.01)
     search = ConfirmSearch([("a", {"x": 1}), ("b", {"x": 2}), ("c", {"x": 3})], seeds=[5, 6])
     assert [ask(search).trial_id, ask(search).trial_id] == ["confirm-a-seed-5", "confirm-a-seed-6"]
     assert search.ask() == Wait()

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.yaml_source import dump_yaml, parse_yaml
 from tune_ssim.guards import NonFinite, NormRatio, SmokeTest, Threshold
-from tune_ssim.study.sections import Asha, BaselineRuns, CalibrationOptions, Keep, Objective, Resources, Search, Tracking
+from tune_ssim.study.objective import Keep, Objective
+from tune_ssim.study.sections import Asha, BaselineRuns, CalibrationOptions, Resources, Search, Tracking
 from tune_ssim.study.space import load_space
 from tune_ssim.study.study import Study, bundled_studies, bundled_studies_folder, load_study
 

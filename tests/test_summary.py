@@ -45,7 +45,8 @@ def test_settings_that_train_alike(one: dict[str, float], other: dict[str, float
     ("settings", "effective", "expected"),
     [
         (SETTING, {}, SETTING),
-        ({}, {}, {"ssim_loss_weight": 0.0, "ssim_loss_max_t": None, "ssim_grad_scale": 1.0}),
+        ({"ssim_loss_weight": 0.0}, {}, {"ssim_loss_weight": 0.0, "ssim_loss_max_t": None, "ssim_grad_scale": 1.0}),
+        ({"lr": 1.0}, {}, {"lr": 1.0}),  # nothing is known of an SSIM loss
         ({"lr": 1.0}, {"lr": 1.0, "kl_alpha": 2.0}, {"lr": 1.0}),  # a training without an SSIM loss
         (
             {"ssim_loss_weight": 3.0},

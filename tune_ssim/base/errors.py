@@ -27,3 +27,11 @@ class NothingToResume(UserError):
 
 class BadSetup(RuntimeError):
     """A broken setup (exit code 3): the weights, the data or the baseline are at fault, not a hyperparameter."""
+
+
+class StudyInterrupted(KeyboardInterrupt):
+    """Ctrl-C, or a batch system's SIGTERM, in a study that can be resumed."""
+
+    def __init__(self, study: str) -> None:
+        super().__init__(study)
+        self.study = study

@@ -222,9 +222,11 @@ class _Probe:
             task.setup(config, self.study.search.seed, self.device)
         except ValueError as error:
             off = ", ".join(f"{name}: {value}" for name, value in self.options.disable_update.items())
+            # A gain in units of the norm ratio needs the calibration.
+            other = "" if self.study.space.is_relative else ", or leave the calibration out with `calibration: null`"
             raise UserError(
                 f"calibration: the task refuses to be set up ({error}); say in calibration.disable_update (now {{{off}}}) "
-                "how its update is switched off, or leave the calibration out with `calibration: null`"
+                f"how its update is switched off{other}"
             ) from None
         return task
 

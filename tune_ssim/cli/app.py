@@ -34,7 +34,7 @@ from tune_ssim.version import __version__
 EPILOG = f"""\b
 Exit codes:
   {DONE}    done
-  {MISTAKE}    your mistake: one line says what is wrong. Also `export` when no trial is safe
+  {MISTAKE}    your mistake: one line says what is wrong. Also `run` and `export` when no setting is safe and beats the baseline
   {BAD_SETUP}    bad set-up: weights, data or baseline are not sound; no setting is to blame. Also `check` with alerts
   {OURS}    our bug: the traceback is in a file ({DEBUG_VARIABLE}=1 prints it)
   {INTERRUPTED}  interrupted: `tune-ssim run --resume` goes on

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, StudyInterrupted, UserError
 from tune_ssim.cli.options import storage_option, tracking_option
 from tune_ssim.cli.output import make_console, output_file, print_exactly, print_json, readable, suggest_next
 
@@ -46,7 +45,7 @@ def run(
     """Tune: baseline, search, prune what ruins the model.
 
     STUDY is a study file or the name of a bundled one. Without it: the bundled fundus study. A name that is taken gets
-    a suffix, unless --resume.
+    a suffix, unless --resume. If no setting is safe and better than the baseline, the exit code is 2 and the reason is printed.
     """
     from tune_ssim.results.study_folder import find_study
     from tune_ssim.study.study import load_study
@@ -61,6 +60,8 @@ def run(
     resolved = load_study(source, overrides, launch=address is None)  # the nodes of a cluster may have other programs
     if dry_run:
         print_exactly(resolved.to_yaml())
+        if resolved.objective.warning:
+            click.echo(f"warning: {resolved.objective.warning}", err=True)
         given = [(f"--{key.replace('_', '-')}", str(value)) for key, value in overrides.items() if value is not None]
         suggest_next(
             "run",
@@ -77,7 +78,6 @@ def run(
     from tune_ssim.results.winner import NoSafeTrial, best_safe
 
     console = make_console(outlive_reader=True)
-    started_s = time.time()
     try:
         folder = run_study(
             resolved,
@@ -89,21 +89,20 @@ def run(
             tracking_uri=tracking_uri,
             console=console,
         )
-    except KeyboardInterrupt:
-        _suggest_resume(storage, started_s, resume)
+    except StudyInterrupted as stop:
+        suggest_next("run", "--resume", "--name", stop.study, why="goes on where it stopped", to_stderr=True)
         raise
     _show_trials(folder, console)
     try:
         best = best_safe(folder)
-    except NoSafeTrial as reason:
-        console.print(readable(str(reason), console), markup=False)
+    except NoSafeTrial:
         suggest_next("trials", folder.name, why="shows every reason")
-    else:
-        proof = proof_of(best, folder)
-        console.print(readable(f"best safe: {best.trial_id}: {best.reason}", console), markup=False)
-        console.print(readable(proof_line(proof), console), markup=False)
-        option = ["--unproven"] if proof["unproven"] else []
-        suggest_next("export", folder.name, "--format", "env", *option, why="prints it for a training script")
+        raise
+    proof = proof_of(best, folder)
+    console.print(readable(f"best safe: {best.trial_id}: {best.reason}", console), markup=False)
+    console.print(readable(proof_line(proof), console), markup=False)
+    option = ["--unproven"] if proof["unproven"] else []
+    suggest_next("export", folder.name, "--format", "env", *option, why="prints it for a training script")
     suggest_next("ui", folder.name, why="browses the study in MLflow")
 
 
@@ -260,17 +259,6 @@ def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
         raise UserError(f"{folder.name}: {line}")
     click.echo(line)
     suggest_next("ui", folder.name, *(["--tracking-uri", tracking_uri] if tracking_uri else []), why="browses it")
-
-
-def _suggest_resume(storage: Path, started_s: float, resumed: bool) -> None:
-    from tune_ssim.results.study_folder import find_study
-
-    try:
-        folder = find_study(storage, None)
-    except UserError:
-        return  # nothing was started
-    if resumed or folder.study_file.stat().st_mtime >= started_s:
-        suggest_next("run", "--resume", "--name", folder.name, why="goes on where it stopped", to_stderr=True)
 
 
 def _show_trials(folder: StudyFolder, console: Console) -> None:

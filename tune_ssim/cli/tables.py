@@ -12,11 +12,12 @@ from rich.text import Text
 from tune_ssim.base.files import number
 from tune_ssim.cli.plain_table import PlainTable
 from tune_ssim.guards.verdict import Role
-from tune_ssim.results.trial_text import VERDICT_STYLES, format_number, format_setting, metric_label, readable
+from tune_ssim.results.trial_text import VERDICT_STYLES, format_number, format_objective, format_setting, metric_label, readable
 from tune_ssim.study.domains import value_text
+from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
 from tune_ssim.study.space import WEIGHT, Space, gain_of
 from tune_ssim.trials.quarantine import Entry
-from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
+from tune_ssim.trials.summary import TrialSummary
 
 # Minimum terminal width → the columns that fit and leave room for the reason.
 COLUMNS = {
@@ -26,6 +27,7 @@ COLUMNS = {
 }
 # Columns for a task without an SSIM loss.
 OTHER_COLUMNS = {120: ("setting", "steps", "norm ratio", "objective"), 72: ("setting", "steps", "objective"), 0: ("objective",)}
+MEASURED = {"norm ratio": "norm_ratio_max", "ratio": "norm_ratio_max", "PSNR": "psnr"}  # columns that need a metric
 WIDE = 120  # from this width on the reason has its own column
 
 
@@ -34,7 +36,7 @@ def trials_table(
     *,
     width: int = WIDE,
     ascii_only: bool = False,
-    objective: str = OBJECTIVE,
+    objective: Objective = DEFAULT_OBJECTIVE,
     winner: str | None = None,
 ) -> Table:
     """One row per trial, best first, for a terminal of `width` columns. `winner`: the trial_id to mark."""
@@ -42,8 +44,11 @@ def trials_table(
     has_ssim = any(WEIGHT in summary.config for summary in summaries) or not summaries
     names = next(names for min_width, names in (COLUMNS if has_ssim else OTHER_COLUMNS).items() if width >= min_width)
     table = PlainTable(ascii_only).columns_of("trial", overflow="fold")
+    measured = {name for summary in summaries for name in summary.metrics}
+    names = tuple(name for name in names if MEASURED.get(name) in (None, *measured))
     for name in names:
-        table.columns_of(metric_label(objective) if name == "objective" else name, justify="left" if name == "setting" else "right")
+        heading = metric_label(objective.name) if name == "objective" else name
+        table.columns_of(heading, justify="left" if name == "setting" else "right")
     if wide:
         table.columns_of("verdict").text_of("why", min_width=20)
     else:
@@ -62,7 +67,7 @@ def trials_table(
             "steps": str(summary.steps),
             "norm ratio": norm_ratio,
             "ratio": norm_ratio,
-            "objective": format_number(metrics.get(objective), "+.4f"),
+            "objective": format_objective(objective.name, metrics.get(objective.name)),
             "PSNR": format_number(metrics.get("psnr"), ".2f"),
             "setting": format_setting(config),
         }
@@ -83,14 +88,14 @@ def _joined(verdict: Text, why: str) -> Text:
     return verdict + Text(f": {why}" if why else "")
 
 
-def best_first(summaries: Iterable[TrialSummary], objective: str = OBJECTIVE) -> list[TrialSummary]:
+def best_first(summaries: Iterable[TrialSummary], objective: Objective = DEFAULT_OBJECTIVE) -> list[TrialSummary]:
     """Sort key: verdict, then objective. Among equal verdicts a trial without an objective comes last."""
 
     def key(summary: TrialSummary) -> tuple[int, float]:
-        value = summary.metric(objective)
-        if math.isnan(value) and summary.role is Role.BASELINE:
+        value = summary.metric(objective.name)
+        if objective.is_delta and summary.role is Role.BASELINE:
             value = 0.0
-        return summary.verdict.rank, math.inf if math.isnan(value) else -value
+        return summary.verdict.rank, objective.rank(value)
 
     return sorted(summaries, key=key)
 

@@ -25,13 +25,15 @@ def baseline_of_log(
     pattern: str | Sequence[str] | None = None,
     names: Mapping[str, str] | None = None,
     held_out: Mapping[str, float] | None = None,
+    also: str = "",
 ) -> Baseline:
     """The baseline of a study from the log of a pixel-loss run, in any format of `records.readers`.
 
+    also: a metric whose values are kept too.
     held_out: held-out metrics; default the last value of every metric that is not a training metric. Raises UserError for a
     log without total_norm."""
     records = read_all(path, format=format, pattern=pattern, names=names)
-    return _baseline(records, NO_SEED, held_out, f"baseline.log: {path}", "`names: {theirs: total_norm}` says what it is")
+    return _baseline(records, NO_SEED, held_out, also, f"baseline.log: {path}", "`names: {theirs: total_norm}` says what it is")
 
 
 def baseline_of_source(source: Source, label: str) -> Baseline:
@@ -47,11 +49,13 @@ def baseline_of_source(source: Source, label: str) -> Baseline:
                 usual = usual_names(table.metrics)
             yield from table.renamed(usual or {})
 
-    return _baseline(records(), 0, None, label, "`--map theirs=total_norm` renames")
+    return _baseline(records(), 0, None, "", label, "`--map theirs=total_norm` renames")
 
 
-def _baseline(records: Iterable[Record], seed: int, held_out: Mapping[str, float] | None, label: str, hint: str) -> Baseline:
-    series: dict[str, dict[int, float]] = {TOTAL_NORM: {}, TOTAL_NORM_MAIN: {}}
+def _baseline(
+    records: Iterable[Record], seed: int, held_out: Mapping[str, float] | None, also: str, label: str, hint: str
+) -> Baseline:
+    series: dict[str, dict[int, float]] = {name: {} for name in (TOTAL_NORM, TOTAL_NORM_MAIN, also) if name}
     last: dict[str, float] = {}
     for record in records:
         for name, points in series.items():

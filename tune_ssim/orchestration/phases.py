@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 
-from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.base.errors import BadSetup, StudyInterrupted, UserError
 from tune_ssim.base.files import check_name, write_atomically
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.guards.baseline_log import baseline_of_log, describe, require_steps
@@ -28,6 +29,7 @@ from tune_ssim.search.confirm import PREFIX, ConfirmSearch, confirm_seeds, confi
 from tune_ssim.search.optuna_search import DEFAULT_LATIN_POINTS, OptunaSearch
 from tune_ssim.search.search import Outcome, Search
 from tune_ssim.search.staged import StagedSearch
+from tune_ssim.study.sections import BaselineLog
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.tracking.mirror import MLflowMirror
 from tune_ssim.trials.load_training import load_task
@@ -57,13 +59,24 @@ def run_study(
     storage: the storage path, for all studies and MLflow's default SQLite store. On several nodes it must be shared.
     name: replaces the study's own; a name that is taken gets a suffix, unless `resume`. address: of a Ray cluster; None starts
     a local one. in_process: without Ray, trial by trial in this process. Raises UserError, also if another process runs this study;
-    BadSetup if the baseline fails; KeyboardInterrupt if the study was stopped."""
-    progress = progress or NoProgress()
+    BadSetup if the baseline fails; StudyInterrupted if the study was stopped."""
     folder = _folder(study, storage, name, resume)
     load_task(study.task_path, study.import_path)  # a misspelt task fails before Ray starts
     folder.create()
     if resume:
         _require_same_study(study, load_study(folder.study_file), folder)
+    try:
+        _run_in(folder, study, address, tracking_uri, in_process, progress or NoProgress())
+    except KeyboardInterrupt:
+        if not folder.study_file.exists():
+            raise
+        raise StudyInterrupted(folder.name) from None
+    return folder
+
+
+def _run_in(
+    folder: StudyFolder, study: Study, address: str | None, tracking_uri: str | None, in_process: bool, progress: Progress
+) -> None:
     with StudyLock(folder.path) as lock, make_executor(study, address, in_process) as executor:
         # Also on resume: more trials, or other resources, belong to what the study is now.
         write_atomically(folder.study_file, study.to_yaml().encode())
@@ -90,7 +103,6 @@ def run_study(
                 run.writer.study_ended(problem or "done")
             if mirror is not None:
                 _drain(mirror, folder, progress)
-    return folder
 
 
 def make_executor(study: Study, address: str | None, in_process: bool) -> Executor:
@@ -113,6 +125,8 @@ class StudyRun:
         """Runs all phases. Returns why the study ended early, if it did. Raises BadSetup or UserError if it failed as a whole."""
         study = self.study
         self.progress.say(self.executor.describe())
+        if study.objective.warning:
+            self.progress.say(f"warning: {study.objective.warning}")
         check_before_launch(study, self.folder, self.writer, self.progress, self.executor)
         self.progress.phase(f"{self.folder.name}: {describe_plan(study.baseline_seeds, study.search.trials, self.concurrency)}")
         failure = self.search()
@@ -130,7 +144,7 @@ class StudyRun:
         seeds = [study.search.seed + index for index in range(study.baseline_seeds)]
         baseline, runs = None, {}
         if (log := study.baseline.log) is not None:
-            baseline, seeds = baseline_of_log(log.file, **log.model_dump(exclude={"file"})), [study.search.seed]
+            baseline, seeds = self._baseline_of_log(log), [study.search.seed]
             require_steps(baseline, log.file, study.steps)
             self.progress.say(describe(baseline, log.file))
         else:
@@ -140,7 +154,7 @@ class StudyRun:
         def noise_floor() -> float:
             """The difference between the baseline's seeds; 0 if there is only one."""
             file = search.baseline_file
-            found = file.read().noise_floor(study.objective.maximize.removeprefix("delta_")) if file else None
+            found = file.read().noise_floor(study.objective.metric) if file else None
             return found or 0.0
 
         inner = self._make_search(noise_floor)
@@ -152,6 +166,18 @@ class StudyRun:
         if search.end_reason:
             self.progress.say(f"the search ended early: {search.end_reason}")
         return search.failure
+
+    def _baseline_of_log(self, log: BaselineLog) -> Baseline:
+        """Raises UserError if the log lacks what the objective compares with."""
+        objective = self.study.objective
+        found = baseline_of_log(log.file, also=objective.metric, **log.model_dump(exclude={"file"}))
+        (run,) = found.runs
+        logged = list(run.series.get(objective.metric, {}).values())
+        evaluation = objective.measure(run.evaluation, objective.remember(logged) if logged else [])
+        problem = objective.problem(evaluation, logged, [])
+        if problem and objective.is_delta:
+            raise UserError(f"{problem}; say it in baseline.log: {{file: {log.file}, held_out: {{{objective.metric}: ...}}}}")
+        return Baseline((replace(run, evaluation=evaluation),))
 
     def _make_search(self, noise_floor: Callable[[], float]) -> Search:
         study = self.study
@@ -167,18 +193,16 @@ class StudyRun:
             "sampler": optuna.samplers.RandomSampler(seed=study.search.seed) if study.search.strategy == "random" else None,
         }
         if len(study.space.stages) > 1:
-            return StagedSearch(
-                study.space, study.search.trials, objective=study.objective.maximize, noise_floor=noise_floor, **options
-            )
+            return StagedSearch(study.space, study.search.trials, objective=study.objective, noise_floor=noise_floor, **options)
         stage = study.space.stages[0]
         n_latin = min(DEFAULT_LATIN_POINTS, max(0, study.search.trials - len(stage.points)))
-        return OptunaSearch(stage, n_latin=n_latin, **options)
+        return OptunaSearch(stage, n_latin=n_latin, direction=study.objective.direction, **options)
 
     def confirm(self) -> None:
         """Repeats the finalists and the baseline with new seeds and more steps."""
         if self.study.confirm is None:
             return
-        finalists = ranked(self.folder.trials(), self.study.objective.maximize)[: self.study.confirm.finalists]
+        finalists = ranked(self.folder.trials(), self.study.objective)[: self.study.confirm.finalists]
         if not finalists:
             return
         seeds, steps = confirm_seeds(self.study), confirm_steps(self.study)
@@ -213,7 +237,8 @@ class StudyRun:
             steps=steps,
             guards=tuple(guards),
             keep=study.objective.rules,
-            objective=study.objective.maximize,
+            objective=study.objective,
+            requires_objective=True,
             report_every=study.report_every,
         )
         spec = TrialSpec(
@@ -225,7 +250,7 @@ class StudyRun:
             asha.grace_steps if asha else None,
             study.import_path,
         )
-        recorder = StudyRecorder(self.writer, self.progress, steps, study.objective.maximize)
+        recorder = StudyRecorder(self.writer, self.progress, steps, study.objective)
         self.executor.run(Phase(name, spec, self.concurrency, asha), search, recorder)
         if recorder.unfinished and not (search.failure or recorder.has_failed_baseline):
             # Ray handles Ctrl-C itself, saves its state and returns normally.

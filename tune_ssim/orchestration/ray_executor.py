@@ -29,6 +29,7 @@ from tune_ssim.orchestration.ray_starts import take_on_ray
 from tune_ssim.orchestration.recorder import StudyRecorder
 from tune_ssim.orchestration.trainable import TrialResources, trainable_class
 from tune_ssim.results.events import EventWriter
+from tune_ssim.study.objective import Objective
 from tune_ssim.study.sections import Asha
 from tune_ssim.study.study import Study
 from tune_ssim.trials.job import TrialJob
@@ -90,7 +91,7 @@ class RayExecutor:
             tune.with_resources(trainable_class(phase.spec, resources), placement),
             tune_config=TuneConfig(
                 search_alg=JobSearcher(search, objective),
-                scheduler=_scheduler(phase.scheduler, placement, phase.concurrency),
+                scheduler=_scheduler(phase.scheduler, placement, phase.concurrency, objective),
                 num_samples=-1,  # until the search is done
                 max_concurrent_trials=phase.concurrency,
                 reuse_actors=True,
@@ -265,7 +266,7 @@ def _is_baseline(trial: Any) -> bool:
     return _job(trial).role == Role.BASELINE
 
 
-def _scheduler(asha: Asha | None, placement: Any, concurrency: int) -> TrialScheduler:
+def _scheduler(asha: Asha | None, placement: Any, concurrency: int, objective: Objective) -> TrialScheduler:
     if asha is None:
         return _InOrder(placement, concurrency)
     return GuardedASHA(
@@ -273,7 +274,7 @@ def _scheduler(asha: Asha | None, placement: Any, concurrency: int) -> TrialSche
         concurrency,
         time_attr="step",
         metric="held_out_now",
-        mode="max",
+        mode=objective.direction[:3],
         max_t=asha.max_steps,
         grace_period=asha.grace_steps,
         reduction_factor=asha.reduction_factor,

@@ -15,6 +15,7 @@ from tune_ssim.guards import Baseline
 from tune_ssim.guards.verdict import Verdict
 from tune_ssim.records import Record
 from tune_ssim.search.search import Outcome
+from tune_ssim.study.objective import Objective
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.summary import PROCESS_DIED, TrialSummary
 from tune_ssim.trials.trial_run import TrialReport, TrialResult
@@ -107,8 +108,8 @@ def ending_of(result: Mapping[str, Any]) -> TrialResult | None:
     )
 
 
-def outcome_of(result: Mapping[str, Any] | None, metric: str, error: bool = False) -> Outcome:
-    """The outcome for a search that optimises `metric`. A foreign trainable may have no verdict."""
+def outcome_of(result: Mapping[str, Any] | None, objective: Objective, error: bool = False) -> Outcome:
+    """The outcome for a search. A foreign trainable may have no verdict."""
     if error:
         return Outcome(reason=PROCESS_DIED, died=True)
     result = result or {}
@@ -117,8 +118,8 @@ def outcome_of(result: Mapping[str, Any] | None, metric: str, error: bool = Fals
     else:
         verdict, harm = result.get("verdict"), result.get("harm")
         outcome = Outcome(Verdict(verdict) if verdict else None, harm=math.nan if harm is None else float(harm))
-    value = result.get(metric)
-    return replace(outcome, value=math.nan if value is None else float(value))
+    known = {name: float(result[name]) for name in (objective.name, objective.delta) if result.get(name) is not None}
+    return replace(outcome, value=known.get(objective.name, math.nan), improvement=objective.improvement(known))
 
 
 def last_line_of_error(trial: Any) -> str:

@@ -23,9 +23,9 @@ from tune_ssim.results.study_folder import Skipped
 from tune_ssim.search import baseline_first, optuna_search, staged
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
 from tune_ssim.study.domains import LogUniform, Uniform
+from tune_ssim.study.objective import OBJECTIVE, Objective
 from tune_ssim.study.space import GAIN, MAX_T, Space, Stage
 from tune_ssim.trials.job import TrialJob
-from tune_ssim.trials.summary import OBJECTIVE
 
 
 def param_space(space: Space | Stage, model: NormModel | None = None) -> dict[str, Any]:
@@ -62,10 +62,15 @@ class _GainFromRatio:
         return gain_at(self.model, self.ratio.sample(), others)
 
 
+def _objective(metric: str, mode: str | None) -> Objective:
+    return Objective(minimize=metric) if mode == "min" else Objective(maximize=metric)
+
+
 class _AskTell(Searcher):
     """A search with ask and tell as a Ray searcher. Its state is the sequence of calls, which is replayed into a new searcher."""
 
     def __init__(self, metric: str | None, mode: str | None) -> None:
+        """mode: `max` or `min`."""
         super().__init__(metric=metric, mode=mode)
         self.reason = ""  # why the search ended by itself
         self._running: dict[str, Any] = {}  # Ray's id → what was asked
@@ -97,7 +102,7 @@ class _AskTell(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if trial_id in self._running:
-            self._complete(trial_id, outcome_of(result, str(self.metric), error))
+            self._complete(trial_id, outcome_of(result, _objective(str(self.metric), self.mode), error))
 
     def _complete(self, trial_id: str, outcome: Outcome) -> None:
         self._calls.append((trial_id, outcome.to_dict()))
@@ -121,8 +126,8 @@ class _AskTell(Searcher):
 class JobSearcher(_AskTell):
     """Gives the jobs of a study to Ray Tune. A study is resumed from its own folder, never from Ray's snapshot."""
 
-    def __init__(self, search: JobSearch, objective: str) -> None:
-        super().__init__(objective, "max")
+    def __init__(self, search: JobSearch, objective: Objective) -> None:
+        super().__init__(objective.name, objective.direction[:3])
         self.search = search
 
     def _ask(self) -> TrialJob | Wait | Done:
@@ -170,7 +175,7 @@ class GuardedOptunaSearch(_SearchAdapter):
         super().__init__(metric, mode)
         if "skip_above" in options:  # its name in the first version
             options["max_ratio"] = options.pop("skip_above")
-        self._options = {**options, "direction": "maximize" if mode == "max" else "minimize"}
+        self._options = {**options, "direction": _objective(metric, mode).direction}
         self.search = None if stage is None else optuna_search.OptunaSearch(stage, **self._options)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
@@ -180,7 +185,7 @@ class GuardedOptunaSearch(_SearchAdapter):
             self._metric = metric
         if mode:
             self._mode = mode
-            self._options["direction"] = "maximize" if mode == "max" else "minimize"
+            self._options["direction"] = _objective(str(metric), mode).direction
         self.search = optuna_search.OptunaSearch(distributions=RayOptunaSearch.convert_search_space(config), **self._options)
         return True
 
@@ -190,9 +195,9 @@ class StagedSearch(_SearchAdapter):
 
     search: staged.StagedSearch
 
-    def __init__(self, space: Space, trials: int, *, metric: str = OBJECTIVE, **options: Any) -> None:
-        super().__init__(metric, "max")
-        self.search = staged.StagedSearch(space, trials, objective=metric, **options)
+    def __init__(self, space: Space, trials: int, *, metric: str = OBJECTIVE, mode: str = "max", **options: Any) -> None:
+        super().__init__(metric, mode)
+        self.search = staged.StagedSearch(space, trials, objective=_objective(metric, mode), **options)
 
 
 class _RaySearch:

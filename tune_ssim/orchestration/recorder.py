@@ -9,17 +9,18 @@ from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.progress import Progress
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.quarantine import Ledger
-from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
+from tune_ssim.trials.summary import TrialSummary
 from tune_ssim.trials.trial_run import TrialReport, TrialResult
 
 
 class StudyRecorder:
     """Called by every executor. The first verdict of a trial is final."""
 
-    def __init__(self, writer: EventWriter, progress: Progress, steps: int, objective: str = OBJECTIVE) -> None:
+    def __init__(self, writer: EventWriter, progress: Progress, steps: int, objective: Objective = DEFAULT_OBJECTIVE) -> None:
         self.writer, self.folder, self.progress, self.steps, self.objective = writer, writer.folder, progress, steps, objective
         self.started: set[str] = set()
         self.ended: set[str] = set()
@@ -71,7 +72,8 @@ class StudyRecorder:
         settings = resolve_settings(job.settings)
         summary = TrialSummary(
             trial_id=job.trial_id, role=job.role, seed=job.seed, config=settings, verdict=verdict, reason=reason,
-            horizon={"steps": steps}, steps=steps, metrics=metrics, objective=self.objective,
+            objective=self.objective.name, direction=self.objective.direction,
+            horizon={"steps": steps}, steps=steps, metrics=metrics,
         )  # fmt: skip
         self.trial_ended(TrialResult(summary))
 

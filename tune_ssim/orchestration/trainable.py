@@ -19,10 +19,10 @@ from tune_ssim.orchestration.nodes import NodesProcess
 from tune_ssim.orchestration.ray_job import job_of, result_of
 from tune_ssim.orchestration.trainings import make_training
 from tune_ssim.orchestration.workers import WorkersTask
+from tune_ssim.study.objective import OBJECTIVE, Objective
 from tune_ssim.trials.checkpoint import load_checkpoint
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.job import TrialJob
-from tune_ssim.trials.summary import OBJECTIVE
 from tune_ssim.trials.training import Training
 from tune_ssim.trials.trial import TrialPlan
 from tune_ssim.trials.trial_run import TrialRun, TrialSpec
@@ -79,7 +79,7 @@ class GuardedTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         assert self._run is not None
-        return result_of(self._run.advance(), self.spec.plan.objective)
+        return result_of(self._run.advance(), self.spec.plan.objective.name)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         assert self._run is not None
@@ -151,7 +151,7 @@ def make_trainable(
     task_config: Mapping[str, Any] | None = None,
     steps: int = 200,
     keep: Sequence[KeepRule] = (),
-    objective: str = OBJECTIVE,
+    objective: str | Objective = OBJECTIVE,
     report_every: int = 1,
     result_every: int | None = 10,
     checkpoint_every: int | None = None,
@@ -169,6 +169,7 @@ def make_trainable(
     Every `checkpoint_every` steps it asks Ray for a checkpoint, in addition to Ray's CheckpointConfig. The norm guard needs a
     baseline: wrap the searcher in `BaselineFirst`.
     """
-    plan = TrialPlan(steps=steps, guards=tuple(guards), keep=tuple(keep), objective=objective, report_every=report_every)
+    goal = Objective(maximize=objective) if isinstance(objective, str) else objective
+    plan = TrialPlan(steps=steps, guards=tuple(guards), keep=tuple(keep), objective=goal, report_every=report_every)
     spec = TrialSpec(task, plan, dict(task_config or {}), result_every, checkpoint_every, evaluate_every, import_path)
     return trainable_class(spec, parts)

@@ -30,7 +30,8 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import append_line, parse_json, parse_lines, read_lines, write_atomically
 from tune_ssim.base.tensor_file import Contents
 from tune_ssim.base.validation import JsonNumber, read_as
-from tune_ssim.trials.summary import OBJECTIVE, TrialSummary
+from tune_ssim.study.objective import OBJECTIVE, Objective
+from tune_ssim.trials.summary import TrialSummary
 
 DEFAULT_STORAGE = "tune_ssim_results"
 STORAGE_VARIABLE = "TUNE_SSIM_STORAGE"
@@ -128,9 +129,11 @@ class StudyFolder:
         return value or {}
 
     @property
-    def objective(self) -> str:
-        """The metric that the study maximises; `delta_ssim` if study.yaml does not name one."""
-        return str(self.section("objective").get("maximize") or OBJECTIVE)
+    def objective(self) -> Objective:
+        """What the study optimises, by default `delta_ssim`. Of the file only the metric and its direction are read."""
+        given = self.section("objective")
+        direction = "minimize" if given.get("minimize") else "maximize"
+        return Objective.of(str(given.get(direction) or OBJECTIVE), direction)
 
     @property
     def tracking_uri(self) -> str | None:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tune_ssim.guards.keep_rule import DISPLAY_NAMES
 from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.study.objective import DELTA, Objective
 from tune_ssim.study.space import GAIN, WEIGHT, gain_of
 from tune_ssim.trials.summary import TrialSummary
 
@@ -31,10 +32,10 @@ ASCII = str.maketrans(
 
 def verdict_line(summary: TrialSummary, ascii_only: bool = False) -> Text:
     """One line about a trial that has ended."""
-    objective = summary.objective
-    delta = summary.metric(objective)
+    value = summary.metric(summary.objective)
     what = format_setting(summary.config) if summary.role is Role.SEARCH else summary.role
-    result = f"  {metric_label(objective)} {delta:+.4f}" if math.isfinite(delta) and summary.role is not Role.BASELINE else ""
+    is_shown = math.isfinite(value) and summary.role is not Role.BASELINE
+    result = f"  {metric_label(summary.objective)} {format_objective(summary.objective, value)}" if is_shown else ""
     return Text.assemble(
         (f"{summary.verdict:<9}", VERDICT_STYLES[summary.verdict]),
         (f" {readable(summary.trial_id, ascii_only)}", "bold"),
@@ -62,10 +63,11 @@ def proof_line(proof: Mapping[str, Any]) -> str:
     """`confirmed with 3 new seeds, 400 steps each: ΔSSIM +0.0042 [+0.0031, +0.0053] (95 %)`"""
     if proof["unproven"]:
         return f"unproven: {'; '.join(proof['unproven'])}"
-    found = proof["comparison"].get(proof["objective"])
+    objective = Objective.of(proof["objective"], proof.get("direction", "maximize"))
+    found = proof["comparison"].get(objective.delta)
     text = f"confirmed with {len(proof['seeds'])} new seeds, {proof['horizon']['steps']} steps each"
     if found and found["interval"]:
-        name = metric_label(proof["objective"])
+        name = metric_label(objective.delta)
         low, high = found["interval"]
         text += f": {name} {found['mean']:+.4f} [{low:+.4f}, {high:+.4f}] ({100 * found['level']:.0f} %)"
     return text
@@ -82,6 +84,11 @@ def format_setting(config: Mapping[str, Any]) -> str:
     if GAIN not in config and WEIGHT not in config:
         return ", ".join(f"{name} {format_number(value)}" for name, value in config.items())
     return f"gain {format_number(gain_of(config))} @ {format_number(config.get('ssim_loss_max_t'))}"
+
+
+def format_objective(name: str, value: Any) -> str:
+    """A difference with its sign; the number itself otherwise."""
+    return format_number(value, "+.4f" if name.startswith(DELTA) else ".5g")
 
 
 def format_number(value: Any, form: str = ".4g") -> str:

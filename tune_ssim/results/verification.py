@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -14,6 +14,7 @@ from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.results.export import versions
 from tune_ssim.results.proof import comparison, differences, seals
 from tune_ssim.results.winner import holds
+from tune_ssim.study.objective import Objective
 from tune_ssim.trials.summary import TrialSummary
 
 
@@ -36,6 +37,7 @@ class _Proof(BaseModel):
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
     horizon: _Horizon
     objective: str
+    direction: Literal["maximize", "minimize"] = "maximize"
     comparison: dict[str, _Comparison]
 
 
@@ -48,8 +50,9 @@ class _Export(BaseModel):
 
     @model_validator(mode="after")
     def _objective_was_compared(self) -> _Export:
-        if not self.proof.unproven and self.proof.objective not in self.proof.comparison:
-            raise ValueError(f"proof.comparison has no {self.proof.objective!r}")
+        compared = Objective.of(self.proof.objective, self.proof.direction).delta
+        if not self.proof.unproven and compared not in self.proof.comparison:
+            raise ValueError(f"proof.comparison has no {compared!r}")
         if len(set(self.proof.seeds)) < len(self.proof.seeds):
             raise ValueError("proof.seeds has a seed twice")
         return self
@@ -109,11 +112,11 @@ def result_differences(proof: Mapping[str, Any], trials: Sequence[TrialSummary])
     lines = [f"{trial.trial_id} is {trial.verdict}: {trial.reason}" for trial in trials if trial.verdict != Verdict.SAFE]
     if lines:
         return lines
-    objective = proof["objective"]
+    objective = Objective.of(proof["objective"], proof.get("direction", "maximize"))
     if not holds(confirmed, objective):
-        return [f"{objective} no longer beats the baseline"]
-    recorded, again = proof["comparison"][objective], comparison(confirmed)[objective]
+        return [f"{objective.name} no longer beats the baseline"]
+    recorded, again = proof["comparison"][objective.delta], comparison(confirmed)[objective.delta]
     low, high = recorded["interval"]
     if not low <= again["mean"] <= high:
-        return [f"{objective} is {again['mean']:+.4f} now, outside the interval [{low:+.4f}, {high:+.4f}] that was recorded"]
+        return [f"{objective.delta} is {again['mean']:+.4f} now, outside the interval [{low:+.4f}, {high:+.4f}] that was recorded"]
     return []

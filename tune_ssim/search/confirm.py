@@ -18,8 +18,8 @@ PREFIX = "confirm-"  # prefix of the trial ids
 class ConfirmSearch:
     """Suggests one finalist at a time, best first, once per seed. The next one follows only if the previous one did not hold.
 
-    finalists: (trial id of the search, settings). A finalist holds if all its trials are safe and its mean objective is above
-    zero, that is, it beats the baseline on seeds that the search has not used."""
+    finalists: (trial id of the search, settings). A finalist holds if all its trials are safe and on average better than the
+    baseline, on seeds that the search has not used."""
 
     def __init__(self, finalists: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int]) -> None:
         self.finalists, self.seeds = [(name, dict(settings)) for name, settings in finalists], list(seeds)
@@ -34,7 +34,7 @@ class ConfirmSearch:
             lost = any(outcome.verdict != Verdict.SAFE for outcome in self._outcomes.values())
             if len(self._outcomes) < n_suggested and not lost:
                 return Wait()
-            if not lost and fmean(outcome.value for outcome in self._outcomes.values()) > 0:
+            if not lost and fmean(outcome.improvement for outcome in self._outcomes.values()) > 0:
                 return Done()
             self._index += 1
             self._first_slot, self._outcomes = self._next_slot, {}

@@ -42,12 +42,14 @@ class Outcome:
     """What a search needs to know about a trial that ended.
 
     verdict: None for a trainable without verdicts. value: of the objective, NaN if the training did not reach its end.
-    harm: a graded constraint, feasible if <= 0; NaN if unknown. baseline: set for a baseline run, for comparison with other trials.
+    harm: a graded constraint, feasible if <= 0; NaN if unknown. improvement: how much better than the baseline it is, above zero if
+    it is; NaN if unknown. baseline: set for a baseline run, for comparison with other trials.
     died: the trial's process died, so nothing is known."""
 
     verdict: Verdict | None = None
     value: float = math.nan
     harm: float = math.nan
+    improvement: float = math.nan
     reason: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     baseline: Baseline | None = None
@@ -67,6 +69,7 @@ class Outcome:
         return cls(
             verdict=summary.verdict,
             value=summary.metric(summary.objective) if summary.verdict.has_result else math.nan,
+            improvement=summary.improvement if summary.verdict.has_result else math.nan,
             harm=harm,
             reason=summary.reason,
             settings=summary.config,

@@ -11,6 +11,7 @@ from tune_ssim.results.study_folder import Skipped
 from tune_ssim.results.trial_text import metric_label
 from tune_ssim.search.optuna_search import DEFAULT_LATIN_POINTS, OptunaSearch
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
+from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
 from tune_ssim.study.space import Space
 
 
@@ -22,14 +23,20 @@ class StagedSearch:
     search: options of `OptunaSearch`. Raises UserError if no setting of the first stage can be launched."""
 
     def __init__(
-        self, space: Space, trials: int, *, objective: str = "delta_ssim", noise_floor: Callable[[], float] = float, **search: Any
+        self,
+        space: Space,
+        trials: int,
+        *,
+        objective: Objective = DEFAULT_OBJECTIVE,
+        noise_floor: Callable[[], float] = float,
+        **search: Any,
     ) -> None:
         if trials < len(space.stages):
             raise ValueError(f"a route of {len(space.stages)} stages needs at least as many trials, got {trials}")
         self.space, self.objective, self.noise_floor = space, objective, noise_floor
         share, more = divmod(trials, len(space.stages))
         self.budgets = [share + (index < more) for index in range(len(space.stages))]
-        self.options = dict(search)
+        self.options = {"direction": objective.direction, **search}
         self._open(0, [])
 
     def _open(self, index: int, skipped: list[Skipped]) -> None:
@@ -76,8 +83,10 @@ class StagedSearch:
         name = self.space.stages[self._stage_index].name
         if any(outcome.verdict is not None and outcome.verdict.speaks_against_setting for outcome in self._outcomes.values()):
             return f"stage {name!r} had a harmful trial: no further stage is opened"
-        best = max((outcome.value for outcome in self._outcomes.values() if math.isfinite(outcome.value)), default=-math.inf)
-        if best > (floor := self.noise_floor()):
-            above = f", above the noise floor of {floor:.4f}" if floor else ""
-            return f"stage {name!r} is effective ({metric_label(self.objective)} {best:+.4f}{above}): no need to push harder"
+        found = [outcome.improvement for outcome in self._outcomes.values() if math.isfinite(outcome.improvement)]
+        best, floor = max(found, default=-math.inf), self.noise_floor()
+        if best > floor:
+            delta = best if self.objective.direction == "maximize" else -best
+            above = f", beyond the noise floor of {floor:.4f}" if floor else ""
+            return f"stage {name!r} is effective ({metric_label(self.objective.delta)} {delta:+.4f}{above}): no need to push harder"
         return ""

@@ -1,17 +1,16 @@
-"""The sections of a study: baseline, search, scheduler, objective, resources, phases."""
+"""The sections of a study: baseline, search, scheduler, resources, phases."""
 
 from __future__ import annotations
 
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer, field_validator, model_serializer, model_validator
+from pydantic import Field, PlainSerializer, field_validator
 
 from tune_ssim.base.numbers import is_number
 from tune_ssim.base.passwords import without_password
-from tune_ssim.base.validation import Problem, Problems, Section, or_empty
+from tune_ssim.base.validation import Section
 from tune_ssim.base.yaml_source import describe
-from tune_ssim.guards import KeepRule
 
 
 class BaselineLog(Section):
@@ -58,54 +57,6 @@ class Asha(Section):
     max_steps: Annotated[int, Field(ge=1)]  # default: the trial's steps
     grace_steps: Annotated[int, Field(ge=1)] = 25  # FACTS §6
     reduction_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 3.0  # FACTS §6
-
-
-class Keep(Section):
-    """How much a held-out metric may get worse than the baseline: exactly one limit, on the difference or on the ratio."""
-
-    min_delta: float | None = None
-    max_delta: float | None = None
-    min_ratio: float | None = None
-    max_ratio: float | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Keep:
-        if len(self.limit) != 1:
-            names = ", ".join(type(self).model_fields)
-            raise ValueError(f"must have exactly one of {names}; got {', '.join(self.limit) or 'none'}")
-        (name, value), *_ = self.limit.items()
-        if not math.isfinite(value) or (name.endswith("ratio") and value <= 0):
-            message = f"must be a finite number{' > 0' if name.endswith('ratio') else ''}, got {value:g}"
-            raise Problems([Problem((name,), message)])
-        return self
-
-    @property
-    def limit(self) -> dict[str, float]:
-        """The limit that is set, e.g. `{"min_delta": -0.3}`."""
-        return {name: value for name, value in self if value is not None}
-
-    @model_serializer
-    def _as_in_a_file(self) -> dict[str, float]:
-        return self.limit
-
-
-def _default_keep() -> dict[str, Keep]:
-    return {
-        "psnr": Keep(min_delta=-0.3),  # dB, DESIGN; ruined settings lose 3 and more (FACTS §2)
-        "ssim": Keep(min_delta=-0.005),  # about two standard deviations between seeds at high gains (FACTS §6)
-        "flow_loss_bins": Keep(max_ratio=2.0),  # DESIGN; smoothing under clipping shows as 0.45 -> 0.8 at low t (FACTS §2)
-    }
-
-
-class Objective(Section):
-    """`maximize` a held-out metric; a trial that breaks a `keep` rule is `degraded` and never exported."""
-
-    maximize: Annotated[str, Field(min_length=1)] = "delta_ssim"
-    keep: Annotated[dict[str, Keep], or_empty(_default_keep)] = Field(default_factory=_default_keep)
-
-    @property
-    def rules(self) -> tuple[KeepRule, ...]:
-        return tuple(KeepRule(metric, **rule.limit) for metric, rule in self.keep.items())
 
 
 class Resources(Section):

@@ -39,12 +39,12 @@ from tune_ssim.guards.rule_pack import RulePack, build_pack, load_rules
 from tune_ssim.guards.verdict import Action
 from tune_ssim.study.command_spec import CommandSpec
 from tune_ssim.study.consistency import missing_files, part_problems
+from tune_ssim.study.objective import Objective
 from tune_ssim.study.sections import (
     Asha,
     BaselineRuns,
     CalibrationOptions,
     Confirm,
-    Objective,
     Preflight,
     Resources,
     Search,

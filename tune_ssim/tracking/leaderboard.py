@@ -6,17 +6,18 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tune_ssim.guards.verdict import Verdict
 from tune_ssim.results.events import Event, gain
-from tune_ssim.results.trial_text import metric_label
+from tune_ssim.results.trial_text import format_objective, metric_label
+from tune_ssim.study.objective import DEFAULT_OBJECTIVE, OBJECTIVE, Objective
 from tune_ssim.tracking.mlflow_internals import MAX_NAME_LENGTH, MAX_NOTE_LENGTH, run_page, runs_page
-from tune_ssim.trials.summary import OBJECTIVE
 
 Summary = Mapping[str, Any]  # a trial's summary as an event holds it; a foreign trainable's verdict may be "unjudged"
+OTHER_COLUMNS = {"PSNR": ("psnr", ".2f"), "norm ratio": ("norm_ratio_max", ".3g")}  # heading → metric, format; if any trial has it
 
 
 @dataclass
@@ -48,20 +49,18 @@ class Leaderboard:
             if verdict == "pruned" and evidence.get("guard"):
                 verdict = f"pruned by {evidence['guard']} at {evidence.get('step')}"
             parts.append("bad setup" if verdict == "bad_setup" else verdict)
-            value = number((summary.get("metrics") or {}).get(_objective(summary)))
-            if value is not None and summary.get("role") != "baseline":
-                parts.append(f"{metric_label(_objective(summary))} {_signed(value)}")
+            if (result := _result(summary)) and summary.get("role") != "baseline":
+                parts.append(result)
         return " · ".join(parts)[:MAX_NAME_LENGTH]
 
     def study_name(self) -> str:
         """fundus-ssim: best gain 1 @ t≤0.3, ΔSSIM +0.0084"""
         if not self.summaries:
             return self.name
-        best = next((one for _, one in self.ranked() if one["verdict"] == "safe" and _objective_value(one) > 0), None)
+        best = next((one for _, one in self.ranked() if one["verdict"] == "safe" and _is_improved(one)), None)
         if best is None:
-            return f"{self.name}: no safe gain {'found' if self.has_ended else 'yet'}"[:MAX_NAME_LENGTH]
-        result = f"{metric_label(_objective(best))} {_signed(_objective_value(best))}"
-        return f"{self.name}: best {_setting('search', best.get('config') or {})}, {result}"[:MAX_NAME_LENGTH]
+            return f"{self.name}: no safe setting {'found' if self.has_ended else 'yet'}"[:MAX_NAME_LENGTH]
+        return f"{self.name}: best {_setting('search', best.get('config') or {})}, {_result(best)}"[:MAX_NAME_LENGTH]
 
     def ranked(self) -> list[tuple[str, Summary]]:
         """Sorted by verdict, then by the objective, best first; baselines last."""
@@ -69,7 +68,8 @@ class Leaderboard:
         def place(item: tuple[str, Summary]) -> tuple[bool, int, float]:
             summary = item[1]
             rank = {verdict.value: verdict.rank for verdict in Verdict}.get(summary["verdict"], len(Verdict))
-            return summary.get("role") == "baseline", rank, -_objective_value(summary)
+            objective = _objective(summary)
+            return summary.get("role") == "baseline", rank, objective.rank(_metrics(summary).get(objective.name, math.nan))
 
         return sorted(self.summaries.items(), key=place)
 
@@ -77,34 +77,38 @@ class Leaderboard:
         """Markdown: the result in one sentence, then a table whose rows link to the runs. `runs`: trial_id → run_id."""
         counts = Counter(one["verdict"] for one in self.summaries.values() if one.get("role") != "baseline")
         verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) or "no trial has ended yet"
-        objective = next((_objective(summary) for summary in self.summaries.values()), OBJECTIVE)
+        objective = next((_objective(summary) for summary in self.summaries.values()), DEFAULT_OBJECTIVE)
+        columns = {metric_label(objective.name): (objective.name, "+.4f" if objective.is_delta else ".5g")} | {
+            heading: (name, form)
+            for heading, (name, form) in OTHER_COLUMNS.items()
+            if any(name in _metrics(summary) for summary in self.summaries.values())
+        }
         lines = [
             f"**{_cell(self.study_name())}** ({verdicts}). [All trials, best first]({runs_page(experiment_id, share_key)})",
             "",
             *([self.note, ""] if self.note else []),
-            f"| setting | verdict | reason | {_cell(metric_label(objective))} | PSNR | norm ratio |",
-            "|---|---|---|---|---|---|",
+            f"| setting | verdict | reason | {' | '.join(map(_cell, columns))} |",
+            "|---" * (3 + len(columns)) + "|",
         ]
         text = "\n".join(lines)
-        for n, row in enumerate(self._rows(objective, experiment_id, runs)):
+        for n, row in enumerate(self._rows(list(columns.values()), experiment_id, runs)):
             if len(text) + len(row) > MAX_NOTE_LENGTH - 60:
                 text += f"\n\n… and {len(self.summaries) - n} more in the table of runs."
                 break
             text += f"\n{row}"
         return text[:MAX_NOTE_LENGTH]
 
-    def _rows(self, objective: str, experiment_id: str, runs: Mapping[str, str]) -> Iterator[str]:
+    def _rows(self, columns: Sequence[tuple[str, str]], experiment_id: str, runs: Mapping[str, str]) -> Iterator[str]:
+        """columns: (metric, format)."""
         for trial_id, summary in self.ranked():
-            metrics = summary.get("metrics") or {}
+            metrics = _metrics(summary)
             config = {**self.configs.get(trial_id, {}), **(summary.get("config") or {})}
             setting = _setting(summary.get("role") or "search", config) or trial_id
             cells = [
                 f"[{_cell(setting)}]({run_page(experiment_id, runs.get(trial_id, ''))})",
                 summary["verdict"],
                 _cell(shortened(str(summary.get("reason") or ""), 160)),
-                _cell_number(metrics.get(objective), "+.4f"),
-                _cell_number(metrics.get("psnr"), ".2f"),
-                _cell_number(metrics.get("norm_ratio_max"), ".3g"),
+                *(_cell_number(metrics.get(name), form) for name, form in columns),
             ]
             yield f"| {' | '.join(cells)} |"
 
@@ -157,18 +161,25 @@ def _setting(role: str, config: Mapping[str, Any]) -> str:
     return f"{role}: {setting} {seed}".strip() if role != "search" else setting
 
 
-def _objective(summary: Summary) -> str:
-    return str(summary.get("objective") or OBJECTIVE)
+def _objective(summary: Summary) -> Objective:
+    return Objective.of(str(summary.get("objective") or OBJECTIVE), str(summary.get("direction")))
 
 
-def _objective_value(summary: Summary) -> float:
-    """The value of the objective; -Inf if it was not measured."""
-    value = number((summary.get("metrics") or {}).get(_objective(summary)))
-    return -math.inf if value is None or math.isnan(value) else value
+def _metrics(summary: Summary) -> dict[str, float]:
+    found = {name: number(value) for name, value in (summary.get("metrics") or {}).items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+def _is_improved(summary: Summary) -> bool:
+    objective, metrics = _objective(summary), _metrics(summary)
+    return objective.name in metrics and objective.is_improved(metrics)
+
+
+def _result(summary: Summary) -> str:
+    """ΔSSIM +0.0084; empty if it was not measured"""
+    name = _objective(summary).name
+    value = _metrics(summary).get(name)
+    return "" if value is None else f"{metric_label(name)} {format_objective(name, value)}".replace("-", "−")
 
 
 def _cell(text: str) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 from tune_ssim.base.files import jsonable
 from tune_ssim.base.validation import JsonNumber, Problems, json_number, read_as
 from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.study.objective import OBJECTIVE, Direction, Objective
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, gain_of
 
-OBJECTIVE = "delta_ssim"  # the metric that a study maximises by default
 PROCESS_DIED = "the trial's process died"  # start of the reason of a trial without a result; a resumed study runs it again
 NOT_SETTINGS = (GAIN, "seed")  # keys of a `config` that are derived from others, or the seed
 WITHOUT_SSIM = {WEIGHT: 0.0, MAX_T: None, GRAD_SCALE: 1.0}  # settings of a training whose SSIM loss is off
@@ -27,7 +27,7 @@ class TrialSummary:
     config: the settings of this trial. If the training has an SSIM loss, always with ssim_loss_weight, ssim_loss_max_t and
     ssim_grad_scale. horizon: the training length that the verdict covers, e.g. {"steps": 200, "batch_size": 8, "lr": 0.005}.
     evidence: {guard, step, metric, value, limit} of the violation that ended the trial, or None.
-    objective: the metric that the study maximises. seed: seeds the training's random numbers.
+    objective: the metric that the study optimises, in `direction`. seed: seeds the training's random numbers.
     quarantined: content ids of the checkpoints that a ruined trial wrote. warnings: messages of guards with the action `warn`, and
     what was noticed about the training, such as log rows that were passed over.
     metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are floats here, and the strings "NaN",
@@ -39,6 +39,7 @@ class TrialSummary:
     role: Role = Role.SEARCH
     seed: int | None = None
     objective: str = OBJECTIVE
+    direction: Direction = "maximize"
     config: dict[str, Any] = field(default_factory=dict)
     verdict: Verdict
     reason: str = ""
@@ -52,6 +53,11 @@ class TrialSummary:
     def metric(self, name: str) -> float:
         """The metric's value; NaN if it was not measured."""
         return self.metrics.get(name, math.nan)
+
+    @property
+    def improvement(self) -> float:
+        """See `Objective.improvement`."""
+        return Objective.of(self.objective, self.direction).improvement(self.metrics)
 
     @property
     def is_repeated_on_resume(self) -> bool:
@@ -78,8 +84,9 @@ class TrialSummary:
         return json.dumps(jsonable({**others, GAIN: f"{self.gain:.9g}"}), sort_keys=True, default=str)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `seed`, `warnings` and `quarantined` only where there are any."""
+        """Plain JSON values; `seed`, `warnings` and `quarantined` only where there are any, `direction` only if it is minimize."""
         left_out = [name for name in ("seed", "warnings", "quarantined") if vars(self)[name] in (None, [])]
+        left_out += ["direction"] if self.direction == "maximize" else []
         plain: dict[str, Any] = jsonable({key: value for key, value in vars(self).items() if key not in left_out})
         return plain | {"role": self.role.value, "verdict": self.verdict.value}
 
@@ -103,7 +110,7 @@ class TrialSummary:
 def reported_config(settings: Mapping[str, Any], effective: Mapping[str, Any]) -> dict[str, Any]:
     """`config` of a summary: the settings of the trial, and the effective settings of the image losses.
 
-    The SSIM loss's three settings are always included, unless the training has no SSIM loss (`effective` lacks its weight)."""
-    has_ssim = not effective or WEIGHT in effective
+    The SSIM loss's three settings are always included, unless neither the trial nor the training has its weight."""
+    has_ssim = WEIGHT in effective or WEIGHT in settings
     in_force = {name: effective[name] for name in IMAGE_LOSSES if name in effective}
     return {**(WITHOUT_SSIM if has_ssim else {}), **in_force, **settings}

@@ -38,6 +38,7 @@ from tune_ssim.records import (
     is_of_training,
     merge,
 )
+from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
 from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint, tensors_of
 from tune_ssim.trials.sample_check import require_kind, require_range
 from tune_ssim.trials.sample_grid import draw_grid
@@ -53,7 +54,8 @@ class TrialPlan:
     steps: int  # optimiser steps
     guards: tuple[Guard, ...]
     keep: tuple[KeepRule, ...] = ()
-    objective: str = "delta_ssim"  # the metric to maximise: a held-out metric, or `delta_` and its name
+    objective: Objective = DEFAULT_OBJECTIVE
+    requires_objective: bool = False  # whether a baseline that does not measure it is an error
     report_every: int = 1  # steps between copies from the device, and so between verdicts
     image_grids: bool = True
 
@@ -106,6 +108,8 @@ class Trial:
         self.images: dict[int, bytes] = {}
         self.records_before_error: list[Record] = []
         self.wrote: list[dict[str, Any]] = []  # contents of checkpoints, for the quarantine ledger
+        self.logged: list[float] = []  # values of the objective's metric that its reduction needs
+        self.logged_names: set[str] = set()  # of a baseline run
         self.first_active: int | None = None  # until this step a trial equals the baseline bit for bit
         self.parents = self.task.ancestry()
         self.watch = Watch(self._bound_guards())
@@ -208,7 +212,7 @@ class Trial:
             "watch": self.watch.state_dict(), "warnings": [asdict(warning) for warning in self.warnings],
             "baseline": None if self.baseline is None else self.baseline.sha256,
             "series": {name: [[step, value] for step, value in points.items()] for name, points in self.series.items()},
-            "first_active": self.first_active,
+            "first_active": self.first_active, "logged": self.logged,
             "verdict": None if self.verdict is None else asdict(self.verdict),
         }  # fmt: skip
         save_checkpoint(folder, {"task": self.task.state_dict(), "trial": trial}, self.parents)
@@ -253,7 +257,7 @@ class Trial:
         self.watch.load_state_dict(trial["watch"])
         self.warnings = [Violation(**warning) for warning in trial["warnings"]]
         self.series = {name: dict(points) for name, points in trial["series"].items()}
-        self.first_active = trial["first_active"]
+        self.first_active, self.logged = trial["first_active"], trial.get("logged", [])
         self.step = trial["step"]
         if (verdict := trial["verdict"]) is not None:  # saved after the end: nothing to resume
             violation = verdict["violation"]
@@ -339,6 +343,7 @@ class Trial:
             made.append(record if ratio is None else Record(record.step, {**record.values, NORM_RATIO: ratio}))
             self._keep_image(record)
             self._keep_series(record)
+            self._keep_objective(record)
             if self.first_active is None and TOTAL_NORM in record.values and record.values.get(ACTIVE_FRACTION, 1.0) > 0:
                 self.first_active = record.step
             for violation in violations:
@@ -371,6 +376,17 @@ class Trial:
             for name in (TOTAL_NORM, TOTAL_NORM_MAIN):
                 if name in record.values:
                     self.series.setdefault(name, {})[record.step] = record.values[name]
+
+    def _keep_objective(self, record: Record) -> None:
+        objective = self.plan.objective
+        if objective.metric in record.values:
+            self.logged = objective.remember([*self.logged, record.values[objective.metric]])
+        if self.role == Role.BASELINE:
+            self.logged_names |= record.values.keys()
+
+    def measure(self) -> dict[str, float]:
+        """Held-out metrics, and the objective's metric if the training logs it."""
+        return self.plan.objective.measure(self.task.evaluate(), self.logged)
 
     def _probe(self, cause: Violation, made: list[Record]) -> None:
         """Runs a smoke test at once. The training continues unless both noise draws fail."""
@@ -441,14 +457,17 @@ class Trial:
         if self.baseline is not None and self.step < (last := self._last_step_of_baseline()) and self.step < self.plan.steps:
             words = f"the training ended by itself at step {self.step}, the baseline's at {last}: not comparable"
             return Judgement(Verdict.ERROR, words)
-        found = dict(self.task.evaluate())
+        found = self.measure()
         reference = {} if self.baseline is None else self.baseline.reference(self.seed).evaluation
-        compared = dict.fromkeys(("ssim", "psnr", self.plan.objective.removeprefix("delta_")))
+        compared = dict.fromkeys(("ssim", "psnr", self.plan.objective.metric))
         deltas = {f"delta_{name}": found[name] - reference[name] for name in compared if name in found and name in reference}
         metrics, words = found | deltas, f"safe to step {self.step}"
         if unjudged:
             return Judgement(Verdict.ERROR, "; ".join(unjudged), metrics=metrics)
         if self.baseline is None:
+            names = [name for name in self.logged_names if not name.startswith(SMOKE)]
+            if self.plan.requires_objective and (problem := self.plan.objective.problem(found, self.logged, names)):
+                return Judgement(Verdict.ERROR, problem, metrics=metrics)
             return Judgement(Verdict.SAFE, words, metrics=metrics)
         for rule in self.plan.keep:
             if (breach := rule.broken_by(found, reference)) is not None:

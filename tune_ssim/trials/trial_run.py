@@ -196,9 +196,9 @@ class TrialRun:
             newest = report.records[-1].values if report.records else {}
             report.last = {name: newest[name] for name in ("loss", "total_norm") if name in newest}
         if wants_evaluation:
-            name, found = spec.plan.objective.removeprefix("delta_"), self.training.evaluate()
+            name, found = spec.plan.objective.metric, trial.measure()
             if name not in found:
-                raise UserError(f"step {trial.step}: no held-out {name} for the scheduler, found {', '.join(found) or 'nothing'}")
+                raise UserError(f"step {trial.step}: no {name} for the scheduler, found {', '.join(found) or 'nothing'}")
             report.held_out = found[name]
 
     def _result(self, judgement: Judgement) -> TrialResult:
@@ -212,7 +212,8 @@ class TrialRun:
             verdict=judgement.verdict,
             reason=judgement.reason,
             seed=self.job.seed,
-            objective=objective,
+            objective=objective.name,
+            direction=objective.direction,
             config=reported_config(self.settings, effective),
             horizon=trial.horizon() if trial else {},
             evidence=violation.evidence() if violation else None,

@@ -88,7 +88,7 @@ class _Inspection:
         if disabled:
             jobs.append(StartJob(config, self.seed, self.steps, is_held=False))
         baseline, again, other, *trained = self.starts(jobs)
-        yield from checks.check_start(baseline, self.study.guard_list, self.study.objective.maximize)
+        yield from checks.check_start(baseline, self.study.guard_list, self.study.objective.name)
         if baseline.failure:
             return
         yield checks.check_held(baseline, trained[0] if trained else None)

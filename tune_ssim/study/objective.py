@@ -1,0 +1,193 @@
+"""What a study optimises: a metric with its direction and reduction, and the margins that other metrics have to keep."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_serializer, model_validator
+
+from tune_ssim.base.validation import Problem, Problems, Section, or_empty
+from tune_ssim.base.yaml_source import describe, did_you_mean
+from tune_ssim.guards import KeepRule
+
+OBJECTIVE = "delta_ssim"  # the metric that a study maximises by default
+DELTA = "delta_"  # prefix of the difference to the baseline on the same seed
+# Names of metrics of which less is better, at the end of a word: val_loss, rmse, eval-error/3.
+_LESS_IS_BETTER = re.compile(r"(loss|error|fid|lpips|mse|mae|nll|perplexity)(?![a-z])")
+
+Direction = Literal["maximize", "minimize"]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Keep(Section):
+    """How much a held-out metric may get worse than the baseline: exactly one limit, on the difference or on the ratio."""
+
+    min_delta: float | None = None
+    max_delta: float | None = None
+    min_ratio: float | None = None
+    max_ratio: float | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Keep:
+        if len(self.limit) != 1:
+            names = ", ".join(type(self).model_fields)
+            raise ValueError(f"must have exactly one of {names}; got {', '.join(self.limit) or 'none'}")
+        (name, value), *_ = self.limit.items()
+        if not math.isfinite(value) or (name.endswith("ratio") and value <= 0):
+            message = f"must be a finite number{' > 0' if name.endswith('ratio') else ''}, got {value:g}"
+            raise Problems([Problem((name,), message)])
+        return self
+
+    @property
+    def limit(self) -> dict[str, float]:
+        """The limit that is set, e.g. `{"min_delta": -0.3}`."""
+        return {name: value for name, value in self if value is not None}
+
+    @model_serializer
+    def _as_in_a_file(self) -> dict[str, float]:
+        return self.limit
+
+
+def _default_keep() -> dict[str, Keep]:
+    return {
+        "psnr": Keep(min_delta=-0.3),  # dB, DESIGN; ruined settings lose 3 and more (FACTS §2)
+        "ssim": Keep(min_delta=-0.005),  # about two standard deviations between seeds at high gains (FACTS §6)
+        "flow_loss_bins": Keep(max_ratio=2.0),  # DESIGN; smoothing under clipping shows as 0.45 -> 0.8 at low t (FACTS §2)
+    }
+
+
+class Objective(Section):
+    """`maximize` or `minimize` a metric that is measured after the training (held-out) or logged during it. With `delta_` before
+    its name: the difference to the baseline on the same seed.
+
+    reduction: how the values that a training logs become one: the last, the best, or the mean of the last n. A trial that breaks a
+    `keep` rule is `degraded` and never exported."""
+
+    maximize: Name | None = None
+    minimize: Name | None = None
+    reduction: str | dict[str, int] = "last"
+    keep: Annotated[dict[str, Keep], or_empty(_default_keep)] = Field(default_factory=_default_keep)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, given: Any) -> Any:
+        is_unnamed = isinstance(given, Mapping) and given.get("maximize") is None and given.get("minimize") is None
+        return {**given, "maximize": OBJECTIVE} if is_unnamed else given
+
+    @field_validator("reduction", mode="plain")
+    @classmethod
+    def _reduction(cls, given: Any) -> Any:
+        count = given.get("mean_last") if isinstance(given, Mapping) and len(given) == 1 else None
+        if given in ("last", "best") or (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
+            return given
+        raise ValueError(f"must be last, best or {{mean_last: n}} with an integer n >= 1, got {describe(given)}")
+
+    @model_validator(mode="after")
+    def _one_direction(self) -> Objective:
+        if self.maximize is not None and self.minimize is not None:
+            raise ValueError("has both maximize and minimize; a study has one objective")
+        return self
+
+    @model_serializer
+    def _as_in_a_file(self) -> dict[str, Any]:
+        reduction = {} if self.reduction == "last" else {"reduction": self.reduction}
+        return {self.direction: self.name, **reduction, "keep": {name: rule.limit for name, rule in self.keep.items()}}
+
+    @classmethod
+    def of(cls, name: str, direction: str = "maximize") -> Objective:
+        """The objective of a trial's summary, or of an export."""
+        return cls(minimize=name) if direction == "minimize" else cls(maximize=name)
+
+    @property
+    def name(self) -> str:
+        """Of the number by which settings are compared."""
+        return self.minimize or self.maximize or OBJECTIVE
+
+    @property
+    def direction(self) -> Direction:
+        return "maximize" if self.minimize is None else "minimize"
+
+    @property
+    def metric(self) -> str:
+        """The metric without `delta_`, as the training measures it."""
+        return self.name.removeprefix(DELTA)
+
+    @property
+    def delta(self) -> str:
+        """Name of the metric's difference to the baseline."""
+        return DELTA + self.metric
+
+    @property
+    def is_delta(self) -> bool:
+        return self.name.startswith(DELTA)
+
+    @property
+    def rules(self) -> tuple[KeepRule, ...]:
+        return tuple(KeepRule(metric, **rule.limit) for metric, rule in self.keep.items())
+
+    @property
+    def warning(self) -> str:
+        """Says that less of the maximised metric seems to be better; empty if not."""
+        if self.minimize is not None or not _LESS_IS_BETTER.search(self.metric.lower()):
+            return ""
+        return f"objective: maximize: {self.name}: less of it seems to be better; `minimize: {self.name}` prefers small values"
+
+    def rank(self, value: float) -> float:
+        """A sort key, best first. A value that was not measured comes last."""
+        return math.inf if math.isnan(value) else value if self.direction == "minimize" else -value
+
+    def improvement(self, metrics: Mapping[str, float]) -> float:
+        """How much better than the baseline a trial with these metrics is, above zero if it is; NaN if that was not measured."""
+        delta = metrics.get(self.delta, math.nan)
+        return -delta if self.direction == "minimize" else delta
+
+    def is_improved(self, metrics: Mapping[str, float]) -> bool:
+        """Whether it is better than the baseline, or cannot be compared, since the log of the baseline lacks the metric."""
+        improvement = self.improvement(metrics)
+        return improvement > 0 or (math.isnan(improvement) and not self.is_delta)
+
+    # -- of the values that a training logs
+
+    @property
+    def n_logged(self) -> int:
+        """Values that the reduction needs."""
+        return self.reduction["mean_last"] if isinstance(self.reduction, dict) else 1
+
+    def remember(self, logged: Sequence[float]) -> list[float]:
+        """Those of the values logged so far that the reduction of all of them depends on."""
+        return [self.reduce(logged)] if self.reduction == "best" else list(logged[-self.n_logged :])
+
+    def reduce(self, logged: Sequence[float]) -> float:
+        if self.reduction == "best":
+            finite = [value for value in logged if math.isfinite(value)]
+            return min(finite, key=self.rank, default=math.nan)
+        last = logged[-self.n_logged :]
+        return sum(last) / len(last)
+
+    def measure(self, held_out: Mapping[str, float], logged: Sequence[float]) -> dict[str, float]:
+        """`held_out` with the objective's metric. If it is also logged, the held-out value counts as the last one."""
+        if logged and (self.reduction != "last" or self.metric not in held_out):
+            return {**held_out, self.metric: self.reduce(logged)}
+        return dict(held_out)
+
+    def problem(self, held_out: Mapping[str, float], logged: Sequence[float], names: Sequence[str]) -> str:
+        """Why nothing can be compared with a baseline that measured `held_out`; empty if it can. names: of everything it logged."""
+        metric, others = self.metric, sorted({*names} - {*held_out})
+        if metric not in held_out:
+            found = [f"{what} {', '.join(ones)}" for what, ones in (("held-out", sorted(held_out)), ("logged", others)) if ones]
+            guess = did_you_mean(metric, [*held_out, *others])
+            close = guess if guess.startswith("; did") else ""
+            words = f"the baseline did not measure {metric!r}{close}; it measured {'; '.join(found) or 'nothing'}"
+            return f"objective: {self.direction}: {self.name}: {words}"
+        if self.n_logged > 1 and len(logged) < self.n_logged:
+            how_often = f"{len(logged)} times" if logged else "never, it is measured once, after the training"
+            return f"objective: reduction: mean_last: {self.n_logged}: the baseline logged {metric} {how_often}"
+        if not math.isfinite(held_out[metric]):
+            return f"objective: {self.direction}: {self.name}: the baseline's {metric} is {held_out[metric]}"
+        return ""
+
+
+DEFAULT_OBJECTIVE = Objective()
