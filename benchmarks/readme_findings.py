@@ -71,8 +71,9 @@ def judged(run: dict[str, Any], baseline: Baseline) -> str:
         if violation.action in ("prune", "abort"):
             return f"pruned by {violation.guard} at step {violation.step}"
     for rule in keep:
-        if breach := rule.broken_by(run["metrics"], baseline.runs[0].evaluation):
-            return f"degraded: {breach[3]}"
+        for margin in rule.margins(run["metrics"], baseline.runs[0].evaluation):
+            if margin.is_broken:
+                return f"degraded: {margin.sentence}"
     return "safe"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_studies import ARGUMENTS, DESCENT, LOSS, run, study, trials
@@ -12,6 +13,7 @@ from tune_ssim.guards.verdict import Verdict
 from tune_ssim.records.readers import LineParser
 from tune_ssim.results.trial_text import warning_lines
 from tune_ssim.trials.command.checkpoints import Checkpoints
+from tune_ssim.trials.summary import TrialSummary
 
 # ---- a step counter that begins again at each epoch
 
@@ -85,6 +87,89 @@ def test_the_epochs_that_rows_name(rows: list[tuple[int, float]], steps: list[in
         found = [record for at in range(0, len(text), size) for record in parser.feed(text[at : at + size].encode())]
         assert [record.step for record in [*found, *parser.finish()]] == steps
         assert parser.issues.restarted == ""
+
+
+# ---- a loss that diverges, and what else a program that prints only its loss is judged by
+
+
+def rates(*values: float) -> dict[str, Any]:
+    return {"space": {"name": "rates", "parameters": {"lr": {"choice": list(values)}}}, "search": {"trials": len(values)}}
+
+
+def by_rate(found: list[TrialSummary]) -> dict[float, TrialSummary]:
+    return {trial.config["lr"]: trial for trial in found if trial.role == "search"}
+
+
+def test_a_loss_that_diverges_is_pruned(tmp_path: Path) -> None:
+    given = study(tmp_path, task={"records": {"pattern": LOSS}}, **rates(0.05, 0.2, 2.0))
+    found = by_rate(trials(given, tmp_path / "results"))
+    diverged = found[2.0]
+    assert (diverged.verdict, diverged.steps) == (Verdict.PRUNED, 11)
+    assert diverged.evidence and diverged.evidence["guard"] == "divergence" and "x the baseline's (limit 10" in diverged.reason
+    for healthy in (found[0.05], found[0.2]):  # the slower one ends with a loss that is larger, and near zero
+        assert healthy.verdict == Verdict.SAFE, healthy.reason
+        assert healthy.checked[0].startswith("loss at most ") and healthy.checked[1].startswith("loss at the end ")
+
+
+ENDS_WORSE = """
+import sys
+for step in range(1, 31): print(f"step {step}: loss {4 / step + (2 if sys.argv[1] == '9.0' else 0.5)}")
+print('TUNE_SSIM {"held_out": {"score": %s}}' % {"7.0": 0.4, "8.0": 0.9}.get(sys.argv[1], 1 + float(sys.argv[2]) / 10))
+"""
+
+
+def test_the_loss_at_the_end_and_the_objective_have_margins(tmp_path: Path) -> None:
+    given = study(
+        tmp_path, ENDS_WORSE, task={"records": {"pattern": LOSS}}, baseline={"lr": 0.1, "seeds": 2}, **rates(0.2, 7.0, 8.0, 9.0)
+    )
+    found = by_rate(trials(given, tmp_path / "results"))
+    assert {rate: trial.verdict.value for rate, trial in found.items()} == {
+        0.2: "safe", 7.0: "degraded", 8.0: "safe", 9.0: "degraded",
+    }  # fmt: skip
+    assert found[9.0].reason.startswith("loss at the end 3.2") and found[9.0].reason.endswith("x the baseline's (at most 2x)")
+    assert found[7.0].reason == "score -0.6 against the baseline (at least -0.2)"  # twice the difference of its seeds
+
+
+def test_to_look_for_nan_alone_is_not_enough(tmp_path: Path) -> None:
+    given = study(tmp_path, task={"records": {"pattern": LOSS}})
+    given["guards"] = {**given["guards"], "divergence": None}
+    with pytest.raises(UserError, match="only NaN was looked for"):
+        run(given, tmp_path / "results")
+
+
+# ---- a log that does not have every step
+
+SPARSE = """
+import sys
+for step in range(10, 61, 10):
+    norm = 100 if sys.argv[1] == "9.0" else 1 + step / 100
+    print(f"step {step}: loss {1 / step} norm {norm}")
+print('TUNE_SSIM {"held_out": {"score": 1}}')
+"""
+NORM = LOSS + r" norm (?P<total_norm>\S+)"
+
+
+def test_the_window_follows_a_sparse_log(tmp_path: Path) -> None:
+    given = study(
+        tmp_path,
+        SPARSE,
+        task={"records": {"pattern": NORM}, "observe": "off"},
+        guards={"smoke_test": None},
+        task_config={"steps": 60},
+        **rates(0.2, 9.0),
+    )
+    found = by_rate(trials(given, tmp_path / "results"))
+    assert found[0.2].verdict == Verdict.SAFE and found[0.2].metrics["norm_ratio_max"] == pytest.approx(1)
+    assert (found[9.0].verdict, found[9.0].steps) == (Verdict.PRUNED, 40)
+    assert "median of 3 active steps up to step 40" in found[9.0].reason
+
+
+def test_a_log_with_too_few_rows_is_an_error_of_the_baseline(tmp_path: Path) -> None:
+    script = SPARSE.replace("range(10, 61, 10)", "range(20, 61, 20)")
+    given = study(tmp_path, script, task={"records": {"pattern": NORM}}, guards={"smoke_test": None}, task_config={"steps": 60})
+    words = r"total_norm is logged every 20 steps, 3 times in 60 steps, and a trial needs 4 to be judged: log it more often"
+    with pytest.raises(UserError, match=words):
+        run(given, tmp_path / "results")
 
 
 # ---- checkpoints

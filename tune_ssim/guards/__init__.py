@@ -1,10 +1,11 @@
 """Guards: checks over a stream of records, without torch."""
 
 from tune_ssim.guards.baseline import Baseline, BaselineRun
+from tune_ssim.guards.divergence import Divergence
 from tune_ssim.guards.epoch_mean import EpochMean
 from tune_ssim.guards.first_value import FirstValue
 from tune_ssim.guards.guard import Guard
-from tune_ssim.guards.keep_rule import KeepRule
+from tune_ssim.guards.keep_rule import KeepRule, Margin
 from tune_ssim.guards.moving_mean import MovingMean
 from tune_ssim.guards.non_finite import NonFinite
 from tune_ssim.guards.norm_ratio import NormRatio, RequireTotalNorm
@@ -18,10 +19,12 @@ from tune_ssim.guards.watch import MissingMetric, Watch
 __all__ = [
     "Baseline",
     "BaselineRun",
+    "Divergence",
     "EpochMean",
     "FirstValue",
     "Guard",
     "KeepRule",
+    "Margin",
     "MissingMetric",
     "MovingMean",
     "NonFinite",

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun
-from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN, Record, held_out_values
+from tune_ssim.records import LOSS, TOTAL_NORM, TOTAL_NORM_MAIN, Record, held_out_values
 from tune_ssim.records.readers import Source, read_all
 from tune_ssim.records.readers.values import usual_names
 from tune_ssim.records.record_table import Table
@@ -55,7 +55,7 @@ def baseline_of_source(source: Source, label: str) -> Baseline:
 def _baseline(
     records: Iterable[Record], seed: int, held_out: Mapping[str, float] | None, also: str, label: str, hint: str
 ) -> Baseline:
-    series: dict[str, dict[int, float]] = {name: {} for name in (TOTAL_NORM, TOTAL_NORM_MAIN, also) if name}
+    series: dict[str, dict[int, float]] = {name: {} for name in (TOTAL_NORM, TOTAL_NORM_MAIN, LOSS, also) if name}
     last: dict[str, float] = {}
     for record in records:
         for name, points in series.items():

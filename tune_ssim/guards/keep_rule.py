@@ -10,6 +10,30 @@ DISPLAY_NAMES = {"psnr": "PSNR", "ssim": "SSIM"}
 
 
 @dataclass(frozen=True)
+class Margin:
+    """A metric relative to the baseline's, and its limit. value: the difference, or with `is_ratio` the quotient. is_floor: the
+    limit is the smallest value allowed, otherwise the largest."""
+
+    metric: str
+    value: float
+    limit: float
+    is_floor: bool
+    is_ratio: bool
+
+    @property
+    def is_broken(self) -> bool:
+        """NaN breaks every limit."""
+        return not (self.value >= self.limit if self.is_floor else self.value <= self.limit)
+
+    @property
+    def sentence(self) -> str:
+        shown, bound = DISPLAY_NAMES.get(self.metric, self.metric), "at least" if self.is_floor else "at most"
+        if self.is_ratio:
+            return f"{shown} {self.value:.3g}x the baseline's ({bound} {self.limit:g}x)"
+        return f"{shown} {self.value:+.4g} against the baseline ({bound} {self.limit:+g})"
+
+
+@dataclass(frozen=True)
 class KeepRule:
     """A limit on a held-out metric, or on a family of metrics (`flow_loss_bins` for `flow_loss_bins/0` …).
 
@@ -22,31 +46,17 @@ class KeepRule:
     min_ratio: float | None = None
     max_ratio: float | None = None
 
-    def broken_by(self, found: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[str, float, float, str] | None:
-        """(metric, value, limit, sentence) of the first violated limit, or None. NaN violates every limit."""
-        for name, measured, limit, is_floor in self.measured(found, baseline):
-            if not (measured >= limit if is_floor else measured <= limit):
-                shown, bound = DISPLAY_NAMES.get(name, name), "at least" if is_floor else "at most"
-                is_delta = self.min_delta is not None or self.max_delta is not None
-                how = (
-                    f"{measured:+.4g} against the baseline ({bound} {limit:+g})"
-                    if is_delta
-                    else f"{measured:.3g}x the baseline's ({bound} {limit:g}x)"
-                )
-                return name, measured, limit, f"{shown} {how}"
-        return None
-
-    def measured(self, found: Mapping[str, float], baseline: Mapping[str, float]) -> Iterator[tuple[str, float, float, bool]]:
-        """(metric, difference or ratio, limit, whether the limit is a floor) for every metric that the rule covers."""
+    def margins(self, found: Mapping[str, float], baseline: Mapping[str, float]) -> Iterator[Margin]:
+        """The margin of every metric that the rule covers."""
         for name, value in found.items():
             if (name != self.metric and not name.startswith(self.metric + "/")) or name not in baseline:
                 continue
             delta, ratio = value - baseline[name], value / baseline[name] if baseline[name] else math.inf
-            for limit, number, is_floor in (
-                (self.min_delta, delta, True),
-                (self.max_delta, delta, False),
-                (self.min_ratio, ratio, True),
-                (self.max_ratio, ratio, False),
+            for limit, number, is_floor, is_ratio in (
+                (self.min_delta, delta, True, False),
+                (self.max_delta, delta, False, False),
+                (self.min_ratio, ratio, True, True),
+                (self.max_ratio, ratio, False, True),
             ):
                 if limit is not None:
-                    yield name, number, limit, is_floor
+                    yield Margin(name, number, limit, is_floor, is_ratio)

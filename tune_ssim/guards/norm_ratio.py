@@ -16,19 +16,41 @@ from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import ACTIVE_FRACTION, STEP_SKIPPED, TOTAL_NORM, TOTAL_NORM_MAIN, Record
 
+MIN_WINDOW = 3  # records of a log that has few: the smallest median that a single outlier does not decide
+
+
+def window_for(records: int, window: int, patience: int) -> int:
+    """The window for a run of so many records: `window`, unless the run is too short to be judged by it."""
+    return window if records >= window + patience - 1 else min(window, max(MIN_WINDOW, records // 2))
+
 
 @dataclass(frozen=True)
 class RequireTotalNorm(Guard):
-    """Stands in for `NormRatio` in a baseline run: there is nothing to compare with yet, but total_norm is required."""
+    """Stands in for `NormRatio` in a baseline run: there is nothing to compare with yet, but enough total_norm is required.
 
+    needed: records that a trial must have to be judged, if the log does not have every step."""
+
+    needed: int = 0
     name = "norm_ratio"
     metrics = (TOTAL_NORM,)
 
     def init(self) -> State:
-        return {}
+        return {"records": 0, "last_step": 0}
 
     def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
+        if TOTAL_NORM in record.values and record.step > state["last_step"]:
+            state = {"records": state["records"] + 1, "last_step": record.step}
         return state, None
+
+    def unjudged(self, state: State) -> str | None:
+        records, spacing = state["records"], round(state["last_step"] / max(1, state["records"]))
+        if spacing < 2 or records >= self.needed:
+            return None
+        return (
+            f"guard '{self.name}': {TOTAL_NORM} is logged every {spacing} steps, {records} times in {state['last_step']} steps, "
+            f"and a trial needs {self.needed} to be judged: log it more often, train longer, or switch the guard off "
+            "(norm_ratio: null)"
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +85,16 @@ class NormRatio(Guard):
         check_field(is_known, "on_excess", "must be auto, prune, probe or warn", self.on_excess)
 
     def bind(self, baseline: Baseline, seed: int | None, clipped: bool) -> NormRatio:
-        return replace(self, baseline=baseline, seed=seed, clipped=clipped)
+        """The guard of a trial. The window follows a log that does not have every step."""
+        bound = replace(self, baseline=baseline, seed=seed, clipped=clipped)
+        steps, _, _ = bound._finite[TOTAL_NORM]
+        is_sparse = bool(steps) and steps[-1] >= 2 * len(steps)
+        return replace(bound, window=window_for(len(steps), self.window, self.patience)) if is_sparse else bound
+
+    @property
+    def required(self) -> RequireTotalNorm:
+        """The guard of the baseline's own run."""
+        return RequireTotalNorm(min(self.window, MIN_WINDOW) + self.patience - 1)
 
     @property
     def action(self) -> Action:

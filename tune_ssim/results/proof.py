@@ -108,10 +108,10 @@ def margins(
             reference = by_run.get((trial.seed, trial.steps))
             if reference is None:
                 continue
-            for name, value, limit, is_floor in rule.measured(trial.metrics, reference):
-                worse = min if is_floor else max
-                worst = worse(value, found[name]["worst"]) if name in found else value
-                found[name] = {"worst": worst, "limit": limit}
+            for margin in rule.margins(trial.metrics, reference):
+                name, worse = margin.metric, min if margin.is_floor else max
+                worst = worse(margin.value, found[name]["worst"]) if name in found else margin.value
+                found[name] = {"worst": worst, "limit": margin.limit}
     return found
 
 

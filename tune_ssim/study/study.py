@@ -34,7 +34,7 @@ from tune_ssim.base.validation import (
     validate,
 )
 from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, dump_yaml, find_document, read_yaml, short_repr
-from tune_ssim.guards import Guard, NonFinite, NormRatio, SmokeTest, Threshold
+from tune_ssim.guards import Divergence, Guard, NonFinite, NormRatio, SmokeTest, Threshold
 from tune_ssim.guards.rule_pack import RulePack, build_pack, load_rules
 from tune_ssim.guards.verdict import Action
 from tune_ssim.study.command_spec import CommandSpec
@@ -65,9 +65,10 @@ DEFAULT_SPACE = "wide"
 DEFAULT_STEPS = 200  # FACTS §2: by then ruinous gains have ruined the model, and safe ones show an improvement
 
 
-def default_guards() -> dict[str, Guard]:
-    """All guards that work without limits from the user."""
-    return {guard.name: guard for guard in (NormRatio(), SmokeTest(), NonFinite())}
+def default_guards(task: str | CommandSpec | None = None) -> dict[str, Guard]:
+    """All guards that work without limits from the user. A command may log nothing but its loss, so that is judged too."""
+    guards: list[Guard] = [NormRatio(), SmokeTest(), NonFinite()]
+    return {guard.name: guard for guard in (*guards, *([Divergence()] if isinstance(task, CommandSpec) else []))}
 
 
 # ---- each part as a file may have it ----
@@ -242,7 +243,7 @@ def _guards(given: Any, info: ValidationInfo) -> dict[str, Guard]:
     problems = Problems(unknown_keys(given, [*_GUARDS, "threshold"]))
     guards: dict[str, Guard] = {}
     for name, (guard, names) in _GUARDS.items():
-        options = given.get(name, {})
+        options = given.get(name, {} if name in default_guards(info.data.get("task")) else None)
         if options is not None:
             with problems.at(name):
                 guards[name] = build_dataclass(guard, options, names)
@@ -352,7 +353,7 @@ class Study(Document):
     ] = None
     # By guard name; an absent guard is off.
     guards: Annotated[dict[str, Guard], PlainValidator(_guards), PlainSerializer(_guard_options)] = Field(
-        default_factory=default_guards
+        default_factory=lambda done: default_guards(done.get("task"))
     )
     # Additional guards from rule packs; none by default, because packs are specific to a kind of training.
     rules: Annotated[
@@ -442,8 +443,11 @@ class Study(Document):
     def sha256(self) -> str:
         """Digest of the content. Independent of key order, YAML layout and the folder of the user's code."""
         content = {**self.to_dict(), "import_path": None}
+        # Keeps the digest of studies from before rule packs and this guard existed.
         if not self.rules:
-            del content["rules"]  # keeps the digest of studies from before rule packs existed
+            del content["rules"]
+        if content["guards"]["divergence"] is None:
+            content["guards"] = {name: options for name, options in content["guards"].items() if name != "divergence"}
         return hashlib.sha256(json.dumps(_canonical(content), sort_keys=True).encode()).hexdigest()
 
 
@@ -451,6 +455,7 @@ class Study(Document):
 _GUARDS: dict[str, tuple[type, tuple[str, ...]]] = {
     "norm_ratio": (NormRatio, ("limit", "window", "patience", "on_excess")),
     "smoke_test": (SmokeTest, tuple(f.name for f in fields(SmokeTest))),
+    "divergence": (Divergence, ("limit", "window", "patience", "max_end_ratio")),
     "non_finite": (NonFinite, tuple(f.name for f in fields(NonFinite))),
 }
 _THRESHOLD = ("metric", "lower", "upper", "patience", "action")  # ratios and spans of steps need a rule

@@ -28,8 +28,9 @@ class TrialSummary:
     ssim_grad_scale. horizon: the training length that the verdict covers, e.g. {"steps": 200, "batch_size": 8, "lr": 0.005}.
     evidence: {guard, step, metric, value, limit} of the violation that ended the trial, or None.
     objective: the metric that the study optimises, in `direction`. seed: seeds the training's random numbers.
-    quarantined: content ids of the checkpoints that a ruined trial wrote. warnings: messages of guards with the action `warn`, and
-    what was noticed about the training, such as log rows that were passed over.
+    checked: what a safe trial was judged by, a sentence each. quarantined: content ids of the checkpoints that a ruined trial
+    wrote. warnings: messages of guards with the action `warn`, and what was noticed about the training, such as log rows that were
+    passed over.
     metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are floats here, and the strings "NaN",
     "Infinity", "-Infinity" in a file, since JSON has no such numbers.
     """
@@ -47,6 +48,7 @@ class TrialSummary:
     evidence: dict[str, Any] | None = None
     steps: int = 0
     metrics: dict[str, JsonNumber] = field(default_factory=dict)
+    checked: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
 
@@ -84,8 +86,8 @@ class TrialSummary:
         return json.dumps(jsonable({**others, GAIN: f"{self.gain:.9g}"}), sort_keys=True, default=str)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `seed`, `warnings` and `quarantined` only where there are any, `direction` only if it is minimize."""
-        left_out = [name for name in ("seed", "warnings", "quarantined") if vars(self)[name] in (None, [])]
+        """Plain JSON values; `seed`, `checked`, `warnings` and `quarantined` only where there are any, `direction` only for minimize."""
+        left_out = [name for name in ("seed", "checked", "warnings", "quarantined") if vars(self)[name] in (None, [])]
         left_out += ["direction"] if self.direction == "maximize" else []
         plain: dict[str, Any] = jsonable({key: value for key, value in vars(self).items() if key not in left_out})
         return plain | {"role": self.role.value, "verdict": self.verdict.value}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,11 +17,14 @@ from tune_ssim.base.tensor_file import Contents
 from tune_ssim.guards import (
     Baseline,
     BaselineRun,
+    Divergence,
     Guard,
     KeepRule,
+    Margin,
     MissingMetric,
+    NonFinite,
     NormRatio,
-    RequireTotalNorm,
+    Rule,
     SmokeTest,
     Violation,
     Watch,
@@ -29,6 +33,7 @@ from tune_ssim.guards.verdict import Action, Role, Verdict
 from tune_ssim.probes import collapse_statistics, file_contents, tensor_contents
 from tune_ssim.records import (
     ACTIVE_FRACTION,
+    LOSS,
     NORM_RATIO,
     SMOKE,
     SMOKE_AGAIN,
@@ -44,6 +49,12 @@ from tune_ssim.trials.sample_check import require_kind, require_range
 from tune_ssim.trials.sample_grid import draw_grid
 from tune_ssim.trials.training import AUXILIARY_KEYS, Number, Sample, as_training, same_setting
 
+LOSS_TERM = re.compile("weight(?!_decay)|lambda|alpha|coef|gain|scale")  # in the name of a setting that weighs a part of the loss
+NOISE_FACTOR = 2.0  # differences between the baseline's seeds; FACTS §6: the margin of SSIM is two standard deviations of them
+NOTHING_COMPARED = (
+    "only NaN was looked for: nothing was compared with the baseline that would show a ruined training; let it log its loss or "
+    "total_norm, make samples, or measure what `objective.keep` names"
+)
 MIN_HARM = 0.05  # harm of a trial ruined close to its end: above zero, below the harm of any early prune
 
 
@@ -104,6 +115,7 @@ class Trial:
         self.verdict = self._check_effective() or self._check_baseline()
         self.series: dict[str, dict[int, float]] = {}
         self.warnings: list[Violation] = []
+        self.checked: tuple[str, ...] = ()  # what was compared and held, of a trial that is safe
         self.remarks: tuple[str, ...] = ()  # of the training, once it has ended
         self.images: dict[int, bytes] = {}
         self.records_before_error: list[Record] = []
@@ -177,7 +189,7 @@ class Trial:
         """What the guards have measured and, at the end, the held-out metrics and their differences to the baseline."""
         found: dict[str, float] = {}
         for guard in self.watch.guards:
-            if isinstance(guard, (NormRatio, SmokeTest)):
+            if isinstance(guard, (NormRatio, SmokeTest, Divergence)):
                 found |= guard.summary(self.watch.state_of(guard.name))
         return found | dict(self.verdict.metrics if self.verdict else {})
 
@@ -292,13 +304,26 @@ class Trial:
         clipped = self.effective.get("max_grad_norm") is not None
         bound: list[Guard] = []
         for guard in self.plan.guards:
-            if not isinstance(guard, NormRatio):
-                bound.append(guard)
-            elif self.role == Role.BASELINE:
-                bound.append(RequireTotalNorm())
-            elif self.baseline is not None:
+            if isinstance(guard, NormRatio) and self.role == Role.BASELINE:
+                bound.append(guard.required)
+            elif isinstance(guard, NormRatio) and self.baseline is not None:
                 bound.append(guard.bind(self.baseline, self.seed if self.paired else None, clipped))
+            elif isinstance(guard, Divergence) and self.baseline is not None:
+                bound.append(guard.bind(self.baseline, self.seed if self.paired else None, self._has_other_loss_terms))
+            elif not isinstance(guard, NormRatio):
+                bound.append(guard)
         return bound
+
+    @property
+    def _has_other_loss_terms(self) -> bool:
+        """Whether a weight of the loss differs from the baseline's, so that their values cannot be compared."""
+        assert self.baseline is not None
+        reference = self.baseline.reference(self.seed).effective
+        return any(
+            not same_setting(self.effective[name], reference[name])
+            for name in set(self.effective) & set(reference)
+            if name.startswith(AUXILIARY_KEYS) or LOSS_TERM.search(name)
+        )
 
     def _check_effective(self) -> Judgement | None:
         """Checks that the requested settings are in force (in one known training the comments said 0.1, the script passed 1)."""
@@ -371,9 +396,9 @@ class Trial:
             self.images[record.step] = image
 
     def _keep_series(self, record: Record) -> None:
-        """Keeps the norms of a baseline run, for comparison in later trials."""
+        """Keeps the norms and losses of a baseline run, for comparison in later trials."""
         if self.role == Role.BASELINE:
-            for name in (TOTAL_NORM, TOTAL_NORM_MAIN):
+            for name in (TOTAL_NORM, TOTAL_NORM_MAIN, LOSS):
                 if name in record.values:
                     self.series.setdefault(name, {})[record.step] = record.values[name]
 
@@ -469,13 +494,48 @@ class Trial:
             if self.plan.requires_objective and (problem := self.plan.objective.problem(found, self.logged, names)):
                 return Judgement(Verdict.ERROR, problem, metrics=metrics)
             return Judgement(Verdict.SAFE, words, metrics=metrics)
-        for rule in self.plan.keep:
-            if (breach := rule.broken_by(found, reference)) is not None:
-                name, value, limit, sentence = breach
-                violation = Violation("objective", self.step, name, value, limit, Action.WARN, sentence)
-                return Judgement(Verdict.DEGRADED, sentence, violation, metrics)
+        for margin in self._margins(found, reference):
+            if margin.is_broken:
+                words = margin.sentence
+                violation = Violation("objective", self.step, margin.metric, margin.value, margin.limit, Action.WARN, words)
+                return Judgement(Verdict.DEGRADED, words, violation, metrics)
+        self.checked = (*self._guards_that_judged(), *(margin.sentence for margin in self._margins(found, reference)))
+        if not self.checked:
+            return Judgement(Verdict.ERROR, NOTHING_COMPARED, metrics=metrics)
         how = f" (unpaired: {self.unpaired})" if self.unpaired else ""
         return Judgement(Verdict.SAFE, f"{words}: no guard fired, nothing worse than the margins{how}", metrics=metrics)
+
+    def _margins(self, found: Mapping[str, float], reference: Mapping[str, float]) -> Iterator[Margin]:
+        """The margins of `keep`, of the loss at the end, and, if `keep` covers nothing that was measured, of the objective."""
+        of_keep = [margin for rule in self.plan.keep for margin in rule.margins(found, reference)]
+        yield from of_keep
+        for guard in self.watch.guards:
+            if isinstance(guard, Divergence) and guard.max_end_ratio is not None:
+                ratio = guard.end_ratio(self.watch.state_of(guard.name))
+                if ratio is not None:
+                    yield Margin(f"{LOSS} at the end", ratio, guard.max_end_ratio, is_floor=False, is_ratio=True)
+        name, is_floor = self.plan.objective.metric, self.plan.objective.direction == "maximize"
+        noise = self.baseline.noise_floor(name) if self.baseline is not None else None
+        if not of_keep and noise is not None and name in found and name in reference:
+            limit = NOISE_FACTOR * (-noise if is_floor else noise)
+            yield Margin(name, found[name] - reference[name], limit, is_floor=is_floor, is_ratio=False)
+
+    def _guards_that_judged(self) -> Iterator[str]:
+        """What each guard found, except for NaN: a training without NaN may be ruined all the same."""
+        for guard in self.watch.guards:
+            state = self.watch.state_of(guard.name)
+            if isinstance(guard, (NormRatio, Divergence)):
+                if state["max_ratio"] is not None:
+                    what = TOTAL_NORM if isinstance(guard, NormRatio) else LOSS
+                    yield f"{what} at most {state['max_ratio']:.3g}x (limit {guard.limit:g})"
+            elif isinstance(guard, SmokeTest):
+                if (used := guard.summary(state).get("smoke_used_max")) is not None:
+                    yield f"samples used at most {used:.0%} of the smoke test's limits"
+            elif isinstance(guard, Rule):
+                if guard.insufficient_data(state) is None:
+                    yield guard.name
+            elif not isinstance(guard, NonFinite):
+                yield guard.name
 
 
 def harm_of(verdict: str, evidence: Mapping[str, Any] | None, step: int, steps: int) -> float:

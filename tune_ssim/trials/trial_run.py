@@ -219,6 +219,7 @@ class TrialRun:
             evidence=violation.evidence() if violation else None,
             steps=trial.step if trial else 0,
             metrics={**metrics, "seconds": round(time.perf_counter() - self._started_s, 3)},
+            checked=list(trial.checked) if trial and judgement.verdict == Verdict.SAFE else [],
             warnings=[*(warning.sentence for warning in trial.warnings), *trial.remarks] if trial else [],
         )
         baseline = None
