@@ -72,6 +72,9 @@ def inspect_study(
             found["provenance"] = fingerprints(task, study.import_path)
             contents = [asdict(contents) for contents in _starting_contents(task)]
             found["start"] = {"contents": contents, "parents": list(task.ancestry())}
+            if isinstance(task, CommandTask):
+                others = ["the files of other nodes"] if study.resources.nodes > 1 else []
+                found["start"]["not_covered"] = [*task.not_covered, *others]
     except (UserError, BadSetup) as error:
         return {"failed": type(error).__name__, "message": str(error)}
     except Exception as error:  # raised by the training's code

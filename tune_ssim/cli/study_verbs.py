@@ -193,7 +193,8 @@ def verify(file: Path, address: str | None, storage: Path | None, in_process: bo
     from tune_ssim.results.verification import read_export, version_notes
 
     exported = read_export(file)
-    for line in version_notes(exported):
+    left_out = [f"not covered: {phrase}" for phrase in exported["proof"].get("not_covered") or ()]
+    for line in (*version_notes(exported), *left_out):
         click.echo(f"note: {line}", err=True)
     with LiveTable(None, make_console(to_stderr=as_json)) as table:
         found, trials = verify_export(

@@ -27,7 +27,7 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
     trials = folder.trials()
     confirmed = confirmations(summary, trials)
     baselines = [trial for trial in trials if trial.role is Role.BASELINE]
-    provenance = folder.provenance()
+    provenance, start = folder.provenance(), folder.start()
     study = folder.study()
     objective = folder.objective
     unproven = []
@@ -52,6 +52,7 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
         "setting": summary.settings,
         "study": study,
         "provenance": provenance,
+        **({"not_covered": list(start.not_covered)} if start is not None and start.not_covered else {}),
     }
 
 

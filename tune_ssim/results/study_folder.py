@@ -62,10 +62,12 @@ class WrittenCheckpoint:
 
 @dataclass(frozen=True)
 class StartingState:
-    """Hashes of everything that a trial starts from, never to be quarantined. `parents`: ancestors of its weights."""
+    """Hashes of everything that a trial starts from, never to be quarantined. `parents`: ancestors of its weights. not_covered:
+    what the hashes of a command's provenance leave out, a phrase each."""
 
     contents: tuple[Contents, ...]
     parents: tuple[str, ...]
+    not_covered: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

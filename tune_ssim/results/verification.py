@@ -39,6 +39,7 @@ class _Proof(BaseModel):
     objective: str
     direction: Literal["maximize", "minimize"] = "maximize"
     comparison: dict[str, _Comparison]
+    not_covered: list[str] = []
 
 
 class _Export(BaseModel):

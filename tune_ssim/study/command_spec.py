@@ -119,6 +119,7 @@ class CommandSpec(Section):
     environment: additional variables; `EXP_NAME` is always set and unique per trial. cwd: default the study's folder.
     observe: measure gradient norms in the command's own processes, through their environment alone, if they train with PyTorch;
     `full`: also for each top-level module. weights: checkpoint files that the networks must equal before the first update.
+    data: files and folders that it reads. A proof covers both, the scripts, what they import, and all files in the command line.
     echo: compare parameters that the command prints (`name=value`, `name: value`, JSON) with the trial's settings; `required`:
     a parameter that is not printed stops the study. known: values that the script hard-codes, e.g.
     `{max_grad_norm: 1.0, batch_size: 8}`. checkpoints: the path of the checkpoint at `{step}`, or of one
@@ -132,6 +133,7 @@ class CommandSpec(Section):
     config_file: ConfigFile | None = None
     records: RecordsFrom | None = None  # None: records that it pushes, or prints after the tag TUNE_SSIM
     weights: list[str] = Field(default_factory=list)
+    data: list[str] = Field(default_factory=list)
     observe: Literal["norms", "full", "off"] = "norms"  # FACTS §2: the total norm costs 0.9 % of a step
     echo: Literal["auto", "required", "off"] = "auto"
     known: dict[str, Any] = Field(default_factory=dict)
@@ -163,7 +165,8 @@ class CommandSpec(Section):
         if self.config_file is not None:
             yield ("config_file", "path"), self.config_file.path, False
             yield from ((("config_file", "set", key), v, False) for key, v in self.config_file.set.items() if isinstance(v, str))
-        yield from ((("weights", index), path, False) for index, path in enumerate(self.weights))
+        for name in ("weights", "data"):
+            yield from (((name, index), path, False) for index, path in enumerate(getattr(self, name)))
         for name in ("cwd", "checkpoints"):
             if getattr(self, name) is not None:
                 yield (name,), getattr(self, name), name == "checkpoints"
@@ -241,7 +244,8 @@ class CommandSpec(Section):
 
     def referenced_settings(self) -> set[str]:
         """Names of the placeholders in the command, its environment and its config file."""
-        parts = (template for place, template, in_smoke in self.templates() if not in_smoke and place[0] not in ("cwd", "records"))
+        elsewhere = ("cwd", "records", "weights", "data")
+        parts = (template for place, template, in_smoke in self.templates() if not in_smoke and place[0] not in elsewhere)
         return {name for template in parts for name in placeholders(template)}
 
 

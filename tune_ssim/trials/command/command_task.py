@@ -20,6 +20,7 @@ from tune_ssim.records.readers import LineParser, Source, open_source
 from tune_ssim.study.command_spec import CommandSpec, fill, placeholders
 from tune_ssim.trials.channel import VARIABLE, TrialEnd
 from tune_ssim.trials.command.checkpoints import Checkpoints, sizes
+from tune_ssim.trials.command.dependencies import Dependencies
 from tune_ssim.trials.command.filled_spec import FilledSpec
 from tune_ssim.trials.command.guesses import propose_logs
 from tune_ssim.trials.command.observed import ObservedRecords
@@ -424,6 +425,18 @@ class CommandTask(Training):
         if not self.can_resume or state["checkpoint"] is None:
             raise NothingToResume("the command cannot resume: it has no `resume` arguments, or had written no checkpoint")
         self.step_now, self._resume_from = state["step"], Path(state["checkpoint"])
+
+    def fingerprints(self) -> dict[str, str]:
+        return self._dependencies.hashes()
+
+    @property
+    def not_covered(self) -> list[str]:
+        """What `fingerprints` leaves out, a phrase each."""
+        return self._dependencies.not_covered
+
+    @property
+    def _dependencies(self) -> Dependencies:
+        return Dependencies(self.spec, self.config, self.home)
 
     def effective(self) -> dict[str, Any]:
         return self.settings.effective()
