@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,13 @@ from command_studies import ARGUMENTS, DESCENT, LOSS, run, study, trials
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards.verdict import Verdict
+from tune_ssim.orchestration.phases import run_study
+from tune_ssim.orchestration.progress import NoProgress
 from tune_ssim.records.readers import LineParser
+from tune_ssim.results.proof import proof_of
 from tune_ssim.results.trial_text import warning_lines
+from tune_ssim.results.winner import best_safe
+from tune_ssim.study.study import load_study
 from tune_ssim.trials.command.checkpoints import Checkpoints
 from tune_ssim.trials.summary import TrialSummary
 
@@ -248,3 +254,32 @@ def test_another_exit_code_may_be_a_good_end(tmp_path: Path) -> None:
         run(given, tmp_path / "results")
     given["task"]["exit_codes"] = [0, 1]
     assert [trial.verdict for trial in trials(given, tmp_path / "other")] == [Verdict.SAFE, Verdict.SAFE]
+
+
+# ---- seeds that are copies
+
+
+UNSEEDED = DESCENT.replace("random.Random(seed)", "random.Random(0)")
+CONFIRMED = {"objective": {"maximize": "delta_score"}, "confirm": {"seeds": 3, "steps": 30}}
+
+
+class Said(NoProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize("seed", ["{seed}", "0"])
+def test_copies_are_no_proof(tmp_path: Path, seed: str) -> None:
+    given = study(tmp_path, UNSEEDED, ("{lr}", seed, "{steps}"), task={"records": {"pattern": LOSS}}, **CONFIRMED)
+    (tmp_path / "study.yaml").write_text(load_study(given).to_yaml())
+    loaded, said = load_study(tmp_path / "study.yaml"), Said()
+    folder = run_study(loaded, storage=tmp_path / "results", in_process=True, progress=said)
+    proof = proof_of(best_safe(folder), folder)
+    (reason,) = proof["unproven"]
+    assert reason.startswith("its 3 seeds gave the same delta_score, ") and "copies of one training, no repetitions" in reason
+    words = rf"warning: {tmp_path}/study\.yaml:\d+: task\.command: the command does not get {{seed}}, so that the 3 seeds of"
+    assert sum(re.match(words, line) is not None for line in said.lines) == len(loaded.warnings) == (seed == "0")
+    assert load_study({**given, "confirm": None}).warnings == ()

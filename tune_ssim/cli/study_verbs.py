@@ -60,8 +60,8 @@ def run(
     resolved = load_study(source, overrides, launch=address is None)  # the nodes of a cluster may have other programs
     if dry_run:
         print_exactly(resolved.to_yaml())
-        if resolved.objective.warning:
-            click.echo(f"warning: {resolved.objective.warning}", err=True)
+        for warning in resolved.warnings:
+            click.echo(f"warning: {warning}", err=True)
         given = [(f"--{key.replace('_', '-')}", str(value)) for key, value in overrides.items() if value is not None]
         suggest_next(
             "run",

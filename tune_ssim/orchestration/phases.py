@@ -125,8 +125,8 @@ class StudyRun:
         """Runs all phases. Returns why the study ended early, if it did. Raises BadSetup or UserError if it failed as a whole."""
         study = self.study
         self.progress.say(self.executor.describe())
-        if study.objective.warning:
-            self.progress.say(f"warning: {study.objective.warning}")
+        for warning in study.warnings:
+            self.progress.say(f"warning: {warning}")
         check_before_launch(study, self.folder, self.writer, self.progress, self.executor)
         self.progress.phase(f"{self.folder.name}: {describe_plan(study.baseline_seeds, study.search.trials, self.concurrency)}")
         failure = self.search()

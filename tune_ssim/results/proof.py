@@ -14,7 +14,7 @@ from tune_ssim.base.files import jsonable
 from tune_ssim.guards import KeepRule
 from tune_ssim.guards.verdict import Role
 from tune_ssim.results.study_folder import StudyFolder
-from tune_ssim.results.winner import confirmations, holds
+from tune_ssim.results.winner import are_copies, confirmations, holds, why_copies
 from tune_ssim.trials.summary import TrialSummary
 
 LEVEL = 0.95  # confidence level of the intervals
@@ -33,6 +33,8 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
     unproven = []
     if not holds(confirmed, objective):
         unproven.append("it was not confirmed with further seeds")
+    elif are_copies(confirmed, objective):
+        unproven.append(why_copies(confirmed, objective))
     if provenance is None:
         unproven.append("the study recorded no hashes of its code, weights and data")
     limits, rules = _limits(folder)

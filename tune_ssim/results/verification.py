@@ -13,7 +13,7 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.results.export import versions
 from tune_ssim.results.proof import comparison, differences, seals
-from tune_ssim.results.winner import holds
+from tune_ssim.results.winner import are_copies, holds, why_copies
 from tune_ssim.study.objective import Objective
 from tune_ssim.trials.summary import TrialSummary
 
@@ -116,6 +116,8 @@ def result_differences(proof: Mapping[str, Any], trials: Sequence[TrialSummary])
     objective = Objective.of(proof["objective"], proof.get("direction", "maximize"))
     if not holds(confirmed, objective):
         return [f"{objective.name} no longer beats the baseline"]
+    if are_copies(confirmed, objective):
+        return [why_copies(confirmed, objective)]
     recorded, again = proof["comparison"][objective.delta], comparison(confirmed)[objective.delta]
     low, high = recorded["interval"]
     if not low <= again["mean"] <= high:

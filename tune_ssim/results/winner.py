@@ -15,6 +15,8 @@ from tune_ssim.study.objective import Objective
 from tune_ssim.study.space import WEIGHT
 from tune_ssim.trials.summary import TrialSummary
 
+_OF_GUARDS = ("norm_ratio_max", "loss_ratio_max", "loss_ratio_end", "smoke_used_max")
+
 
 class NoSafeTrial(UserError):
     """The study has no setting to export. The message counts the verdicts and names the nearest miss."""
@@ -102,6 +104,19 @@ def _result(summary: TrialSummary, objective: Objective) -> str:
     """`delta_ssim -0.001`, or `val_loss 2.5 (delta_val_loss +0.3)`"""
     delta = f"{objective.delta} {summary.metric(objective.delta):+.4g}"
     return delta if objective.is_delta else f"{objective.name} {summary.metric(objective.name):.4g} ({delta})"
+
+
+def are_copies(confirmed: Sequence[TrialSummary], objective: Objective) -> bool:
+    """Whether all seeds gave the same objective and the same extremes at the guards, bit for bit: one training, run again."""
+    found = {tuple(trial.metrics.get(name) for name in (objective.name, *_OF_GUARDS)) for trial in confirmed}
+    return len(confirmed) > 1 and len(found) == 1 and math.isfinite(confirmed[0].metric(objective.name))
+
+
+def why_copies(confirmed: Sequence[TrialSummary], objective: Objective) -> str:
+    return (
+        f"its {len(confirmed)} seeds gave the same {objective.name}, {confirmed[0].metric(objective.name):.9g}, to the last digit: they are "
+        "copies of one training, no repetitions; put {seed} where the program takes its seed from"
+    )
 
 
 def _why_not_held(summary: TrialSummary, summaries: Iterable[TrialSummary], objective: Objective) -> str:

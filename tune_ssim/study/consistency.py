@@ -77,6 +77,24 @@ def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
         yield Problem(("scheduler",), message)
 
 
+def part_warnings(study: Study) -> Iterator[Problem]:
+    """What is valid, and probably a mistake."""
+    if study.objective.warning:
+        yield Problem(("objective", study.objective.direction), study.objective.warning, "")
+    task = study.task
+    if not isinstance(task, CommandSpec) or task.records is None or "seed" in task.referenced_settings():
+        return  # without `records` it may be a loop that asks `trial_context` for its seed
+    for name, seeds in (("confirm", study.confirm.seeds if study.confirm else 0), ("baseline", study.baseline_seeds)):
+        if seeds > 1:
+            message = (
+                f"the command does not get {{seed}}, so that the {seeds} seeds of `{name}` are {seeds} starts of one training: "
+                "copies that prove nothing, unless the program draws new random numbers at each start: put it where it belongs, "
+                'e.g. "--seed={seed}"'
+            )
+            yield Problem(("task", "command"), message)
+            return
+
+
 def missing_files(study: Study) -> Iterator[Problem]:
     """Programs and logs that are missing on this machine. Programs are not checked for several nodes, which may differ."""
     if isinstance(study.task, CommandSpec) and study.resources is not None and study.resources.nodes == 1:

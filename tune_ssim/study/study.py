@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    PrivateAttr,
     ValidationInfo,
 )
 
@@ -38,7 +39,7 @@ from tune_ssim.guards import Divergence, Guard, NonFinite, NormRatio, SmokeTest,
 from tune_ssim.guards.rule_pack import RulePack, build_pack, load_rules
 from tune_ssim.guards.verdict import Action
 from tune_ssim.study.command_spec import CommandSpec
-from tune_ssim.study.consistency import missing_files, part_problems
+from tune_ssim.study.consistency import missing_files, part_problems, part_warnings
 from tune_ssim.study.objective import Objective
 from tune_ssim.study.sections import (
     Asha,
@@ -374,6 +375,7 @@ class Study(Document):
     tracking: Tracking | None = Field(default_factory=Tracking)  # None: off
     # Folder to import a user-defined task from; default the study file's folder.
     import_path: Annotated[str | None, PlainValidator(_import_path)] = Field(default=None, validate_default=True)
+    _warnings: tuple[str, ...] = PrivateAttr(())
 
     @property
     def steps(self) -> int:
@@ -425,6 +427,11 @@ class Study(Document):
     def calibrates(self) -> bool:
         """Whether the calibration is on and the study has an SSIM loss to measure."""
         return self.calibration is not None and self.has_ssim
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is valid and probably a mistake, each with its place in the file."""
+        return self._warnings
 
     def to_dict(self) -> dict[str, Any]:
         """The study as in a file, with everything explicit."""
@@ -511,7 +518,9 @@ def load_study(
         raise user_error(source, problems.found)
     stem = Path(source.label).stem.replace("_", "-")
     given = {"name": stem if _is_name(stem) else "study", "space": DEFAULT_SPACE, **given}
-    return validate(Study, source, given, _File(source, folder, launch))
+    found = validate(Study, source, given, _File(source, folder, launch))
+    found._warnings = tuple(f"{source.at(one.loc)}: {one.text()}" for one in part_warnings(found))
+    return found
 
 
 def _is_name(name: Any) -> bool:

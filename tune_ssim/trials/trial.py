@@ -516,7 +516,7 @@ class Trial:
                     yield Margin(f"{LOSS} at the end", ratio, guard.max_end_ratio, is_floor=False, is_ratio=True)
         name, is_floor = self.plan.objective.metric, self.plan.objective.direction == "maximize"
         noise = self.baseline.noise_floor(name) if self.baseline is not None else None
-        if not of_keep and noise is not None and name in found and name in reference:
+        if not of_keep and noise and name in found and name in reference:
             limit = NOISE_FACTOR * (-noise if is_floor else noise)
             yield Margin(name, found[name] - reference[name], limit, is_floor=is_floor, is_ratio=False)
 
