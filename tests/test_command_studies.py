@@ -283,3 +283,34 @@ def test_copies_are_no_proof(tmp_path: Path, seed: str) -> None:
     words = rf"warning: {tmp_path}/study\.yaml:\d+: task\.command: the command does not get {{seed}}, so that the 3 seeds of"
     assert sum(re.match(words, line) is not None for line in said.lines) == len(loaded.warnings) == (seed == "0")
     assert load_study({**given, "confirm": None}).warnings == ()
+
+
+# ---- a program that goes silent
+
+PAUSES = """
+import os, time
+for step in range(1, 31):
+    print(f"step {step}: loss {1 / step}", flush=True)
+    while step == 15 and not os.path.exists("go"): time.sleep(0.05)
+print('TUNE_SSIM {"held_out": {"score": 1}}', flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_silent_program_is_reported_while_it_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_ssim.trials.command.command_task.QUIET_S", 0.3)
+    monkeypatch.setattr("tune_ssim.trials.command.command_task.LAST_ROWS_S", 1.0)
+    given = study(tmp_path, PAUSES, task={"records": {"pattern": LOSS}, "silence_s": 1234, "observe": "off"})
+
+    class Told(Said):
+        def say(self, text: str) -> None:
+            super().say(text)
+            if "no record for" in text:
+                (tmp_path / "go").touch()
+
+    said = Told()
+    folder = run(given, tmp_path / "results", progress=said)
+    assert [trial.verdict for trial in folder.trials()] == [Verdict.SAFE, Verdict.SAFE]
+    told = [line for line in said.lines if line.startswith("baseline-0: no record for 0.3 s")]
+    assert re.search(r"after step 15 of 30, .* \(process \d+\); it is ended after 1234 s \(task: silence_s\)", told[0])
+    assert len(told) == 2 and "after step 30 of 30" in told[1]

@@ -115,6 +115,10 @@ class NodesProcess:
         finally:
             self._kill()
 
+    @property
+    def place(self) -> str:
+        return f"{len(self._runners)} nodes"
+
     def describe_exit(self) -> str:
         return self._words
 

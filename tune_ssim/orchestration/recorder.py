@@ -44,6 +44,8 @@ class StudyRecorder:
         self.progress.trial_progress(trial_id, report.step, self.steps, report.norm_ratio)
         for checkpoint in report.checkpoints:
             self.folder.add_checkpoint(trial_id, checkpoint)
+        if report.notice:
+            self.progress.say(f"{trial_id}: {report.notice}")
         if report.result is not None:
             self.trial_ended(report.result)
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -114,6 +115,10 @@ class Abilities:
 
 
 OPTIONAL = tuple(field.name for field in fields(Abilities))
+
+
+NOTHING_NEW: Mapping[str, Number] = MappingProxyType({})
+"""What `step` returns if the process that it reads has given no record for a while, and `notice` has something to say."""
 
 
 class Training(ABC):
@@ -249,6 +254,10 @@ class Training(ABC):
 
     def reading_problem(self) -> str:
         """One line about records that could not be parsed; empty if there are none."""
+        return ""
+
+    def notice(self) -> str:
+        """What the user should know now, while it runs; each notice is returned once."""
         return ""
 
     def remarks(self) -> Sequence[str]:

@@ -47,7 +47,7 @@ from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
 from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint, tensors_of
 from tune_ssim.trials.sample_check import require_kind, require_range
 from tune_ssim.trials.sample_grid import draw_grid
-from tune_ssim.trials.training import AUXILIARY_KEYS, Number, Sample, as_training, same_setting
+from tune_ssim.trials.training import AUXILIARY_KEYS, NOTHING_NEW, Number, Sample, as_training, same_setting
 
 LOSS_TERM = re.compile("weight(?!_decay)|lambda|alpha|coef|gain|scale")  # in the name of a setting that weighs a part of the loss
 NOISE_FACTOR = 2.0  # differences between the baseline's seeds; FACTS §6: the margin of SSIM is two standard deviations of them
@@ -161,6 +161,8 @@ class Trial:
         read_to_end = self.task.reports_after_last_step and end == self.plan.steps
         while self.verdict is None and not ended and (self.step < end or read_to_end):
             metrics, before = self.task.step(), self.step
+            if metrics is NOTHING_NEW:
+                break
             at = before + 1 if metrics is None else int(metrics.get("step", before + 1))
             if metrics is None or at > self.plan.steps:
                 ended = True
@@ -178,6 +180,8 @@ class Trial:
                 self._judge(records, made)
                 if smoke_due and self.verdict is None:
                     self._smoke(made)
+        if pending and self.verdict is None:
+            self._judge(_resolve(pending), made)
         if self.verdict is None and (ended or (self.step >= self.plan.steps and not self.task.reports_after_last_step)):
             self.verdict = self._finish()
         if self.verdict is not None and self.task.reports_after_last_step:

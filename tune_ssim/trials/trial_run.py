@@ -64,7 +64,8 @@ class TrialResult:
 @dataclass
 class TrialReport:
     """What happened since the previous report. checkpoints: those written by the training or by us, by content. images: PNG by
-    step. last: the newest loss and total_norm. held_out: metrics for a scheduler. result: set once the trial has ended."""
+    step. last: the newest loss and total_norm. held_out: metrics for a scheduler. notice: what to tell the user
+    now. result: set once the trial has ended."""
 
     step: int = 0
     records: list[Record] = field(default_factory=list)
@@ -73,6 +74,7 @@ class TrialReport:
     norm_ratio: float | None = None
     last: dict[str, float] = field(default_factory=dict)
     held_out: float | None = None
+    notice: str = ""
     wants_checkpoint: bool = False
     result: TrialResult | None = None
 
@@ -187,7 +189,8 @@ class TrialRun:
                 report.records += trial.advance(spec.result_every or spec.plan.report_every)
                 report.wants_checkpoint = self.training.can_resume and _passed(spec.checkpoint_every, before, trial.step)
                 wants_evaluation = trial.verdict is None and _passed(spec.evaluate_every, before, trial.step)
-                is_due = spec.result_every is not None or time.monotonic() - began_s >= RESULT_S
+                report.notice = self.training.notice()
+                is_due = spec.result_every is not None or bool(report.notice) or time.monotonic() - began_s >= RESULT_S
         finally:
             report.records += trial.records_before_error
             report.step, report.norm_ratio = trial.step, trial.norm_ratio()

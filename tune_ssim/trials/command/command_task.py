@@ -29,11 +29,12 @@ from tune_ssim.trials.command.process import Launch, Process, launch_here
 from tune_ssim.trials.command.samples import read_samples
 from tune_ssim.trials.command.settings import SettingsInForce
 from tune_ssim.trials.processes import OutputLog
-from tune_ssim.trials.training import Number, Sample, Training
+from tune_ssim.trials.training import NOTHING_NEW, Number, Sample, Training
 
 POLL_S = 0.05  # between polls of files; a training step worth tuning takes longer
 MLFLOW_POLL_S = 2.0  # each poll fetches whole histories
 LAST_ROWS_S = 10.0  # wait for the last step's remaining rows and checkpoint: buffered writers flush every few seconds
+QUIET_S = 60.0  # without a record, before the user is told; a step rarely takes a minute
 # In a trial's folder: the output, the folder of `trial_context`, and that of the observer while the command runs.
 OUTPUT_LOG, CHANNEL, OBSERVED = "output.log", "channel", "observed"
 LEAVE_S = 2.0  # time for a loop that reads its verdict to exit by itself
@@ -83,6 +84,9 @@ class CommandTask(Training):
         self._first_record_seen = False
         self._released_late = False  # the last record was released by a timeout
         self._last_change: tuple[Any, float] = (None, 0.0)  # state of the last step's output, and the time of its last change
+        self._waiting_since: float | None = None  # for the next record
+        self._quiet_after = -1  # the step after which the user was told that there is no record
+        self._notice = ""
 
     @cached_property
     def filled(self) -> FilledSpec:
@@ -173,6 +177,9 @@ class CommandTask(Training):
         assert self._process is not None and self._output is not None
         if not self._await_record(self._process, self._output):
             return None
+        if not self._output.records:
+            return NOTHING_NEW
+        self._waiting_since = None
         step, values = self._output.records.pop(0)
         self._first_record_seen = True
         if is_of_training(step, values):
@@ -258,9 +265,11 @@ class CommandTask(Training):
         self._process = self.launch(lambda node: filled.invocation(node, more, resume, observe), self._output.take, folder)
 
     def _await_record(self, process: Process, output: CommandOutput) -> bool:
-        """Waits until `output` has a record. False: the command has ended without error, or has nothing more to report."""
+        """Waits until `output` has a record, or the user is to be told that there is none. False: the command has ended without
+        error, or has nothing more to report."""
         limit = self.spec.silence_s if self._first_record_seen else self.spec.first_record_s
-        deadline = time.monotonic() + (0.0 if self._released_late else limit)
+        self._waiting_since = self._waiting_since or time.monotonic()
+        deadline = self._waiting_since + (0.0 if self._released_late else limit)
         self._released_late = False
         while not output.records:
             ended = process.has_ended  # checked before the last read, so that the read is complete
@@ -282,8 +291,28 @@ class CommandTask(Training):
                 if self.step_now >= self.steps:
                     return False  # all steps are done
                 raise UserError(self._why_silent(output, limit))
+            if self._is_quiet(output):
+                self._notice = (
+                    f"no record for {QUIET_S:g} s after step {self._quiet_after} of {self.steps}, and the command still runs "
+                    f"({process.place}); it is ended after {limit:g} s (task: silence_s)"
+                )
+                return True
             time.sleep(POLL_S)
         return True
+
+    def _is_quiet(self, output: CommandOutput) -> bool:
+        """Whether to tell the user that there is no record: once in the middle of a training, and once at its end."""
+        step = max(self.step_now, output.held() or 0)
+        is_told = self._quiet_after >= 0 if step < self.steps else self._quiet_after >= self.steps
+        assert self._waiting_since is not None
+        if is_told or not self._first_record_seen or time.monotonic() - self._waiting_since < QUIET_S:
+            return False
+        self._quiet_after = step
+        return True
+
+    def notice(self) -> str:
+        notice, self._notice = self._notice, ""
+        return notice
 
     def _has_settled(self, output: CommandOutput) -> bool:
         """Whether a training that has logged its last step but does not exit (a hanging teardown, an upload) is complete. A

@@ -100,6 +100,11 @@ class SupervisedProcess:
         self._ended.wait(self.grace_s + 30)
         self._threads[0].join(5)
 
+    @property
+    def place(self) -> str:
+        """Where it runs."""
+        return f"process {self.pid}"
+
     def describe_exit(self) -> str:
         """E.g. `exit code 3`, `ended by SIGSEGV`."""
         if self.exit_code is None:
