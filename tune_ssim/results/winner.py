@@ -113,8 +113,9 @@ def are_copies(confirmed: Sequence[TrialSummary], objective: Objective) -> bool:
 
 
 def why_copies(confirmed: Sequence[TrialSummary], objective: Objective) -> str:
+    value = confirmed[0].metric(objective.name)
     return (
-        f"its {len(confirmed)} seeds gave the same {objective.name}, {confirmed[0].metric(objective.name):.9g}, to the last digit: they are "
+        f"its {len(confirmed)} seeds gave the same {objective.name}, {value:.9g}, to the last digit: they are "
         "copies of one training, no repetitions; put {seed} where the program takes its seed from"
     )
 

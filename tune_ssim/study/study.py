@@ -67,9 +67,11 @@ DEFAULT_STEPS = 200  # FACTS §2: by then ruinous gains have ruined the model, a
 
 
 def default_guards(task: str | CommandSpec | None = None) -> dict[str, Guard]:
-    """All guards that work without limits from the user. A command may log nothing but its loss, so that is judged too."""
+    """All guards that work without limits from the user. A user's training may log nothing but its loss, so that is judged too; the
+    bundled ones have norms and samples."""
     guards: list[Guard] = [NormRatio(), SmokeTest(), NonFinite()]
-    return {guard.name: guard for guard in (*guards, *([Divergence()] if isinstance(task, CommandSpec) else []))}
+    is_own = isinstance(task, CommandSpec) or (isinstance(task, str) and task not in BUILT_IN_TASKS)
+    return {guard.name: guard for guard in (*guards, *([Divergence()] if is_own else []))}
 
 
 # ---- each part as a file may have it ----
@@ -453,8 +455,8 @@ class Study(Document):
         # Keeps the digest of studies from before rule packs and this guard existed.
         if not self.rules:
             del content["rules"]
-        if content["guards"]["divergence"] is None:
-            content["guards"] = {name: options for name, options in content["guards"].items() if name != "divergence"}
+        if self.guards.get(Divergence.name) == default_guards(self.task).get(Divergence.name):
+            content["guards"] = {name: options for name, options in content["guards"].items() if name != Divergence.name}
         return hashlib.sha256(json.dumps(_canonical(content), sort_keys=True).encode()).hexdigest()
 
 

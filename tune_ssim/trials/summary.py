@@ -86,7 +86,7 @@ class TrialSummary:
         return json.dumps(jsonable({**others, GAIN: f"{self.gain:.9g}"}), sort_keys=True, default=str)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `seed`, `checked`, `warnings` and `quarantined` only where there are any, `direction` only for minimize."""
+        """Plain JSON values. `seed`, `checked`, `warnings`, `quarantined` only if there are any, `direction` only for minimize."""
         left_out = [name for name in ("seed", "checked", "warnings", "quarantined") if vars(self)[name] in (None, [])]
         left_out += ["direction"] if self.direction == "maximize" else []
         plain: dict[str, Any] = jsonable({key: value for key, value in vars(self).items() if key not in left_out})
