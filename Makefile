@@ -34,7 +34,8 @@ format: $(VENV)/.installed
 
 # One script for each claim of the README; each prints its hardware and commit.
 bench: $(VENV)/.installed
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	set -e; for script in benchmarks/*.py benchmarks/replay/run.py benchmarks/replay/recommend.py; do \
+		echo "== $$script"; $(BIN)/python "$$script"; done
 
 # The README's pictures and tables: the benchmarks whose names begin with readme_.
 docs: $(VENV)/.installed

@@ -1,6 +1,6 @@
 """Records the learning curves of a grid of settings, for the replay laboratory.
 
-    python benchmarks/replay/record.py sgd                      # one of the recordings below
+    python benchmarks/replay/record.py sgd_small                      # one of the recordings below
     python benchmarks/replay/record.py mine --study my_study.yaml --gains 1 10 100 --max-t 0.3 1.0 --seeds 0 1 2 3 --out FOLDER
 
 Nothing is pruned: guards are applied in the replay. Every run is appended as it ends, so a recording that was stopped goes on

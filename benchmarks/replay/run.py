@@ -1,10 +1,9 @@
 """Plays recorded learning curves through search strategies, many seeds each, and compares what they find and what they cost.
 
-    python benchmarks/replay/run.py --curves benchmarks/replay/curves/sgd --strategies guided,asha_tpe,tpe,random --seeds 40
+    python benchmarks/replay/run.py --curves benchmarks/replay/curves/sgd_small --strategies guided,asha_tpe,tpe,random --seeds 40
 
 The product's strategies run its real phases, search objects, trials, guards, margins and choice of the winner; the stock ones run
-Ray Tune's own searcher and scheduler objects. README.md beside this file says how, and what is counted. Writes --json, and prints
-the table.
+Ray Tune's own searcher and scheduler objects. README.md beside this file says how, and what is counted. Prints the table.
 """
 
 from __future__ import annotations
@@ -29,11 +28,12 @@ from replay import Costs, Played, Result, run_product, run_recommended, run_stoc
 from truth import USELESS, Truth
 
 from tune_ssim import __version__
-from tune_ssim.base.errors import UserError
+from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.files import jsonable
 from tune_ssim.before_launch.forecast import INERT
 from tune_ssim.probes.norm_model import NormModel
 
+HERE = Path(__file__).parent
 GOOD = 0.9  # of the best mean improvement of a safe setting of the grid
 
 
@@ -61,7 +61,7 @@ STOCK = {
     "asha_tpe": {"tpe": True, "asha": True},
     "asha_random": {"tpe": False, "asha": True},
 }
-DEFAULT = ("guided", "asha_tpe", "tpe", "random")
+DEFAULT = ("guided", "recommend_3", "wide", "aggressive_6", "asha_tpe", "tpe", "asha_random", "random")
 
 
 def runner(name: str, curves: Curves, workers: int, snap: bool, confirm: bool) -> Callable[[int], Result]:
@@ -98,6 +98,7 @@ class Judge:
             "truth": worth.truth if worth else "none",
             "share": round(share, 4),
             "good": bool(worth and worth.truth == "safe" and share >= GOOD),
+            "first_good": self._until_good(result.trials),
             "harmful_steps": sum(one.steps for one in trials if self.truth.of(one.gain, one.max_t).truth != "safe"),
             "inert_steps": sum(one.steps for one in trials if self._is_inert(one)),
             "useless_steps": sum(one.steps for one in trials if self._is_useless(one)),
@@ -109,6 +110,16 @@ class Judge:
             "confirm_steps": sum(one.steps for one in result.confirm),
             "reason": result.why_none or result.end_reason,
         }
+
+    def _until_good(self, trials: Sequence[Played]) -> float:
+        """Steps of all trials that ended until a good setting had been trained to its end; infinite if none was."""
+        spent = 0
+        for one in trials:
+            spent += one.steps
+            worth = self.truth.of(one.gain, one.max_t)
+            if worth.truth == "safe" and self.truth.share(one.gain, one.max_t) >= GOOD and one.steps >= self.truth.curves.steps:
+                return spent
+        return math.inf
 
     def _is_inert(self, one: Played) -> bool:
         """Whether the calibration calls the setting inert: total_norm changes by less than 0.1 %."""
@@ -130,6 +141,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "steps": median(row["steps"] for row in rows),
         "with_calibration": median(row["with_calibration"] for row in rows),
         "mean_steps": round(fmean(row["steps"] for row in rows), 1),
+        "first_good": median(row["first_good"] for row in rows),
         "trials": median(row["trials"] for row in rows),
         "good": round(good / n, 4),
         "good_interval": wilson(good, n),
@@ -170,7 +182,7 @@ def compare(
         began_s = time.perf_counter()
         try:
             rows = [judge.row(search(seed), workers) for seed in range(seeds)]
-        except UserError as error:
+        except (BadSetup, UserError) as error:
             found[name] = {"error": str(error)}
             print(f"| {name} | cannot run: {error} |", flush=True)
             continue
@@ -211,6 +223,7 @@ def heading(curves: Curves, truth: Truth, workers: int) -> str:
 COLUMNS = {
     "steps": ("steps", "{:.0f}"),
     "with_calibration": ("+ calibration", "{:.0f}"),
+    "first_good": ("to the first good", "{:.0f}"),
     "confirm_steps": ("confirm", "{:.0f}"),
     "trials": ("trials", "{:.0f}"),
     "good": ("safe and >= 90 %", "{:.0%}"),
@@ -235,26 +248,33 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--curves", type=Path, required=True, help="NAME.npz or NAME.json of a recording")
+    recordings = sorted((HERE / "curves").glob("*.npz"))
+    parser.add_argument("--curves", type=Path, nargs="+", default=recordings, help="NAME.npz or NAME.json; all of curves/")
     parser.add_argument("--strategies", default=",".join(DEFAULT), help=f"of {', '.join((*PRODUCT, *STOCK))}, recommend_RATIO")
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--confirm", action="store_true", help="the product's confirm phase too, as long as the recorded runs")
     parser.add_argument("--snap", action="store_true", help="play the nearest recorded gain instead of an interpolation")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--json", type=Path, help="write the results here, every search included; without it results/replay.json")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", module="optuna")
     names = options.strategies.split(",")
-    curves = Curves.read(options.curves)
     for name in names:
         try:
-            runner(name, curves, options.workers, False, False)
+            runner(name, Curves({}, []), options.workers, False, False)
         except ValueError as error:
             parser.error(str(error))
-    found = compare(curves, names, options.seeds, options.workers, snap=options.snap, confirm=options.confirm)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(jsonable(found), indent=1, allow_nan=False) + "\n")
+    found = {}
+    for path in options.curves:
+        curves = Curves.read(path)
+        one = compare(curves, names, options.seeds, options.workers, snap=options.snap, confirm=options.confirm)
+        if options.json is None:  # in the repository: without the single searches
+            for row in one["strategies"].values():
+                row.pop("searches", None)
+        found[curves.name] = one
+    out = options.json or HERE.parent / "results" / "replay.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(jsonable(found), indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":
