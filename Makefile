@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+REPLAY := $(addprefix benchmarks/replay/,run.py recommend.py policies.py)
 
 .PHONY: run test e2e versions pythons lint format bench docs
 
@@ -34,7 +35,7 @@ format: $(VENV)/.installed
 
 # One script for each claim of the README; each prints its hardware and commit.
 bench: $(VENV)/.installed
-	set -e; for script in benchmarks/*.py benchmarks/replay/run.py benchmarks/replay/recommend.py; do \
+	set -e; for script in benchmarks/*.py $(REPLAY); do \
 		echo "== $$script"; $(BIN)/python "$$script"; done
 
 # The README's pictures and tables: the benchmarks whose names begin with readme_.

@@ -23,6 +23,7 @@ from tune_ssim.trials.trial import TrialPlan
 from tune_ssim.trials.trial_run import TrialResult, TrialRun, TrialSpec
 
 from curves import Curves  # isort: skip  (synthetic_curves adds the folder of the laboratory to the path)
+from policies import measure  # isort: skip
 from record import record  # isort: skip
 from recommend import evidence, rule  # isort: skip
 from replay import ReplayTraining, run_product, run_stock, simulate  # isort: skip
@@ -164,3 +165,12 @@ def test_the_evidence_for_a_recommendation_names_the_ratios_that_are_good(curves
     assert low < 3.0 < high < 15  # made up to be best at 3, and ruined from 15 on
     at_three = rule({"made": found, "useless": evidence(synthetic_curves(best=0.0))})["3"]
     assert at_three["recordings"] == at_three["good"] == 1 and at_three["harmful"] == 0
+
+
+def test_policies_are_judged_by_the_truth_of_each_run() -> None:
+    curves = synthetic_curves(seeds=2, gains=(8.0, 400.0))
+    found = measure(curves)
+    assert found["truth"]["ruined"] == 2 * sum(Truth(curves).of(*setting).truth == "ruined" for setting in curves.settings) > 0
+    smoke, norm = found["policies"]["smoke alone"], found["policies"]["norm alone"]
+    assert smoke["ruined_missed"]["count"] == 0 and smoke["sound_pruned"]["count"] == 0  # made up to fall by 8 dB
+    assert norm["ruined_missed"]["count"] == 0 and norm["median_step_of_a_right_prune"] < 15

@@ -55,19 +55,19 @@ class Truth:
     def _of(self, gain: float, max_t: float) -> Worth:
         runs = [self.curves.play(gain, max_t, index, self.snap) for index in range(len(self.curves.seeds))]
         baselines = [self.curves.baseline(run.seed) for run in runs]
-        deltas = [self._last(run, self.metric) - self._last(base, self.metric) for run, base in zip(runs, baselines, strict=True)]
-        decibels = [self._last(run, "psnr") - self._last(base, "psnr") for run, base in zip(runs, baselines, strict=True)]
-        ruined = fmean(self._is_ruined(run, base) for run, base in zip(runs, baselines, strict=True))
+        deltas = [self.last(run, self.metric) - self.last(base, self.metric) for run, base in zip(runs, baselines, strict=True)]
+        decibels = [self.last(run, "psnr") - self.last(base, "psnr") for run, base in zip(runs, baselines, strict=True)]
+        ruined = fmean(self.is_ruined(run, base) for run, base in zip(runs, baselines, strict=True))
         delta, delta_psnr = fmean(deltas), fmean(decibels)
         is_degraded = not (delta >= DEGRADED_SSIM and delta_psnr >= DEGRADED_DB)  # NaN too
         truth = "ruined" if ruined else "degraded" if is_degraded else "safe"
         deviation = stdev(deltas) if len(deltas) > 1 and all(map(math.isfinite, deltas)) else 0.0
         return Worth(truth, delta, deviation, delta_psnr, ruined)
 
-    def _last(self, run: Run, metric: str) -> float:
+    def last(self, run: Run, metric: str) -> float:
         return float(run.values["evaluations"].get(metric, [0.0])[-1])  # a metric that was not recorded does not tell
 
-    def _is_ruined(self, run: Run, baseline: Run) -> bool:
+    def is_ruined(self, run: Run, baseline: Run) -> bool:
         """At the last evaluation, or at two in a row: a collapse may partly recover."""
         steps = [step for step in self.curves.steps_of("evaluations") if step > 0]
         offset = len(self.curves.steps_of("evaluations")) - len(steps)
