@@ -319,7 +319,7 @@ def test_a_failed_trial_says_how_far_it_came() -> None:
 
     ended = summary()
     assert ended["reason"].startswith("the command ended after step 18")
-    assert ended["steps"] == 18 and ended["horizon"] == {"steps": 18, "lr": 0.1, "max_grad_norm": None}
+    assert ended["steps"] == 18 and ended["horizon"] == {"steps": 18, "lr": 0.1}
     assert ended["in_force"]["upto"] == 18
     trainable.reset_config({"gain": "no number", "upto": 3})  # not even set up: nothing of the trial before it
     assert (summary()["steps"], summary()["horizon"], summary()["in_force"]) == (0, {}, {})

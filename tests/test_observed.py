@@ -192,6 +192,17 @@ def test_a_study_of_a_program_that_prints_no_norm(tmp_path: Path) -> None:
     baseline, trial = trials(given, tmp_path / "results")
     assert (baseline.verdict, trial.verdict) == (Verdict.SAFE, Verdict.SAFE), trial.reason
     assert 0 < trial.metrics["norm_ratio_max"] < 3 and baseline.steps == 29
+    assert baseline.horizon["max_grad_norm"] is None  # it clips at 1e9, only to get the norm
     assert not set(trial.metrics) & {"update_ratio", "grad_coverage"}
     assert baseline.warnings == ["the program's step 0 is taken to be its update 1"]
     assert not list((tmp_path / "results").rglob("observed"))
+
+
+def test_the_clipping_is_observed(tmp_path: Path) -> None:
+    """So a high norm calls for a smoke test instead of ending the trial, whatever the study says."""
+    records, known = {"pattern": r"iter (?P<step>\d+): loss (?P<loss>\S+)"}, {"max_grad_norm": 5}
+    given = study(tmp_path, TORCH.replace("1e9", "0.5"), task={"records": records, "known": known}, guards={"smoke_test": None})
+    baseline, trial = trials(given, tmp_path / "results")
+    assert baseline.horizon["max_grad_norm"] == trial.horizon["max_grad_norm"] == 0.5
+    remark = "gradients are clipped at 0.5, as observed, and max_grad_norm is said to be 5; the observed one counts"
+    assert remark in baseline.warnings

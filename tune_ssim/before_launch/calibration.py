@@ -250,6 +250,8 @@ class _Probe:
         """Readings of the first steps at each configuration."""
         found = self.reader(configs, steps or len(self.batches))
         self.step_s = found[-1].step_s
+        if found[-1].max_grad_norm is not None:
+            self.effective["max_grad_norm"] = found[-1].max_grad_norm
         return found
 
     def at(self, gain: float, max_t: float, pixel_weight: float = 0.0, grad_scale: float | None = None) -> dict[str, Any]:

@@ -19,11 +19,13 @@ from tune_ssim.trials.training import Training
 
 @dataclass(frozen=True)
 class Reading:
-    """norms, active_fraction (NaN where it is not reported): `[batch]`. step_s: seconds a step took."""
+    """norms, active_fraction (NaN where it is not reported): `[batch]`. step_s: seconds a step took. max_grad_norm: at which a
+    command was seen to clip its gradients."""
 
     norms: Array
     active_fraction: Array
     step_s: float
+    max_grad_norm: float | None = None
 
 
 Reader = Callable[[Sequence[Mapping[str, Any]], int], list[Reading]]

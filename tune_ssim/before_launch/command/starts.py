@@ -120,7 +120,8 @@ class CommandReader:
         for start in starts:
             _require_complete(start, steps)
         norms, active = (np.concatenate([start.values(name) for start in starts]) for name in (TOTAL_NORM, ACTIVE_FRACTION))
-        return Reading(norms, active, float(np.mean([start.step_s for start in starts])))
+        clipping = starts[0].settings.get("max_grad_norm")
+        return Reading(norms, active, float(np.mean([start.step_s for start in starts])), clipping)
 
 
 def _require_complete(start: Start, steps: int) -> None:

@@ -29,7 +29,7 @@ from tune_ssim.trials.command.process import Launch, Process, launch_here
 from tune_ssim.trials.command.samples import read_samples
 from tune_ssim.trials.command.settings import SettingsInForce
 from tune_ssim.trials.processes import OutputLog
-from tune_ssim.trials.training import NOTHING_NEW, Number, Sample, Training
+from tune_ssim.trials.training import NOTHING_NEW, Number, Sample, Training, same_setting
 
 POLL_S = 0.05  # between polls of files; a training step worth tuning takes longer
 MLFLOW_POLL_S = 2.0  # each poll fetches whole histories
@@ -37,6 +37,7 @@ LAST_ROWS_S = 10.0  # wait for the last step's remaining rows and checkpoint: bu
 QUIET_S = 60.0  # without a record, before the user is told; a step rarely takes a minute
 # In a trial's folder: the output, the folder of `trial_context`, and that of the observer while the command runs.
 OUTPUT_LOG, CHANNEL, OBSERVED = "output.log", "channel", "observed"
+MAX_GRAD_NORM = "max_grad_norm"
 LEAVE_S = 2.0  # time for a loop that reads its verdict to exit by itself
 
 OpenMLflow = Callable[[str, str, Mapping[str, str]], tuple[Source, dict[str, str]]]
@@ -444,7 +445,7 @@ class CommandTask(Training):
         found = self._output.remarks() if self._output is not None else []
         if self._checkpoints is not None and not self.written():
             found.append(f"checkpoints: {self.spec.checkpoints!r} matches no file, so no ruined checkpoint is quarantined")
-        return found
+        return [*found, *filter(None, [self._clipping_remark()])]
 
     def state_dict(self) -> dict[str, Any]:
         checkpoint = self._checkpoint()
@@ -468,7 +469,25 @@ class CommandTask(Training):
         return Dependencies(self.spec, self.config, self.home)
 
     def effective(self) -> dict[str, Any]:
-        return self.settings.effective()
+        """The settings in force. `max_grad_norm` is the one that was observed, and absent where nothing is known of it."""
+        found, seen = self.settings.effective(), self.observation
+        if seen is None and self.spec.observe != "off" and MAX_GRAD_NORM not in self.config:
+            found.pop(MAX_GRAD_NORM, None)  # the command has not started
+        if seen is not None and seen.is_observed and (seen.max_grad_norm is not None or MAX_GRAD_NORM not in found):
+            found[MAX_GRAD_NORM] = seen.max_grad_norm
+        return found
+
+    def _clipping_remark(self) -> str:
+        """Where the study names another gradient clipping than was observed."""
+        stated, seen = self.settings.effective(), self.observation
+        if seen is None or not seen.is_observed or MAX_GRAD_NORM not in stated:
+            return ""
+        told, limit = stated[MAX_GRAD_NORM], seen.max_grad_norm
+        if same_setting(told, limit) or not (told or limit):
+            return ""
+        if limit is None:
+            return f"clip_grad_norm_ was not called before the first update, and {MAX_GRAD_NORM} is said to be {told}"
+        return f"gradients are clipped at {limit:g}, as observed, and {MAX_GRAD_NORM} is said to be {told}; the observed one counts"
 
     def where_printed(self, name: str) -> str | None:
         return self.settings.where_printed(name)

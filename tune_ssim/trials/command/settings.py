@@ -42,7 +42,7 @@ class SettingsInForce:
 
     def effective(self) -> dict[str, Any]:
         """The settings as the training sent or printed them, otherwise as it got them."""
-        return {"max_grad_norm": None, **self.spec.known, **self.config, **self.stated}
+        return {**self.spec.known, **self.config, **self.stated}
 
     def where_printed(self, name: str) -> str | None:
         return None if name in self._sent else self.echoes.lines.get(name)

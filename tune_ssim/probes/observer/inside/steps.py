@@ -15,6 +15,7 @@ from .weights import describe_weights
 
 UPDATE_EVERY = 10  # steps between readings of the update ratio; each copies at most UPDATE_ELEMENTS elements
 UPDATE_ELEMENTS = 2**15  # as in tune_ssim.probes.GradientTaps
+ONLY_MEASURES = 1e6  # programs clip at infinity, 1e9, … to get the norm; a healthy one is below 1e3 (FACTS §1)
 HELD_ELEMENTS = 16  # of every tensor, compared after held steps
 
 
@@ -28,6 +29,7 @@ class Optimiser:
         self.before: object = None  # sampled weights before an update
         self.start: list | None = None  # sampled weights before the first update
         self.tags: dict | None = None
+        self.is_clipping_told = False
 
     @property
     def suffix(self) -> str:
@@ -127,6 +129,10 @@ class Steps:
         exact = all(ids <= own for ids, _, _ in clipped) or len(self.optimisers) == 1
         if scaled is not None:  # a fused optimiser unscales by itself
             rest = []
+        if not one.is_clipping_told:
+            one.is_clipping_told = True
+            limits = [limit for _, _, limit in clipped if limit < ONLY_MEASURES]
+            self.events.write("clipping", optimizer=one.index, max_norm=min(limits, default=None))
         squares = [norm.double() ** 2 for _, norm, _ in clipped]
         after = [(norm.double() * (limit / (norm.double() + 1e-6)).clamp(max=1.0)) ** 2 for _, norm, limit in clipped]
         if rest:
