@@ -101,6 +101,15 @@ def test_two_ranks_have_one_norm(tmp_path: Path, kind: str) -> None:
     assert reader.observation.world_size == 2 and reader.observation.notes == []
 
 
+def test_the_norm_of_fsdp1_is_that_of_its_own_method(tmp_path: Path) -> None:
+    """Of the real class, in one process: only its own method knows the norm over all shards, and is hooked."""
+    output, records, reader = observed(tmp_path, "--ranks=fsdp1", "--steps=3")
+    assert norms(records) == pytest.approx(printed(output), rel=1e-7) and len(records) == 3
+    seen = reader.observation
+    assert "FullyShardedDataParallel.clip_grad_norm_" in seen.hooked and seen.max_grad_norm == 1.0 and seen.notes == []
+    assert output == run([sys.executable, str(LOOP), "--ranks=fsdp1", "--steps=3"])
+
+
 def test_held_updates_leave_every_weight_alone(tmp_path: Path) -> None:
     """For every optimiser of torch: each step has the norm of the untouched weights."""
     output, records, reader = observed(tmp_path, "optimizers", program=LOOPS, hold=True)
