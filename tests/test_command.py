@@ -746,7 +746,7 @@ def test_a_study_says_what_is_wrong_with_its_command(task: dict[str, Any], says:
         load_study({"name": "s", "task": task, "space": space})
 
 
-WIDE = {"name": "s", "space": "wide", "guards": {"smoke_test": None}}
+WIDE = {"name": "s", "space": "wide", "guards": {"smoke_test": None}, "task_config": {"steps": 200}}
 TOLD = ["{python}", "train.py", "--weight={ssim_loss_weight}", "--max_t={ssim_loss_max_t}"]
 LINES = {"pattern": r"step (?P<step>\d+) loss (?P<loss>\S+)"}
 
@@ -893,7 +893,8 @@ def test_a_study_with_a_command_is_what_it_was_after_yaml() -> None:
         "parameters": {"gain": {"log_uniform": [1, 2]}},
         "fixed": {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0},
     }
-    study = load_study({"name": "s", "task": DOORS["a script that knows nothing"], "space": space})
+    task = DOORS["a script that knows nothing"]
+    study = load_study({"name": "s", "task": task, "task_config": {"steps": 200}, "space": space})
     assert study.preflight is not None and study.baseline.overrides == {}
     assert study.calibration is not None and study.calibration.disable_update == {}  # held off from outside
     from ruamel.yaml import YAML

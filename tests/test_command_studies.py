@@ -178,6 +178,58 @@ def test_a_log_with_too_few_rows_is_an_error_of_the_baseline(tmp_path: Path) -> 
         run(given, tmp_path / "results")
 
 
+# ---- a command that knows its own length
+
+OWN_LENGTH = DESCENT.replace("int(sys.argv[3])", "300 if float(sys.argv[1]) < 0.3 else 250")
+SAMPLER = """
+import json, sys
+open(sys.argv[1], "a").write(sys.argv[3] + " ")
+open(sys.argv[2] + "/t.json", "w").write("[[1, 2]]")
+"""
+
+
+def own_length(folder: Path, **changes: Any) -> dict[str, Any]:
+    task = {"records": {"pattern": LOSS}, **changes.pop("task", {})}
+    return study(folder, OWN_LENGTH, ("{lr}", "{seed}"), task=task, **{"task_config": {}, **changes})
+
+
+def test_without_steps_a_command_ends_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "sample.py").write_text(SAMPLER)
+    words = ["{python}", "sample.py", str(tmp_path / "sampled"), "{out}", "{step}"]
+    smoke = {"command": words, "images": None, "tokens": "t.json", "vocabulary_size": 9, "at_start": "none"}
+    guards = {"norm_ratio": None, "smoke_test": {"at": [1]}}
+    given = own_length(tmp_path, task={"smoke": smoke, "checkpoints": "train.py"}, guards=guards, confirm={"seeds": 2})
+    found = trials(given, tmp_path / "results")
+    assert [(trial.steps, trial.horizon["steps"], trial.verdict) for trial in found] == [(300, 300, Verdict.SAFE)] * 6
+    assert (tmp_path / "sampled").read_text().split() == ["0", "1", "300"] * 6
+
+
+def test_a_trial_that_ends_before_the_baseline_is_not_comparable(tmp_path: Path) -> None:
+    space = {"name": "rates", "parameters": {"lr": {"choice": [0.2, 0.35]}}}
+    found = trials(own_length(tmp_path, space=space, search={"trials": 2}), tmp_path / "results")
+    reasons = {trial.settings["lr"]: trial.reason for trial in found}
+    assert reasons[0.35] == "the training ended by itself at step 250, the baseline's at 300: not comparable"
+    assert reasons[0.2].startswith("safe to step 300")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"task": {"environment": {"N": "{steps}"}}}, "task.environment.N: '{steps}' needs a number of steps: say "),
+        ({"confirm": {"steps": 900}}, "confirm.steps: cannot be told to the command, which runs to its own end: leave it out, or "),
+        (
+            {"task": {"evaluate": {"command": ["true"]}}, "scheduler": {"asha": {}}},
+            "scheduler.asha: max_steps is missing",
+        ),
+    ],
+)  # fmt: skip
+def test_where_the_length_must_be_said(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load_study(own_length(tmp_path, **changes))
+    assert said in str(error.value)
+    load_study(own_length(tmp_path, **{**changes, "task_config": {"steps": 300}}))
+
+
 # ---- checkpoints
 
 

@@ -133,7 +133,7 @@ def calibrate(study: Study, *, device: str | None = None, reader: Reader | None 
     limit, max_ratio = _limits(study, probe, findings)
     prospects = forecast_space(model, study.space, limit, max_ratio)
     wall_s = time.perf_counter() - started
-    training_s = probe.step_s * study.steps * (study.search.trials + study.baseline_seeds)
+    training_s = probe.step_s * (study.steps or 0) * (study.search.trials + study.baseline_seeds)
     return Calibration(
         model=model,
         forecast=prospects,

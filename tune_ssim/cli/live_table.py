@@ -96,7 +96,8 @@ class LiveTable:
     def trial_progress(
         self, trial_id: str, step: int, steps: int, norm_ratio: float | None = None, smoke: str | None = None
     ) -> None:
-        """`step` of `steps`; `norm_ratio` and `smoke` ("passed", "failed once") are kept until the next values."""
+        """`step` of `steps`, 0 if it is not known. `norm_ratio` and `smoke` ("passed", "failed once") are kept until the next
+        values."""
         with self._lock:
             trial = self._running.setdefault(trial_id, _Running(""))
             trial.step, trial.steps = step, steps
@@ -130,8 +131,8 @@ class LiveTable:
             table.add_row(
                 Text(readable(trial_id, self._ascii)),
                 Text(trial.label),
-                ProgressBar(total=max(trial.steps, 1), completed=trial.step, width=16),
-                f"{trial.step}/{trial.steps}" if trial.steps else "starting",
+                ProgressBar(total=max(trial.steps, 1), completed=trial.step if trial.steps else 0, width=16),
+                f"{trial.step}/{trial.steps}" if trial.steps else str(trial.step or "starting"),
                 "" if trial.norm_ratio is None else f"norm {format_number(trial.norm_ratio, '.3g')}x",
                 Text(f"smoke {trial.smoke}" if trial.smoke else ""),
             )

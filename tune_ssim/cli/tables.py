@@ -179,7 +179,8 @@ def calibration_sentences(calibration: Mapping[str, Any]) -> list[str]:
     sentences.append(f"{len(check['steps'])} training steps checked it: off by at most {error:.1g} ({how})")
     if calibration["dropped_batches"]:
         sentences.append(f"batches left out, since a norm is not finite: {', '.join(map(str, calibration['dropped_batches']))}")
-    sentences.append(f"took {calibration['wall_s']:.1f} s, {calibration['share_of_study']:.1%} of what the search's training takes")
+    share = f", {share:.1%} of what the search's training takes" if (share := calibration["share_of_study"]) else ""
+    sentences.append(f"took {calibration['wall_s']:.1f} s{share}")
     return sentences
 
 

@@ -23,6 +23,12 @@ class BaselineRun:
     evaluation: Mapping[str, float]
     effective: Mapping[str, Any] = field(default_factory=dict)
     trial_id: str = ""
+    steps: int = 0  # taken; 0 in files from before it was kept
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is known of it; 0 if there is none."""
+        return self.steps or max((max(points) for points in self.series.values() if points), default=0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Baseline:
             {
                 "seed": run.seed,
                 "trial_id": run.trial_id,
+                **({"steps": run.steps} if run.steps else {}),
                 "evaluation": dict(run.evaluation),
                 "effective": dict(run.effective),
                 # float: an integer would be written differently after reading it back, which changes the digest
@@ -81,6 +88,7 @@ class Baseline:
                     BaselineRun(
                         seed=run["seed"],
                         trial_id=run.get("trial_id", ""),
+                        steps=run.get("steps", 0),
                         evaluation=run["evaluation"],
                         effective=run.get("effective", {}),
                         series={name: {int(s): float(v) for s, v in points} for name, points in run["series"].items()},

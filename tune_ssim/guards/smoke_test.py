@@ -86,7 +86,7 @@ class SmokeTest(Guard):
         may be at step 0."""
         return self.at[min(1, len(self.at) - 1)]
 
-    def due(self, step: int, last_step: int) -> bool:
+    def due(self, step: int, last_step: float) -> bool:
         return step in self.at or step == last_step
 
     def init(self) -> State:

@@ -145,7 +145,8 @@ class StudyRun:
         baseline, runs = None, {}
         if (log := study.baseline.log) is not None:
             baseline, seeds = self._baseline_of_log(log), [study.search.seed]
-            require_steps(baseline, log.file, study.steps)
+            if study.steps is not None:
+                require_steps(baseline, log.file, study.steps)
             self.progress.say(describe(baseline, log.file))
         else:
             runs = self._baseline_runs([f"baseline-{index}" for index in range(len(seeds))])
@@ -206,11 +207,11 @@ class StudyRun:
         if not finalists:
             return
         seeds, steps = confirm_seeds(self.study), confirm_steps(self.study)
-        words = f"the baseline and up to {len(finalists)} finalists, {len(seeds)} new seeds, {steps} steps"
+        words = f"the baseline and up to {len(finalists)} finalists, {len(seeds)} new seeds, {describe_length(steps)}"
         self.progress.phase(f"confirm: {words}")
         self.confirm_settings([(trial.trial_id, trial.settings) for trial in finalists], seeds, steps)
 
-    def confirm_settings(self, finalists: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int], steps: int) -> None:
+    def confirm_settings(self, finalists: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int], steps: int | None) -> None:
         settings = [(name, {key: value for key, value in setting.items() if value is not None}) for name, setting in finalists]
         previous = self._previous(Role.CONFIRM, steps)
         runs = self._baseline_runs([f"{PREFIX}baseline-{index}" for index in range(len(seeds))])
@@ -229,7 +230,9 @@ class StudyRun:
             **options,
         )
 
-    def _run(self, name: str, search: BaselineFirst, steps: int, guards: Sequence[Any], *, with_scheduler: bool = False) -> None:
+    def _run(
+        self, name: str, search: BaselineFirst, steps: int | None, guards: Sequence[Any], *, with_scheduler: bool = False
+    ) -> None:
         """Runs a phase, or the rest of it. Raises KeyboardInterrupt if it was stopped."""
         study = self.study
         asha = study.scheduler if with_scheduler else None
@@ -244,7 +247,7 @@ class StudyRun:
         spec = TrialSpec(
             study.task_path,
             plan,
-            {**study.task_config, "steps": steps},
+            study.task_config if steps is None else {**study.task_config, "steps": steps},
             study.result_every,
             study.checkpoint_every,
             asha.grace_steps if asha else None,
@@ -256,11 +259,16 @@ class StudyRun:
             # Ray handles Ctrl-C itself, saves its state and returns normally.
             raise KeyboardInterrupt(f"{len(recorder.unfinished)} trials were still running")
 
-    def _previous(self, role: Role, steps: int) -> dict[str, Outcome]:
+    def _previous(self, role: Role, steps: int | None) -> dict[str, Outcome]:
         """Outcomes of trials from earlier starts. A trial whose process died has none and runs again."""
+        trials = self.folder.trials()
+        if steps is None:  # as long as the baseline
+            prefix = PREFIX if role is Role.CONFIRM else "baseline"
+            lengths = (trial.steps for trial in trials if trial.role is Role.BASELINE and trial.trial_id.startswith(prefix))
+            steps = max(lengths, default=None)
         return {
             trial.trial_id: Outcome.of(trial, harm_of(trial.verdict, trial.evidence, trial.steps, steps))
-            for trial in self.folder.trials()
+            for trial in trials
             if trial.role == role and not trial.is_repeated_on_resume
         }
 
@@ -292,6 +300,10 @@ class StudyRun:
 def describe_plan(baselines: int, trials: int, concurrency: int) -> str:
     counts = [f"{count} {what}{'' if count == 1 else 's'}" for count, what in ((baselines, "baseline"), (trials, "trial"))]
     return f"{counts[0]}, then {counts[1]}, {concurrency} at a time"
+
+
+def describe_length(steps: int | None) -> str:
+    return "until the command ends by itself" if steps is None else f"{steps} steps"
 
 
 def inspect_on(study: Study, *, address: str, **phases: Any) -> dict[str, Any]:

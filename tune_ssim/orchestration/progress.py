@@ -22,7 +22,8 @@ class Progress(Protocol):
 
     def trial_started(self, trial_id: str, settings: Mapping[str, Any]) -> None: ...
 
-    def trial_progress(self, trial_id: str, step: int, steps: int, norm_ratio: float | None = None) -> None: ...
+    def trial_progress(self, trial_id: str, step: int, steps: int, norm_ratio: float | None = None) -> None:
+        """`steps`: 0 if the number is not known yet."""
 
     def trial_ended(self, summary: TrialSummary) -> None: ...
 

@@ -20,7 +20,9 @@ from tune_ssim.trials.trial_run import TrialReport, TrialResult
 class StudyRecorder:
     """Called by every executor. The first verdict of a trial is final."""
 
-    def __init__(self, writer: EventWriter, progress: Progress, steps: int, objective: Objective = DEFAULT_OBJECTIVE) -> None:
+    def __init__(
+        self, writer: EventWriter, progress: Progress, steps: int | None, objective: Objective = DEFAULT_OBJECTIVE
+    ) -> None:
         self.writer, self.folder, self.progress, self.steps, self.objective = writer, writer.folder, progress, steps, objective
         self.started: set[str] = set()
         self.ended: set[str] = set()
@@ -41,7 +43,7 @@ class StudyRecorder:
             return
         self.writer.require_lock()
         self.writer.result(trial_id, {"records": [record.to_json() for record in report.records], "images": report.images})
-        self.progress.trial_progress(trial_id, report.step, self.steps, report.norm_ratio)
+        self.progress.trial_progress(trial_id, report.step, self.steps or 0, report.norm_ratio)
         for checkpoint in report.checkpoints:
             self.folder.add_checkpoint(trial_id, checkpoint)
         if report.notice:
@@ -55,6 +57,8 @@ class StudyRecorder:
             return
         self.writer.require_lock()
         self.ended.add(summary.trial_id)
+        if self.steps is None and summary.role is Role.BASELINE:
+            self.steps = summary.steps  # the others are as long
         self.has_failed_baseline |= summary.role is Role.BASELINE and summary.verdict is not Verdict.SAFE
         if result.traceback:
             errors = self.folder.path / "errors"

@@ -60,13 +60,16 @@ def confirm_seeds(study: Study) -> list[int]:
     return [first + index for index in range(study.confirm.seeds)]
 
 
-def confirm_steps(study: Study) -> int:
+def confirm_steps(study: Study) -> int | None:
+    """None: until the command ends by itself, as in the search."""
     assert study.confirm is not None
-    return study.confirm.steps or 10 * study.steps
+    return study.confirm.steps or (None if study.steps is None else 10 * study.steps)
 
 
-def for_longer(guards: Sequence[Guard], steps: int) -> tuple[Guard, ...]:
+def for_longer(guards: Sequence[Guard], steps: int | None) -> tuple[Guard, ...]:
     """The same guards for a longer training. Smoke tests continue at doubling intervals."""
+    if steps is None:
+        return tuple(guards)
     return tuple(replace(guard, at=_extended(guard.at, steps)) if isinstance(guard, SmokeTest) else guard for guard in guards)
 
 

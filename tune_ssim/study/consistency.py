@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tune_ssim.base.validation import Problem
 from tune_ssim.base.yaml_source import describe
 from tune_ssim.guards import SmokeTest
-from tune_ssim.study.command_spec import CommandSpec, reading_problems
+from tune_ssim.study.command_spec import CommandSpec, placeholders, reading_problems
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ def part_problems(study: Study) -> Iterator[Problem]:
             yield Problem(("resources", "nodes"), "is for commands; a task in Python has `workers`")
     if study.confirm is not None and steps is not None and study.confirm.steps is not None and study.confirm.steps < steps:
         yield Problem(("confirm", "steps"), f"must be at least the trial's {steps} steps, got {study.confirm.steps}")
+    if study.confirm is not None and study.confirm.steps is not None and study.task_config is not None and steps is None:
+        message = "cannot be told to the command, which runs to its own end: leave it out, or say task_config: {steps: N} too"
+        yield Problem(("confirm", "steps"), message)
     asha = study.scheduler
     if asha is not None and steps is not None:
         if asha.max_steps > steps:
@@ -63,6 +66,11 @@ def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
         _values_of(study) if has_settings else None
     ):  # else names may be missing only for that reason
         yield Problem(("task", *loc), message)
+    if study.task_config is not None and study.steps is None:
+        for loc, template, _ in task.templates():
+            if "steps" in placeholders(template):
+                message = f"{template!r} needs a number of steps: say task_config: {{steps: N}}"
+                yield Problem(("task", *loc), message)
     yield from _unused(study, task)
     if has_settings:
         # Settings of every trial. Without a weight, gate and scale have no effect and get any value (`Study.baseline_settings`).

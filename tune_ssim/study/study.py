@@ -125,13 +125,18 @@ def _task_text(task: str | CommandSpec) -> str | dict[str, Any]:
 
 
 def _task_config(given: Any, info: ValidationInfo) -> dict[str, Any]:
-    config = {"steps": DEFAULT_STEPS, **plain_mapping(given)}
+    config = {**_default_task_config(info.data), **plain_mapping(given)}
     problems = Problems(_setting_problems(config))
     with problems.at("steps"):
-        _count(config["steps"])
+        if "steps" in config:
+            _count(config["steps"])
     problems.check()
     file: _File | None = info.context
     return config if file is None else _with_paths(config, file, info.data.get("task"))
+
+
+def _default_task_config(done: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if isinstance(done.get("task"), CommandSpec) else {"steps": DEFAULT_STEPS}
 
 
 def _with_paths(config: dict[str, Any], file: _File, task: Any) -> dict[str, Any]:
@@ -229,7 +234,7 @@ def _scheduler(given: Any, info: ValidationInfo) -> Asha | None:
     asha, built = given.get("asha", {}), None
     config = info.data.get("task_config")
     if (asha is None or isinstance(asha, Mapping)) and isinstance(config, dict):
-        asha = {"max_steps": config["steps"], **(asha or {})}
+        asha = {**({"max_steps": config["steps"]} if "steps" in config else {}), **(asha or {})}
     if "asha" in given:
         with problems.at("asha"):
             built = Asha.model_validate(asha)
@@ -344,7 +349,7 @@ class Study(Document):
     name: Annotated[str, PlainValidator(_study_name)]
     # A key of BUILT_IN_TASKS, module:Class, module:function, or a command.
     task: Annotated[str | CommandSpec, PlainValidator(_task), PlainSerializer(_task_text)] = "fundus_sr"
-    task_config: Annotated[dict[str, Any], PlainValidator(_task_config)] = Field(default_factory=lambda: {"steps": DEFAULT_STEPS})
+    task_config: Annotated[dict[str, Any], PlainValidator(_task_config)] = Field(default_factory=_default_task_config)
     baseline: Annotated[BaselineRuns, PlainValidator(_baseline), PlainSerializer(_flat_baseline)] = Field(
         default_factory=_usual_baseline
     )
@@ -380,9 +385,9 @@ class Study(Document):
     _warnings: tuple[str, ...] = PrivateAttr(())
 
     @property
-    def steps(self) -> int:
-        """Optimiser steps of a trial."""
-        return self.task_config["steps"]
+    def steps(self) -> int | None:
+        """Optimiser steps of a trial; None if a command ends by itself."""
+        return self.task_config.get("steps")
 
     @property
     def task_path(self) -> str | dict[str, Any]:

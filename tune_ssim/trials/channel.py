@@ -34,9 +34,11 @@ class TrialEnd:
         self.folder = folder
         self._position, self._rest = 0, b""
 
-    def open(self, config: Mapping[str, Any], seed: int, smoke_at: tuple[int, ...], steps: int, calibrating: bool = False) -> None:
-        """Creates the folder. smoke_at: steps at which samples are requested, in addition to the last. calibrating: the training is
-        ended after a few steps and its updates are held off."""
+    def open(
+        self, config: Mapping[str, Any], seed: int, smoke_at: tuple[int, ...], steps: int | None, calibrating: bool = False
+    ) -> None:
+        """Creates the folder. smoke_at: steps at which samples are requested, in addition to the last. steps: None if the training
+        ends by itself. calibrating: it is ended after a few steps and its updates are held off."""
         (self.folder / IMAGES).mkdir(parents=True)
         settings = {"config": dict(config), "seed": seed, "smoke_at": list(smoke_at), "steps": steps, "calibrating": calibrating}
         write_atomically(self.folder / CONFIG, json.dumps(settings).encode())
@@ -74,7 +76,7 @@ class TrainingEnd:
         settings = json.loads((folder / CONFIG).read_bytes())
         self.config: dict[str, Any] = settings["config"]
         self.seed: int = settings["seed"]
-        self.steps: int = settings["steps"]
+        self.steps: int | None = settings["steps"]
         self.smoke_at: tuple[int, ...] = tuple(settings["smoke_at"])
         self.calibrating: bool = settings["calibrating"]
 

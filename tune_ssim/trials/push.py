@@ -47,7 +47,7 @@ def trial_context(**defaults: Any) -> TrialContext:
 
 
 class TrialContext:
-    """config: the settings to train with. steps: number of steps, None outside a study."""
+    """config: the settings to train with. steps: number of steps, None if the study does not give it, or outside a study."""
 
     def __init__(self, channel: TrainingEnd | None, defaults: Mapping[str, Any]) -> None:
         self._channel = channel

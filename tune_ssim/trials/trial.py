@@ -62,7 +62,7 @@ MIN_HARM = 0.05  # harm of a trial ruined close to its end: above zero, below th
 class TrialPlan:
     """The settings that all trials of a study share."""
 
-    steps: int  # optimiser steps
+    steps: int | None  # optimiser steps; None: until a command ends by itself
     guards: tuple[Guard, ...]
     keep: tuple[KeepRule, ...] = ()
     objective: Objective = DEFAULT_OBJECTIVE
@@ -72,8 +72,12 @@ class TrialPlan:
 
     def __post_init__(self) -> None:
         for name in ("steps", "report_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} must be >= 1, got {value}")
+
+    @property
+    def last_step(self) -> float:
+        return math.inf if self.steps is None else self.steps
 
 
 @dataclass(frozen=True)
@@ -154,17 +158,17 @@ class Trial:
         """`pending`: steps whose metrics are still on the device."""
         if self.verdict is not None:
             return
-        end = self.plan.steps if steps is None else min(self.plan.steps, self.step + steps)
+        end = self.plan.last_step if steps is None else min(self.plan.last_step, self.step + steps)
         if self.step == 0 and self._takes_samples and self.watch.state_of(SmokeTest.name)["start"] is None:
             self._smoke(made)
         ended = False
-        read_to_end = self.task.reports_after_last_step and end == self.plan.steps
+        read_to_end = self.task.reports_after_last_step and end == self.plan.last_step
         while self.verdict is None and not ended and (self.step < end or read_to_end):
             metrics, before = self.task.step(), self.step
             if metrics is NOTHING_NEW:
                 break
             at = before + 1 if metrics is None else int(metrics.get("step", before + 1))
-            if metrics is None or at > self.plan.steps:
+            if metrics is None or at > self.plan.last_step:
                 ended = True
                 self.first_step_past_end = at if metrics is not None else None
             else:
@@ -182,7 +186,9 @@ class Trial:
                     self._smoke(made)
         if pending and self.verdict is None:
             self._judge(_resolve(pending), made)
-        if self.verdict is None and (ended or (self.step >= self.plan.steps and not self.task.reports_after_last_step)):
+        if self.verdict is None and ended and self.plan.steps is None and self._takes_samples:
+            self._smoke(made, again=True)  # only now the last step is known
+        if self.verdict is None and (ended or (self.step >= self.plan.last_step and not self.task.reports_after_last_step)):
             self.verdict = self._finish()
         if self.verdict is not None and self.task.reports_after_last_step:
             self.task.close(self.verdict.verdict.value, self.verdict.reason)
@@ -213,7 +219,7 @@ class Trial:
         """This run as a baseline run for later trials. Raises ValueError unless it is a baseline that ended safe."""
         if self.role != Role.BASELINE or self.verdict is None or self.verdict.verdict != Verdict.SAFE:
             raise ValueError("only a baseline run that ended safe can be compared with")
-        return BaselineRun(self.seed, self.series, self.verdict.metrics, self.effective, trial_id)
+        return BaselineRun(self.seed, self.series, self.verdict.metrics, self.effective, trial_id, self.step)
 
     def harm(self) -> float:
         """See `harm_of`."""
@@ -297,7 +303,7 @@ class Trial:
     def _due(self, before: int) -> bool:
         """Whether a smoke test was due after one of the steps since `before`."""
         assert self.smoke_test is not None
-        return any(self.smoke_test.due(step, self.plan.steps) for step in range(before + 1, self.step + 1))
+        return any(self.smoke_test.due(step, self.plan.last_step) for step in range(before + 1, self.step + 1))
 
     @property
     def smoke_test(self) -> SmokeTest | None:
@@ -432,8 +438,7 @@ class Trial:
 
     def _last_step_of_baseline(self) -> int:
         assert self.baseline is not None
-        series = self.baseline.reference(self.seed).series
-        return max((max(points) for points in series.values() if points), default=0)
+        return self.baseline.reference(self.seed).last_step
 
     def _end_with(self, violation: Violation) -> None:
         is_baseline = self.role == Role.BASELINE
@@ -442,8 +447,8 @@ class Trial:
         self.step = violation.step
         self.verdict = Judgement(Verdict.BAD_SETUP if ruined else Verdict.PRUNED, words, violation)
 
-    def _smoke(self, made: list[Record]) -> None:
-        record = self._smoke_record()
+    def _smoke(self, made: list[Record], again: bool = False) -> None:
+        record = self._smoke_record(again)
         if record is not None:
             self._judge([record], made)
 
@@ -458,12 +463,12 @@ class Trial:
         require_kind(sample)
         require_range(sample)
         values = statistics_of(sample)
-        if self.plan.image_grids:
+        if self.plan.image_grids and len(sample.images):
             self.images[self.step] = draw_grid(sample)
         record = {SMOKE + name: value for name, value in values.items()}
         start = self.watch.state_of(guard.name)["start"] or values
         if (
-            (again or self.step >= self.plan.steps)
+            (again or self.step >= self.plan.last_step)
             and guard.findings(values, start)
             and (second := self.task.sample(1)) is not None
         ):
@@ -483,7 +488,7 @@ class Trial:
             unjudged = self.watch.finish()
         except MissingMetric as error:
             return Judgement(Verdict.ERROR, self._missing(error))
-        if self.baseline is not None and self.step < (last := self._last_step_of_baseline()) and self.step < self.plan.steps:
+        if self.baseline is not None and self.step < (last := self._last_step_of_baseline()) and self.step < self.plan.last_step:
             words = f"the training ended by itself at step {self.step}, the baseline's at {last}: not comparable"
             return Judgement(Verdict.ERROR, words)
         found = self.measure()
@@ -542,14 +547,14 @@ class Trial:
                 yield guard.name
 
 
-def harm_of(verdict: str, evidence: Mapping[str, Any] | None, step: int, steps: int) -> float:
+def harm_of(verdict: str, evidence: Mapping[str, Any] | None, step: int, steps: int | None) -> float:
     """A constraint value for samplers: feasible if <= 0, otherwise a grade of the harm. For the norm guard it is the excess in
     decades; for any other prune, the fraction of the training that was left."""
     if verdict not in (Verdict.PRUNED, Verdict.DEGRADED, Verdict.BAD_SETUP):
         return 0.0
     if evidence is not None and evidence["guard"] == NormRatio.name and math.isfinite(float(evidence["value"])):
         return max(MIN_HARM, math.log10(float(evidence["value"]) / float(evidence["limit"])))
-    return max(MIN_HARM, 1 - step / steps)
+    return max(MIN_HARM, 1 - step / steps) if steps else MIN_HARM
 
 
 def statistics_of(sample: Sample) -> dict[str, float]:

@@ -7,7 +7,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +111,20 @@ class TrialRun:
         self.training = make_training()
         if job.storage and job.study:
             self.training.identify(f"{job.study}-{job.trial_id}", Path(job.storage, job.study, WORK))
-        self.trial = Trial(self.training, self.spec.plan)
-        self._start_afresh()
+        baseline, plan = None if job.baseline is None else job.baseline.read(), self.spec.plan
+        if plan.steps is None and baseline is not None:
+            plan = replace(plan, steps=baseline.reference(job.seed).last_step or None)
+        self.trial = Trial(self.training, plan)
+        self._start_afresh(baseline)
         for checkpoint in checkpoints if self.training.can_resume else ():
             if self._load(checkpoint):
                 self.is_resumed = True
                 break
 
-    def _start_afresh(self) -> None:
+    def _start_afresh(self, baseline: Baseline | None) -> None:
         assert self.trial is not None
-        config = {"steps": self.spec.plan.steps, **self.spec.task_config, **self.settings}
-        baseline = None if self.job.baseline is None else self.job.baseline.read()
+        steps = self.trial.plan.steps
+        config = {**({} if steps is None else {"steps": steps}), **self.spec.task_config, **self.settings}
         self._is_started = False
         self.trial.start(config, seed=self.job.seed, role=self.job.role, baseline=baseline, searched=self.job.searched)
         self._is_started = True
@@ -152,7 +155,7 @@ class TrialRun:
         except NothingToResume:
             return True
         except (OSError, UserError):  # truncated by a kill, or from another configuration
-            self._start_afresh()
+            self._start_afresh(trial.baseline)
             return False
         return True
 

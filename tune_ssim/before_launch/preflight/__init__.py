@@ -29,6 +29,7 @@ DISABLE_UPDATE = {"lr": 0.0}  # required of a task: a learning rate of 0 leaves 
 
 def run_preflight(study: Study, *, device: str | None = None) -> Report:
     """Checks the set-up of a study. Raises UserError for an invalid task or configuration."""
+    assert study.steps is not None  # only a command may end by itself
     return preflight_task(
         load_task(study.task_path, study.import_path),
         study.task_config,

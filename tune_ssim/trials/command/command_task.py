@@ -75,7 +75,7 @@ class CommandTask(Training):
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         self.close()
         self.config, self.seed, self.step_now = dict(config), seed, 0
-        self.steps = int(config["steps"])
+        self.steps = None if config.get("steps") is None else int(config["steps"])  # None: until it ends by itself
         self.smoke_at: tuple[int, ...] = ()
         self.settings = SettingsInForce(self.spec, self.config)
         self.__dict__.pop("filled", None)
@@ -289,7 +289,7 @@ class CommandTask(Training):
                 if output.records:
                     self._released_late = late
                     break
-                if self.step_now >= self.steps:
+                if self.steps is not None and self.step_now >= self.steps:
                     return False  # all steps are done
                 raise UserError(self._why_silent(output, limit))
             if self._is_quiet(output):
@@ -318,7 +318,7 @@ class CommandTask(Training):
     def _has_settled(self, output: CommandOutput) -> bool:
         """Whether a training that has logged its last step but does not exit (a hanging teardown, an upload) is complete. A
         checkpoint that is still being written delays this; other output does not."""
-        if self._is_trial_loop:  # it may still send samples
+        if self._is_trial_loop or self.steps is None:  # it may still send samples, or more steps
             return False
         held = output.held() == self.steps  # a later step may be a misread number
         # Held-out metrics may still arrive: from the checkpoint that the evaluation reads, or from the training itself.
@@ -349,7 +349,8 @@ class CommandTask(Training):
 
     def _why_silent(self, output: CommandOutput, limit: float) -> str:
         if self._first_record_seen:
-            return f"the command gave no record after step {self.step_now} for {limit:g} s; {output.quote()}"
+            hint = "" if self.steps else f" (if that was its last step: task_config: {{steps: {self.step_now}}})"
+            return f"the command gave no record after step {self.step_now} for {limit:g} s{hint}; {output.quote()}"
         hint = ""
         if output.source is not None:
             output.give_up()
