@@ -230,6 +230,38 @@ def test_where_the_length_must_be_said(changes: dict[str, Any], said: str, tmp_p
     load_study(own_length(tmp_path, **{**changes, "task_config": {"steps": 300}}))
 
 
+# ---- the first contact
+
+
+class Said(NoProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def test_what_is_read_is_said_once_the_baseline_has_begun(tmp_path: Path) -> None:
+    said = Said()
+    task = {"records": {"pattern": LOSS + " grad_norm (?P<total_norm>\\S+)"}, "checkpoints": "{exp_dir}/{step}.pt"}
+    script = DESCENT.replace("    print(", "    print(f'step {step}: loss much grad_norm 1') if step == 7 else print(")
+    given = study(tmp_path, script, (*ARGUMENTS, "norm"), task=task, guards={"smoke_test": None}, result_every=30)
+    run(given, tmp_path / "results", progress=said)
+    at = next(n for n, line in enumerate(said.lines) if line.startswith("first contact"))
+    assert said.lines[at : at + 7] == [
+        "first contact with the command: steps 1 to 30 of 30; read 31 lines; 1 of 31 lines could not be read "
+        "(line 7: 'step 7: loss much grad_norm 1': group 'loss' found 'much', which is not a number)",
+        "  metrics: loss, total_norm",
+        "  total_norm: at 30 of 30 records; not observed: no Python process of it imports torch, or it clears PYTHONPATH (as "
+        "python -I and -S do), so the observer is not in it",
+        "  seed: handed to the command",
+        "  checkpoints: none so far ({exp_dir}/{step}.pt)",
+        "  guards: norm_ratio, non_finite can judge",
+        "  objective: maximize score, not measured so far: a later record or an evaluation must give it",
+    ]
+    assert sum(line.startswith("first contact") for line in said.lines) == 1
+
+
 # ---- checkpoints
 
 

@@ -130,3 +130,7 @@ def test_a_relative_space_as_ray_domains() -> None:
     for _ in range(20):
         ratio = MODEL.predict_setting(generator.next_trial().config).ratio
         assert 1.1 * (1 - 1e-9) <= ratio <= 1.5 * (1 + 1e-9)
+
+
+def test_a_first_contact_passes_through_ray() -> None:
+    assert ray_job.report_of(ray_job.result_of(TrialReport(contact=["first contact"]), "delta_ssim")).contact == ["first contact"]

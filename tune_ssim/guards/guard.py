@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from tune_ssim.guards.violation import Violation
@@ -88,3 +88,9 @@ def is_named(metric: str, names: Collection[str]) -> bool:
     if metric.endswith(WILDCARD_ENDINGS):
         return any(name.startswith(metric.rstrip("*")) for name in names)
     return metric in names
+
+
+def without_metric(guards: Iterable[Guard], names: Collection[str]) -> dict[str, list[str]]:
+    """Guard → its required metrics that are not among `names`, for each guard that lacks one."""
+    missing = {guard.name: [metric for metric in guard.metrics if not is_named(metric, names)] for guard in guards}
+    return {name: metrics for name, metrics in missing.items() if metrics}

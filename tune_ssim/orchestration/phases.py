@@ -252,6 +252,7 @@ class StudyRun:
             study.checkpoint_every,
             asha.grace_steps if asha else None,
             study.import_path,
+            None if name != SEARCH else Role.SEARCH if study.baseline.log is not None else Role.BASELINE,
         )
         recorder = StudyRecorder(self.writer, self.progress, steps, study.objective)
         self.executor.run(Phase(name, spec, self.concurrency, asha), search, recorder)

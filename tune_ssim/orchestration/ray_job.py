@@ -21,7 +21,7 @@ from tune_ssim.trials.summary import PROCESS_DIED, TrialSummary
 from tune_ssim.trials.trial_run import TrialReport, TrialResult
 
 JOB = "trial_job"  # key of a config, next to the settings
-BULKY = ("records", "images", "traceback", "wrote", "notice")  # keys of a result
+BULKY = ("records", "images", "traceback", "wrote", "contact", "notice")  # keys of a result
 
 
 def config_of(job: TrialJob) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def result_of(report: TrialReport, objective: str) -> dict[str, Any]:
         "records": [record.to_json() for record in report.records],
         "images": report.images,
         "wrote": report.checkpoints,
+        "contact": report.contact,
         "norm_ratio": report.norm_ratio,
         "notice": report.notice,
         objective: math.nan,  # until the end; Ray requires the searcher's metric in every result
@@ -90,6 +91,7 @@ def report_of(result: Mapping[str, Any]) -> TrialReport:
         records=[Record.from_json(record) for record in result.get("records") or []],
         images=dict(result.get("images") or {}),
         checkpoints=list(result.get("wrote") or []),
+        contact=list(result.get("contact") or []),
         norm_ratio=result.get("norm_ratio"),
         notice=result.get("notice") or "",
         result=ending_of(result),

@@ -27,6 +27,7 @@ class StudyRecorder:
         self.started: set[str] = set()
         self.ended: set[str] = set()
         self.has_failed_baseline = False
+        self._has_contact = False
 
     @property
     def unfinished(self) -> set[str]:
@@ -44,6 +45,9 @@ class StudyRecorder:
         self.writer.require_lock()
         self.writer.result(trial_id, {"records": [record.to_json() for record in report.records], "images": report.images})
         self.progress.trial_progress(trial_id, report.step, self.steps or 0, report.norm_ratio)
+        for line in () if self._has_contact else report.contact:
+            self.progress.say(line)
+        self._has_contact |= bool(report.contact)
         for checkpoint in report.checkpoints:
             self.folder.add_checkpoint(trial_id, checkpoint)
         if report.notice:

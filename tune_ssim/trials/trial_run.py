@@ -16,6 +16,8 @@ from tune_ssim.guards import Baseline, Violation
 from tune_ssim.guards.verdict import Action, Role, Verdict
 from tune_ssim.records import Record
 from tune_ssim.study.space import resolve_settings
+from tune_ssim.trials.command.command_task import CommandTask
+from tune_ssim.trials.command.contact_report import STEPS, first_contact
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.quarantine import Ledger, Refusal
@@ -33,7 +35,8 @@ class TrialSpec:
 
     task: "my_pkg.train:MyTask", the class itself, or a command as a mapping. result_every: training steps per report; None: one
     every RESULT_S seconds. checkpoint_every: in training steps; None: only the last. evaluate_every: training steps between
-    held-out evaluations for a scheduler; None: at the end only. import_path: prepended to sys.path, for a task in the folder of
+    held-out evaluations for a scheduler; None: at the end only. first_contact: trials of this role report how a command is read
+    (`first_contact`). import_path: prepended to sys.path, for a task in the folder of
     the study file."""
 
     task: str | type | Mapping[str, Any]
@@ -43,6 +46,7 @@ class TrialSpec:
     checkpoint_every: int | None = None
     evaluate_every: int | None = None
     import_path: str | None = None
+    first_contact: Role | None = None
 
     def make_training(self) -> Training:
         training: Training = load_task(self.task, self.import_path)()
@@ -64,8 +68,8 @@ class TrialResult:
 @dataclass
 class TrialReport:
     """What happened since the previous report. checkpoints: those written by the training or by us, by content. images: PNG by
-    step. last: the newest loss and total_norm. held_out: metrics for a scheduler. notice: what to tell the user
-    now. result: set once the trial has ended."""
+    step. last: the newest loss and total_norm. contact: lines about how a command is read, once. held_out: metrics for a scheduler.
+    notice: what to tell the user now. result: set once the trial has ended."""
 
     step: int = 0
     records: list[Record] = field(default_factory=list)
@@ -73,6 +77,7 @@ class TrialReport:
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     norm_ratio: float | None = None
     last: dict[str, float] = field(default_factory=dict)
+    contact: list[str] = field(default_factory=list)
     held_out: float | None = None
     notice: str = ""
     wants_checkpoint: bool = False
@@ -100,6 +105,7 @@ class TrialRun:
         self.settings: dict[str, Any] = {}
         self.failure: Judgement | None = None
         self._traceback = ""
+        self._first: list[Record] | None = [] if job.role == spec.first_contact else None  # until they are reported
         self._pass_through = pass_through
         self._started_s = time.perf_counter()
         self._is_started = self.is_resumed = False
@@ -173,6 +179,12 @@ class TrialRun:
         if self.failure is None:
             self._guarded(lambda: self._advance(report))
         judgement = self._judgement
+        if self._first is not None and isinstance(self.training, CommandTask):
+            self._first += report.records
+            if self._first and (judgement is not None or report.step >= STEPS):
+                plan = self.spec.plan
+                report.contact = [*first_contact(self.training, self._first, plan.guards, plan.objective)]
+                self._first = None
         if judgement is not None:
             report.result = self._result(judgement)
             if judgement.verdict == Verdict.PRUNED and self.trial is not None and self._is_started:

@@ -16,7 +16,7 @@ from tune_ssim.before_launch.command.startup_output import startup_checks
 from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.report import Check, unknown, warn
 from tune_ssim.guards import Guard
-from tune_ssim.guards.guard import is_named
+from tune_ssim.guards.guard import without_metric
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel
 from tune_ssim.records import SMOKE, TOTAL_NORM
 from tune_ssim.study.space import MAX_T, WEIGHT
@@ -65,12 +65,8 @@ def _records(start: Start, names: Sequence[str]) -> Check:
 
 def _guards(guards: Sequence[Guard], names: Sequence[str]) -> Check:
     """Guards whose metrics have not appeared. Samples come later, and the total_norm has its own check."""
-    blind = {guard.name: [metric for metric in guard.metrics if not is_named(metric, names)] for guard in guards}
-    blind = {
-        name: missing
-        for name, missing in blind.items()
-        if missing and missing[0] != TOTAL_NORM and not missing[0].startswith(SMOKE)
-    }
+    blind = without_metric(guards, names)
+    blind = {name: missing for name, missing in blind.items() if missing[0] != TOTAL_NORM and not missing[0].startswith(SMOKE)}
     evidence = {"guards": float(len(guards)), "without_metric": float(len(blind))}
     if not blind:
         return Check("guards", "ok", f"{', '.join(guard.name for guard in guards)}: their metrics are there", evidence)

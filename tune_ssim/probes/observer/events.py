@@ -44,7 +44,8 @@ class Observation:
         """One line: what is observed and what could not be."""
         if not self.processes:
             return (
-                "not observed: no Python process started with the observer (a program that clears PYTHONPATH, or python -I or -S)"
+                "not observed: no Python process of it imports torch, or it clears PYTHONPATH (as python -I and -S do), so the "
+                "observer is not in it"
             )
         if not self.steps:
             return "not observed: no step of a torch optimiser was seen" + "".join(f"; {note}" for note in self.notes)

@@ -381,6 +381,11 @@ class CommandTask(Training):
         """What the observer has seen so far; None if it is off, or before the command has started."""
         return self._output.observed.observation if self._output is not None and self._output.observed is not None else None
 
+    def lines_read(self) -> str:
+        """Once the command has started: how much of its log was read, and what was passed over."""
+        assert self._output is not None
+        return self._output.lines_read()
+
     def reading_problem(self) -> str:
         """See `Training`."""
         if self._output is None:

@@ -195,6 +195,11 @@ class CommandOutput:
         observed = self.observed.remarks() if self.observed is not None else []
         return [*filter(None, [self.problem()]), *self._usual_names.remarks(), *observed]
 
+    def lines_read(self) -> str:
+        """How much was read, and what of it was passed over."""
+        read = ", ".join(f"{issues.lines} {issues.unit}s" for issues in self._issues if issues.lines)
+        return f"read {read or 'nothing of its log'}" + (f"; {problem}" if (problem := self.problem()) else "")
+
     def problem(self) -> str:
         """One line about records that could not be read; empty if there are none."""
         return "; ".join(filter(None, (issues.sentence() for issues in self._issues)))
