@@ -204,6 +204,13 @@ def test_without_steps_a_command_ends_by_itself(tmp_path: Path) -> None:
     assert (tmp_path / "sampled").read_text().split() == ["0", "1", "300"] * 6
 
 
+@pytest.mark.parametrize("config", [{}, {"steps": 2000}])
+def test_how_long_a_command_is_confirmed_is_its_own(config: dict[str, int], tmp_path: Path) -> None:
+    said = Said()
+    run(own_length(tmp_path, task_config=config, confirm={"seeds": 2}), tmp_path / "results", progress=said)
+    assert said.phases[-1] == "confirm: the baseline and up to 1 finalists, 2 new seeds, until the command ends by itself"
+
+
 def test_a_trial_that_ends_before_the_baseline_is_not_comparable(tmp_path: Path) -> None:
     space = {"name": "rates", "parameters": {"lr": {"choice": [0.2, 0.35]}}}
     found = trials(own_length(tmp_path, space=space, search={"trials": 2}), tmp_path / "results")
@@ -236,6 +243,10 @@ def test_where_the_length_must_be_said(changes: dict[str, Any], said: str, tmp_p
 class Said(NoProgress):
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.phases: list[str] = []
+
+    def phase(self, text: str) -> None:
+        self.phases.append(text)
 
     def say(self, line: str) -> None:
         self.lines.append(line)

@@ -39,6 +39,7 @@ from tune_ssim.trials.trial_run import TrialSpec
 
 SEARCH, CONFIRM = "run", "confirm"  # names of phases and of their folders in the study's `ray/`
 FREE_ON_RESUME = ("name", "resources", "tracking", "import_path", "report_every", "result_every", "checkpoint_every", "confirm")
+ENDED_EARLY = 0.9  # of its steps: a baseline that logs no later one has ended by itself
 DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; the rest is mirrored later
 UNREACHED_TIMEOUT_S = 10.0  # the same, if it accepted no event during the study
 
@@ -203,11 +204,14 @@ class StudyRun:
         """Repeats the finalists and the baseline with new seeds and more steps."""
         if self.study.confirm is None:
             return
-        finalists = ranked(self.folder.trials(), self.study.objective)[: self.study.confirm.finalists]
+        trials = self.folder.trials()
+        finalists = ranked(trials, self.study.objective)[: self.study.confirm.finalists]
         if not finalists:
             return
         seeds, steps = confirm_seeds(self.study), confirm_steps(self.study)
-        words = f"the baseline and up to {len(finalists)} finalists, {len(seeds)} new seeds, {describe_length(steps)}"
+        reached = max((trial.steps for trial in trials if trial.role is Role.BASELINE), default=0)
+        length = describe_length(None if reached < ENDED_EARLY * (self.study.steps or 0) else steps)
+        words = f"the baseline and up to {len(finalists)} finalists, {len(seeds)} new seeds, {length}"
         self.progress.phase(f"confirm: {words}")
         self.confirm_settings([(trial.trial_id, trial.settings) for trial in finalists], seeds, steps)
 
