@@ -92,7 +92,7 @@ def measure(study: Study, settings: int, trainings: int) -> dict[str, Any]:
         run = partial(take_here, make, study.name, Path(folder))
 
         def take(jobs: Any) -> list[Start]:
-            taken.extend(found := run(jobs))
+            taken.extend(found := list(run(jobs)))
             return found
 
         started = time.perf_counter()

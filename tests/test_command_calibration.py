@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.command.inspect import inspect_command
-from tune_ssim.before_launch.command.starts import significant_digits
+from tune_ssim.before_launch.command.kept_starts import starts_file
+from tune_ssim.before_launch.command.starts import Start, significant_digits
 from tune_ssim.before_launch.command.take_start import take_here
 from tune_ssim.before_launch.preflight.report import Check, Report
 from tune_ssim.probes.norm_model import NormModel
@@ -25,8 +27,8 @@ PROGRAM = Path(__file__).parent / "programs" / "pushes.py"
 FLAGS = ("ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "pixel_loss_weight", "lr")
 
 
-def study(tmp_path: Path, *extra: str, space: Any = None, **changes: Any) -> Study:
-    command = ["{python}", str(PROGRAM), "--steps={steps}", "--seed={seed}", *(f"--{name}={{{name}}}" for name in FLAGS), *extra]
+def study(tmp_path: Path, *extra: str, space: Any = None, program: Path = PROGRAM, **changes: Any) -> Study:
+    command = ["{python}", str(program), "--steps={steps}", "--seed={seed}", *(f"--{name}={{{name}}}" for name in FLAGS), *extra]
     file = tmp_path / "study.yaml"
     content = {
         "name": "pushes",
@@ -93,6 +95,45 @@ def test_a_sound_command_is_calibrated_exactly(tmp_path: Path) -> None:
         assert predicted == pytest.approx(measured, rel=1e-4)
     # Alone, the baseline three times, two gains for each gate, and the check; a few more to find a gain that shows.
     assert starts <= 3 * 2 + 1 + 4
+
+
+def test_starts_are_kept_until_the_program_changes(tmp_path: Path) -> None:
+    """Between preflight, calibration and run of one study; what was taken, how long it takes and what was kept is said."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.read_text())
+    planned = study(tmp_path, program=program)
+    make = load_task(planned.task_path, planned.import_path)
+    file, said, taken = starts_file(tmp_path, planned.name), list[str](), list[Start]()
+
+    def phase(preflight: bool, steps: int | None = None) -> dict[str, Any]:
+        said.clear()
+        taken.clear()
+
+        def take(jobs: Any) -> Iterator[Start]:
+            for start in take_here(make, planned.name, tmp_path / "starts", jobs):
+                taken.append(start)
+                yield start
+
+        options: dict[str, Any] = {"steps": steps, "kept": file, "say": said.append}
+        return inspect_command(planned, make, take, preflight=preflight, calibration=not preflight, **options)
+
+    first, count = phase(preflight=True), len(taken)
+    assert said[0].startswith("about 9 starts of the command, 12 steps each") and "by the first" in said[1]
+    assert phase(preflight=True)["preflight"]["checks"] == first["preflight"]["checks"] and not taken
+    reused = f"{count} of {count} starts of the command were taken by an earlier preflight or calibration (--fresh takes new ones)"
+    assert said == [reused]
+    phase(preflight=False)
+    assert not taken  # preflight has calibrated too
+    phase(preflight=True, steps=5)
+    assert taken
+    phase(preflight=False)
+    assert not taken
+    file.write_text(file.read_text()[:-9])
+    phase(preflight=False)
+    assert taken and not any("earlier" in line for line in said)
+    program.write_text(program.read_text() + "\n# another program\n")
+    phase(preflight=False)
+    assert taken
 
 
 def test_the_first_step_alone_needs_no_update_off(tmp_path: Path) -> None:

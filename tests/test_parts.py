@@ -178,7 +178,8 @@ def test_starts_of_a_command_use_the_room_of_the_cluster() -> None:
     command = ["{python}", program, *(f"--{flag}={{{flag}}}" for flag in flags)]
     study = small(task={"command": command, "records": {"pattern": PUSHES}}, guards={"smoke_test": None})
     config = {"steps": 60, "ssim_loss_weight": 0.0, "ssim_loss_max_t": 1.0, "ssim_grad_scale": 1.0}
-    starts = take_on_ray(study, TrialResources(), [StartJob(config, seed, 3) for seed in range(5)])
+    jobs = [StartJob(config, seed, 3) for seed in range(5)]
+    starts = sorted(take_on_ray(study, TrialResources(), jobs), key=lambda start: start.job.seed)
     assert [(start.failure, len(start.records), start.job.seed) for start in starts] == [("", 3, seed) for seed in range(5)]
     assert len({start.values("total_norm")[0] for start in starts}) == 5
 
@@ -188,7 +189,7 @@ def test_starts_of_a_command_over_two_nodes(tmp_path: Path) -> None:
     study = commands(tmp_path / "pids")
     config = {**study.task_config, **study.baseline_settings}
     jobs = [StartJob({**config, "ssim_loss_weight": weight}, 0, 3) for weight in (0.0, 1.0, 2.0)]
-    starts = take_on_ray(study, TrialResources(nodes=2), jobs)
+    starts = list(take_on_ray(study, TrialResources(nodes=2), jobs))
     assert [(start.failure, len(start.records)) for start in starts] == [("", 3)] * 3
     assert len({start.values("total_norm")[0] for start in starts}) == 3
     assert wait_for(lambda: not alive(tmp_path / "pids"), 20)

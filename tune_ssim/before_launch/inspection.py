@@ -19,12 +19,12 @@ from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import Training
 
 if TYPE_CHECKING:
-    from tune_ssim.before_launch.command.starts import Take
+    from tune_ssim.before_launch.command.starts import Say, Take
 
 
-def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance: bool, steps: int | None = None) -> dict[str, Any]:
+def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance: bool, **of_starts: Any) -> dict[str, Any]:
     """`inspect_study` in this process, without Ray. Raises UserError or BadSetup for what it could not measure."""
-    return found_or_raise(inspect_study(study, preflight, calibration, provenance, steps))
+    return found_or_raise(inspect_study(study, preflight, calibration, provenance, **of_starts))
 
 
 def is_command(study: Study) -> bool:
@@ -39,9 +39,11 @@ def inspect_study(
     provenance: bool,
     steps: int | None = None,
     take: Take | None = None,
+    kept: Path | None = None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """The requested parts, as plain data. steps: of each start of a command. take: runs these starts, by default one after the
-    other on this machine."""
+    other on this machine. kept, say: see `inspect_command`."""
     found: dict[str, Any] = {}
     try:
         task_class = load_task(study.task_path, study.import_path)
@@ -49,7 +51,9 @@ def inspect_study(
             from tune_ssim.before_launch.command.inspect import inspect_command
 
             if preflight or calibration:
-                found = inspect_command(study, task_class, take, preflight=preflight, calibration=calibration, steps=steps)
+                found = inspect_command(
+                    study, task_class, take, preflight=preflight, calibration=calibration, steps=steps, kept=kept, say=say
+                )
             preflight = calibration = False
         elif steps is not None:
             raise UserError("--steps is for a command; a task in Python is checked by what its methods show")

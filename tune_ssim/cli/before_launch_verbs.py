@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from tune_ssim.base.errors import BadSetup
-from tune_ssim.cli.options import study_options
+from tune_ssim.cli.options import forget_starts, study_options
 from tune_ssim.cli.output import make_console, output_file, print_json, readable, suggest_next
 
 
@@ -18,7 +19,14 @@ from tune_ssim.cli.output import make_console, output_file, print_json, readable
 )
 @click.option("--json", "as_json", is_flag=True, help="Every check with its evidence, as one object.")
 def preflight(
-    study: str | None, space: str | None, seed: int | None, address: str | None, steps: int | None, as_json: bool
+    study: str | None,
+    storage: Path,
+    fresh: bool,
+    space: str | None,
+    seed: int | None,
+    address: str | None,
+    steps: int | None,
+    as_json: bool,
 ) -> None:
     """Is the set-up sound? Seconds, before anything is launched; for a command, a few of its start-ups.
 
@@ -29,7 +37,7 @@ def preflight(
     from tune_ssim.study.study import load_study
 
     resolved = load_study(study, {"space": space, "seed": seed})
-    report = _inspect(resolved, address, "preflight", steps)
+    report = _inspect(resolved, address, storage, fresh, "preflight", steps)
     if as_json:
         print_json(report)
     else:
@@ -50,7 +58,14 @@ def preflight(
 @click.option("--json", "as_json", is_flag=True, help="Everything that was measured and predicted, as one object.")
 @click.option("--picture", metavar="FILE", help="Write the heat map there as PNG.  [default: <study>_calibration.png, here]")
 def calibrate(
-    study: str | None, space: str | None, seed: int | None, address: str | None, as_json: bool, picture: str | None
+    study: str | None,
+    storage: Path,
+    fresh: bool,
+    space: str | None,
+    seed: int | None,
+    address: str | None,
+    as_json: bool,
+    picture: str | None,
 ) -> None:
     """How hard does each setting push? Seconds, with the update switched off.
 
@@ -63,7 +78,7 @@ def calibrate(
 
     resolved = load_study(study, {"space": space, "seed": seed})
     target = output_file(f"{resolved.name}_calibration.png" if picture is None else picture, "--picture")
-    calibration = _inspect(resolved, address, "calibration")
+    calibration = _inspect(resolved, address, storage, fresh, "calibration")
     if as_json:
         print_json(calibration)
     else:
@@ -118,13 +133,17 @@ def spaces(name: str | None, as_json: bool) -> None:
         suggest_next("spaces", found[0].name, why="shows its ranges", to_stderr=as_json)
 
 
-def _inspect(study: Any, address: str | None, phase: str, steps: int | None = None) -> dict[str, Any]:
+def _inspect(study: Any, address: str | None, storage: Path, fresh: bool, phase: str, steps: int | None = None) -> dict[str, Any]:
     """The result of preflight or calibration as plain data, measured here or on a cluster with a trial's resources."""
     from tune_ssim.base.files import jsonable
+    from tune_ssim.before_launch.command.kept_starts import starts_file
 
     wanted: dict[str, Any] = {"preflight": phase == "preflight", "calibration": phase == "calibration", "provenance": False}
-    wanted["steps"] = steps
-    with make_console(to_stderr=True).status(f"{phase} of {study.name}"):
+    if fresh:
+        forget_starts(storage, study.name)
+    console = make_console(to_stderr=True)
+    wanted |= {"steps": steps, "kept": starts_file(storage, study.name), "say": lambda line: console.print(line, markup=False)}
+    with console.status(f"{phase} of {study.name}"):
         if address is None:
             from tune_ssim.before_launch.inspection import inspect_here
 

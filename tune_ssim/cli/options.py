@@ -53,12 +53,26 @@ def tracking_option(verb: Callable[..., Any]) -> Callable[..., Any]:
     )(verb)
 
 
+def fresh_option(verb: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--fresh", is_flag=True, help="Start a command anew, whatever an earlier preflight or calibrate kept.")(
+        verb
+    )
+
+
+def forget_starts(storage: Path, study: str) -> None:
+    from tune_ssim.before_launch.command.kept_starts import starts_file
+
+    starts_file(storage, study).unlink(missing_ok=True)
+
+
 def study_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     """The arguments of preflight and calibrate."""
     for option in (
         click.option("--address", help="Measure on a running Ray cluster, with a trial's resources.  [default: here]"),
         click.option("--seed", type=click.IntRange(min=0), help="Seed of the search."),
         click.option("--space", help="A search space by name, name:stage or path, in place of the study's."),
+        fresh_option,
+        storage_option,
         click.argument("study", required=False),
     ):
         verb = option(verb)

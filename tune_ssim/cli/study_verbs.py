@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tune_ssim.base.errors import BadSetup, StudyInterrupted, UserError
-from tune_ssim.cli.options import storage_option, tracking_option
+from tune_ssim.cli.options import forget_starts, fresh_option, storage_option, tracking_option
 from tune_ssim.cli.output import make_console, output_file, print_exactly, print_json, readable, suggest_next
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--address", help="A running Ray cluster (`auto`, HOST:PORT).  [default: a local one for this study]")
 @click.option("--in-process", is_flag=True, help="Without Ray, trial by trial in this process: breakpoint() works.")
 @click.option("--resume", is_flag=True, help="Go on with a study; without STUDY and --name, with the latest.")
+@fresh_option
 @click.option("--dry-run", is_flag=True, help="Print the study as resolved, every default included; start nothing.")
 def run(
     study: str | None,
@@ -40,6 +41,7 @@ def run(
     address: str | None,
     in_process: bool,
     resume: bool,
+    fresh: bool,
     dry_run: bool,
 ) -> None:
     """Tune: baseline, search, prune what ruins the model.
@@ -77,6 +79,8 @@ def run(
     from tune_ssim.results.trial_text import proof_line
     from tune_ssim.results.winner import NoSafeTrial, best_safe
 
+    if fresh:
+        forget_starts(storage, resolved.name)
     console = make_console(outlive_reader=True)
     try:
         folder = run_study(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune_ssim.base.errors import BadSetup
 from tune_ssim.base.files import jsonable, parse_json, write_atomically
+from tune_ssim.before_launch.command.kept_starts import starts_file
 from tune_ssim.before_launch.inspection import bad_lines, calibration_lines, preflight_lines
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.report.heat_map import draw_heat_map
@@ -31,7 +32,9 @@ def check_before_launch(study: Study, folder: StudyFolder, writer: EventWriter, 
     phases = [name for name, wanted in (("preflight", study.preflight is not None), ("calibration", study.calibrates)) if wanted]
     if phases:
         progress.phase(" and ".join(phases))
-    found = executor.inspect(study, preflight=study.preflight is not None, calibration=study.calibrates, provenance=True)
+    wanted = {"preflight": study.preflight is not None, "calibration": study.calibrates, "provenance": True}
+    kept = starts_file(folder.path.parent, study.name)
+    found = executor.inspect(study, **wanted, kept=kept, say=progress.say)
     writer.require_lock()
     if "calibration" in found:
         write_atomically(folder.path / HEAT_MAP, draw_heat_map(found["calibration"], study.space, study.name))

@@ -41,7 +41,7 @@ class Executor(Protocol):
         """Trials at a time. Raises UserError if not even one fits."""
 
     def inspect(
-        self, study: Study, *, preflight: bool, calibration: bool, provenance: bool, steps: int | None = None
+        self, study: Study, *, preflight: bool, calibration: bool, provenance: bool, steps: int | None = None, **of_starts: Any
     ) -> dict[str, Any]:
         """The checks before launch, run where a trial would run: see `before_launch.inspection`."""
 

@@ -61,7 +61,7 @@ class RayExecutor:
         return concurrency_of(study, self.cluster)
 
     def inspect(
-        self, study: Study, *, preflight: bool, calibration: bool, provenance: bool, steps: int | None = None
+        self, study: Study, *, preflight: bool, calibration: bool, provenance: bool, steps: int | None = None, **of_starts: Any
     ) -> dict[str, Any]:
         """Runs as a Ray task with a trial's resources, since the driver's node may have no accelerator. The starts of a command
         are tasks of their own."""
@@ -70,7 +70,7 @@ class RayExecutor:
         found: dict[str, Any] = {}
         if is_command(study) and (preflight or calibration):
             take = partial(take_on_ray, study, resources)
-            found = found_or_raise(inspect_study(study, preflight, calibration, False, steps, take))
+            found = found_or_raise(inspect_study(study, preflight, calibration, False, steps, take, **of_starts))
             preflight = calibration = False
         return found | found_or_raise(
             ray.get(remote.remote(study, preflight, calibration, provenance, steps if preflight else None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.load_training import load_task
 
 
-def take_on_ray(study: Study, resources: TrialResources, jobs: Sequence[StartJob]) -> list[Start]:
+def take_on_ray(study: Study, resources: TrialResources, jobs: Sequence[StartJob]) -> Iterator[Start]:
     """A `Take` once its first two arguments are bound. If it is interrupted, its commands end with it."""
     bundles = resources.placement()
     own = bundles.bundles[0] if resources.nodes == 1 else {}  # a process that only waits for those on the nodes needs none
@@ -31,12 +31,11 @@ def take_on_ray(study: Study, resources: TrialResources, jobs: Sequence[StartJob
         group = placement_group(bundles.bundles, strategy=bundles.strategy)
         where = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
         groups[remote.options(scheduling_strategy=where).remote(study, resources, job)] = group
-    tasks = list(groups)
     try:
         while groups:
             for done in ray.wait(list(groups))[0]:
                 remove_placement_group(groups.pop(done))  # its room is the next start's
-        return list(ray.get(tasks))
+                yield ray.get(done)
     finally:
         for task, group in groups.items():
             ray.cancel(task, force=True)

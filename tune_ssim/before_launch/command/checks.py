@@ -44,7 +44,7 @@ def check_start(start: Start, guards: Sequence[Guard], objective: str) -> Iterat
     yield _objective(objective, names)
     if start.checkpoints:
         yield Check("checkpoints", "ok", f"checkpoints found at steps {', '.join(map(str, start.checkpoints))}")
-    yield from start.samples
+    yield from start.samples or ()
     yield from startup_checks(start.output)
     yield from _settings(start)
     if start.records:

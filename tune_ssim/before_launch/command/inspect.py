@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tune_ssim.base.errors import BadSetup, UserError
-from tune_ssim.before_launch.calibration import Calibration, calibrate
+from tune_ssim.before_launch.calibration import Calibration, calibrate, gates_of
 from tune_ssim.before_launch.command import checks
+from tune_ssim.before_launch.command.kept_starts import KeptStarts, fingerprint_of
 from tune_ssim.before_launch.command.observed_weights import check_observed
-from tune_ssim.before_launch.command.starts import CommandReader, StartJob, Starts, Take
+from tune_ssim.before_launch.command.starts import CommandReader, Say, StartJob, Starts, Take
 from tune_ssim.before_launch.command.take_start import take_here
 from tune_ssim.before_launch.preflight.launch import settings_of
 from tune_ssim.before_launch.preflight.report import Check, Report
@@ -24,6 +25,7 @@ from tune_ssim.study.study import Study
 from tune_ssim.trials.training import IMAGE_LOSS_KEYS
 
 STEPS = 20  # of a preflight start; a debug run has 10 to 50 (SEEDS A5)
+N_PREFLIGHT = 3  # starts with the baseline's settings: one, one more, and one with another seed
 MAX_SETTINGS = 3  # searched settings of other losses that are tested, two starts each
 
 
@@ -35,16 +37,53 @@ def inspect_command(
     preflight: bool,
     calibration: bool,
     steps: int | None = None,
+    kept: Path | None = None,
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """The preflight report and the calibration, as plain data. Both use the same starts.
 
-    make: the study's task. take: runs the starts, by default one after the other in a temporary folder of this machine."""
+    make: the study's task. take: runs the starts, by default one after the other in a temporary folder of this machine. kept: the
+    file of starts that an earlier inspection took, and that are used again; None: none are. say: gets lines on the way."""
     if take is None:
         with tempfile.TemporaryDirectory(prefix="tune-ssim-starts-") as folder:
             here = partial(take_here, make, study.name, Path(folder))
-            return inspect_command(study, make, here, preflight=preflight, calibration=calibration, steps=steps)
+            return inspect_command(study, make, here, preflight=preflight, calibration=calibration, steps=steps, kept=kept, say=say)
     started = time.perf_counter()
-    inspection = _Inspection(study, Starts(take), steps)
+    planned = (N_PREFLIGHT + 2 * len(_ends_of_others(study)) if preflight else 0) + (
+        _of_calibration(study) if study.calibrates else 0
+    )
+    starts = Starts(take, say=say, planned=planned)
+    if kept is not None:
+        store = KeptStarts(kept, fingerprint_of(study, make))
+        starts = Starts(take, store.read(), store.write, say, planned)
+    inspection = _Inspection(study, starts, steps)
+    try:
+        return _inspect(inspection, study, started, preflight, calibration)
+    finally:
+        if starts.reused:
+            count = f"{len(starts.reused)} of {len(starts.taken)} starts of the command"
+            say(f"{count} were taken by an earlier preflight or calibration (--fresh takes new ones)")
+
+
+def _ends_of_others(study: Study) -> dict[str, list[Any]]:
+    """Both ends of searched settings that are not of the auxiliary losses."""
+    values: dict[str, list[Any]] = {}
+    for setting in settings_of(study.space):
+        for name, value in setting.items():
+            if name not in KNOWN and not name.startswith(IMAGE_LOSS_KEYS):
+                values.setdefault(name, []).append(value)
+    ends = {name: [found[0], found[-1]] for name, found in values.items() if found[0] != found[-1]}
+    return dict(list(ends.items())[:MAX_SETTINGS])
+
+
+def _of_calibration(study: Study) -> int:
+    """About how many starts a calibration takes, apart from those of preflight."""
+    assert study.calibration is not None
+    readings = 2 * len(gates_of(study, for_picture=False)) + 2
+    return readings * (study.calibration.batches if study.calibration.method == "first_step" else 1)
+
+
+def _inspect(inspection: _Inspection, study: Study, started: float, preflight: bool, calibration: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if preflight:
         report = Report(tuple(inspection.checks()), time.perf_counter() - started)
@@ -116,12 +155,6 @@ class _Inspection:
 
     def _other_settings(self, config: Mapping[str, Any]) -> Iterator[Check]:
         """Searched settings that are not of the auxiliary losses, such as a learning rate: with updates, so that they can act."""
-        values: dict[str, list[Any]] = {}
-        for setting in settings_of(self.study.space):
-            for name, value in setting.items():
-                if name not in KNOWN and not name.startswith(IMAGE_LOSS_KEYS):
-                    values.setdefault(name, []).append(value)
-        ends = {name: [found[0], found[-1]] for name, found in values.items() if found[0] != found[-1]}
-        for name, both in list(ends.items())[:MAX_SETTINGS]:
+        for name, both in _ends_of_others(self.study).items():
             jobs = [StartJob({**config, name: value}, self.seed, self.steps, is_held=False) for value in both]
             yield checks.check_setting(name, *self.starts(jobs))

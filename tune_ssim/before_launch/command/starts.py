@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class Start:
     records: of its training steps, in order. settings: those that it echoed, otherwise as given. output: its first lines.
     held: whether the observer saw the weights unchanged after every step; None if it could not look. observed: what the observer
     reports besides records. reading: what could not be read, as one line. checkpoints: the steps of those it wrote. samples: checks
-    of step 0. failure: why it ended before its last step; empty if it did not."""
+    of step 0, None if they were not asked for. failure: why it ended before its last step; empty if it did not."""
 
     job: StartJob
     records: tuple[Record, ...]
@@ -52,7 +52,7 @@ class Start:
     observed: Mapping[str, Any] = field(default_factory=dict)
     reading: str = ""
     checkpoints: tuple[int, ...] = ()
-    samples: tuple[Check, ...] = ()
+    samples: tuple[Check, ...] | None = None
     failure: str = ""
     first_record_s: float = 0.0
     wall_s: float = 0.0
@@ -66,27 +66,51 @@ class Start:
         return (self.wall_s - self.first_record_s) / max(1, len(self.records) - 1)
 
 
-Take = Callable[[Sequence[StartJob]], Sequence[Start]]
-"""Runs starts, side by side where there is room, and returns them in order."""
+Take = Callable[[Sequence[StartJob]], Iterable[Start]]
+"""Runs starts, side by side where there is room, and yields each when it has ended."""
+Say = Callable[[str], None]
 
 
 class Starts:
-    """Takes starts of one study, each job once: calibration uses those that preflight took."""
+    """Takes starts of one study, each job once: calibration uses those that preflight took.
 
-    def __init__(self, take: Take) -> None:
-        self._take = take
+    kept: of earlier inspections of the study. keep: gets all starts after each new one. planned: about how many there will be."""
+
+    def __init__(
+        self,
+        take: Take,
+        kept: Sequence[Start] = (),
+        keep: Callable[[Sequence[Start]], None] = lambda starts: None,
+        say: Say = lambda line: None,
+        planned: int = 0,
+    ) -> None:
+        self._take, self._keep, self._say, self._planned = take, keep, say, planned
+        self._kept = {start.job.key: start for start in kept}
+        self._is_timed = False
         self.taken: dict[str, Start] = {}
+        self.reused: set[str] = set()
 
     def __call__(self, jobs: Sequence[StartJob]) -> list[Start]:
+        for job in jobs:
+            kept = self._kept.get(job.key)
+            if job.key not in self.taken and kept is not None and (job.smoke_test is None or kept.samples is not None):
+                self.taken[job.key] = kept
+                self.reused.add(job.key)
         new = {job.key: job for job in jobs if job.key not in self.taken}
         if new:
-            self.taken |= dict(zip(new, self._take(list(new.values())), strict=True))
+            self._take_new(list(new.values()))
         return [self.taken[job.key] for job in jobs]
 
-    @property
-    def wall_s(self) -> float:
-        """Seconds of all starts, as if one had followed the other."""
-        return sum(start.wall_s for start in self.taken.values())
+    def _take_new(self, jobs: Sequence[StartJob]) -> None:
+        if not self._is_timed:
+            count = max(len(jobs), self._planned - len(self._kept))
+            self._say(f"about {count} start{'s' * (count > 1)} of the command, {jobs[0].steps} steps each after its start-up")
+        for start in self._take(jobs):
+            self.taken[start.job.key] = start
+            self._keep([*{**self._kept, **self.taken}.values()])
+            if not self._is_timed:
+                self._say(f"about {start.wall_s:.0f} s for each, by the first: {start.first_record_s:.0f} s to its first step")
+                self._is_timed = True
 
 
 class CommandReader:

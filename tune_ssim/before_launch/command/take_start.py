@@ -34,11 +34,11 @@ def take_one(make: Callable[[], CommandTask], job: StartJob, study: str, folder:
     task.setup(job.config, job.seed)
     records: list[Record] = []
     settings: Mapping[str, Any] = {}
-    samples: tuple[Check, ...] = ()
+    samples: tuple[Check, ...] | None = None
     failure, first_record_s, started = "", 0.0, time.monotonic()
     try:
-        if job.smoke_test is not None and task.takes_samples:
-            samples = tuple(guarded("smoke", partial(_samples, task, job.smoke_test)))
+        if job.smoke_test is not None:
+            samples = tuple(guarded("smoke", partial(_samples, task, job.smoke_test))) if task.takes_samples else ()
             started = time.monotonic()
         records, first_record_s = task.first_steps(job.steps)
         settings = task.effective()
@@ -86,6 +86,7 @@ def _head(log: Path) -> tuple[str, ...]:
         return tuple(line.rstrip("\n") for _, line in zip(range(OUTPUT_LINES), file, strict=False))
 
 
-def take_here(make: Callable[[], CommandTask], study: str, folder: Path, jobs: Sequence[StartJob]) -> list[Start]:
+def take_here(make: Callable[[], CommandTask], study: str, folder: Path, jobs: Sequence[StartJob]) -> Iterator[Start]:
     """A `Take` once its first three arguments are bound: one start after the other on this machine."""
-    return [take_one(make, job, study, folder) for job in jobs]
+    for job in jobs:
+        yield take_one(make, job, study, folder)
