@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_ssim.orchestration.phases import run_study
+from tune_ssim.orchestration.progress import NoProgress
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.study import load_study
 from tune_ssim.trials.summary import TrialSummary
@@ -25,6 +26,20 @@ print("TUNE_SSIM " + json.dumps({"held_out": {"score": -min(abs(w), 1e300)}}))
 """
 LOSS = r"step (?P<step>\d+): loss (?P<loss>\S+)"
 ARGUMENTS = ("{lr}", "{seed}", "{steps}")
+
+
+class Said(NoProgress):
+    """Keeps what a study says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.phases: list[str] = []
+
+    def phase(self, text: str) -> None:
+        self.phases.append(text)
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
 
 
 def study(folder: Path, script: str = DESCENT, arguments: tuple[str, ...] = ARGUMENTS, **changes: Any) -> dict[str, Any]:

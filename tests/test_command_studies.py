@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_studies import ARGUMENTS, DESCENT, LOSS, run, study, trials
+from command_studies import ARGUMENTS, DESCENT, LOSS, Said, run, study, trials
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards.verdict import Verdict
 from tune_ssim.orchestration.phases import run_study
-from tune_ssim.orchestration.progress import NoProgress
 from tune_ssim.records.readers import LineParser
 from tune_ssim.results.proof import proof_of
 from tune_ssim.results.trial_text import warning_lines
@@ -196,7 +195,7 @@ def own_length(folder: Path, **changes: Any) -> dict[str, Any]:
 def test_without_steps_a_command_ends_by_itself(tmp_path: Path) -> None:
     (tmp_path / "sample.py").write_text(SAMPLER)
     words = ["{python}", "sample.py", str(tmp_path / "sampled"), "{out}", "{step}"]
-    smoke = {"command": words, "images": None, "tokens": "t.json", "vocabulary_size": 9, "at_start": "none"}
+    smoke = {"command": words, "images": None, "tokens": "t.json", "vocabulary_size": 9, "at_start": "train.py"}
     guards = {"norm_ratio": None, "smoke_test": {"at": [1]}}
     given = own_length(tmp_path, task={"smoke": smoke, "checkpoints": "train.py"}, guards=guards, confirm={"seeds": 2})
     found = trials(given, tmp_path / "results")
@@ -240,18 +239,6 @@ def test_where_the_length_must_be_said(changes: dict[str, Any], said: str, tmp_p
 # ---- the first contact
 
 
-class Said(NoProgress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.phases: list[str] = []
-
-    def phase(self, text: str) -> None:
-        self.phases.append(text)
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-
 def test_what_is_read_is_said_once_the_baseline_has_begun(tmp_path: Path) -> None:
     said = Said()
     task = {"records": {"pattern": LOSS + " grad_norm (?P<total_norm>\\S+)"}, "checkpoints": "{exp_dir}/{step}.pt"}
@@ -267,7 +254,7 @@ def test_what_is_read_is_said_once_the_baseline_has_begun(tmp_path: Path) -> Non
         "python -I and -S do), so the observer is not in it",
         "  seed: handed to the command",
         "  checkpoints: none so far ({exp_dir}/{step}.pt)",
-        "  guards: norm_ratio, non_finite can judge",
+        "  guards: norm_ratio, divergence, non_finite can judge",
         "  objective: maximize score, not measured so far: a later record or an evaluation must give it",
     ]
     assert sum(line.startswith("first contact") for line in said.lines) == 1
@@ -356,14 +343,6 @@ def test_another_exit_code_may_be_a_good_end(tmp_path: Path) -> None:
 
 UNSEEDED = DESCENT.replace("random.Random(seed)", "random.Random(0)")
 CONFIRMED = {"objective": {"maximize": "delta_score"}, "confirm": {"seeds": 3, "steps": 30}}
-
-
-class Said(NoProgress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.mark.parametrize("seed", ["{seed}", "0"])

@@ -293,8 +293,9 @@ class CommandTask(Training):
                     return False  # all steps are done
                 raise UserError(self._why_silent(output, limit))
             if self._is_quiet(output):
+                of = "" if self.steps is None else f" of {self.steps}"
                 self._notice = (
-                    f"no record for {QUIET_S:g} s after step {self._quiet_after} of {self.steps}, and the command still runs "
+                    f"no record for {QUIET_S:g} s after step {self._quiet_after}{of}, and the command still runs "
                     f"({process.place}); it is ended after {limit:g} s (task: silence_s)"
                 )
                 return True
@@ -304,7 +305,7 @@ class CommandTask(Training):
     def _is_quiet(self, output: CommandOutput) -> bool:
         """Whether to tell the user that there is no record: once in the middle of a training, and once at its end."""
         step = max(self.step_now, output.held() or 0)
-        is_told = self._quiet_after >= 0 if step < self.steps else self._quiet_after >= self.steps
+        is_told = self._quiet_after >= (0 if self.steps is None or step < self.steps else self.steps)
         assert self._waiting_since is not None
         if is_told or not self._first_record_seen or time.monotonic() - self._waiting_since < QUIET_S:
             return False
