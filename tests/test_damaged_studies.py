@@ -20,7 +20,7 @@ from tune_ssim.results.export import exported_config
 from tune_ssim.results.study_folder import Skipped, StudyFolder
 from tune_ssim.results.winner import NoSafeTrial, best_safe
 
-CONFIRMED = (*USUAL, *(trial(f"confirm-{seed}", role="confirm", seed=seed) for seed in (2, 3)))
+CONFIRMED = (*USUAL, *(trial(f"confirm-{seed}", delta_ssim=seed / 500, role="confirm", seed=seed) for seed in (2, 3)))
 GARBAGE = (b"plain words\n", b"\x89PNG\r\n\x1a\n\0", b"[1, 2]\n", b"3\n", b'{"a": 1}\n', b'{"a": 1}{"b": 2}\n')
 
 
