@@ -12,6 +12,7 @@ from command_studies import ARGUMENTS, DESCENT, LOSS, run, study
 from tune_ssim.base.errors import UserError
 from tune_ssim.orchestration.verification import verify
 from tune_ssim.results.export import exported_config, format_export
+from tune_ssim.results.proof import proof_of
 from tune_ssim.results.verification import read_export
 from tune_ssim.results.winner import best_safe
 from tune_ssim.study.command_spec import CommandSpec
@@ -79,7 +80,13 @@ def test_other_files_of_a_command(tmp_path: Path) -> None:
         of(tmp_path, "{python}", "helpers.py", data=["videos"])
 
 
-HELPED = "from noise import START\n" + DESCENT.replace("w = random.Random(seed), 5.0", "w = random.Random(seed), START").replace(
+HELPED = """
+from noise import START
+import importlib, json
+exec("OPTIONS = json.load(open('opened.json'))")
+importlib.import_module("".join(["plug", "in"]))
+json.dump({}, open("state.json", "w"))
+""" + DESCENT.replace("w = random.Random(seed), 5.0", "w = random.Random(seed), START").replace(
     '"score": -', '"score": draw.random() / 100 - '
 )
 
@@ -94,16 +101,21 @@ def test_verify_names_the_file_that_has_changed(tmp_path: Path) -> None:
         objective={"maximize": "delta_score"},
         confirm={"seeds": 3, "steps": 30},
     )
-    (tmp_path / "base.yaml").write_text("a: 1")
+    for name in ("base.yaml", "opened.json", "plugin.py"):
+        (tmp_path / name).write_text("{}")
     (tmp_path / "data").mkdir()
     folder = run(given, tmp_path / "results")
     (tmp_path / "best.yaml").write_text(format_export(exported_config(best_safe(folder), folder), "yaml"))
     exported = read_export(tmp_path / "best.yaml")
-    assert [phrase.split()[0] for phrase in exported["proof"]["not_covered"]] == ["files", "its"]
+    assert [phrase.split()[0] for phrase in exported["proof"]["not_covered"]] == ["data", "its"]
     assert verify(exported, in_process=True)[0] == []
-    for name, what in (("noise.py", "code"), ("base.yaml", "settings"), ("train.py", "code"), ("data/new", "data")):
+    named = {"noise.py": "code", "base.yaml": "settings", "train.py": "code", "data/new": "data"}
+    seen = {"plugin.py": "code", "opened.json": "settings"}  # by the observer alone
+    for name, what in (seen | named).items():
         before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else b""
         (tmp_path / name).write_bytes(before + b"# changed")
         found, trials = verify(json.loads(json.dumps(exported)), in_process=True)
         assert [line.split(" has changed")[0] for line in found] == [f"{what}/{name}".removesuffix("/new")] and trials == []
         (tmp_path / name).write_bytes(before)
+    folder.add_files_seen("baseline-0", {"code/plugin.py": "0"})
+    assert proof_of(best_safe(folder), folder)["unproven"] == ["code/plugin.py was changed while the study ran"]

@@ -62,6 +62,7 @@ def test_the_numbers_are_the_same_with_the_observer(kinds: tuple[str, str, list[
     bare, output, _, reader = kinds
     assert output == bare and len(bare.splitlines()) == 6 * len(KINDS)
     seen = reader.observation
+    assert list(seen.files["code"]) == [str(LOOPS)] and seen.files["settings"] == {}
     assert seen.is_observed and seen.notes == [] and seen.optimizers[0]["modules"] == ["Net"]
 
 

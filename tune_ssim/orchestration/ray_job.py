@@ -21,7 +21,7 @@ from tune_ssim.trials.summary import PROCESS_DIED, TrialSummary
 from tune_ssim.trials.trial_run import TrialReport, TrialResult
 
 JOB = "trial_job"  # key of a config, next to the settings
-BULKY = ("records", "images", "traceback", "wrote", "contact", "notice")  # keys of a result
+BULKY = ("records", "images", "traceback", "wrote", "contact", "notice", "files_seen")  # keys of a result
 
 
 def config_of(job: TrialJob) -> dict[str, Any]:
@@ -71,6 +71,7 @@ def result_of(report: TrialReport, objective: str) -> dict[str, Any]:
         objective: summary.metric(objective) if summary.verdict.has_result else math.nan,
         "summary": json.dumps(summary.to_dict()),
         "effective": json.dumps(jsonable(ended.effective)),
+        "files_seen": json.dumps(dict(ended.files)),
         "traceback": ended.traceback,
     }
     if ended.baseline is not None:
@@ -108,6 +109,7 @@ def ending_of(result: Mapping[str, Any]) -> TrialResult | None:
         harm=float(result.get("harm") or 0.0),
         effective=verdict[1],
         baseline=Baseline.from_bytes(baseline.encode()) if baseline else None,
+        files=json.loads(result.get("files_seen") or "{}"),
         traceback=result.get("traceback") or "",
     )
 

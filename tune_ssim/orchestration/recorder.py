@@ -72,6 +72,8 @@ class StudyRecorder:
             summary.quarantined = quarantine_checkpoints(self.folder, summary)
         if not self.folder.add_trial(summary):
             return  # its first verdict is final
+        if result.files and summary.role is not Role.SEARCH:
+            self.folder.add_files_seen(summary.trial_id, result.files)
         self.writer.verdict(summary.trial_id, summary.to_dict(), result.effective)
         self.progress.trial_ended(summary)
 

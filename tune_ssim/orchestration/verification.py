@@ -16,6 +16,9 @@ from tune_ssim.results.proof import differences
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.verification import file_differences, result_differences
 from tune_ssim.study.study import Study, load_study
+from tune_ssim.trials.command.command_task import CommandTask
+from tune_ssim.trials.command.dependencies import hashes_of, working_folder
+from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.summary import TrialSummary
 
 
@@ -52,6 +55,7 @@ def _confirm_again(
     write_atomically(folder.study_file, study.to_yaml().encode())
     with make_executor(study, address, in_process) as executor:
         found = executor.inspect(study, preflight=False, calibration=False, provenance=True)["provenance"]
+        found = _files_seen(study, set(proof["provenance"]) - set(found)) | found
         if lines := differences(proof["provenance"], found):
             return lines, []
         progress.phase(f"confirming {trial_id} again: {len(seeds)} seeds, {steps} steps")
@@ -59,6 +63,15 @@ def _confirm_again(
         run.confirm_settings([(trial_id, proof["setting"])], seeds, steps)
     trials = folder.trials()
     return result_differences(proof, trials), trials
+
+
+def _files_seen(study: Study, names: set[str]) -> dict[str, str]:
+    """The hashes of files that a command was seen to use, as they are now."""
+    task = load_task(study.task_path, study.import_path)()
+    if not isinstance(task, CommandTask):
+        return {}
+    fields = {**study.task_config, **study.baseline_settings}
+    return hashes_of(names, working_folder(task.spec, fields, task.home))
 
 
 def _study(proof: Mapping[str, Any]) -> Study:

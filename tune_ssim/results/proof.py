@@ -15,6 +15,7 @@ from tune_ssim.guards import KeepRule
 from tune_ssim.guards.verdict import Role
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.winner import are_copies, confirmations, holds, why_copies
+from tune_ssim.trials.command.dependencies import NO_CODE, WHEN_OBSERVED, WITHOUT_RUNNING
 from tune_ssim.trials.summary import TrialSummary
 
 LEVEL = 0.95  # confidence level of the intervals
@@ -27,7 +28,7 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
     trials = folder.trials()
     confirmed = confirmations(summary, trials)
     baselines = [trial for trial in trials if trial.role is Role.BASELINE]
-    provenance, start = folder.provenance(), folder.start()
+    provenance, not_covered, changed = _provenance(folder, [*confirmed, *baselines])
     study = folder.study()
     objective = folder.objective
     unproven = []
@@ -37,6 +38,7 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
         unproven.append(why_copies(confirmed, objective))
     if provenance is None:
         unproven.append("the study recorded no hashes of its code, weights and data")
+    unproven += changed
     limits, rules = _limits(folder)
     return {
         "confirmed": not unproven,
@@ -54,8 +56,30 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
         "setting": summary.settings,
         "study": study,
         "provenance": provenance,
-        **({"not_covered": list(start.not_covered)} if start is not None and start.not_covered else {}),
+        **({"not_covered": not_covered} if not_covered else {}),
     }
+
+
+def _provenance(folder: StudyFolder, trials: Iterable[TrialSummary]) -> tuple[dict[str, str] | None, list[str], list[str]]:
+    """(Subject → SHA-256, what it does not cover, what changed while the study ran). Of a command also the files that `trials` were
+    seen to use."""
+    recorded, start = folder.provenance(), folder.start()
+    not_covered = list(start.not_covered) if start is not None else []
+    seen = folder.files_seen([trial.trial_id for trial in trials])
+    if recorded is None or not seen:
+        return recorded, not_covered, []
+    not_covered = [phrase for phrase in not_covered if phrase != WITHOUT_RUNNING and not phrase.startswith(NO_CODE)]
+    not_covered.insert(0, WHEN_OBSERVED)
+    found, changed = dict(recorded), []
+    for name in sorted({name for files in seen for name in files}):
+        digests = {files[name] for files in (recorded, *seen) if name in files}
+        if len(digests) == 1:
+            found[name] = digests.pop()
+        elif name in recorded or name.startswith("code/"):
+            changed.append(f"{name} was changed while the study ran")
+        else:
+            not_covered.append(f"{name}, which changes from trial to trial")
+    return found, not_covered, changed
 
 
 def _limits(folder: StudyFolder) -> tuple[dict[str, float], list[KeepRule]]:

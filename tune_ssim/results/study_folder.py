@@ -6,6 +6,7 @@
                         what was found before the first trial
   trials.jsonl          one line per trial, written when it ends: see TrialSummary
   skipped.jsonl         settings not launched because they were predicted to be ruinous
+  files.jsonl           code and settings that the commands of baselines and confirmations were seen to use
   checkpoints.jsonl     checkpoints that trials wrote, by their contents
   events.jsonl          everything that happened, in order; MLflow is a replay of it
   baseline/<sha256>.json
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from tune_ssim.trials.summary import TrialSummary
 DEFAULT_STORAGE = "tune_ssim_results"
 STORAGE_VARIABLE = "TUNE_SSIM_STORAGE"
 PREFLIGHT, CALIBRATION, PROVENANCE, START = "preflight.json", "calibration.json", "provenance.json", "start.json"
-SKIPPED = "skipped.jsonl"
+SKIPPED, FILES = "skipped.jsonl", "files.jsonl"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ class StartingState:
     contents: tuple[Contents, ...]
     parents: tuple[str, ...]
     not_covered: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _FilesSeen:
+    trial_id: str
+    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,15 @@ class StudyFolder:
         file = self.path / "checkpoints.jsonl"
         lines = parse_lines(file, lambda line: read_as(WrittenCheckpoint, line), containing=json.dumps(trial_id))
         return [line for line in lines if line.trial_id == trial_id]
+
+    def add_files_seen(self, trial_id: str, files: Mapping[str, str]) -> None:
+        """Records the code and settings that a trial's command was seen to use."""
+        append_line(self.path / FILES, {"trial_id": trial_id, "files": files})
+
+    def files_seen(self, trial_ids: Collection[str]) -> list[dict[str, str]]:
+        """Name → SHA-256, for each of these trials whose command was observed."""
+        lines = parse_lines(self.path / FILES, lambda line: read_as(_FilesSeen, line))
+        return [line.files for line in lines if line.trial_id in trial_ids]
 
     def add_trial(self, summary: TrialSummary) -> bool:
         """Appends a summary. Returns False and writes nothing if the trial already has a verdict, since the first one is final."""

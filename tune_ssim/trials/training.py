@@ -198,6 +198,10 @@ class Training(ABC):
         """A hash of each data set, e.g. `data/train`, `data/held_out`."""
         return {}
 
+    def files_seen(self) -> Mapping[str, str]:
+        """Name → hash of the code and settings that a separate process was seen to use."""
+        return {}
+
     def left_out(self) -> Mapping[str, str]:
         """Data files that are not used, each with the reason."""
         return {}

@@ -56,12 +56,14 @@ class TrialSpec:
 @dataclass(frozen=True)
 class TrialResult:
     """How a trial ended. harm: a graded constraint, feasible if <= 0. baseline: set for a safe baseline run, for comparison with
-    other trials. effective: the parameters that were in force. traceback: set if the training raised an exception."""
+    other trials. effective: the parameters that were in force. files: see `Training.files_seen`. traceback: set if the
+    training raised an exception."""
 
     summary: TrialSummary
     harm: float = 0.0
     effective: Mapping[str, Any] = field(default_factory=dict)
     baseline: Baseline | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
     traceback: str = ""
 
 
@@ -243,7 +245,9 @@ class TrialRun:
         baseline = None
         if trial is not None and judgement.verdict == Verdict.SAFE and self.job.role == Role.BASELINE:
             baseline = Baseline((trial.baseline_run(self.job.trial_id),))
-        return TrialResult(summary, trial.harm() if trial and not self.failure else 0.0, effective, baseline, self._traceback)
+        files = dict(trial.task.files_seen()) if trial else {}
+        harm = trial.harm() if trial and not self.failure else 0.0
+        return TrialResult(summary, harm, effective, baseline, files, self._traceback)
 
     def close(self) -> None:
         """Ends what the training runs outside this process."""

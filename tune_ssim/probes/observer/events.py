@@ -18,6 +18,7 @@ RANK_TOLERANCE = 1e-3  # relative; ranks compute one norm in different orders
 class Observation:
     """What has been seen so far. weights, loads, optimizers: the events of the first rank, as written.
 
+    files: path → SHA-256 of local modules that were imported, and of settings files that were opened, before the first update.
     max_grad_norm: of the first step's clip_grad_norm_; None where nothing was clipped by it.
     held: whether the weights were unchanged after every held step that was compared; None without one. offset: the program's own
     step minus the number of updates when it logged; None if it has not logged."""
@@ -30,6 +31,7 @@ class Observation:
     weights: list[Mapping[str, Any]] = field(default_factory=list)
     loads: list[Mapping[str, Any]] = field(default_factory=list)
     loggers: list[str] = field(default_factory=list)
+    files: dict[str, dict[str, str]] = field(default_factory=lambda: {"code": {}, "settings": {}})
     steps: int = 0
     max_grad_norm: float | None = None
     held: bool | None = None
@@ -122,6 +124,9 @@ class EventReader:
             seen.notes.append(event["text"])
         elif kind == "optimizer":
             seen.optimizers.append(event)
+        elif kind == "files":
+            for what, hashes in seen.files.items():
+                hashes.update(event[what])
         elif kind == "clipping":
             seen.max_grad_norm = seen.max_grad_norm if event["optimizer"] else event["max_norm"]
         elif kind == "weights":

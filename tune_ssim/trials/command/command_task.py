@@ -20,7 +20,7 @@ from tune_ssim.records.readers import LineParser, Source, open_source
 from tune_ssim.study.command_spec import CommandSpec, fill, placeholders
 from tune_ssim.trials.channel import VARIABLE, TrialEnd
 from tune_ssim.trials.command.checkpoints import Checkpoints, sizes
-from tune_ssim.trials.command.dependencies import Dependencies
+from tune_ssim.trials.command.dependencies import Dependencies, name_of
 from tune_ssim.trials.command.filled_spec import FilledSpec
 from tune_ssim.trials.command.guesses import propose_logs
 from tune_ssim.trials.command.observed import ObservedRecords
@@ -465,6 +465,18 @@ class CommandTask(Training):
 
     def fingerprints(self) -> dict[str, str]:
         return self._dependencies.hashes()
+
+    def files_seen(self) -> dict[str, str]:
+        """Those under the names of `fingerprints`. Settings only from the working folder, and not what the trial itself wrote."""
+        if self.observation is None:
+            return {}
+        folder, own = Path(self.filled.cwd or ".").absolute(), Path(self.filled.fields["exp_dir"]).absolute()
+        found = {}
+        for kind, hashes in self.observation.files.items():
+            for path, digest in hashes.items():
+                if not Path(path).is_relative_to(own) and (kind == "code" or Path(path).is_relative_to(folder)):
+                    found[name_of(kind, Path(path), folder)] = digest
+        return found
 
     @property
     def not_covered(self) -> list[str]:

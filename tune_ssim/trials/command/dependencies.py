@@ -18,6 +18,9 @@ OWN_FUNCTION = "tune_ssim.trials.command.call_function"  # runs "module:function
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz")
 SETTING_SUFFIXES = (".yaml", ".yml", ".json", ".toml", ".ini", ".cfg", ".txt")
 SCRIPT_SUFFIXES = (".py", ".sh", ".bash")
+WITHOUT_RUNNING = "files that the program opens by itself, and modules that it imports by a name made at run time"
+WHEN_OBSERVED = "data and weights that the program opens by itself, and what it opens or imports after its first update"
+NO_CODE = "the program"
 MAX_NAMED = 5  # names in a sentence
 BLOCK_BYTES = 2**20
 
@@ -30,7 +33,7 @@ class Dependencies:
 
     def __init__(self, spec: CommandSpec, config: Mapping[str, Any], home: str | None) -> None:
         self._spec, self._fields = spec, {**config, "python": sys.executable}
-        self._folder = Path(home or ".", self._filled(spec.cwd or "") or "").absolute()
+        self._folder = working_folder(spec, self._fields, home)
         self.files: dict[str, Path] = {}
         self._packages: set[str] = set()
         self._folders: list[str] = []
@@ -42,9 +45,9 @@ class Dependencies:
     @property
     def not_covered(self) -> list[str]:
         """What may change without being noticed, a phrase each."""
-        found = ["files that the program opens by itself, and modules that it imports by a name made at run time"]
+        found = [WITHOUT_RUNNING]
         if not any(name.startswith("code/") for name in self.files):
-            found.append(f"the program {self._spec.command[0]!r}: none of its files is among its arguments")
+            found.append(f"{NO_CODE} {self._spec.command[0]!r}, of which no file is among its arguments")
         if self._packages:
             found.append(f"installed packages: {_listed(sorted(self._packages))}")
         if self._folders:
@@ -65,10 +68,7 @@ class Dependencies:
 
     def _filled(self, template: str) -> str | None:
         """None if it has a placeholder whose value only a trial knows, such as `{exp_dir}`."""
-        try:
-            return fill(template, self._fields)
-        except UserError:
-            return None
+        return _filled(template, self._fields)
 
     def _import_roots(self) -> list[Path]:
         own = self._filled(str(self._spec.environment.get("PYTHONPATH", ""))) or ""
@@ -122,7 +122,7 @@ class Dependencies:
 
     def _add(self, kind: str, path: Path) -> bool:
         """False if it is known already."""
-        name = f"{kind}/{os.path.relpath(path, self._folder)}"
+        name = name_of(kind, path, self._folder)
         is_new = name not in self.files
         self.files[name] = path
         return is_new
@@ -186,6 +186,27 @@ class Dependencies:
                     inner = f"{node.module}.{alias.name}" if node.module else alias.name
                     if any(self._paths_of(inner, start)):
                         self._add_module(inner, start, folder)
+
+
+def working_folder(spec: CommandSpec, fields: Mapping[str, Any], home: str | None) -> Path:
+    return Path(home or ".", _filled(spec.cwd or "", fields) or "").absolute()
+
+
+def hashes_of(names: Iterable[str], folder: Path) -> dict[str, str]:
+    """Of files by their names, such as those that a program was seen to import. One that is gone is left out."""
+    files = {name: folder / name.partition("/")[2] for name in names}
+    return {name: _hash_of(path) for name, path in files.items() if path.is_file()}
+
+
+def _filled(template: str, fields: Mapping[str, Any]) -> str | None:
+    try:
+        return fill(template, fields)
+    except UserError:
+        return None
+
+
+def name_of(kind: str, path: Path, folder: Path) -> str:
+    return f"{kind}/{os.path.relpath(path, folder)}"
 
 
 def _is_script(path: Path) -> bool:

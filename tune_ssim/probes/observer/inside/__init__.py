@@ -2,6 +2,7 @@
 
 import json
 
+from . import files
 from .events import Events, guarded
 from .imports import after_import
 
@@ -11,6 +12,7 @@ def start(settings_file: str) -> None:
     with open(settings_file, encoding="utf-8") as file:
         settings = json.load(file)
     events = Events(settings["folder"])
+    guarded(events)(files.install)(events)
     state = {}
 
     @guarded(events)

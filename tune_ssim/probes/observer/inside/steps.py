@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 
-from . import clips
+from . import clips, files
 from .events import guarded
 from .modules import all_roots, kind_of, modules_of, tags_of
 from .weights import describe_weights
@@ -177,6 +177,7 @@ class Steps:
             gradient_dtypes=sorted(gradients),
             modules=[kind_of(module) for module in modules],
         )
+        files.tell(self.events)
         if int(os.environ.get("RANK", 0)) == 0:
             describe_weights(self.events, roots, modules, one.parameters, self.files)
 
