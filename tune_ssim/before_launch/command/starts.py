@@ -126,7 +126,10 @@ class CommandReader:
 
     def __call__(self, configs: Sequence[Mapping[str, Any]], batches: int) -> list[Reading]:
         if self._first_step_only:
-            return [self._over_seeds(config, batches) for config in configs]
+            seeds = range(self.seed, self.seed + batches)
+            groups = [[StartJob(config, seed, 1, is_held=False) for seed in seeds] for config in configs]
+            self.starts([job for jobs in groups for job in jobs])  # all at once, so that they may run side by side
+            return [self._reading(self.starts(jobs), 1) for jobs in groups]
         starts = self.starts([StartJob(config, self.seed, batches) for config in configs])
         if not self._is_disabled and any(start.held is None and not start.failure for start in starts):
             raise UserError(
@@ -135,10 +138,6 @@ class CommandReader:
                 "batch, with `calibration: {method: first_step, batches: 4}`"
             )
         return [self._reading([start], batches) for start in starts]
-
-    def _over_seeds(self, config: Mapping[str, Any], seeds: int) -> Reading:
-        jobs = [StartJob(config, self.seed + index, 1, is_held=False) for index in range(seeds)]
-        return self._reading(self.starts(jobs), 1)
 
     def _reading(self, starts: Sequence[Start], steps: int) -> Reading:
         for start in starts:
