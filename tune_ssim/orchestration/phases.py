@@ -26,6 +26,7 @@ from tune_ssim.results.trial_text import format_setting
 from tune_ssim.results.winner import ranked
 from tune_ssim.search.baseline_first import BaselineFirst
 from tune_ssim.search.confirm import PREFIX, ConfirmSearch, confirm_seeds, confirm_steps, for_longer
+from tune_ssim.search.guided import GuidedSearch
 from tune_ssim.search.optuna_search import DEFAULT_LATIN_POINTS, OptunaSearch
 from tune_ssim.search.search import Outcome, Search
 from tune_ssim.search.staged import StagedSearch
@@ -154,10 +155,10 @@ class StudyRun:
         search: BaselineFirst
 
         def noise_floor() -> float:
-            """The difference between the baseline's seeds; 0 if there is only one."""
+            """The smallest useful improvement, or the difference between the baseline's seeds if that is larger."""
             file = search.baseline_file
             found = file.read().noise_floor(study.objective.metric) if file else None
-            return found or 0.0
+            return max(found or 0.0, study.objective.smallest_useful)
 
         inner = self._make_search(noise_floor)
         search = self._baseline_first(inner, seeds, baseline=baseline, runs=runs, previous=previous, max_trials=study.search.trials)
@@ -192,11 +193,14 @@ class StudyRun:
             "seed": study.search.seed,
             "concurrency": self.concurrency,
             "deterministic": study.search.deterministic and study.scheduler is None,
-            "sampler": optuna.samplers.RandomSampler(seed=study.search.seed) if study.search.strategy == "random" else None,
+            "sampler": optuna.samplers.RandomSampler(seed=study.search.seed) if study.strategy == "random" else None,
         }
         if len(study.space.stages) > 1:
             return StagedSearch(study.space, study.search.trials, objective=study.objective, noise_floor=noise_floor, **options)
         stage = study.space.stages[0]
+        if study.strategy == "guided":
+            assert model is not None, "a guided study calibrates"
+            return GuidedSearch(stage, model, start=study.baseline_settings, noise_floor=noise_floor, max_ratio=max_ratio)
         n_latin = min(DEFAULT_LATIN_POINTS, max(0, study.search.trials - len(stage.points)))
         return OptunaSearch(stage, n_latin=n_latin, direction=study.objective.direction, **options)
 
@@ -246,6 +250,7 @@ class StudyRun:
             keep=study.objective.rules,
             objective=study.objective,
             requires_objective=True,
+            evaluate_at=(steps // 2,) if study.strategy == "guided" and with_scheduler and steps > 1 else (),
             report_every=study.report_every,
         )
         spec = TrialSpec(

@@ -10,6 +10,7 @@ from tune_ssim.orchestration.progress import Progress
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
+from tune_ssim.results.trial_text import format_setting
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.quarantine import Ledger
@@ -35,9 +36,11 @@ class StudyRecorder:
 
     def trial_started(self, job: TrialJob) -> None:
         settings = resolve_settings(job.settings)
-        self.writer.trial_started(job.trial_id, job.role.value, settings, job.slot)
+        self.writer.trial_started(job.trial_id, job.role.value, settings, job.slot, reason=job.reason)
         self.started.add(job.trial_id)
         self.progress.trial_started(job.trial_id, settings)
+        if job.reason:
+            self.progress.say(f"{job.trial_id}: {format_setting(settings)}: {job.reason}")
 
     def reported(self, trial_id: str, report: TrialReport) -> None:
         if trial_id in self.ended:

@@ -84,9 +84,11 @@ class EventWriter:
         config: Mapping[str, Any],
         slot: int | None = None,
         parameters: Mapping[str, Any] | None = None,
+        reason: str = "",
     ) -> None:
-        """`config`: the requested settings. `parameters`: those in force, if already known."""
-        self._add("trial", trial_id=trial_id, role=role, config=config, slot=slot, parameters=parameters or {})
+        """`config`: the requested settings. `parameters`: those in force, if already known. `reason`: why the search chose it."""
+        more = {"reason": reason} if reason else {}
+        self._add("trial", trial_id=trial_id, role=role, config=config, slot=slot, parameters=parameters or {}, **more)
 
     def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """A result of our trainable: its `records` ([[step, {name: number}], …]) and its `images` ({step: PNG bytes}).

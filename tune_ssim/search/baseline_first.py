@@ -95,6 +95,8 @@ class BaselineFirst:
                 baseline=self.baseline_file,
                 storage=self.storage,
                 study=self.study,
+                reason=suggestion.reason,
+                rival=suggestion.rival,
             )
             job = self._replay(job)
             self._slots[job.trial_id] = suggestion.slot

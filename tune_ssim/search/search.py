@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +14,9 @@ from tune_ssim.trials.summary import TrialSummary
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A setting to try. slot: its position in the order of suggestions, from 0. trial_id, seed: None if the study chooses them."""
+    """A setting to try. slot: its position in the order of suggestions, from 0. trial_id, seed: None if the study chooses them.
+
+    reason: why it is tried, as text. rival: (step, improvement) of a trial that this one must keep up with: see `TrialJob`."""
 
     slot: int
     settings: Mapping[str, Any]
@@ -22,6 +24,8 @@ class Suggestion:
     trial_id: str | None = None
     role: Role = Role.SEARCH
     seed: int | None = None
+    reason: str = ""
+    rival: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,15 @@ class Outcome:
 
     verdict: None for a trainable without verdicts. value: of the objective, NaN if the training did not reach its end.
     harm: a graded constraint, feasible if <= 0; NaN if unknown. improvement: how much better than the baseline it is, above zero if
-    it is; NaN if unknown. baseline: set for a baseline run, for comparison with other trials.
+    it is; NaN if unknown. curve: (step, improvement) at evaluations on the way. steps: training steps done. baseline: set for a baseline run, for comparison with other trials.
     died: the trial's process died, so nothing is known."""
 
     verdict: Verdict | None = None
     value: float = math.nan
     harm: float = math.nan
     improvement: float = math.nan
+    curve: Sequence[tuple[int, float]] = ()
+    steps: int = 0
     reason: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     baseline: Baseline | None = None
@@ -70,6 +76,8 @@ class Outcome:
             verdict=summary.verdict,
             value=summary.metric(summary.objective) if summary.verdict.has_result else math.nan,
             improvement=summary.improvement if summary.verdict.has_result else math.nan,
+            curve=summary.curve,
+            steps=summary.steps,
             harm=harm,
             reason=summary.reason,
             settings=summary.config,

@@ -59,6 +59,11 @@ def _default_keep() -> dict[str, Keep]:
     }
 
 
+# An improvement below it is of no use: SSIM is reported with three digits, PSNR with one or two; the deviation between seeds is as
+# large (FACTS §6).
+SMALLEST_USEFUL = {"ssim": 0.001, "psnr": 0.05}
+
+
 class Objective(Section):
     """`maximize` or `minimize` a metric that is measured after the training (held-out) or logged during it. With `delta_` before
     its name: the difference to the baseline on the same seed.
@@ -69,6 +74,7 @@ class Objective(Section):
     maximize: Name | None = None
     minimize: Name | None = None
     reduction: str | dict[str, int] = "last"
+    min_improvement: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # None: see SMALLEST_USEFUL; 0 for others
     keep: Annotated[dict[str, Keep], or_empty(_default_keep)] = Field(default_factory=_default_keep)
 
     @model_validator(mode="before")
@@ -94,7 +100,8 @@ class Objective(Section):
     @model_serializer
     def _as_in_a_file(self) -> dict[str, Any]:
         reduction = {} if self.reduction == "last" else {"reduction": self.reduction}
-        return {self.direction: self.name, **reduction, "keep": {name: rule.limit for name, rule in self.keep.items()}}
+        least = {} if self.min_improvement is None else {"min_improvement": self.min_improvement}
+        return {self.direction: self.name, **reduction, **least, "keep": {name: rule.limit for name, rule in self.keep.items()}}
 
     @classmethod
     def of(cls, name: str, direction: str = "maximize") -> Objective:
@@ -123,6 +130,11 @@ class Objective(Section):
     @property
     def is_delta(self) -> bool:
         return self.name.startswith(DELTA)
+
+    @property
+    def smallest_useful(self) -> float:
+        """An improvement must exceed it to count as effective."""
+        return SMALLEST_USEFUL.get(self.metric, 0.0) if self.min_improvement is None else self.min_improvement
 
     @property
     def rules(self) -> tuple[KeepRule, ...]:

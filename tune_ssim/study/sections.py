@@ -34,7 +34,8 @@ class BaselineRuns(Section):
 
 
 class Search(Section):
-    strategy: Literal["optuna", "random"] = "optuna"  # FACTS §6: TPE finds a good safe setting twice as often as random
+    # guided: from the calibrated start, `search.guided.GuidedSearch`; see `Study.strategy`. benchmarks/replay compares the three.
+    strategy: Literal["guided", "optuna", "random"] = "guided"
     trials: Annotated[int, Field(ge=1)] = 12  # FACTS §2: 63-107 s on two cores; baselines are not counted
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # NumPy's range
     concurrency: int | Literal["auto"] = 2  # trials at a time; auto: as many as fit on the cluster

@@ -440,6 +440,12 @@ class Study(Document):
         """What is valid and probably a mistake, each with its place in the file."""
         return self._warnings
 
+    @property
+    def strategy(self) -> str:
+        """How the settings of a space with one stage are chosen. A guided search needs a calibrated gain; without it, TPE."""
+        can_guide = self.calibrates and len(self.space.stages) == 1 and GAIN in self.space.stages[0].parameters
+        return "optuna" if self.search.strategy == "guided" and not can_guide else self.search.strategy
+
     def to_dict(self) -> dict[str, Any]:
         """The study as in a file, with everything explicit."""
         return self.model_dump()

@@ -31,6 +31,7 @@ class TrialSummary:
     checked: what a safe trial was judged by, a sentence each. quarantined: content ids of the checkpoints that a ruined trial
     wrote. warnings: messages of guards with the action `warn`, and what was noticed about the training, such as log rows that were
     passed over.
+    curve: (step, improvement over the baseline) at evaluations before the end.
     metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are floats here, and the strings "NaN",
     "Infinity", "-Infinity" in a file, since JSON has no such numbers.
     """
@@ -49,6 +50,7 @@ class TrialSummary:
     steps: int = 0
     metrics: dict[str, JsonNumber] = field(default_factory=dict)
     checked: list[str] = field(default_factory=list)
+    curve: list[tuple[int, JsonNumber]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
 
@@ -86,8 +88,8 @@ class TrialSummary:
         return json.dumps(jsonable({**others, GAIN: f"{self.gain:.9g}"}), sort_keys=True, default=str)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. `seed`, `checked`, `warnings`, `quarantined` only if there are any, `direction` only for minimize."""
-        left_out = [name for name in ("seed", "checked", "warnings", "quarantined") if vars(self)[name] in (None, [])]
+        """Plain JSON values; without keys that are empty, and with `direction` only if it is minimize."""
+        left_out = [name for name in ("seed", "checked", "curve", "warnings", "quarantined") if vars(self)[name] in (None, [])]
         left_out += ["direction"] if self.direction == "maximize" else []
         plain: dict[str, Any] = jsonable({key: value for key, value in vars(self).items() if key not in left_out})
         return plain | {"role": self.role.value, "verdict": self.verdict.value}

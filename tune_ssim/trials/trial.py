@@ -67,6 +67,7 @@ class TrialPlan:
     keep: tuple[KeepRule, ...] = ()
     objective: Objective = DEFAULT_OBJECTIVE
     requires_objective: bool = False  # whether a baseline that does not measure it is an error
+    evaluate_at: tuple[int, ...] = ()  # steps of held-out evaluations before the end, if the training runs in this process
     report_every: int = 1  # steps between copies from the device, and so between verdicts
     image_grids: bool = True
 
@@ -106,11 +107,13 @@ class Trial:
         role: Role | str = Role.SEARCH,
         baseline: Baseline | None = None,
         searched: Collection[str] = (),
+        rival: tuple[int, float] | None = None,
         device: str | None = None,
     ) -> None:
         """Sets up the training from scratch. `baseline` None: nothing to compare with (a baseline run), so no norm guard.
 
-        `searched`: keys in which the trial may differ from the baseline, in addition to those of the auxiliary losses."""
+        `searched`: keys in which the trial may differ from the baseline, in addition to those of the auxiliary losses. `rival`:
+        (step, improvement over the baseline); the trial is stopped if its own improvement at that step is smaller."""
         self.config, self.seed, self.role, self.baseline = dict(config), seed, Role(role), baseline
         self.task.setup(config, seed, device)
         self.searched = tuple(searched)
@@ -126,6 +129,8 @@ class Trial:
         self.wrote: list[dict[str, Any]] = []  # contents of checkpoints, for the quarantine ledger
         self.logged: list[float] = []  # values of the objective's metric that its reduction needs
         self.logged_names: set[str] = set()  # of a baseline run
+        self.rival = rival
+        self.curve: list[tuple[int, float]] = []  # improvement over the baseline at evaluations before the end
         self.first_active: int | None = None  # until this step a trial equals the baseline bit for bit
         self.parents = self.task.ancestry()
         self.watch = Watch(self._bound_guards())
@@ -184,6 +189,9 @@ class Trial:
                 self._judge(records, made)
                 if smoke_due and self.verdict is None:
                     self._smoke(made)
+            if self.verdict is None and self._evaluation_due(before, ended):
+                self._judge([*_resolve(pending), Record(self.step, {self.plan.objective.metric: self._held_out()})], made)
+                pending.clear()
         if pending and self.verdict is None:
             self._judge(_resolve(pending), made)
         if self.verdict is None and ended and self.plan.steps is None and self._takes_samples:
@@ -234,7 +242,7 @@ class Trial:
             "watch": self.watch.state_dict(), "warnings": [asdict(warning) for warning in self.warnings],
             "baseline": None if self.baseline is None else self.baseline.sha256,
             "series": {name: [[step, value] for step, value in points.items()] for name, points in self.series.items()},
-            "first_active": self.first_active, "logged": self.logged,
+            "first_active": self.first_active, "logged": self.logged, "curve": self.curve,
             "verdict": None if self.verdict is None else asdict(self.verdict),
         }  # fmt: skip
         save_checkpoint(folder, {"task": self.task.state_dict(), "trial": trial}, self.parents)
@@ -280,6 +288,7 @@ class Trial:
         self.warnings = [Violation(**warning) for warning in trial["warnings"]]
         self.series = {name: dict(points) for name, points in trial["series"].items()}
         self.first_active, self.logged = trial["first_active"], trial.get("logged", [])
+        self.curve = [(step, value) for step, value in trial.get("curve", [])]
         self.step = trial["step"]
         if (verdict := trial["verdict"]) is not None:  # saved after the end: nothing to resume
             violation = verdict["violation"]
@@ -414,10 +423,37 @@ class Trial:
 
     def _keep_objective(self, record: Record) -> None:
         objective = self.plan.objective
-        if objective.metric in record.values:
-            self.logged = objective.remember([*self.logged, record.values[objective.metric]])
+        if (value := record.values.get(objective.metric)) is not None:
+            self.logged = objective.remember([*self.logged, value])
+            if self.role == Role.BASELINE:
+                self.series.setdefault(objective.metric, {})[record.step] = value
+            elif self.baseline is not None and record.step < self.plan.steps:
+                self._compare(record.step, value)
         if self.role == Role.BASELINE:
             self.logged_names |= record.values.keys()
+
+    def _evaluation_due(self, before: int, ended: bool) -> bool:
+        return not (ended or self.task.reports_after_last_step) and any(before < step <= self.step for step in self.plan.evaluate_at)
+
+    def _held_out(self) -> float:
+        """The objective's metric now. Raises UserError if it is not evaluated."""
+        name, found = self.plan.objective.metric, self.task.evaluate()
+        if name not in found:
+            raise UserError(f"step {self.step}: no held-out {name} in the evaluation, found {', '.join(found) or 'nothing'}")
+        return float(found[name])
+
+    def _compare(self, step: int, value: float) -> None:
+        """Compares with the baseline at the same step, and with the rival. Stops the trial if it is behind."""
+        assert self.baseline is not None
+        objective = self.plan.objective
+        reference = self.baseline.reference(self.seed).series.get(objective.metric, {}).get(step)
+        if reference is None or not math.isfinite(value - reference):
+            return
+        improvement = objective.improvement({objective.delta: value - reference})
+        self.curve.append((step, improvement))
+        if self.rival is not None and step == self.rival[0] and improvement < self.rival[1]:
+            behind = f"its improvement is {improvement:+.4g} there, the best trial so far had {self.rival[1]:+.4g}"
+            self.verdict = Judgement(Verdict.STOPPED, f"stopped at step {step}, since it is behind: {behind}")
 
     def measure(self) -> dict[str, float]:
         """Held-out metrics, and the objective's metric if the training logs it."""

@@ -134,7 +134,7 @@ class TrialRun:
         steps = self.trial.plan.steps
         config = {**({} if steps is None else {"steps": steps}), **self.spec.task_config, **self.settings}
         self._is_started = False
-        self.trial.start(config, seed=self.job.seed, role=self.job.role, baseline=baseline, searched=self.job.searched)
+        self.trial.start(config, seed=self.job.seed, role=self.job.role, baseline=baseline, searched=self.job.searched, rival=self.job.rival)
         self._is_started = True
 
     def load(self, checkpoint: Path) -> bool:
@@ -238,6 +238,7 @@ class TrialRun:
             horizon=trial.horizon() if trial else {},
             evidence=violation.evidence() if violation else None,
             steps=trial.step if trial else 0,
+            curve=list(trial.curve) if trial else [],
             metrics={**metrics, "seconds": round(time.perf_counter() - self._started_s, 3)},
             checked=list(trial.checked) if trial and judgement.verdict == Verdict.SAFE else [],
             warnings=[*(warning.sentence for warning in trial.warnings), *trial.remarks] if trial else [],
