@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.numbers import is_number
 from tune_ssim.before_launch.forecast import gain_at
 from tune_ssim.guards.verdict import Verdict
 from tune_ssim.probes.norm_model import NormModel
@@ -139,8 +140,14 @@ class GuidedSearch:
         for name, value in self._others.items():
             if self.best is None:
                 break
-            axis = self._other_axis(name, self.stage.parameters[name], self.best.settings)
-            reasons.append((yield from self._line(axis, _place_of(self.stage.parameters[name], value), name, self.best)))
+            domain, best = self.stage.parameters[name], self.best
+            axis = self._other_axis(name, domain, best.settings)
+            if _has_order(domain):
+                reasons.append((yield from self._line(axis, _place_of(domain, value), name, best)))
+            else:
+                others = [(float(index), f"another {name}") for index, other in enumerate(domain.listed) if other != value]
+                yield from self._run(axis, [], others, best)
+                reasons.append(f"{name}: all values tried")
         return "; ".join(reasons)
 
     def _line(self, axis: Axis, place: float, label: str, here: _Try | None = None) -> Walk:
@@ -305,11 +312,12 @@ def _gain_or(model: NormModel, ratio: float, setting: Mapping[str, Any], otherwi
         return otherwise
 
 
+def _has_order(domain: Domain) -> bool:
+    return not isinstance(domain, Choice) or all(is_number(value) for value in domain.listed)
+
+
 def _in_order(domain: Choice) -> list[Any]:
-    try:
-        return sorted(domain.listed)
-    except TypeError:
-        return list(domain.listed)
+    return sorted(domain.listed) if _has_order(domain) else list(domain.listed)
 
 
 def _nearest(domain: Domain, value: Any) -> Any:
