@@ -31,7 +31,10 @@ def make_model(gates: tuple[float, ...] = (0.3, 1.0)) -> NormModel:
     return NormModel(gates, q, np.ones((len(gates), 4), bool), np.ones(4), (0, 1, 2, 3), "gram")
 
 
-def make_stage(gain: Any = LogUniform(1e-3, 1e3), **more: Any) -> Stage:
+WIDE = LogUniform(1e-3, 1e3)
+
+
+def make_stage(gain: Any = WIDE, **more: Any) -> Stage:
     return Stage(name="s", parameters={GAIN: gain, **more}, fixed={} if MAX_T in more else {MAX_T: 1.0})
 
 

@@ -50,9 +50,8 @@ def test_an_objective_is_read_and_written(written: dict[str, Any], name: str, di
     assert load_study(loaded.to_dict()).objective == loaded.objective
 
 
-def test_earlier_objectives_are_written_as_before() -> None:
-    """So that a study keeps its digest."""
-    assert list(load_study(SMALL).to_dict()["objective"]) == ["maximize", "keep"]
+def test_a_reduction_is_written_only_if_it_is_another() -> None:
+    assert list(load_study(SMALL).to_dict()["objective"]) == ["maximize", "min_improvement", "keep"]
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ BAD = [
     ("search: {trials: '12'}", "s.yaml:1: search.trials: must be an integer, got '12' (text)"),
     ("search: {trials: 12.5}", "s.yaml:1: search.trials: must be an integer, got 12.5"),
     ("search: {trials: true}", "s.yaml:1: search.trials: must be an integer, got true"),
-    ("search: {strategy: tpe}", "s.yaml:1: search.strategy: must be one of 'optuna', 'random', got 'tpe' (text)"),
+    ("search: {strategy: tpe}", "s.yaml:1: search.strategy: must be one of 'guided', 'optuna', 'random', got 'tpe' (text)"),
     ("search: {concurrency: 0}", "s.yaml:1: search.concurrency: must be an integer >= 1 or auto, got 0"),
     ("search: {deterministic: no}", "s.yaml:1: search.deterministic: must be true or false, got 'no' (text)"),
     ("scheduler: asha", "s.yaml:1: scheduler: must be null or asha:"),

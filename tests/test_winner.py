@@ -24,13 +24,13 @@ from tune_ssim.results.winner import NoSafeTrial, best_safe
     [
         (USUAL, "00004"),
         # the baseline is safe and may be the best; it is not a setting of the search
-        ((trial("a", delta_ssim=0.001), trial("b", delta_ssim=0.9, role="baseline")), "a"),
+        ((trial("a", delta_ssim=0.0011), trial("b", delta_ssim=0.9, role="baseline")), "a"),
         # confirmed under two further seeds, and a better one that was not
         ((trial("a", delta_ssim=0.9), trial("b", delta_ssim=0.1, config={"ssim_loss_weight": 3}),
           *(trial(f"c{seed}", role="confirm", config={"ssim_loss_weight": 3}) for seed in (2, 3))), "b"),
         # every verdict but safe, however good its number
         ([trial(v, v, 0.9) for v in ("degraded", "pruned", "bad_setup", "stopped", "error")]
-         + [trial("a", delta_ssim=1e-6, config={"ssim_loss_weight": 1.0})], "a"),
+         + [trial("a", delta_ssim=0.002, config={"ssim_loss_weight": 1.0})], "a"),
         # no number, or none that is finite
         ((trial("a", delta_ssim="NaN"), trial("b", delta_ssim="Infinity"), trial("c", metrics={}),
           trial("d", delta_ssim=None), trial("e", delta_ssim=0.1)), "e"),
@@ -66,18 +66,19 @@ def test_best_safe(tmp_path: Path, trials: Any, winner: str) -> None:
         ((trial("a", delta_ssim="NaN"),), "1 safe; the safe ones have no finite delta_ssim"),
         (
             (trial("a", delta_ssim=-0.001), trial("b", delta_ssim=-0.2, config={"lr": 1})),
-            "no setting beats the baseline: the best of 2",
+            "no setting beats the baseline by more than 0.001: the best of 2",
         ),
         ((trial("a", delta_ssim=0.0),), "no setting beats the baseline"),
+        ((trial("a", delta_ssim=0.0009),), "no setting beats the baseline by more than 0.001"),
         (
             (trial("a"), trial("b", role="confirm"), trial("c", "pruned", "NaN", role="confirm", seed=3)),
             "no finalist held in the confirm phase: a with seed 3 is pruned: total_norm is 32",
         ),
         (
             (trial("a"), trial("b", role="confirm", delta_ssim=-0.02), trial("c", role="confirm", delta_ssim=0.01)),
-            "a has delta_ssim -0.005 over 2 seeds",
+            "a has delta_ssim -0.005 [-0.1956, +0.1856] over 2 seeds, which does not beat the baseline by more than 0.001",
         ),
-        ((trial("a"), trial("b", role="confirm")), "a has delta_ssim +0.005 over 1 seeds"),
+        ((trial("a"), trial("b", role="confirm")), "a has delta_ssim +0.005 with one seed, which shows nothing"),
     ],
 )
 def test_nothing_to_export(trials: Any, said: str) -> None:

@@ -158,7 +158,7 @@ class StudyRun:
             """The smallest useful improvement, or the difference between the baseline's seeds if that is larger."""
             file = search.baseline_file
             found = file.read().noise_floor(study.objective.metric) if file else None
-            return max(found or 0.0, study.objective.smallest_useful)
+            return max(found or 0.0, study.objective.min_improvement or 0.0)
 
         inner = self._make_search(noise_floor)
         search = self._baseline_first(inner, seeds, baseline=baseline, runs=runs, previous=previous, max_trials=study.search.trials)
@@ -224,7 +224,9 @@ class StudyRun:
         previous = self._previous(Role.CONFIRM, steps)
         runs = self._baseline_runs([f"{PREFIX}baseline-{index}" for index in range(len(seeds))])
         self.progress.expect(None, len(previous) + len(runs))  # the number of finalists to test is unknown
-        search = self._baseline_first(ConfirmSearch(settings, seeds), seeds, runs=runs, previous=previous, prefix=PREFIX)
+        search = self._baseline_first(
+            ConfirmSearch(settings, seeds, self.study.objective.min_improvement), seeds, runs=runs, previous=previous, prefix=PREFIX
+        )
         self._run(CONFIRM, search, steps, for_longer(self.study.guard_list, steps))
 
     def _baseline_first(self, search: Search, seeds: Sequence[int], **options: Any) -> BaselineFirst:

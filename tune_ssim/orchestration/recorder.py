@@ -9,8 +9,8 @@ from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.progress import Progress
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.study_folder import StudyFolder
-from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
 from tune_ssim.results.trial_text import format_setting
+from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.quarantine import Ledger

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, stdev
 from typing import Any
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import jsonable
 from tune_ssim.guards import KeepRule
 from tune_ssim.guards.verdict import Role
+from tune_ssim.results.intervals import paired
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.winner import are_copies, confirmations, holds, why_copies
 from tune_ssim.trials.command.dependencies import NO_CODE, WHEN_OBSERVED, WITHOUT_RUNNING
 from tune_ssim.trials.summary import TrialSummary
-
-LEVEL = 0.95  # confidence level of the intervals
 
 
 def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
@@ -48,6 +45,7 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
         "horizon": confirmed[0].horizon if confirmed else None,
         "objective": objective.name,
         **({"direction": objective.direction} if objective.direction == "minimize" else {}),
+        **({"min_improvement": objective.min_improvement} if objective.min_improvement is not None else {}),
         "comparison": comparison(confirmed),
         "margins": margins(confirmed, baselines, limits, rules),
         "switched_off": [name for name in ("preflight", "calibration", "confirm") if name in study and study[name] is None],
@@ -91,17 +89,6 @@ def _limits(folder: StudyFolder) -> tuple[dict[str, float], list[KeepRule]]:
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{folder.study_file}: guards.norm_ratio or objective.keep is not what a study has: {error}") from None
     return {"smoke_used_max": 1.0} | ({"norm_ratio_max": norm_ratio} if norm_ratio else {}), rules
-
-
-def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """Mean and confidence interval (Student's t, two-sided) of paired differences, one per seed; no interval for a single seed."""
-    from scipy.stats import t as student_t  # imported here because it takes half a second and `tune-ssim trials` does not need it
-
-    mean = fmean(differences)
-    if len(differences) < 2:
-        return {"n": len(differences), "mean": mean, "interval": None, "level": LEVEL}
-    half = float(student_t.ppf(0.5 + LEVEL / 2, len(differences) - 1)) * stdev(differences) / math.sqrt(len(differences))
-    return {"n": len(differences), "mean": mean, "interval": [mean - half, mean + half], "level": LEVEL}
 
 
 def comparison(confirmed: Sequence[TrialSummary]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from typing import Any
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import append_line, parse_json, parse_lines, read_lines, write_atomically
+from tune_ssim.base.numbers import as_float, is_number
 from tune_ssim.base.tensor_file import Contents
 from tune_ssim.base.validation import JsonNumber, read_as
 from tune_ssim.study.objective import OBJECTIVE, Objective
@@ -139,10 +140,13 @@ class StudyFolder:
 
     @property
     def objective(self) -> Objective:
-        """What the study optimises, by default `delta_ssim`. Of the file only the metric and its direction are read."""
+        """What the study optimises, by default `delta_ssim`. Of the file only the metric, its direction and the smallest useful
+        improvement are read."""
         given = self.section("objective")
         direction = "minimize" if given.get("minimize") else "maximize"
-        return Objective.of(str(given.get(direction) or OBJECTIVE), direction)
+        least: Any = given.get("min_improvement")
+        found = Objective.of(str(given.get(direction) or OBJECTIVE), direction)
+        return found.replace(min_improvement=as_float(least) if is_number(least) else None)
 
     @property
     def tracking_uri(self) -> str | None:

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.results.intervals import exceeds, paired
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.objective import Objective
 from tune_ssim.study.space import WEIGHT
@@ -29,7 +29,7 @@ def best_safe(
 
     `study`: a study's folder, its path, or summaries. `objective`: a name is that of a metric to maximise; without it the one of
     the folder's study.yaml, or of the summaries. What qualifies: see `ranked`. After a confirm phase, only a setting that held
-    there does: all its trials safe, and on average better than the baseline. On a tie the first one wins.
+    there does: see `holds`. On a tie the first one wins.
 
     Raises NoSafeTrial if nothing qualifies, or if no setting is better than the baseline.
     """
@@ -52,8 +52,8 @@ def best_safe(
         has_ssim = any(summary.config.get(WEIGHT) for summary in tried)
         advice = "search larger gains, or keep the pixel loss" if has_ssim else "search other settings, or keep the baseline's"
         raise NoSafeTrial(
-            f"{where}: no setting beats the baseline: the best of {len(candidates)} safe trials, {best.trial_id}, "
-            f"has {_result(best, objective)}; {advice}"
+            f"{where}: no setting beats the baseline{objective.by_more_than}: the best of {len(candidates)} safe trials, "
+            f"{best.trial_id}, has {_result(best, objective)}; {advice}"
         )
     if not any(summary.role is Role.CONFIRM for summary in summaries):
         return best
@@ -94,10 +94,11 @@ def confirmations(summary: TrialSummary, summaries: Iterable[TrialSummary]) -> l
 
 
 def holds(confirmed: Sequence[TrialSummary], objective: Objective) -> bool:
-    """Whether a setting had at least two trials in the confirm phase, all safe and on average better than the baseline."""
-    if len(confirmed) < 2 or any(trial.verdict is not Verdict.SAFE for trial in confirmed):
+    """Whether a setting had at least two trials in the confirm phase, all safe, and the confidence interval of their improvement
+    lies above the smallest useful one."""
+    if any(trial.verdict is not Verdict.SAFE for trial in confirmed):
         return False
-    return fmean(objective.improvement(trial.metrics) for trial in confirmed) > 0
+    return exceeds([objective.improvement(trial.metrics) for trial in confirmed], objective.min_improvement) is True
 
 
 def _result(summary: TrialSummary, objective: Objective) -> str:
@@ -125,8 +126,12 @@ def _why_not_held(summary: TrialSummary, summaries: Iterable[TrialSummary], obje
     failed = next((trial for trial in confirmed if trial.verdict is not Verdict.SAFE), None)
     if failed is not None:
         return f"{summary.trial_id} with seed {failed.seed} is {failed.verdict}: {failed.reason}"
-    mean = fmean(trial.metric(objective.delta) for trial in confirmed)
-    return f"{summary.trial_id} has {objective.delta} {mean:+.4g} over {len(confirmed)} seeds"
+    found = paired([trial.metric(objective.delta) for trial in confirmed])
+    words = f"{summary.trial_id} has {objective.delta} {found['mean']:+.4g}"
+    if found["interval"] is None:
+        return f"{words} with one seed, which shows nothing"
+    lower, upper = found["interval"]
+    return f"{words} [{lower:+.4g}, {upper:+.4g}] over {found['n']} seeds, which does not beat the baseline{objective.by_more_than}"
 
 
 def _why_none(tried: list[TrialSummary], objective: Objective) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 from tune_ssim.guards import Guard, SmokeTest
 from tune_ssim.guards.verdict import Role, Verdict
+from tune_ssim.results.intervals import MIN_RUNS, exceeds
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
 from tune_ssim.study.study import Study
 
@@ -18,32 +18,44 @@ PREFIX = "confirm-"  # prefix of the trial ids
 class ConfirmSearch:
     """Suggests one finalist at a time, best first, once per seed. The next one follows only if the previous one did not hold.
 
-    finalists: (trial id of the search, settings). A finalist holds if all its trials are safe and on average better than the
-    baseline, on seeds that the search has not used."""
+    finalists: (trial id of the search, settings). least: a finalist holds if all its trials are safe and the interval of its
+    improvement over the baseline exceeds it, on seeds that the search has not used. It gets no further seed once that is decided
+    for or against it."""
 
-    def __init__(self, finalists: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int]) -> None:
-        self.finalists, self.seeds = [(name, dict(settings)) for name, settings in finalists], list(seeds)
+    def __init__(
+        self, finalists: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int], least: float | None = None
+    ) -> None:
+        self.finalists, self.seeds, self.least = [(name, dict(settings)) for name, settings in finalists], list(seeds), least
         self._index = 0  # of the finalist under test
         self._next_slot = self._first_slot = 0
         self._outcomes: dict[int, Outcome] = {}  # outcomes of the current finalist, by slot
 
     def ask(self) -> Suggestion | Wait | Done:
-        n_suggested = self._next_slot - self._first_slot
-        if self._index < len(self.finalists) and n_suggested == len(self.seeds):
-            # After one trial that is not safe the finalist cannot hold, so the others need not be awaited.
-            lost = any(outcome.verdict != Verdict.SAFE for outcome in self._outcomes.values())
-            if len(self._outcomes) < n_suggested and not lost:
-                return Wait()
-            if not lost and fmean(outcome.improvement for outcome in self._outcomes.values()) > 0:
+        while self._index < len(self.finalists):
+            n_suggested = self._next_slot - self._first_slot
+            holds = self._holds()
+            if holds:
                 return Done()
+            is_over = n_suggested == len(self.seeds) and len(self._outcomes) == n_suggested
+            if holds is None and not is_over:
+                if n_suggested == len(self.seeds) or (n_suggested >= MIN_RUNS and len(self._outcomes) < n_suggested):
+                    return Wait()  # the next seed is only for what the others leave open
+                name, settings = self.finalists[self._index]
+                slot, seed = self._next_slot, self.seeds[n_suggested]
+                self._next_slot += 1
+                return Suggestion(slot, settings, trial_id=f"{PREFIX}{name}-seed-{seed}", role=Role.CONFIRM, seed=seed)
             self._index += 1
             self._first_slot, self._outcomes = self._next_slot, {}
-        if self._index >= len(self.finalists):
-            return Done()
-        name, settings = self.finalists[self._index]
-        slot, seed = self._next_slot, self.seeds[self._next_slot - self._first_slot]
-        self._next_slot += 1
-        return Suggestion(slot, settings, trial_id=f"{PREFIX}{name}-seed-{seed}", role=Role.CONFIRM, seed=seed)
+        return Done()
+
+    def _holds(self) -> bool | None:
+        """Whether the current finalist holds; None if that is not decided yet. After one trial that is not safe it cannot hold, so
+        the others need not be awaited."""
+        if any(outcome.verdict != Verdict.SAFE for outcome in self._outcomes.values()):
+            return False
+        if len(self._outcomes) < self._next_slot - self._first_slot:
+            return None
+        return exceeds([self._outcomes[slot].improvement for slot in sorted(self._outcomes)], self.least)
 
     def tell(self, slot: int, outcome: Outcome) -> None:
         if slot >= self._first_slot:

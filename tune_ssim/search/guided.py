@@ -66,12 +66,12 @@ Walk = Generator[Round, None, Any]
 
 
 class GuidedSearch:
-    """Line search on the gain, in factors of two, from the gain with the predicted norm ratio `start_ratio` behind the widest gate.
+    """Line search on the gain, in factors of two, from the predicted norm ratio `start_ratio` behind the widest gate.
 
-    A harmful trial sends it to smaller gains. A safe one that is not effective sends it to larger ones (SEEDS A5). From an effective
-    one it tries both neighbours, which are stopped at an intermediate evaluation if they are behind it there. It ends when no
-    neighbour is better. A gate behind which nothing is effective is given up for the next narrower one. Then the other parameters
-    of the space are searched in the same way, one after the other.
+    A harmful trial sends it to smaller gains. A safe one that is not effective sends it to larger ones (SEEDS A5). From an
+    effective one it tries both neighbours, which are stopped at an intermediate evaluation if they are behind it there. It ends
+    when no neighbour is better. A gate behind which nothing is effective is given up for the next narrower one. Then the other
+    parameters of the space are searched in the same way, one after the other.
 
     stage: with a `gain`. model: the calibrated norm model. start: settings to start from, for the other parameters.
     noise_floor: the improvement that counts as effective must exceed it. limit, max_ratio: as in `OptunaSearch`.
@@ -93,7 +93,9 @@ class GuidedSearch:
         self.start_ratio, self.max_ratio = start_ratio, max_ratio
         self.skipped: list[Skipped] = []  # nothing is suggested that is not launched
         self._others = {
-            name: _nearest(domain, (start or {}).get(name)) for name, domain in stage.parameters.items() if name not in (GAIN, MAX_T)
+            name: _nearest(domain, (start or {}).get(name))
+            for name, domain in stage.parameters.items()
+            if name not in (GAIN, MAX_T)
         }
         self._problem = ""
         self._axes = {max_t: axis for max_t in self._gates() if (axis := self._gain_axis(max_t)) is not None}
@@ -187,7 +189,9 @@ class GuidedSearch:
         if best.improvement < -floor:
             return None  # worse than the baseline: more push is not the answer
         above = min((one.place for one in tries if one.place > best.place + 1e-9), default=None)
-        why = "more push: the last was safe and still improved" if best.improvement > floor else "more push: safe, but not effective"
+        why = (
+            "more push: the last was safe and still improved" if best.improvement > floor else "more push: safe, but not effective"
+        )
         if above is None:
             place = min(best.place + step, axis.upper)
             return (place, why) if place > best.place + 1e-3 * axis.step else None
@@ -297,8 +301,8 @@ class GuidedSearch:
 
 
 def _rival(best: _Try | None) -> tuple[int, float] | None:
-    """The first evaluation of the best trial in the second half of its training, if it still improved after that. One that got worse
-    there shows that being ahead at that step says little."""
+    """The first evaluation of the best trial in the second half of its training, if it still improved after that. One that got
+    worse there shows that being ahead at that step says little."""
     if best is None or best.outcome is None:
         return None
     found = next(((step, value) for step, value in best.outcome.curve if 2 * step >= best.outcome.steps), None)
@@ -335,5 +339,3 @@ def _place_of(domain: Domain, value: Any) -> float:
     if domain.kind == "log_uniform":
         return math.log(value / lower) / math.log(upper / lower)
     return float((value - lower) / (upper - lower))
-
-

@@ -47,8 +47,8 @@ class Outcome:
 
     verdict: None for a trainable without verdicts. value: of the objective, NaN if the training did not reach its end.
     harm: a graded constraint, feasible if <= 0; NaN if unknown. improvement: how much better than the baseline it is, above zero if
-    it is; NaN if unknown. curve: (step, improvement) at evaluations on the way. steps: training steps done. baseline: set for a baseline run, for comparison with other trials.
-    died: the trial's process died, so nothing is known."""
+    it is; NaN if unknown. curve: (step, improvement) at evaluations on the way. steps: training steps done. baseline: set for a
+    baseline run, for comparison with other trials. died: the trial's process died, so nothing is known."""
 
     verdict: Verdict | None = None
     value: float = math.nan

@@ -68,20 +68,25 @@ class Objective(Section):
     """`maximize` or `minimize` a metric that is measured after the training (held-out) or logged during it. With `delta_` before
     its name: the difference to the baseline on the same seed.
 
-    reduction: how the values that a training logs become one: the last, the best, or the mean of the last n. A trial that breaks a
-    `keep` rule is `degraded` and never exported."""
+    min_improvement: the smallest useful improvement over the baseline. A setting counts as effective if its improvement exceeds it,
+    and as confirmed if the whole confidence interval does. reduction: how the values that a training logs become one: the last,
+    the best, or the mean of the last n. A trial that breaks a `keep` rule is `degraded` and never exported."""
 
     maximize: Name | None = None
     minimize: Name | None = None
     reduction: str | dict[str, int] = "last"
-    min_improvement: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # None: see SMALLEST_USEFUL; 0 for others
+    min_improvement: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # None in studies of earlier versions
     keep: Annotated[dict[str, Keep], or_empty(_default_keep)] = Field(default_factory=_default_keep)
 
     @model_validator(mode="before")
     @classmethod
     def _default_name(cls, given: Any) -> Any:
-        is_unnamed = isinstance(given, Mapping) and given.get("maximize") is None and given.get("minimize") is None
-        return {**given, "maximize": OBJECTIVE} if is_unnamed else given
+        if not isinstance(given, Mapping):
+            return given
+        is_named = given.get("maximize") is not None or given.get("minimize") is not None
+        named = given if is_named else {**given, "maximize": OBJECTIVE}
+        metric = str(named.get("maximize") or named.get("minimize")).removeprefix(DELTA)
+        return {"min_improvement": SMALLEST_USEFUL.get(metric, 0.0), **named}
 
     @field_validator("reduction", mode="plain")
     @classmethod
@@ -100,8 +105,12 @@ class Objective(Section):
     @model_serializer
     def _as_in_a_file(self) -> dict[str, Any]:
         reduction = {} if self.reduction == "last" else {"reduction": self.reduction}
-        least = {} if self.min_improvement is None else {"min_improvement": self.min_improvement}
-        return {self.direction: self.name, **reduction, **least, "keep": {name: rule.limit for name, rule in self.keep.items()}}
+        return {
+            self.direction: self.name,
+            **reduction,
+            "min_improvement": self.min_improvement,
+            "keep": {name: rule.limit for name, rule in self.keep.items()},
+        }
 
     @classmethod
     def of(cls, name: str, direction: str = "maximize") -> Objective:
@@ -132,9 +141,9 @@ class Objective(Section):
         return self.name.startswith(DELTA)
 
     @property
-    def smallest_useful(self) -> float:
-        """An improvement must exceed it to count as effective."""
-        return SMALLEST_USEFUL.get(self.metric, 0.0) if self.min_improvement is None else self.min_improvement
+    def by_more_than(self) -> str:
+        """` by more than 0.001`; empty without a smallest useful improvement."""
+        return f" by more than {self.min_improvement:g}" if self.min_improvement else ""
 
     @property
     def rules(self) -> tuple[KeepRule, ...]:
@@ -157,9 +166,9 @@ class Objective(Section):
         return -delta if self.direction == "minimize" else delta
 
     def is_improved(self, metrics: Mapping[str, float]) -> bool:
-        """Whether it is better than the baseline, or cannot be compared, since the log of the baseline lacks the metric."""
+        """Whether it is usefully better than the baseline. Also true if the log of the baseline lacks the metric."""
         improvement = self.improvement(metrics)
-        return improvement > 0 or (math.isnan(improvement) and not self.is_delta)
+        return improvement > (self.min_improvement or 0.0) or (math.isnan(improvement) and not self.is_delta)
 
     # -- of the values that a training logs
 

@@ -463,11 +463,13 @@ class Study(Document):
     def sha256(self) -> str:
         """Digest of the content. Independent of key order, YAML layout and the folder of the user's code."""
         content = {**self.to_dict(), "import_path": None}
-        # Keeps the digest of studies from before rule packs and this guard existed.
+        # Keeps the digest of studies from before these existed.
         if not self.rules:
             del content["rules"]
         if self.guards.get(Divergence.name) == default_guards(self.task).get(Divergence.name):
             content["guards"] = {name: options for name, options in content["guards"].items() if name != Divergence.name}
+        if self.objective.min_improvement == Objective.of(self.objective.name).min_improvement:
+            del content["objective"]["min_improvement"]
         return hashlib.sha256(json.dumps(_canonical(content), sort_keys=True).encode()).hexdigest()
 
 

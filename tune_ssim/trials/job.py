@@ -29,8 +29,8 @@ class TrialJob:
     settings: as sampled or fixed, `gain` included; `task_config` of the study comes on top on the worker.
     searched: keys in which it may differ from the baseline, in addition to those of the auxiliary losses. baseline: None for a
     baseline run and for a trial without one. storage, study: location of the quarantine ledger and of the study's folder; None for
-    a trial outside a study. reason: why the search chose this trial, as text. rival: (step, improvement) of another trial; this one is
-    stopped if its improvement over the baseline at that step is smaller.
+    a trial outside a study. reason: why the search chose this trial, as text. rival: (step, improvement) of another trial; this one
+    is stopped if its improvement over the baseline at that step is smaller.
     """
 
     trial_id: str

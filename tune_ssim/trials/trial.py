@@ -433,7 +433,9 @@ class Trial:
             self.logged_names |= record.values.keys()
 
     def _evaluation_due(self, before: int, ended: bool) -> bool:
-        return not (ended or self.task.reports_after_last_step) and any(before < step <= self.step for step in self.plan.evaluate_at)
+        return not (ended or self.task.reports_after_last_step) and any(
+            before < step <= self.step for step in self.plan.evaluate_at
+        )
 
     def _held_out(self) -> float:
         """The objective's metric now. Raises UserError if it is not evaluated."""

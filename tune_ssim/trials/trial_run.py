@@ -134,7 +134,9 @@ class TrialRun:
         steps = self.trial.plan.steps
         config = {**({} if steps is None else {"steps": steps}), **self.spec.task_config, **self.settings}
         self._is_started = False
-        self.trial.start(config, seed=self.job.seed, role=self.job.role, baseline=baseline, searched=self.job.searched, rival=self.job.rival)
+        self.trial.start(
+            config, seed=self.job.seed, role=self.job.role, baseline=baseline, searched=self.job.searched, rival=self.job.rival
+        )
         self._is_started = True
 
     def load(self, checkpoint: Path) -> bool:
