@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from tune_ssim.base.errors import BadSetup, UserError
-from tune_ssim.cli.before_launch_verbs import calibrate, preflight, spaces
+from tune_ssim.cli.before_launch_verbs import calibrate, preflight, recommend, spaces
 from tune_ssim.cli.exit_codes import (
     BAD_SETUP,
     BROKEN_PIPE,
@@ -56,7 +56,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for verb in (run, preflight, calibrate, trials, export, check, observe, verify, ui, spaces, mirror, quarantine):
+for verb in (run, preflight, calibrate, recommend, trials, export, check, observe, verify, ui, spaces, mirror, quarantine):
     cli.add_command(verb)
 
 

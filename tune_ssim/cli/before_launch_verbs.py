@@ -1,7 +1,8 @@
-"""Verbs that inspect a study before launch: preflight, calibrate, spaces."""
+"""Verbs that inspect a study before launch: preflight, calibrate, recommend, spaces."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,40 @@ def calibrate(
     write_atomically(target, draw_heat_map(calibration, resolved.space, resolved.name))
     click.echo(f"wrote {target}", err=as_json)
     suggest_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
+
+
+@click.command()
+@study_options
+@click.option("--json", "as_json", is_flag=True, help="The setting and its prediction, as one object.")
+def recommend(study: str | None, space: str | None, seed: int | None, address: str | None, as_json: bool) -> None:
+    """A setting to start from, by the calibration alone: no trial is run, and nothing is proven.
+
+    It is the first one that a guided search tries: behind the widest gate of the space, the gain whose predicted norm is three times
+    the baseline's. STUDY as for `run`.
+    """
+    from tune_ssim.base.errors import UserError
+    from tune_ssim.probes.norm_model import NormModel
+    from tune_ssim.results.trial_text import format_setting
+    from tune_ssim.search.guided import GuidedSearch
+    from tune_ssim.study.study import load_study
+
+    resolved = load_study(study, {"space": space, "seed": seed})
+    if resolved.strategy != "guided":
+        raise UserError(
+            f"{resolved.name}: a recommendation needs calibration, a space of one stage with a `gain`, and search.strategy: guided"
+        )
+    calibration = _inspect(resolved, address, "calibration")
+    model = NormModel.from_dict(calibration["model"])
+    stage = resolved.space.stages[0]
+    search = GuidedSearch(stage, model, start=resolved.baseline_settings, max_ratio=calibration["skip_above"])
+    settings, prediction = search.start
+    if as_json:
+        print_json({"study": resolved.name, "settings": settings, "prediction": asdict(prediction), "proven": False})
+    else:
+        console = make_console()
+        console.print(readable(f"{format_setting(settings)}: predicted norm ratio {prediction.ratio:.3g}", console), markup=False)
+        console.print(readable("not tried: benchmarks/replay says how far such a setting was from the best", console), markup=False)
+    suggest_next("run", *([study] if study else []), why="tries it and its neighbours", to_stderr=as_json)
 
 
 @click.command()

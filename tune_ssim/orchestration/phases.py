@@ -26,6 +26,7 @@ from tune_ssim.results.trial_text import format_setting
 from tune_ssim.results.winner import ranked
 from tune_ssim.search.baseline_first import BaselineFirst
 from tune_ssim.search.confirm import PREFIX, ConfirmSearch, confirm_seeds, confirm_steps, for_longer
+from tune_ssim.search.demonstrations import WithDemonstrations
 from tune_ssim.search.guided import GuidedSearch
 from tune_ssim.search.optuna_search import DEFAULT_LATIN_POINTS, OptunaSearch
 from tune_ssim.search.search import Outcome, Search
@@ -160,9 +161,12 @@ class StudyRun:
             found = file.read().noise_floor(study.objective.metric) if file else None
             return max(found or 0.0, study.objective.min_improvement or 0.0)
 
-        inner = self._make_search(noise_floor)
-        search = self._baseline_first(inner, seeds, baseline=baseline, runs=runs, previous=previous, max_trials=study.search.trials)
-        self.progress.expect(study.search.trials + study.baseline_seeds, len(previous) + len(runs))
+        inner, demonstrations = self._make_search(noise_floor), study.demonstrations
+        n_trials = study.search.trials + len(demonstrations)
+        if demonstrations:
+            inner = WithDemonstrations(inner, demonstrations)
+        search = self._baseline_first(inner, seeds, baseline=baseline, runs=runs, previous=previous, max_trials=n_trials)
+        self.progress.expect(n_trials + study.baseline_seeds, len(previous) + len(runs))
         self._run(SEARCH, search, study.steps, study.guard_list, with_scheduler=True)
         for skipped in self.folder.skipped():
             self.progress.say(f"not launched: {format_setting(skipped.config)}: {skipped.sentence}")

@@ -11,7 +11,7 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.base.numbers import is_number
 from tune_ssim.before_launch.forecast import gain_at
 from tune_ssim.guards.verdict import Verdict
-from tune_ssim.probes.norm_model import NormModel
+from tune_ssim.probes.norm_model import NormModel, Prediction
 from tune_ssim.results.study_folder import Skipped
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
 from tune_ssim.study.domains import Choice, Domain
@@ -106,6 +106,13 @@ class GuidedSearch:
         self._walk = self._search()
         self._reason = ""
         self.best: _Try | None = None
+
+    @property
+    def start(self) -> tuple[dict[str, Any], Prediction]:
+        """The first setting, and its prediction."""
+        max_t, axis = next(iter(self._axes.items()))
+        settings = axis.settings_at(self._first_place(axis, max_t))
+        return settings, self.model.predict_setting({**self.stage.fixed, **settings})
 
     # -- ask and tell
 

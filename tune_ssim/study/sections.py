@@ -9,8 +9,10 @@ from pydantic import Field, PlainSerializer, field_validator
 
 from tune_ssim.base.numbers import is_number
 from tune_ssim.base.passwords import without_password
-from tune_ssim.base.validation import Section
+from tune_ssim.base.validation import Problems, Section
 from tune_ssim.base.yaml_source import describe
+from tune_ssim.study.domains import value_problem
+from tune_ssim.study.space import setting_problem
 
 
 class BaselineLog(Section):
@@ -43,6 +45,18 @@ class Search(Section):
     # Times the norm guard's limit, the `max_ratio`: settings whose predicted ratio exceeds it are not launched; None: all are.
     # Over steps 25-75 the norm is 0.5 to 1.1 times the prediction (FACTS §1, benchmarks/calibration.py): they would be pruned.
     skip_beyond: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 2.0
+    demonstrations: dict[str, dict[str, Any]] = Field(default_factory=dict)  # name → settings: trials beside the search
+
+    @field_validator("demonstrations")
+    @classmethod
+    def _demonstrations(cls, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        problems = Problems()
+        for name, settings in given.items():
+            for key, value in settings.items():
+                if message := value_problem(value) or setting_problem(key, value):
+                    problems.add((name, key), message, subject=key)
+        problems.check()
+        return given
 
     @field_validator("concurrency", mode="plain")
     @classmethod

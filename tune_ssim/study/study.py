@@ -441,6 +441,11 @@ class Study(Document):
         return self._warnings
 
     @property
+    def demonstrations(self) -> dict[str, dict[str, Any]]:
+        """Name → all settings of the trial."""
+        return {name: {**self.space.stages[0].fixed, **own} for name, own in self.search.demonstrations.items()}
+
+    @property
     def strategy(self) -> str:
         """How the settings of a space with one stage are chosen. A guided search needs a calibrated gain; without it, TPE."""
         can_guide = self.calibrates and len(self.space.stages) == 1 and GAIN in self.space.stages[0].parameters
@@ -470,6 +475,8 @@ class Study(Document):
             content["guards"] = {name: options for name, options in content["guards"].items() if name != Divergence.name}
         if self.objective.min_improvement == Objective.of(self.objective.name).min_improvement:
             del content["objective"]["min_improvement"]
+        if not self.search.demonstrations:
+            del content["search"]["demonstrations"]
         return hashlib.sha256(json.dumps(_canonical(content), sort_keys=True).encode()).hexdigest()
 
 
