@@ -152,6 +152,57 @@ def test_worse_than_the_margin_is_degraded(baseline: Baseline) -> None:
     assert made.harm() > 0
 
 
+def evaluated(baseline: Baseline | None, role: str = "search", rival: tuple[int, float] | None = None, **config: Any) -> Trial:
+    made = Trial(SmallTask(), TrialPlan(steps=STEPS, guards=ALL, evaluate_at=(10, 20)))
+    made.start({"steps": STEPS, **config}, role=role, baseline=baseline, rival=rival)
+    return made
+
+
+@pytest.fixture(scope="module")
+def evaluated_baseline() -> Baseline:
+    made = evaluated(None, "baseline")
+    made.advance()
+    return Baseline((made.baseline_run("baseline-0"),))
+
+
+def test_evaluations_on_the_way_change_nothing_and_are_compared_with_the_baseline(
+    baseline: Baseline, evaluated_baseline: Baseline
+) -> None:
+    found, plain = evaluated(evaluated_baseline, ssim_loss_weight=1.0), trial(baseline=baseline, ssim_loss_weight=1.0)
+    records = found.advance()
+    assert [record.step for record in records if "ssim" in record.values] == [10, 20]
+    assert list(evaluated_baseline.runs[0].series["ssim"]) == [10, 20]
+    improvements = [
+        record.values["ssim"] - evaluated_baseline.runs[0].series["ssim"][record.step]
+        for record in records
+        if "ssim" in record.values
+    ]
+    assert found.curve == [(10, improvements[0]), (20, improvements[1])]
+    without = [{name: value for name, value in record.values.items() if name != "ssim"} for record in records]
+    assert without == [dict(record.values) for record in plain.advance()]
+
+
+def test_a_trial_behind_its_rival_is_stopped_there(evaluated_baseline: Baseline) -> None:
+    behind = evaluated(evaluated_baseline, rival=(20, 1.0), ssim_loss_weight=1.0)
+    behind.advance()
+    assert behind.verdict is not None and behind.verdict.verdict == "stopped" and behind.step == 20
+    assert "stopped at step 20, since it is behind" in behind.verdict.reason and behind.harm() == 0
+    ahead = evaluated(evaluated_baseline, rival=(20, -1.0), ssim_loss_weight=1.0)
+    ahead.advance()
+    assert ahead.verdict is not None and ahead.verdict.verdict == "safe"
+
+
+@pytest.mark.parametrize("at", [3, 10, 15, 20])
+def test_a_resumed_trial_keeps_its_evaluations(evaluated_baseline: Baseline, tmp_path: Path, at: int) -> None:
+    straight, first, second = (evaluated(evaluated_baseline, ssim_loss_weight=1.0) for _ in range(3))
+    straight.advance()
+    first.advance(at)
+    first.save(tmp_path / "c")
+    second.load(tmp_path / "c")
+    second.advance()
+    assert second.curve == straight.curve and second.verdict == straight.verdict
+
+
 @pytest.mark.parametrize("at", [0, 3, 11, 39])
 def test_resuming_anywhere_changes_nothing(baseline: Baseline, tmp_path: Path, at: int) -> None:
     straight = trial(baseline=baseline, ssim_loss_weight=40.0)

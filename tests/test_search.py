@@ -18,6 +18,7 @@ from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.results.study_folder import read_skipped
 from tune_ssim.search.baseline_first import BaselineFirst
 from tune_ssim.search.confirm import ConfirmSearch
+from tune_ssim.search.demonstrations import WithDemonstrations
 from tune_ssim.search.optuna_search import OptunaSearch
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
 from tune_ssim.search.staged import StagedSearch
@@ -210,6 +211,44 @@ def test_finalists_are_tried_until_one_holds() -> None:
         search.tell(suggestion.slot, better)
     assert [suggestion.trial_id for suggestion in last] == ["confirm-c-seed-5", "confirm-c-seed-6"]
     assert search.ask() == Done()
+
+
+def confirm(values: list[float], least: float, seeds: int = 4) -> tuple[int, bool]:
+    """How many seeds a finalist gets that improves by `values`, and whether another follows it."""
+    search = ConfirmSearch([("a", {"x": 1}), ("b", {"x": 2})], seeds=list(range(seeds)), least=least)
+    given = 0
+    while isinstance(asked := search.ask(), Suggestion) and asked.settings == {"x": 1}:
+        search.tell(asked.slot, Outcome(Verdict.SAFE, 1.0, improvement=values[given]))
+        given += 1
+    return given, isinstance(asked, Suggestion)
+
+
+def test_a_finalist_gets_seeds_until_its_interval_decides() -> None:
+    # Intervals of Student's t at 95 %: of two values half a width of 6.35 times their distance, of three 2.48 standard deviations.
+    assert confirm([0.0100, 0.0101, 0.01, 0.01], least=0.001) == (2, False)
+    assert confirm([0.008, 0.010, 0.009, 0.009], least=0.001) == (3, False)
+    assert confirm([0.000012, 0.000011, 0.000013, 0.00001], least=0.001) == (2, True)  # above zero, and of no use
+    assert confirm([0.01, -0.008, 0.009, -0.01], least=0.001) == (4, True)  # undecided to the last seed
+    assert confirm([0.010, 0.002], least=0.001, seeds=2) == (2, True)
+
+
+def test_a_third_seed_waits_for_the_first_two() -> None:
+    search = ConfirmSearch([("a", {})], seeds=[0, 1, 2], least=0.001)
+    assert [ask(search).slot, ask(search).slot] == [0, 1]
+    assert search.ask() == Wait()
+    search.tell(0, Outcome(Verdict.SAFE, 1.0, improvement=0.01))
+    assert search.ask() == Wait()
+
+
+def test_demonstrations_run_beside_a_search_that_does_not_see_them() -> None:
+    inner = OptunaSearch(WIDE, seed=1)
+    search = WithDemonstrations(inner, {"loud": {"gain": 1e4}})
+    first, demo, second = ask(search), ask(search), ask(search)
+    assert (first.slot, demo.trial_id, demo.slot, second.slot) == (0, "demo-loud", -1, 1)
+    search.tell(-1, PRUNED)
+    alone = OptunaSearch(WIDE, seed=1)
+    assert [ask(alone).settings, ask(alone).settings] == [first.settings, second.settings]
+    search.tell(0, outcome_for(first.settings))
 
 
 def baseline_of(seed: int, trial_id: str) -> Baseline:
