@@ -141,6 +141,10 @@ class JobSearcher(_AskTell):
     def restore(self, checkpoint_path: str) -> None:
         raise UserError("a study is resumed by `tune-ssim run --resume`, not by Ray")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For Ray's snapshot, which is never restored."""
+        return {**vars(self), "search": None}
+
 
 class _SearchAdapter(_AskTell):
     """A plain search as a Ray searcher."""
