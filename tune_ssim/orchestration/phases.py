@@ -20,6 +20,7 @@ from tune_ssim.orchestration.in_process import InProcessExecutor
 from tune_ssim.orchestration.progress import NoProgress, Progress
 from tune_ssim.orchestration.recorder import StudyRecorder
 from tune_ssim.results.events import EventWriter
+from tune_ssim.results.intervals import MIN_RUNS
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.study_lock import LOCK_FILE, StudyLock
 from tune_ssim.results.trial_text import format_setting
@@ -223,14 +224,16 @@ class StudyRun:
         self.progress.phase(f"confirm: {words}")
         self.confirm_settings([(trial.trial_id, trial.settings) for trial in finalists], seeds, steps)
 
-    def confirm_settings(self, finalists: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int], steps: int | None) -> None:
+    def confirm_settings(
+        self, finalists: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int], steps: int | None, decide_after: int = MIN_RUNS
+    ) -> None:
+        """decide_after: see `ConfirmSearch`."""
         settings = [(name, {key: value for key, value in setting.items() if value is not None}) for name, setting in finalists]
         previous = self._previous(Role.CONFIRM, steps)
         runs = self._baseline_runs([f"{PREFIX}baseline-{index}" for index in range(len(seeds))])
         self.progress.expect(None, len(previous) + len(runs))  # the number of finalists to test is unknown
-        search = self._baseline_first(
-            ConfirmSearch(settings, seeds, self.study.objective.min_improvement), seeds, runs=runs, previous=previous, prefix=PREFIX
-        )
+        confirm = ConfirmSearch(settings, seeds, self.study.objective.min_improvement, decide_after)
+        search = self._baseline_first(confirm, seeds[:decide_after], runs=runs, previous=previous, prefix=PREFIX)
         self._run(CONFIRM, search, steps, for_longer(self.study.guard_list, steps))
 
     def _baseline_first(self, search: Search, seeds: Sequence[int], **options: Any) -> BaselineFirst:

@@ -60,7 +60,7 @@ def _confirm_again(
             return lines, []
         progress.phase(f"confirming {trial_id} again: {len(seeds)} seeds, {steps} steps")
         run = StudyRun(study, EventWriter(folder), executor, progress)
-        run.confirm_settings([(trial_id, proof["setting"])], seeds, steps)
+        run.confirm_settings([(trial_id, proof["setting"])], seeds, steps, decide_after=len(seeds))
     trials = folder.trials()
     return result_differences(proof, trials), trials
 

@@ -12,7 +12,7 @@ from tune_ssim.base.files import write_atomically
 from tune_ssim.base.numbers import is_same
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.guards.verdict import Role
-from tune_ssim.search.search import Done, Outcome, Search, Wait
+from tune_ssim.search.search import Done, Outcome, Search, Suggestion, Wait
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.job import BaselineFile, TrialJob
 
@@ -25,7 +25,8 @@ class BaselineFirst:
     baseline's file.
 
     baseline_settings: the settings of the baseline; must include every key that the space searches. seeds: the first is the seed of
-    the study, with which later trials run, so that they see the same batches. folder: for the baseline's files; every node must
+    the study, with which later trials run, so that they see the same batches. A suggestion with another seed waits for a baseline
+    run with it. folder: for the baseline's files; every node must
     reach it under this path. baseline: an existing one. runs: in a resumed phase, the existing baseline runs by trial id.
     previous: in a resumed phase, the outcomes of earlier trials by trial id. The calls of `ask` and `tell` are then replayed, and
     only missing trials become jobs. max_trials: without the baseline, with previous trials.
@@ -58,9 +59,9 @@ class BaselineFirst:
         self.previous = dict(previous or {})
         self.failure = ""
         self.end_reason = ""  # why the search ended before its last trial
-        self._baseline_ids = [f"{prefix}baseline-{index}" for index in range(len(seeds))]
-        self._runs = {name: run for name, run in (runs or {}).items() if name in self._baseline_ids}
+        self._runs = dict(runs or {})
         self._asked: set[str] = set(self._runs)  # baseline runs
+        self._pending: Suggestion | None = None  # waits for a baseline run with its seed
         self._slots: dict[str, int] = {}  # trial id → slot in the search
         self._n_trials = 0
         self._failures: dict[str, int] = {}  # count by reason
@@ -68,7 +69,7 @@ class BaselineFirst:
         self.baseline_file: BaselineFile | None = None
         if baseline is not None:
             self.baseline_file = self._write(baseline)
-        elif self._runs:
+        else:
             self._combine()
 
     def ask(self) -> TrialJob | Wait | Done:
@@ -76,13 +77,18 @@ class BaselineFirst:
             return Done(self.failure, failed=True)
         if self.baseline_file is None:
             return self._next_baseline()
-        while self.max_trials is None or self._n_trials < self.max_trials:
-            suggestion = self.search.ask()
+        while self._pending is not None or self.max_trials is None or self._n_trials < self.max_trials:
+            suggestion, self._pending = self._pending or self.search.ask(), None
             if isinstance(suggestion, Wait):
                 return suggestion
             if isinstance(suggestion, Done):
                 self.end_reason = suggestion.reason
                 return suggestion
+            if suggestion.seed is not None and suggestion.seed not in self.seeds:
+                self.seeds.append(suggestion.seed)
+                self._pending, self.baseline_file = suggestion, None
+                self._combine()
+                return self.ask()
             self._n_trials += 1
             job = TrialJob(
                 suggestion.trial_id or f"trial-{suggestion.slot:02d}",
@@ -117,6 +123,10 @@ class BaselineFirst:
             self._runs[trial_id] = outcome.baseline.runs[0]
             self._combine()
 
+    @property
+    def _baseline_ids(self) -> list[str]:
+        return [f"{self.prefix}baseline-{index}" for index in range(len(self.seeds))]
+
     def _next_baseline(self) -> TrialJob | Wait:
         for index, name in enumerate(self._baseline_ids):
             if name not in self._asked:
@@ -134,7 +144,7 @@ class BaselineFirst:
 
     def _combine(self) -> None:
         """The baseline from all its runs, in the order of the seeds."""
-        if len(self._runs) == len(self.seeds):
+        if set(self._baseline_ids) <= set(self._runs):
             self.baseline_file = self._write(Baseline(tuple(self._runs[name] for name in self._baseline_ids)))
 
     def _write(self, baseline: Baseline, below: str = "") -> BaselineFile:

@@ -20,12 +20,17 @@ class ConfirmSearch:
 
     finalists: (trial id of the search, settings). least: a finalist holds if all its trials are safe and the interval of its
     improvement over the baseline exceeds it, on seeds that the search has not used. It gets no further seed once that is decided
-    for or against it."""
+    for or against it, which is looked at from `decide_after` seeds on."""
 
     def __init__(
-        self, finalists: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int], least: float | None = None
+        self,
+        finalists: Sequence[tuple[str, Mapping[str, Any]]],
+        seeds: Sequence[int],
+        least: float | None = None,
+        decide_after: int = MIN_RUNS,
     ) -> None:
-        self.finalists, self.seeds, self.least = [(name, dict(settings)) for name, settings in finalists], list(seeds), least
+        self.finalists, self.seeds = [(name, dict(settings)) for name, settings in finalists], list(seeds)
+        self.least, self.decide_after = least, decide_after
         self._index = 0  # of the finalist under test
         self._next_slot = self._first_slot = 0
         self._outcomes: dict[int, Outcome] = {}  # outcomes of the current finalist, by slot
@@ -38,7 +43,7 @@ class ConfirmSearch:
                 return Done()
             is_over = n_suggested == len(self.seeds) and len(self._outcomes) == n_suggested
             if holds is None and not is_over:
-                if n_suggested == len(self.seeds) or (n_suggested >= MIN_RUNS and len(self._outcomes) < n_suggested):
+                if n_suggested == len(self.seeds) or (n_suggested >= self.decide_after and len(self._outcomes) < n_suggested):
                     return Wait()  # the next seed is only for what the others leave open
                 name, settings = self.finalists[self._index]
                 slot, seed = self._next_slot, self.seeds[n_suggested]
@@ -53,7 +58,7 @@ class ConfirmSearch:
         the others need not be awaited."""
         if any(outcome.verdict != Verdict.SAFE for outcome in self._outcomes.values()):
             return False
-        if len(self._outcomes) < self._next_slot - self._first_slot:
+        if len(self._outcomes) < max(self._next_slot - self._first_slot, self.decide_after):
             return None
         return exceeds([self._outcomes[slot].improvement for slot in sorted(self._outcomes)], self.least)
 
