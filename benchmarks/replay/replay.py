@@ -253,7 +253,8 @@ def product_study(curves: Curves, changes: Mapping[str, Any], seed: int, workers
         "name": "replay",
         "task": header["task"],
         "task_config": header["task_config"],
-        "baseline": {**header["baseline"], "seeds": 2},
+        # Guided as in the bundled study; the others with the default of `baseline.seeds`.
+        "baseline": {**header["baseline"], "seeds": 1 if changes.get("search", {}).get("strategy") == "guided" else 2},
         "preflight": None,
         "tracking": None,
         "confirm": {"finalists": 3, "seeds": 3, "steps": curves.steps} if confirm else None,

@@ -102,8 +102,8 @@ def calibrate(
 def recommend(study: str | None, space: str | None, seed: int | None, address: str | None, as_json: bool) -> None:
     """A setting to start from, by the calibration alone: no trial is run, and nothing is proven.
 
-    It is the first one that a guided search tries: behind the widest gate of the space, the gain whose predicted norm is three
-    times the baseline's. STUDY as for `run`.
+    It is the first one that a guided search tries: behind the widest gate of the space, the gain whose predicted norm is
+    twice the baseline's. STUDY as for `run`.
     """
     from tune_ssim.base.errors import UserError
     from tune_ssim.probes.norm_model import NormModel

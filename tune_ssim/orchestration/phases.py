@@ -205,7 +205,14 @@ class StudyRun:
         stage = study.space.stages[0]
         if study.strategy == "guided":
             assert model is not None, "a guided study calibrates"
-            return GuidedSearch(stage, model, start=study.baseline_settings, noise_floor=noise_floor, max_ratio=max_ratio)
+            return GuidedSearch(
+                stage,
+                model,
+                start=study.baseline_settings,
+                noise_floor=noise_floor,
+                max_ratio=max_ratio,
+                is_parallel=self.concurrency > 2,
+            )
         n_latin = min(DEFAULT_LATIN_POINTS, max(0, study.search.trials - len(stage.points)))
         return OptunaSearch(stage, n_latin=n_latin, direction=study.objective.direction, **options)
 

@@ -114,6 +114,7 @@ def result_differences(proof: Mapping[str, Any], trials: Sequence[TrialSummary])
     if lines:
         return lines
     objective = Objective.of(proof["objective"], proof.get("direction", "maximize"))
+    objective = objective.replace(min_improvement=proof.get("min_improvement"))
     if not holds(confirmed, objective):
         return [f"{objective.name} no longer beats the baseline"]
     if are_copies(confirmed, objective):

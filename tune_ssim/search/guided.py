@@ -17,9 +17,10 @@ from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
 from tune_ssim.study.domains import Choice, Domain
 from tune_ssim.study.space import GAIN, MAX_T, Stage, gain_of, resolve_settings
 
-START_RATIO = 3.0  # FACTS §6: one trial at 3 gave 97 % of the best at max_t 1.0, at 4 101 %, at 2 88 %, all of them safe
+START_RATIO = 2.0  # of total_norm: benchmarks/replay/recommend.py, the largest that was safe with every recorded task and regime
 FACTOR = 2.0  # between neighbouring gains: FACTS §6, the objective is flat over a factor of 4 around its best
-RETREAT = 4.0  # after a harmful trial: FACTS §2, from the first degraded gain to the best is a factor of 7
+RETREAT = 4.0  # after a pruned trial: FACTS §2, from the first ruinous gain to the best is a factor of 16
+AHEAD = 1.1  # a neighbour goes on after its evaluation if it improves by 10 % more: less is not worth its second half
 UNIT_STEP = 0.25  # of the quantiles of a further parameter, so that five trials cover its range
 
 
@@ -68,13 +69,14 @@ Walk = Generator[Round, None, Any]
 class GuidedSearch:
     """Line search on the gain, in factors of two, from the predicted norm ratio `start_ratio` behind the widest gate.
 
-    A harmful trial sends it to smaller gains. A safe one that is not effective sends it to larger ones (SEEDS A5). From an
-    effective one it tries both neighbours, which are stopped at an intermediate evaluation if they are behind it there. It ends
-    when no neighbour is better. A gate behind which nothing is effective is given up for the next narrower one. Then the other
-    parameters of the space are searched in the same way, one after the other.
+    A harmful trial sends it to smaller gains, a pruned one further than a degraded one. A safe one that is not effective sends it
+    to larger ones (SEEDS A5). From an effective one it tries its neighbours, which are stopped at an intermediate evaluation if
+    they are behind it there. It ends when no neighbour is better by 10 %. A gate behind which nothing is effective is given up for
+    the next narrower one. Then the other parameters of the space are searched in the same way, one after the other.
 
     stage: with a `gain`. model: the calibrated norm model. start: settings to start from, for the other parameters.
-    noise_floor: the improvement that counts as effective must exceed it. limit, max_ratio: as in `OptunaSearch`.
+    noise_floor: the improvement that counts as effective must exceed it. max_ratio: as in `OptunaSearch`. is_parallel: both
+    neighbours are tried at once, which takes less time and more training steps.
     Raises UserError if no setting of the stage can be launched."""
 
     def __init__(
@@ -86,11 +88,12 @@ class GuidedSearch:
         start_ratio: float = START_RATIO,
         noise_floor: Callable[[], float] = float,
         max_ratio: float | None = None,
+        is_parallel: bool = False,
     ) -> None:
         if GAIN not in stage.parameters:
             raise UserError(f"search.strategy: guided needs a space that searches {GAIN}; stage {stage.name!r} does not")
         self.stage, self.model, self.noise_floor = stage, model, noise_floor
-        self.start_ratio, self.max_ratio = start_ratio, max_ratio
+        self.start_ratio, self.max_ratio, self.is_parallel = start_ratio, max_ratio, is_parallel
         self.skipped: list[Skipped] = []  # nothing is suggested that is not launched
         self._others = {
             name: _nearest(domain, (start or {}).get(name))
@@ -170,58 +173,65 @@ class GuidedSearch:
             while first.improvement == -math.inf:
                 if not first.is_harmful:
                     return f"{label}: the first trial gave no result"
-                if not axis.holds(first.place - axis.retreat):
+                assert first.outcome is not None
+                verdict = first.outcome.verdict
+                place = first.place - (axis.step if verdict is Verdict.DEGRADED else axis.retreat)
+                if not axis.holds(place):
                     return f"{label}: harmful down to the smallest value of the space"
-                why = f"less push, since the last trial was {first.outcome and first.outcome.verdict}"
-                (first,) = yield from self._run(axis, tries, [(first.place - axis.retreat, why)])
-        step_up = axis.step
+                (first,) = yield from self._run(axis, tries, [(place, f"less push, since the last trial was {verdict}")])
+        step_up, is_worth_more, is_worth_less = axis.step, True, True
+        best = max(tries, key=lambda one: one.improvement)
         while True:
-            best = max(tries, key=lambda one: one.improvement)
             candidates = []
-            if (above := self._above(axis, tries, best, step_up)) is not None:
+            if is_worth_more and (above := self._above(axis, tries, best, step_up)) is not None:
                 candidates.append(above)
-            if (below := self._below(axis, tries, best)) is not None:
+            if is_worth_less and (below := self._below(axis, tries, best)) is not None:
                 candidates.append(below)
             if not candidates:
                 return f"{label}: {self._end_words(axis, tries, best)}"
-            yield from self._run(axis, tries, candidates, best)
-            if above is not None and max(tries, key=lambda one: one.improvement).place == above[0]:
-                step_up *= 2  # still rising: larger steps
-            else:
-                step_up = axis.step
+            yield from self._run(axis, tries, candidates if self.is_parallel else candidates[:1], best)
+            before, best = best, max(tries, key=lambda one: one.improvement)
+            gained = best.improvement > AHEAD * before.improvement or not self._is_effective(before)
+            if best.place > before.place:
+                step_up, is_worth_more = 2 * step_up, gained  # still rising: larger steps
+            elif best.place < before.place:
+                step_up, is_worth_less = axis.step, gained
 
     def _above(self, axis: Axis, tries: Sequence[_Try], best: _Try, step: float) -> tuple[float, str] | None:
         """The next place above the best one, and why; None if none is needed."""
-        floor = self.noise_floor()
-        if best.improvement < -floor:
-            return None  # worse than the baseline: more push is not the answer
+        if best.improvement < -self.noise_floor() or self._is_declining(best):
+            return None  # it is pushed too hard already
         above = min((one.place for one in tries if one.place > best.place + 1e-9), default=None)
-        why = (
-            "more push: the last was safe and still improved" if best.improvement > floor else "more push: safe, but not effective"
-        )
         if above is None:
             place = min(best.place + step, axis.upper)
-            return (place, why) if place > best.place + 1e-3 * axis.step else None
+            why = "safe and still improved" if self._is_effective(best) else "safe, but not effective"
+            return (place, f"more push: the last was {why}") if place > best.place + 1e-3 * axis.step else None
         if above - best.place > axis.settle:
             return (best.place + above) / 2, "between the best and the next larger one"
         return None
 
     def _below(self, axis: Axis, tries: Sequence[_Try], best: _Try) -> tuple[float, str] | None:
-        floor = self.noise_floor()
-        if -floor <= best.improvement <= floor:
-            return None  # not effective: less push is not the answer
+        is_harmful, is_declining = best.improvement < -self.noise_floor(), self._is_declining(best)
+        if not (self._is_effective(best) or is_harmful or is_declining):
+            return None  # less of what has no effect has none either
         below = max((one.place for one in tries if one.place < best.place - 1e-9), default=None)
         if below is None:
             place = max(best.place - axis.step, axis.lower)
-            why = "less push: is it as good?" if best.improvement > floor else "less push: the last was worse than the baseline"
+            why = "worse than the baseline" if is_harmful else "better before its end" if is_declining else ""
+            why = f"less push: the last was {why}" if why else "less push: is it as good?"
             return (place, why) if place < best.place - 1e-3 * axis.step else None
         if best.place - below > axis.settle:
             return (best.place + below) / 2, "between the best and the next smaller one"
         return None
 
+    def _is_declining(self, one: _Try) -> bool:
+        """Whether it improved more at an evaluation on the way than at its end."""
+        found = _in_second_half(one)
+        return found is not None and one.improvement < found[1] - self.noise_floor()
+
     def _run(self, axis: Axis, tries: list[_Try], wanted: Sequence[tuple[float, str]], best: _Try | None = None) -> Walk:
         """Runs trials at `wanted` places side by side, each of which must keep up with `best`. Returns them."""
-        rival = _rival(best)
+        rival = _rival(best) if best is not None else None
         made = [_Try(place, axis.settings_at(place)) for place, _ in wanted]
         yield [(one, why, rival) for one, (_, why) in zip(made, wanted, strict=True)]
         tries += made
@@ -307,13 +317,20 @@ class GuidedSearch:
         return f"predicted norm ratio {ratio:.3g} at gain {gain_of(settings):.3g}"
 
 
-def _rival(best: _Try | None) -> tuple[int, float] | None:
-    """The first evaluation of the best trial in the second half of its training, if it still improved after that. One that got
-    worse there shows that being ahead at that step says little."""
-    if best is None or best.outcome is None:
+def _in_second_half(one: _Try) -> tuple[int, float] | None:
+    """(step, improvement) of its first evaluation in the second half of its training, before its end."""
+    if one.outcome is None:
         return None
-    found = next(((step, value) for step, value in best.outcome.curve if 2 * step >= best.outcome.steps), None)
-    return found if found is not None and best.improvement >= found[1] else None
+    return next(((step, value) for step, value in one.outcome.curve if 2 * step >= one.outcome.steps), None)
+
+
+def _rival(best: _Try) -> tuple[int, float] | None:
+    """What a neighbour must reach to go on. If the best trial got worse after its evaluation, being behind it there says little."""
+    found = _in_second_half(best)
+    if found is None or best.improvement < found[1]:
+        return None
+    step, improvement = found
+    return step, improvement * (AHEAD if improvement > 0 else 1)
 
 
 def _gain_or(model: NormModel, ratio: float, setting: Mapping[str, Any], otherwise: float) -> float:
