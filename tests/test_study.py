@@ -52,10 +52,10 @@ def test_the_bundled_study() -> None:
         "pixel_loss_max_t": 0.3,
         "measure_main_norm": True,
     }
-    assert study.baseline_seeds == 2
+    assert study.baseline_seeds == 1
     assert study.space == load_space("wide")
     # It shows the guards at work, also on settings that are known to ruin the model.
-    assert study.search == Search(strategy="optuna", trials=12, seed=0, concurrency=2, deterministic=True, skip_beyond=None)
+    assert (study.strategy, study.search.trials, study.search.seed, study.search.concurrency) == ("guided", 12, 0, 2)
     assert study.calibration == CalibrationOptions(batches=24, disable_update={"lr": 0.0})
     assert study.guard_list == (NormRatio(), SmokeTest(), NonFinite())
     assert study.objective.keep["psnr"].limit == {"min_delta": -0.3}
