@@ -99,7 +99,9 @@ def calibrate(
 @click.command()
 @study_options
 @click.option("--json", "as_json", is_flag=True, help="The setting and its prediction, as one object.")
-def recommend(study: str | None, space: str | None, seed: int | None, address: str | None, as_json: bool) -> None:
+def recommend(
+    study: str | None, storage: Path, fresh: bool, space: str | None, seed: int | None, address: str | None, as_json: bool
+) -> None:
     """A setting to start from, by the calibration alone: no trial is run, and nothing is proven.
 
     It is the first one that a guided search tries: behind the widest gate of the space, the gain whose predicted norm is
@@ -116,7 +118,7 @@ def recommend(study: str | None, space: str | None, seed: int | None, address: s
         raise UserError(
             f"{resolved.name}: a recommendation needs calibration, a space of one stage with a `gain`, and search.strategy: guided"
         )
-    calibration = _inspect(resolved, address, "calibration")
+    calibration = _inspect(resolved, address, storage, fresh, "calibration")
     model = NormModel.from_dict(calibration["model"])
     stage = resolved.space.stages[0]
     search = GuidedSearch(stage, model, start=resolved.baseline_settings, max_ratio=calibration["skip_above"])
