@@ -232,7 +232,11 @@ class StudyRun:
         self.confirm_settings([(trial.trial_id, trial.settings) for trial in finalists], seeds, steps)
 
     def confirm_settings(
-        self, finalists: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int], steps: int | None, decide_after: int = MIN_RUNS
+        self,
+        finalists: Sequence[tuple[str, Mapping[str, Any]]],
+        seeds: Sequence[int],
+        steps: int | None,
+        decide_after: int = MIN_RUNS,
     ) -> None:
         """decide_after: see `ConfirmSearch`."""
         settings = [(name, {key: value for key, value in setting.items() if value is not None}) for name, setting in finalists]
