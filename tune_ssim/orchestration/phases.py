@@ -270,7 +270,7 @@ class StudyRun:
             keep=study.objective.rules,
             objective=study.objective,
             requires_objective=True,
-            evaluate_at=(steps // 2,) if study.strategy == "guided" and with_scheduler and steps > 1 else (),
+            evaluate_at=(steps // 2,) if with_scheduler and study.strategy == "guided" and steps is not None and steps > 1 else (),
             report_every=study.report_every,
         )
         spec = TrialSpec(

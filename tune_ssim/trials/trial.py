@@ -427,7 +427,7 @@ class Trial:
             self.logged = objective.remember([*self.logged, value])
             if self.role == Role.BASELINE:
                 self.series.setdefault(objective.metric, {})[record.step] = value
-            elif self.baseline is not None and record.step < self.plan.steps:
+            elif self.baseline is not None and record.step != self.plan.steps:
                 self._compare(record.step, value)
         if self.role == Role.BASELINE:
             self.logged_names |= record.values.keys()
