@@ -164,6 +164,7 @@ def commands(pids: Path, *more: str, **changes: Any) -> Study:
         "baseline": {"seeds": 1},
         "search": {"trials": 1},
         "guards": {"smoke_test": None},
+        "objective": {"minimize": "delta_loss"},
         "resources": {"nodes": 2},
     }
     space = {**SMALL["space"], "fixed": {"ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0}}

@@ -61,7 +61,7 @@ def trials(study: Path) -> list[dict[str, Any]]:
 def test_every_command_of_the_readme_is_known_here() -> None:
     assert len(LINES) == len(set(LINES)) >= 10
     verbs = {words[1] for line in LINES if (words := shlex.split(line))[0].endswith("tune-ssim")}
-    assert verbs == {"trials", "export", "verify", "preflight", "calibrate", "spaces", "run", "quarantine", "ui", "mirror"}
+    assert verbs == {"trials", "export", "verify", "preflight", "calibrate", "recommend", "spaces", "run", "quarantine", "ui", "mirror"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/own_training.md"])
@@ -76,23 +76,18 @@ def test_every_study_that_is_shown_can_be_read(page: str, tmp_path: Path) -> Non
 
 
 def test_the_study_shows_what_it_is_for(trials: list[dict[str, Any]]) -> None:
+    by_id = {trial["trial_id"]: trial for trial in trials}
     roles = [trial["role"] for trial in trials]
-    assert roles.count("baseline") == 5 and roles.count("search") >= 12 and roles.count("confirm") >= 3
+    assert roles.count("baseline") >= 3 and roles.count("search") >= 4 and roles.count("confirm") >= 2
     assert all(trial["verdict"] == "safe" for trial in trials if trial["role"] == "baseline")
-    pruned = [trial for trial in trials if trial["verdict"] == "pruned"]
-    assert any(trial["evidence"]["guard"] == "norm_ratio" for trial in pruned)
-    for trial in pruned:
-        assert trial["evidence"]["value"] > trial["evidence"]["limit"] and trial["steps"] == trial["evidence"]["step"]
-    better = [t for t in trials if t["verdict"] == "safe" and t["role"] == "search" and t["metrics"]["delta_ssim"] > 0]
+    for name in ("norm_ratio", "smoke_test"):
+        demonstration = by_id["demo-norm_guard" if name == "norm_ratio" else "demo-smoke_test"]
+        assert demonstration["verdict"] == "pruned" and demonstration["evidence"]["guard"] == name
+        assert demonstration["steps"] == demonstration["evidence"]["step"]
+    better = [t for t in trials if t["verdict"] == "safe" and t["role"] == "search" and t["metrics"]["delta_ssim"] > 0.001]
     assert any(trial["metrics"]["delta_psnr"] >= -0.3 for trial in better)
-    for trial in trials:
-        gain = trial["config"]["ssim_loss_weight"] * trial["config"]["ssim_grad_scale"]
-        if trial["config"]["ssim_loss_max_t"] == 0.3 and trial["role"] == "search":
-            assert gain > 30 or trial["verdict"] == "safe"
-            assert gain < 500 or trial["verdict"] != "safe"
-    written = [(1.0, 0.3, 1.0), (0.1, 0.1, 0.1), (0.1, 0.1, 0.01)]  # v1, v2, v3 of the notes
-    configs = [trial["config"] for trial in sorted(trials, key=lambda t: t["trial_id"]) if trial["role"] == "search"]
-    assert [(c["ssim_loss_weight"], c["ssim_loss_max_t"], c["ssim_grad_scale"]) for c in configs[:3]] == written
+    spent = sum(trial["steps"] for trial in trials if trial["role"] == "search" and not trial["trial_id"].startswith("demo-"))
+    assert spent <= 5 * 200  # twelve trials would be 2400
 
 
 def test_the_exported_setting_beats_the_baseline_on_new_seeds(study: Path, trials: list[dict[str, Any]]) -> None:
@@ -138,7 +133,7 @@ def test_mlflow_shows_the_study_to_its_own_client(study: Path, trials: list[dict
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = {run.data.tags["tune_ssim.trial_id"]: run for run in runs if run is not parent}
     assert set(children) == {trial["trial_id"] for trial in trials}
-    status = {"pruned": "KILLED", "safe": "FINISHED", "degraded": "FINISHED"}
+    status = {"pruned": "KILLED", "safe": "FINISHED", "degraded": "FINISHED", "stopped": "FINISHED"}
     for trial in trials:
         run = children[trial["trial_id"]]
         assert run.info.run_id == trial["run_id"]

@@ -320,9 +320,10 @@ def test_confirm_runs_the_best_and_the_baseline_again_with_new_seeds(confirmed: 
     best = best_safe(confirmed)
     again = [trial for trial in trials if trial.role == "confirm"]
     baselines = [trial for trial in trials if trial.trial_id.startswith("confirm-baseline")]
-    assert sorted(trial.seed for trial in baselines) == [2, 3, 4]  # side by side: any may end first
+    seeds = sorted(trial.seed for trial in baselines)  # side by side: any may end first
+    assert seeds in ([2, 3], [2, 3, 4])  # a third one only if two do not decide
     mine = confirmations(best, trials)
-    assert sorted(trial.seed for trial in mine) == [2, 3, 4] and len(again) in (3, 6)
+    assert sorted(trial.seed for trial in mine) == seeds[: len(mine)] and 2 <= len(mine) <= len(again)
     assert {trial.steps for trial in (*mine, *baselines)} == {60}
     for trial in mine:  # compared with the baseline of the same seed, at the same horizon
         reference = next(b for b in baselines if b.seed == trial.seed)
@@ -331,7 +332,7 @@ def test_confirm_runs_the_best_and_the_baseline_again_with_new_seeds(confirmed: 
     assert proof["unproven"] == [] and proof["horizon"]["steps"] == 60
     found = proof["comparison"]["delta_ssim"]
     low, high = found["interval"]
-    assert found["n"] == 3 and low < found["mean"] < high
+    assert found["n"] == len(mine) and low < found["mean"] < high
     assert 0 < proof["margins"]["norm_ratio_max"]["worst"] < proof["margins"]["norm_ratio_max"]["limit"] == 10
     assert "code/copied_task.py" in proof["provenance"]
 
@@ -418,7 +419,7 @@ def test_an_unsound_set_up_stops_the_study_before_any_trial(cluster: None, tmp_p
 
 def test_settings_predicted_beyond_the_limit_are_listed_and_not_launched(cluster: None, tmp_path: Path) -> None:
     space = {**SMALL["space"], "points": [{"ssim_loss_weight": 2500.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0}]}
-    study = small(name="skips", space=space, calibration={"batches": 12}, search={**SMALL["search"], "trials": 3})
+    study = small(name="skips", space=space, calibration={"batches": 12}, search={**SMALL["search"], "strategy": "optuna", "trials": 3})
     folder = run(study, in_process=True, storage=tmp_path)
     skipped = folder.skipped()
     assert skipped[0].config["ssim_loss_weight"] == 2500.0 and skipped[0].predicted_ratio > 20
