@@ -61,7 +61,19 @@ def trials(study: Path) -> list[dict[str, Any]]:
 def test_every_command_of_the_readme_is_known_here() -> None:
     assert len(LINES) == len(set(LINES)) >= 10
     verbs = {words[1] for line in LINES if (words := shlex.split(line))[0].endswith("tune-ssim")}
-    assert verbs == {"trials", "export", "verify", "preflight", "calibrate", "recommend", "spaces", "run", "quarantine", "ui", "mirror"}
+    assert verbs == {
+        "trials",
+        "export",
+        "verify",
+        "preflight",
+        "calibrate",
+        "recommend",
+        "spaces",
+        "run",
+        "quarantine",
+        "ui",
+        "mirror",
+    }
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/own_training.md"])

@@ -419,7 +419,9 @@ def test_an_unsound_set_up_stops_the_study_before_any_trial(cluster: None, tmp_p
 
 def test_settings_predicted_beyond_the_limit_are_listed_and_not_launched(cluster: None, tmp_path: Path) -> None:
     space = {**SMALL["space"], "points": [{"ssim_loss_weight": 2500.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 1.0}]}
-    study = small(name="skips", space=space, calibration={"batches": 12}, search={**SMALL["search"], "strategy": "optuna", "trials": 3})
+    study = small(
+        name="skips", space=space, calibration={"batches": 12}, search={**SMALL["search"], "strategy": "optuna", "trials": 3}
+    )
     folder = run(study, in_process=True, storage=tmp_path)
     skipped = folder.skipped()
     assert skipped[0].config["ssim_loss_weight"] == 2500.0 and skipped[0].predicted_ratio > 20
