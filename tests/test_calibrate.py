@@ -299,7 +299,9 @@ def test_a_process_of_its_own_that_fails_is_quoted(task: str, tmp_path: Path) ->
         words = [sys.executable, "-m", "tune_ssim", verb, str(path)]
         ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert ended.returncode == code and "no data" in ended.stderr and "bug" not in ended.stderr, ended
-        assert len(ended.stderr.splitlines()) == 1 and "next:" not in ended.stdout, ended
+        *before, error = ended.stderr.splitlines()
+        assert error.startswith(("error: ", "bad set-up: ")) and "next:" not in ended.stdout, ended
+        assert all(line.startswith("about ") for line in before), before  # how many starts, and how long
 
 
 # ---- what is broken ----

@@ -99,7 +99,7 @@ def test_verify_names_the_file_that_has_changed(tmp_path: Path) -> None:
         (*ARGUMENTS, "--config=base.yaml"),
         task={"records": {"pattern": LOSS}, "data": ["data"]},
         objective={"maximize": "delta_score"},
-        confirm={"seeds": 3, "steps": 30},
+        confirm={"seeds": 8, "steps": 30},
     )
     for name in ("base.yaml", "opened.json", "plugin.py"):
         (tmp_path / name).write_text("{}")

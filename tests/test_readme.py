@@ -35,7 +35,8 @@ def argv(line: str) -> list[str]:
 
 
 def call(line: str, folder: Path, timeout_s: int = 1400) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # local: not the cluster that another test may have started on this machine, and may end any time
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
     return subprocess.run(argv(line), cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
 
