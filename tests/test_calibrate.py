@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -302,6 +304,9 @@ def test_a_process_of_its_own_that_fails_is_quoted(task: str, tmp_path: Path) ->
         *before, error = ended.stderr.splitlines()
         assert error.startswith(("error: ", "bad set-up: ")) and "next:" not in ended.stdout, ended
         assert all(line.startswith("about ") for line in before), before  # how many starts, and how long
+        log = Path(re.search(r"all that it printed is in (\S+\.log)", error)[1])  # type: ignore[index]
+        assert log.read_text().strip() == "no data"
+        shutil.rmtree(log.parents[1])
 
 
 # ---- what is broken ----

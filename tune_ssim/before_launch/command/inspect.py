@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tune_ssim.before_launch.calibration import Calibration, calibrate, gates_of
 from tune_ssim.before_launch.command import checks
 from tune_ssim.before_launch.command.kept_starts import KeptStarts, fingerprint_of
 from tune_ssim.before_launch.command.observed_weights import check_observed
-from tune_ssim.before_launch.command.starts import CommandReader, Say, StartJob, Starts, Take
+from tune_ssim.before_launch.command.starts import CommandReader, Say, Start, StartJob, Starts, Take
 from tune_ssim.before_launch.command.take_start import take_here
 from tune_ssim.before_launch.preflight.launch import settings_of
 from tune_ssim.before_launch.preflight.report import Check, Report
@@ -45,9 +45,20 @@ def inspect_command(
     make: the study's task. take: runs the starts, by default one after the other in a temporary folder of this machine. kept: the
     file of starts that an earlier inspection took, and that are used again; None: none are. say: gets lines on the way."""
     if take is None:
-        with tempfile.TemporaryDirectory(prefix="tune-ssim-starts-") as folder:
-            here = partial(take_here, make, study.name, Path(folder))
-            return inspect_command(study, make, here, preflight=preflight, calibration=calibration, steps=steps, kept=kept, say=say)
+        folder, failures = Path(tempfile.mkdtemp(prefix="tune-ssim-starts-")), list[str]()
+
+        def take_noting_failures(jobs: Sequence[StartJob]) -> Iterator[Start]:
+            for start in take_here(make, study.name, folder, jobs):
+                failures.extend([start.failure] if start.failure else [])
+                yield start
+
+        try:
+            return inspect_command(
+                study, make, take_noting_failures, preflight=preflight, calibration=calibration, steps=steps, kept=kept, say=say
+            )
+        finally:
+            if not failures:  # their messages name the files of what was printed
+                shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     planned = (N_PREFLIGHT + 2 * len(_ends_of_others(study)) if preflight else 0) + (
         _of_calibration(study) if study.calibrates else 0
