@@ -236,7 +236,8 @@ def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | 
                 "inert",
                 f"the whole space changes total_norm by < {INERT:.1%} (at most {change:.2g}, at gain {gain:.3g} @ "
                 f"{strongest.max_t:g}): no setting in it does anything to this model",
-                f"a ratio of 1.1 begins at gain {start:.3g} @ {strongest.max_t:g}; search from there, or use `unit: norm_ratio`"
+                f"a ratio of 1.1 begins at gain {start:.3g} @ {strongest.max_t:g}; search from there, or take "
+                "`--space moderate`, whose gain is given by its effect (unit: norm_ratio)"
                 if start is not None
                 else "",
             )
