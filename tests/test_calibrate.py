@@ -25,6 +25,7 @@ from tune_ssim.base.files import jsonable
 from tune_ssim.before_launch.calibration import CHECK_TOLERANCE, Calibration, calibrate, gates_of
 from tune_ssim.before_launch.forecast import forecast_space
 from tune_ssim.probes.norm_model import NormModel
+from tune_ssim.search.guided import START_RATIO
 from tune_ssim.study.sections import BaselineRuns
 from tune_ssim.study.space import load_space
 from tune_ssim.study.study import Study, load_study
@@ -460,3 +461,17 @@ def test_nothing_is_left_behind() -> None:
     before = steps({"ssim_loss_weight": 1.0}, 1)
     usual()
     assert steps({"ssim_loss_weight": 1.0}, 1) == before
+
+
+def test_recommend_gives_the_setting_from_which_a_guided_search_starts(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("task: fundus_sr\ntask_config: {steps: 200}\ncalibration: {batches: 2, grid: [1.0]}\nspace: wide\n")
+    words = [sys.executable, "-m", "tune_ssim", "recommend", str(path)]
+    ended = subprocess.run([*words, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["prediction"]["ratio"] == pytest.approx(START_RATIO, rel=1e-6) and not found["proven"]
+    assert found["settings"]["ssim_loss_max_t"] == 1.0
+    path.write_text("task: vae_kl\nspace: vae_kl\ncalibration: null\n")
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "a recommendation needs calibration" in ended.stderr, ended

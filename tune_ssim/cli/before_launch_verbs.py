@@ -128,13 +128,8 @@ def recommend(
     else:
         console = make_console()
         console.print(readable(f"{format_setting(settings)}: predicted norm ratio {prediction.ratio:.3g}", console), markup=False)
-        console.print(
-            readable(
-                "not tried: with five recorded trainings such a setting had 0.95 of the best in the median, and harmed one (docs/search.md)",
-                console,
-            ),
-            markup=False,
-        )
+        evidence = "with five recorded trainings such a setting had 0.95 of the best in the median, and harmed one"
+        console.print(readable(f"not tried: {evidence} (docs/search.md)", console), markup=False)
     suggest_next("run", *([study] if study else []), why="tries it and its neighbours", to_stderr=as_json)
 
 
