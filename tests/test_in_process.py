@@ -198,3 +198,15 @@ def _whole_lines(file: Path) -> list[str]:
     if not file.exists():
         return []
     return [line for line in file.read_text().split("\n")[:-1] if line.endswith("}")]
+
+
+def test_a_guided_study_gives_the_same_trials_after_a_stop(tmp_path: Path) -> None:
+    """Calibrated by total_norm readings of the small task; its later trials are lost, as if it had been stopped before them."""
+    given = {"calibration": {"batches": 12}, "search": {"trials": 6, "concurrency": 2}}
+    whole = run_study(small(**given), storage=tmp_path / "whole", in_process=True)
+    again = run_study(small(**given), storage=tmp_path / "again", in_process=True)
+    kept = [line for line in again.trials_file.read_bytes().splitlines(keepends=True)][:5]
+    again.trials_file.write_bytes(b"".join(kept))
+    resumed = run_study(small(**given), storage=tmp_path / "again", resume=True, in_process=True)
+    assert repr(facts(resumed)) == repr(facts(whole))  # as text: a NaN is equal there
+    assert any(trial.curve for trial in whole.trials()) and len(whole.trials()) > 5
