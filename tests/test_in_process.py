@@ -205,7 +205,7 @@ def test_a_guided_study_gives_the_same_trials_after_a_stop(tmp_path: Path) -> No
     given = {"calibration": {"batches": 12}, "search": {"trials": 6, "concurrency": 2}}
     whole = run_study(small(**given), storage=tmp_path / "whole", in_process=True)
     again = run_study(small(**given), storage=tmp_path / "again", in_process=True)
-    kept = [line for line in again.trials_file.read_bytes().splitlines(keepends=True)][:5]
+    kept = again.trials_file.read_bytes().splitlines(keepends=True)[:5]
     again.trials_file.write_bytes(b"".join(kept))
     resumed = run_study(small(**given), storage=tmp_path / "again", resume=True, in_process=True)
     assert repr(facts(resumed)) == repr(facts(whole))  # as text: a NaN is equal there
