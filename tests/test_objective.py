@@ -57,7 +57,7 @@ def test_a_reduction_is_written_only_if_it_is_another() -> None:
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("{maximize: a, minimize: b}", "s.yaml:2: objective: has both maximize and minimize; a study has one objective"),
+        ("{maximize: a, minimize: b}", "s.yaml:2: objective: has both maximize and minimize; several objectives are a list"),
         ("{minimise: a}", "s.yaml:2: objective: unknown key 'minimise'; did you mean 'minimize'?"),
         ("{minimize: 3}", "s.yaml:2: objective.minimize: must be text, got 3"),
         ("{reduction: first}", "s.yaml:2: objective.reduction: must be last, best or {mean_last: n} with an integer n >= 1, "),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
 from tune_ssim.tasks.fundus_sr import FundusSR
 from tune_ssim.trials.job import BaselineFile, TrialJob
-from tune_ssim.trials.trial import Trial, TrialPlan
+from tune_ssim.trials.trial import Trial, TrialPlan, harm_of
 from tune_ssim.trials.trial_run import TrialRun, TrialSpec
 
 ALL: tuple[Guard, ...] = (NormRatio(), SmokeTest(at=(0, 10, 20)), NonFinite())
@@ -150,6 +152,46 @@ def test_worse_than_the_margin_is_degraded(baseline: Baseline) -> None:
     assert made.verdict is not None and made.verdict.verdict == "degraded"
     assert made.verdict.violation is not None and made.verdict.violation.metric == "psnr"
     assert made.harm() > 0
+
+
+def test_the_worst_broken_margin_is_the_reason_and_grades_the_harm(baseline: Baseline) -> None:
+    def degraded(*keep: KeepRule) -> Trial:
+        made = trial(baseline=baseline, ssim_loss_weight=20.0, keep=keep)
+        made.advance()
+        assert made.verdict is not None and made.verdict.verdict == "degraded"
+        return made
+
+    slight, strong = KeepRule("psnr", min_ratio=5.0), KeepRule("ssim", min_ratio=50.0)
+    assert degraded(slight).harm() < degraded(strong).harm() == degraded(slight, strong).harm()
+    both = degraded(slight, strong).verdict
+    assert both is not None and both.reason.startswith("SSIM")
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "harm"),
+    [(20.0, 2.0, 1.0), (-3.0, -0.3, 1.0), (2.0, 2.0, 0.05), (-0.31, -0.3, 0.05), (-9.0, 0.0, 1.0), (math.nan, 1.0, 1.0)],
+)
+def test_harm_beyond_a_margin_is_counted_in_decades(value: float, limit: float, harm: float) -> None:
+    evidence = {"guard": "objective", "step": 40, "metric": "m", "value": value, "limit": limit}
+    assert harm_of("degraded", evidence, 40, 40) == pytest.approx(harm)
+
+
+def test_a_keep_rule_that_nothing_can_judge_is_said(baseline: Baseline) -> None:
+    unknown, usual = KeepRule("psnrs", min_delta=-1), KeepRule("flow_loss_bins", max_ratio=2.0)
+    for made in (trial("baseline", keep=(unknown, usual)), trial(baseline=baseline, keep=(unknown, usual))):
+        made.advance()
+        assert made.remarks == (
+            "objective.keep: psnrs: not measured by the baseline, so nothing was judged by it; did you mean 'psnr'?",
+        )
+
+
+def test_a_trial_without_a_metric_that_the_baseline_kept_is_not_safe(baseline: Baseline) -> None:
+    (run,) = baseline.runs
+    with_lpips = Baseline((replace(run, evaluation={**run.evaluation, "lpips/vgg": 0.1}),))
+    made = trial(baseline=with_lpips, keep=(KeepRule("lpips", max_ratio=1.1),))
+    made.advance()
+    assert made.verdict is not None and made.verdict.verdict == "error"
+    assert made.verdict.reason == "objective.keep: the baseline measured lpips, this trial did not"
 
 
 def evaluated(baseline: Baseline | None, role: str = "search", rival: tuple[int, float] | None = None, **config: Any) -> Trial:

@@ -123,11 +123,20 @@ def trials(name: str | None, as_json: bool, storage: Path) -> None:
 
     folder = find_study(storage, name)
     if as_json:
+        from tune_ssim.results.pareto import pareto_front
         from tune_ssim.tracking.mirror import run_ids
 
         mirrored = run_ids(folder, folder.tracking_uri)
-        summaries = [trial.to_dict() | {"run_id": trial.run_id or mirrored.get(trial.trial_id)} for trial in folder.trials()]
-        print_json(summaries)
+        found, objective = folder.trials(), folder.objective
+        front = pareto_front(found, objective)
+        print_json(
+            [
+                trial.to_dict()
+                | {"run_id": trial.run_id or mirrored.get(trial.trial_id)}
+                | ({"pareto_front": trial in front} if objective.also else {})
+                for trial in found
+            ]
+        )
     else:
         _show_trials(folder, make_console())
     suggest_next("export", folder.name, why="writes the best safe setting", to_stderr=as_json)
@@ -137,9 +146,12 @@ def trials(name: str | None, as_json: bool, storage: Path) -> None:
 @click.argument("name", required=False)
 @click.option("--format", "form", type=click.Choice(["yaml", "json", "env", "args"]), default="yaml", show_default=True)
 @click.option("-o", "--output", metavar="FILE", help="Write to this file (never half of it) instead of stdout.")
+@click.option(
+    "--trial", "trial_id", metavar="TRIAL", help="This trial's setting instead of the best, e.g. another of the Pareto front."
+)
 @click.option("--unproven", is_flag=True, help="Also export a setting that no confirm phase has confirmed; the file says so.")
 @storage_option
-def export(name: str | None, form: str, output: str | None, unproven: bool, storage: Path) -> None:
+def export(name: str | None, form: str, output: str | None, trial_id: str | None, unproven: bool, storage: Path) -> None:
     """Print the best safe setting of a study.
 
     Only a setting that was `safe`, beat the baseline, and held in the confirm phase with further seeds; never one that
@@ -153,11 +165,11 @@ def export(name: str | None, form: str, output: str | None, unproven: bool, stor
     from tune_ssim.base.files import write_atomically
     from tune_ssim.results.export import exported_config, format_export
     from tune_ssim.results.study_folder import find_study
-    from tune_ssim.results.winner import best_safe
+    from tune_ssim.results.winner import best_safe, chosen
 
     target = output_file(output)
     folder = find_study(storage, name)
-    exported = exported_config(best_safe(folder), folder)
+    exported = exported_config(best_safe(folder) if trial_id is None else chosen(folder, trial_id), folder)
     if missing := exported["proof"]["unproven"]:
         words = f"{folder.name}: {exported['trial_id']} is unproven: {'; '.join(missing)}"
         if not unproven:
@@ -267,8 +279,9 @@ def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
 
 
 def _show_trials(folder: StudyFolder, console: Console) -> None:
-    from tune_ssim.cli.tables import trials_table
-    from tune_ssim.results.trial_text import format_setting, warning_lines
+    from tune_ssim.cli.tables import FRONT, trials_table
+    from tune_ssim.results.pareto import pareto_front
+    from tune_ssim.results.trial_text import format_setting, metric_label, warning_lines
     from tune_ssim.results.winner import NoSafeTrial, best_safe
 
     summaries = folder.trials()
@@ -279,15 +292,21 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
         winner = best_safe(folder).trial_id
     except NoSafeTrial:
         winner = None
+    objective = folder.objective
+    front = [summary.trial_id for summary in pareto_front(summaries, objective)]
     console.print(
         trials_table(
             summaries,
             width=console.width,
             ascii_only=console.options.ascii_only,
-            objective=folder.objective,
+            objective=objective,
             winner=winner,
+            front=front,
         )
     )
+    if front:
+        names = ", ".join(metric_label(goal.name) for goal in objective.goals)
+        console.print(readable(f"{FRONT} Pareto front of {names}: {', '.join(front)}", console), markup=False)
     for line in warning_lines(summaries):
         console.print(readable(f"warning: {line}", console), markup=False)
     for skipped in folder.skipped():

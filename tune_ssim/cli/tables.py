@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -28,6 +28,7 @@ COLUMNS = {
 # Columns for a task without an SSIM loss.
 OTHER_COLUMNS = {120: ("setting", "steps", "norm ratio", "objective"), 72: ("setting", "steps", "objective"), 0: ("objective",)}
 MEASURED = {"norm ratio": "norm_ratio_max", "ratio": "norm_ratio_max", "PSNR": "psnr"}  # columns that need a metric
+FRONT = "◆"  # mark of a trial on the Pareto front
 WIDE = 120  # from this width on the reason has its own column
 
 
@@ -38,17 +39,15 @@ def trials_table(
     ascii_only: bool = False,
     objective: Objective = DEFAULT_OBJECTIVE,
     winner: str | None = None,
+    front: Collection[str] = (),
 ) -> Table:
-    """One row per trial, best first, for a terminal of `width` columns. `winner`: the trial_id to mark."""
+    """One row per trial, best first, for a terminal of `width` columns. `winner`: the trial_id to mark. `front`: those on the
+    Pareto front."""
     wide, summaries = width >= WIDE, list(summaries)
-    has_ssim = any(WEIGHT in summary.config for summary in summaries) or not summaries
-    names = next(names for min_width, names in (COLUMNS if has_ssim else OTHER_COLUMNS).items() if width >= min_width)
     table = PlainTable(ascii_only).columns_of("trial", overflow="fold")
-    measured = {name for summary in summaries for name in summary.metrics}
-    names = tuple(name for name in names if MEASURED.get(name) in (None, *measured))
+    names, goals = _columns(summaries, width, objective), [goal.name for goal in objective.goals]
     for name in names:
-        heading = metric_label(objective.name) if name == "objective" else name
-        table.columns_of(heading, justify="left" if name == "setting" else "right")
+        table.columns_of(metric_label(name) if name in goals else name, justify="left" if name == "setting" else "right")
     if wide:
         table.columns_of("verdict").text_of("why", min_width=20)
     else:
@@ -67,18 +66,34 @@ def trials_table(
             "steps": str(summary.steps),
             "norm ratio": norm_ratio,
             "ratio": norm_ratio,
-            "objective": format_objective(objective.name, metrics.get(objective.name)),
             "PSNR": format_number(metrics.get("psnr"), ".2f"),
             "setting": format_setting(config),
         }
+        cells |= {name: format_objective(name, metrics.get(name)) for name in goals}
+        mark = f"{'★ ' if is_winner else ''}{FRONT + ' ' if summary.trial_id in front else ''}"
         verdict = Text(summary.verdict.value, VERDICT_STYLES[summary.verdict])
         why = readable(summary.reason, ascii_only)
         table.add(
-            Text(readable(f"★ {label}", ascii_only), "bold") if is_winner else label,
+            Text(readable(f"{mark}{label}", ascii_only), "bold") if is_winner else readable(f"{mark}{label}", ascii_only),
             *(cells[name] for name in names),
             *((verdict, why) if wide else (_joined(verdict, why),)),
         )
     return table
+
+
+def _columns(summaries: Sequence[TrialSummary], width: int, objective: Objective) -> list[str]:
+    """Headings, with the name of a metric for each objective. A narrow terminal has only the first objective."""
+    has_ssim = any(WEIGHT in summary.config for summary in summaries) or not summaries
+    min_width, names = next(item for item in (COLUMNS if has_ssim else OTHER_COLUMNS).items() if width >= item[0])
+    goals = [goal.name for goal in (objective.goals if min_width else (objective,))]
+    measured = {name for summary in summaries for name in summary.metrics}
+    found: list[str] = []
+    for name in names:
+        if name == "objective":
+            found += goals
+        elif name not in MEASURED or (MEASURED[name] in measured and MEASURED[name] not in goals):
+            found.append(name)
+    return found
 
 
 def _joined(verdict: Text, why: str) -> Text:

@@ -5,7 +5,7 @@ from tune_ssim.guards.divergence import Divergence
 from tune_ssim.guards.epoch_mean import EpochMean
 from tune_ssim.guards.first_value import FirstValue
 from tune_ssim.guards.guard import Guard
-from tune_ssim.guards.keep_rule import KeepRule, Margin
+from tune_ssim.guards.keep_rule import KeepRule, Margin, decades_beyond
 from tune_ssim.guards.moving_mean import MovingMean
 from tune_ssim.guards.non_finite import NonFinite
 from tune_ssim.guards.norm_ratio import NormRatio, RequireTotalNorm
@@ -36,4 +36,5 @@ __all__ = [
     "Trend",
     "Violation",
     "Watch",
+    "decades_beyond",
 ]

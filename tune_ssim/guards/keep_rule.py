@@ -26,11 +26,22 @@ class Margin:
         return not (self.value >= self.limit if self.is_floor else self.value <= self.limit)
 
     @property
+    def harm(self) -> float:
+        """`decades_beyond` its limit; infinite for NaN."""
+        found = decades_beyond(self.value, self.limit)
+        return math.inf if math.isnan(found) else found
+
+    @property
     def sentence(self) -> str:
         shown, bound = DISPLAY_NAMES.get(self.metric, self.metric), "at least" if self.is_floor else "at most"
         if self.is_ratio:
             return f"{shown} {self.value:.3g}x the baseline's ({bound} {self.limit:g}x)"
         return f"{shown} {self.value:+.4g} against the baseline ({bound} {self.limit:+g})"
+
+
+def decades_beyond(value: float, limit: float) -> float:
+    """How far `value` lies beyond `limit`: 1 for ten times the limit. Of a limit of zero, the distance counts."""
+    return math.log10(1 + abs(value - limit) / (abs(limit) or 1.0))
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,14 @@ class KeepRule:
     min_ratio: float | None = None
     max_ratio: float | None = None
 
+    def covers(self, name: str) -> bool:
+        """Whether it limits this metric."""
+        return name == self.metric or name.startswith(self.metric + "/")
+
     def margins(self, found: Mapping[str, float], baseline: Mapping[str, float]) -> Iterator[Margin]:
         """The margin of every metric that the rule covers."""
         for name, value in found.items():
-            if (name != self.metric and not name.startswith(self.metric + "/")) or name not in baseline:
+            if not self.covers(name) or name not in baseline:
                 continue
             delta, ratio = value - baseline[name], value / baseline[name] if baseline[name] else math.inf
             for limit, number, is_floor, is_ratio in (

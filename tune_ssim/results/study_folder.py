@@ -27,11 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import append_line, parse_json, parse_lines, read_lines, write_atomically
 from tune_ssim.base.numbers import as_float, is_number
 from tune_ssim.base.tensor_file import Contents
-from tune_ssim.base.validation import JsonNumber, read_as
+from tune_ssim.base.validation import JsonNumber, problems_of, read_as
 from tune_ssim.study.objective import OBJECTIVE, Objective
 from tune_ssim.trials.summary import TrialSummary
 
@@ -140,13 +142,17 @@ class StudyFolder:
 
     @property
     def objective(self) -> Objective:
-        """What the study optimises, by default `delta_ssim`. Of the file only the metric, its direction and the smallest useful
+        """What the study optimises, by default `delta_ssim`. Of the file only metrics, their directions and the smallest useful
         improvement are read."""
         given = self.section("objective")
         direction = "minimize" if given.get("minimize") else "maximize"
         least: Any = given.get("min_improvement")
         found = Objective.of(str(given.get(direction) or OBJECTIVE), direction)
-        return found.replace(min_improvement=as_float(least) if is_number(least) else None)
+        try:
+            return found.replace(min_improvement=as_float(least) if is_number(least) else None, also=given.get("also"))
+        except ValidationError as error:
+            words = "; ".join(one.text() for one in problems_of(error))
+            raise UserError(f"{self.study_file}: objective: {words}") from None
 
     @property
     def tracking_uri(self) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.yaml_source import did_you_mean
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.results.intervals import exceeds, paired
 from tune_ssim.results.study_folder import StudyFolder
@@ -44,7 +45,7 @@ def best_safe(
     if isinstance(objective, str):
         objective = Objective(maximize=objective)
     tried = [summary for summary in summaries if summary.role is not Role.BASELINE]
-    candidates = _safe_trials(summaries, objective)
+    candidates = safe_trials(summaries, objective)
     if not candidates:
         raise NoSafeTrial(f"{where}: no safe trial to export: {_why_none(tried, objective)}")
     best = candidates[0]
@@ -66,16 +67,33 @@ def best_safe(
     return held[0]
 
 
+def chosen(folder: StudyFolder, trial_id: str) -> TrialSummary:
+    """The trial of the search with this id, to export it instead of the best. Raises UserError if there is none, and NoSafeTrial if
+    any trial of its setting was not safe."""
+    trials = folder.trials()
+    searched = {summary.trial_id: summary for summary in trials if summary.role is Role.SEARCH}
+    summary = searched.get(trial_id)
+    if summary is None:
+        raise UserError(f"{folder.name}: no trial {trial_id!r} of the search{did_you_mean(trial_id, searched)}")
+    same = [other for other in trials if other.setting_key == summary.setting_key and other.verdict.speaks_against_setting]
+    against = same[0] if same and summary.verdict is Verdict.SAFE else summary
+    if against.verdict is not Verdict.SAFE:
+        what = "" if against is summary else f"{trial_id}: its setting was not safe in another trial: "
+        raise NoSafeTrial(f"{folder.name}: {what}{against.trial_id} is {against.verdict}: {against.reason}")
+    return summary
+
+
 def ranked(summaries: Iterable[TrialSummary], objective: Objective) -> list[TrialSummary]:
     """Trials of the search that may win, best first, without duplicate settings.
 
     A trial qualifies if its verdict is `safe` (which includes the margins of `objective.keep`: a trial outside them
     is `degraded`), its objective is finite and better than the baseline's, and no other trial of the same setting was pruned or
     degraded."""
-    return [summary for summary in _safe_trials(summaries, objective) if objective.is_improved(summary.metrics)]
+    return [summary for summary in safe_trials(summaries, objective) if objective.is_improved(summary.metrics)]
 
 
-def _safe_trials(summaries: Iterable[TrialSummary], objective: Objective) -> list[TrialSummary]:
+def safe_trials(summaries: Iterable[TrialSummary], objective: Objective) -> list[TrialSummary]:
+    """As `ranked`, whether better than the baseline or not."""
     tried = [summary for summary in summaries if summary.role is not Role.BASELINE]
     searched = [summary for summary in tried if summary.role is Role.SEARCH] or tried
     refuted = {summary.setting_key for summary in searched if summary.verdict.speaks_against_setting}

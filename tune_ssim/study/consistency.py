@@ -87,8 +87,9 @@ def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
 
 def part_warnings(study: Study) -> Iterator[Problem]:
     """What is valid, and probably a mistake."""
-    if study.objective.warning:
-        yield Problem(("objective", study.objective.direction), study.objective.warning, "")
+    for goal in study.objective.goals:
+        if goal.warning:
+            yield Problem(("objective", goal.direction), goal.warning, "")
     task = study.task
     if not isinstance(task, CommandSpec) or task.records is None or "seed" in task.referenced_settings():
         return  # without `records` it may be a loop that asks `trial_context` for its seed

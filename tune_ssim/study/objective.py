@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
 
-from tune_ssim.base.validation import Problem, Problems, Section, or_empty
+from tune_ssim.base.validation import Problem, Problems, Section, or_empty, problem
 from tune_ssim.base.yaml_source import describe, did_you_mean
 from tune_ssim.guards import KeepRule
 
@@ -64,58 +64,23 @@ def _default_keep() -> dict[str, Keep]:
 SMALLEST_USEFUL = {"ssim": 0.001, "psnr": 0.05}
 
 
-class Objective(Section):
-    """`maximize` or `minimize` a metric that is measured after the training (held-out) or logged during it. With `delta_` before
-    its name: the difference to the baseline on the same seed.
+def _as_tuple(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list) else given
 
-    min_improvement: the smallest useful improvement over the baseline. A setting counts as effective if its improvement exceeds it,
-    and as confirmed if the whole confidence interval does. reduction: how the values that a training logs become one: the last,
-    the best, or the mean of the last n. A trial that breaks a `keep` rule is `degraded` and never exported."""
+
+class Goal(Section):
+    """`maximize` or `minimize` a metric. With `delta_` before its name: the difference to the baseline on the same seed."""
 
     maximize: Name | None = None
     minimize: Name | None = None
-    reduction: str | dict[str, int] = "last"
-    min_improvement: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # None in studies of earlier versions
-    keep: Annotated[dict[str, Keep], or_empty(_default_keep)] = Field(default_factory=_default_keep)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_name(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        is_named = given.get("maximize") is not None or given.get("minimize") is not None
-        named = given if is_named else {**given, "maximize": OBJECTIVE}
-        metric = str(named.get("maximize") or named.get("minimize")).removeprefix(DELTA)
-        return {"min_improvement": SMALLEST_USEFUL.get(metric, 0.0), **named}
-
-    @field_validator("reduction", mode="plain")
-    @classmethod
-    def _reduction(cls, given: Any) -> Any:
-        count = given.get("mean_last") if isinstance(given, Mapping) and len(given) == 1 else None
-        if given in ("last", "best") or (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
-            return given
-        raise ValueError(f"must be last, best or {{mean_last: n}} with an integer n >= 1, got {describe(given)}")
 
     @model_validator(mode="after")
-    def _one_direction(self) -> Objective:
+    def _one_direction(self) -> Goal:
         if self.maximize is not None and self.minimize is not None:
-            raise ValueError("has both maximize and minimize; a study has one objective")
+            raise ValueError("has both maximize and minimize; several objectives are a list")
+        if self.maximize is None and self.minimize is None:
+            raise ValueError("must have maximize or minimize")
         return self
-
-    @model_serializer
-    def _as_in_a_file(self) -> dict[str, Any]:
-        reduction = {} if self.reduction == "last" else {"reduction": self.reduction}
-        return {
-            self.direction: self.name,
-            **reduction,
-            "min_improvement": self.min_improvement,
-            "keep": {name: rule.limit for name, rule in self.keep.items()},
-        }
-
-    @classmethod
-    def of(cls, name: str, direction: str = "maximize") -> Objective:
-        """The objective of a trial's summary, or of an export."""
-        return cls(minimize=name) if direction == "minimize" else cls(maximize=name)
 
     @property
     def name(self) -> str:
@@ -141,15 +106,6 @@ class Objective(Section):
         return self.name.startswith(DELTA)
 
     @property
-    def by_more_than(self) -> str:
-        """` by more than 0.001`; empty without a smallest useful improvement."""
-        return f" by more than {self.min_improvement:g}" if self.min_improvement else ""
-
-    @property
-    def rules(self) -> tuple[KeepRule, ...]:
-        return tuple(KeepRule(metric, **rule.limit) for metric, rule in self.keep.items())
-
-    @property
     def warning(self) -> str:
         """Says that less of the maximised metric seems to be better; empty if not."""
         if self.minimize is not None or not _LESS_IS_BETTER.search(self.metric.lower()):
@@ -159,6 +115,105 @@ class Objective(Section):
     def rank(self, value: float) -> float:
         """A sort key, best first. A value that was not measured comes last."""
         return math.inf if math.isnan(value) else value if self.direction == "minimize" else -value
+
+    def missing(self, held_out: Mapping[str, float], names: Sequence[str]) -> str:
+        """Why nothing can be compared with a baseline that measured `held_out`; empty if it can. names: of everything it logged."""
+        metric, others = self.metric, sorted({*names} - {*held_out})
+        if metric not in held_out:
+            found = [f"{what} {', '.join(ones)}" for what, ones in (("held-out", sorted(held_out)), ("logged", others)) if ones]
+            guess = did_you_mean(metric, [*held_out, *others])
+            close = guess if guess.startswith("; did") else ""
+            words = f"the baseline did not measure {metric!r}{close}; it measured {'; '.join(found) or 'nothing'}"
+            return f"objective: {self.direction}: {self.name}: {words}"
+        if not math.isfinite(held_out[metric]):
+            return f"objective: {self.direction}: {self.name}: the baseline's {metric} is {held_out[metric]}"
+        return ""
+
+
+class Objective(Goal):
+    """What a study optimises: a metric that is measured after the training (held-out) or logged during it.
+
+    min_improvement: the smallest useful improvement over the baseline. A setting counts as effective if its improvement exceeds it,
+    and as confirmed if the whole confidence interval does. reduction: how the values that a training logs become one: the last,
+    the best, or the mean of the last n. A trial that breaks a `keep` rule is `degraded` and never exported. also: further
+    objectives, of held-out metrics, for the Pareto front. In a file, a list is its first objective with the others in `also`."""
+
+    reduction: str | dict[str, int] = "last"
+    min_improvement: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # None in studies of earlier versions
+    keep: Annotated[dict[str, Keep], or_empty(_default_keep)] = Field(default_factory=_default_keep)
+    also: Annotated[tuple[Goal, ...], or_empty(tuple), BeforeValidator(_as_tuple)] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        is_named = given.get("maximize") is not None or given.get("minimize") is not None
+        named = given if is_named else {**given, "maximize": OBJECTIVE}
+        metric = str(named.get("maximize") or named.get("minimize")).removeprefix(DELTA)
+        return {"min_improvement": SMALLEST_USEFUL.get(metric, 0.0), **named}
+
+    @field_validator("reduction", mode="plain")
+    @classmethod
+    def _reduction(cls, given: Any) -> Any:
+        count = given.get("mean_last") if isinstance(given, Mapping) and len(given) == 1 else None
+        if given in ("last", "best") or (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
+            return given
+        raise ValueError(f"must be last, best or {{mean_last: n}} with an integer n >= 1, got {describe(given)}")
+
+    @model_validator(mode="after")
+    def _different_names(self) -> Objective:
+        names = [goal.name for goal in self.goals]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"names {twice[0]} twice")
+        return self
+
+    @model_serializer
+    def _as_in_a_file(self) -> dict[str, Any]:
+        reduction = {} if self.reduction == "last" else {"reduction": self.reduction}
+        also = {"also": [{goal.direction: goal.name} for goal in self.also]} if self.also else {}
+        return {
+            self.direction: self.name,
+            **reduction,
+            "min_improvement": self.min_improvement,
+            "keep": {name: rule.limit for name, rule in self.keep.items()},
+            **also,
+        }
+
+    @classmethod
+    def of(cls, name: str, direction: str = "maximize") -> Objective:
+        """The objective of a trial's summary, or of an export."""
+        return cls(minimize=name) if direction == "minimize" else cls(maximize=name)
+
+    @classmethod
+    def read(cls, given: Any) -> Any:
+        """A list of objectives as one objective with `also`; anything else unchanged. Raises Problems."""
+        if not isinstance(given, (list, tuple)):
+            return given
+        if not given:
+            raise problem("must not be empty")
+        problems, first, also = Problems(), cls(), []
+        with problems.at(0):
+            first = cls.model_validate(given[0])
+        for index, goal in enumerate(given[1:], start=1):
+            with problems.at(index):
+                also.append(Goal.model_validate(goal))
+        problems.check()
+        return first.replace(also=(*first.also, *also))
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """All objectives. The first decides which setting is handed over."""
+        return (self, *self.also)
+
+    @property
+    def by_more_than(self) -> str:
+        """` by more than 0.001`; empty without a smallest useful improvement."""
+        return f" by more than {self.min_improvement:g}" if self.min_improvement else ""
+
+    @property
+    def rules(self) -> tuple[KeepRule, ...]:
+        return tuple(KeepRule(metric, **rule.limit) for metric, rule in self.keep.items())
 
     def improvement(self, metrics: Mapping[str, float]) -> float:
         """How much better than the baseline a trial with these metrics is, above zero if it is; NaN if that was not measured."""
@@ -196,19 +251,10 @@ class Objective(Section):
 
     def problem(self, held_out: Mapping[str, float], logged: Sequence[float], names: Sequence[str]) -> str:
         """Why nothing can be compared with a baseline that measured `held_out`; empty if it can. names: of everything it logged."""
-        metric, others = self.metric, sorted({*names} - {*held_out})
-        if metric not in held_out:
-            found = [f"{what} {', '.join(ones)}" for what, ones in (("held-out", sorted(held_out)), ("logged", others)) if ones]
-            guess = did_you_mean(metric, [*held_out, *others])
-            close = guess if guess.startswith("; did") else ""
-            words = f"the baseline did not measure {metric!r}{close}; it measured {'; '.join(found) or 'nothing'}"
-            return f"objective: {self.direction}: {self.name}: {words}"
-        if self.n_logged > 1 and len(logged) < self.n_logged:
+        if self.metric in held_out and self.n_logged > 1 and len(logged) < self.n_logged:
             how_often = f"{len(logged)} times" if logged else "never, it is measured once, after the training"
-            return f"objective: reduction: mean_last: {self.n_logged}: the baseline logged {metric} {how_often}"
-        if not math.isfinite(held_out[metric]):
-            return f"objective: {self.direction}: {self.name}: the baseline's {metric} is {held_out[metric]}"
-        return ""
+            return f"objective: reduction: mean_last: {self.n_logged}: the baseline logged {self.metric} {how_often}"
+        return next(filter(None, (goal.missing(held_out, names) for goal in self.goals)), "")
 
 
 DEFAULT_OBJECTIVE = Objective()

@@ -367,7 +367,7 @@ class Study(Document):
     rules: Annotated[
         tuple[RulePack, ...], PlainValidator(_rules), PlainSerializer(lambda packs: [dict(pack.document) for pack in packs])
     ] = ()
-    objective: OrDefaults[Objective] = Field(default_factory=Objective)
+    objective: Annotated[OrDefaults[Objective], BeforeValidator(Objective.read)] = Field(default_factory=Objective)
     resources: OrDefaults[Resources] = Field(default_factory=Resources)
     # None: off, which the proof records.
     preflight: Preflight | None = Field(default_factory=Preflight)

@@ -14,6 +14,7 @@ import torch
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.tensor_file import Contents
+from tune_ssim.base.yaml_source import did_you_mean
 from tune_ssim.guards import (
     Baseline,
     BaselineRun,
@@ -28,6 +29,7 @@ from tune_ssim.guards import (
     SmokeTest,
     Violation,
     Watch,
+    decades_beyond,
 )
 from tune_ssim.guards.verdict import Action, Role, Verdict
 from tune_ssim.probes import collapse_statistics, file_contents, tensor_contents
@@ -55,6 +57,7 @@ NOTHING_COMPARED = (
     "only NaN was looked for: nothing was compared with the baseline that would show a ruined training; let it log its loss or "
     "total_norm, make samples, or measure what `objective.keep` names"
 )
+OF_MARGINS = "objective"  # `guard` in the evidence of a degraded trial
 MIN_HARM = 0.05  # harm of a trial ruined close to its end: above zero, below the harm of any early prune
 
 
@@ -123,7 +126,7 @@ class Trial:
         self.series: dict[str, dict[int, float]] = {}
         self.warnings: list[Violation] = []
         self.checked: tuple[str, ...] = ()  # what was compared and held, of a trial that is safe
-        self.remarks: tuple[str, ...] = ()  # of the training, once it has ended
+        self.remarks: tuple[str, ...] = ()  # once it has ended
         self.images: dict[int, bytes] = {}
         self.records_before_error: list[Record] = []
         self.wrote: list[dict[str, Any]] = []  # contents of checkpoints, for the quarantine ledger
@@ -200,7 +203,7 @@ class Trial:
             self.verdict = self._finish()
         if self.verdict is not None and self.task.reports_after_last_step:
             self.task.close(self.verdict.verdict.value, self.verdict.reason)
-            self.remarks = tuple(self.task.remarks())
+            self.remarks += tuple(self.task.remarks())
             self._note_files()
 
     def summary_metrics(self) -> dict[str, float]:
@@ -531,26 +534,42 @@ class Trial:
             return Judgement(Verdict.ERROR, words)
         found = self.measure()
         reference = {} if self.baseline is None else self.baseline.reference(self.seed).evaluation
-        compared = dict.fromkeys(("ssim", "psnr", self.plan.objective.metric))
+        compared = dict.fromkeys(("ssim", "psnr", *(goal.metric for goal in self.plan.objective.goals)))
         deltas = {f"delta_{name}": found[name] - reference[name] for name in compared if name in found and name in reference}
         metrics, words = found | deltas, f"safe to step {self.step}"
         if unjudged:
             return Judgement(Verdict.ERROR, "; ".join(unjudged), metrics=metrics)
+        self.remarks += tuple(self._without_judge(found if self.baseline is None else reference))
         if self.baseline is None:
             names = [name for name in self.logged_names if not name.startswith(SMOKE)]
             if self.plan.requires_objective and (problem := self.plan.objective.problem(found, self.logged, names)):
                 return Judgement(Verdict.ERROR, problem, metrics=metrics)
             return Judgement(Verdict.SAFE, words, metrics=metrics)
-        for margin in self._margins(found, reference):
-            if margin.is_broken:
-                words = margin.sentence
-                violation = Violation("objective", self.step, margin.metric, margin.value, margin.limit, Action.WARN, words)
-                return Judgement(Verdict.DEGRADED, words, violation, metrics)
-        self.checked = (*self._guards_that_judged(), *(margin.sentence for margin in self._margins(found, reference)))
+        margins = list(self._margins(found, reference))
+        if broken := [margin for margin in margins if margin.is_broken]:
+            worst = max(broken, key=lambda margin: margin.harm)
+            words = worst.sentence
+            violation = Violation(OF_MARGINS, self.step, worst.metric, worst.value, worst.limit, Action.WARN, words)
+            return Judgement(Verdict.DEGRADED, words, violation, metrics)
+        if lost := self._not_measured(found, reference):
+            words = f"objective.keep: the baseline measured {', '.join(lost)}, this trial did not"
+            return Judgement(Verdict.ERROR, words, metrics=metrics)
+        self.checked = (*self._guards_that_judged(), *(margin.sentence for margin in margins))
         if not self.checked:
             return Judgement(Verdict.ERROR, NOTHING_COMPARED, metrics=metrics)
         how = f" (unpaired: {self.unpaired})" if self.unpaired else ""
         return Judgement(Verdict.SAFE, f"{words}: no guard fired, nothing worse than the margins{how}", metrics=metrics)
+
+    def _without_judge(self, measured: Mapping[str, float]) -> Iterator[str]:
+        """A sentence for each `keep` rule on a metric that the baseline did not measure. The default ones are for any training."""
+        for rule in self.plan.keep:
+            if rule not in DEFAULT_OBJECTIVE.rules and not any(map(rule.covers, measured)):
+                guess = did_you_mean(rule.metric, measured)
+                yield f"objective.keep: {rule.metric}: not measured by the baseline, so nothing was judged by it{guess}"
+
+    def _not_measured(self, found: Mapping[str, float], reference: Mapping[str, float]) -> list[str]:
+        """Metrics with a `keep` rule that only the baseline measured."""
+        return [rule.metric for rule in self.plan.keep if any(map(rule.covers, reference)) and not any(map(rule.covers, found))]
 
     def _margins(self, found: Mapping[str, float], reference: Mapping[str, float]) -> Iterator[Margin]:
         """The margins of `keep`, of the loss at the end, and, if `keep` covers nothing that was measured, of the objective."""
@@ -586,12 +605,14 @@ class Trial:
 
 
 def harm_of(verdict: str, evidence: Mapping[str, Any] | None, step: int, steps: int | None) -> float:
-    """A constraint value for samplers: feasible if <= 0, otherwise a grade of the harm. For the norm guard it is the excess in
-    decades; for any other prune, the fraction of the training that was left."""
+    """A constraint value for samplers: feasible if <= 0, otherwise a grade of the harm. For the norm guard and for margins it is
+    the excess in decades; for any other prune, the fraction of the training that was left."""
     if verdict not in (Verdict.PRUNED, Verdict.DEGRADED, Verdict.BAD_SETUP):
         return 0.0
-    if evidence is not None and evidence["guard"] == NormRatio.name and math.isfinite(float(evidence["value"])):
-        return max(MIN_HARM, math.log10(float(evidence["value"]) / float(evidence["limit"])))
+    if evidence is not None and evidence["guard"] in (NormRatio.name, OF_MARGINS) and math.isfinite(float(evidence["value"])):
+        return max(MIN_HARM, decades_beyond(float(evidence["value"]), float(evidence["limit"])))
+    if verdict == Verdict.DEGRADED:
+        return 1.0  # a metric that is not finite
     return max(MIN_HARM, 1 - step / steps) if steps else MIN_HARM
 
 
