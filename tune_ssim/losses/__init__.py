@@ -1,12 +1,18 @@
 """Losses: SSIM, the gated decoded-image loss, rectified flow, latent terms, and weight schedules.
 
-The only heavy import is torch."""
+The only heavy import is torch. Names load on first use, since a study reads its schedules without torch."""
 
-from tune_ssim.losses.decoded import DecodedLoss, DecodedLossResult, clamp_gradient, scale_gradient
-from tune_ssim.losses.flow import TimeLaw, euler_sample, noisy_latent, velocity_target, z0_from_velocity
-from tune_ssim.losses.latent import active_units, dino_alignment, kl_to_standard_normal, marginal_kl, reparameterise
-from tune_ssim.losses.schedules import Schedule
-from tune_ssim.losses.structural import ssim, ssim_loss
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tune_ssim.losses.decoded import DecodedLoss, DecodedLossResult, clamp_gradient, scale_gradient
+    from tune_ssim.losses.flow import TimeLaw, euler_sample, noisy_latent, velocity_target, z0_from_velocity
+    from tune_ssim.losses.latent import active_units, dino_alignment, kl_to_standard_normal, marginal_kl, reparameterise
+    from tune_ssim.losses.schedules import Schedule
+    from tune_ssim.losses.structural import ssim, ssim_loss
 
 __all__ = [
     "DecodedLoss",
@@ -27,3 +33,24 @@ __all__ = [
     "velocity_target",
     "z0_from_velocity",
 ]  # fmt: skip
+
+_MODULES = {
+    "decoded": ("DecodedLoss", "DecodedLossResult", "clamp_gradient", "scale_gradient"),
+    "flow": ("TimeLaw", "euler_sample", "noisy_latent", "velocity_target", "z0_from_velocity"),
+    "latent": ("active_units", "dino_alignment", "kl_to_standard_normal", "marginal_kl", "reparameterise"),
+    "schedules": ("Schedule",),
+    "structural": ("ssim", "ssim_loss"),
+}
+_MODULE_OF = {name: f"tune_ssim.losses.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

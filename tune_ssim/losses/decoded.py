@@ -9,13 +9,15 @@ Each loss has its own gate. Both share one decoder pass, while the notes decode 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tune_ssim.losses.balance import any_rank, balanced_weight
+from tune_ssim.losses.schedules import Adaptive, Schedule, read_schedule, written_schedule
 from tune_ssim.losses.structural import ssim_loss
 
 Size = tuple[int, int]
@@ -82,6 +84,7 @@ class DecodedLossResult:
     pixel_active_fraction: float
     decoded: Tensor | None  # decoder output before cropping, on the graph; hook it to observe the gradient into the decoder
     decoded_index: tuple[int, ...]  # batch indices of the samples in `decoded`
+    ssim_loss_weight: float | Tensor | None = None  # weight of this step, if it is not the same at every step
 
     def metrics(self) -> dict[str, float | Tensor]:
         """Metrics to log. Tensors are detached and stay on their device. A loss that is None has no key."""
@@ -93,6 +96,8 @@ class DecodedLossResult:
             numbers["loss_ssim"] = self.loss_ssim.detach()
         if self.loss_pixel is not None:
             numbers["loss_pixel"] = self.loss_pixel.detach()
+        if self.ssim_loss_weight is not None:
+            numbers["ssim_loss_weight"] = self.ssim_loss_weight
         return numbers
 
 
@@ -105,6 +110,12 @@ class DecodedLoss:
     step does not depend on the number of active samples. `ssim_grad_scale` and `ssim_grad_clamp` act only on the SSIM
     branch, at the cropped decoder output: the gradient of weight · loss_ssim is scaled, then clamped, so no gradient element
     that SSIM sends into the decoder exceeds `ssim_grad_clamp`.
+
+    The weight is a number, or a schedule: `Cosine(10, 1, 200)`, or the mapping by which a study writes it, `{"cosine": {"start":
+    10, "end": 1, "steps": 200}}`. Each call then needs `step`. `Adaptive(target_ratio=2)` (`{"adaptive": {"target_ratio": 2}}`)
+    chooses the weight from the gradients of the step, so each call needs `main` and `parameters`, too. The ratio includes
+    `ssim_grad_scale`, which therefore has no effect then.
+
     SSIM is computed in float32 regardless of autocast. The pixel loss is the mean squared error on [0, 1].
 
     The caller must freeze the decoder: gradients pass through it but must not update it. Chunking bounds only the decoder's
@@ -112,7 +123,7 @@ class DecodedLoss:
     samples, so `decode` must not communicate between ranks.
     """
 
-    ssim_loss_weight: float  # (note 000 §2.2)
+    ssim_loss_weight: float | Schedule | Adaptive | Mapping[str, Any]  # (note 000 §2.2)
     ssim_loss_max_t: float  # gate, in (0, 1] (note 000 §2.3)
     ssim_grad_scale: float = 1.0  # 1 leaves the gradient unchanged, above 1 amplifies it (note 000 §2.4)
     ssim_grad_clamp: float | None = None  # largest element of the gradient at the decoder's output (note 001 §7)
@@ -120,9 +131,24 @@ class DecodedLoss:
     pixel_loss_max_t: float = 0.3  # gate of the pixel loss (note 000 §2.3)
     chunk_size: int = 8  # images per decoder call
     image_range: Literal["[-1,1]", "[0,1]"] = "[-1,1]"  # range of the decoder's output, which is mapped and clamped to [0, 1]
+    ssim_warmup_steps: float = 0.0  # the weight rises linearly from 0 over so many steps
 
     def __post_init__(self) -> None:
-        for name in ("ssim_loss_weight", "ssim_grad_scale", "pixel_loss_weight"):
+        if isinstance(self.ssim_loss_weight, Mapping):
+            try:
+                object.__setattr__(self, "ssim_loss_weight", read_schedule(self.ssim_loss_weight))
+            except ValueError as error:
+                raise ValueError(f"DecodedLoss: ssim_loss_weight: {error}") from None
+        for weight in self._weight.weights if isinstance(self._weight, Schedule) else ():
+            _require_non_negative("DecodedLoss: ssim_loss_weight", weight)
+        if isinstance(self._weight, Adaptive) and self.ssim_grad_clamp is not None:
+            raise ValueError(
+                "DecodedLoss: ssim_grad_clamp cannot be combined with an adaptive ssim_loss_weight: a clamped gradient does not "
+                "follow the weight, so no ratio can be held"
+            )
+        is_number = not isinstance(self._weight, (Schedule, Adaptive))
+        numbers = ("ssim_grad_scale", "pixel_loss_weight", "ssim_warmup_steps", *(["ssim_loss_weight"] if is_number else []))
+        for name in numbers:
             _require_non_negative(f"DecodedLoss: {name}", getattr(self, name))
         for name in ("ssim_loss_max_t", "pixel_loss_max_t"):
             if not 0 < getattr(self, name) <= 1:
@@ -136,7 +162,9 @@ class DecodedLoss:
 
     def effective(self) -> Mapping[str, Any]:
         """The effective parameters. A call uses exactly these fields, so this is what ran (note 001 §3)."""
-        return asdict(self)
+        weight = self._weight
+        written = written_schedule(weight) if isinstance(weight, (Schedule, Adaptive)) else weight
+        return {**asdict(self), "ssim_loss_weight": written}
 
     def __call__(
         self,
@@ -147,19 +175,25 @@ class DecodedLoss:
         *,
         is_target: Tensor | None = None,
         sizes: Sequence[Size] | None = None,
+        step: int | None = None,
+        main: Tensor | None = None,
+        parameters: Iterable[Tensor] = (),
     ) -> DecodedLossResult:
         """Computes both losses.
 
         `z0_prediction`: `[batch, channel, h, w]` latents. `t`: `[batch]` in [0, 1]. `target_images`: `[batch, 3, H, W]` in
         [0, 1]. `decode`: latents → images in `image_range`. `is_target`: `[batch]` bool, True for generation targets
         (default: all). `sizes`: the true (height, width) of each image if images are padded at the right and bottom; decoded
-        images and targets are both cropped to it.
+        images and targets are both cropped to it. `step`: of the training, from 1, for a schedule or a warm-up. `main`: the loss
+        to which `total` will be added, and `parameters`: where the gradients are compared, for an adaptive weight; see
+        `balanced_weight` for what that costs.
 
-        Raises ValueError for a missing decoder, mismatched shapes, t outside [0, 1], or images smaller than the SSIM window.
+        Raises ValueError for a missing decoder or step, mismatched shapes, t outside [0, 1], or images smaller than the SSIM window.
         """
         batch = z0_prediction.shape[0]
         gate = _Gate(batch, t, is_target)
-        for_ssim = gate.samples(self.ssim_loss_max_t) if self.ssim_loss_weight > 0 else []
+        weight: float | Tensor = self._weight_at(step)
+        for_ssim = gate.samples(self.ssim_loss_max_t) if weight > 0 else []
         for_pixel = gate.samples(self.pixel_loss_max_t) if self.pixel_loss_weight > 0 else []
         if target_images.shape[0] != batch or target_images.ndim != 4:
             raise ValueError(
@@ -167,7 +201,7 @@ class DecodedLoss:
             )
         if sizes is not None and len(sizes) != batch:
             raise ValueError(f"DecodedLoss: got {len(sizes)} sizes for a batch of {batch}")
-        if decode is None and (self.ssim_loss_weight > 0 or self.pixel_loss_weight > 0):
+        if decode is None and (weight > 0 or self.pixel_loss_weight > 0):
             raise ValueError(
                 f"DecodedLoss: decode is None with ssim_loss_weight={self.ssim_loss_weight}, "
                 f"pixel_loss_weight={self.pixel_loss_weight}; pass the VAE's decode, or set both weights to 0"
@@ -183,11 +217,14 @@ class DecodedLoss:
             if for_ssim:
                 per_sample = [ssim_loss(self._unit(self._attenuate(x)), y) for x, y in pairs.of(for_ssim)]
                 loss_ssim = torch.cat(per_sample).mean()
-                terms.append(self.ssim_loss_weight * loss_ssim)
             if for_pixel:
                 per_sample = [_mean_square(self._unit(x), y) for x, y in pairs.of(for_pixel)]
                 loss_pixel = torch.cat(per_sample).mean()
                 terms.append(self.pixel_loss_weight * loss_pixel)
+        if isinstance(self._weight, Adaptive) and any_rank(bool(for_ssim), z0_prediction.device):
+            weight = weight * self._balance(main, terms[0] if terms else None, loss_ssim, parameters)
+        if loss_ssim is not None:
+            terms.insert(0, weight * loss_ssim)
         # DDP needs the graph of every rank to reach the same parameters. An empty sum does that and cannot carry a NaN.
         total = torch.stack(terms).sum() if terms else z0_prediction[:0].sum().float()
         return DecodedLossResult(
@@ -200,7 +237,38 @@ class DecodedLoss:
             pixel_active_fraction=len(for_pixel) / max(batch, 1),
             decoded=decoded,
             decoded_index=tuple(index),
+            ssim_loss_weight=weight if self._varies and loss_ssim is not None else None,
         )
+
+    @property
+    def _weight(self) -> float | Schedule | Adaptive:
+        return self.ssim_loss_weight  # type: ignore[return-value]  # a mapping was read when this was made
+
+    @property
+    def _varies(self) -> bool:
+        return self.ssim_warmup_steps > 0 or isinstance(self._weight, (Schedule, Adaptive))
+
+    def _weight_at(self, step: int | None) -> float:
+        """The weight at this step; of an adaptive one the share that the warm-up leaves of it."""
+        weight = self._weight
+        if not self._varies:
+            return weight  # type: ignore[return-value]
+        if step is None:
+            raise ValueError("DecodedLoss: ssim_loss_weight changes from step to step; pass step=, the number of the training step")
+        share = min(1.0, step / self.ssim_warmup_steps) if self.ssim_warmup_steps else 1.0
+        if isinstance(weight, Adaptive):
+            return share
+        return share * (weight(step) if isinstance(weight, Schedule) else weight)
+
+    def _balance(self, main: Tensor | None, pixel: Tensor | None, ssim: Tensor | None, parameters: Iterable[Tensor]) -> Tensor:
+        assert isinstance(self._weight, Adaptive)
+        if main is None:
+            raise ValueError(
+                "DecodedLoss: an adaptive ssim_loss_weight compares gradients; pass main=, the main loss of the step, and "
+                "parameters=, the trained parameters"
+            )
+        others = main if pixel is None else main + pixel
+        return balanced_weight(self._weight, others, main.new_zeros(()) if ssim is None else ssim, parameters)
 
     def _decode(self, decode: Callable[[Tensor], Tensor], z0: Tensor, index: list[int]) -> Tensor:
         images = []

@@ -65,10 +65,11 @@ class FundusConfig:
     t_law: str = "uniform"  # uniform | shifted_sigmoid_normal (BAGEL)
     timestep_shift: float = 1.0  # parameter of the second law
     precision: str = "float32"  # float32 | bf16 | fp16: autocast of the denoiser; the SSIM is float32 always
-    ssim_loss_weight: float = 0.0
+    ssim_loss_weight: float | Mapping[str, Any] = 0.0  # or a schedule, see losses.schedules
     ssim_loss_max_t: float = 0.3
     ssim_grad_scale: float = 1.0
     ssim_grad_clamp: float | None = None
+    ssim_warmup_steps: float = 0.0
     pixel_loss_weight: float = 0.0
     pixel_loss_max_t: float = 0.3
     decode_chunk: int = 8  # latents decoded at once
@@ -130,6 +131,7 @@ class FundusSR(BundledTraining):
                 ssim_loss_max_t=self.config.ssim_loss_max_t,
                 ssim_grad_scale=self.config.ssim_grad_scale,
                 ssim_grad_clamp=self.config.ssim_grad_clamp,
+                ssim_warmup_steps=self.config.ssim_warmup_steps,
                 pixel_loss_weight=self.config.pixel_loss_weight,
                 pixel_loss_max_t=self.config.pixel_loss_max_t,
                 chunk_size=self.config.decode_chunk,
@@ -176,7 +178,10 @@ class FundusSR(BundledTraining):
             velocity = self.model(z_t, t, low)
         velocity = velocity.float()
         z0_predicted = z0_from_velocity(z_t, velocity, t)
-        return Forward(functional.mse_loss(velocity, target), z0_predicted, t_host, x0, self.loss, self.vae.decode, target)
+        main = functional.mse_loss(velocity, target)
+        return Forward(
+            main, z0_predicted, t_host, x0, self.loss, self.vae.decode, target, step=n, parameters=self.trainable_parameters()
+        )
 
     def sample(self, noise: int = 0) -> Sample:
         return self._sample(self.model, noise)

@@ -68,7 +68,7 @@ class Forward:
     main: 0-d, the main loss. z0: `[batch, ...]`, the prediction of the clean latent. t: `[batch]`, on the host.
     targets: `[batch, 3, H, W]` in [0, 1]. loss, decode: the same objects that the training step uses.
     velocity_target: the regression target of the network, for comparison with an uninformed predictor.
-    is_target, sizes: see `DecodedLoss`.
+    is_target, sizes: see `DecodedLoss`; step, parameters too, which only a schedule of the weight needs.
     """
 
     main: torch.Tensor
@@ -80,11 +80,23 @@ class Forward:
     velocity_target: torch.Tensor | None = None
     is_target: torch.Tensor | None = None
     sizes: Sequence[tuple[int, int]] | None = None
+    step: int | None = None
+    parameters: Sequence[torch.Tensor] = ()
 
     def auxiliary(self, loss: DecodedLoss | None = None, is_target: torch.Tensor | None = None) -> DecodedLossResult:
         """The auxiliary losses with the parameters in force, or for another `loss` or subset of the batch."""
         chosen = self.is_target if is_target is None else is_target
-        return (loss or self.loss)(self.z0, self.t, self.targets, self.decode, is_target=chosen, sizes=self.sizes)
+        return (loss or self.loss)(
+            self.z0,
+            self.t,
+            self.targets,
+            self.decode,
+            is_target=chosen,
+            sizes=self.sizes,
+            step=self.step,
+            main=self.main,
+            parameters=self.parameters,
+        )
 
 
 @dataclass(frozen=True)
@@ -297,7 +309,10 @@ def as_training(task: Any) -> Training:
 
 
 def same_setting(asked: Any, found: Any) -> bool:
-    """Whether two values of a setting are equal, numbers up to the rounding of float32."""
+    """Whether two values of a setting are equal, numbers up to the rounding of float32. What is asked of a schedule may leave out
+    numbers that have a default."""
+    if isinstance(asked, Mapping) and isinstance(found, Mapping):
+        return all(name in found and same_setting(value, found[name]) for name, value in asked.items())
     return is_same(asked, found, 1e-6)
 
 
