@@ -25,6 +25,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from tune_ssim.losses import DecodedLoss
 from tune_ssim.probes import GradientTaps, loss_norms, total_norm, update_ratio
 
 ACCUMULATION, LR = 3, 0.1
@@ -128,6 +129,34 @@ def by_hand() -> dict[str, float]:
     return found
 
 
+def adaptive(of_prediction: bool) -> dict[str, float]:
+    """Under DDP: the gradient of the SSIM loss over that of the main loss, both averaged over the ranks. Only rank 0 has an active
+    sample. of_prediction: the weight is chosen at the network's prediction."""
+    rank, generator = distributed.get_rank(), torch.Generator().manual_seed(distributed.get_rank())
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 3, 3, padding=1)
+    model, x = DistributedDataParallel(network), torch.rand(2, 3, 16, 16, generator=generator)
+    loss = DecodedLoss({"adaptive": {"target_ratio": 0.5}}, 0.3, image_range="[0,1]")
+    z0, t = model(x), torch.tensor([0.2, 0.9]) if rank == 0 else torch.tensor([0.8, 0.9])
+    main = (z0 - x).square().mean()
+    where = [z0] if of_prediction else list(network.parameters())
+    result = loss(z0, t, x, lambda z: z, step=1, main=main, parameters=where)
+    gradients = {}
+    for name, term in (("main", main), ("ssim", result.total)):
+        found = torch.autograd.grad(term, where, retain_graph=True, allow_unused=True)
+        gradients[name] = torch.cat(
+            [(torch.zeros_like(w) if g is None else g).flatten() for w, g in zip(where, found, strict=True)]
+        )
+        if of_prediction:  # the samples of the ranks are parts of one batch
+            everything = [torch.zeros_like(gradients[name]) for _ in range(2)]
+            distributed.all_gather(everything, gradients[name])
+            gradients[name] = torch.cat(everything)
+        else:
+            distributed.all_reduce(gradients[name])
+    (main + result.total).backward()
+    return {"ratio": float(gradients["ssim"].norm() / gradients["main"].norm()), "norm": float(total_norm(network.parameters()))}
+
+
 def flat() -> str:
     """What is said of FSDP1."""
     model = Branches()
@@ -151,6 +180,7 @@ def main(rank: int, rendezvous: str) -> None:
         "fully_shard, reduced in every pass": sharded(reduce_always=True),
         "by hand": by_hand(),
         "flat": flat(),
+        "adaptive": [adaptive(False), adaptive(True)],
     }
     print(json.dumps(told))
     distributed.destroy_process_group()

@@ -353,3 +353,85 @@ def test_call_errors_say_what_was_got(options, message):
 def test_missing_decoder_is_an_error_even_when_no_sample_is_active():
     with pytest.raises(ValueError, match="decode is None"):
         call(decode=None, t=torch.zeros(8))
+
+
+# -- schedules and an adaptive weight ------------------------------------------------------------------------------
+
+
+def norm_of(loss, at):
+    return torch.autograd.grad(loss, at, retain_graph=True)[0].norm().item()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+@pytest.mark.parametrize("pixel_weight", [0.0, 5.0])
+def test_an_adaptive_weight_holds_the_ratio_of_the_gradients(scale, pixel_weight):
+    z0, t, targets = batch()
+    main, shares = z0.pow(3).mean(), {"ssim_grad_scale": scale, "pixel_loss_weight": pixel_weight, "pixel_loss_max_t": 1.0}
+    rest = DecodedLoss(0.0, 0.3, **shares)(z0, t, targets, Decoder()).total + main
+    result = DecodedLoss({"adaptive": {"target_ratio": 2}}, 0.3, **shares)(
+        z0, t, targets, Decoder(), step=1, main=main, parameters=[z0]
+    )
+    both = torch.autograd.grad(main + result.total, z0, retain_graph=True)[0] - torch.autograd.grad(rest, z0, retain_graph=True)[0]
+    assert both.norm().item() / norm_of(rest, z0) == pytest.approx(2, rel=1e-4)
+    weight = result.metrics()["ssim_loss_weight"]
+    assert weight.item() == pytest.approx(2 * norm_of(rest, z0) / norm_of(result.loss_ssim, z0), rel=1e-4)
+    assert not weight.requires_grad and z0.grad is None
+
+
+def test_an_adaptive_weight_is_limited_and_warmed_up():
+    z0, t, targets = batch()
+    rule = {"adaptive": {"target_ratio": 2, "max_weight": 1e-3}}
+    loss = DecodedLoss(rule, 0.3, ssim_warmup_steps=4)
+    weights = [
+        loss(z0, t, targets, Decoder(), step=step, main=z0.mean(), parameters=[z0]).metrics()["ssim_loss_weight"].item()
+        for step in (1, 4, 9)
+    ]
+    assert weights == pytest.approx([0.25e-3, 1e-3, 1e-3])
+    assert loss.effective()["ssim_loss_weight"] == rule
+
+
+def test_without_an_active_sample_nothing_is_balanced():
+    z0, t, targets = batch()
+    loss = DecodedLoss({"adaptive": {"target_ratio": 2}}, 0.01)
+    result = loss(z0, t, targets, Decoder(), step=1, main=z0.mean(), parameters=[z0])
+    assert result.total == 0 and result.ssim_active_count == 0 and "ssim_loss_weight" not in result.metrics()
+
+
+def test_without_a_gradient_of_its_own_the_adaptive_weight_is_its_limit():
+    z0, t, targets = batch()
+    loss = DecodedLoss({"adaptive": {"target_ratio": 2}}, 0.3)
+    saturated = loss(z0, t, targets, lambda z: Decoder()(z) + 100, step=1, main=z0.mean(), parameters=[z0])
+    assert saturated.metrics()["ssim_loss_weight"] == 1e4 and norm_of(saturated.total, z0) == 0
+    broken = loss(z0, t, targets, lambda z: Decoder()(z) * math.nan, step=1, main=z0.mean(), parameters=[z0])
+    assert math.isnan(broken.total)  # reported, not hidden
+
+
+def test_a_schedule_gives_the_weight_of_the_step():
+    z0, t, targets = batch()
+    loss = DecodedLoss({"warm_up": {"value": 8, "steps": 4}}, 0.3)
+    first, later = (loss(z0, t, targets, Decoder(), step=step) for step in (1, 40))
+    assert (first.metrics()["ssim_loss_weight"], later.metrics()["ssim_loss_weight"]) == (2, 8)
+    torch.testing.assert_close(4 * first.total, later.total)
+    ended = DecodedLoss({"linear": {"start": 1, "end": 0, "steps": 2}}, 0.3)(z0, t, targets, None, step=2)
+    assert ended.total == 0 and ended.ssim_active_count == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({"ssim_loss_weight": {"linear": {"start": -1, "end": 1, "steps": 2}}}, {}, "ssim_loss_weight=-1"),
+        ({"ssim_loss_weight": {"cosin": {}}}, {}, "ssim_loss_weight: unknown schedule 'cosin'; did you mean 'cosine'?"),
+        ({"ssim_loss_weight": {"adaptive": {"target_ratio": 2}}, "ssim_grad_clamp": 0.1}, {}, "cannot be combined"),
+        ({"ssim_loss_weight": 1.0, "ssim_warmup_steps": 2}, {}, "pass step="),
+        ({"ssim_loss_weight": {"adaptive": {"target_ratio": 2}}}, {"step": 1}, "pass main="),
+        (
+            {"ssim_loss_weight": {"adaptive": {"target_ratio": 2}}},
+            {"step": 1, "main": torch.ones(())},
+            "depend on the given tensors",
+        ),
+    ],
+)
+def test_what_a_changing_weight_needs(options, given, message):
+    z0, t, targets = batch()
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        DecodedLoss(ssim_loss_max_t=0.3, **options)(z0, t, targets, Decoder(), **given)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tune_ssim.losses.schedules import Constant, CyclicalLinear, Linear
+from tune_ssim.losses.schedules import Adaptive, Constant, Cosine, CyclicalLinear, Linear, WarmUp, read_schedule, written_schedule
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,8 @@ from tune_ssim.losses.schedules import Constant, CyclicalLinear, Linear
         # cycles that do not divide the steps: of 10/3 steps each
         (CyclicalLinear(0, 1, 10, cycles=3, ratio=1), {1: 0.3, 3: 0.9, 4: 0.2, 10: 1}),
         (Linear(0, 0.1, 500), {0: 0, 250: 0.05, 500: 0.1, 501: 0.1}),
+        (WarmUp(8, 4), {0: 0, 1: 2, 4: 8, 5: 8}),
+        (Cosine(10, 2, 6), {0: 10, 2: 8, 3: 6, 4: 4, 6: 2, 7: 2}),  # cos 60° = 1/2
     ],
 )
 def test_values(schedule, values):
@@ -55,8 +57,39 @@ def test_a_cycle_is_repeated_exactly():
         (lambda: CyclicalLinear(0, 1, 9, ratio=0), r"ratio must be in \(0, 1\], got 0"),
         (lambda: CyclicalLinear(0, 1, 3, cycles=4), r"cycles \(4\) must be at most steps \(3\)"),
         (lambda: Constant(math.nan), "value must be a finite number, got nan"),
+        (lambda: Adaptive(0), "target_ratio must be > 0, got 0"),
+        (lambda: Adaptive(2, max_weight=math.inf), "max_weight must be a finite number, got inf"),
     ],
 )
 def test_mistakes(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"constant": {"value": 3.0}},
+        {"cyclical": {"start": 0.0, "end": 1.0, "steps": 400, "cycles": 2, "ratio": 1.0}},
+        {"adaptive": {"target_ratio": 2.0, "max_weight": 50.0}},
+    ],
+)
+def test_a_schedule_is_read_as_it_was_written(written):
+    assert written_schedule(read_schedule(written)) == written
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (3, "a schedule is one of constant, linear, .* with its numbers, got 3"),
+        ({"warmup": {}}, "unknown schedule 'warmup'; did you mean 'warm_up'?"),
+        ({"adaptive": 2}, "adaptive: must be a mapping, got 2"),
+        ({"adaptive": {"target_rato": 2}}, "adaptive: unknown key 'target_rato'; did you mean 'target_ratio'?"),
+        ({"linear": {"start": 1, "steps": 3}}, "linear: end is missing"),
+        ({"cosine": {"start": 1, "end": "0", "steps": 3}}, "cosine.end: must be a number, got '0'"),
+        ({"adaptive": {"target_ratio": -1}}, "adaptive.target_ratio: must be > 0, got -1"),
+    ],
+)
+def test_mistakes_in_a_file(written, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        read_schedule(written)

@@ -557,5 +557,10 @@ def test_shards_copies_and_plain_tensors_together(ranks):
         assert found["real pass"] == pytest.approx(1, rel=1e-6) and found["coverage"] == 1
 
 
+def test_an_adaptive_weight_is_one_over_all_ranks(ranks):
+    assert [found["ratio"] for rank in ranks for found in rank["adaptive"]] == pytest.approx([0.5] * 4, rel=1e-5)
+    assert ranks[0]["adaptive"] == ranks[1]["adaptive"]  # so are the gradients that DDP averaged
+
+
 def test_flat_parameters_are_refused(ranks):
     assert all("sharded by FullyShardedDataParallel" in rank["flat"] for rank in ranks)

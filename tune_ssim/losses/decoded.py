@@ -188,7 +188,8 @@ class DecodedLoss:
         to which `total` will be added, and `parameters`: where the gradients are compared, for an adaptive weight; see
         `balanced_weight` for what that costs.
 
-        Raises ValueError for a missing decoder or step, mismatched shapes, t outside [0, 1], or images smaller than the SSIM window.
+        Raises ValueError for a missing decoder or step, mismatched shapes, t outside [0, 1], or images smaller than the SSIM
+        window.
         """
         batch = z0_prediction.shape[0]
         gate = _Gate(batch, t, is_target)
