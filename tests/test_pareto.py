@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from small_studies import SMALL, baseline, study, trial
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.cli.app import exit_code
+from tune_ssim.orchestration.phases import run_study
 from tune_ssim.results.pareto import pareto_front
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.winner import NoSafeTrial, best_safe, chosen
@@ -141,3 +143,38 @@ def test_a_setting_that_another_trial_refuted_is_not_chosen(tmp_path: Path) -> N
     ruined = study(tmp_path, trial("a"), trial("confirm-a-0", "pruned", role="confirm"))
     with pytest.raises(NoSafeTrial, match="a: its setting was not safe in another trial: confirm-a-0 is pruned"):
         chosen(ruined, "a")
+
+
+# ---- a whole study
+
+GOALS = [
+    {"maximize": "delta_ssim", "keep": {"psnr": {"min_delta": -100}}},
+    {"maximize": "psnr"},
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    return run_study(load_study({**SMALL, "objective": GOALS}), storage=tmp_path_factory.mktemp("storage"), in_process=True)
+
+
+def test_a_study_with_two_objectives(finished: StudyFolder) -> None:
+    trials, objective = finished.trials(), finished.objective
+    front = pareto_front(trials, objective)
+    assert [goal.name for goal in objective.goals] == ["delta_ssim", "psnr"]
+    assert best_safe(finished).trial_id == front[0].trial_id
+    assert len(front) > 1, "the two objectives of the small task disagree"
+    psnrs = [one.metric("psnr") for one in front]
+    assert psnrs == sorted(psnrs)  # worse in the first, better in the second
+
+
+def test_the_front_is_drawn_and_logged(finished: StudyFolder) -> None:
+    with Image.open(finished.path / "pareto.png") as picture:
+        assert picture.size == (775, 625)
+    assert [event["path"] for event in finished.events() if event["event"] == "file"].count("pareto.png") == 1
+
+
+def test_an_objective_that_the_training_lacks_ends_the_study(tmp_path: Path) -> None:
+    lacking = load_study({**SMALL, "objective": [*GOALS, {"minimize": "lpips"}]})
+    with pytest.raises(UserError, match="objective: minimize: lpips: the baseline did not measure 'lpips'; it measured"):
+        run_study(lacking, storage=tmp_path, in_process=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tune_ssim.search.demonstrations import WithDemonstrations
 from tune_ssim.search.optuna_search import OptunaSearch
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
 from tune_ssim.search.staged import StagedSearch
-from tune_ssim.study.objective import Objective
+from tune_ssim.study.objective import Goal, Objective
 from tune_ssim.study.space import gain_of, load_space
 from tune_ssim.trials.job import TrialJob
 
@@ -122,6 +123,34 @@ def test_pruning_is_learnt() -> None:
 
     guarded, naive = (sum(n_harmful(told, seed) for seed in range(4)) for told in (False, True))
     assert guarded < 0.6 * naive, (guarded, naive)
+
+
+def test_a_further_objective_is_searched_too() -> None:
+    """Of two objectives, the first is best at gain 30 and the second at gain 0.03. Ruined trials above 300 have neither."""
+
+    def n_near_the_second(also: tuple[Goal, ...], seed: int) -> int:
+        search, found = OptunaSearch(WIDE, seed=seed, also=also), 0
+        for _ in range(40):
+            suggestion = ask(search)
+            outcome = outcome_for(suggestion.settings)
+            decades = math.log10(max(gain_of(suggestion.settings), 1e-9) / 0.03)
+            if outcome.verdict is Verdict.SAFE:
+                outcome = replace(outcome, metrics={"psnr": -(decades**2)})
+            search.tell(suggestion.slot, outcome)
+            found += abs(decades) < 0.7
+        assert {len(trial.values) for trial in search.study.get_trials() if trial.values} == {1 + len(also)}
+        return found
+
+    both, first = (sum(n_near_the_second(also, seed) for seed in range(4)) for also in ((Goal(maximize="psnr"),), ()))
+    assert both > 1.25 * first, (both, first)
+
+
+def test_a_trial_without_a_further_objective_is_not_complete() -> None:
+    search = OptunaSearch(WIDE, also=(Goal(minimize="lpips"),), deterministic=False)
+    for metrics in ({"lpips": 0.2}, {"lpips": math.nan}, {}):
+        search.tell(ask(search).slot, Outcome(Verdict.SAFE, 0.01, 0.0, metrics=metrics))
+    assert [trial.state.name for trial in search.study.get_trials()[:3]] == ["COMPLETE", "PRUNED", "PRUNED"]
+    assert search.study.get_trials()[0].values == [0.01, 0.2]
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 11, 15])

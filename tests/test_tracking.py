@@ -34,6 +34,8 @@ from tune_ssim.tracking.mirror import (
 )
 from tune_ssim.tracking.mlflow_internals import runs_page
 from tune_ssim.tracking.mlflow_ui import _end, _free_port, _wait_until_it_answers
+from tune_ssim.tracking.replay import Replay
+from tune_ssim.trials.summary import TrialSummary
 
 DEAD = "http://127.0.0.1:9"  # the discard port: nothing listens
 CONFIG = {"ssim_loss_weight": 10.0, "ssim_loss_max_t": 0.3, "ssim_grad_scale": 0.1}
@@ -114,6 +116,19 @@ def write_study(folder: StudyFolder, steps: int = 20) -> EventWriter:
     events.verdict("broken", summary("broken", "error", metrics={}))
     events.study_ended("all trials done")
     return events
+
+
+def write_several_objectives(folder: StudyFolder) -> None:
+    folder.create()
+    folder.study_file.write_text("name: several\nobjective: {maximize: delta_ssim, also: [{maximize: delta_psnr}]}\n")
+    events = EventWriter(folder)
+    events.study_started(folder.name, "0" * 64)
+    for n, (ssim, psnr) in enumerate([(0.008, 0.1), (0.002, 0.4), (0.001, 0.1)]):
+        found = summary(f"t{n}", config={**CONFIG, "lr": n}, metrics={"delta_ssim": ssim, "delta_psnr": psnr})
+        folder.add_trial(TrialSummary.from_dict(found))
+        events.trial_started(f"t{n}", "search", found["config"])
+        events.verdict(f"t{n}", found)
+    events.study_ended("done")
 
 
 def runs_of(uri: str, folder: StudyFolder) -> dict[str, Any]:
@@ -198,6 +213,18 @@ def test_the_pages_of_this_mlflow_know_what_we_rely_on(name: str) -> None:
 
     scripts = Path(mlflow.__file__).parent.glob("server/js/build/**/*.js")
     assert any(name.encode() in script.read_bytes() for script in scripts)
+
+
+def test_the_pareto_front_is_tagged(tmp_path: Path, database: str) -> None:
+    folder = StudyFolder(tmp_path / "several")
+    write_several_objectives(folder)
+    replay = Replay(folder, database, "tune_ssim")
+    while replay.push_chunk():
+        pass
+    runs = runs_of(database, folder)
+    assert [runs[f"t{n}"].data.tags["pareto"] for n in range(3)] == ["front", "front", "dominated"]
+    assert runs["t1"].data.metrics["delta_psnr"] == 0.4
+    assert "| ΔSSIM | ΔPSNR |" in runs[""].data.tags["mlflow.note.content"]
 
 
 def test_nan_and_odd_names_and_long_texts(tmp_path: Path, database: str) -> None:

@@ -19,8 +19,10 @@ from tune_ssim.orchestration.executor import Executor, Phase
 from tune_ssim.orchestration.in_process import InProcessExecutor
 from tune_ssim.orchestration.progress import NoProgress, Progress
 from tune_ssim.orchestration.recorder import StudyRecorder
+from tune_ssim.report.pareto_picture import draw_front
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.intervals import MIN_RUNS
+from tune_ssim.results.pareto import pareto_front
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.study_lock import LOCK_FILE, StudyLock
 from tune_ssim.results.trial_text import format_setting
@@ -42,6 +44,7 @@ from tune_ssim.trials.trial_run import TrialSpec
 
 SEARCH, CONFIRM = "run", "confirm"  # names of phases and of their folders in the study's `ray/`
 FREE_ON_RESUME = ("name", "resources", "tracking", "import_path", "report_every", "result_every", "checkpoint_every", "confirm")
+FRONT_PICTURE = "pareto.png"
 ENDED_EARLY = 0.9  # of its steps: a baseline that logs no later one has ended by itself
 DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; the rest is mirrored later
 UNREACHED_TIMEOUT_S = 10.0  # the same, if it accepted no event during the study
@@ -173,7 +176,14 @@ class StudyRun:
             self.progress.say(f"not launched: {format_setting(skipped.config)}: {skipped.sentence}")
         if search.end_reason:
             self.progress.say(f"the search ended early: {search.end_reason}")
+        self._draw_front()
         return search.failure
+
+    def _draw_front(self) -> None:
+        trials, objective = self.folder.trials(), self.study.objective
+        if front := pareto_front(trials, objective):
+            write_atomically(self.folder.path / FRONT_PICTURE, draw_front(trials, front, objective, self.folder.name))
+            self.writer.file(FRONT_PICTURE)
 
     def _baseline_of_log(self, log: BaselineLog) -> Baseline:
         """Raises UserError if the log lacks what the objective compares with."""
@@ -195,6 +205,7 @@ class StudyRun:
             "limit": limit,
             "max_ratio": max_ratio,
             "skip_log": self.folder.skipped_file,
+            "also": study.objective.also,
             "seed": study.search.seed,
             "concurrency": self.concurrency,
             "deterministic": study.search.deterministic and study.scheduler is None,

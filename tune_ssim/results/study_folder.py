@@ -10,6 +10,8 @@
   checkpoints.jsonl     checkpoints that trials wrote, by their contents
   events.jsonl          everything that happened, in order; MLflow is a replay of it
   baseline/<sha256>.json
+  calibration.png, pareto.png
+                        pictures, the second one of a study with several objectives
   images/<trial_id>/smoke_<step>.png
   ray/                  Ray Tune's own state and the checkpoints
   writer.lock           while a process runs the study: see study_lock

@@ -20,6 +20,7 @@ from tune_ssim.guards.verdict import Verdict
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.results.study_folder import Skipped
 from tune_ssim.search.search import Done, Outcome, Suggestion, Wait
+from tune_ssim.study.objective import Goal
 from tune_ssim.study.space import GAIN, MAX_T, Space, Stage, gain_of, resolve_settings
 
 HARM = "harm"  # name of the constraint in Optuna; feasible if <= 0
@@ -30,17 +31,17 @@ DEFAULT_LATIN_POINTS = 6  # with the bundled space's three points: one below the
 class OptunaSearch:
     """Suggests settings of one stage: its listed points, then `n_latin` points of a Latin hypercube, then those of the sampler.
 
-    A pruned trial is reported to Optuna as PRUNED and a degraded one as COMPLETE, both with a graded constraint (FACTS §3). Each
-    parameter's range is cut into `n_latin` equal parts with one point in each, so that a small budget covers a range of six decades
-    for every seed.
+    A pruned trial is reported to Optuna as PRUNED and a degraded one as COMPLETE, both with a graded constraint (FACTS §3): how far
+    beyond the guard's limit or the `keep` rule they were. Each parameter's range is cut into `n_latin` equal parts with one point
+    in each, so that a small budget covers a range of six decades for every seed.
 
     deterministic: suggestion k uses exactly the results of the slots <= k - 2 * concurrency, reported in slot order, whichever
     trial ends first. Not guaranteed under ASHA or PBT, which stop trials by wall-clock order.
 
-    distributions: Optuna distributions by name, instead of a stage. model: the calibrated norm model, which converts norm ratios
-    into gains for a stage with `unit: norm_ratio`. limit: of the norm guard. max_ratio: settings whose predicted ratio exceeds it
-    are not launched but listed in `skipped`; they are reported to the sampler as harmful, and it is asked again. They do not count
-    as trials. skip_log: a file to which each is appended.
+    distributions: Optuna distributions by name, instead of a stage. also: further objectives; the sampler then searches the Pareto
+    front. model: the calibrated norm model, which converts norm ratios into gains for a stage with `unit: norm_ratio`. limit: of
+    the norm guard. max_ratio: settings whose predicted ratio exceeds it are not launched but listed in `skipped`; they are reported
+    to the sampler as harmful, and it is asked again. They do not count as trials. skip_log: a file to which each is appended.
 
     Raises UserError if no setting of the stage can be launched.
     """
@@ -51,6 +52,7 @@ class OptunaSearch:
         distributions: Mapping[str, BaseDistribution] | None = None,
         *,
         direction: Literal["maximize", "minimize"] = "maximize",
+        also: Sequence[Goal] = (),
         sampler: optuna.samplers.BaseSampler | None = None,
         seed: int = 0,
         n_latin: int = DEFAULT_LATIN_POINTS,
@@ -73,7 +75,9 @@ class OptunaSearch:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # TPE takes over after the points and the hypercube, which replace its random start-up.
         sampler = sampler or optuna.samplers.TPESampler(seed=seed, n_startup_trials=n_latin)
-        self.study = optuna.create_study(direction=direction, sampler=sampler, pruner=optuna.pruners.NopPruner())
+        self.also = tuple(also)
+        directions = [direction, *(goal.direction for goal in also)]
+        self.study = optuna.create_study(directions=directions, sampler=sampler, pruner=optuna.pruners.NopPruner())
         self._trials: list[optuna.Trial] = []  # by slot
         self._waiting: dict[int, Outcome] = {}  # by slot, not yet reported to Optuna
         self._n_told = 0  # slots told so far, in deterministic order
@@ -136,10 +140,11 @@ class OptunaSearch:
         if outcome.failed:
             self.study.tell(trial, state=TrialState.FAIL)
             return
-        complete = math.isfinite(outcome.value) and outcome.verdict in (None, Verdict.SAFE, Verdict.DEGRADED)
+        values = [outcome.value, *(outcome.metrics.get(goal.name, math.nan) for goal in self.also)]
+        complete = all(map(math.isfinite, values)) and outcome.verdict in (None, Verdict.SAFE, Verdict.DEGRADED)
         trial.set_constraint(HARM, outcome.harm if math.isfinite(outcome.harm) else (0.0 if complete else 1.0))
         if complete:
-            self.study.tell(trial, outcome.value)
+            self.study.tell(trial, values)
         else:  # pruned by a guard, or stopped by a scheduler
             self.study.tell(trial, state=TrialState.PRUNED)
 

@@ -47,13 +47,15 @@ class Outcome:
 
     verdict: None for a trainable without verdicts. value: of the objective, NaN if the training did not reach its end.
     harm: a graded constraint, feasible if <= 0; NaN if unknown. improvement: how much better than the baseline it is, above zero if
-    it is; NaN if unknown. curve: (step, improvement) at evaluations on the way. steps: training steps done. baseline: set for a
-    baseline run, for comparison with other trials. died: the trial's process died, so nothing is known."""
+    it is; NaN if unknown. metrics: what was measured, for further objectives. curve: (step, improvement) at evaluations on the way.
+    steps: training steps done. baseline: set for a baseline run, for comparison with other trials. died: the trial's process died,
+    so nothing is known."""
 
     verdict: Verdict | None = None
     value: float = math.nan
     harm: float = math.nan
     improvement: float = math.nan
+    metrics: Mapping[str, float] = field(default_factory=dict)
     curve: Sequence[tuple[int, float]] = ()
     steps: int = 0
     reason: str = ""
@@ -76,6 +78,7 @@ class Outcome:
             verdict=summary.verdict,
             value=summary.metric(summary.objective) if summary.verdict.has_result else math.nan,
             improvement=summary.improvement if summary.verdict.has_result else math.nan,
+            metrics=summary.metrics if summary.verdict.has_result else {},
             curve=summary.curve,
             steps=summary.steps,
             harm=harm,
@@ -87,7 +90,7 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, except that numbers may be NaN."""
         baseline = None if self.baseline is None else self.baseline.to_bytes().decode()
-        return {**vars(self), "settings": dict(self.settings), "baseline": baseline}
+        return {**vars(self), "settings": dict(self.settings), "metrics": dict(self.metrics), "baseline": baseline}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Outcome:

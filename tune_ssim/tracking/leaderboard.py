@@ -13,7 +13,7 @@ from typing import Any
 from tune_ssim.guards.verdict import Verdict
 from tune_ssim.results.events import Event, gain
 from tune_ssim.results.trial_text import format_objective, metric_label
-from tune_ssim.study.objective import DEFAULT_OBJECTIVE, OBJECTIVE, Objective
+from tune_ssim.study.objective import DEFAULT_OBJECTIVE, OBJECTIVE, Goal, Objective
 from tune_ssim.tracking.mlflow_internals import MAX_NAME_LENGTH, MAX_NOTE_LENGTH, run_page, runs_page
 
 Summary = Mapping[str, Any]  # a trial's summary as an event holds it; a foreign trainable's verdict may be "unjudged"
@@ -25,6 +25,7 @@ class Leaderboard:
     """The trials of a study, collected from its events."""
 
     name: str
+    also: Sequence[Goal] = ()  # further objectives
     note: str = ""
     has_ended: bool = False
     roles: dict[str, str] = field(default_factory=dict)
@@ -78,7 +79,8 @@ class Leaderboard:
         counts = Counter(one["verdict"] for one in self.summaries.values() if one.get("role") != "baseline")
         verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) or "no trial has ended yet"
         objective = next((_objective(summary) for summary in self.summaries.values()), DEFAULT_OBJECTIVE)
-        columns = {metric_label(objective.name): (objective.name, "+.4f" if objective.is_delta else ".5g")} | {
+        goals: tuple[Goal, ...] = (objective, *self.also)
+        columns = {metric_label(goal.name): (goal.name, "+.4f" if goal.is_delta else ".5g") for goal in goals} | {
             heading: (name, form)
             for heading, (name, form) in OTHER_COLUMNS.items()
             if any(name in _metrics(summary) for summary in self.summaries.values())

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_ssim.results.events import Event, gain
+from tune_ssim.results.pareto import pareto_front
 from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.winner import safe_trials
 from tune_ssim.tracking import mirror
 from tune_ssim.tracking import mlflow_internals as internals
 from tune_ssim.tracking.leaderboard import Leaderboard, flattened, number, plain, shortened
@@ -60,7 +62,7 @@ class Replay:
         self.refused: list[str] = []  # messages about what MLflow rejects for good
 
         # State from the events up to `offset`.
-        self._board = Leaderboard(folder.name)
+        self._board = Leaderboard(folder.name, folder.objective.also)
         self._board_has_changed = False
         self._last: dict[tuple[str, str], tuple[int, float]] = {}  # (trial, metric) → last step and its value
         self._non_finite: set[tuple[str, str]] = set()
@@ -201,6 +203,12 @@ class Replay:
             run_id = self._child(trial_id, event.time_ms)
             self._tag(run_id, {"reason": "the study ended before this trial did"})
             self._client.set_terminated(run_id, "KILLED", end_time=event.time_ms)
+        if (objective := self.folder.objective).also:
+            trials = self.folder.trials()
+            front = [summary.trial_id for summary in pareto_front(trials, objective)]
+            for trial_id in (summary.trial_id for summary in safe_trials(trials, objective)):
+                tag = {"pareto": "front" if trial_id in front else "dominated"}
+                self._tag(self._child(trial_id, event.time_ms), tag)
         self._write_leaderboard()
         self._tag(self.runs[""], {"reason": event.reason})
         self._client.set_terminated(self.runs[""], "FINISHED", end_time=event.time_ms)
