@@ -46,14 +46,14 @@ def _draw_panel(
     safe = [summary for summary in searched if summary.verdict is Verdict.SAFE and summary not in front]
     degraded = [summary for summary in searched if summary.verdict is Verdict.DEGRADED]
     baselines = [summary for summary in summaries if summary.role is Role.BASELINE]
-    for found, label, look in (
-        (safe, "safe", {"marker": "o", "color": SAFE, "s": 36}),
-        (degraded, "degraded", {"marker": "x", "color": DEGRADED, "s": 30}),
-        (baselines, "baseline", {"marker": "+", "color": INK, "s": 60}),
-        (front, "Pareto front", {"marker": "D", "color": FRONT, "s": 40, "zorder": 3}),
+    for found, label, marker, colour, size in (
+        (safe, "safe", "o", SAFE, 36),
+        (degraded, "degraded", "x", DEGRADED, 30),
+        (baselines, "baseline", "+", INK, 60),
+        (front, "Pareto front", "D", FRONT, 40),
     ):
         if found:
-            axes.scatter(*_places(found, objective, goal), label=label, **look)
+            axes.scatter(*_places(found, objective, goal), label=label, marker=marker, color=colour, s=size)
     _name_settings(axes, front, objective, goal)
     for name, one in (("x", objective), ("y", goal)):
         words = "more" if one.direction == "maximize" else "less"
