@@ -30,11 +30,11 @@ SSIM_WEIGHT, PIXEL_WEIGHT = 0.1, 0.05  # note 000 §5.3
 BATCH, LATENT = 8, (4, 12, 12)  # 48×48 crops at f = 4
 
 
-def bundled_decoder() -> Callable[[Tensor], Tensor]:
+def bundled_decoder(device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
     """The bundled task's frozen VAE decoder."""
     vae = VAE().requires_grad_(False).eval()
     load_weights(vae, WEIGHTS / VAE_FILE)
-    return vae.decode
+    return vae.to(device).decode
 
 
 def main() -> None:
