@@ -215,7 +215,7 @@ def command(storage: Path, study: Path, *more: str) -> list[str]:
 def test_killed_in_the_middle_and_resumed(tmp_path: Path) -> None:
     """kill -9 of the driver; `--resume` finishes the study: every slot once, same settings as an undisturbed one."""
     study_file = tmp_path / "small.yaml"
-    study = small(name="killed", task_config={"steps": 4000}, search={"trials": 4}, tracking={"uri": None})
+    study = small(name="killed", task_config={"steps": 1500}, search={"trials": 4}, tracking={"uri": None})
     study_file.write_text(study.to_yaml())
     environment = {**os.environ, "TUNE_GLOBAL_CHECKPOINT_S": "1", "OMP_NUM_THREADS": "1"}
     log = (tmp_path / "log").open("wb")

@@ -6,6 +6,7 @@ curves. Every array has one row for each run; a baseline is a run with gain 0.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -186,3 +187,11 @@ def _between(kind: str, lower: Mapping[str, Array], upper: Mapping[str, Array], 
                 mixed = np.where(positive, np.exp(np.log(low) * (1 - share) + np.log(high) * share), mixed)
             found[name] = np.where(np.isfinite(mixed), mixed, np.where(np.isnan(nearer), high, nearer)).astype(np.float32)
     return found
+
+
+def recordings_option(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the recordings to be played: all of curves/, unless `--curves` names some."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    recorded = sorted((Path(__file__).parent / "curves").glob("*.npz"))
+    parser.add_argument("--curves", type=Path, nargs="+", default=recorded, help="NAME.npz or NAME.json; all of curves/")
+    return parser

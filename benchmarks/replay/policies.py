@@ -10,7 +10,6 @@ benchmarks/results/policies.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from curves import Curves, Run
+from curves import Curves, recordings_option
 from replay import ReplayTraining
 from run import wilson
 from truth import DEGRADED_DB, DEGRADED_SSIM, Truth
@@ -39,8 +38,7 @@ POLICIES: dict[str, tuple[Guard, ...]] = {
     "both, probe": (NormRatio(on_excess="probe"), SmokeTest(), NonFinite()),
     "both, auto": (NormRatio(), SmokeTest(), NonFinite()),
 }
-HERE = Path(__file__).parent
-RESULT = HERE.parent / "results" / "policies.json"
+RESULT = Path(__file__).parent.parent / "results" / "policies.json"
 
 
 def measure(curves: Curves) -> dict[str, Any]:
@@ -112,8 +110,7 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--curves", type=Path, nargs="+", default=sorted((HERE / "curves").glob("*.npz")))
+    parser = recordings_option(__doc__)
     parser.add_argument("--json", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     found = {curves.name: measure(curves) for curves in map(Curves.read, options.curves)}

@@ -9,7 +9,6 @@ benchmarks/results/recommend.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +16,14 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from curves import Curves
+from curves import Curves, recordings_option
 from truth import Truth
 
 from tune_ssim.base.files import jsonable
 from tune_ssim.probes.norm_model import NormModel
 
 RATIOS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
-HERE = Path(__file__).parent
-RESULT = HERE.parent / "results" / "recommend.json"
+RESULT = Path(__file__).parent.parent / "results" / "recommend.json"
 GOOD = 0.9
 FINE = 60  # gains of the range scan
 
@@ -109,8 +107,7 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--curves", type=Path, nargs="+", default=sorted((HERE / "curves").glob("*.npz")))
+    parser = recordings_option(__doc__)
     parser.add_argument("--json", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     found = {curves.name: evidence(curves) for curves in map(Curves.read, options.curves)}

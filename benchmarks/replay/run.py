@@ -8,7 +8,6 @@ Ray Tune's own searcher and scheduler objects. README.md beside this file says h
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from curves import Curves
+from curves import Curves, recordings_option
 from replay import Costs, Played, Result, run_product, run_recommended, run_stock
 from truth import USELESS, Truth
 
@@ -247,9 +246,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    recordings = sorted((HERE / "curves").glob("*.npz"))
-    parser.add_argument("--curves", type=Path, nargs="+", default=recordings, help="NAME.npz or NAME.json; all of curves/")
+    parser = recordings_option(__doc__)
     parser.add_argument("--strategies", default=",".join(DEFAULT), help=f"of {', '.join((*PRODUCT, *STOCK))}, recommend_RATIO")
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument("--workers", type=int, default=2)

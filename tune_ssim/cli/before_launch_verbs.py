@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tune_ssim.base.errors import BadSetup
-from tune_ssim.cli.options import forget_starts, study_options
+from tune_ssim.cli.options import ChosenStudy, forget_starts, study_options
 from tune_ssim.cli.output import make_console, output_file, print_json, readable, suggest_next
+
+if TYPE_CHECKING:
+    from tune_ssim.study.study import Study
 
 
 @click.command()
@@ -19,26 +21,16 @@ from tune_ssim.cli.output import make_console, output_file, print_json, readable
     "--steps", type=click.IntRange(min=2), metavar="N", help="Of each start of a command.  [default: those of the calibration]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Every check with its evidence, as one object.")
-def preflight(
-    study: str | None,
-    storage: Path,
-    fresh: bool,
-    space: str | None,
-    seed: int | None,
-    address: str | None,
-    steps: int | None,
-    as_json: bool,
-) -> None:
+def preflight(chosen: ChosenStudy, steps: int | None, as_json: bool) -> None:
     """Is the set-up sound? Seconds, before anything is launched; for a command, a few of its start-ups.
 
     Tests what the training does, not what its configuration says: weights, parameters that must reach the loss, frozen
     networks, images, the precision of the SSIM, the baseline. STUDY as for `run`. Exit code 3 for a bad set-up.
     """
     from tune_ssim.before_launch.inspection import bad_lines
-    from tune_ssim.study.study import load_study
 
-    resolved = load_study(study, {"space": space, "seed": seed})
-    report = _inspect(resolved, address, storage, fresh, "preflight", steps)
+    study = chosen.load()
+    report = _inspect(study, chosen, "preflight", steps)
     if as_json:
         print_json(report)
     else:
@@ -48,26 +40,17 @@ def preflight(
         console.print(preflight_table(report, console.options.ascii_only))
     if report["status"] == "bad_setup":
         raise BadSetup("\n".join(bad_lines(report)))
-    if resolved.calibrates:
-        suggest_next("calibrate", *([study] if study else []), why="says how hard each setting pushes", to_stderr=as_json)
+    if study.calibrates:
+        suggest_next("calibrate", *chosen.arguments, why="says how hard each setting pushes", to_stderr=as_json)
     else:
-        suggest_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
+        suggest_next("run", *chosen.arguments, why="searches it", to_stderr=as_json)
 
 
 @click.command()
 @study_options
 @click.option("--json", "as_json", is_flag=True, help="Everything that was measured and predicted, as one object.")
 @click.option("--picture", metavar="FILE", help="Write the heat map there as PNG.  [default: <study>_calibration.png, here]")
-def calibrate(
-    study: str | None,
-    storage: Path,
-    fresh: bool,
-    space: str | None,
-    seed: int | None,
-    address: str | None,
-    as_json: bool,
-    picture: str | None,
-) -> None:
+def calibrate(chosen: ChosenStudy, as_json: bool, picture: str | None) -> None:
     """How hard does each setting push? Seconds, with the update switched off.
 
     Predicts total_norm against the pixel-loss baseline for the whole space, names settings that have no effect and settings
@@ -75,11 +58,10 @@ def calibrate(
     """
     from tune_ssim.base.files import write_atomically
     from tune_ssim.report.heat_map import draw_heat_map
-    from tune_ssim.study.study import load_study
 
-    resolved = load_study(study, {"space": space, "seed": seed})
-    target = output_file(f"{resolved.name}_calibration.png" if picture is None else picture, "--picture")
-    calibration = _inspect(resolved, address, storage, fresh, "calibration")
+    study = chosen.load()
+    target = output_file(f"{study.name}_calibration.png" if picture is None else picture, "--picture")
+    calibration = _inspect(study, chosen, "calibration")
     if as_json:
         print_json(calibration)
     else:
@@ -91,17 +73,15 @@ def calibrate(
         for line in calibration_sentences(calibration):
             console.print(readable(line, console), markup=False)
     assert target is not None
-    write_atomically(target, draw_heat_map(calibration, resolved.space, resolved.name))
+    write_atomically(target, draw_heat_map(calibration, study.space, study.name))
     click.echo(f"wrote {target}", err=as_json)
-    suggest_next("run", *([study] if study else []), why="searches it", to_stderr=as_json)
+    suggest_next("run", *chosen.arguments, why="searches it", to_stderr=as_json)
 
 
 @click.command()
 @study_options
 @click.option("--json", "as_json", is_flag=True, help="The setting and its prediction, as one object.")
-def recommend(
-    study: str | None, storage: Path, fresh: bool, space: str | None, seed: int | None, address: str | None, as_json: bool
-) -> None:
+def recommend(chosen: ChosenStudy, as_json: bool) -> None:
     """A setting to start from, by the calibration alone: no trial is run, and nothing is proven.
 
     It is the first one that a guided search tries: behind the widest gate of the space, the gain whose predicted norm is
@@ -111,26 +91,25 @@ def recommend(
     from tune_ssim.probes.norm_model import NormModel
     from tune_ssim.results.trial_text import format_setting
     from tune_ssim.search.guided import GuidedSearch
-    from tune_ssim.study.study import load_study
 
-    resolved = load_study(study, {"space": space, "seed": seed})
-    if resolved.strategy != "guided":
+    study = chosen.load()
+    if study.strategy != "guided":
         raise UserError(
-            f"{resolved.name}: a recommendation needs calibration, a space of one stage with a `gain`, and search.strategy: guided"
+            f"{study.name}: a recommendation needs calibration, a space of one stage with a `gain`, and search.strategy: guided"
         )
-    calibration = _inspect(resolved, address, storage, fresh, "calibration")
+    calibration = _inspect(study, chosen, "calibration")
     model = NormModel.from_dict(calibration["model"])
-    stage = resolved.space.stages[0]
-    search = GuidedSearch(stage, model, start=resolved.baseline_settings, max_ratio=calibration["skip_above"])
+    stage = study.space.stages[0]
+    search = GuidedSearch(stage, model, start=study.baseline_settings, max_ratio=calibration["skip_above"])
     settings, prediction = search.start
     if as_json:
-        print_json({"study": resolved.name, "settings": settings, "prediction": asdict(prediction), "proven": False})
+        print_json({"study": study.name, "settings": settings, "prediction": asdict(prediction), "proven": False})
     else:
         console = make_console()
         console.print(readable(f"{format_setting(settings)}: predicted norm ratio {prediction.ratio:.3g}", console), markup=False)
         evidence = "with five recorded trainings such a setting had 0.95 of the best in the median, and harmed one"
         console.print(readable(f"not tried: {evidence} (docs/search.md)", console), markup=False)
-    suggest_next("run", *([study] if study else []), why="tries it and its neighbours", to_stderr=as_json)
+    suggest_next("run", *chosen.arguments, why="tries it and its neighbours", to_stderr=as_json)
 
 
 @click.command()
@@ -171,23 +150,27 @@ def spaces(name: str | None, as_json: bool) -> None:
         suggest_next("spaces", found[0].name, why="shows its ranges", to_stderr=as_json)
 
 
-def _inspect(study: Any, address: str | None, storage: Path, fresh: bool, phase: str, steps: int | None = None) -> dict[str, Any]:
+def _inspect(study: Study, chosen: ChosenStudy, phase: str, steps: int | None = None) -> dict[str, Any]:
     """The result of preflight or calibration as plain data, measured here or on a cluster with a trial's resources."""
     from tune_ssim.base.files import jsonable
     from tune_ssim.before_launch.command.kept_starts import starts_file
 
     wanted: dict[str, Any] = {"preflight": phase == "preflight", "calibration": phase == "calibration", "provenance": False}
-    if fresh:
-        forget_starts(storage, study.name)
+    if chosen.fresh:
+        forget_starts(chosen.storage, study.name)
     console = make_console(to_stderr=True)
-    wanted |= {"steps": steps, "kept": starts_file(storage, study.name), "say": lambda line: console.print(line, markup=False)}
+    wanted |= {
+        "steps": steps,
+        "kept": starts_file(chosen.storage, study.name),
+        "say": lambda line: console.print(line, markup=False),
+    }
     with console.status(f"{phase} of {study.name}"):
-        if address is None:
+        if chosen.address is None:
             from tune_ssim.before_launch.inspection import inspect_here
 
             found = inspect_here(study, **wanted)
         else:
             from tune_ssim.orchestration.phases import inspect_on
 
-            found = inspect_on(study, address=address, **wanted)
+            found = inspect_on(study, address=chosen.address, **wanted)
     return dict(jsonable(found[phase]))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tune_ssim.base.errors import UserError
+
+if TYPE_CHECKING:
+    from tune_ssim.study.study import Study
 
 
 class Verbs(click.Group):
@@ -65,15 +70,45 @@ def forget_starts(storage: Path, study: str) -> None:
     starts_file(storage, study).unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class ChosenStudy:
+    """A study to be inspected before launch, as the command line names it."""
+
+    study: str | None
+    storage: Path
+    fresh: bool
+    space: str | None
+    seed: int | None
+    address: str | None
+
+    @property
+    def arguments(self) -> list[str]:
+        """The same study in another command line."""
+        return [self.study] if self.study else []
+
+    def load(self) -> Study:
+        from tune_ssim.study.study import load_study
+
+        return load_study(self.study, {"space": self.space, "seed": self.seed})
+
+
 def study_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The arguments of preflight and calibrate."""
-    for option in (
+    """The arguments of preflight, calibrate and recommend. The verb gets them as one `ChosenStudy`."""
+
+    @wraps(verb)
+    def with_chosen(**arguments: Any) -> Any:
+        chosen = ChosenStudy(**{field.name: arguments.pop(field.name) for field in fields(ChosenStudy)})
+        return verb(chosen, **arguments)
+
+    options = (
         click.option("--address", help="Measure on a running Ray cluster, with a trial's resources.  [default: here]"),
         click.option("--seed", type=click.IntRange(min=0), help="Seed of the search."),
         click.option("--space", help="A search space by name, name:stage or path, in place of the study's."),
         fresh_option,
         storage_option,
         click.argument("study", required=False),
-    ):
-        verb = option(verb)
-    return verb
+    )
+    decorated: Callable[..., Any] = with_chosen
+    for option in options:
+        decorated = option(decorated)
+    return decorated
