@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from curves import Curves, recordings_option
+from curves import Curves, Run, recordings_option
 from replay import ReplayTraining
 from run import wilson
 from truth import DEGRADED_DB, DEGRADED_SSIM, Truth
