@@ -33,7 +33,7 @@ from tune_ssim.guards.curves import MAX_BLOCKS, Curve
 from tune_ssim.guards.log_check import LogCheck, check_log
 from tune_ssim.guards.rule_pack import Branch, load_rules
 from tune_ssim.records import Record
-from tune_ssim.records.readers.values import usual_names
+from tune_ssim.records.metric_names import usual_names
 from tune_ssim.records.record_table import Column
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -464,9 +464,13 @@ def test_their_names_are_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[st
     code, out, _ = run(capsys, log, "--map", "train/recon=loss_reconstruction", "--map", "kld=kl_raw")
     assert code == 0
     assert "rules: vae_kl" in out
-    code, out, err = run(capsys, log)
+    code, out, _ = run(capsys, log)
+    assert code == 0
+    assert "train/recon is taken for loss_reconstruction" in out and "kld is taken for kl_raw" in out
+    (tmp_path / "other.csv").write_text("step,acc,lr\n1,0.5,0.1\n2,0.5,0.1\n")
+    code, _, err = run(capsys, tmp_path / "other.csv")
     assert code == 2
-    assert "no rule knows any metric of this log; saw kld, train/recon" in err and "perhaps" not in err
+    assert "no rule knows any metric of this log; saw acc, lr" in err
 
 
 def test_usual_names_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ from itertools import pairwise
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.records import LOSS, TOTAL_NORM, TOTAL_NORM_MAIN, Record, held_out_values
+from tune_ssim.records.metric_names import usual_names
 from tune_ssim.records.readers import Source, read_all
-from tune_ssim.records.readers.values import usual_names
 from tune_ssim.records.record_table import Table
 
 NO_SEED = -1  # matches no trial, so norms are never paired with those of a log

@@ -20,12 +20,15 @@ from tune_ssim.guards.guard import WILDCARD_ENDINGS, is_named
 from tune_ssim.guards.rule_pack import Branch, RulePack, bundled_packs, load_rules
 from tune_ssim.guards.watch import GRACE_RECORDS
 from tune_ssim.records import LOSS, TOTAL_NORM, Record
+from tune_ssim.records.metric_names import is_held_out, is_loss_like, usual_names
 from tune_ssim.records.readers import Source
-from tune_ssim.records.readers.values import usual_names
 from tune_ssim.records.record_table import Table
 
 SCHEMA = 1  # of `LogReport.to_json`, docs/check_schema.md
 PROBED_RECORDS = 1000  # records used to infer the number of micro-batches per step from the coverage, if it is not given
+# Options for a KL of another name. It may be a mean over the latent's dimensions: 0.1 nat a sample over 1000 of them. The
+# autoencoders of latent diffusion hold it on purpose with a weight of 1e-6 only (Rombach et al. 2022, G).
+KL_OF_UNKNOWN_SCALE = {"kl_floor": 1e-4, "kl_hidden": 1e9}
 MAX_ALERTS = 20  # alerts kept per guard; further ones are only counted
 MAX_SHOWN_NAMES = 12  # metric names listed in a message
 POLL_S = 0.5  # seconds between reads of a growing log
@@ -114,7 +117,7 @@ class LogCheck:
         self.curves: dict[Any, Curve] = {}
         self.alerts: dict[str, list[Alert]] = {}
         self.records, self.first_step, self.last_step = 0, -1, -1
-        self._metrics: dict[str, None] = {}  # all metrics in the log
+        self.metrics: dict[str, None] = {}  # all metrics in the log
         self.matching: set[str] = set()  # names of the packs that match the log
         of_branches = [key for pack in packs for branch in pack.branches.values() for key in series_of(branch)]
         of_guards = [metric for guard in self.guards for metric in _metrics_of(guard)]
@@ -177,25 +180,28 @@ class LogCheck:
     def nothing_known(self) -> str | None:
         """If no guard recognises any metric of the log, the reason; else None. Usually the metrics have other names."""
         known = {metric for pack in self.packs for metric in pack.metrics}
-        if any(self._counts(guard.name) for guard in self._general) or (self.matching and known & self._metrics.keys()):
+        if any(self._counts(guard.name) for guard in self._general) or (self.matching and known & self.metrics.keys()):
             return None
-        saw = ", ".join(sorted(self._metrics)[:MAX_SHOWN_NAMES]) + (", …" if len(self._metrics) > MAX_SHOWN_NAMES else "")
         wanted = "; ".join(f"{pack.name}: {', '.join(pack.known_by)}" for pack in self.packs)
         if self.given:
             wanted = ", ".join(sorted(known)[:MAX_SHOWN_NAMES])
-        saw = saw or "no metric at all"
-        return f"no rule knows any metric of this log; saw {saw}; known are {wanted} (`--map theirs=ours` renames)"
+        return f"no rule knows any metric of this log; saw {self.saw()}; known are {wanted} (`--map theirs=ours` renames)"
+
+    def saw(self) -> str:
+        """The first metrics of the log."""
+        shown = ", ".join(sorted(self.metrics)[:MAX_SHOWN_NAMES]) + (", …" if len(self.metrics) > MAX_SHOWN_NAMES else "")
+        return shown or "no metric at all"
 
     def _generic_branches(self) -> dict[str, Branch]:
         """The branches of a log that matches no pack: the loss, or else every loss term, and the norm.
 
         The loss of a fine-tuning may be good from the start: it need not fall but must not rise."""
-        losses = [LOSS] if LOSS in self._metrics else [name for name in self._metrics if name.startswith(LOSS)]
+        losses = [LOSS] if LOSS in self.metrics else list(filter(_is_training_loss, self.metrics))
         return {
             "training" if loss == LOSS else loss: Branch(
                 loss=loss, gradient=(TOTAL_NORM,), may_be_flat=True, may_rise="kl" in loss.lower()
             )
-            for loss in losses or ([LOSS] if TOTAL_NORM in self._metrics else [])
+            for loss in losses or ([LOSS] if TOTAL_NORM in self.metrics else [])
         }
 
     def _pack_of(self, name: str) -> str:
@@ -207,8 +213,9 @@ class LogCheck:
         if pack := self._pack_of(name):
             return pack in self.matching
         guard = next(guard for guard in self._general if guard.name == name)
-        metrics = [f"{prefix}*" for prefix in guard.prefixes] if isinstance(guard, NonFinite) else guard.metrics
-        return isinstance(guard, NormRatio) or any(is_named(metric, self._metrics) for metric in metrics)
+        if isinstance(guard, NonFinite):
+            return any(map(guard.judges, self.metrics))
+        return isinstance(guard, NormRatio) or any(is_named(metric, self.metrics) for metric in guard.metrics)
 
     def _counting_alerts(self) -> list[Alert]:
         return [alert for name, alerts in self.alerts.items() if self._counts(name) for alert in alerts]
@@ -216,12 +223,12 @@ class LogCheck:
     def _add_metrics(self, metrics: Sequence[str]) -> None:
         """Registers new metrics, and the packs that match them."""
         for name in metrics:
-            if name not in self._metrics:
-                self._metrics[name] = None
-                if name.startswith(LOSS) and name not in self._series:
+            if name not in self.metrics:
+                self.metrics[name] = None
+                if _is_training_loss(name) and name not in self._series:
                     self._series.append(name)
         if len(self.matching) < len(self.packs):
-            self.matching |= {pack.name for pack in self.packs if self.given or self._metrics.keys() & pack.known_by}
+            self.matching |= {pack.name for pack in self.packs if self.given or self.metrics.keys() & pack.known_by}
 
     def _add_alerts(self, violations: Sequence[Violation]) -> list[Alert]:
         """Adds alerts, or counts repeats, and returns the new alerts."""
@@ -247,6 +254,10 @@ class LogCheck:
         return None if reason is None else Unknown(guard.name, reason.removeprefix(f"guard '{guard.name}' "))
 
 
+def _is_training_loss(metric: str) -> bool:
+    return is_loss_like(metric) and not is_held_out(metric)
+
+
 def _metrics_of(guard: Guard) -> list[str]:
     """The metrics that a guard judges, also those of an optional rule, without wildcards."""
     metrics = guard.about if isinstance(guard, Rule) else guard.metrics
@@ -268,7 +279,9 @@ def check_log(
     packs: names or paths; default every bundled pack that matches the log's metrics. on_alert: called for each new alert.
     Raises UserError for invalid packs and options, and for a log without any known metric."""
     options = options or {}
-    _check_arguments([load_rules(pack) for pack in packs or bundled_packs()], options)
+    loaded = [load_rules(pack) for pack in packs or bundled_packs()]
+    _check_arguments(loaded, options)
+    known = dict.fromkeys(metric for pack in loaded for metric in pack.metrics)
     enough = GRACE_RECORDS if follow else PROBED_RECORDS  # when following, report early
     waiting: list[Table] = []
     check: LogCheck | None = None
@@ -281,9 +294,9 @@ def check_log(
         if check is None:
             if sum(map(len, waiting)) < enough and not last:
                 return
-            chosen = _load_packs(notes, packs, options, list(islice(chain.from_iterable(waiting), enough)))
+            usual = usual_names(dict.fromkeys(name for table in waiting for name in table.metrics), known)
+            chosen = _load_packs(notes, packs, options, list(islice(chain.from_iterable(waiting), enough)), usual)
             check = LogCheck(chosen, baseline, given=bool(packs))
-            usual = usual_names({name for table in waiting for name in table.metrics})
         for table in waiting:
             for alert in check.feed(table.renamed(usual)):
                 if on_alert is not None:
@@ -303,9 +316,18 @@ def check_log(
     take(source.finish(), last=True)
     assert check is not None
     issues = source.issues
+    if not follow and (unused := source.rows.names.unused):
+        names = sorted(check.metrics)
+        saw = ", ".join(names[:MAX_SHOWN_NAMES]) + (", …" if len(names) > MAX_SHOWN_NAMES else "")
+        raise UserError(
+            f"--map {unused[0]}=…: the log has no {unused[0]}{did_you_mean(unused[0], names)}; it has {saw or 'no metric'}"
+        )
     if not follow and (nothing := check.nothing_known()):
         raise UserError(f"{label}: {nothing}" + (f"; {issues.sentence()}" if issues.sentence() else ""))
     about = [note for pack, note in notes.items() if pack in check.matching]
+    about += filter(
+        None, [guard.remark(check.watch.state_of(guard.name)) for guard in check.guards if isinstance(guard, NonFinite)]
+    )
     about += [f"{theirs} is taken for {ours}; else `--map {theirs}=…`" for theirs, ours in usual.items()]
     return check.report(label, filter(None, [*about, issues.sentence()]), issues.repeated + issues.unread)
 
@@ -322,9 +344,14 @@ def _check_arguments(packs: Sequence[RulePack], options: Mapping[str, float]) ->
 
 
 def _load_packs(
-    notes: dict[str, str], packs: Sequence[str | Path], options: Mapping[str, float], first: Sequence[Record]
+    notes: dict[str, str],
+    packs: Sequence[str | Path],
+    options: Mapping[str, float],
+    first: Sequence[Record],
+    usual: Mapping[str, str],
 ) -> list[RulePack]:
-    """The packs with their options. Adds a note for each pack with an option that was inferred from the `first` records."""
+    """The packs with their options. Adds a note for each pack with an option that was inferred from the `first` records, or from
+    the `usual` names."""
     chosen = []
     for name in packs or bundled_packs():
         pack = load_rules(name)
@@ -333,6 +360,13 @@ def _load_packs(
             own["ga"] = seen
             notes[pack.name] = (
                 f"{pack.name}: {seen:g} micro-batches a step, as the coverage of the first records says; else --set ga=…"
+            )
+        theirs = next((theirs for theirs, ours in usual.items() if ours == "kl_raw"), None)
+        if theirs is not None and KL_OF_UNKNOWN_SCALE.keys() <= pack.options.keys() - own.keys():
+            own |= KL_OF_UNKNOWN_SCALE
+            notes[pack.name] = (
+                f"{pack.name}: {theirs} may be weighted or a mean over the latent's dimensions, so it counts as vanished only "
+                f"below {own['kl_floor']:g}; --set kl_floor=0.1 for a sum in nats"
             )
         chosen.append(load_rules(name, own))
     return chosen

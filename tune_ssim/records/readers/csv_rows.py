@@ -74,8 +74,11 @@ class CsvRows(LineFormat):
         """Finds the step column and the metric columns."""
         self._header = [name.strip() for name in header]
         lower = [name.lower() for name in self._header]
-        self._step = next((lower.index(name.lower()) for name in self._rows.names.steps if name.lower() in lower), None)
-        if self._step is None:
+        step = next((name for name in self._rows.names.steps if name.lower() in lower), None)
+        self._step = None if step is None else lower.index(step.lower())
+        if step is not None:
+            self._rows.names.used.add(step)
+        else:
             self._rows.steps.number_rows()
         self._metrics = [(k, name) for k, name in enumerate(self._header) if k != self._step and name]
 

@@ -23,6 +23,7 @@ class ParseIssues:
     repeated: int = 0  # skipped rows of steps that were already logged
     first_repeated: str = ""
     restarted: str = ""
+    kept: list[str] = field(default_factory=list)  # non-finite values in skipped rows
 
     def skip(self, line: int, text: str, reason: str) -> None:
         """Counts a line that should have been a row and could not be read."""
@@ -34,6 +35,11 @@ class ParseIssues:
         if not self.repeated:
             self.first_repeated = f"{self.unit} {line}: step {step} after step {last}"
         self.repeated += 1
+
+    def keep(self, line: int, name: str, value: float) -> None:
+        """Reports a non-finite value in a skipped row."""
+        if len(self.kept) < MAX_EXAMPLES:
+            self.kept.append(f"{name} is {value} in {self.unit} {line}")
 
     def discard(self) -> None:
         """Drops the unread lines so far, which turned out not to be rows."""
@@ -54,6 +60,8 @@ class ParseIssues:
                 f"{self.repeated} {rows} skipped, of steps that had been logged before ({self.first_repeated}; a restart, lines"
                 " logged twice, or a validation that counts epochs): the first value of a step wins"
             )
+        if self.kept:
+            parts.append(f"skipped rows hold values that are not finite, which count at the step before ({', '.join(self.kept)})")
         return "; ".join([*parts, *self.notes])
 
 

@@ -32,6 +32,7 @@ class Rows:
         whole = step_in(step)
         if whole is None:
             self.issues.skip(line, text, "its step is not an integer >= 0")
+            self.steps.keep_broken(values, line)
         else:
             self.steps.add(whole, values, line, text)
 
@@ -55,8 +56,13 @@ class Rows:
         added; add them one by one."""
         names = tuple(rows[0])
         key = next((key for key in self.names.steps if key in names), None)
-        if key is None or not all(map(names.__eq__, map(tuple, rows))):
+        if (
+            key is None
+            or (self.names.given_steps and key not in self.names.given_steps)
+            or not all(map(names.__eq__, map(tuple, rows)))
+        ):
             return False
+        self.names.used.add(key)
         columns: dict[str, Any] = dict(zip(names, zip(*map(dict.values, rows), strict=True), strict=True))
         return self.add_columns(columns.pop(key), columns)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
-from tune_ssim.records import EPOCH, Record
+from tune_ssim.records import EPOCH, TOTAL_NORM, Record
+from tune_ssim.records.metric_names import is_loss_like
 from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.step_counter import StepCounter
 from tune_ssim.records.readers.values import MAX_STEP
@@ -23,6 +25,7 @@ class Steps:
     If a metric of a step is logged twice, the first value wins. Rows of steps that were already released are skipped and
     reported in `issues`: repeated lines change nothing, and a run that restarts from an older checkpoint counts again once
     it has passed the last step it had reached. A counter that begins again at each epoch is counted on, see `StepCounter`.
+    A loss or a norm that is not finite is never skipped: it is added to the pending step.
 
     A step far ahead of the steps after it (a misread number, a line mixed from two writers) waits for them. In a log without
     steps, rows are numbered from 1."""
@@ -41,6 +44,7 @@ class Steps:
         self._has_steps = False
         self._waiting: list[tuple[dict[str, float], int, str]] = []  # rows without a step, until it is known if the log has steps
         self._replayed_until = -1  # after a restart of the file, repeated steps up to here are expected
+        self._broken: dict[str, float] = {}  # non-finite values of skipped rows, until there is a pending step
 
     def add(self, step: int | None, values: dict[str, float], line: int, text: str = "") -> None:
         """Adds a row, with the `line` it came from. Takes ownership of `values`."""
@@ -49,29 +53,45 @@ class Steps:
         if step is None:
             self._without_step(values, line, text)
         elif step == self._step > self.last:  # else finish() has released it
-            for name, value in values.items():
-                self._values.setdefault(name, value)
+            self._values.update({name: value for name, value in values.items() if name not in self._values})
+            self.keep_broken(values, line)
         elif step == self._step and self._given is not None:
             self._values.update({name: value for name, value in values.items() if name not in self._given})
+            self.keep_broken(values, line)
         elif step > self._step:
             if self._step < 0:
                 self._knows_steps()
             self._release(step)
             if self._ahead and step in self._ahead:
                 values = {**values, **self._ahead.pop(step)}
-            self._step, self._values = step, values
+            self._step, self._values = step, {**values, **self._broken}
+            self._broken = {}
         elif step > self.last and len(self._ahead) < MAX_AHEAD:
             self._ahead[self._step] = self._values
             self._step, self._values = step, values
-        else:
-            if step > self._replayed_until:
-                self.issues.repeat(line, step, self._step)
+        elif step > self._replayed_until:
+            self.issues.repeat(line, step, self._step)
+            self.keep_broken(values, line)
+
+    def keep_broken(self, values: Mapping[str, float], line: int) -> None:
+        """Keeps the losses and norms of a skipped row that are not finite, as values of the pending step."""
+        for name, value in values.items():
+            if math.isfinite(value) or not (name == TOTAL_NORM or is_loss_like(name)):
+                continue
+            if math.isfinite(self._values.get(name, 0.0)) and name not in self._broken:
+                self.issues.keep(line, name, value)
+                (self._values if self.held() is not None else self._broken)[name] = value
 
     def add_table(self, table: Table) -> bool:
         """Adds many rows at once if their steps strictly increase. False: nothing was added; add them one by one."""
-        if len(table) < 2 or self._ahead or table.steps[0] <= max(self._step, self.last) or not table.grows:
-            return False
-        if self._counter.earlier_steps:
+        if (
+            len(table) < 2
+            or self._ahead
+            or self._broken
+            or self._waiting
+            or table.steps[0] <= max(self._step, self.last)
+            or not table.grows
+        ):
             return False
         epochs = table.column(EPOCH)
         self._counter.advance(table.steps, epochs.values[-1] if epochs else None)
@@ -159,6 +179,7 @@ class Steps:
             self.add(self._rows, values, line)
         elif self._has_steps:
             self.issues.skip(line, text, "no step")
+            self.keep_broken(values, line)
         else:
             self._waiting.append((values, line, text[:100]))
             if len(self._waiting) == UNNUMBERED:
@@ -167,6 +188,7 @@ class Steps:
     def _knows_steps(self) -> None:
         """Called at the first step: earlier rows without a step were not rows of the training."""
         self._has_steps = True
-        for _, line, text in self._waiting:
+        for values, line, text in self._waiting:
             self.issues.skip(line, text, "no step")
+            self.keep_broken(values, line)
         self._waiting = []

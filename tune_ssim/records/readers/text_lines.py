@@ -192,6 +192,7 @@ class PrintedLines(TextFormat):
         super().__init__(rows)
         given = rows.names.given
         self._names = Names({**{theirs.lower(): ours for theirs, ours in given.items()}, **given})  # key_values lowers names
+        self._names.used = rows.names.used
         self._printed = {known: printed(self._names) for known, printed in PRINTED.items()}
         self._may_change = name is None
         self.name = name
@@ -322,9 +323,9 @@ class KeyValues(Printed):
     Trainer. Names become lower case. A line needs a step, unless it is a dictionary."""
 
     def __init__(self, names: Names) -> None:
-        steps = "|".join(re.escape(name.lower()) for name in (*names.steps, "train_step", "global step"))
+        steps = "|".join(re.escape(name.lower()) for name in (*names.printed_steps, "train_step", "global step"))
         self._step = re.compile(rf"(?<![\w/-])(?:{steps})['\"]?\s{{0,8}}[:=#\[( ]?\s{{0,8}}['\"]?(\d{{1,19}})(?![\d.])")
-        self._not_metrics = {name.lower() for name in names.steps} | {"train_step"}
+        self._not_metrics = {name.lower() for name in names.printed_steps} | {"train_step"}
         self._marks = {"step", "iter", *(name.lower() for name, ours in names.given.items() if ours == "step")}
 
     def look(self, line: str) -> str:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.records import LOSS, TOTAL_NORM
 
 # Keys for the step, first match wins: plain loops; Hugging Face and MMEngine; wandb; Lightning in wandb.
 STEP_NAMES = ("step", "global_step", "iter", "iteration", "_step", "trainer/global_step")
+# The same of other producers, which are not looked for in printed lines: LLaMA-Factory; ms-swift; Ray Tune; fairseq;
+# Stable-Baselines3; EDM and StyleGAN.
+OTHER_STEP_NAMES = (
+    "global_steps", "train_step", "training_step", "current_step", "current_steps", "global_step/max_steps", "training_iteration",
+    "num_updates", "time/total_timesteps", "total_timesteps", "iters", "steps", "progress/kimg", "progress/tick",
+)  # fmt: skip
+SUMMARY = {"num", "mean", "std", "min", "max", "count", "median", "sum"}  # keys of a metric that is summarised over a tick
 MAX_STEP = 2**63 - 1  # as TensorBoard and MLflow store it
 Value = TypeVar("Value")
 MAX_NESTING = 3  # levels of objects read from a JSON row, as "train/loss"
-# Our name → words that identify the metric (one is needed), and words that may also occur in its name (Lightning, Hugging Face,
-# MMEngine, DeepSpeed, fairseq).
-USUAL_WORDS = {
-    LOSS: ({"loss"}, {"train", "training", "total", "step"}),
-    TOTAL_NORM: ({"norm", "gnorm", "gradnorm"}, {"grad", "gradient", "global", "total", "train", "training"}),
-}
 MAX_NAMES = 10_000  # cached names; bounds memory for a log whose names never repeat
 
 
@@ -32,10 +31,13 @@ class Names(dict[str, str]):
     def __init__(self, given: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.given = dict(given or {})
+        self.used: set[str] = set()  # the given names that the log has
         for theirs, ours in self.given.items():
             if not (isinstance(theirs, str) and isinstance(ours, str) and theirs and ours):
                 raise UserError(f"names: must map their metric names to ours, e.g. grad_norm: total_norm; got {theirs!r}: {ours!r}")
-        self.steps = (*(theirs for theirs, ours in self.given.items() if ours == "step"), *STEP_NAMES)
+        self.given_steps = tuple(theirs for theirs, ours in self.given.items() if ours == "step")
+        self.printed_steps = (*self.given_steps, *STEP_NAMES)  # in printed lines
+        self.steps = (*self.printed_steps, *OTHER_STEP_NAMES)
 
     def __missing__(self, theirs: str) -> str:
         if len(self) >= MAX_NAMES:
@@ -45,30 +47,54 @@ class Names(dict[str, str]):
         return ours
 
     def step_of(self, row: dict[str, Any]) -> Any:
-        """Removes the step from a row and returns its raw value; None if there is none. Falls back to a case-insensitive match."""
+        """Removes the step from a row and returns its raw value; None if there is none. Falls back to a case-insensitive match, and
+        to objects inside the row."""
+        for key in self.given_steps:
+            if (value := _taken(row, key)) is not None:
+                self.used.add(key)
+                return value
         for key in self.steps:
             if key in row:
-                return row.pop(key)
+                return _plain(row.pop(key))
         for key in row:
-            if key.lower() in STEP_NAMES:
-                return row.pop(key)
+            if key.lower() in self.steps:
+                return _plain(row.pop(key), is_rounded=key.lower().endswith("kimg"))
+        for outer, inside in row.items():
+            for key in inside if isinstance(inside, dict) else ():
+                if key.lower() in self.steps or f"{outer}/{key}".lower() in self.steps:
+                    return _plain(inside.pop(key), is_rounded=key.lower() == "kimg")
         return None
 
     def rename(self, values: dict[str, Value]) -> dict[str, Value]:
         """Renames by `given`, in place. A renamed metric overrides one that already has our name."""
-        values.update({ours: values.pop(theirs) for theirs, ours in self.given.items() if theirs in values})
+        if self.given:
+            found = [theirs for theirs in self.given if theirs in values]
+            self.used.update(found)
+            values.update({self.given[theirs]: values.pop(theirs) for theirs in found})
         return values
 
+    @property
+    def unused(self) -> list[str]:
+        """The given names that the log does not have."""
+        return [theirs for theirs in self.given if not {theirs, theirs.lower()} & self.used]
 
-def usual_names(metrics: Iterable[str]) -> dict[str, str]:
-    """Common names of loss and gradient norm in the log → our names, if ours is missing and exactly one metric matches."""
-    words = {name: set(re.findall("[a-z]+", name.lower())) for name in metrics}
-    found = {}
-    for ours, (one_of, others) in USUAL_WORDS.items():
-        candidates = [name for name in words if words[name] <= one_of | others and words[name] & one_of]
-        if ours not in words and len(candidates) == 1:
-            found[candidates[0]] = ours
-    return found
+
+def _taken(row: dict[str, Any], key: str) -> Any:
+    """Removes `outer/inner` from a row, however deep it lies; None if it is not there."""
+    if key in row:
+        return _plain(row.pop(key))
+    for at, letter in enumerate(key):
+        inside = row.get(key[:at]) if letter == "/" else None
+        if isinstance(inside, dict) and (value := _taken(inside, key[at + 1 :])) is not None:
+            return value
+    return None
+
+
+def _plain(value: Any, is_rounded: bool = False) -> Any:
+    """The mean of a summarised value; any other value is unchanged. is_rounded: of thousands of images, which may be broken."""
+    if isinstance(value, dict) and "mean" in value:
+        value = value["mean"]
+    return round(value) if is_rounded and isinstance(value, float) and math.isfinite(value) else value
 
 
 def number_in(value: Any) -> float | None:
@@ -101,7 +127,7 @@ def step_in(value: Any) -> int | None:
             return int(value)
         if len(value) > 40:
             return None
-        digits = value.strip()
+        digits = value.partition("/")[0].strip()  # 10/438
         if digits.isascii() and digits.isdigit():
             return step_in(int(digits))
         value = text_number(digits)
@@ -117,7 +143,9 @@ def numbers_of(row: Mapping[str, Any], names: Names, prefix: str = "", level: in
         if type(value) is float:
             values[names[prefix + name]] = value
         elif isinstance(value, dict):
-            if level < MAX_NESTING:
+            if "mean" in value and value.keys() <= SUMMARY:
+                values.update(numbers_of({name: value["mean"]}, names, prefix, level))
+            elif level < MAX_NESTING:
                 values.update(numbers_of(value, names, f"{prefix}{name}/", level + 1))
         else:
             number = number_in(value)

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.records.metric_names import usual_names
 from tune_ssim.records.readers import open_source
-from tune_ssim.records.readers.values import usual_names
 
 LOG_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".log", ".txt", ".out")
 EVENT_FILE = "events.out.tfevents"

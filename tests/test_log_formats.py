@@ -1,0 +1,180 @@
+"""Logs as people have them: every producer's format is read without an option, and no NaN is lost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tune_ssim.base.errors import UserError
+from tune_ssim.cli.log_arguments import open_log
+from tune_ssim.guards import NonFinite, Watch
+from tune_ssim.guards.log_check import check_log
+from tune_ssim.records import Record
+from tune_ssim.records.metric_names import is_held_out, is_loss_like, usual_names
+from tune_ssim.records.readers import LineParser
+from tune_ssim.records.record_table import Table
+
+
+def checked(path: Path, text: str | None = None, names: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+    if text is not None:
+        path.write_bytes(text.encode())
+    return check_log(open_log(str(path), names or {}), label=path.name, **options).to_json()
+
+
+def broken(path: Path, text: str) -> tuple[list[int], str]:
+    """The steps at which `NonFinite` fires, and what the reader says."""
+    path.write_bytes(text.encode())
+    source, watch = open_log(str(path), {}), Watch([NonFinite()], strict=False)
+    found = [violation for part in source.all_batches() for row in watch.update_table(Table.of(part)) for violation in row]
+    return [violation.step for violation in found], source.issues.sentence()
+
+
+# ---- no NaN is lost
+
+
+def as_csv(rows: Sequence[dict[str, float]]) -> str:
+    return "\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]) + "\n"
+
+
+def as_jsonl(rows: Sequence[dict[str, float]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def as_lines(rows: Sequence[dict[str, float]]) -> str:
+    return "".join(" ".join(f"{name}: {value}" for name, value in row.items()) + "\n" for row in rows)
+
+
+LOSSES = ["loss", "ssim_loss", "kl_loss", "val_loss", "lpips_loss", "vae_loss", "train/nll", "Loss/KL", "klLoss", "mse", "loss_G"]
+
+
+@pytest.mark.parametrize("write", [as_csv, as_jsonl, as_lines])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_nan_in_any_loss_is_an_alert(tmp_path: Path, name: str, write: Callable[..., str]) -> None:
+    for place in (0, 7, 29):
+        rows = [{"step": step, "acc": 0.5, name: math.nan if step == place else 1 / (step + 1)} for step in range(30)]
+        assert broken(tmp_path / "run.log", write(rows))[0] == [place]
+
+
+@pytest.mark.parametrize(
+    "name", ["loss_scale", "kl_weight", "best_val_loss", "psnr", "lr", "dbg/loss_grad/flow", "smoke/flow_loss"]
+)
+def test_what_is_no_loss(name: str) -> None:
+    assert not is_loss_like(name)
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_lines])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [0, 50, 100, 0, 50, 100],  # a counter that begins again, and no epoch
+        [0, 50, 100, 100, 100, 150],  # a step that is logged twice
+        [0, 50, 100, 150, 20, 200],  # one row out of order
+    ],
+)
+def test_a_nan_in_a_row_that_is_skipped_is_an_alert(tmp_path: Path, steps: list[int], write: Callable[..., str]) -> None:
+    rows: list[dict[str, float]] = [{"step": step, "loss": 1.0} for step in steps]
+    rows[4]["loss"] = math.nan
+    fired, said = broken(tmp_path / "run.log", write(rows))
+    assert len(fired) == 1 and "loss is nan in line" in said
+
+
+@pytest.mark.parametrize("row", ['{"loss": NaN}', '{"step": 1.5, "loss": NaN}', '{"step": "x", "val_loss": "nan"}'])
+@pytest.mark.parametrize("place", [0, 3, 12])
+def test_a_nan_in_a_row_without_a_step_is_an_alert(tmp_path: Path, row: str, place: int) -> None:
+    lines = [f'{{"step": {step}, "loss": 0.5}}' for step in range(12)]
+    lines.insert(place, row)
+    assert len(broken(tmp_path / "run.jsonl", "\n".join(lines) + "\n")[0]) == 1
+
+
+def test_a_live_trial_sees_the_nan_of_a_skipped_row() -> None:
+    parser = LineParser()
+    found = parser.feed(b"step 1 loss 1\nstep 2 loss 0.5\nstep 1 loss nan\nstep 3 loss 0.4\n") + parser.finish()
+    assert [math.isnan(record.values["loss"]) for record in found] == [False, True, False]
+
+
+def test_rows_that_are_read_again_are_not_reported_again() -> None:
+    parser = LineParser()
+    parser.feed(b"step 1 loss nan\nstep 2 loss 0.5\nstep 3 loss 1\n")
+    parser.begin_anew("rewritten")
+    found = parser.feed(b"step 1 loss nan\nstep 2 loss 0.5\nstep 3 loss 1\nstep 4 loss 1\n") + parser.finish()
+    assert all(math.isfinite(record.values["loss"]) for record in found)
+
+
+# ---- half precision
+
+
+def fp16(*norms: float) -> str:
+    return as_jsonl([{"step": step, "loss": 1 / (step + 1), "grad_norm": norm} for step, norm in enumerate(norms)])
+
+
+def test_infinite_norms_at_the_start_are_a_note(tmp_path: Path) -> None:
+    report = checked(tmp_path / "run.jsonl", fp16(math.inf, math.inf, *[1.0] * 30))
+    assert report["alerts"] == []
+    assert any(note.startswith("the first 2 norms are infinite: normal in fp16") for note in report["notes"])
+
+
+@pytest.mark.parametrize("norms", [[1.0, math.inf, 1.0], [math.nan, 1.0], [math.inf] * 21])
+def test_other_norms_that_are_not_finite_are_alerts(tmp_path: Path, norms: list[float]) -> None:
+    report = checked(tmp_path / "run.jsonl", fp16(*norms), packs=["ssim"])
+    assert report["ended"]["guard"] == "non_finite"
+
+
+def test_a_norm_that_is_infinite_to_the_end_is_not_healthy(tmp_path: Path) -> None:
+    assert checked(tmp_path / "run.jsonl", fp16(*[math.inf] * 9), packs=["ssim"])["verdict"] != "healthy"
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("theirs", ["vae_loss", "avr_loss", "lm_loss", "g_loss", "diffusion_loss", "Loss/loss/mean", "train/nll"])
+def test_the_only_loss_is_the_loss(theirs: str) -> None:
+    assert usual_names(["acc", "val_loss", "lr", theirs]) == {theirs: "loss"}
+
+
+@pytest.mark.parametrize("theirs", ["grdn", "train/gnorm", "actor/grad_norm", "grad_norm_before_clip"])
+def test_names_of_the_gradient_norm(theirs: str) -> None:
+    assert usual_names(["loss", theirs]) == {theirs: "total_norm"}
+
+
+@pytest.mark.parametrize("metrics", [["g_loss", "d_loss"], ["val_loss"], ["kl"], ["param_norm", "loss"], ["loss_flow", "vae_loss"]])
+def test_what_could_be_several_metrics_is_left_alone(metrics: list[str]) -> None:
+    assert usual_names(metrics) == {}
+
+
+def test_names_of_held_out_metrics() -> None:
+    assert all(map(is_held_out, ["val_loss", "eval/loss", "ValLoss", "test-loss", "loss_valid"]))
+    assert not any(map(is_held_out, ["value_loss", "loss", "latest_loss", "develop"]))
+
+
+# ---- --map is obeyed, or it is an error
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ('{"loss": 1.0, "progress": {"tick": %d}}', {"progress/tick": "step"}),
+        ('{"loss": 1.0, "step": 3, "a": {"b": {"c": %d}}}', {"a/b/c": "step"}),
+        ('{"loss": 1.0, "Progress/seen": {"num": 1, "mean": %d, "std": 0}}', {"Progress/seen": "step"}),
+        ('{"L": 1.0, "step": %d}', {"L": "loss"}),
+    ],
+)
+def test_a_name_that_was_given_is_obeyed(line: str, names: dict[str, str]) -> None:
+    parser = LineParser(names=names)
+    found = parser.feed("".join(line % step + "\n" for step in (100, 200, 300)).encode()) + parser.finish()
+    assert found == [Record(step, {**found[0].values}) for step in (100, 200, 300)]
+    assert found[0].values["loss"] == 1.0
+    assert parser.rows.names.unused == []
+
+
+@pytest.mark.parametrize("write", [as_csv, as_jsonl, as_lines])
+def test_a_name_that_is_not_in_the_log_is_an_error(tmp_path: Path, write: Callable[..., str]) -> None:
+    rows = [{"step": step, "loss": 1.0, "tock": step * 10} for step in range(3)]
+    for theirs, ours in (("tick", "step"), ("tick", "total_norm")):
+        with pytest.raises(UserError, match="--map tick=…: the log has no tick; did you mean 'tock'"):
+            checked(tmp_path / "run.log", write(rows), names={theirs: ours})
+    assert checked(tmp_path / "run.log", write(rows), names={"tock": "total_norm"})["records"] == 3
