@@ -5,9 +5,9 @@ The public names load on first use (PEP 562), so `import tune_ssim` reads none o
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tune_ssim.base.lazy import load_on_first_use
 from tune_ssim.version import __version__
 
 if TYPE_CHECKING:
@@ -40,33 +40,15 @@ __all__ = [
     "trial_context",
 ]
 
-# Names here must differ from all submodules, since importing `tune_ssim.x` binds `x` to the module.
-_MODULE_OF = {
-    "Forward": "tune_ssim.trials.training",
-    "Part": "tune_ssim.trials.training",
-    "Record": "tune_ssim.records",
-    "Sample": "tune_ssim.trials.training",
-    "Task": "tune_ssim.trials.training",
-    "Training": "tune_ssim.trials.training",
-    "Trial": "tune_ssim.trials.trial",
-    "TrialPruned": "tune_ssim.trials.push",
-    "best_safe": "tune_ssim.results.winner",
-    "load_space": "tune_ssim.study.space",
-    "load_study": "tune_ssim.study.study",
-    "make_trainable": "tune_ssim.orchestration.trainable",
-    "resolve_settings": "tune_ssim.study.space",
-    "run": "tune_ssim.cli.launch",
-    "trial_context": "tune_ssim.trials.push",
+_MODULES = {
+    "cli.launch": ("run",),
+    "orchestration.trainable": ("make_trainable",),
+    "records": ("Record",),
+    "results.winner": ("best_safe",),
+    "study.space": ("load_space", "resolve_settings"),
+    "study.study": ("load_study",),
+    "trials.push": ("TrialPruned", "trial_context"),
+    "trials.trial": ("Trial",),
+    "trials.training": ("Forward", "Part", "Sample", "Task", "Training"),
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULE_OF[name]), name)
-    globals()[name] = value  # the next access is a plain attribute
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = load_on_first_use(__name__, _MODULES)

@@ -4,8 +4,9 @@ The only heavy import is torch. Names load on first use, since a study reads its
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tune_ssim.base.lazy import load_on_first_use
 
 if TYPE_CHECKING:
     from tune_ssim.losses.decoded import DecodedLoss, DecodedLossResult, clamp_gradient, scale_gradient
@@ -41,16 +42,4 @@ _MODULES = {
     "schedules": ("Schedule",),
     "structural": ("ssim", "ssim_loss"),
 }
-_MODULE_OF = {name: f"tune_ssim.losses.{module}" for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = load_on_first_use(__name__, _MODULES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tune_ssim.base.lazy import load_on_first_use
 
 if TYPE_CHECKING:
     from tune_ssim.orchestration.mlflow_callback import MLflowTracking
@@ -19,23 +20,9 @@ __all__ = [
     "param_space",
 ]
 
-_MODULE_OF = {
-    "BaselineFirst": "tune_ssim.orchestration.ray_search",
-    "GuardedOptunaSearch": "tune_ssim.orchestration.ray_search",
-    "MLflowTracking": "tune_ssim.orchestration.mlflow_callback",
-    "StagedSearch": "tune_ssim.orchestration.ray_search",
-    "make_trainable": "tune_ssim.orchestration.trainable",
-    "param_space": "tune_ssim.orchestration.ray_search",
+_MODULES = {
+    "mlflow_callback": ("MLflowTracking",),
+    "ray_search": ("BaselineFirst", "GuardedOptunaSearch", "StagedSearch", "param_space"),
+    "trainable": ("make_trainable",),
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = load_on_first_use(__name__, _MODULES)

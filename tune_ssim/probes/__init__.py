@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tune_ssim.base.lazy import load_on_first_use
 
 if TYPE_CHECKING:
     from tune_ssim.probes.collapse import collapse_statistics
@@ -37,23 +38,19 @@ __all__ = [
     "update_ratio",
 ]
 
-_MODULE_OF = {
-    "GradientTaps": "taps",
-    "NormModel": "norm_model",
-    "Prediction": "norm_model",
-    "collapse_statistics": "collapse",
-    "loss_norms": "gradients",
-    "shadow_terms": "shadow",
-    "total_norm": "gradients",
-    "update_ratio": "gradients",
+_MODULES = {
+    "collapse": ("collapse_statistics",),
+    "gradients": ("loss_norms", "total_norm", "update_ratio"),
+    "norm_model": ("NormModel", "Prediction"),
+    "shadow": ("shadow_terms",),
+    "taps": ("GradientTaps",),
+    "weights": (
+        "WeightComparison",
+        "compare_with_file",
+        "content_id",
+        "file_contents",
+        "tensor_contents",
+        "tensor_hashes",
+    ),
 }
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'tune_ssim.probes' has no attribute {name!r}")
-    return getattr(import_module(f"tune_ssim.probes.{_MODULE_OF.get(name, 'weights')}"), name)
+__getattr__, __dir__ = load_on_first_use(__name__, _MODULES)
