@@ -294,8 +294,10 @@ def test_a_baseline_from_the_log_of_an_earlier_run(done: StudyFolder, tmp_path: 
 def test_a_dead_tracking_server_neither_stops_nor_fails_a_study(tmp_path: Path) -> None:
     study_file = tmp_path / "small.yaml"
     study_file.write_text(small(name="dead", search={"trials": 2}, tracking={"uri": "http://127.0.0.1:9"}).to_yaml())
-    ran = subprocess.run(command(tmp_path, study_file), capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    ran = subprocess.run(command(tmp_path, study_file), env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600, "a token that Ray made is the user's alone"
     assert "mirror dead" in ran.stdout + ran.stderr
     assert len(StudyFolder(tmp_path / "dead").trials()) == 4
 
@@ -337,8 +339,17 @@ def test_confirm_runs_the_best_and_the_baseline_again_with_new_seeds(confirmed: 
     assert "code/copied_task.py" in proof["provenance"]
 
 
-def test_it_is_said_whether_rays_fence_is_up(cluster: None) -> None:
-    assert describe_cluster(ray.cluster_resources()) == "Ray: 2 CPUs, no GPU; token authentication is on"
+def test_token_authentication_and_an_open_token_file_are_reported(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "auth_token"
+    token.write_text("secret")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    token.chmod(0o644)
+    line = "Ray: 2 CPUs, no GPU; token authentication is on"
+    assert describe_cluster(ray.cluster_resources()) == f"{line}, but other users can read the token: chmod 600 {token}"
+    token.chmod(0o600)
+    assert describe_cluster(ray.cluster_resources()) == line
 
 
 def test_a_study_without_a_confirm_phase_is_unproven(done: StudyFolder) -> None:

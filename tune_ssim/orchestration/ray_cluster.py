@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -43,12 +44,15 @@ def connection(study: Study, address: str | None) -> Iterator[dict[str, float]]:
             require_reachable(address)
             options["address"] = address
             options.pop("include_dashboard")
+        had_token = token_file().exists()
         try:
             ray.init(**options)
         except Exception as error:
             if address is None:
                 raise
             raise UserError(f"--address {address}: {str(error).splitlines()[0]}") from None
+        if not had_token and token_file().exists():
+            token_file().chmod(0o600)  # Ray has made it readable to every user of the machine
     try:
         with _sigterm_as_ctrl_c() if mine else nullcontext():
             yield ray.cluster_resources()
@@ -88,10 +92,17 @@ def describe_cluster(cluster: dict[str, float]) -> str:
         authentication = "this version does not report whether token authentication is on"
     elif enabled:
         authentication = "token authentication is on"
+        if token_file().exists() and token_file().stat().st_mode & 0o077:
+            authentication += f", but other users can read the token: chmod 600 {token_file()}"
     else:
         authentication = "token authentication is OFF: anyone who reaches Ray's ports can run code here (RAY_AUTH_MODE=token)"
     gpus = f"{cluster['GPU']:g} GPUs" if cluster.get("GPU") else "no GPU"
     return f"Ray: {cluster.get('CPU', 0):g} CPUs, {gpus}; {authentication}"
+
+
+def token_file() -> Path:
+    """Where Ray reads the token from, unless it is given by $RAY_AUTH_TOKEN."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def _quiet() -> None:
