@@ -247,7 +247,7 @@ def test_a_command_that_does_not_end_after_its_last_step_is_judged_by_it(
             "for n", "log = open(sys.argv[1], 'w')\nfor n", 1
         )
         spec["records"]["file"] = "{exp_dir}/log.txt"
-    spec["evaluate"] = {"command": ["{python}", "-c", "print('{{\"ssim\": 0.75}}')"]}
+    spec["evaluate"] = {"command": ["{python}", "-c", 'print(\'{{"ssim": [0.5, 1.0], "psnr": 30}}\')']}
     task = run(code, {"steps": 5}, checkpoints="{exp_dir}/{step}.pt", **spec)
     task.spec.command.extend(["{exp_dir}/log.txt", "{exp_dir}"])
     task.identify("x", tmp_path)
@@ -257,6 +257,7 @@ def test_a_command_that_does_not_end_after_its_last_step_is_judged_by_it(
     trial.advance()
     assert trial.verdict and trial.verdict.reason == "safe to step 5", trial.verdict
     assert trial.verdict.metrics["ssim"] == 0.75 and trial.step == 5
+    assert trial.verdict.per_image == {"ssim": [0.5, 1.0]}
     assert time.monotonic() - started < 30
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.study.study import load_study
 from tune_ssim.tasks import image_folder
 from tune_ssim.tasks.fundus_sr import FundusSR
-from tune_ssim.tasks.image_folder import PixelCache, Unreadable, load_folder_images, read_pixels
+from tune_ssim.tasks.image_folder import FolderImages, PixelCache, Unreadable, load_folder_images, read_pixels
 
 
 def picture(seed: int, height: int = 64, width: int = 80) -> np.ndarray:
@@ -247,6 +248,12 @@ def test_the_bundled_task_on_a_folder(tmp_path: Path) -> None:
     assert float(task.step()["loss_flow"]) > 0 and task.sample().images.shape == (32, 3, 32, 32)
     assert set(task.fingerprints()) == {"data/train", "data/held_out", "data/evaluation"}
     assert task.effective()["image"] is None and task.left_out() == {}
+    found, of_images = task.evaluate(), task.per_image()
+    assert isinstance(task.images, FolderImages)
+    assert {len(values) for values in of_images.values()} == {len(task.images.held_out)}
+    assert {name: fmean(values) for name, values in of_images.items()} == pytest.approx(
+        {name: found[name] for name in ("ssim", "psnr")}, rel=0.01
+    )
     for config, words in (
         ({"image": "retina"}, "give one of them"),
         ({"data": str(tmp_path / "nowhere")}, "no such folder"),

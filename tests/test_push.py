@@ -57,12 +57,15 @@ def test_what_is_sent(trial: TrialEnd) -> None:
         t.report(step=1, loss=torch.tensor([0.5]), total_norm=float("nan"))
         t.samples(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), sharpness=2.0)
         t.in_force(ssim_loss_weight=3.0)
-        t.held_out(ssim=torch.tensor(0.9))
+        t.held_out(ssim=torch.tensor(0.9), psnr=[30.0, torch.tensor(31.0)])
     _, read, first, samples, force, held_out, ended = trial.read()
     assert read == {"read": ["batch_size", "ssim_loss_weight"]}
     assert first["step"] == 1 and first["loss"] == 0.5 and first["total_norm"] != first["total_norm"]
     assert samples["step"] == 1 and samples["smoke/sharpness"] == 2.0 and samples["smoke/non_finite_fraction"] == 0
-    assert (force, held_out) == ({"effective": {"ssim_loss_weight": 3.0}}, {"held_out": {"ssim": pytest.approx(0.9)}})
+    assert (force, held_out) == (
+        {"effective": {"ssim_loss_weight": 3.0}},
+        {"held_out": {"ssim": pytest.approx(0.9), "psnr": [30.0, 31.0]}},
+    )
     assert ended == {"ended": "finished"}
     assert (trial.image(1) or b"").startswith(b"\x89PNG") and trial.image(2) is None
     assert trial.read() == []

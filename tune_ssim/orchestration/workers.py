@@ -31,7 +31,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # PyTorch's own default for NCCL
 DEAD_WAIT_S = 5.0  # an actor's death is reported later than the broken connections it causes
 # Only the first rank's result is used; those of the others are dropped before they are sent.
 ANSWERED_BY_FIRST = (
-    "sample", "sample_ema", "evaluate", "state_dict", "effective", "abilities", "fingerprints", "left_out", "ancestry",
+    "sample", "sample_ema", "evaluate", "per_image", "state_dict", "effective", "abilities", "fingerprints", "left_out", "ancestry",
 )  # fmt: skip
 
 
@@ -108,6 +108,9 @@ class WorkersTask(Training):
 
     def evaluate(self) -> Mapping[str, float]:
         return dict(self._first("evaluate"))
+
+    def per_image(self) -> Mapping[str, Sequence[float]]:
+        return dict(self._first("per_image"))
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._first("state_dict"))

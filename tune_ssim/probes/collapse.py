@@ -59,11 +59,11 @@ def collapse_statistics(
     if compared is not None:
         ideal = compared.float()
         statistics["ideal_entropy_bits"] = _entropy_bits(ideal)
-        statistics["high_frequency"] = _high_frequency(images) / _high_frequency(ideal).clamp(min=1e-12)
+        statistics["high_frequency"] = high_frequency_energy(images) / high_frequency_energy(ideal).clamp(min=1e-12)
         contrast = images.std(dim=(1, 2, 3)).mean()
         statistics["std_ratio"] = contrast / ideal.std(dim=(1, 2, 3)).mean().clamp(min=1e-6)
     statistics["entropy_bits"] = _entropy_bits(images)
-    statistics["high_frequency_share"] = _high_frequency(images) / images.var(dim=(1, 2, 3)).mean().clamp(min=1e-12)
+    statistics["high_frequency_share"] = high_frequency_energy(images) / images.var(dim=(1, 2, 3)).mean().clamp(min=1e-12)
     small = functional.adaptive_avg_pool2d(images, 8)
     statistics["diversity"] = small.var(dim=0, correction=0).mean().mul(2).sqrt()
     names = list(statistics)
@@ -78,7 +78,8 @@ def _correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x * y).sum(dim=(1, 2, 3)) / norms.clamp(min=1e-8)
 
 
-def _high_frequency(x: torch.Tensor) -> torch.Tensor:
+def high_frequency_energy(x: torch.Tensor) -> torch.Tensor:
+    """Mean square of `x - box_blur(x)` (3 x 3), of `[n, c, h, w]`."""
     return (x - functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)).square().mean()
 
 

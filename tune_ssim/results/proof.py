@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import jsonable
 from tune_ssim.guards import KeepRule
 from tune_ssim.guards.verdict import Role
-from tune_ssim.results.intervals import paired
+from tune_ssim.results.intervals import paired, paired_on_images
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.winner import are_copies, confirmations, holds, why_copies
+from tune_ssim.study.objective import DELTA
 from tune_ssim.trials.command.dependencies import NO_CODE, WHEN_OBSERVED, WITHOUT_RUNNING
 from tune_ssim.trials.summary import TrialSummary
 
@@ -46,7 +48,7 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
         "objective": objective.name,
         **({"direction": objective.direction} if objective.direction == "minimize" else {}),
         **({"min_improvement": objective.min_improvement} if objective.min_improvement is not None else {}),
-        "comparison": comparison(confirmed),
+        "comparison": comparison(confirmed, baselines),
         "margins": margins(confirmed, baselines, limits, rules),
         "switched_off": [name for name in ("preflight", "calibration", "confirm") if name in study and study[name] is None],
         "preflight": folder.preflight(),
@@ -91,8 +93,9 @@ def _limits(folder: StudyFolder) -> tuple[dict[str, float], list[KeepRule]]:
     return {"smoke_used_max": 1.0} | ({"norm_ratio_max": norm_ratio} if norm_ratio else {}), rules
 
 
-def comparison(confirmed: Sequence[TrialSummary]) -> dict[str, Any]:
-    """`paired` and the differences per seed, for every `delta_…` that all trials of the confirm phase measured."""
+def comparison(confirmed: Sequence[TrialSummary], baselines: Sequence[TrialSummary] = ()) -> dict[str, Any]:
+    """`paired` and the differences per seed, for every `delta_…` that all trials of the confirm phase measured; `images`:
+    `paired_on_images`, where the training measured each image."""
     names = sorted(
         set.intersection(*({name for name in trial.metrics if name.startswith("delta_")} for trial in confirmed))
         if confirmed
@@ -102,7 +105,18 @@ def comparison(confirmed: Sequence[TrialSummary]) -> dict[str, Any]:
     for name in names:
         by_seed = {str(trial.seed): trial.metric(name) for trial in confirmed}
         found[name] = paired(list(by_seed.values())) | {"by_seed": by_seed}
+        if differences := _on_images(name.removeprefix(DELTA), confirmed, baselines):
+            found[name]["images"] = paired_on_images(differences)
     return found
+
+
+def _on_images(metric: str, confirmed: Sequence[TrialSummary], baselines: Sequence[TrialSummary]) -> list[list[float]]:
+    """The differences to the baseline by seed and image; empty if a run did not measure each of the same number of images."""
+    by_run = {(trial.seed, trial.steps): trial.per_image.get(metric, []) for trial in baselines}
+    pairs = [(trial.per_image.get(metric, []), by_run.get((trial.seed, trial.steps), [])) for trial in confirmed]
+    counts = {len(values) for pair in pairs for values in pair}
+    found = [[own - reference for own, reference in zip(*pair, strict=True)] for pair in pairs] if len(counts) == 1 else []
+    return found if all(row and all(map(math.isfinite, row)) for row in found) else []
 
 
 def margins(

@@ -70,7 +70,17 @@ def proof_line(proof: Mapping[str, Any]) -> str:
         name = metric_label(objective.delta)
         low, high = found["interval"]
         text += f": {name} {found['mean']:+.4f} [{low:+.4f}, {high:+.4f}] ({100 * found['level']:.0f} %)"
+        if images := found.get("images"):
+            text += f", {_of_images(images)}"
     return text
+
+
+def _of_images(found: Mapping[str, Any]) -> str:
+    """What `intervals.paired_on_images` found."""
+    if found["n"] == 1:
+        return "all on one held-out image"
+    low, high = found["interval"]
+    return f"over {found['n']} held-out images as well [{low:+.4f}, {high:+.4f}]"
 
 
 def metric_label(name: str) -> str:

@@ -47,6 +47,10 @@ class FundusImages:
         rows = torch.linspace(0, len(self.held_out_origins) - 1, count).round().long()
         return cut(self.held_out, self.held_out_origins[rows], self.crop)
 
+    def held_out_sources(self, count: int) -> list[int]:
+        """Index of the image that each held-out crop is cut from."""
+        return [0] * count
+
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of all pixels and crop origins of the two parts."""
         parts = {"data/train": (self.train, self.train_origins), "data/held_out": (self.held_out, self.held_out_origins)}

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.losses import DecodedLoss, TimeLaw, euler_sample, noisy_latent, ssim, velocity_target, z0_from_velocity
-from tune_ssim.probes import content_id, tensor_hashes, total_norm
+from tune_ssim.probes import content_id, high_frequency_energy, tensor_hashes, total_norm
 from tune_ssim.tasks.bundled import WEIGHTS, BundledTraining, load_weights, numbers_of, sha256_of
 from tune_ssim.tasks.diffusers_vae import WEIGHTS_FILE as DIFFUSERS_FILE
 from tune_ssim.tasks.diffusers_vae import DiffusersVAE, load_diffusers_vae
@@ -121,6 +122,7 @@ class FundusSR(BundledTraining):
     def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
         self.begin(FundusConfig.from_mapping(config), seed, device)
         self.images = self._load_images()
+        self.of_crops: dict[str, list[float]] = {}  # of the last evaluation
         self.fixed: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}  # inputs of inference, by (count, noise)
         torch.manual_seed(seed)  # only for random initial weights
         self.vae, self.model, self.ema = self._load_networks()
@@ -199,15 +201,30 @@ class FundusSR(BundledTraining):
         return Sample(images, target, (low + 1) / 2, reconstructions, {"flow_loss_top_bin": flow.item()})
 
     def evaluate(self) -> dict[str, float]:
+        """`ssim`, `psnr` (dB), `high_frequency` (energy over the photographs': below 1 is smooth, above it noise), `flow_loss`, and
+        that loss in bins of t."""
         target, low, z0, initial = self._fixed(EVALUATION_CROPS, 0)
         with self._inference():
             images = self._generate(self.model, initial, low)
             error = (images - target).square().mean(dim=(1, 2, 3))
-            metrics = {"ssim": ssim(images, target).mean(), "psnr": (-10 * torch.log10(error.clamp(min=1e-10))).mean()}
+            of_crops = {"ssim": ssim(images, target), "psnr": -10 * torch.log10(error.clamp(min=1e-10))}
+            metrics = {name: values.mean() for name, values in of_crops.items()}
+            self.of_crops = {name: values.tolist() for name, values in of_crops.items()}
+            metrics["high_frequency"] = high_frequency_energy(images) / high_frequency_energy(target)
+            bins = {}
             for i in range(FLOW_BINS):
                 t = torch.full((len(z0),), (i + 0.5) / FLOW_BINS, device=self.device)
-                metrics[f"flow_loss_bins/{i}"] = self._flow_loss(self.model, z0, initial, t, low)
-        return numbers_of(metrics)
+                bins[f"flow_loss_bins/{i}"] = self._flow_loss(self.model, z0, initial, t, low)
+            metrics["flow_loss"] = torch.stack(list(bins.values())).mean()
+        return numbers_of(metrics | bins)
+
+    def per_image(self) -> dict[str, list[float]]:
+        """SSIM and PSNR of each held-out image, the means of its crops."""
+        sources = self.images.held_out_sources(EVALUATION_CROPS)
+        return {
+            name: [fmean(values[k] for k, source in enumerate(sources) if source == image) for image in sorted(set(sources))]
+            for name, values in self.of_crops.items()
+        }
 
     def effective(self) -> dict[str, Any]:
         return {**super().effective(), **self.loss.effective()}

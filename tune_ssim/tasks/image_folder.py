@@ -77,7 +77,11 @@ class FolderImages:
     def held_out_crops(self, count: int) -> torch.Tensor:
         """`[count, 3, crop, crop]`: fixed crops, in equal shares from all held-out images."""
         generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-        return torch.stack([self._crop(self.held_out[i * len(self.held_out) // count], generator) for i in range(count)])
+        return torch.stack([self._crop(self.held_out[i], generator) for i in self.held_out_sources(count)])
+
+    def held_out_sources(self, count: int) -> list[int]:
+        """Index of the image that each held-out crop is cut from."""
+        return [i * len(self.held_out) // count for i in range(count)]
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the contents of each part's files, independent of names and paths."""

@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -139,11 +139,18 @@ class TrialContext:
         Raises TypeError, also outside a study, for any other value."""
         self._send({"effective": {name: self._stated(name, value) for name, value in parameters.items()}})
 
-    def held_out(self, **metrics: float | torch.Tensor) -> None:
-        """Sends metrics measured on held-out data at the end, e.g. `ssim`, `psnr` (dB), for the study's objective and margins.
+    def held_out(self, **metrics: float | torch.Tensor | Sequence[float]) -> None:
+        """Sends metrics measured on held-out data at the end, e.g. `ssim`, `psnr` (dB), for the study's objective and margins. A
+        list has one number for each held-out image; the metric is their mean.
 
-        Raises TypeError, also outside a study, for a value that is not a number."""
-        self._send({"held_out": {name: self._number("held_out", name, value) for name, value in metrics.items()}})
+        Raises TypeError, also outside a study, for a value that is neither a number nor a list of them."""
+        numbers = {
+            name: [self._number("held_out", name, one) for one in value]
+            if isinstance(value, (list, tuple)) and value
+            else self._number("held_out", name, value)
+            for name, value in metrics.items()
+        }
+        self._send({"held_out": numbers})
 
     def raise_if_over(self) -> None:
         """Raises TrialPruned once the trial has a verdict. For loops that report rarely."""

@@ -31,7 +31,8 @@ class TrialSummary:
     checked: what a safe trial was judged by, a sentence each. quarantined: content ids of the checkpoints that a ruined trial
     wrote. warnings: messages of guards with the action `warn`, and what was noticed about the training, such as log rows that were
     passed over.
-    curve: (step, improvement over the baseline) at evaluations before the end.
+    curve: (step, improvement over the baseline) at evaluations before the end. per_image: held-out metrics of each image, of
+    baselines and confirmations.
     metrics: ssim, delta_ssim, psnr, norm_ratio_max, … where measured. Non-finite numbers are floats here, and the strings "NaN",
     "Infinity", "-Infinity" in a file, since JSON has no such numbers.
     """
@@ -51,6 +52,7 @@ class TrialSummary:
     metrics: dict[str, JsonNumber] = field(default_factory=dict)
     checked: list[str] = field(default_factory=list)
     curve: list[tuple[int, JsonNumber]] = field(default_factory=list)
+    per_image: dict[str, list[JsonNumber]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
 
@@ -89,7 +91,8 @@ class TrialSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; without keys that are empty, and with `direction` only if it is minimize."""
-        left_out = [name for name in ("seed", "checked", "curve", "warnings", "quarantined") if vars(self)[name] in (None, [])]
+        optional = ("seed", "checked", "curve", "per_image", "warnings", "quarantined")
+        left_out = [name for name in optional if vars(self)[name] in (None, [], {})]
         left_out += ["direction"] if self.direction == "maximize" else []
         plain: dict[str, Any] = jsonable({key: value for key, value in vars(self).items() if key not in left_out})
         return plain | {"role": self.role.value, "verdict": self.verdict.value}

@@ -166,6 +166,11 @@ class Training(ABC):
     def evaluate(self) -> Mapping[str, float]:
         """Held-out metrics with fixed noise: `ssim`, `psnr` (dB), …"""
 
+    def per_image(self) -> Mapping[str, Sequence[float]]:
+        """Metrics of the last `evaluate`, one number for each held-out image, in the same order in every trial; empty if there are
+        none. The confirm phase then also says how sure the improvement is on other images."""
+        return {}
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Tensors (possibly nested in dicts) and JSON values: everything on which the next step depends."""

@@ -92,6 +92,7 @@ class Judgement:
     reason: str
     violation: Violation | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    per_image: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of trials that the proof compares
 
 
 class Trial:
@@ -200,7 +201,7 @@ class Trial:
         if self.verdict is None and ended and self.plan.steps is None and self._takes_samples:
             self._smoke(made, again=True)  # only now the last step is known
         if self.verdict is None and (ended or (self.step >= self.plan.last_step and not self.task.reports_after_last_step)):
-            self.verdict = self._finish()
+            self.verdict = replace(self._finish(), per_image=self._per_image())
         if self.verdict is not None and self.task.reports_after_last_step:
             self.task.close(self.verdict.verdict.value, self.verdict.reason)
             self.remarks += tuple(self.task.remarks())
@@ -559,6 +560,11 @@ class Trial:
             return Judgement(Verdict.ERROR, NOTHING_COMPARED, metrics=metrics)
         how = f" (unpaired: {self.unpaired})" if self.unpaired else ""
         return Judgement(Verdict.SAFE, f"{words}: no guard fired, nothing worse than the margins{how}", metrics=metrics)
+
+    def _per_image(self) -> dict[str, list[float]]:
+        if self.role is Role.SEARCH:
+            return {}
+        return {name: list(map(float, values)) for name, values in self.task.per_image().items()}
 
     def _without_judge(self, measured: Mapping[str, float]) -> Iterator[str]:
         """A sentence for each `keep` rule on a metric that the baseline did not measure. The default ones are for any training."""

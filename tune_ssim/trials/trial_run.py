@@ -241,6 +241,7 @@ class TrialRun:
             evidence=violation.evidence() if violation else None,
             steps=trial.step if trial else 0,
             curve=list(trial.curve) if trial else [],
+            per_image={name: list(values) for name, values in judgement.per_image.items()},
             metrics={**metrics, "seconds": round(time.perf_counter() - self._started_s, 3)},
             checked=list(trial.checked) if trial and judgement.verdict == Verdict.SAFE else [],
             warnings=[*(warning.sentence for warning in trial.warnings), *trial.remarks] if trial else [],

@@ -24,7 +24,7 @@ from tune_ssim.trials.command.dependencies import Dependencies, name_of
 from tune_ssim.trials.command.filled_spec import FilledSpec
 from tune_ssim.trials.command.guesses import propose_logs
 from tune_ssim.trials.command.observed import ObservedRecords
-from tune_ssim.trials.command.output import CommandOutput, GuessedRecords, PrintedRecords, numbers_of
+from tune_ssim.trials.command.output import CommandOutput, GuessedRecords, PrintedRecords, held_out_of
 from tune_ssim.trials.command.process import Launch, Process, launch_here
 from tune_ssim.trials.command.samples import read_samples
 from tune_ssim.trials.command.settings import SettingsInForce
@@ -80,6 +80,7 @@ class CommandTask(Training):
         self.settings = SettingsInForce(self.spec, self.config)
         self.__dict__.pop("filled", None)
         self._output: CommandOutput | None = None
+        self._per_image: dict[str, list[float]] = {}
         self._resume_from: Path | None = None
         self._last: dict[str, float] = {}
         self._first_record_seen = False
@@ -419,7 +420,11 @@ class CommandTask(Training):
         if self._output is not None:
             self._output.collect()
             found |= self._output.held_out
+            self._per_image = dict(self._output.per_image)
         return found | (self._run_evaluation() if self.spec.evaluate is not None else {})
+
+    def per_image(self) -> dict[str, list[float]]:
+        return self._per_image
 
     def _run_evaluation(self) -> dict[str, float]:
         spec = self.spec.evaluate
@@ -431,9 +436,11 @@ class CommandTask(Training):
         text = self.filled.run(spec.command, more, spec.timeout_s, "the evaluation's command")
         lines = [line.strip() for line in text.splitlines() if line.strip().startswith("{")]
         try:
-            return numbers_of(json.loads(lines[-1]))
+            numbers, per_image = held_out_of(json.loads(lines[-1]))
         except (IndexError, ValueError):
             raise UserError("the evaluation's command printed no line of JSON with numbers") from None
+        self._per_image |= per_image
+        return numbers
 
     @property
     def _checkpoints(self) -> Checkpoints | None:

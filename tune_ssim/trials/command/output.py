@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
+from statistics import fmean
 from typing import Any
 
 from tune_ssim.base.errors import UserError
@@ -90,6 +91,7 @@ class CommandOutput:
         self.observed = observed
         self.records: list[Row] = []
         self.held_out: dict[str, float] = {}
+        self.per_image: dict[str, list[float]] = {}
         self._usual_names = UsualNames()
         self._pushed = ParseIssues(unit="record")
         self._counter = StepCounter(self._pushed)
@@ -165,7 +167,9 @@ class CommandOutput:
         elif "read" in message:
             self.settings.read(message["read"])
         elif "held_out" in message:
-            self.held_out |= numbers_of(message["held_out"])
+            numbers, per_image = held_out_of(message["held_out"])
+            self.held_out |= numbers
+            self.per_image |= per_image
         elif "echoed" in message:
             self.settings.printed(message["echoed"])
         return None
@@ -212,6 +216,16 @@ class CommandOutput:
 
 def _plain(record: Record) -> Row:
     return record.step, dict(record.values)
+
+
+def held_out_of(values: Any) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """(Held-out metrics, those of each image where a value is a list of numbers)"""
+    per_image = {
+        str(name): list(map(float, value))
+        for name, value in (values.items() if isinstance(values, Mapping) else ())
+        if isinstance(value, list) and value and all(map(is_number, value))
+    }
+    return numbers_of(values) | {name: fmean(numbers) for name, numbers in per_image.items()}, per_image
 
 
 def numbers_of(values: Any, without: Sequence[str] = ()) -> dict[str, float]:
