@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from ruamel.yaml import YAML
 from small_studies import SMALL, baseline, study, trial
 
 from tune_ssim.base.errors import UserError
@@ -48,6 +50,14 @@ def test_a_list_is_its_first_objective_and_others(written: Any) -> None:
     ]  # fmt: skip
     assert list(loaded.objective.keep) == ["lpips"] and loaded.objective.min_improvement == 0.001
     assert load_study(loaded.to_dict()).objective == loaded.objective
+
+
+def test_the_objectives_on_the_page_are_read() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "own_training.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S) if block.startswith("objective:")]
+    one, several = (load_study({**SMALL, **YAML(typ="safe").load(block)}).objective for block in blocks)
+    assert (one.direction, one.name, one.also) == ("minimize", "val_loss", ())
+    assert [goal.name for goal in several.goals] == ["delta_ssim", "psnr"] and list(several.keep) == ["psnr", "flow_loss_bins"]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from torch.nn import functional
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.tensor_file import TensorFile
 from tune_ssim.losses import DecodedLoss, TimeLaw, euler_sample, noisy_latent, ssim, velocity_target, z0_from_velocity
-from tune_ssim.probes import content_id, high_frequency_energy, tensor_hashes, total_norm
+from tune_ssim.probes import content_id, tensor_hashes, total_norm
+from tune_ssim.probes.collapse import high_frequency_energy
 from tune_ssim.tasks.bundled import WEIGHTS, BundledTraining, load_weights, numbers_of, sha256_of
 from tune_ssim.tasks.diffusers_vae import WEIGHTS_FILE as DIFFUSERS_FILE
 from tune_ssim.tasks.diffusers_vae import DiffusersVAE, load_diffusers_vae
