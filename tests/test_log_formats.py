@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from log_samples import PRODUCERS
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.cli.log_arguments import open_log
@@ -178,3 +179,19 @@ def test_a_name_that_is_not_in_the_log_is_an_error(tmp_path: Path, write: Callab
         with pytest.raises(UserError, match="--map tick=…: the log has no tick; did you mean 'tock'"):
             checked(tmp_path / "run.log", write(rows), names={theirs: ours})
     assert checked(tmp_path / "run.log", write(rows), names={"tock": "total_norm"})["records"] == 3
+
+
+# ---- producers
+
+
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_the_log_of_a_producer(tmp_path: Path, producer: str) -> None:
+    name, text, expected = PRODUCERS[producer]
+    (tmp_path / name).write_bytes(text.encode())
+    source = open_log(str(tmp_path / name), {})
+    found = [record for part in source.all_batches() for record in part]
+    assert [record.step for record in found] == [step for step, _ in expected], source.issues.sentence()
+    for record, (_, values) in zip(found, expected, strict=True):
+        assert {key: record.values.get(key) for key in values} == pytest.approx(values, nan_ok=True)
+    assert not source.issues.unread
+    assert any(map(is_loss_like, found[0].values))

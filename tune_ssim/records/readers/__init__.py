@@ -2,9 +2,9 @@
 
 from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.parser import LineParser
+from tune_ssim.records.readers.printed import PRINTED
 from tune_ssim.records.readers.reader import Source
 from tune_ssim.records.readers.record_lines import RecordLines
 from tune_ssim.records.readers.source import FORMATS, open_source, read_all
-from tune_ssim.records.readers.text_lines import PRINTED
 
 __all__ = ["FORMATS", "PRINTED", "LineParser", "ParseIssues", "RecordLines", "Source", "open_source", "read_all"]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 
+from tune_ssim.records import EPOCH, LOSS
 from tune_ssim.records.readers.reader import LineFormat
 from tune_ssim.records.readers.rows import Rows
-from tune_ssim.records.readers.values import text_number
+from tune_ssim.records.readers.values import as_held_out, text_number
 
 DELIMITERS = ",;\t"
+TENSORBOARD = ["wall time", "step", "value"]  # the header of a scalar that was downloaded from its page
+TAG_IN_NAME = re.compile(r"tag-(.+)\.csv$")  # run-train-tag-loss.csv
 
 
 class CsvRows(LineFormat):
@@ -20,8 +25,9 @@ class CsvRows(LineFormat):
 
     format = "csv"
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, file_name: str = "") -> None:
         super().__init__(rows)
+        self._file_name = file_name
         self._header: list[str] = []
         self._delimiter = ","
         self._step: int | None = None  # index of the step column
@@ -68,19 +74,34 @@ class CsvRows(LineFormat):
             if self._begins_again(fields):
                 return
             values = self._odd_values(fields)
+            values = as_held_out(values, dict(zip(self._header, fields, strict=True)))
         self._rows.add(None if self._step is None else fields[self._step], values, number, line)
 
     def _begin(self, header: Sequence[str]) -> None:
         """Finds the step column and the metric columns."""
-        self._header = [name.strip() for name in header]
+        self._header = self._without_run([name.strip() for name in header])
         lower = [name.lower() for name in self._header]
         step = next((name for name in self._rows.names.steps if name.lower() in lower), None)
         self._step = None if step is None else lower.index(step.lower())
         if step is not None:
             self._rows.names.used.add(step)
-        else:
+        elif EPOCH not in lower:
             self._rows.steps.number_rows()
         self._metrics = [(k, name) for k, name in enumerate(self._header) if k != self._step and name]
+
+    def _without_run(self, header: list[str]) -> list[str]:
+        """The names of metrics in an export of W&B (`run-12 - train/loss`, with `…__MIN` and `…__MAX`) or of TensorBoard's page;
+        empty for a column that is none."""
+        if [name.lower() for name in header] == TENSORBOARD and header[2] not in self._rows.names.given:
+            tag = TAG_IN_NAME.search(self._file_name)
+            if tag is None:
+                self._rows.issues.note("Value is taken for loss; else `--map Value=…`")
+            return ["", header[1], tag[1] if tag else LOSS]
+        exported = {name: name.rpartition(" - ")[2] for name in header if f"{name}__MIN" in header and f"{name}__MAX" in header}
+        counts = Counter(exported.values())
+        extremes = {name + end for name in exported for end in ("__MIN", "__MAX")}
+        names = {name: short for name, short in exported.items() if counts[short] == 1 and name not in self._rows.names.given}
+        return ["" if name in extremes else names.get(name, name) for name in header]
 
     def _begins_again(self, fields: Sequence[str]) -> bool:
         """Takes the fields as a new header if they are one."""

@@ -1,4 +1,5 @@
-"""A JSON document that the training rewrites each time: Hugging Face's trainer_state.json, or a list of objects."""
+"""A JSON document: Hugging Face's trainer_state.json, which the training rewrites each time, a list of objects, or a scalar that
+was downloaded from TensorBoard's page."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tune_ssim.records import Record
+from tune_ssim.base.numbers import is_number
+from tune_ssim.records import LOSS, Record
 from tune_ssim.records.readers.json_lines import json_object
 from tune_ssim.records.readers.reader import Source
 from tune_ssim.records.readers.rows import Rows
@@ -15,7 +17,8 @@ MAX_BYTES = 256 * 1024 * 1024  # the whole document must fit in memory
 
 
 class JsonFile(Source):
-    """Rows are the objects of `log_history` or of the list. An incomplete document, still being written, yields no rows."""
+    """Rows are the objects of `log_history` or of the list, or its lists of time, step and value. An incomplete document, still
+    being written, yields no rows."""
 
     def __init__(self, path: Path, names: Mapping[str, str] | None = None) -> None:
         super().__init__(Rows(names))
@@ -67,6 +70,9 @@ class JsonFile(Source):
         for number, row in enumerate(found[self._done :], self._done + 1):
             if isinstance(row, dict):
                 self.rows.add_object(row, number, str(row)[:200])
+            elif isinstance(row, list) and len(row) == 3 and all(map(is_number, row)):
+                self.issues.note("its values are taken for loss")
+                self.rows.add(row[1], {LOSS: float(row[2])}, number)
             else:
                 self.issues.skip(number, str(row)[:200], "not a JSON object")
         self._done = self.issues.lines = len(found)
@@ -85,5 +91,5 @@ def holds_document(data: bytes) -> bool:
     if holds_lines(data):
         return False
     if text.startswith("["):
-        return text[1:].lstrip().startswith("{")
+        return text[1:].lstrip().startswith(("{", "["))
     return text.startswith("{") and '"log_history"' in text

@@ -9,6 +9,7 @@ MAX_LINE_BYTES = 4 * 1024 * 1024
 
 # Colours and cursor movements (ECMA-48 CSI), window titles (OSC).
 ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)")
+BACKSPACES = re.compile("\b+")
 
 
 class Lines:
@@ -74,6 +75,8 @@ class Lines:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         if "\x1b" in text:
             text = ANSI.sub("", text)
+        if "\b" in text:  # Keras overwrites its progress bar
+            text = BACKSPACES.sub("\n", text)
         if "\0" in text:
             text = text.replace("\0", "")
         return text[:-1].split("\n")

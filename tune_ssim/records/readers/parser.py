@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
@@ -10,9 +10,11 @@ from tune_ssim.records.readers.csv_rows import CsvRows, delimiter_of, is_header,
 from tune_ssim.records.readers.json_lines import TAG, JsonLines, is_row
 from tune_ssim.records.readers.lines import MAX_LINE_BYTES, Lines
 from tune_ssim.records.readers.parse_issues import excerpt
+from tune_ssim.records.readers.printed import PRINTED
 from tune_ssim.records.readers.reader import LineFormat, Reader
 from tune_ssim.records.readers.rows import Rows
-from tune_ssim.records.readers.text_lines import HOW_A_PATTERN_LOOKS, PRINTED, PrintedLines, text_format
+from tune_ssim.records.readers.table_lines import TableLines
+from tune_ssim.records.readers.text_lines import HOW_A_PATTERN_LOOKS, PrintedLines, text_format
 
 LINE_FORMATS = ("jsonl", "csv", "text")
 FEED_BYTES = 1024 * 1024  # bytes split at a time, to bound memory for large chunks
@@ -23,7 +25,8 @@ class LineParser(Reader):
     """Turns bytes, in chunks of any size, into records.
 
     format: jsonl, csv or text (see docs/logs.md). None: the first line that is a row in one of these formats decides, and a
-    line tagged TUNE_SSIM decides at any time, or with `tagged` False is passed over. names: metric names in the log → ours.
+    line tagged TUNE_SSIM decides at any time, or with `tagged` False is passed over. without: built-in patterns that are not
+    tried then. names: metric names in the log → ours.
     pattern: for text. The constructor raises UserError for invalid arguments; other methods never raise for bad content."""
 
     def __init__(
@@ -34,6 +37,7 @@ class LineParser(Reader):
         pattern: str | Sequence[str] | None = None,
         file_name: str = "",
         tagged: bool = True,
+        without: Collection[str] = (),
     ) -> None:
         if format is not None and format not in LINE_FORMATS:
             raise UserError(f"format: must be one of {', '.join(LINE_FORMATS)} for lines; got {format!r}")
@@ -45,11 +49,11 @@ class LineParser(Reader):
         if format == "jsonl":
             self._format = JsonLines(self.rows)
         elif format == "csv":
-            self._format = CsvRows(self.rows)
+            self._format = CsvRows(self.rows, file_name)
         elif format == "text" or pattern is not None:
             self._format = text_format(self.rows, pattern)
         else:
-            self._format = AnyLines(self.rows, file_name, tagged)
+            self._format = AnyLines(self.rows, file_name, tagged, without)
 
     @property
     def format(self) -> str | None:
@@ -68,6 +72,7 @@ class LineParser(Reader):
 
     def finish(self) -> list[Record]:
         self._take(self._lines.finish())
+        self._format.finish()
         if why := self._format.why_no_rows():
             self.issues.note(why)
         return super().finish()
@@ -92,12 +97,14 @@ class LineParser(Reader):
 class AnyLines(LineFormat):
     """Detects the format from the first line that is a row; earlier lines are skipped."""
 
-    def __init__(self, rows: Rows, file_name: str = "", tagged: bool = True) -> None:
+    def __init__(self, rows: Rows, file_name: str = "", tagged: bool = True, without: Collection[str] = ()) -> None:
         super().__init__(rows)
         self._tagged = tagged
+        self._file_name = file_name
         self._named_csv = file_name.lower().endswith((".csv", ".tsv"))
         self._named_jsonl = file_name.lower().endswith((".jsonl", ".ndjson"))
-        self._printed = PrintedLines(rows)
+        self._printed = PrintedLines(rows, without=without)
+        self._table = TableLines(rows)
         self._chosen: LineFormat | None = None
         self._first: list[str] = []  # the first lines that are not blank
         self._seen = 0
@@ -127,17 +134,25 @@ class AnyLines(LineFormat):
         if len(self._first) < SHOWN_LINES:
             self._first.append(line[:1000])
         if self._seen == 1 and self._named_csv and is_header(split_fields(line, delimiter_of(line))):
-            self._chosen = CsvRows(self._rows)
+            self._chosen = CsvRows(self._rows, self._file_name)
         elif self._seen == 2 and looks_like_csv(self._first[0], line, self._rows.names.steps, self._named_csv):
-            self._chosen = CsvRows(self._rows)
+            self._chosen = CsvRows(self._rows, self._file_name)
             self._chosen.take([self._first[0], line], number - 1)
             return
         elif is_row(line, self._rows.names) or self._named_jsonl:
             self._chosen = JsonLines(self._rows)
         elif self._printed.recognises(line):
             self._chosen = self._printed
+        elif self._table.recognises(line, number):
+            self._chosen = self._table
+            return
         if self._chosen is not None:
             self._chosen.take([line], number)
+
+    def finish(self) -> None:
+        (self._chosen or self._table).finish()
+        if self._chosen is None and self._table.has_rows:
+            self._chosen = self._table
 
     def why_no_rows(self) -> str:
         if self._chosen is not None or not self._seen:

@@ -64,6 +64,9 @@ class LineFormat:
         """Takes the lines `number`, `number` + 1, … of the log."""
         raise NotImplementedError
 
+    def finish(self) -> None:
+        """Called at the end of a log: adds a row that is not complete yet."""
+
     def why_no_rows(self) -> str:
         """At the end of a log: why no line was a row; empty if one was, or if every other line was noted in `issues`."""
         return ""

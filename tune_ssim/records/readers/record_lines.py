@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tune_ssim.records.readers.json_lines import is_row
-from tune_ssim.records.readers.text_lines import MAX_PATTERN_TEXT, PAIR, PRINTED, KeyValues, UserPattern
+from tune_ssim.records.readers.printed import PAIR, PRINTED, KeyValues
+from tune_ssim.records.readers.text_lines import MAX_PATTERN_TEXT, UserPattern
 from tune_ssim.records.readers.values import Names
 
 LOSS_NAMES = ("loss", "train_loss")  # measured values, never settings

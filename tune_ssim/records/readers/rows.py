@@ -7,7 +7,7 @@ from typing import Any
 
 from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.steps import Steps
-from tune_ssim.records.readers.values import MAX_STEP, Names, numbers_of, step_in
+from tune_ssim.records.readers.values import MAX_STEP, Names, as_held_out, numbers_of, rounded_step, step_in
 from tune_ssim.records.record_table import Table
 
 
@@ -29,16 +29,22 @@ class Rows:
         if step is None or step == "":
             self.steps.add(None, values, line, text)
             return
-        whole = step_in(step)
+        rounded = rounded_step(step)
+        whole = step_in(step) if rounded is None else self.steps.exact(*rounded)
         if whole is None:
             self.issues.skip(line, text, "its step is not an integer >= 0")
             self.steps.keep_broken(values, line)
         else:
             self.steps.add(whole, values, line, text)
 
+    def add_aside(self, values: dict[str, float], line: int, names: Names) -> None:
+        """Adds what is not finite among the numbers of a row that is of no step of the training."""
+        self.steps.keep_broken(names.rename(values), line)
+
     def add_object(self, row: dict[str, Any], line: int, text: str) -> None:
         """Adds a JSON object, which is modified."""
-        self.add(self.names.step_of(row), numbers_of(row, self.names), line, text)
+        step = self.names.step_of(row)
+        self.add(step, as_held_out(numbers_of(row, self.names), row), line, text)
 
     def add_columns(self, steps: Sequence[Any], columns: Mapping[str, Sequence[Any]], names: Names | None = None) -> bool:
         """Adds rows with the same metrics as columns. False: nothing was added, because a value is not a number or the steps do

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.records import Record
+from tune_ssim.records.metric_names import is_loss_like
 from tune_ssim.records.readers.event_files import HEADER, EventFiles, find_event_files, is_event_file, require_one_run
 from tune_ssim.records.readers.json_file import JsonFile, holds_document, holds_lines
 from tune_ssim.records.readers.line_file import LineFile
@@ -18,6 +19,7 @@ FORMATS = ("jsonl", "json", "csv", "tensorboard", "text")
 START_BYTES = 1024 * 1024  # enough to tell a JSON document from lines
 PIECE = 16 * 1024
 FIRST_ROW_BYTES = 8 * 1024 * 1024  # the first row must appear within this many bytes; a large model may be printed before it
+BARS = "progress_bars"
 MLFLOW = ("mlflow:", "runs:/")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
@@ -138,8 +140,16 @@ class DetectedSource(Source):
             return JsonFile(self.path, self._names)
         if is_json and not has_lines:
             return None
-        parser = LineParser(format="jsonl" if is_json else None, names=self._names, file_name=self.path.name)
-        return LineFile(self.path, parser)
+        without = [BARS] if b"%|" in start and _has_losses(start) else []
+        format = "jsonl" if is_json else None
+        return LineFile(self.path, LineParser(format=format, names=self._names, file_name=self.path.name, without=without))
+
+
+def _has_losses(start: bytes) -> bool:
+    """Whether a log with this beginning has losses elsewhere than in progress bars."""
+    parser = LineParser(without=[BARS])
+    records = [*parser.feed(start), *parser.finish()]
+    return any(is_loss_like(name) for record in records for name in record.values)
 
 
 def read_all(

@@ -26,19 +26,21 @@ class StepCounter:
         self.earlier_steps = 0
         self._first = self._newest = -1  # of the present epoch, as the training counts
         self._spacing = 1  # between the newest two steps
+        self._rounded_spacing: int | None = None  # the same before the first rounded step
         self._epoch = -math.inf
         self._again: list[int] = []  # consecutive rows that count up again from the first step
 
     def count(self, step: int, epoch: float | None, line: int) -> int:
         """The step since the beginning. line: the row's place in the log."""
         epoch = self._epoch if epoch is None or not math.isfinite(epoch) else math.floor(epoch)
-        if step <= self._first < self._newest and epoch > self._epoch > -math.inf:
+        is_single = step == self._first == self._newest  # a row in each epoch
+        if (step < self._newest or is_single) and epoch > self._epoch > -math.inf:
             if not self.earlier_steps:
                 self.issues.note(
                     "the step counter begins again at each epoch: steps are counted over epochs (first in "
                     f"{self.issues.unit} {line}: step {step} after step {self._newest})"
                 )
-            self.earlier_steps += self._newest + self._spacing - self._first
+            self.earlier_steps += self._newest + self._spacing - min(step, self._first)
             self._first = self._newest = step
         elif step > self._newest:
             self._spacing = step - self._newest if self._newest >= 0 else 1
@@ -48,6 +50,15 @@ class StepCounter:
             self._fell_back(step, line)
         self._epoch = max(self._epoch, epoch)
         return step + self.earlier_steps
+
+    def exact(self, step: int, unit: int) -> int:
+        """The likely step of which only the first digits were printed. unit: what its last digit counts."""
+        if self._rounded_spacing is None:
+            self._rounded_spacing = self._spacing
+        left = step + unit - self._newest
+        if step > self._newest or left <= -unit:
+            return step
+        return self._newest + max(1, min(self._rounded_spacing, left // 2))
 
     def advance(self, steps: Sequence[int], epoch: float | None) -> None:
         """Counts many growing steps at once, the last of them in `epoch`."""

@@ -16,6 +16,7 @@ MAX_AHEAD = 8  # steps that may wait for earlier ones, so that one misread step 
 UNNUMBERED = 10  # rows without a step before rows are numbered instead: a config may be printed first
 
 NUMBERED = "no step column: the rows are numbered from 1"
+BY_EPOCH = "no step: the epochs are the steps"
 
 
 class Steps:
@@ -28,7 +29,7 @@ class Steps:
     A loss or a norm that is not finite is never skipped: it is added to the pending step.
 
     A step far ahead of the steps after it (a misread number, a line mixed from two writers) waits for them. In a log without
-    steps, rows are numbered from 1."""
+    steps, the epochs are the steps where each has one row, else rows are numbered from 1."""
 
     def __init__(self, issues: ParseIssues) -> None:
         self.issues = issues
@@ -42,6 +43,7 @@ class Steps:
         self._parts: list[Sequence[Record]] = []  # batches released before `_released`
         self._rows: int | None = None  # rows numbered so far; None: the log has steps, or this is not known yet
         self._has_steps = False
+        self._counts_epochs = False
         self._waiting: list[tuple[dict[str, float], int, str]] = []  # rows without a step, until it is known if the log has steps
         self._replayed_until = -1  # after a restart of the file, repeated steps up to here are expected
         self._broken: dict[str, float] = {}  # non-finite values of skipped rows, until there is a pending step
@@ -73,6 +75,10 @@ class Steps:
             self.issues.repeat(line, step, self._step)
             self.keep_broken(values, line)
 
+    def exact(self, step: int, unit: int) -> int:
+        """See `StepCounter.exact`."""
+        return self._counter.exact(step, unit)
+
     def keep_broken(self, values: Mapping[str, float], line: int) -> None:
         """Keeps the losses and norms of a skipped row that are not finite, as values of the pending step."""
         for name, value in values.items():
@@ -84,14 +90,9 @@ class Steps:
 
     def add_table(self, table: Table) -> bool:
         """Adds many rows at once if their steps strictly increase. False: nothing was added; add them one by one."""
-        if (
-            len(table) < 2
-            or self._ahead
-            or self._broken
-            or self._waiting
-            or table.steps[0] <= max(self._step, self.last)
-            or not table.grows
-        ):
+        if self._ahead or self._broken or self._waiting or self._counter.earlier_steps:
+            return False
+        if len(table) < 2 or table.steps[0] <= max(self._step, self.last) or not table.grows:
             return False
         epochs = table.column(EPOCH)
         self._counter.advance(table.steps, epochs.values[-1] if epochs else None)
@@ -134,7 +135,9 @@ class Steps:
 
     def finish(self) -> list[Record]:
         """All remaining records, including the pending step."""
-        if self._waiting:
+        if self._waiting and _are_epochs(self._waiting):
+            self._count_epochs()
+        elif self._waiting:
             self.number_rows()
         self._release(MAX_STEP + 1)
         return self.take()
@@ -144,7 +147,14 @@ class Steps:
         if self._rows is not None:
             return
         self._rows = 0
-        self.issues.note(NUMBERED)
+        self._take_waiting(NUMBERED)
+
+    def _count_epochs(self) -> None:
+        self._counts_epochs = True
+        self._take_waiting(BY_EPOCH)
+
+    def _take_waiting(self, note: str) -> None:
+        self.issues.note(note)
         waiting, self._waiting = self._waiting, []
         for values, line, text in waiting:
             self._without_step(values, line, text)
@@ -152,9 +162,8 @@ class Steps:
     def discard(self) -> None:
         """Discards the rows that are not released yet."""
         self._step, self._values, self._ahead, self._waiting = self.last, {}, {}, []
-        self._rows = None
-        if NUMBERED in self.issues.notes:
-            self.issues.notes.remove(NUMBERED)
+        self._rows, self._counts_epochs = None, False
+        self.issues.notes = [note for note in self.issues.notes if note not in (NUMBERED, BY_EPOCH)]
 
     def begin_anew(self) -> None:
         """Restarts at the beginning of the log; rows up to the current step will be repeated."""
@@ -177,18 +186,44 @@ class Steps:
         if self._rows is not None:
             self._rows += 1
             self.add(self._rows, values, line)
+        elif self._counts_epochs and _epoch_of(values) is not None:
+            self.add(_epoch_of(values), values, line)
         elif self._has_steps:
-            self.issues.skip(line, text, "no step")
-            self.keep_broken(values, line)
+            self._leave(values, line, text)
         else:
             self._waiting.append((values, line, text[:100]))
-            if len(self._waiting) == UNNUMBERED:
+            if _are_epochs(self._waiting):
+                if _epoch_of(values) != _epoch_of(self._waiting[0][0]):
+                    self._count_epochs()
+            elif len(self._waiting) >= UNNUMBERED:
                 self.number_rows()
+
+    def _leave(self, values: Mapping[str, float], line: int, text: str) -> None:
+        """Leaves out a row without a step in a log that has steps. That of an epoch as a whole is nothing unusual."""
+        if _epoch_of(values) is None:
+            self.issues.skip(line, text, "no step")
+        self.keep_broken(values, line)
 
     def _knows_steps(self) -> None:
         """Called at the first step: earlier rows without a step were not rows of the training."""
         self._has_steps = True
-        for values, line, text in self._waiting:
-            self.issues.skip(line, text, "no step")
-            self.keep_broken(values, line)
+        for row in self._waiting:
+            self._leave(*row)
         self._waiting = []
+
+
+def _epoch_of(values: Mapping[str, float]) -> int | None:
+    epoch = values.get(EPOCH, math.nan)
+    return int(epoch) if math.isfinite(epoch) and epoch >= 0 and epoch == int(epoch) else None
+
+
+def _are_epochs(rows: Sequence[tuple[Mapping[str, float], int, str]]) -> bool:
+    """Whether each epoch has one row, or several with different losses."""
+    latest, seen = -1, set[str]()
+    for values, _, _ in rows:
+        epoch, losses = _epoch_of(values), set(filter(is_loss_like, values))
+        if epoch is None or epoch < latest or (epoch == latest and losses & seen):
+            return False
+        seen = losses | seen if epoch == latest else losses
+        latest = epoch
+    return True

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import regex
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.records.readers.line_shape import NUMBER, LineShape, Places
+from tune_ssim.records import EPOCH
+from tune_ssim.records.metric_names import is_loss_like
+from tune_ssim.records.readers.line_shape import LineShape
 from tune_ssim.records.readers.parse_issues import excerpt
+from tune_ssim.records.readers.printed import PRINTED, Row
 from tune_ssim.records.readers.reader import LineFormat
 from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.values import Names, text_number
@@ -26,15 +29,7 @@ MAX_PATTERN_TEXT = 10_000
 LINE_LIMIT_S = 2.0
 SLOW_LINES = 3  # a pattern is disabled after this many timeouts
 
-Row = tuple[str | None, dict[str, float]]  # step and metrics
-
 HOW_A_PATTERN_LOOKS = r"a regular expression with named groups, one of them `step`, e.g. 'step (?P<step>\d+) .*loss (?P<loss>\S+)'"
-
-
-# `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A number followed by a unit (`0.3s`) does not match.
-# For lower-case text.
-PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.])")
-DICT = re.compile(r"\{\s{0,8}['\"]\w")
 
 
 # Lines that look like a row of a training to a reader.
@@ -186,14 +181,14 @@ class PatternLines(TextFormat):
 class PrintedLines(TextFormat):
     """Rows extracted by a built-in pattern: `name`, or the first that recognises a line.
 
-    If chosen automatically, `bagel` can still replace the generic pattern later."""
+    If chosen automatically, a surer pattern can still replace it later. without: patterns that are not tried."""
 
-    def __init__(self, rows: Rows, name: str | None = None) -> None:
+    def __init__(self, rows: Rows, name: str | None = None, without: Collection[str] = ()) -> None:
         super().__init__(rows)
         given = rows.names.given
         self._names = Names({**{theirs.lower(): ours for theirs, ours in given.items()}, **given})  # key_values lowers names
         self._names.used = rows.names.used
-        self._printed = {known: printed(self._names) for known, printed in PRINTED.items()}
+        self._printed = {known: printed(self._names) for known, printed in PRINTED.items() if known not in without}
         self._may_change = name is None
         self.name = name
         self._shape: LineShape | None = None  # shape of the latest rows
@@ -201,13 +196,14 @@ class PrintedLines(TextFormat):
 
     @property
     def pattern(self) -> str:
-        return f"the built-in pattern {self.name or ' or '.join(PRINTED)}"
+        return f"the built-in pattern {self.name or ' or '.join(self._printed)}"
 
     def recognises(self, line: str) -> bool:
         """Whether a built-in pattern recognises this line; the first that does is kept."""
         line = line[:MAX_PATTERN_TEXT]
         if self.name is None:
-            self.name = next((name for name, printed in self._printed.items() if printed.read(line)), None)
+            rows = ((name, printed.read(line)) for name, printed in self._printed.items())
+            self.name = next((name for name, row in rows if row is not None and not row.is_aside), None)
         return self.name is not None
 
     def take(self, lines: list[str], number: int) -> None:
@@ -243,24 +239,35 @@ class PrintedLines(TextFormat):
     def _take_each(self, lines: list[str], number: int) -> None:
         wants_shape = self._shape is None and len(lines) >= MIN_ALIKE and self._misfits < MAX_MISFITS
         for at, line in enumerate(lines, number):
-            row = self._printed[self.name or ""].read(line) if self.name or self.recognises(line) else None
+            row = self._read(line) if self.name or self.recognises(line) else None
             if row is None:
                 self._note_unmatched([line])
                 continue
             self._has_matched = True
-            if self._may_change and self.name == "key_values" and (surer := self._printed["bagel"].read(line)):
-                self.name, self._shape, row = "bagel", None, surer
-                self._rows.discard()
+            if row.is_aside:
+                self._rows.add_aside(row.values, at, self._names)
+                continue
             if wants_shape:
                 self._shape = self._shape_of(line, row)
                 wants_shape = self._shape is None
-            self._rows.add(*row, at, line, self._names)
+            self._rows.add(row.step, row.values, at, line, self._names)
+
+    def _read(self, line: str) -> Row | None:
+        """The row in a line. A surer pattern that finds one replaces that of the earlier rows."""
+        surer = list(self._printed)[: list(self._printed).index(self.name or "")] if self._may_change else []
+        for name in surer:
+            row = self._printed[name].read(line)
+            if row is not None and (row.step is not None or EPOCH in row.values) and any(map(is_loss_like, row.values)):
+                self.name, self._shape = name, None
+                self._rows.discard()
+                return row
+        return self._printed[self.name or ""].read(line)
 
     def _shape_of(self, line: str, row: Row) -> LineShape | None:
         """The shape of a row; None unless reading by the shape gives the same result."""
         printed = self._printed[self.name or ""]
         seen = printed.look(line)
-        places = printed.places(seen)
+        places = printed.places(seen) if printed.has_shape else None
         if places is None or places.step is None:
             return None
         try:
@@ -272,7 +279,7 @@ class PrintedLines(TextFormat):
             return None
         (step,), columns = shape.columns([texts])
         by_shape = step, {name: values[0] for name, values in columns.items()}
-        return shape if repr(by_shape) == repr((int(row[0] or 0), row[1])) else None  # repr: NaN equals NaN
+        return shape if repr(by_shape) == repr((int(row.step or 0), row.values)) else None  # repr: NaN equals NaN
 
 
 def shortened(lines: list[str]) -> list[str]:
@@ -293,87 +300,6 @@ def compiled(pattern: str) -> Any:
         got = ", ".join(found.groupindex) or "none"
         raise UserError(f"pattern {pattern!r}: named groups: {got}; valid is {HOW_A_PATTERN_LOOKS}")
     return found
-
-
-class Printed:
-    """A built-in pattern."""
-
-    def __init__(self, names: Names) -> None: ...
-
-    def look(self, line: str) -> str:
-        """The text that is searched."""
-        return line
-
-    def places(self, text: str) -> Places | None:
-        """The positions of step and metrics in that text; None if it is not a row."""
-        raise NotImplementedError
-
-    def read(self, line: str) -> Row | None:
-        """Step, or None, and metric → number; None if the line is not a row."""
-        text = self.look(line)
-        places = self.places(text)
-        if places is None or not places.metrics:
-            return None
-        step = None if places.step is None else text[slice(*places.step)]
-        return step, {name: float(text[slice(*number)]) for name, _, number in places.metrics}
-
-
-class KeyValues(Printed):
-    """Matches `step 12 | loss 0.31 | grad_norm: 1.2`, `Step: 12, Loss=0.31`, and dictionaries as printed by Hugging Face's
-    Trainer. Names become lower case. A line needs a step, unless it is a dictionary."""
-
-    def __init__(self, names: Names) -> None:
-        steps = "|".join(re.escape(name.lower()) for name in (*names.printed_steps, "train_step", "global step"))
-        self._step = re.compile(rf"(?<![\w/-])(?:{steps})['\"]?\s{{0,8}}[:=#\[( ]?\s{{0,8}}['\"]?(\d{{1,19}})(?![\d.])")
-        self._not_metrics = {name.lower() for name in names.printed_steps} | {"train_step"}
-        self._marks = {"step", "iter", *(name.lower() for name, ours in names.given.items() if ours == "step")}
-
-    def look(self, line: str) -> str:
-        return line.lower()
-
-    def places(self, text: str) -> Places | None:
-        found = self._step.search(text) if any([mark in text for mark in self._marks]) else None  # noqa: C419  (faster)
-        if found is None and not (text.rstrip().endswith("}") and DICT.search(text)):
-            return None
-        pairs = [(pair[1], pair.span(1), pair.span(2)) for pair in PAIR.finditer(text) if pair[1] not in self._not_metrics]
-        return Places(found.span(1) if found else None, pairs)
-
-
-# `(step=0000120) Train Loss mse: 0.4123, Train Loss ce: 0.5511, Train Steps/Sec: 0.08, ` is the format of BAGEL's
-# train/pretrain_unified_navit.py; `(step=0000500/epoch=0001) Train Loss: 0.1158` is that of the DiT family.
-BAGEL_STEP = re.compile(r"\(step=(\d{1,19})[^()]{0,80}\) ")
-BAGEL_NAMES = {"mse": "loss_flow", "ce": "loss_ce", "ssim": "loss_ssim", "pixel": "loss_pixel"}
-
-
-class Bagel(Printed):
-    """Matches BAGEL's lines. `Train Loss KEY` becomes KEY, translated to our name where BAGEL's differs (`mse` is the flow
-    loss); `Train Loss` becomes `loss`, `Train Steps/Sec` becomes `steps_per_sec`."""
-
-    def __init__(self, names: Names) -> None:
-        self._given = names.given
-
-    def places(self, text: str) -> Places | None:
-        found = BAGEL_STEP.search(text) if "(step=" in text else None
-        if found is None:
-            return None
-        metrics, at = [], found.end()
-        for part in text[at:].split(","):
-            name, colon, number = part.partition(": ")
-            begin = at + len(name) + len(colon)
-            if colon and text_number(number) is not None:
-                metrics.append((self._ours(name.strip()), (at, at + len(name)), (begin, begin + len(number))))
-            at += len(part) + 1
-        return Places(found.span(1), metrics)
-
-    def _ours(self, name: str) -> str:
-        name = name.removeprefix("Train ")
-        if name.startswith("Loss "):
-            name = name.removeprefix("Loss ")
-            return name if name in self._given else BAGEL_NAMES.get(name, name)
-        return name.lower().replace("/", "_per_").replace(" ", "_")
-
-
-PRINTED: dict[str, type[Printed]] = {"bagel": Bagel, "key_values": KeyValues}
 
 
 def text_format(rows: Rows, pattern: str | Sequence[str] | None) -> PatternLines | PrintedLines:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.records import EPOCH
+from tune_ssim.records.metric_names import HELD_OUT_WORDS, is_held_out
 
 # Keys for the step, first match wins: plain loops; Hugging Face and MMEngine; wandb; Lightning in wandb.
 STEP_NAMES = ("step", "global_step", "iter", "iteration", "_step", "trainer/global_step")
@@ -19,6 +22,10 @@ OTHER_STEP_NAMES = (
 SUMMARY = {"num", "mean", "std", "min", "max", "count", "median", "sum"}  # keys of a metric that is summarised over a tick
 MAX_STEP = 2**63 - 1  # as TensorBoard and MLflow store it
 Value = TypeVar("Value")
+SPLIT_NAMES = ("split", "mode", "phase", "stage", "subset")  # keys of the data that a row is of; mode: MMCV
+UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
+ROUNDED = re.compile(r"(?P<digits>\d{1,9}(?:\.\d{1,6})?)(?:(?P<unit>[kKmMbB])|e\+?(?P<exponent>\d{1,2}))")
+THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+")
 MAX_NESTING = 3  # levels of objects read from a JSON row, as "train/loss"
 MAX_NAMES = 10_000  # cached names; bounds memory for a log whose names never repeat
 
@@ -56,9 +63,10 @@ class Names(dict[str, str]):
         for key in self.steps:
             if key in row:
                 return _plain(row.pop(key))
-        for key in row:
-            if key.lower() in self.steps:
-                return _plain(row.pop(key), is_rounded=key.lower().endswith("kimg"))
+        lower = {key.lower(): key for key in row}
+        for key in self.steps:
+            if key in lower:
+                return _plain(row.pop(lower[key]), is_rounded=key.endswith("kimg"))
         for outer, inside in row.items():
             for key in inside if isinstance(inside, dict) else ():
                 if key.lower() in self.steps or f"{outer}/{key}".lower() in self.steps:
@@ -97,6 +105,14 @@ def _plain(value: Any, is_rounded: bool = False) -> Any:
     return round(value) if is_rounded and isinstance(value, float) and math.isfinite(value) else value
 
 
+def as_held_out(values: dict[str, Value], row: Mapping[str, Any]) -> dict[str, Value]:
+    """The values with `val_` before each name if the row says that it is of held-out data: `"split": "val"`."""
+    words = [row[key].lower() for key in SPLIT_NAMES if isinstance(row.get(key), str)]
+    if HELD_OUT_WORDS.isdisjoint(words):
+        return values
+    return {name if is_held_out(name) or name == EPOCH else f"val_{name}": value for name, value in values.items()}
+
+
 def number_in(value: Any) -> float | None:
     """The number in a JSON value, including text such as "NaN", "Infinity" or "0.3"; None for anything else.
     An integer too large for a float becomes infinite."""
@@ -118,6 +134,16 @@ def text_number(text: str) -> float | None:
         return None
 
 
+def rounded_step(value: Any) -> tuple[int, int] | None:
+    """The step in a text that shows its first digits only, such as `1K` or `1.2e+04`, and what its last digit counts; else None."""
+    found = ROUNDED.fullmatch(value.strip()) if isinstance(value, str) and len(value) < 20 else None
+    if found is None:
+        return None
+    unit = UNITS[found["unit"].lower()] if found["unit"] else 10 ** int(found["exponent"])
+    step = round(float(found["digits"]) * unit)
+    return (step, unit // 10 ** len(found["digits"].partition(".")[2])) if 0 < step <= MAX_STEP else None
+
+
 def step_in(value: Any) -> int | None:
     """The step in a value such as "12", 12 or 12.0: an integer >= 0, else None."""
     if type(value) is int:
@@ -128,6 +154,8 @@ def step_in(value: Any) -> int | None:
         if len(value) > 40:
             return None
         digits = value.partition("/")[0].strip()  # 10/438
+        if THOUSANDS.fullmatch(digits):
+            digits = digits.replace(",", "")
         if digits.isascii() and digits.isdigit():
             return step_in(int(digits))
         value = text_number(digits)
