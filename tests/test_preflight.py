@@ -29,6 +29,7 @@ from tune_ssim.before_launch.preflight import (
     rules,
     run_preflight,
     settings_of,
+    step_rules,
     steps,
 )
 from tune_ssim.before_launch.preflight.plain import Setting, cosine, expected, plain_ssim
@@ -111,30 +112,30 @@ def test_a_report_has_the_worst_status_and_first_reason() -> None:
         (rules.overlap([0, 7], [9, 9], 4), "bad_setup"),
         (rules.overlap([2, 2], [9, 9], 4), "warn"),
         (rules.overlap([0, 0], [0, 0], 4), "unknown"),
-        (rules.step_gradient("ssim", 1.0, 1.0, 1.0), "ok"),
-        (rules.step_gradient("ssim", 8.0, 1.0, 1.0), "bad_setup"),
-        (rules.step_gradient("ssim", 8.0, 1.0, 1.0, random=True), "unknown"),
-        (rules.step_gradient("ssim", 1.0, 1.0, 0.4), "bad_setup"),
-        (rules.step_gradient("ssim", 1.0, 1.0, math.nan), "bad_setup"),
-        (rules.parameter("lr", 0.1, 0.1, 1.0), "ok"),
-        (rules.parameter("lr", 0.1, 0.2, 1.0), "bad_setup"),
-        (rules.parameter("lr", 0.1, None), "bad_setup"),
-        (rules.parameter("lr", 0.1, 0.1, 10.0), "bad_setup"),
-        (rules.parameter("lr", 0.1, 0.1, math.nan), "bad_setup"),
-        (rules.parameter("lr", 0.1, 0.1), "unknown"),
-        (rules.clipping(None, 30.0, 30.0, 30.0), "ok"),
-        (rules.clipping(1.0, 30.0, 1.0, 30.0), "ok"),
-        (rules.clipping(1.0, 0.4, 0.4, 0.4), "ok"),
-        (rules.clipping(1.0, 30.0, 30.0, 30.0), "bad_setup"),
-        (rules.clipping(None, 30.0, 1.0, 30.0), "bad_setup"),
-        (rules.clipping(1.0, 1.0, 1.0, 30.0), "bad_setup"),
+        (step_rules.step_gradient("ssim", 1.0, 1.0, 1.0), "ok"),
+        (step_rules.step_gradient("ssim", 8.0, 1.0, 1.0), "bad_setup"),
+        (step_rules.step_gradient("ssim", 8.0, 1.0, 1.0, random=True), "unknown"),
+        (step_rules.step_gradient("ssim", 1.0, 1.0, 0.4), "bad_setup"),
+        (step_rules.step_gradient("ssim", 1.0, 1.0, math.nan), "bad_setup"),
+        (step_rules.parameter("lr", 0.1, 0.1, 1.0), "ok"),
+        (step_rules.parameter("lr", 0.1, 0.2, 1.0), "bad_setup"),
+        (step_rules.parameter("lr", 0.1, None), "bad_setup"),
+        (step_rules.parameter("lr", 0.1, 0.1, 10.0), "bad_setup"),
+        (step_rules.parameter("lr", 0.1, 0.1, math.nan), "bad_setup"),
+        (step_rules.parameter("lr", 0.1, 0.1), "unknown"),
+        (step_rules.clipping(None, 30.0, 30.0, 30.0), "ok"),
+        (step_rules.clipping(1.0, 30.0, 1.0, 30.0), "ok"),
+        (step_rules.clipping(1.0, 0.4, 0.4, 0.4), "ok"),
+        (step_rules.clipping(1.0, 30.0, 30.0, 30.0), "bad_setup"),
+        (step_rules.clipping(None, 30.0, 1.0, 30.0), "bad_setup"),
+        (step_rules.clipping(1.0, 1.0, 1.0, 30.0), "bad_setup"),
         (rules.ema_distance("ema", "raw", 0.02), "ok"),
         (rules.ema_distance("ema", "raw", 0.99), "bad_setup"),
         (rules.ema_distance("ema", "raw", math.nan), "bad_setup"),
-        (rules.law_of_t(0.1, 64), "ok"),
-        (rules.law_of_t(0.5, 64), "bad_setup"),
-        (rules.baseline_push(1.0, 1.0, 10.0), "ok"),
-        (rules.baseline_push(17.6, 1.0, 10.0), "warn"),  # FACTS §1: note 001's own baseline
+        (step_rules.law_of_t(0.1, 64), "ok"),
+        (step_rules.law_of_t(0.5, 64), "bad_setup"),
+        (step_rules.baseline_push(1.0, 1.0, 10.0), "ok"),
+        (step_rules.baseline_push(17.6, 1.0, 10.0), "warn"),  # FACTS §1: note 001's own baseline
         (rules.tokens(9, 0, 0, 8, 9), "ok"),
         (rules.tokens(9, 1, 0, 9, 9), "bad_setup"),
     ],
@@ -154,14 +155,14 @@ def test_known_fingerprints_are_judged_only_where_all_their_metrics_are() -> Non
 @pytest.mark.parametrize(("p", "steps", "needed"), [(0.1, 30, 5), (0.57, 20, 11), (0.999, 12, 11), (0.0, 5, 1), (1.0, 5, 5)])
 def test_chance_of_enough_active_steps(p: float, steps: int, needed: int) -> None:
     draws = np.random.default_rng(0).random((20_000, steps)) < p
-    assert rules.chance_of_at_least(needed, steps, p) == pytest.approx((draws.sum(1) >= needed).mean(), abs=0.015)
+    assert step_rules.chance_of_at_least(needed, steps, p) == pytest.approx((draws.sum(1) >= needed).mean(), abs=0.015)
 
 
 def test_gates_are_bad_only_if_no_setting_can_be_judged() -> None:
-    assert rules.gates({0.3: 0.9, 0.1: 0.5}, 200, 11).status == "ok"
-    assert rules.gates({0.3: 0.9, 0.01: 0.001}, 200, 11).status == "warn"
-    assert rules.gates({0.02: 0.002, 0.01: 0.001}, 200, 11).status == "bad_setup"
-    assert rules.gates({0.1: 11.5 / 20}, 20, 11).status == "warn"  # just enough on average
+    assert step_rules.gates({0.3: 0.9, 0.1: 0.5}, 200, 11).status == "ok"
+    assert step_rules.gates({0.3: 0.9, 0.01: 0.001}, 200, 11).status == "warn"
+    assert step_rules.gates({0.02: 0.002, 0.01: 0.001}, 200, 11).status == "bad_setup"
+    assert step_rules.gates({0.1: 11.5 / 20}, 20, 11).status == "warn"  # just enough on average
 
 
 # -- the reference that steps are held against

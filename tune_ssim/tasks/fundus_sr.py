@@ -183,7 +183,16 @@ class FundusSR(BundledTraining):
         z0_predicted = z0_from_velocity(z_t, velocity, t)
         main = functional.mse_loss(velocity, target)
         return Forward(
-            main, z0_predicted, t_host, x0, self.loss, self.vae.decode, target, step=n, parameters=self.trainable_parameters()
+            main,
+            z0_predicted,
+            t_host,
+            x0,
+            self.loss,
+            self.vae.decode,
+            target,
+            step=n,
+            parameters=self.trainable_parameters(),
+            clean=z0,
         )
 
     def sample(self, noise: int = 0) -> Sample:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight import step_rules
 from tune_ssim.before_launch.preflight.report import Check, broken, ok, unknown, warn
 from tune_ssim.before_launch.preflight.steps import LARGE, MAIN_ALONE, NEUTRAL, Probe, check_parameters, read
 from tune_ssim.before_launch.preflight.subject import Failure, call, failure_of
@@ -160,7 +160,7 @@ def check_clipping(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
         norm = None if clipped.expected is None else clipped.expected.total_norm
     if isinstance(limit, (int, float)) and norm is not None:
         after = min(clipped.total_norm, limit) if clipped.after is None else clipped.after
-        yield _renamed(rules.clipping(limit, clipped.total_norm, after, norm))
+        yield _renamed(step_rules.clipping(limit, clipped.total_norm, after, norm))
 
 
 def check_weight(subject: ClassUnderTest, run: Run) -> Iterator[Check]:

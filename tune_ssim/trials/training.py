@@ -68,6 +68,7 @@ class Forward:
     main: 0-d, the main loss. z0: `[batch, ...]`, the prediction of the clean latent. t: `[batch]`, on the host.
     targets: `[batch, 3, H, W]` in [0, 1]. loss, decode: the same objects that the training step uses.
     velocity_target: the regression target of the network, for comparison with an uninformed predictor.
+    clean: `[batch, ...]`, the clean latent that z0 predicts. With it preflight checks the prediction at every t.
     is_target, sizes: see `DecodedLoss`; step, parameters too, which only a schedule of the weight needs.
     """
 
@@ -82,6 +83,7 @@ class Forward:
     sizes: Sequence[tuple[int, int]] | None = None
     step: int | None = None
     parameters: Sequence[torch.Tensor] = ()
+    clean: torch.Tensor | None = None
 
     def auxiliary(self, loss: DecodedLoss | None = None, is_target: torch.Tensor | None = None) -> DecodedLossResult:
         """The auxiliary losses with the parameters in force, or for another `loss` or subset of the batch."""

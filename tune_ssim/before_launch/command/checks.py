@@ -13,7 +13,7 @@ import numpy as np
 from tune_ssim.before_launch.calibration import TrainingCheck
 from tune_ssim.before_launch.command.starts import Start, significant_digits
 from tune_ssim.before_launch.command.startup_output import startup_checks
-from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight import rules, step_rules
 from tune_ssim.before_launch.preflight.report import Check, unknown, warn
 from tune_ssim.guards import Guard
 from tune_ssim.guards.guard import without_metric
@@ -110,7 +110,7 @@ def _settings(start: Start) -> Iterator[Check]:
     for name, asked in start.job.config.items():
         found = start.settings.get(name, asked)
         if not same_setting(asked, found):
-            yield rules.parameter(name, asked, found)
+            yield step_rules.parameter(name, asked, found)
 
 
 def check_seeds(first: Start, again: Start, other: Start) -> Iterator[Check]:
@@ -131,7 +131,7 @@ def check_seeds(first: Start, again: Start, other: Start) -> Iterator[Check]:
     if unequal is None or same > SAME_BATCH:
         yield unknown("seeds/other", "randomness does not come from the seed alone")
     else:
-        yield rules.other_seed(unequal <= max(10 * same, 1e-6))
+        yield step_rules.other_seed(unequal <= max(10 * same, 1e-6))
 
 
 def difference(one: Start, other: Start) -> float | None:
@@ -253,6 +253,6 @@ def check_setting(name: str, one: Start, other: Start) -> Check:
 
 def check_baseline(model: NormModel, limit: float) -> Check:
     """The baseline's total_norm against that of the main loss alone, on the same batches. limit: the norm guard's."""
-    return rules.baseline_push(
+    return step_rules.baseline_push(
         float(np.median(model.baseline)), float(np.median(model.baseline)) / model.baseline_ratio_main, limit
     )

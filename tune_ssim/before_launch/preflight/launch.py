@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight import rules, step_rules
 from tune_ssim.before_launch.preflight.images import Seen
 from tune_ssim.before_launch.preflight.report import Check, ok, unknown, warn
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers, time_law
@@ -48,7 +48,7 @@ def check_gates(
     if not gates:
         raise Unavailable(f"nothing sets {MAX_T}")
     needed = next((guard.window + guard.patience - 1 for guard in guards if isinstance(guard, NormRatio)), 1)
-    yield rules.gates({gate: 1 - (1 - law.active_fraction(gate)) ** targets for gate in gates}, steps, needed)
+    yield step_rules.gates({gate: 1 - (1 - law.active_fraction(gate)) ** targets for gate in gates}, steps, needed)
 
 
 def check_law(task: Any, seen: Seen | None) -> Iterator[Check]:
@@ -61,7 +61,7 @@ def check_law(task: Any, seen: Seen | None) -> Iterator[Check]:
     if not n:
         raise Unavailable("no sample of the first steps is a generation target")
     distance = max(max((i + 1) / n - law.active_fraction(t), law.active_fraction(t) - i / n) for i, t in enumerate(ordered))
-    yield rules.law_of_t(distance, n)
+    yield step_rules.law_of_t(distance, n)
 
 
 def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
@@ -75,7 +75,7 @@ def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence
             yield Check(f"parameter/{name}", "bad_setup", f"the space sets {name} to {value!r}: {error}", {}, "change the space")
             continue
         if not same_setting(value, in_force_now.get(name)):
-            yield rules.parameter(name, value, in_force_now.get(name))
+            yield step_rules.parameter(name, value, in_force_now.get(name))
     misspelt = next(name for name in ("ssim_los_weight", "ssim_los_weight_") if name not in in_force)
     try:
         subject.make({**base, misspelt: 1.0})
@@ -89,7 +89,7 @@ def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence
 def check_seeds(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
     """Checks that another seed gives another batch of step 1."""
     first, other = (call(subject.make(base, seed), "training_images", 1) for seed in (subject.seed, subject.seed + 1))
-    yield rules.other_seed(first.shape == other.shape and torch.equal(first, other))
+    yield step_rules.other_seed(first.shape == other.shape and torch.equal(first, other))
 
 
 def check_baseline(subject: Subject, baseline: Mapping[str, Any], limit: float) -> Iterator[Check]:
@@ -105,7 +105,7 @@ def check_baseline(subject: Subject, baseline: Mapping[str, Any], limit: float) 
         main = [step[TOTAL_NORM_MAIN] for step in with_loss]
     else:
         main = [step[TOTAL_NORM] for step in _norms(subject, {**baseline, **dict.fromkeys(names, 0.0)})]
-    yield rules.baseline_push(median(with_loss[i][TOTAL_NORM] for i in chosen), median(main[i] for i in chosen), limit)
+    yield step_rules.baseline_push(median(with_loss[i][TOTAL_NORM] for i in chosen), median(main[i] for i in chosen), limit)
 
 
 def _norms(subject: Subject, settings: Mapping[str, Any]) -> list[dict[str, float]]:

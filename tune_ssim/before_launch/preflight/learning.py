@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from tune_ssim.base.numbers import is_number
-from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight import rules, step_rules
 from tune_ssim.before_launch.preflight.networks import findings_of
 from tune_ssim.before_launch.preflight.plain import norm, own_gradient_norms
 from tune_ssim.before_launch.preflight.report import Check, unknown
@@ -43,7 +43,7 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
             updates.append(norm([parameter.detach() - before[name] for name, parameter in parameters.items()]))
     for part, module in still.items():
         after = tensor_hashes(module.state_dict())
-        yield rules.frozen(
+        yield step_rules.frozen(
             part,
             tensors=len(after),
             changed=[name for name in after if after[name] != hashes[part].get(name)],
@@ -58,7 +58,7 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
     everything, unseen = len(parameters), [name for name in parameters if name not in learning]
     del task, parts, parameters, still, before, learning, leaking  # the next measurements need the memory
     if everything:
-        yield rules.trained(
+        yield step_rules.trained(
             parameters=everything,
             still=motionless,
             too_slow=_too_slow(subject, settings, motionless, rates) if motionless else [],
@@ -136,7 +136,7 @@ def _learning_rate(subject: Subject, settings: Mapping[str, Any], name: str, rat
     call(task, "step")
     half = norm([parameter.detach() - old for old, parameter in zip(before, parameters, strict=True)])
     response = f"the first update is {first:.3g} at {rate:g} and {half:.3g} at {rate / 2:g}"
-    return rules.parameter(name, rate / 2, call(task, "effective").get(name), 2 * half / first, response)
+    return step_rules.parameter(name, rate / 2, call(task, "effective").get(name), 2 * half / first, response)
 
 
 def _parameters_of(modules: Mapping[str, torch.nn.Module]) -> dict[Any, torch.nn.Parameter]:
@@ -174,4 +174,4 @@ def check_decoder(task: Any) -> Iterator[Check]:
             raise Unavailable("a batch of one cannot be decoded apart")
         once, again = forward.decode(z0), forward.decode(z0)
         alone = torch.cat([forward.decode(z0[:1]), forward.decode(z0[1:])])
-    yield rules.decoder((once - again).abs().max().item(), (once - alone).abs().max().item())
+    yield step_rules.decoder((once - again).abs().max().item(), (once - alone).abs().max().item())

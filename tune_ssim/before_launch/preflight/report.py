@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -44,6 +44,32 @@ def warn(name: str, sentence: str, remedy: str = "") -> Check:
 
 def broken(name: str, sentence: str, remedy: str) -> Check:
     return Check(name, "broken", sentence, remedy=remedy)
+
+
+def judge(
+    name: str,
+    is_sound: bool,
+    sentence: str,
+    evidence: Mapping[str, float],
+    remedy: str,
+    otherwise: Status = "bad_setup",
+    *,
+    fault: str = "",
+) -> Check:
+    """`ok`, or the status `otherwise` with the remedy, and `fault` added to the sentence."""
+    if is_sound:
+        return Check(name, "ok", sentence, evidence)
+    return Check(name, otherwise, sentence + fault, evidence, remedy)
+
+
+def some(names: Sequence[str], words: str) -> str:
+    """`3 changed (conv.weight, …)`; empty for none."""
+    first = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+    return f"{len(names)} {words} ({first})" if names else ""
+
+
+def listed(*clauses: str) -> str:
+    return "; ".join(clause for clause in clauses if clause)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight import step_rules
 from tune_ssim.before_launch.preflight.plain import (
     Expected,
     Setting,
@@ -110,10 +110,10 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
     forward, setting = _seeded(task, "forward", n), setting_of({**subject.config, **settings})
     found = expected(forward, setting, parameters)
     reading = replace(reading, expected=_numbers_of(found), cosine=cosine(gradients, found.gradients) if are_there else None)
-    if not rules.near(reading.agreement) or (reading.cosine is not None and not reading.cosine >= rules.MIN_STEP_COSINE):
+    if not step_rules.near(reading.agreement) or (reading.cosine is not None and not reading.cosine >= step_rules.MIN_STEP_COSINE):
         with torch.no_grad():
             again = _seeded(task, "forward", n, seed=1).main.item()
-        if not rules.near(again / found.loss_main):
+        if not step_rules.near(again / found.loss_main):
             return replace(reading, random=True)
         reading = _with_gate(reading, forward, setting, parameters, gradients if are_there else None)
     return reading
@@ -137,7 +137,7 @@ def _with_gate(
         for below, t in enumerate(times):
             found = expected(forward, replace(setting, **{gate: t}), parameters)
             alike = cosine(gradients, found.gradients) if gradients is not None else 1.0
-            if rules.near(reading.total_norm / found.total_norm) and alike >= rules.MIN_STEP_COSINE:
+            if step_rules.near(reading.total_norm / found.total_norm) and alike >= step_rules.MIN_STEP_COSINE:
                 middle = (t + times[below + 1]) / 2 if below + 1 < len(times) else t
                 return replace(reading, expected=_numbers_of(found), cosine=alike, gate=middle)
     return reading
@@ -168,13 +168,13 @@ def check_ssim(task: Any) -> Iterator[Check]:
         leaf = images.clone().requires_grad_()
         result = loss(leaf, torch.full((len(leaf),), 0.5), targets, lambda x: x, sizes=sizes)
         if result.loss_ssim is None:
-            yield rules.parameter("ssim_loss_max_t", 1.0, 1.0, 0.0, "a sample at t = 0.5 takes no part")
+            yield step_rules.parameter("ssim_loss_max_t", 1.0, 1.0, 0.0, "a sample at t = 0.5 takes no part")
             return
         (mine,) = torch.autograd.grad(result.total, leaf)
         value, reference = ssim_gradient(images, targets, loss.image_range, sizes)
         size = norm([reference])
         checks.append(
-            rules.ssim_precision(
+            step_rules.ssim_precision(
                 where,
                 cosine=cosine([mine], [reference]),
                 factor=norm([mine]) / size if size else math.inf,
@@ -190,7 +190,7 @@ def check_parameters(probe: Probe) -> Iterator[Check]:
     main = probe.read(MAIN_ALONE)
     yield from _switched_off(main, probe.subject)
     if main.expected is not None:
-        yield rules.step_gradient("main", main.total_norm, main.expected.total_norm, main.cosine, random=main.random)
+        yield step_rules.step_gradient("main", main.total_norm, main.expected.total_norm, main.cosine, random=main.random)
     yield from _loss(probe, "ssim", main)
     if probe.weights is not None:
         yield from _loss(probe, "pixel", main)
@@ -250,32 +250,32 @@ def _loss(probe: Probe, loss: str, main: Reading) -> Iterator[Check]:
         yield clipping
         if clipping.status == "bad_setup" and full.after is not None and full.total_norm < 1.01 * full.after:
             return  # total_norm says nothing about the gradient
-    if rules.near(full.total_norm / main.total_norm):
+    if step_rules.near(full.total_norm / main.total_norm):
         response = f"total_norm is {full.total_norm:.4g} at weight {weight:.3g} and {main.total_norm:.4g} at 0"
-        yield rules.parameter(weight_name, weight, full.effective[weight_name], 0.0, response)
+        yield step_rules.parameter(weight_name, weight, full.effective[weight_name], 0.0, response)
         return
     if full.gate is not None:
         response = f"total_norm is {full.total_norm:.4g}, as if it were {full.gate:.2g}"
-        yield rules.parameter(gate_name, 1.0, full.effective[gate_name], 0.0, response)
+        yield step_rules.parameter(gate_name, 1.0, full.effective[gate_name], 0.0, response)
     elif full.expected is not None:
-        yield rules.step_gradient(loss, full.total_norm, full.expected.total_norm, full.cosine, random=full.random)
-    sound = full.expected is None or (rules.near(full.agreement) and full.gate is None)
-    slack = rules.MAX_DEVIATION if sound else rules.LOOSE_DEVIATION  # a wrong gradient does not scale exactly
+        yield step_rules.step_gradient(loss, full.total_norm, full.expected.total_norm, full.cosine, random=full.random)
+    sound = full.expected is None or (step_rules.near(full.agreement) and full.gate is None)
+    slack = step_rules.MAX_DEVIATION if sound else step_rules.LOOSE_DEVIATION  # a wrong gradient does not scale exactly
     double = probe.read(f"twice the {weight_name}", **{weight_name: 2 * weight})
     response = f"total_norm goes from {full.total_norm:.4g} to {double.total_norm:.4g} when it doubles"
-    yield rules.parameter(weight_name, 2 * weight, double.effective[weight_name], _change(double, full, 2.0), response, slack)
+    yield step_rules.parameter(weight_name, 2 * weight, double.effective[weight_name], _change(double, full, 2.0), response, slack)
     if loss == "ssim" and GRAD_SCALE in probe.known:
         alias = probe.read(f"another {GRAD_SCALE}", **{weight_name: 10 * weight, GRAD_SCALE: 0.1})
         gains = f"at weight {weight:.3g} x scale 1 and {alias.total_norm:.4g} at {10 * weight:.3g} x 0.1"
         response = f"total_norm is {full.total_norm:.4g} {gains}"
-        yield rules.parameter(GRAD_SCALE, 0.1, alias.effective[GRAD_SCALE], _change(alias, full, 1.0), response, slack)
+        yield step_rules.parameter(GRAD_SCALE, 0.1, alias.effective[GRAD_SCALE], _change(alias, full, 1.0), response, slack)
     is_clamped = {**probe.subject.config, **probe.base}.get(GRAD_CLAMP) is not None
     if loss == "ssim" and is_clamped and sound and full.expected is not None and full.expected.peak > 0:
         limit = full.expected.peak / 100
         clamped = probe.read(f"another {GRAD_CLAMP}", **{weight_name: weight, GRAD_CLAMP: limit})
         assert clamped.expected is not None
         response = f"total_norm is {clamped.total_norm:.4g} with it; the clamped gradient gives {clamped.expected.total_norm:.4g}"
-        yield rules.parameter(GRAD_CLAMP, limit, clamped.effective[GRAD_CLAMP], clamped.agreement, response)
+        yield step_rules.parameter(GRAD_CLAMP, limit, clamped.effective[GRAD_CLAMP], clamped.agreement, response)
     if gate_name in probe.known and full.gate is None:
         yield _gate(probe, loss, weight, main, full if sound else None)
 
@@ -298,13 +298,13 @@ def _gate(probe: Probe, loss: str, weight: float, main: Reading, full: Reading |
     times = sorted({t for t in probe.times if t > 0})
     if not times:
         reading = probe.read(f"another {name}", **{weight_name: weight, name: 0.5})
-        return rules.parameter(name, 0.5, reading.effective[name])
+        return step_rules.parameter(name, 0.5, reading.effective[name])
     shut_at, middle = times[0] / 2, len(times) // 2
     shut = probe.read(f"another {name}", **{weight_name: weight, name: shut_at})
     if shut.n == main.n:
         norms = f"total_norm is {shut.total_norm:.4g}; the main loss has {main.total_norm:.4g}"
         response = f"no sample has t <= {shut_at:.3g}, yet {norms}"
-        check = rules.parameter(name, shut_at, shut.effective[name], shut.total_norm / main.total_norm, response)
+        check = step_rules.parameter(name, shut_at, shut.effective[name], shut.total_norm / main.total_norm, response)
         if check.status != "ok" or full is None or len(times) < 2:
             return check
     half = (times[middle - 1] + times[middle]) / 2
@@ -313,9 +313,9 @@ def _gate(probe: Probe, loss: str, weight: float, main: Reading, full: Reading |
     recorded, share = partly.metrics.get(ACTIVE_FRACTION), partly.expected.active_fraction
     if loss == "ssim" and recorded is not None and abs(recorded - share) > 1e-6:
         response = f"at {half:.3g} a share of {recorded:g} of the batch is recorded as active; {share:g} lies below it"
-        return rules.parameter(name, half, partly.effective[name], recorded / share if share else math.inf, response)
+        return step_rules.parameter(name, half, partly.effective[name], recorded / share if share else math.inf, response)
     response = f"at {half:.3g} total_norm is {partly.total_norm:.4g}; the samples below it give {partly.expected.total_norm:.4g}"
-    return rules.parameter(name, half, partly.effective[name], partly.agreement, response)
+    return step_rules.parameter(name, half, partly.effective[name], partly.agreement, response)
 
 
 def _change(reading: Reading, base: Reading, ratio: float) -> float:
@@ -332,7 +332,7 @@ def _clipping(reading: Reading) -> Check:
         return unknown("parameter/max_grad_norm", "the gradients are gone after a step")
     limit = reading.effective["max_grad_norm"]
     wanted = None if reading.expected is None else reading.expected.total_norm
-    return rules.clipping(limit, reading.total_norm, reading.after, wanted)
+    return step_rules.clipping(limit, reading.total_norm, reading.after, wanted)
 
 
 def _others(probe: Probe) -> Iterator[Check]:
@@ -341,12 +341,12 @@ def _others(probe: Probe) -> Iterator[Check]:
     asked, stated = {**probe.subject.config, **reading.settings}, reading.effective
     if "batch_size" in asked and probe.times:
         factor, response = len(probe.times) / asked["batch_size"], f"a step has {len(probe.times)} samples"
-        yield rules.parameter("batch_size", asked["batch_size"], stated.get("batch_size"), factor, response)
+        yield step_rules.parameter("batch_size", asked["batch_size"], stated.get("batch_size"), factor, response)
     done = {*probe.known, "max_grad_norm", "batch_size", *probe.subject.disable_update}
     names = [name for name in asked if name in stated and name not in done]
     wrong = [name for name in names if not same_setting(asked[name], stated[name])]
     for name in wrong:
-        yield rules.parameter(name, asked[name], stated[name])
+        yield step_rules.parameter(name, asked[name], stated[name])
     if not wrong:
         yield Check("parameter/others", "ok", f"{len(names)} further settings are in force as asked", {"settings": len(names)})
 
@@ -357,4 +357,4 @@ def _batches(probe: Probe) -> Check:
     if len(first) < 2:
         return unknown("batches", "fewer than two settings show the main loss of step 1")
     base = next(iter(first.values()))
-    return rules.same_batches({name: value / base - 1 for name, value in first.items()})
+    return step_rules.same_batches({name: value / base - 1 for name, value in first.items()})
