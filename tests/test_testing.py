@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from broken_tasks import FAULTS, Honest
+from broken_tasks import FAULTS, BlackBox, Honest
 from small_task import SmallTask
 
 from tune_ssim.tasks.fundus_sr import FundusSR
@@ -210,3 +210,30 @@ def test_whether_the_update_is_off_is_seen_in_the_state(task: type, status: str)
     assert [finding.status for finding in found] == [status], found
     if status == "broken":
         assert "4 of 4 tensors of state_dict()" in str(found[0])
+
+
+class ClipsAtOne(BlackBox):
+    """Accepts a limit that it does not use, clips at another, measures afterwards, and leaves no gradient behind."""
+
+    def clip(self) -> torch.Tensor:
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 0.01)
+        return torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters()])
+
+    def step(self) -> dict[str, Any]:
+        metrics = BlackBox.step(self)
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics
+
+
+class ClearsGradients(BlackBox):
+    def step(self) -> dict[str, Any]:
+        metrics = BlackBox.step(self)
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics
+
+
+@pytest.mark.parametrize(("task", "status"), [(ClipsAtOne, "unknown"), (ClearsGradients, "ok")])
+def test_a_limit_without_effect_proves_nothing_about_total_norm(task: type, status: str) -> None:
+    report = check_task(task)
+    first = next(check for check in report.checks if check.name == "step/total_norm/clipping")
+    assert first.status == status, first

@@ -158,9 +158,24 @@ def check_clipping(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
         clipped = read(subject, {})
         limit = clipped.effective.get(CLIP)
         norm = None if clipped.expected is None else clipped.expected.total_norm
-    if isinstance(limit, (int, float)) and norm is not None:
-        after = min(clipped.total_norm, limit) if clipped.after is None else clipped.after
-        yield _renamed(step_rules.clipping(limit, clipped.total_norm, after, norm))
+    if not isinstance(limit, (int, float)) or norm is None:
+        return
+    if clipped.after is None and unlimited and not _limit_acts(subject, unlimited, {CLIP: limit}):
+        sentence = f"total_norm is {norm:.4g} with and without a {CLIP} of {limit:.4g}, which changes no weight either"
+        yield unknown(CLIPPING, f"{sentence}: whether it is measured before clipping cannot be seen", REMEDIES[CLIPPING])
+        return
+    after = min(clipped.total_norm, limit) if clipped.after is None else clipped.after
+    yield _renamed(step_rules.clipping(limit, clipped.total_norm, after, norm))
+
+
+def _limit_acts(subject: ClassUnderTest, unlimited: Mapping[str, Any], limited: Mapping[str, Any]) -> bool:
+    """Whether two updates differ with a limit on the gradient's norm. Two, since Adam's first ignores the gradient's size."""
+    after = []
+    for settings in (unlimited, limited):
+        task = subject.make(settings)
+        subject.steps(task, 2)
+        after.append(_weights(subject, task))
+    return bool(_moved(*after))
 
 
 def check_weight(subject: ClassUnderTest, run: Run) -> Iterator[Check]:
