@@ -27,7 +27,7 @@ from tune_ssim.guards import NormRatio
 from tune_ssim.guards.verdict import Action
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel, fit
 from tune_ssim.study.domains import Choice
-from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT
+from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WARM_UP, WEIGHT, resolve_settings
 from tune_ssim.study.study import Study
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.load_training import load_task
@@ -201,7 +201,10 @@ class _Probe:
         baseline = study.baseline_settings
         others = {key: value for key, value in baseline.items() if not key.startswith(IMAGE_LOSS_KEYS)}
         # A trial as the search would launch it, except for the auxiliary loss, which each reading sets.
-        self.base = {**study.task_config, **others, **study.space.stages[0].fixed, **self.options.disable_update}
+        fixed = resolve_settings(study.space.stages[0].fixed)
+        self.base = {**study.task_config, **others, **fixed, **self.options.disable_update}
+        if WARM_UP in self.base:
+            self.base[WARM_UP] = 0.0  # what is predicted is the full weight
         self.baseline_config = {**study.task_config, **baseline, **self.options.disable_update}
         self.step_s = 0.0
         self.reader = reader or partial(read_here, self.set_up, self.options.disable_update)

@@ -13,7 +13,8 @@ import numpy as np
 from tune_ssim.before_launch.preflight.report import Check, warn
 from tune_ssim.probes.norm_model import Array, NormModel, Prediction
 from tune_ssim.study.domains import Choice, Domain
-from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WEIGHT, Space, Stage, gain_of
+from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WARM_UP, WEIGHT, Space, Stage, gain_of
+from tune_ssim.study.weight_schedule import is_part_of_schedule, schedule_text, schedules_across
 
 INERT = 1e-3  # relative change of total_norm without visible effect; the notes' own gains give 1.000-1.001 (FACTS §1)
 BLIND = 10.0  # baseline over main loss: the guard's own measure of what is too much (note 000 §5.2)
@@ -38,7 +39,7 @@ class Landmarks:
 
 @dataclass(frozen=True)
 class Named:
-    """A named setting (a note's version, a space's point) and its prediction; `judgement` in a few words."""
+    """A named setting (a note's version, a space's point or schedule) and its prediction; `judgement` in a few words."""
 
     name: str
     setting: Mapping[str, Any]
@@ -155,7 +156,8 @@ def _scans(model: NormModel, stage: Stage) -> Iterator[Scan]:
     for max_t, pixel_weight, gains in gains_of(model, stage):
         gains = gains[[not model.predict_gain(float(gain), max_t).clamped for gain in gains]] if model.has_clamp else gains
         if gains.size:
-            ratios = model.ratios(gains, max_t, pixel_weight)
+            scheduled = _predictions_of_schedules(model, stage, max_t, pixel_weight)
+            ratios = np.asarray([one.ratio for one in scheduled]) if scheduled else model.ratios(gains, max_t, pixel_weight)
             alone = model.ratios([0.0], max_t, pixel_weight)[0]
             yield Scan(max_t, pixel_weight, gains, ratios, ratios / alone - 1)
 
@@ -171,6 +173,8 @@ def _values(stage: Stage, model: NormModel, name: str) -> Sequence[float | None]
 
 def _gains(model: NormModel, stage: Stage, max_t: float, pixel_weight: float) -> Array:
     domain = stage.parameters.get(GAIN)
+    if scheduled := _predictions_of_schedules(model, stage, max_t, pixel_weight):
+        return np.asarray([one.gain for one in scheduled])
     if domain is None:
         defaults = {WEIGHT: 0.0, GRAD_SCALE: 1.0, **model.held, **stage.fixed}
         weights, scales = (
@@ -181,6 +185,15 @@ def _gains(model: NormModel, stage: Stage, max_t: float, pixel_weight: float) ->
         return _points(domain)
     found = (_gain_or_none(model, float(ratio), max_t, pixel_weight) for ratio in _points(domain))
     return np.asarray([gain for gain in found if gain is not None])
+
+
+def _predictions_of_schedules(
+    model: NormModel, stage: Stage, max_t: float, pixel_weight: float, count: int = SCAN
+) -> list[Prediction]:
+    """The predictions for schedules across a stage, with `count` values of a searched number; empty if its weight is a number."""
+    scale = stage.fixed.get(GRAD_SCALE, model.held.get(GRAD_SCALE, 1.0))
+    common = {MAX_T: max_t, GRAD_SCALE: scale, "pixel_loss_weight": pixel_weight}
+    return [model.predict_setting({**common, WEIGHT: one}) for one in schedules_across(stage.parameters, stage.fixed, count)]
 
 
 def _points(domain: Domain) -> Array:
@@ -210,6 +223,10 @@ def _named(model: NormModel, space: Space, limit: float | None, max_ratio: float
             is_new = not any(all(point.get(key) == other[key] for key in TRIPLE) for other in settings.values())
             if set(TRIPLE) <= set(point) and is_new:
                 settings[f"{stage.name} point {index}" if len(space.stages) > 1 else f"point {index}"] = point
+    for stage in space.stages:
+        gate = max((gate for gate in _values(stage, model, MAX_T) if gate is not None), default=model.max_ts[-1])
+        for weight in schedules_across(stage.parameters, stage.fixed, 2):
+            settings[schedule_text(weight)] = {WEIGHT: weight, MAX_T: gate, GRAD_SCALE: stage.fixed.get(GRAD_SCALE, 1.0)}
     for name, setting in settings.items():
         prediction = model.predict_setting(setting)
         yield Named(name, setting, prediction, judgement(model, prediction, limit, max_ratio))
@@ -264,7 +281,8 @@ def _findings(model: NormModel, space: Space, scans: list[Scan], limit: float | 
             f"{MAX_T} is searched between the calibrated values {_list(model.max_ts)}: numbers in between are interpolated",
         )
     yield from _unreachable(model, space)
-    others = sorted(set(space.parameter_names) - {GAIN, *TRIPLE, "pixel_loss_weight", *HARMLESS})
+    known = {GAIN, *TRIPLE, "pixel_loss_weight", WARM_UP, *HARMLESS}
+    others = [name for name in sorted(space.parameter_names) if name not in known and not is_part_of_schedule(name)]
     if others:
         yield warn("other_settings", f"{', '.join(others)} searched too: the numbers are those of the study's own value")
 

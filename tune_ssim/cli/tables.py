@@ -139,7 +139,8 @@ def stages_table(space: Space, ascii_only: bool = False) -> Table:
         rows += [(name, f"fixed at {value_text(value)}") for name, value in stage.fixed.items()]
         for index, point in enumerate(stage.points, 1):
             numbers = ", ".join(f"{name} {value_text(value)}" for name, value in point.items())
-            rows.append((f"point {index}", f"{numbers} (gain {format_number(gain_of(point))})"))
+            gain = f" (gain {format_number(gain_of(point))})" if WEIGHT in point else ""
+            rows.append((f"point {index}", numbers + gain))
         for index, row in enumerate(rows):
             table.add("" if index else stage.name, *row, end_section=index == len(rows) - 1)
     return table

@@ -11,12 +11,14 @@ exact at step 0 and a forecast after that. Q is computed from the gradients (`gr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from tune_ssim.losses.schedules import Adaptive, Constant, read_schedule
 
 Array = NDArray[np.float64]
 
@@ -92,8 +94,29 @@ class NormModel:
 
     def predict_gain(self, gain: float, max_t: float, pixel_weight: float = 0.0) -> Prediction:
         """The prediction for one setting. Raises ValueError for a pixel_weight above 0 if the pixel loss was not measured."""
+        return self._prediction(gain, max_t, pixel_weight, self.curve([gain], max_t, pixel_weight))
+
+    def predict_adaptive(
+        self, target_ratio: float, max_t: float, pixel_weight: float = 0.0, max_gain: float = math.inf
+    ) -> Prediction:
+        """The prediction for an adaptive weight: on each batch the gain with which the SSIM gradient is `target_ratio` times as
+        long as the rest. Its `gain` is the median of them. `max_gain`: the largest gain that the limit of the weight allows."""
+
+        def gains(index: int) -> Array:
+            q = self.q[index][self.active[index]]
+            with np.errstate(divide="ignore"):
+                rest = np.sqrt(_squares(q, np.zeros((1, 1)), pixel_weight)[0])
+                return np.minimum(target_ratio * rest / np.sqrt(q[:, SSIM, SSIM]), max_gain)[None]
+
+        lower, upper, share = self._between(max_t)
+        if not (self.active[lower].any() and self.active[upper].any()):
+            return self.predict_gain(math.nan, max_t, pixel_weight)
+        gain = math.exp((1 - share) * math.log(np.median(gains(lower))) + share * math.log(np.median(gains(upper))))
+        return self._prediction(gain, max_t, pixel_weight, self._interpolated(gains, max_t, pixel_weight))
+
+    def _prediction(self, gain: float, max_t: float, pixel_weight: float, found: Mapping[str, Array]) -> Prediction:
         lower, upper, _ = self._between(max_t)
-        numbers = {name: float(values[0]) for name, values in self.curve([gain], max_t, pixel_weight).items()}
+        numbers = {name: float(values[0]) for name, values in found.items()}
         return Prediction(
             gain=gain,
             max_t=max_t,
@@ -105,26 +128,36 @@ class NormModel:
         )
 
     def predict_setting(self, setting: Mapping[str, Any]) -> Prediction:
-        """The prediction for a task's setting; missing values come from `held`.
+        """The prediction for a task's setting; missing values come from `held`. Of a schedule for its largest weight.
 
         Raises ValueError if its pixel_loss_max_t differs from the calibrated one."""
         full = {"ssim_loss_weight": 0.0, "ssim_grad_scale": 1.0, "pixel_loss_weight": 0.0, **self.held, **setting}
         gate = self.held.get("pixel_loss_max_t", full.get("pixel_loss_max_t"))
         if full["pixel_loss_weight"] and gate is not None and not math.isclose(full.get("pixel_loss_max_t", gate), gate):
             raise ValueError(f"calibrated with pixel_loss_max_t={gate:g}; this setting has {full['pixel_loss_max_t']:g}")
-        gain = full["gain"] if "gain" in full else full["ssim_loss_weight"] * full["ssim_grad_scale"]
-        return self.predict_gain(float(gain), float(full["ssim_loss_max_t"]), float(full["pixel_loss_weight"]))
+        max_t, pixel_weight, scale = (float(full[name]) for name in ("ssim_loss_max_t", "pixel_loss_weight", "ssim_grad_scale"))
+        if "gain" in full:
+            return self.predict_gain(float(full["gain"]), max_t, pixel_weight)
+        weight = full["ssim_loss_weight"]
+        schedule = read_schedule(weight) if isinstance(weight, Mapping) else Constant(float(weight))
+        if isinstance(schedule, Adaptive):
+            return self.predict_adaptive(schedule.target_ratio, max_t, pixel_weight, schedule.max_weight * scale)
+        return self.predict_gain(max(schedule.weights) * scale, max_t, pixel_weight)
 
     def curve(self, gains: ArrayLike, max_t: float, pixel_weight: float = 0.0) -> dict[str, Array]:
         """The fields of a `Prediction` for many gains `[n]` at once, each `[n]`.
 
         Between two calibrated max_t, norms and ratios are interpolated in log-log, shares and cosines linearly."""
-        wanted = np.asarray(gains, dtype=np.float64)
+        wanted = np.asarray(gains, dtype=np.float64)[:, None]
+        return self._interpolated(lambda _: wanted, max_t, pixel_weight)
+
+    def _interpolated(self, gains: Callable[[int], Array], max_t: float, pixel_weight: float) -> dict[str, Array]:
+        """`gains` of the index of a gate: `[n, 1]`, or `[n, batch]` for its active batches."""
         lower, upper, share = self._between(max_t)
-        one = self._statistics(lower, wanted, pixel_weight)
+        one = self._statistics(lower, gains(lower), pixel_weight)
         if lower == upper:
             return one
-        other = self._statistics(upper, wanted, pixel_weight)
+        other = self._statistics(upper, gains(upper), pixel_weight)
         with np.errstate(divide="ignore"):  # exp(log 0) is 0 again
             return {
                 name: one[name] * (1 - share) + other[name] * share
@@ -215,14 +248,14 @@ class NormModel:
         q, baseline = self.q[index][chosen], self.baseline[chosen]
         names = ("total_norm_mean", "total_norm_median", "total_norm_p10", "total_norm_p90")
         if not chosen.any():
-            return {name: np.full(gains.shape, np.nan) for name in (*names, "ratio", "ratio_main", "auxiliary_share", "cosine")}
+            return {name: np.full(len(gains), np.nan) for name in (*names, "ratio", "ratio_main", "auxiliary_share", "cosine")}
         norms = np.sqrt(_squares(q, gains, pixel_weight))  # [gain, batch]
         median = np.median(norms, axis=1)
         low, high = np.quantile(norms, QUANTILES, axis=1)
         main, ssim = np.sqrt(q[:, MAIN, MAIN]), np.sqrt(q[:, SSIM, SSIM])
         with np.errstate(divide="ignore", invalid="ignore"):
-            cosine = np.full(gains.shape, np.median(q[:, MAIN, SSIM] / (main * ssim)))
-            share = np.median(gains[:, None] * ssim / norms, axis=1)
+            cosine = np.full(len(gains), np.median(q[:, MAIN, SSIM] / (main * ssim)))
+            share = np.median(gains * ssim / norms, axis=1)
             ratios = [median / np.median(baseline), median / np.median(main)]
         numbers = (norms.mean(axis=1), median, low, high, *ratios, share, cosine)
         return dict(zip((*names, "ratio", "ratio_main", "auxiliary_share", "cosine"), numbers, strict=True))
@@ -325,12 +358,11 @@ def _equal(one: float, other: float) -> bool:
 
 
 def _squares(q: Array, gains: Array, pixel_weight: float) -> Array:
-    """vᵀQv for every gain and batch. The pixel entries are used only if `pixel_weight` is not 0."""
+    """vᵀQv for every gain, `[n, 1]` or `[n, batch]`, and batch. The pixel entries are used only if `pixel_weight` is not 0."""
     main, cross, ssim = q[:, MAIN, MAIN], q[:, MAIN, SSIM], q[:, SSIM, SSIM]
     if pixel_weight:
         if np.isnan(q[:, PIXEL, PIXEL]).all():
             raise ValueError(f"pixel_loss_weight {pixel_weight:g}: calibrated without the pixel loss")
         main = main + 2 * pixel_weight * q[:, MAIN, PIXEL] + pixel_weight**2 * q[:, PIXEL, PIXEL]
         cross = cross + pixel_weight * q[:, PIXEL, SSIM]
-    g = gains[:, None]
-    return np.maximum(main + 2 * g * cross + g**2 * ssim, 0.0)
+    return np.maximum(main + 2 * gains * cross + gains**2 * ssim, 0.0)

@@ -11,7 +11,7 @@ import numpy as np
 from tune_ssim.base.files import number
 from tune_ssim.before_launch.forecast import LANDMARKS, NOTES, gains_of, inert_below
 from tune_ssim.probes.norm_model import Array, NormModel
-from tune_ssim.study.space import Space, gain_of
+from tune_ssim.study.space import Space
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +91,7 @@ def _gate_range(model: NormModel) -> tuple[float, float]:
 def _gain_range(model: NormModel, calibration: Mapping[str, Any], segments: list[Any], pixel_weight: float) -> tuple[float, float]:
     """The range of gains: covers all that are drawn, and the gain at 1.5 times the limit."""
     drawn = [gain for _, _, gains in segments for gain in (gains[0], gains[-1])]
-    drawn += [gain_of(named["setting"]) for named in calibration["settings"]]
+    drawn += [number(named["prediction"]["gain"]) for named in calibration["settings"]]
     for gate, active in zip(model.max_ts, model.active, strict=True):
         if active.any():
             try:
@@ -163,10 +163,10 @@ def _draw_settings(axes: Axes, settings: list[Mapping[str, Any]]) -> None:
     from matplotlib import patheffects
 
     halo = [patheffects.withStroke(linewidth=2.5, foreground="white", alpha=0.8)]
-    labels = {True: "the notes' versions", False: "points of the space"}
+    labels = {True: "the notes' versions", False: "settings of the space"}
     for named in settings:
         setting, is_note = named["setting"], named["name"] in NOTES
-        place = (gain_of(setting), setting["ssim_loss_max_t"])
+        place = (number(named["prediction"]["gain"]), setting["ssim_loss_max_t"])
         look: dict[str, Any] = (
             {"ms": 7.5, "mfc": "white", "mec": INK} if is_note else {"ms": 5.5, "mfc": STAGE_COLOURS[-1], "mec": "white"}
         )

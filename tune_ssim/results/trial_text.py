@@ -13,6 +13,7 @@ from tune_ssim.guards.keep_rule import DISPLAY_NAMES
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.study.objective import DELTA, Objective
 from tune_ssim.study.space import GAIN, WEIGHT, gain_of
+from tune_ssim.study.weight_schedule import schedule_text
 from tune_ssim.trials.summary import TrialSummary
 
 VERDICT_STYLES = {
@@ -93,7 +94,9 @@ def format_setting(config: Mapping[str, Any]) -> str:
     """`gain 30 @ 0.3`; for a training without an SSIM loss, all settings by name."""
     if GAIN not in config and WEIGHT not in config:
         return ", ".join(f"{name} {format_number(value)}" for name, value in config.items())
-    return f"gain {format_number(gain_of(config))} @ {format_number(config.get('ssim_loss_max_t'))}"
+    weight = config.get(WEIGHT)
+    push = schedule_text(weight) if isinstance(weight, Mapping) else f"gain {format_number(gain_of(config))}"
+    return f"{push} @ {format_number(config.get('ssim_loss_max_t'))}"
 
 
 def format_objective(name: str, value: Any) -> str:
@@ -107,6 +110,8 @@ def format_number(value: Any, form: str = ".4g") -> str:
         return "–"
     if isinstance(value, str):
         return value
+    if isinstance(value, Mapping):
+        return schedule_text(value)
     return format(value, form)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from tune_ssim.base.yaml_source import describe
 from tune_ssim.guards import SmokeTest
 from tune_ssim.study.command_spec import CommandSpec, placeholders, reading_problems
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT
+from tune_ssim.study.weight_schedule import is_part_of_schedule
 
 if TYPE_CHECKING:
     from tune_ssim.study.study import Study
@@ -32,6 +33,9 @@ def part_problems(study: Study) -> Iterator[Problem]:
                     own = describe(study.task_config[key])
                     message = f"is {own}, but the space {study.space.name!r} fixes it at {value}; set it in one place"
                     yield Problem(("task_config", key), message)
+            if WEIGHT in (study.task_config or {}) and any(map(is_part_of_schedule, (*stage.parameters, *stage.fixed))):
+                message = f"is set here, but the space {study.space.name!r} gives it a schedule; set it in one place"
+                yield Problem(("task_config", WEIGHT), message)
         stages = len(study.space.stages)
         if study.search is not None and study.search.trials < stages:
             message = f"a route of {stages} stages needs at least {stages} trials, got {study.search.trials}"
@@ -71,6 +75,7 @@ def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
             if "steps" in placeholders(template):
                 message = f"{template!r} needs a number of steps: say task_config: {{steps: N}}"
                 yield Problem(("task", *loc), message)
+    yield from _schedules(study, task)
     yield from _unused(study, task)
     if has_settings:
         # Settings of every trial. Without a weight, gate and scale have no effect and get any value (`Study.baseline_settings`).
@@ -83,6 +88,21 @@ def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
     if study.scheduler is not None and task.evaluate is None:
         message = "asha needs held-out numbers while the training goes on: an `evaluate: {command: [...]}`"
         yield Problem(("scheduler",), message)
+
+
+def _schedules(study: Study, task: CommandSpec) -> Iterator[Problem]:
+    """Problems for a schedule of the weight, which only a program that asks `trial_context` can get."""
+    stages = study.space.stages if study.space is not None else ()
+    places = [("space", name) for stage in stages for name in (*stage.parameters, *stage.fixed) if is_part_of_schedule(name)]
+    places += [("task_config", WEIGHT)] if isinstance((study.task_config or {}).get(WEIGHT), Mapping) else []
+    if places and (task.records is not None or WEIGHT in task.referenced_settings()):
+        message = (
+            f"a command gets numbers, and a schedule of {WEIGHT} changes it from step to step. Let the program compute the weight "
+            "from settings with names of your own, e.g. parameters: {target_ratio: {log_uniform: [1.5, 4]}} with "
+            f'"--target_ratio={{target_ratio}}" in its command; or read t.config["{WEIGHT}"] of `trial_context` in it, which '
+            "`tune_ssim.losses.DecodedLoss` takes as it is"
+        )
+        yield Problem((places[0][0],) if places[0][0] == "space" else places[0], message)
 
 
 def part_warnings(study: Study) -> Iterator[Problem]:
@@ -128,12 +148,14 @@ def _of_space(study: Study) -> Iterator[tuple[str, dict[str, Any]]]:
     """(verb for messages, setting → value) of every value in the space; for ranges, of their bounds."""
     for stage in study.space.stages if study.space is not None else ():
         for name, domain in stage.parameters.items():
+            if is_part_of_schedule(name):
+                continue  # see `_schedules`
             if name == GAIN:  # a gain becomes a weight and a scale
                 yield "varies", {WEIGHT: 0.5, GRAD_SCALE: 1.0, MAX_T: 1.0}
                 continue
             for value in domain.listed:
                 yield "varies", {name: value}
-        yield "fixes", dict(stage.fixed)
+        yield "fixes", {name: value for name, value in stage.fixed.items() if not is_part_of_schedule(name)}
         for point in stage.points:
             yield "has a point with", {name: value for name, value in point.items() if name != GAIN}
 

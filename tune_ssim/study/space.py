@@ -6,7 +6,8 @@ The SSIM gradient reaches the parameters only through the decoder's output, so `
     gradient = g_main + gain · g_ssim(max_t),   gain = ssim_loss_weight · ssim_grad_scale
 
 A space may therefore search `gain` with a pinned `ssim_grad_scale`; a task always gets the three numbers. With
-`unit: norm_ratio` the gain is given by its effect: the predicted total_norm relative to the baseline (probes.norm_model).
+`unit: norm_ratio` the gain is given by its effect: the predicted total_norm relative to the baseline (probes.norm_model). The
+weight may be a schedule (study.weight_schedule).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +27,20 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.base.numbers import as_float, is_number, is_same
 from tune_ssim.base.validation import Document, Problem, Problems, Section, Text, or_empty, problem, unknown_keys, validate
 from tune_ssim.base.yaml_source import Source, describe, did_you_mean, find_document, is_file, read_yaml
+from tune_ssim.losses.schedules import SCHEDULES, Schedule
 from tune_ssim.study.domains import FORMS, Choice, Domain, domain_yaml, read_domain, value_problem, value_text
+from tune_ssim.study.weight_schedule import (
+    WEIGHT,
+    assembled,
+    is_part_of_schedule,
+    schedule_of,
+    stage_problems,
+    weight_problems,
+    with_parts,
+)
 
-WEIGHT, MAX_T, GRAD_SCALE, GAIN = "ssim_loss_weight", "ssim_loss_max_t", "ssim_grad_scale", "gain"
+MAX_T, GRAD_SCALE, GAIN = "ssim_loss_max_t", "ssim_grad_scale", "gain"
+WARM_UP, GRAD_CLAMP = "ssim_warmup_steps", "ssim_grad_clamp"
 TRIPLE = (WEIGHT, MAX_T, GRAD_SCALE)
 
 _AT_LEAST_0 = ("a finite number >= 0", lambda x: 0 <= x < math.inf)
@@ -42,7 +55,10 @@ KNOWN = {
     GRAD_SCALE: _AT_LEAST_0,
     "pixel_loss_weight": _AT_LEAST_0,
     "pixel_loss_max_t": _TIME,
+    GRAD_CLAMP: _ABOVE_0,
+    WARM_UP: _AT_LEAST_0,
 }
+OPTIONAL = (GRAD_CLAMP,)  # null switches it off
 
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(:[A-Za-z0-9][\w.-]*)?")
@@ -65,8 +81,10 @@ def _parameters(given: dict[str, Any]) -> dict[str, Domain]:
 
 
 def _domain(name: str, given: Any) -> Domain:
+    if name == WEIGHT and isinstance(given, Mapping) and set(given) & set(SCHEDULES):
+        raise Problems(weight_problems(given))  # a complete one has been taken apart
     domain = read_domain(given)
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) and not is_part_of_schedule(name):
         near = near_miss(name)
         guess = f"; did you mean {near!r}?" if near else ""
         raise problem(f"a parameter's name is lower_snake_case, got {name!r}{guess}")
@@ -85,8 +103,9 @@ def _fixed(given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         given = {GRAD_SCALE: 1.0, **given}
     problems = Problems()
     for name, value in given.items():
-        message = value_problem(value) or setting_problem(name, value)
-        if message:
+        if name == WEIGHT and isinstance(value, Mapping):
+            problems.found += [one.under(name) for one in weight_problems(value)]
+        elif message := value_problem(value) or setting_problem(name, value):
             problems.add((name,), message, subject=name)
     problems.check()
     return _numbers(given)
@@ -114,11 +133,12 @@ class Stage(Document):
         return [{**self.fixed, **point} for point in self.points]
 
     def to_yaml(self) -> dict[str, Any]:
-        return {
-            "parameters": {name: domain_yaml(domain) for name, domain in self.parameters.items()},
-            "fixed": dict(self.fixed),
-            "points": [dict(point) for point in self.points],
-        }
+        parameters = {name: domain_yaml(domain) for name, domain in self.parameters.items()}
+        fixed = dict(self.fixed)
+        if any(map(is_part_of_schedule, parameters)):  # as it was written: all numbers of a schedule in one place
+            parameters |= {name: fixed.pop(name) for name in list(fixed) if is_part_of_schedule(name)}
+        points = [assembled(point) for point in self.points]
+        return {"parameters": assembled(parameters), "fixed": assembled(fixed), "points": points}
 
     def problems(self, context: Any) -> Iterator[Problem]:
         if self.parameters == {}:
@@ -127,6 +147,7 @@ class Stage(Document):
         for name in parameters:
             if name in fixed:
                 yield Problem(("fixed", name), "is searched and fixed at once")
+        yield from stage_problems(parameters, fixed)
         if GAIN in fixed:
             yield Problem(("fixed", GAIN), f"fix {WEIGHT} and {GRAD_SCALE} instead: a gain is searched")
         elif GAIN in parameters:
@@ -165,7 +186,7 @@ class Space(Section):
             for key in {"parameters", "points"} & set(given):
                 problems.add((key,), "belongs to a stage, since this space has `stages`")
             with problems.at("fixed"):
-                shared = _fixed_by_all.validate_python(given.get("fixed"))
+                shared = _fixed_by_all.validate_python(with_parts({"fixed": given.get("fixed")})["fixed"])
             items = given["stages"]
             if not isinstance(items, (list, tuple)) or not items:
                 problems.add(("stages",), f"must be a list of stages, got {describe(items)}")
@@ -174,7 +195,7 @@ class Space(Section):
             stages = [_with_shared(item, shared) for item in items]
         else:
             own = {key: given[key] for key in ("parameters", "fixed", "points") if key in given}
-            stages = [{"name": head.get("name", "inline"), **own}]
+            stages = [{"name": head.get("name", "inline"), **with_parts(own)}]
         with problems.at():
             built = handler({**head, "stages": tuple(stages)})
         problems.found = [_placed(one, "stages" in given) for one in problems.found]
@@ -217,7 +238,10 @@ _fixed_by_all: TypeAdapter[dict[str, Any]] = TypeAdapter(Annotated[Settings, Aft
 
 def _with_shared(stage: Any, shared: Mapping[str, Any]) -> Any:
     """A stage as in a file, merged with the settings that are fixed for the whole space."""
-    if not isinstance(stage, Mapping) or not isinstance(stage.get("fixed") or {}, Mapping):
+    if not isinstance(stage, Mapping):
+        return stage
+    stage = with_parts(stage)
+    if not isinstance(stage.get("fixed") or {}, Mapping):
         return stage
     return {**stage, "fixed": {**shared, **(stage.get("fixed") or {})}}
 
@@ -248,15 +272,17 @@ def _placed(one: Problem, is_staged: bool) -> Problem:
         subject = str(names[0])
     elif subject is None and part == "points" and names:
         subject = str(names[1]) if len(names) > 1 else "point"
-    return replace(one, loc=one.loc if is_staged else inner, subject=subject)
+    places = (str(key).split(".") if is_part_of_schedule(key) else [key] for key in (one.loc if is_staged else inner))
+    return replace(one, loc=tuple(chain.from_iterable(places)), subject=subject)
 
 
 def resolve_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts sampled values to a task's settings: `gain` becomes `ssim_loss_weight` = gain / ssim_grad_scale (default 1).
+    """Converts sampled values to a task's settings: `gain` becomes `ssim_loss_weight` = gain / ssim_grad_scale (default 1), and the
+    numbers of a schedule become its mapping.
 
     Other values are unchanged. Raises UserError if both gain and weight are given, or if the gain or the scale is invalid.
     """
-    settings = dict(values)
+    settings = assembled(values)
     if GAIN not in settings:
         return settings
     if WEIGHT in settings:
@@ -271,10 +297,16 @@ def resolve_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gain_of(config: Mapping[str, Any]) -> float:
-    """The gain of a setting, weight · grad_scale; the default grad_scale is 1, the default weight 0."""
+    """The gain of a setting, weight · grad_scale; the default grad_scale is 1, the default weight 0. Of a schedule the largest one;
+    NaN of an adaptive one, whose weight is not known before."""
     if GAIN in config:
         return float(config[GAIN])
-    return float(config.get(WEIGHT, 0.0)) * float(config.get(GRAD_SCALE, 1.0))
+    schedule = schedule_of(config.get(WEIGHT))
+    if schedule is None:
+        weight = float(config.get(WEIGHT, 0.0))
+    else:
+        weight = max(schedule.weights) if isinstance(schedule, Schedule) else math.nan
+    return weight * float(config.get(GRAD_SCALE, 1.0))
 
 
 def setting_problem(name: str, value: Any) -> str | None:
@@ -285,6 +317,10 @@ def setting_problem(name: str, value: Any) -> str | None:
     if name not in KNOWN:
         return None
     words, holds = KNOWN[name]
+    if name == WEIGHT and isinstance(value, Mapping):
+        return "; ".join(one.text() for one in weight_problems(value)) or None
+    if value is None and name in OPTIONAL:
+        return None
     if not is_number(value):
         return f"must be a number, got {describe(value)}"
     return None if holds(value) else f"must be {words}, got {value_text(value)}"
@@ -361,7 +397,9 @@ def _point_problems(parameters: Mapping[str, Domain], fixed: Mapping[str, Any], 
         yield Problem((GAIN,), f"a point gives {WEIGHT} and {GRAD_SCALE}, not their product")
         return
     about_ssim = any(name in KNOWN and not name.startswith("pixel") for name in (*parameters, *fixed))
-    needed = _ordered({name: None for name in ((*TRIPLE, *parameters) if about_ssim else parameters) if name != GAIN})
+    is_scheduled = any(map(is_part_of_schedule, (*parameters, *fixed)))
+    triple = [name for name in TRIPLE if not (name == WEIGHT and is_scheduled)]
+    needed = _ordered({name: None for name in ((*triple, *parameters) if about_ssim else parameters) if name != GAIN})
     missing = [name for name in needed if name not in point]
     if missing:
         yield Problem((), f"{', '.join(missing)} missing; a point gives {', '.join(needed)}")

@@ -52,6 +52,7 @@ from tune_ssim.study.sections import (
     Tracking,
 )
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT, Space, find_space, load_space, setting_problem
+from tune_ssim.study.weight_schedule import is_part_of_schedule, weight_problems
 
 BUILT_IN_TASKS = {
     "fundus_sr": "tune_ssim.tasks.fundus_sr:FundusSR",
@@ -156,8 +157,9 @@ def _with_paths(config: dict[str, Any], file: _File, task: Any) -> dict[str, Any
 
 def _setting_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
     for key, value in settings.items():
-        message = "belongs in a space" if key == GAIN else setting_problem(key, value)
-        if message:
+        if key == WEIGHT and isinstance(value, Mapping):
+            yield from (one.under(key) for one in weight_problems(value))
+        elif message := "belongs in a space" if key == GAIN else setting_problem(key, value):
             yield Problem((key,), message)
 
 
@@ -428,7 +430,7 @@ class Study(Document):
     def has_ssim(self) -> bool:
         """Whether the study searches or sets the weight of an SSIM loss."""
         named = {name for stage in self.space.stages for name in (*stage.parameters, *stage.fixed)} | set(self.task_config)
-        return bool({GAIN, WEIGHT} & named)
+        return bool({GAIN, WEIGHT} & named) or any(map(is_part_of_schedule, named))
 
     @property
     def calibrates(self) -> bool:

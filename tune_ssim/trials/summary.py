@@ -80,12 +80,14 @@ class TrialSummary:
 
     @property
     def gain(self) -> float:
-        """weight · grad_scale."""
+        """weight · grad_scale; see `gain_of` for a schedule."""
         return gain_of(self.config)
 
     @property
     def setting_key(self) -> str:
         """The same for trials that train identically: weight and grad_scale act only through their product (SEEDS B6)."""
+        if isinstance(self.config.get(WEIGHT), Mapping):
+            return json.dumps(jsonable(self.settings), sort_keys=True, default=str)
         others = {name: value for name, value in self.settings.items() if name not in (WEIGHT, GRAD_SCALE)}
         return json.dumps(jsonable({**others, GAIN: f"{self.gain:.9g}"}), sort_keys=True, default=str)
 
@@ -107,7 +109,8 @@ class TrialSummary:
         problems = Problems()
         for name in (*TRIPLE, GAIN):
             value = summary.config.get(name)
-            if name in summary.config and (name, value) != (MAX_T, None):
+            is_schedule = name == WEIGHT and isinstance(value, Mapping)
+            if name in summary.config and (name, value) != (MAX_T, None) and not is_schedule:
                 with problems.at("config", name):
                     json_number(value)
         problems.check()

@@ -15,7 +15,7 @@ from tune_ssim.before_launch.preflight.report import Check, ok, unknown, warn
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers, time_law
 from tune_ssim.guards import Guard, NormRatio
 from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
-from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WEIGHT, Space
+from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WEIGHT, Space, resolve_settings
 from tune_ssim.trials.training import Sample, same_setting
 
 BASELINE_STEPS = 6  # the median of their norms is used
@@ -25,11 +25,11 @@ def settings_of(space: Space) -> list[dict[str, Any]]:
     """Settings that represent a space: its points, and the ends of every parameter except the gain."""
     settings: list[dict[str, Any]] = []
     for stage in space.stages:
-        settings += stage.point_configs()
+        settings += map(resolve_settings, stage.point_configs())
         for name, domain in stage.parameters.items():
             if name == GAIN:
                 continue  # may be given as a norm ratio, which only calibration can turn into a number
-            settings += [{**stage.fixed, name: value} for value in domain.listed]
+            settings += [resolve_settings({**stage.fixed, name: value}) for value in domain.listed]
     return settings
 
 
