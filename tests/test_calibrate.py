@@ -99,6 +99,23 @@ def test_the_first_step_of_a_real_training_too() -> None:
     assert float(task.step()["total_norm"]) == pytest.approx(predicted(usual().model, setting, 1)[0], rel=1e-5)
 
 
+def test_an_adaptive_weight_has_the_predicted_norm() -> None:
+    setting = {"ssim_loss_weight": {"adaptive": {"target_ratio": 2.0}}, "ssim_loss_max_t": 1.0}
+    prediction = usual().model.predict_setting(setting)
+    assert np.median(steps(setting, 4)) == pytest.approx(prediction.total_norm_median, rel=1e-5)
+
+
+def test_a_space_of_schedules_is_forecast() -> None:
+    parameters = {"ssim_loss_max_t": {"choice": [0.3, 1.0]}}
+    adaptive = {"ssim_loss_weight": {"adaptive": {"target_ratio": {"log_uniform": [0.5, 4]}}}, **parameters}
+    found = forecast_space(usual().model, load_space({"parameters": adaptive}))
+    ends = {one.name: one.prediction.ratio for one in found.settings if one.name.startswith("adaptive")}
+    assert list(ends) == ["adaptive, target_ratio 0.5", "adaptive, target_ratio 4"] and not found.findings
+    assert found.widest[0] <= ends["adaptive, target_ratio 0.5"] < ends["adaptive, target_ratio 4"] <= found.widest[1]
+    inert = {"parameters": parameters, "fixed": {"ssim_loss_weight": {"warm_up": {"value": 1e-3, "steps": 9}}}}
+    assert [one.name for one in forecast_space(usual().model, load_space(inert)).findings] == ["inert"]
+
+
 def test_the_baseline_and_the_check() -> None:
     found = usual()
     baseline = {"pixel_loss_weight": 0.05, "pixel_loss_max_t": 0.3}

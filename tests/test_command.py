@@ -747,6 +747,31 @@ def test_a_study_says_what_is_wrong_with_its_command(task: dict[str, Any], says:
         load_study({"name": "s", "task": task, "space": space})
 
 
+SCHEDULED = {"parameters": {"ssim_loss_weight": {"adaptive": {"target_ratio": {"choice": [1, 2]}}}}}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "place"),
+    [
+        ({"command": ["x"], "records": {"pattern": "bagel"}}, {"space": SCHEDULED}, "space"),
+        ({"command": ["x", "{ssim_loss_weight}"]}, {"space": SCHEDULED}, "space"),
+        (
+            {"command": ["x", "{ssim_loss_weight}"]},
+            {"task_config": {"ssim_loss_weight": {"linear": {"start": 1, "end": 2, "steps": 3}}}},
+            "task_config.ssim_loss_weight",
+        ),
+    ],
+)
+def test_a_command_gets_no_schedule(task: dict[str, Any], changes: dict[str, Any], place: str) -> None:
+    space = {"parameters": {"lr": {"choice": [1, 2]}}}
+    with pytest.raises(UserError, match=rf"{place}: a command gets numbers, and a schedule of ssim_loss_weight .*--target_ratio="):
+        load_study({"name": "s", "task": task, "space": space, "guards": {"smoke_test": None}, **changes})
+
+
+def test_a_loop_that_asks_for_its_settings_gets_the_schedule() -> None:
+    assert load_study({"name": "s", "task": {"command": ["x"]}, "space": SCHEDULED}).has_ssim
+
+
 WIDE = {"name": "s", "space": "wide", "guards": {"smoke_test": None}, "task_config": {"steps": 200}}
 TOLD = ["{python}", "train.py", "--weight={ssim_loss_weight}", "--max_t={ssim_loss_max_t}"]
 LINES = {"pattern": r"step (?P<step>\d+) loss (?P<loss>\S+)"}

@@ -67,6 +67,28 @@ def test_a_prediction_is_the_norm_of_the_sum(log_weight: float, log_scale: float
     assert said.active_batches == chosen.sum() and said.between is None
 
 
+@pytest.mark.parametrize(("pixel_weight", "scale", "limit"), [(0.0, 1.0, 1e4), (300.0, 0.1, 1e4), (0.0, 0.1, 100.0)])
+def test_an_adaptive_weight_is_solved_for_on_each_batch(pixel_weight: float, scale: float, limit: float) -> None:
+    main, ssim = (MAIN_G + pixel_weight * PIXEL_G)[ACTIVE[0]], SSIM_G[0][ACTIVE[0]]
+    lengths = np.linalg.norm(main, axis=1), np.linalg.norm(ssim, axis=1)
+    gains = np.minimum(2.5 * lengths[0] / lengths[1], limit * scale)
+    assert (gains < limit * scale).all() == (limit == 1e4)  # in the last case the limit acts on some batches
+    rule = {"adaptive": {"target_ratio": 2.5, "max_weight": limit}}
+    setting = {"ssim_loss_weight": rule, "ssim_grad_scale": scale, "pixel_loss_weight": pixel_weight, "ssim_loss_max_t": 0.1}
+    said = MODEL.predict_setting(setting)
+    assert said.total_norm_median == pytest.approx(np.median(np.linalg.norm(main + gains[:, None] * ssim, axis=1)), rel=1e-9)
+    assert said.gain == pytest.approx(np.median(gains)) and said.active_batches == len(gains)
+    between = MODEL.predict_setting({**setting, "ssim_loss_max_t": 0.2})
+    ends = sorted([said.ratio, MODEL.predict_setting({**setting, "ssim_loss_max_t": 0.3}).ratio])
+    assert ends[0] <= between.ratio <= ends[1] and between.between == (0.1, 0.3)
+
+
+def test_a_schedule_is_predicted_by_its_largest_weight() -> None:
+    cosine = {"cosine": {"start": 2, "end": 20, "steps": 100}}
+    said = MODEL.predict_setting({"ssim_loss_weight": cosine, "ssim_loss_max_t": 1.0})
+    assert said == MODEL.predict_setting({"ssim_loss_weight": 20, "ssim_loss_max_t": 1.0})
+
+
 def test_only_the_product_acts() -> None:
     one, other = predict(MODEL, 10, 0.3, 0.1), predict(MODEL, 100, 0.3, 0.01)
     assert (one.gain, one.ratio) == pytest.approx((other.gain, other.ratio))

@@ -294,6 +294,32 @@ def test_the_bundled_task_has_no_fault(measure: Callable[[Case], Iterator[Check]
     assert any(check.status == "ok" for check in found)
 
 
+SCHEDULES = [
+    {"ssim_loss_weight": {"adaptive": {"target_ratio": 2.0}}},
+    {"ssim_loss_weight": {"cosine": {"start": 9, "end": 1, "steps": 40}}},
+]
+
+
+class AtFullWeight(FundusSR):
+    """Echoes a schedule and a warm-up, and trains with the constant weight 1."""
+
+    def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
+        weight = 1.0 if isinstance(config.get("ssim_loss_weight"), Mapping) else config.get("ssim_loss_weight", 0.0)
+        super().setup({**config, "ssim_loss_weight": weight, "ssim_warmup_steps": 0.0}, seed, device)
+        self.asked = {name: config[name] for name in ("ssim_loss_weight", "ssim_warmup_steps") if name in config}
+
+    def effective(self) -> dict[str, Any]:
+        return {**super().effective(), **self.asked}
+
+
+@pytest.mark.parametrize(("task", "status"), [(FundusSR, "ok"), (AtFullWeight, "bad_setup")])
+def test_schedules_and_a_warm_up_are_checked_by_their_effect(task: type, status: str) -> None:
+    probe = steps.Probe(subject_of(Case(task)), BASELINE, [*SCHEDULES, {"ssim_warmup_steps": 20.0}])
+    found = {check.name: check.status for check in steps._changing_weights(probe)}
+    names = ("ssim_warmup_steps", "ssim_loss_weight.adaptive", "ssim_loss_weight.cosine")
+    assert found == {f"parameter/{name}": status for name in names}
+
+
 def test_every_defect_that_the_issue_lists_is_in_the_matrix() -> None:
     assert sum(listed for listed, _ in DEFECTS.values()) >= 12 and len(DEFECTS) >= 80
     assert {name for _, names in FAULTS for name in names} <= DEFECTS.keys()

@@ -198,10 +198,48 @@ def test_a_gain_by_what_it_does_leaves_its_points_to_the_calibration() -> None:
         parse(text + "  - {ssim_loss_weight: 900, ssim_loss_max_t: 0.2, ssim_grad_scale: 1}\n")
 
 
+SCHEDULED = """
+name: s
+fixed: {ssim_grad_scale: 1}
+stages:
+  - name: rising
+    parameters:
+      ssim_loss_weight: {warm_up: {value: {log_uniform: [1, 16]}, steps: 50}}
+  - name: adaptive
+    parameters:
+      ssim_loss_weight: {adaptive: {target_ratio: {choice: [1, 2]}}}
+      ssim_loss_max_t: {choice: [0.1, 1]}
+    points:
+      - {ssim_loss_weight: {adaptive: {target_ratio: 2}}, ssim_loss_max_t: 0.1, ssim_grad_scale: 1}
+  - name: falling
+    parameters: {ssim_loss_max_t: {choice: [0.1, 1]}}
+    fixed: {ssim_loss_weight: {cosine: {start: 10, end: 1, steps: 200}}}
+"""
+
+
+def test_each_number_of_a_schedule_can_be_searched() -> None:
+    space = parse(SCHEDULED)
+    rising, adaptive, falling = space.stages
+    assert rising.parameters == {"ssim_loss_weight.warm_up.value": LogUniform(1, 16)}
+    sampled = {name: domain.at(0.5) for name, domain in rising.parameters.items()}
+    assert resolve_settings({**rising.fixed, **sampled}) == {
+        "ssim_grad_scale": 1.0,
+        "ssim_loss_weight": {"warm_up": {"value": pytest.approx(4), "steps": 50}},
+    }
+    (point,) = adaptive.point_configs()
+    assert resolve_settings(point)["ssim_loss_weight"] == {"adaptive": {"target_ratio": 2}}
+    weight = resolve_settings(falling.fixed)["ssim_loss_weight"]
+    assert weight == {"cosine": {"start": 10, "end": 1, "steps": 200}}
+    assert gain_of({"ssim_loss_weight": weight, "ssim_grad_scale": 0.1}) == pytest.approx(1)  # of its largest weight
+    assert math.isnan(gain_of(point | {"ssim_loss_weight": {"adaptive": {"target_ratio": 2}}}))
+    assert load_space(space.to_yaml()) == space == parse(dump_yaml(space.to_yaml()))
+
+
 # ---- mistakes: file text → what the one line must hold ----
 
 HEAD = "name: s\nparameters:\n"
 GOOD = HEAD + "  gain: {log_uniform: [0.1, 30]}\n  ssim_loss_max_t: {choice: [0.1, 0.2]}\n"
+GATE = HEAD + "  ssim_loss_max_t: {choice: [0.1, 0.2]}\n"
 PINNED = HEAD + "  ssim_loss_weight: {uniform: [0, 1]}\n  ssim_loss_max_t: {uniform: [0.1, 0.5]}\nfixed: {ssim_grad_scale: 0.1}\n"
 
 BAD = [
@@ -229,7 +267,24 @@ BAD = [
     (HEAD + "  gain: {choice: [1, 1.0]}", "s.yaml:3: gain: choice has 1.0 twice"),
     (HEAD + "  gain: {choice: [[1]]}", "s.yaml:3: gain: must be a single value, got [1] (a list)"),
     (HEAD + "  gain: {choice: [no]}", "s.yaml:3: gain: must be a number, got 'no' (text)"),
+    # schedules of the weight
+    (GATE + "  ssim_loss_weight: {adaptve: {target_ratio: {uniform: [1, 2]}}}", "s.yaml:4: ssim_loss_weight: unknown schedule"),
+    (GATE + "  ssim_loss_weight:\n    linear:\n      start: 1\n      end: {uniform: [-1, 2]}\n      steps: 9",
+     "s.yaml:7: ssim_loss_weight.linear.end: a weight must be >= 0, got -1"),
+    (GATE + "  ssim_loss_weight:\n    adaptive:\n      target_ratio: {log_unifrm: [1, 2]}",
+     "s.yaml:6: ssim_loss_weight.adaptive.target_ratio: unknown key 'log_unifrm'; did you mean 'log_uniform'?"),
+    (GATE + "fixed:\n  ssim_loss_weight:\n    cosine:\n      strt: 1\n      end: 0\n      steps: 5",
+     "s.yaml:7: ssim_loss_weight.cosine.strt: unknown key 'strt'; did you mean 'start'?"),
+    (GATE + "fixed:\n  ssim_loss_weight: {warm_up: {value: 3}}", "s.yaml:5: ssim_loss_weight.warm_up: steps is missing"),
+    (GATE + "fixed:\n  ssim_loss_weight: {linear: {start: 1, end: 2, steps: 2.5}}",
+     "s.yaml:5: ssim_loss_weight.linear.steps: must be an integer, got 2.5"),
+    (GATE + "fixed:\n  ssim_loss_weight: {adaptive: 2}", "s.yaml:5: ssim_loss_weight: must be a mapping, got 2"),
+    (GATE + "fixed: {ssim_loss_weight: {adaptive: {target_ratio: 2}}, ssim_grad_clamp: 1}",
+     "s.yaml:4: ssim_grad_clamp: cannot be combined with an adaptive ssim_loss_weight"),
+    (GOOD + "fixed: {ssim_loss_weight: {adaptive: {target_ratio: 2}}}", "s.yaml:3: gain: cannot be combined with a schedule"),
     # ranges of the known settings
+    (GOOD + "fixed: {ssim_grad_clamp: 0}", "s.yaml:5: ssim_grad_clamp: must be a finite number > 0, got 0"),
+    (GOOD + "  ssim_warmup_steps: {uniform: [-1, 3]}", "s.yaml:5: ssim_warmup_steps: must be a finite number >= 0, got -1"),
     (HEAD + "  ssim_loss_max_t: {choice: [0.1, 1.5]}", "s.yaml:3: ssim_loss_max_t: must be above 0 and at most 1"),
     (HEAD + "  ssim_loss_max_t: {uniform: [0, 1]}", "s.yaml:3: ssim_loss_max_t: must be above 0"),
     (HEAD + "  ssim_loss_weight: {uniform: [-1, 1]}", "s.yaml:3: ssim_loss_weight: must be a finite number >= 0, got -1"),
@@ -404,7 +459,8 @@ def test_objects_are_checked_when_built() -> None:
         *[(name, None) for name in KNOWN],
         *[(name, None) for name in ("lr", "kl_loss_weight", "ms_ssim_loss_weight", "lpips_loss_weight", "alpha", "scale",
                                     "weight", "max_grad_norm", "loss_scale", "preset", "steps", "batch_size", "t_law",
-                                    "timestep_shift", "precision", "ssim_clamp", "measure_main_norm", "optimizer", "seed")],
+                                    "timestep_shift", "precision", "ssim_clamp",
+                                        "warmup_steps", "measure_main_norm", "optimizer", "seed")],
     ],
 )  # fmt: skip
 def test_a_slip_is_told_from_another_name(name: str, known: str | None) -> None:

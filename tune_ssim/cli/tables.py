@@ -57,10 +57,12 @@ def trials_table(
         is_in_name = summary.role is Role.SEARCH or summary.trial_id.startswith(summary.role)
         label = summary.trial_id if is_in_name else f"{summary.trial_id} {summary.role}"
         is_winner = summary.trial_id == winner
+        weight = config.get(WEIGHT)
+        is_schedule = isinstance(weight, Mapping)
         norm_ratio = format_number(metrics.get("norm_ratio_max"), ".3g")
         cells = {
-            "gain": format_number(gain_of(config)),
-            "weight": format_number(config.get("ssim_loss_weight")),
+            "gain": format_number(weight if is_schedule else gain_of(config)),
+            "weight": format_number(None if is_schedule else weight),
             "max_t": format_number(config.get("ssim_loss_max_t")),
             "grad_scale": format_number(config.get("ssim_grad_scale")),
             "steps": str(summary.steps),

@@ -26,7 +26,7 @@ from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, Validat
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.numbers import as_float, is_number, is_same
 from tune_ssim.base.validation import Document, Problem, Problems, Section, Text, or_empty, problem, unknown_keys, validate
-from tune_ssim.base.yaml_source import Source, describe, did_you_mean, find_document, is_file, read_yaml
+from tune_ssim.base.yaml_source import Loc, Source, describe, did_you_mean, find_document, is_file, read_yaml
 from tune_ssim.losses.schedules import SCHEDULES, Schedule
 from tune_ssim.study.domains import FORMS, Choice, Domain, domain_yaml, read_domain, value_problem, value_text
 from tune_ssim.study.weight_schedule import (
@@ -198,7 +198,7 @@ class Space(Section):
             stages = [{"name": head.get("name", "inline"), **with_parts(own)}]
         with problems.at():
             built = handler({**head, "stages": tuple(stages)})
-        problems.found = [_placed(one, "stages" in given) for one in problems.found]
+        problems.found = [_placed(one, given) for one in problems.found]
         problems.check()
         return built
 
@@ -262,8 +262,8 @@ def _twice(stages: Iterable[Any], shared: Mapping[str, Any]) -> Iterator[Problem
                 yield Problem(("stages", index, "fixed", key), message, subject=str(key))
 
 
-def _placed(one: Problem, is_staged: bool) -> Problem:
-    """A problem of a stage with its location in the file and the setting's name as subject."""
+def _placed(one: Problem, given: Mapping[str, Any]) -> Problem:
+    """A problem of a stage with its location in the file, which has the mapping `given`, and the setting's name as subject."""
     if len(one.loc) < 3 or one.loc[0] != "stages":
         return one
     part, *names = inner = one.loc[2:]
@@ -272,8 +272,14 @@ def _placed(one: Problem, is_staged: bool) -> Problem:
         subject = str(names[0])
     elif subject is None and part == "points" and names:
         subject = str(names[1]) if len(names) > 1 else "point"
-    places = (str(key).split(".") if is_part_of_schedule(key) else [key] for key in (one.loc if is_staged else inner))
-    return replace(one, loc=tuple(chain.from_iterable(places)), subject=subject)
+    is_staged = "stages" in given
+    loc: Loc = one.loc if is_staged else inner
+    if any(map(is_part_of_schedule, names)):
+        stage = given["stages"][one.loc[1]] if is_staged else given
+        written = next((key for key in ("fixed", "parameters") if WEIGHT in (stage.get(key) or {})), part)
+        loc = (*loc[: -len(names) - 1], written if part == "fixed" else part, *names)
+        loc = tuple(chain.from_iterable(str(key).split(".") if is_part_of_schedule(key) else [key] for key in loc))
+    return replace(one, loc=loc, subject=subject)
 
 
 def resolve_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,7 +348,8 @@ def near_miss(name: str) -> str | None:
             return True
         return "".join(words) == "".join(parts) or (len(words) > 1 and set(words) <= set(parts))
 
-    candidates = [known for known in KNOWN if is_misspelled(known)]
+    # Not of the last two: a training may have its own `warmup_steps`, or `grad_clamp`.
+    candidates = [known for known in KNOWN if known not in (GRAD_CLAMP, WARM_UP) and is_misspelled(known)]
     return max(candidates, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio(), default=None)
 
 

@@ -72,7 +72,7 @@ def schedules_across(parameters: Mapping[str, Domain], fixed: Mapping[str, Any],
 
 def schedule_text(weight: Mapping[str, Any]) -> str:
     """`adaptive, target_ratio 2`"""
-    return ", ".join(f"{kind}, " + ", ".join(f"{name} {value:g}" for name, value in one.items()) for kind, one in weight.items())
+    return ", ".join(f"{kind}, " + ", ".join(f"{name} {value:.4g}" for name, value in one.items()) for kind, one in weight.items())
 
 
 def schedule_of(weight: Any) -> Schedule | Adaptive | None:
@@ -84,10 +84,11 @@ def weight_problems(weight: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with a schedule of numbers."""
     problems = Problems()
     with problems.at():
-        schedule = read_schedule(weight)
-        lowest = min(schedule.weights, default=0) if isinstance(schedule, Schedule) else 0
-        if lowest < 0:
-            problems.add((next(iter(weight)),), f"a weight must be >= 0, got {lowest:g}")
+        read_schedule(weight)
+        ((kind, numbers),) = weight.items()
+        for name in ("value", "start", "end"):
+            if numbers.get(name, 0) < 0:
+                problems.add((kind, name), f"a weight must be >= 0, got {numbers[name]:g}")
     return problems.found
 
 

@@ -76,7 +76,7 @@ def _checks(
     except Failure as failure:
         yield Check("setup", "bad_setup", str(failure), remedy="nothing can be launched before the task can be set up")
         return
-    yield from guarded("parameter", lambda: readings.check_parameters(readings.Probe(subject, baseline)))
+    yield from guarded("parameter", lambda: readings.check_parameters(readings.Probe(subject, baseline, settings)))
     yield from guarded("parameter/searched", lambda: launch.check_settings(subject, baseline, settings))
     yield from guarded("seeds", lambda: launch.check_seeds(subject, baseline))
     yield from guarded("trained", lambda: learning.check_learning(subject, baseline, smoke_test))

@@ -7,13 +7,14 @@ as `losses.DecodedLoss` documents them. Slow and simple: a check that calls the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tune_ssim.losses.schedules import Adaptive, Constant, read_schedule
 from tune_ssim.trials.training import Forward
 
 Sizes = Sequence[tuple[int, int]]  # true (height, width) of each padded image
@@ -127,14 +128,29 @@ def expected(forward: Forward, setting: Setting, parameters: Sequence[torch.nn.P
     return Expected(gradients, norm(gradients), forward.main.item(), loss_ssim, loss_pixel, fraction, peak)
 
 
+def weight_at(weight: Any, step: int, warmup_steps: float, forward: Forward, setting: Setting, parameters: Sequence[Any]) -> float:
+    """The number that a weight as in a configuration is at this step. setting: the other parameters of the losses."""
+    share = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    schedule = read_schedule(weight) if isinstance(weight, Mapping) else Constant(weight)
+    if not isinstance(schedule, Adaptive):
+        return share * schedule(step)
+    rest = expected(forward, replace(setting, ssim_loss_weight=0.0), parameters).gradients
+    both = expected(forward, replace(setting, ssim_loss_weight=1.0), parameters).gradients
+    ssim = norm(_difference(both, rest))
+    return share * min(schedule.max_weight, schedule.target_ratio * norm(rest) / ssim) if ssim else 0.0
+
+
 def own_gradient_norms(forward: Forward, parameters: Sequence[torch.nn.Parameter]) -> tuple[float, float, float]:
     """Gradient norms of the main, the SSIM and the pixel loss, each alone with weight 1 and open gate."""
     main = expected(forward, Setting(), parameters).gradients
     sizes = []
     for setting in (Setting(ssim_loss_weight=1.0), Setting(pixel_loss_weight=1.0)):
-        both = expected(forward, setting, parameters).gradients
-        sizes.append(norm([a if b is None else b if a is None else a - b for a, b in zip(both, main, strict=True)]))
+        sizes.append(norm(_difference(expected(forward, setting, parameters).gradients, main)))
     return norm(main), sizes[0], sizes[1]
+
+
+def _difference(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [a if b is None else b if a is None else a - b for a, b in zip(one, other, strict=True)]
 
 
 def norm(gradients: Sequence[Tensor | None]) -> float:

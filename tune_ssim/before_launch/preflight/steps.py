@@ -23,10 +23,12 @@ from tune_ssim.before_launch.preflight.plain import (
     own_gradient_norms,
     setting_of,
     ssim_gradient,
+    weight_at,
 )
 from tune_ssim.before_launch.preflight.report import SEVERITY, Check, unknown
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers
 from tune_ssim.records import ACTIVE_FRACTION, LOSS, LOSS_FLOW, STEP_SKIPPED, TOTAL_NORM
+from tune_ssim.study.space import GRAD_CLAMP, GRAD_SCALE, WARM_UP, WEIGHT
 from tune_ssim.trials.training import Forward, same_setting
 
 DOMINANCE = 30.0  # auxiliary gradient of a reading over the main one: changes are visible, and float32 is still precise enough
@@ -35,7 +37,6 @@ TINY = 1e-7  # a weight whose gradient is lost in float32's rounding of any main
 MAIN_ALONE, LARGE = "the main loss alone", "a large ssim_loss_weight"  # names of readings
 BLACK_BOX_GAINS = (1e2, 1e4, 1e6)  # tried in turn on a task without a forward pass, until total_norm follows
 LOSSES = {"ssim": ("ssim_loss_weight", "ssim_loss_max_t"), "pixel": ("pixel_loss_weight", "pixel_loss_max_t")}
-GRAD_SCALE, GRAD_CLAMP = "ssim_grad_scale", "ssim_grad_clamp"
 NEUTRAL: dict[str, float | None] = asdict(Setting())
 
 
@@ -108,6 +109,9 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
     if not (parameters and task.abilities().forward):
         return reading
     forward, setting = _seeded(task, "forward", n), setting_of({**subject.config, **settings})
+    warmup = {**subject.config, **settings}.get(WARM_UP) or 0.0
+    weight = weight_at(setting.ssim_loss_weight, n, warmup, forward, setting, parameters)
+    setting = replace(setting, ssim_loss_weight=weight)
     found = expected(forward, setting, parameters)
     reading = replace(reading, expected=_numbers_of(found), cosine=cosine(gradients, found.gradients) if are_there else None)
     if not step_rules.near(reading.agreement) or (reading.cosine is not None and not reading.cosine >= step_rules.MIN_STEP_COSINE):
@@ -202,15 +206,17 @@ def check_parameters(probe: Probe) -> Iterator[Check]:
         yield from _loss(probe, "pixel", main)
     else:
         probe.read("a tiny ssim_loss_weight", ssim_loss_weight=TINY)
+    yield from _changing_weights(probe)
     yield from _others(probe)
     yield _batches(probe)
 
 
 class Probe:
-    """Takes readings, each named by what is special about its setting."""
+    """Takes readings, each named by what is special about its setting. settings: those that may be launched."""
 
-    def __init__(self, subject: Subject, base: Mapping[str, Any]) -> None:
-        self.subject, self.base = subject, base
+    def __init__(self, subject: Subject, base: Mapping[str, Any], settings: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.subject, self.base = subject, {**base, **({WARM_UP: 0.0} if subject.config.get(WARM_UP) else {})}
+        self.launched = [subject.config, base, *settings]
         task = subject.unmoved(base)
         effective = call(task, "effective")
         self.known = {name for name in NEUTRAL if name in effective}
@@ -225,8 +231,12 @@ class Probe:
             main, *own = own_gradient_norms(forward, list(call(task, "trainable_parameters")))
             self.weights = {loss: DOMINANCE * main / size if size else 1.0 for loss, size in zip(LOSSES, own, strict=True)}
 
-    def read(self, what: str, **changes: float) -> Reading:
-        chosen = {name: value for name, value in {**NEUTRAL, **changes}.items() if name in self.known}
+    def is_launched(self, name: str) -> bool:
+        """Whether a setting that may be launched has it."""
+        return any(setting.get(name) for setting in self.launched)
+
+    def read(self, what: str, **changes: Any) -> Reading:
+        chosen = {name: value for name, value in {**NEUTRAL, **changes}.items() if name in self.known or name == WARM_UP}
         self.readings[what] = read(self.subject, {**self.base, **chosen})
         return self.readings[what]
 
@@ -275,8 +285,7 @@ def _loss(probe: Probe, loss: str, main: Reading) -> Iterator[Check]:
         gains = f"at weight {weight:.3g} x scale 1 and {alias.total_norm:.4g} at {10 * weight:.3g} x 0.1"
         response = f"total_norm is {full.total_norm:.4g} {gains}"
         yield step_rules.parameter(GRAD_SCALE, 0.1, alias.effective[GRAD_SCALE], _change(alias, full, 1.0), response, slack)
-    is_clamped = {**probe.subject.config, **probe.base}.get(GRAD_CLAMP) is not None
-    if loss == "ssim" and is_clamped and sound and full.expected is not None and full.expected.peak > 0:
+    if loss == "ssim" and probe.is_launched(GRAD_CLAMP) and sound and full.expected is not None and full.expected.peak > 0:
         limit = full.expected.peak / 100
         clamped = probe.read(f"another {GRAD_CLAMP}", **{weight_name: weight, GRAD_CLAMP: limit})
         assert clamped.expected is not None
@@ -284,6 +293,28 @@ def _loss(probe: Probe, loss: str, main: Reading) -> Iterator[Check]:
         yield step_rules.parameter(GRAD_CLAMP, limit, clamped.effective[GRAD_CLAMP], clamped.agreement, response)
     if gate_name in probe.known and full.gate is None:
         yield _gate(probe, loss, weight, main, full if sound else None)
+
+
+def _changing_weights(probe: Probe) -> Iterator[Check]:
+    """Checks a warm-up and the schedules of the weight, where the study names them: the first step must have their weight."""
+    weight = 1.0 if probe.weights is None else probe.weights["ssim"]
+    asked: dict[str, tuple[str, dict[str, Any]]] = {}
+    if probe.is_launched(WARM_UP):
+        asked["a warm-up"] = (WARM_UP, {WEIGHT: weight, WARM_UP: 4.0})
+    for setting in probe.launched:
+        weight_setting = setting.get(WEIGHT)
+        for kind, written in weight_setting.items() if isinstance(weight_setting, Mapping) else ():
+            # With other numbers, so that the loss dominates: its own might be too small to be seen in one step.
+            own = {"target_ratio": DOMINANCE} | dict.fromkeys(("value", "start", "end"), weight)
+            changed = {name: own.get(name, value) for name, value in written.items()}
+            asked.setdefault(f"a weight that is {kind}", (f"{WEIGHT}.{kind}", {WEIGHT: {kind: changed}}))
+    for what, (name, changes) in asked.items():
+        reading = probe.read(what, **changes)
+        name_in_force = name.split(".")[0]
+        found = None if reading.expected is None else reading.agreement
+        wanted = "" if reading.expected is None else f"; the first step's weight gives {reading.expected.total_norm:.4g}"
+        response = f"total_norm is {reading.total_norm:.4g}{wanted}"
+        yield step_rules.parameter(name, changes[name_in_force], reading.effective.get(name_in_force), found, response)
 
 
 def _strong(probe: Probe, loss: str, main: Reading) -> Reading:
