@@ -23,7 +23,7 @@ from small_task import SmallTask
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.files import jsonable
 from tune_ssim.before_launch.calibration import CHECK_TOLERANCE, Calibration, calibrate, gates_of
-from tune_ssim.before_launch.forecast import forecast_space
+from tune_ssim.before_launch.forecast import forecast_space, predicted
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.search.guided import START_RATIO
 from tune_ssim.study.sections import BaselineRuns
@@ -70,7 +70,7 @@ def steps(setting: Mapping[str, Any], count: int, **config: Any) -> list[float]:
     return [float(task.step()["total_norm"]) for _ in range(count)]
 
 
-def predicted(model: NormModel, setting: Mapping[str, float], count: int) -> list[float]:
+def norms_of(model: NormModel, setting: Mapping[str, float], count: int) -> list[float]:
     gate = model.max_ts.index(setting["ssim_loss_max_t"])
     v = np.array([1.0, setting.get("pixel_loss_weight", 0.0), setting["ssim_loss_weight"] * setting["ssim_grad_scale"]])
     return [float(np.sqrt(v @ model.q[gate, k] @ v)) for k in range(count)]
@@ -89,19 +89,19 @@ def test_random_settings_have_the_predicted_norm() -> None:
             "ssim_loss_max_t": draw.choice(GRID),
             "pixel_loss_weight": draw.choice([0.0, 0.05, 300.0, 1e4]),
         }
-        assert steps(setting, 2) == pytest.approx(predicted(usual().model, setting, 2), rel=1e-5)
+        assert steps(setting, 2) == pytest.approx(norms_of(usual().model, setting, 2), rel=1e-5)
 
 
 def test_the_first_step_of_a_real_training_too() -> None:
     setting = {"ssim_loss_weight": 300.0, "ssim_loss_max_t": 1.0, "ssim_grad_scale": 0.1}
     task = FundusSR()
     task.setup({"preset": "sgd", **setting}, seed=0)
-    assert float(task.step()["total_norm"]) == pytest.approx(predicted(usual().model, setting, 1)[0], rel=1e-5)
+    assert float(task.step()["total_norm"]) == pytest.approx(norms_of(usual().model, setting, 1)[0], rel=1e-5)
 
 
 def test_an_adaptive_weight_has_the_predicted_norm() -> None:
     setting = {"ssim_loss_weight": {"adaptive": {"target_ratio": 2.0}}, "ssim_loss_max_t": 1.0}
-    prediction = usual().model.predict_setting(setting)
+    prediction = predicted(usual().model, setting)
     assert np.median(steps(setting, 4)) == pytest.approx(prediction.total_norm_median, rel=1e-5)
 
 
@@ -159,7 +159,7 @@ def test_readings_with_a_pixel_loss_beside_the_ssim() -> None:
     mixed = load_space("wide").to_yaml() | {"fixed": {"pixel_loss_weight": 300.0}, "points": []}
     found = calibrate(study(space=mixed, method="readings", grid=[1.0], batches=2))
     setting = {"ssim_loss_weight": 20.0, "ssim_grad_scale": 1.0, "ssim_loss_max_t": 1.0, "pixel_loss_weight": 900.0}
-    assert steps(setting, 2) == pytest.approx(predicted(found.model, setting, 2), rel=1e-4)
+    assert steps(setting, 2) == pytest.approx(norms_of(found.model, setting, 2), rel=1e-4)
     assert found.model.held["pixel_loss_weight"] == 300.0
 
 
@@ -179,7 +179,7 @@ def test_another_image_model_size_crop_law_and_optimiser(config: dict[str, Any])
     found = calibrate(study(batches=2, grid=[1.0], **config))
     assert found.check.relative_error < 1e-5 and found.model.method == "gram"
     setting = {"ssim_loss_weight": 40.0, "ssim_grad_scale": 0.5, "ssim_loss_max_t": 1.0, "pixel_loss_weight": 10.0}
-    assert steps(setting, 2, **config) == pytest.approx(predicted(found.model, setting, 2), rel=1e-5)
+    assert steps(setting, 2, **config) == pytest.approx(norms_of(found.model, setting, 2), rel=1e-5)
 
 
 def test_half_precision_of_the_denoiser_is_within_the_check() -> None:
@@ -435,9 +435,9 @@ def test_a_clamp_is_seen_and_its_onset_is_known() -> None:
     assert names(found) == ["inexact", "clamp"] and found.check.relative_error > 0.5  # measured 1.2
     (onset,) = found.model.clamp_gain
     free, clamped = ({"ssim_loss_max_t": 1.0, "ssim_grad_scale": 1.0, "ssim_loss_weight": onset * x} for x in (0.99, 300))
-    exact = predicted(found.model, free, 2)
+    exact = norms_of(found.model, free, 2)
     assert steps({**free, "ssim_grad_clamp": limit}, 2) == pytest.approx(exact, rel=1e-5)
-    assert steps({**clamped, "ssim_grad_clamp": limit}, 1)[0] < 0.9 * predicted(found.model, clamped, 1)[0]
+    assert steps({**clamped, "ssim_grad_clamp": limit}, 1)[0] < 0.9 * norms_of(found.model, clamped, 1)[0]
     assert found.model.predict_gain(onset * 300, 1.0).clamped and not found.model.predict_gain(onset * 0.99, 1.0).clamped
 
 

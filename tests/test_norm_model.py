@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tune_ssim.base.files import jsonable
+from tune_ssim.before_launch.forecast import predicted
 from tune_ssim.probes.norm_model import NormModel, Prediction, fit
 
 GATES, BATCHES, SIZE = (0.1, 0.3, 1.0), 12, 400
@@ -75,18 +76,23 @@ def test_an_adaptive_weight_is_solved_for_on_each_batch(pixel_weight: float, sca
     assert (gains < limit * scale).all() == (limit == 1e4)  # in the last case the limit acts on some batches
     rule = {"adaptive": {"target_ratio": 2.5, "max_weight": limit}}
     setting = {"ssim_loss_weight": rule, "ssim_grad_scale": scale, "pixel_loss_weight": pixel_weight, "ssim_loss_max_t": 0.1}
-    said = MODEL.predict_setting(setting)
+    said = predicted(MODEL, setting)
     assert said.total_norm_median == pytest.approx(np.median(np.linalg.norm(main + gains[:, None] * ssim, axis=1)), rel=1e-9)
     assert said.gain == pytest.approx(np.median(gains)) and said.active_batches == len(gains)
-    between = MODEL.predict_setting({**setting, "ssim_loss_max_t": 0.2})
-    ends = sorted([said.ratio, MODEL.predict_setting({**setting, "ssim_loss_max_t": 0.3}).ratio])
+    between = predicted(MODEL, {**setting, "ssim_loss_max_t": 0.2})
+    ends = sorted([said.ratio, predicted(MODEL, {**setting, "ssim_loss_max_t": 0.3}).ratio])
     assert ends[0] <= between.ratio <= ends[1] and between.between == (0.1, 0.3)
 
 
 def test_a_schedule_is_predicted_by_its_largest_weight() -> None:
     cosine = {"cosine": {"start": 2, "end": 20, "steps": 100}}
-    said = MODEL.predict_setting({"ssim_loss_weight": cosine, "ssim_loss_max_t": 1.0})
-    assert said == MODEL.predict_setting({"ssim_loss_weight": 20, "ssim_loss_max_t": 1.0})
+    said = predicted(MODEL, {"ssim_loss_weight": cosine, "ssim_loss_max_t": 1.0})
+    assert said == predicted(MODEL, {"ssim_loss_weight": 20, "ssim_loss_max_t": 1.0})
+
+
+def test_the_gate_of_the_pixel_loss_is_that_of_the_calibration() -> None:
+    setting = {"ssim_loss_weight": 3.0, "ssim_loss_max_t": 1.0, "pixel_loss_weight": 300.0}
+    assert predicted(MODEL, {**setting, "pixel_loss_max_t": 0.1}) == MODEL.predict_setting(setting)
 
 
 def test_only_the_product_acts() -> None:

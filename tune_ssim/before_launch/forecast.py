@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from tune_ssim.before_launch.preflight.report import Check, warn
+from tune_ssim.losses.schedules import Adaptive
 from tune_ssim.probes.norm_model import Array, NormModel, Prediction
 from tune_ssim.study.domains import Choice, Domain
 from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, TRIPLE, WARM_UP, WEIGHT, Space, Stage, gain_of
-from tune_ssim.study.weight_schedule import is_part_of_schedule, schedule_text, schedules_across
+from tune_ssim.study.weight_schedule import is_part_of_schedule, schedule_of, schedule_text, schedules_across
 
 INERT = 1e-3  # relative change of total_norm without visible effect; the notes' own gains give 1.000-1.001 (FACTS §1)
 BLIND = 10.0  # baseline over main loss: the guard's own measure of what is too much (note 000 §5.2)
@@ -90,6 +91,20 @@ def forecast_space(model: NormModel, space: Space, limit: float | None = None, m
         settings=tuple(_named(model, space, limit, max_ratio)),
         findings=tuple(_findings(model, space, scans, limit)),
     )
+
+
+def predicted(model: NormModel, setting: Mapping[str, Any]) -> Prediction:
+    """The prediction for a task's setting, as by `NormModel.predict_setting`. Of a schedule for its largest weight. The gate of the
+    pixel loss is that of the calibration, also where it is searched."""
+    setting = {name: value for name, value in setting.items() if name != "pixel_loss_max_t"}
+    schedule = schedule_of(setting.get(WEIGHT))
+    if schedule is None:
+        return model.predict_setting(setting)
+    if not isinstance(schedule, Adaptive):
+        return model.predict_setting({**setting, WEIGHT: max(schedule.weights)})
+    full = {GRAD_SCALE: 1.0, "pixel_loss_weight": 0.0, **model.held, **setting}
+    max_gain = schedule.max_weight * full[GRAD_SCALE]
+    return model.predict_adaptive(schedule.target_ratio, float(full[MAX_T]), float(full["pixel_loss_weight"]), max_gain)
 
 
 def judgement(model: NormModel, prediction: Prediction, limit: float | None, max_ratio: float | None = None) -> str:
@@ -193,7 +208,7 @@ def _predictions_of_schedules(
     """The predictions for schedules across a stage, with `count` values of a searched number; empty if its weight is a number."""
     scale = stage.fixed.get(GRAD_SCALE, model.held.get(GRAD_SCALE, 1.0))
     common = {MAX_T: max_t, GRAD_SCALE: scale, "pixel_loss_weight": pixel_weight}
-    return [model.predict_setting({**common, WEIGHT: one}) for one in schedules_across(stage.parameters, stage.fixed, count)]
+    return [predicted(model, {**common, WEIGHT: one}) for one in schedules_across(stage.parameters, stage.fixed, count)]
 
 
 def _points(domain: Domain) -> Array:
@@ -228,7 +243,7 @@ def _named(model: NormModel, space: Space, limit: float | None, max_ratio: float
         for weight in schedules_across(stage.parameters, stage.fixed, 2):
             settings[schedule_text(weight)] = {WEIGHT: weight, MAX_T: gate, GRAD_SCALE: stage.fixed.get(GRAD_SCALE, 1.0)}
     for name, setting in settings.items():
-        prediction = model.predict_setting(setting)
+        prediction = predicted(model, setting)
         yield Named(name, setting, prediction, judgement(model, prediction, limit, max_ratio))
 
 

@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tune_ssim.losses.schedules import Adaptive, Constant, read_schedule
-
 Array = NDArray[np.float64]
 
 MAIN, PIXEL, SSIM = 0, 1, 2  # rows and columns of Q
@@ -128,21 +126,15 @@ class NormModel:
         )
 
     def predict_setting(self, setting: Mapping[str, Any]) -> Prediction:
-        """The prediction for a task's setting; missing values come from `held`. Of a schedule for its largest weight.
+        """The prediction for a task's setting; missing values come from `held`.
 
         Raises ValueError if its pixel_loss_max_t differs from the calibrated one."""
         full = {"ssim_loss_weight": 0.0, "ssim_grad_scale": 1.0, "pixel_loss_weight": 0.0, **self.held, **setting}
         gate = self.held.get("pixel_loss_max_t", full.get("pixel_loss_max_t"))
         if full["pixel_loss_weight"] and gate is not None and not math.isclose(full.get("pixel_loss_max_t", gate), gate):
             raise ValueError(f"calibrated with pixel_loss_max_t={gate:g}; this setting has {full['pixel_loss_max_t']:g}")
-        max_t, pixel_weight, scale = (float(full[name]) for name in ("ssim_loss_max_t", "pixel_loss_weight", "ssim_grad_scale"))
-        if "gain" in full:
-            return self.predict_gain(float(full["gain"]), max_t, pixel_weight)
-        weight = full["ssim_loss_weight"]
-        schedule = read_schedule(weight) if isinstance(weight, Mapping) else Constant(float(weight))
-        if isinstance(schedule, Adaptive):
-            return self.predict_adaptive(schedule.target_ratio, max_t, pixel_weight, schedule.max_weight * scale)
-        return self.predict_gain(max(schedule.weights) * scale, max_t, pixel_weight)
+        gain = full["gain"] if "gain" in full else full["ssim_loss_weight"] * full["ssim_grad_scale"]
+        return self.predict_gain(float(gain), float(full["ssim_loss_max_t"]), float(full["pixel_loss_weight"]))
 
     def curve(self, gains: ArrayLike, max_t: float, pixel_weight: float = 0.0) -> dict[str, Array]:
         """The fields of a `Prediction` for many gains `[n]` at once, each `[n]`.

@@ -9,7 +9,7 @@ from typing import Any
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.numbers import is_number
-from tune_ssim.before_launch.forecast import gain_at
+from tune_ssim.before_launch.forecast import gain_at, predicted
 from tune_ssim.guards.verdict import Verdict
 from tune_ssim.probes.norm_model import NormModel, Prediction
 from tune_ssim.results.study_folder import Skipped
@@ -115,7 +115,7 @@ class GuidedSearch:
         """The first setting, and its prediction."""
         max_t, axis = next(iter(self._axes.items()))
         settings = axis.settings_at(self._first_place(axis, max_t))
-        return settings, self.model.predict_setting({**self.stage.fixed, **settings})
+        return settings, predicted(self.model, {**self.stage.fixed, **settings})
 
     # -- ask and tell
 
@@ -309,11 +309,11 @@ class GuidedSearch:
         return Axis(name, UNIT_STEP, UNIT_STEP, 0, 1, UNIT_STEP, lambda place: {**settings, name: domain.at(place)})
 
     def _ratio(self, gain: float, setting: Mapping[str, Any]) -> float:
-        return self.model.predict_setting({**setting, GAIN: gain}).ratio
+        return predicted(self.model, {**setting, GAIN: gain}).ratio
 
     def _words(self, axis: Axis, place: float) -> str:
         settings = axis.settings_at(place)
-        ratio = self.model.predict_setting({**self.stage.fixed, **settings}).ratio
+        ratio = predicted(self.model, {**self.stage.fixed, **settings}).ratio
         return f"predicted norm ratio {ratio:.3g} at gain {gain_of(settings):.3g}"
 
 

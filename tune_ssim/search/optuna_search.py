@@ -15,7 +15,7 @@ from scipy.stats import qmc
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import append_line
-from tune_ssim.before_launch.forecast import forecast_space, gain_at, skip_sentence
+from tune_ssim.before_launch.forecast import forecast_space, gain_at, predicted, skip_sentence
 from tune_ssim.guards.verdict import Verdict
 from tune_ssim.probes.norm_model import NormModel
 from tune_ssim.results.study_folder import Skipped
@@ -164,7 +164,7 @@ class OptunaSearch:
         settings = resolve_settings(sampled)
         if self.model is None or self.max_ratio is None or self.limit is None:
             return settings
-        prediction = self.model.predict_setting(settings)
+        prediction = predicted(self.model, settings)
         if prediction.clamped or not prediction.ratio > self.max_ratio:  # NaN is no evidence of harm
             return settings
         sentence = skip_sentence(prediction, self.max_ratio, self.limit)
@@ -209,7 +209,7 @@ class OptunaSearch:
         place = {name: gain_of(point) if name == GAIN else point[name] for name in stage.parameters}
         if not stage.is_relative:
             return place
-        ratio, domain = _needed(self.model, stage).predict_setting({**stage.fixed, **point}).ratio, stage.parameters[GAIN]
+        ratio, domain = predicted(_needed(self.model, stage), {**stage.fixed, **point}).ratio, stage.parameters[GAIN]
         if ratio not in domain:
             where = f"stage {stage.name!r}: the point gain {gain_of(point):g} @ {point[MAX_T]:g}"
             raise UserError(f"{where} has a predicted norm ratio of {ratio:.4g}, outside the space: {domain}")
