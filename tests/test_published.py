@@ -26,7 +26,9 @@ def test_the_health_table_is_that_of_the_last_run() -> None:
     ruined, healthy = found["ruined"], found["healthy"]
     said = f"{ruined['by name']} of {ruined['caught'] + ruined['missed']} ruined runs caught, each by a rule that names the fault"
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "measurements.md").read_text()
-    assert f"{ruined['by name']} of {ruined['caught'] + ruined['missed']}, no false alarm in {healthy['quiet']} sound ones" in readme
+    assert (
+        f"{ruined['by name']} of {ruined['caught'] + ruined['missed']}, no false alarm in {healthy['quiet']} sound ones" in readme
+    )
     assert said in page and ruined["by name"] == ruined["caught"]
     assert healthy["false alarms"] == 0 and f"no false alarm in {healthy['quiet']} sound ones" in page
 
