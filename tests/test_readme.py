@@ -1,4 +1,4 @@
-"""What the README and the pages about a study tell people to type, typed. The bundled study is run once, for real, and judged by what it must show."""
+"""What the README and the pages about a study tell people to type, typed. The bundled study is run once, for real."""
 
 from __future__ import annotations
 
