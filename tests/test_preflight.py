@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import effect_defects  # noqa: F401  (adds to DEFECTS)
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.preflight import (
+    flow,
     images,
     launch,
     learning,
@@ -28,9 +30,12 @@ from tune_ssim.before_launch.preflight import (
     preflight_task,
     rules,
     run_preflight,
+    sampling,
     settings_of,
     step_rules,
     steps,
+    targets,
+    updates,
 )
 from tune_ssim.before_launch.preflight.plain import Setting, cosine, expected, plain_ssim
 from tune_ssim.before_launch.preflight.report import Check, Report, unknown
@@ -255,6 +260,31 @@ def learning_steps(found: Case) -> Iterator[Check]:
     return learning.check_learning(subject_of(found), found.baseline, SmokeTest())
 
 
+def inference(found: Case) -> Iterator[Check]:
+    task = made(found)
+    return sampling.check_sampling(task, task.sample(0))
+
+
+def draws(found: Case) -> Iterator[Check]:
+    task = made(found)
+    return images.check_draws(task, images.look(task))
+
+
+def predictions(found: Case) -> Iterator[Check]:
+    task = made(found)
+    yield from flow.check_prediction(task)
+    yield from flow.check_time(task)
+
+
+def target_images(found: Case) -> Iterator[Check]:
+    task = made(found)
+    return targets.check_targets(task, images.look(task))
+
+
+def first_updates(found: Case) -> Iterator[Check]:
+    return updates.check_updates(subject_of(found), found.baseline)
+
+
 def gates(found: Case) -> Iterator[Check]:
     task = made(found)
     return launch.check_gates(task, None, found.settings, found.steps, [NormRatio()])
@@ -277,6 +307,14 @@ FAULTS: list[tuple[Callable[[Case], Iterator[Check]], list[str]]] = [
     ),
     (learning_steps, ["the autoencoder is trained", "part of the denoiser is frozen"]),
     (gates, ["max_t so small that no step is active"]),
+    (inference, ["inference returns the truth", "inference draws new noise every time"]),
+    (draws, ["every step has the same noise and t", "the loader is not seeded"]),
+    (predictions, ["z0 has the wrong sign of the velocity", "the network is told always 0.5"]),
+    (target_images, ["the targets are 1 pixels beside the crop", "the targets are blurred"]),
+    (
+        first_updates,
+        ["inference uses a stale copy of the weights", "the gradient is ascended", "the gradients are one step old"],
+    ),
 ]
 
 

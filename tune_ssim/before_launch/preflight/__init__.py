@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tune_ssim.before_launch.preflight import images, launch, learning, networks
+from tune_ssim.before_launch.preflight import flow, images, launch, learning, networks, sampling, targets, updates
 from tune_ssim.before_launch.preflight import steps as readings
 from tune_ssim.before_launch.preflight.launch import settings_of
 from tune_ssim.before_launch.preflight.report import Check, Report, unknown
@@ -79,6 +79,7 @@ def _checks(
     yield from guarded("parameter", lambda: readings.check_parameters(readings.Probe(subject, baseline, settings)))
     yield from guarded("parameter/searched", lambda: launch.check_settings(subject, baseline, settings))
     yield from guarded("seeds", lambda: launch.check_seeds(subject, baseline))
+    yield from guarded("update", lambda: updates.check_updates(subject, baseline))
     yield from guarded("trained", lambda: learning.check_learning(subject, baseline, smoke_test))
     yield from guarded("baseline/norm", lambda: launch.check_baseline(subject, baseline, limit))
 
@@ -96,7 +97,12 @@ def _start(
     else:
         yield from guarded("smoke", lambda: networks.check_samples(task, smoke_test, sample))
     yield from guarded("frozen/decoder", lambda: learning.check_decoder(task))
+    yield from guarded("data/steps", lambda: images.check_draws(task, seen))
+    yield from guarded("flow/z0", lambda: flow.check_prediction(task))
+    yield from guarded("flow/time", lambda: flow.check_time(task))
     yield from guarded("data/pairs", lambda: images.check_pairs(sample, seen))
+    yield from guarded("targets/shift", lambda: targets.check_targets(task, seen))
+    yield from guarded("sampling", lambda: sampling.check_sampling(task, sample))
     yield from guarded("data/files", lambda: images.check_data(task))
     yield from guarded("data/training_images", lambda: images.check_training_images(task, steps, sample, seen))
     yield from guarded("loss/main", lambda: images.check_losses(seen))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from tune_ssim.before_launch.preflight.subject import Unavailable, call
 from tune_ssim.trials.training import Forward, Sample
 
 SAMPLES = 64  # training samples whose predictions are checked
+MIN_FORWARDS = 4  # steps whose random numbers are compared with each other
+ROUND_TRIPS = 16  # clean latents that are decoded
 MAX_FORWARDS = 32  # forward passes for these samples
 LOW_T = 0.3  # up to this t the predicted clean image is close to the true one whatever the network predicts
 SCALES = (0.5, 2.0)  # scales of the latents that a wrong scaling factor may cause
@@ -41,15 +44,20 @@ class Seen:
     all_targets: Tensor  # of all samples
     batch_size: int
     eligible: float  # share of the samples that are generation targets
+    round_trip: Tensor | None  # the first clean latents decoded, in [0, 1]; None if the task does not show them
+    again: tuple[str, ...]  # what differs when the forward pass of one step is repeated
+    shared: tuple[str, ...]  # what two steps have in common that each step should draw anew
 
 
 def look(task: Any) -> Seen:
-    main, trivial, times, targets, everything = [], [], [], [], []
+    main, trivial, times, targets, everything, round_trips = [], [], [], [], [], []
+    draws: list[dict[str, Tensor]] = []
     decoded: dict[float, list[Tensor]] = {scale: [] for scale in (1.0, *SCALES)}
     batch_size = samples = 0
     with torch.no_grad():
         for n in range(1, MAX_FORWARDS + 1):
             forward: Forward = call(task, "forward", n)
+            draws.append(_draws(forward) if len(draws) < MIN_FORWARDS else {})
             t, is_target = forward.t.cpu(), torch.ones(len(forward.t), dtype=torch.bool)
             if forward.is_target is not None:
                 is_target = forward.is_target.cpu()
@@ -63,9 +71,12 @@ def look(task: Any) -> Seen:
                 for scale, images in decoded.items():
                     images.append(unit(forward.decode(scale * forward.z0[low]).float(), forward.loss.image_range).cpu())
                 targets.append(everything[-1][low])
+            if forward.clean is not None and sum(len(images) for images in round_trips) < ROUND_TRIPS:
+                round_trips.append(unit(forward.decode(forward.clean).float(), forward.loss.image_range).cpu())
             batch_size, samples = len(t), samples + len(t)
-            if samples >= SAMPLES:
+            if samples >= SAMPLES and n >= MIN_FORWARDS:
                 break
+        again = _draws(call(task, "forward", 1))
     empty = everything[0][:0]
     return Seen(
         main=sum(main) / len(main),
@@ -77,7 +88,34 @@ def look(task: Any) -> Seen:
         all_targets=torch.cat(everything),
         batch_size=batch_size,
         eligible=len(torch.cat(times)) / samples,
+        round_trip=torch.cat(round_trips) if round_trips else None,
+        again=tuple(name for name, value in again.items() if not _same(value, draws[0][name])),
+        shared=tuple(name for name in again if any(_same(a[name], b[name]) for a, b in combinations(draws[:MIN_FORWARDS], 2))),
     )
+
+
+def _draws(forward: Forward) -> dict[str, Tensor]:
+    """What a step draws at random, by name."""
+    found = {"images": forward.targets, "t": forward.t}
+    if forward.clean is not None and forward.velocity_target is not None:
+        found["noise"] = forward.velocity_target + forward.clean
+    elif forward.velocity_target is not None:
+        found["noise and images"] = forward.velocity_target
+    return {name: value.detach().float().cpu() for name, value in found.items()}
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether two draws are equal but for rounding, which depends on the device."""
+    return x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-3)
+
+
+def check_draws(task: Any, seen: Seen | None) -> Iterator[Check]:
+    """Checks that a step draws the same numbers each time, and others than another step."""
+    if seen is not None:
+        yield rules.draws(seen.again, seen.shared)
+        return
+    first, again, second = (call(task, "training_images", n) for n in (1, 1, 2))
+    yield rules.draws([] if _same(first, again) else ["images"], ["images"] if _same(first, second) else [])
 
 
 def check_losses(seen: Seen | None) -> Iterator[Check]:
@@ -173,6 +211,8 @@ def _mappings(x: Tensor, y: Tensor) -> tuple[float, dict[str, float]]:
         "half": y * 0.5 + 0.5,
         "double": (2 * y - 1).clamp(0, 1),
         "inverted": 1 - y,
+        "linear": y.clamp(min=0) ** 2.2,
+        "encoded": y.clamp(min=0) ** (1 / 2.2),
         "channels": y.flip(1),
         "mirrored": y.flip(3),
         "upside_down": y.flip(2),

@@ -1,0 +1,79 @@
+"""Checks of the first updates: they descend, with the gradient of their own step, and samples follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tune_ssim.before_launch.preflight import rules, step_rules
+from tune_ssim.before_launch.preflight.plain import cosine, norm
+from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.sampling import follows_weights
+from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers
+from tune_ssim.records import TOTAL_NORM
+from tune_ssim.trials.training import Sample
+
+MAX_STEPS = 25  # a GradScaler or a warm-up may leave the first steps without an update
+WEIGHTS = ("ssim_loss_weight", "pixel_loss_weight")
+
+Vector = Sequence[Tensor]
+
+
+def check_updates(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
+    """Follows the main loss alone to its second update."""
+    known = call(subject.make(base), "effective")
+    task = subject.make({**base, **{name: 0.0 for name in WEIGHTS if name in known}})
+    if not task.abilities().trainable_parameters:
+        raise Unavailable("the task has no trainable_parameters()")
+    parameters = [p for p in call(task, "trainable_parameters") if p.requires_grad]
+    start: Sample = call(task, "sample", 0)
+    if task.abilities().forward:
+        yield from _check_gradients(task, parameters)
+    yield rules.samples_follow(follows_weights(task, parameters, start))
+
+
+def _check_gradients(task: Any, parameters: list[torch.nn.Parameter]) -> Iterator[Check]:
+    gradients: list[Vector] = []
+    moves: list[Vector] = []
+    recorded: list[float | None] = []
+    for n in range(1, MAX_STEPS + 1):
+        found = torch.autograd.grad(call(task, "forward", n).main, parameters, allow_unused=True)
+        before = [p.detach().clone() for p in parameters]
+        recorded.append(numbers(call(task, "step")).get(TOTAL_NORM))
+        move = [p.detach() - old for p, old in zip(parameters, before, strict=True)]
+        if norm(move) > 0:
+            gradients.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)])
+            moves.append(move)
+        if len(moves) == 2:
+            break
+    else:
+        raise Unavailable(f"fewer than two of the first {MAX_STEPS} steps change the weights")
+    descent = step_rules.descent(-cosine(moves[0], gradients[0]))
+    yield descent
+    if descent.status != "ok":
+        return
+    first, second = gradients
+    move = moves[1]
+    both = norm([a + b for a, b in zip(first, second, strict=True)])
+    span = [first, _without(moves[0], [first])]
+    own, left = _without(second, span), _without(move, span)
+    yield step_rules.freshness(
+        share=norm(left) / norm(move),
+        cosine=-cosine(left, own),
+        total_norm=recorded[-1],
+        expected=norm(second),
+        accumulated=both,
+    )
+
+
+def _without(vector: Vector, span: Sequence[Vector]) -> Vector:
+    """The vector without its part in the span of orthogonal vectors."""
+    for other in span:
+        size = sum((b.double().square().sum().item() for b in other), 0.0)
+        product = sum(((a.double() * b.double()).sum().item() for a, b in zip(vector, other, strict=True)), 0.0)
+        if size > 0:
+            vector = [a.double() - product / size * b.double() for a, b in zip(vector, other, strict=True)]
+    return vector
