@@ -50,7 +50,8 @@ class Seen:
 
 
 def look(task: Any) -> Seen:
-    main, trivial, times, targets, everything, round_trips = [], [], [], [], [], []
+    main, trivial, times, targets, everything = [], [], [], [], []
+    round_trips: list[Tensor] = []
     draws: list[dict[str, Tensor]] = []
     decoded: dict[float, list[Tensor]] = {scale: [] for scale in (1.0, *SCALES)}
     batch_size = samples = 0

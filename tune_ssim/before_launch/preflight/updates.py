@@ -56,12 +56,12 @@ def _check_gradients(task: Any, parameters: list[torch.nn.Parameter]) -> Iterato
     if descent.status != "ok":
         return
     first, second = gradients
-    move = moves[1]
+    last = moves[1]
     both = norm([a + b for a, b in zip(first, second, strict=True)])
-    span = [first, _without(moves[0], [first])]
-    own, left = _without(second, span), _without(move, span)
+    span: list[Vector] = [first, _without(moves[0], [first])]
+    own, left = _without(second, span), _without(last, span)
     yield step_rules.freshness(
-        share=norm(left) / norm(move),
+        share=norm(left) / norm(last),
         cosine=-cosine(left, own),
         total_norm=recorded[-1],
         expected=norm(second),
