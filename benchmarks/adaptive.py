@@ -127,6 +127,29 @@ def row(name: str, setting: dict[str, Any], runs: dict[int, Any], reference: dic
     }  # fmt: skip
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows of docs/spaces.md: adaptive beside constant, for each regime, crop and target."""
+    by_key = {(one["regime"], one["crop"], one["setting"]): one for one in rows}
+    lines = []
+    for regime, crop, setting in by_key:
+        kind, _, target = setting.partition(" ")
+        if kind != "constant":
+            continue
+        pair = [
+            by_key[regime, crop, f"{name} {target}"]
+            for name in ("constant", "adaptive")
+            if (regime, crop, f"{name} {target}") in by_key
+        ]
+        cells = [
+            " → ".join(f"{mean(one[metric].values()):{form}}" for one in pair)
+            for metric, form in (("delta_ssim", "+.4f"), ("delta_psnr", "+.2f"))
+        ]
+        cells.append(" → ".join(f"{mean(one['norm_ratio']):.1f}" for one in pair))
+        cells.append(" → ".join(f"{mean(one['weight_last']):.0f}" for one in pair))
+        lines.append(f"| {regime}, {crop} | {target} | {' | '.join(cells)} |")
+    return lines
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     shown = Table(title="adaptive and constant weights")
     columns = (

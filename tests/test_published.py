@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 health = import_module("health")
+adaptive = import_module("adaptive")
 
 
 def results(name: str) -> dict[str, Any]:
@@ -40,3 +41,11 @@ def test_the_rules_that_are_credited_are_there() -> None:
         rules = {rule.name.rpartition("/")[2] for rule in load_rules(case.system, health.OPTIONS[case.system]).rules}
         known = rules | {rule.partition(":")[0] for rule in rules} | {"non_finite", "refused"}
         assert set(case.known_by) <= known, name
+
+
+def test_the_table_of_the_adaptive_weight_is_that_of_the_last_run() -> None:
+    rows = results("adaptive")["rows"]
+    page = (ROOT / "docs" / "spaces.md").read_text().splitlines()
+    lines = adaptive.markdown(rows)
+    assert lines and [line for line in lines if line not in page] == []
+    assert sum(one["ruined"] + one["collapsed"] for one in rows) == 0 and "no run was ruined or collapsed" in "\n".join(page)
