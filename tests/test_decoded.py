@@ -403,7 +403,7 @@ def test_without_a_gradient_of_its_own_the_adaptive_weight_is_its_limit():
     saturated = loss(z0, t, targets, lambda z: Decoder()(z) + 100, step=1, main=z0.mean(), parameters=[z0])
     assert saturated.metrics()["ssim_loss_weight"] == 1e4 and norm_of(saturated.total, z0) == 0
     broken = loss(z0, t, targets, lambda z: Decoder()(z) * math.nan, step=1, main=z0.mean(), parameters=[z0])
-    assert math.isnan(broken.total)  # reported, not hidden
+    assert math.isnan(broken.total.item())  # reported, not hidden
 
 
 def test_a_schedule_gives_the_weight_of_the_step():
@@ -412,6 +412,8 @@ def test_a_schedule_gives_the_weight_of_the_step():
     first, later = (loss(z0, t, targets, Decoder(), step=step) for step in (1, 40))
     assert (first.metrics()["ssim_loss_weight"], later.metrics()["ssim_loss_weight"]) == (2, 8)
     torch.testing.assert_close(4 * first.total, later.total)
+    off = DecodedLoss(0.0, 0.3, ssim_warmup_steps=9)(z0, t, targets, None)  # nothing to warm up, so no step is needed
+    assert off.total == 0
     ended = DecodedLoss({"linear": {"start": 1, "end": 0, "steps": 2}}, 0.3)(z0, t, targets, None, step=2)
     assert ended.total == 0 and ended.ssim_active_count == 0
 

@@ -80,15 +80,19 @@ def test_decoder_is_frozen_and_denoiser_gets_the_ssim_gradient() -> None:
     assert any(not torch.equal(a.grad, b.grad) for a, b in zip(task.model.parameters(), plain.model.parameters(), strict=True))
 
 
-def test_a_saved_task_goes_on_to_the_bit(tmp_path: Path) -> None:
-    straight = made(preset="adamw_clip", **SSIM)
+ADAPTIVE = {"ssim_loss_weight": {"adaptive": {"target_ratio": 1.0}}, "ssim_loss_max_t": 0.3, "ssim_warmup_steps": 5, "crop": 32}
+
+
+@pytest.mark.parametrize("setting", [SSIM, ADAPTIVE])
+def test_a_saved_task_goes_on_to_the_bit(setting: dict[str, object], tmp_path: Path) -> None:
+    straight = made(preset="adamw_clip", **setting)
     for _ in range(6):
         last = straight.step()
-    first = made(preset="adamw_clip", **SSIM)
+    first = made(preset="adamw_clip", **setting)
     for _ in range(3):
         first.step()
     save_checkpoint(tmp_path / "c", first.state_dict())
-    second = made(preset="adamw_clip", **SSIM)
+    second = made(preset="adamw_clip", **setting)
     second.load_state_dict(load_checkpoint(tmp_path / "c"))
     for _ in range(3):
         resumed = second.step()

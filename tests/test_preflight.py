@@ -358,6 +358,21 @@ def test_schedules_and_a_warm_up_are_checked_by_their_effect(task: type, status:
     assert found == {f"parameter/{name}": status for name in names}
 
 
+def test_every_further_dimension_of_a_space_reaches_the_loss() -> None:
+    """The lines of docs/spaces.md."""
+    lines = {
+        "pixel_loss_weight": {"choice": [0, 0.05]},
+        "pixel_loss_max_t": {"choice": [0.1, 0.3]},
+        "ssim_warmup_steps": {"choice": [0, 50]},
+        "ssim_grad_clamp": {"log_uniform": [1e-6, 1e-3]},
+    }
+    space = load_space({"name": "s", "parameters": {"gain": {"log_uniform": [1, 30]}, "lr": {"choice": [1e-3, 1e-2]}, **lines}})
+    probe = steps.Probe(subject_of(Case()), BASELINE, settings_of(space))
+    found = {check.name: check.status for check in steps.check_parameters(probe)}
+    assert {name: found[f"parameter/{name}"] for name in lines} == dict.fromkeys(lines, "ok")
+    assert bad(launch.check_settings(subject_of(Case()), BASELINE, settings_of(space))) == []  # the learning rate
+
+
 def test_every_defect_that_the_issue_lists_is_in_the_matrix() -> None:
     assert sum(listed for listed, _ in DEFECTS.values()) >= 12 and len(DEFECTS) >= 80
     assert {name for _, names in FAULTS for name in names} <= DEFECTS.keys()

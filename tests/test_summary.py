@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from small_studies import SETTING, trial
@@ -28,16 +29,21 @@ def test_what_the_first_version_wrote_is_filled_in() -> None:
     assert math.isnan(old.metric("ssim"))
 
 
+def adaptive(ratio: float) -> dict[str, Any]:
+    return {"ssim_loss_weight": {"adaptive": {"target_ratio": ratio}}}
+
+
 @pytest.mark.parametrize(
     ("one", "other", "alike"),
     [
         ({"ssim_loss_weight": 30.0}, {"ssim_loss_weight": 300.0, "ssim_grad_scale": 0.1}, True),
         ({"seed": 1}, {"seed": 2, "gain": 30.0}, True),
         ({"lr": 0.1}, {"lr": 0.2}, False),
-        ({"ssim_loss_max_t": 0.3}, {"ssim_loss_max_t": 0.2}, False),
+        (adaptive(2), adaptive(2), True),
+        (adaptive(2), adaptive(3), False),
     ],
 )
-def test_settings_that_train_alike(one: dict[str, float], other: dict[str, float], alike: bool) -> None:
+def test_settings_that_train_alike(one: dict[str, Any], other: dict[str, Any], alike: bool) -> None:
     assert (trial("a", config=one).setting_key == trial("b", config=other).setting_key) is alike
 
 

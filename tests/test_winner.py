@@ -16,6 +16,7 @@ from small_studies import SETTING, USUAL, baseline, study, trial
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.results.export import experiment_name, exported_config, format_export
+from tune_ssim.results.verification import file_differences
 from tune_ssim.results.winner import NoSafeTrial, best_safe
 
 
@@ -119,6 +120,22 @@ def test_exported_config(tmp_path: Path) -> None:
     assert proof["confirmed"] is True and proof["unproven"] == []
     assert proof["comparison"]["delta_ssim"]["by_seed"] == {"2": 0.002, "3": 0.003}
     assert proof["provenance"] == {"code/a.py": "0123"} and proof["setting"] == exported["config"]
+
+
+ADAPTIVE = {"ssim_loss_weight": {"adaptive": {"target_ratio": 1.5}}}
+
+
+def test_a_schedule_is_exported_confirmed_and_sealed(tmp_path: Path) -> None:
+    one, other = trial("a", config=ADAPTIVE), trial("b", config={"ssim_loss_weight": {"adaptive": {"target_ratio": 2.0}}})
+    confirmed = [trial(f"confirm-{seed}", role="confirm", seed=seed, delta_ssim=0.3, config=ADAPTIVE) for seed in (2, 3)]
+    folder = study(tmp_path, baseline(), one, other, *confirmed)
+    exported = exported_config(best_safe(folder), folder)
+    assert exported["trial_id"] == "a" and exported["gain"] is None and exported["config"] == {**SETTING, **ADAPTIVE}
+    edited = json.loads(json.dumps(exported))
+    edited["config"]["ssim_loss_weight"]["adaptive"]["target_ratio"] = 3.0
+    assert file_differences(exported) == [] and "ssim_loss_weight" in file_differences(edited)[0]
+    (text,) = sourced(format_export(exported, "env"), ["SSIM_LOSS_WEIGHT"])
+    assert json.loads(text) == ADAPTIVE["ssim_loss_weight"]
 
 
 def test_settings_are_what_a_script_must_be_given() -> None:

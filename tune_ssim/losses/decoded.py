@@ -252,7 +252,7 @@ class DecodedLoss:
     def _weight_at(self, step: int | None) -> float:
         """The weight at this step; of an adaptive one the share that the warm-up leaves of it."""
         weight = self._weight
-        if not self._varies:
+        if weight == 0 or not self._varies:
             return weight  # type: ignore[return-value]
         if step is None:
             raise ValueError("DecodedLoss: ssim_loss_weight changes from step to step; pass step=, the number of the training step")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from tune_ssim.base.files import jsonable
 from tune_ssim.guards.verdict import Role
 from tune_ssim.results.proof import proof_of, seals
 from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.study.space import WEIGHT
 from tune_ssim.trials.summary import TrialSummary
 from tune_ssim.version import __version__
 
@@ -42,7 +44,7 @@ def exported_config(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any
             "trial_id": summary.trial_id,
             "exp_name": experiment_name(summary, folder.name),
             "config": summary.settings,
-            "gain": summary.gain,
+            "gain": None if math.isnan(summary.gain) else summary.gain,  # of an adaptive weight there is none
             "verdict": summary.verdict.value,
             "horizon": summary.horizon,
             "reason": summary.reason,
@@ -108,7 +110,10 @@ def _arguments(config: Mapping[str, Any]) -> str:
 
 
 def _argument(key: str, value: Any) -> str:
-    """One value as text. Raises UserError for lists and mappings, which have no standard form."""
+    """One value as text; a schedule of the weight as JSON. Raises UserError for lists and other mappings, which have no standard
+    form."""
+    if key == WEIGHT and isinstance(value, Mapping):
+        return json.dumps(value)
     if isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, str):
