@@ -65,6 +65,7 @@ def test_every_command_of_the_readme_is_known_here() -> None:
     verbs = {words[1] for line in LINES if (words := shlex.split(line))[0].endswith("tune-ssim")}
     assert verbs == {
         "trials",
+        "report",
         "export",
         "verify",
         "preflight",
@@ -177,7 +178,7 @@ def test_the_ui_prints_a_link_that_answers_on_loopback(study: Path) -> None:
         assert server.wait(30) == 0
 
 
-OTHERS = r"tune-ssim (trials|spaces|preflight|calibrate|quarantine|run .*--dry-run)"
+OTHERS = r"tune-ssim (trials|report|spaces|preflight|calibrate|quarantine|run .*--dry-run)"
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if re.search(OTHERS, line)])

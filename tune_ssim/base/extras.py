@@ -15,6 +15,7 @@ EXTRA_OF = {
     "pyarrow": ("PyArrow", "ray"),
     "mlflow": ("MLflow", "mlflow"),
     "matplotlib": ("Matplotlib", "pictures"),
+    "jinja2": ("Jinja2", "pictures"),
     "skimage": ("scikit-image", "fundus"),
     "diffusers": ("diffusers", "diffusers"),
     "lightning": ("Lightning", "lightning"),

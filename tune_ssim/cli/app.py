@@ -28,7 +28,7 @@ from tune_ssim.cli.log_verbs import check
 from tune_ssim.cli.observe_verbs import observe
 from tune_ssim.cli.options import Verbs
 from tune_ssim.cli.quarantine_verbs import quarantine
-from tune_ssim.cli.study_verbs import export, mirror, run, trials, ui, verify
+from tune_ssim.cli.study_verbs import export, mirror, report, run, trials, ui, verify
 from tune_ssim.version import __version__
 
 EPILOG = f"""\b
@@ -56,7 +56,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for verb in (run, preflight, calibrate, recommend, trials, export, check, observe, verify, ui, spaces, mirror, quarantine):
+for verb in (run, preflight, calibrate, recommend, trials, report, export, check, observe, verify, ui, spaces, mirror, quarantine):
     cli.add_command(verb)
 
 

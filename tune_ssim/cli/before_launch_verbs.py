@@ -88,20 +88,15 @@ def recommend(chosen: ChosenStudy, as_json: bool) -> None:
     twice the baseline's. STUDY as for `run`.
     """
     from tune_ssim.base.errors import UserError
-    from tune_ssim.probes.norm_model import NormModel
+    from tune_ssim.orchestration.before_launch import recommended
     from tune_ssim.results.trial_text import format_setting
-    from tune_ssim.search.guided import GuidedSearch
 
     study = chosen.load()
     if study.strategy != "guided":
         raise UserError(
             f"{study.name}: a recommendation needs calibration, a space of one stage with a `gain`, and search.strategy: guided"
         )
-    calibration = _inspect(study, chosen, "calibration")
-    model = NormModel.from_dict(calibration["model"])
-    stage = study.space.stages[0]
-    search = GuidedSearch(stage, model, start=study.baseline_settings, max_ratio=calibration["skip_above"])
-    settings, prediction = search.start
+    settings, prediction = recommended(study, _inspect(study, chosen, "calibration"))
     if as_json:
         print_json({"study": study.name, "settings": settings, "prediction": asdict(prediction), "proven": False})
     else:

@@ -185,6 +185,28 @@ def export(name: str | None, form: str, output: str | None, trial_id: str | None
 
 
 @click.command()
+@click.argument("name", required=False)
+@click.option("-o", "--output", metavar="FILE", help="Write to this file.  [default: report.html in the study's folder]")
+@click.option("--follow", is_flag=True, help="Write it again every few seconds until the study ends; the page reloads itself.")
+@storage_option
+def report(name: str | None, output: str | None, follow: bool, storage: Path) -> None:
+    """Write a study as one HTML page: the setting to use, its proof, every trial, samples.
+
+    The page needs no network and no server. It is also made at the end of every `run`, and logged to MLflow.
+    """
+    from tune_ssim.base.extras import require
+    from tune_ssim.report.study_page import follow_study, write_page
+    from tune_ssim.results.study_folder import find_study
+
+    for library in ("jinja2", "matplotlib", "PIL"):
+        require(library)
+    target, folder = output_file(output), find_study(storage, name)
+    path = follow_study(folder, target) if follow else write_page(folder, target)
+    click.echo(f"wrote {path}")
+    suggest_next("export", folder.name, why="writes the best safe setting")
+
+
+@click.command()
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--address", help="A running Ray cluster (`auto`, HOST:PORT).  [default: a local one]")
 @click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ from tune_ssim.base.errors import BadSetup
 from tune_ssim.base.files import jsonable, parse_json, write_atomically
 from tune_ssim.before_launch.command.kept_starts import starts_file
 from tune_ssim.before_launch.inspection import bad_lines, calibration_lines, preflight_lines
-from tune_ssim.probes.norm_model import NormModel
+from tune_ssim.probes.norm_model import NormModel, Prediction
 from tune_ssim.report.heat_map import draw_heat_map
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.study_folder import CALIBRATION, PREFLIGHT, PROVENANCE, START, StartingState, StudyFolder
+from tune_ssim.search.guided import GuidedSearch
 from tune_ssim.trials.quarantine import Ledger
 
 if TYPE_CHECKING:
@@ -63,6 +65,12 @@ def norm_model(folder: StudyFolder) -> tuple[NormModel | None, float | None, flo
     """(model, the norm guard's limit, the predicted ratio above which no setting is launched) of a calibrated study."""
     found = parse_json(folder.path / CALIBRATION, lambda c: (NormModel.from_dict(c["model"]), c["limit"], c["skip_above"]))
     return found or (None, None, None)
+
+
+def recommended(study: Study, calibration: Mapping[str, Any]) -> tuple[dict[str, Any], Prediction]:
+    """The setting from which a guided search starts, and its prediction. calibration: of `Calibration.to_dict()`."""
+    model = NormModel.from_dict(calibration["model"])
+    return GuidedSearch(study.space.stages[0], model, start=study.baseline_settings, max_ratio=calibration["skip_above"]).start
 
 
 def write_json(path: Path, value: Any) -> None:

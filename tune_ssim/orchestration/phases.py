@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 
 from tune_ssim.base.errors import BadSetup, StudyInterrupted, UserError
+from tune_ssim.base.extras import is_installed
 from tune_ssim.base.files import check_name, write_atomically
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.guards.baseline_log import baseline_of_log, describe, require_steps
@@ -20,6 +21,7 @@ from tune_ssim.orchestration.in_process import InProcessExecutor
 from tune_ssim.orchestration.progress import NoProgress, Progress
 from tune_ssim.orchestration.recorder import StudyRecorder
 from tune_ssim.report.pareto_picture import draw_front
+from tune_ssim.report.study_page import PAGE, write_page
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.intervals import MIN_RUNS
 from tune_ssim.results.pareto import pareto_front
@@ -108,6 +110,7 @@ def _run_in(
                 for path in sorted((folder.path / "baseline").glob("*.json")):
                     run.writer.file(f"baseline/{path.name}", "baseline")
                 run.writer.study_ended(problem or "done")
+                run.write_report()
             if mirror is not None:
                 _drain(mirror, folder, progress)
 
@@ -178,6 +181,17 @@ class StudyRun:
             self.progress.say(f"the search ended early: {search.end_reason}")
         self._draw_front()
         return search.failure
+
+    def write_report(self) -> None:
+        """Also of a study that was stopped, if a trial has ended."""
+        if not all(map(is_installed, ("jinja2", "matplotlib", "PIL"))) or not self.folder.trials():
+            return
+        try:
+            write_page(self.folder)
+        except Exception as error:  # the study is done, and its result does not depend on a page about it
+            self.progress.say(f"{PAGE} was not written: {error}; `tune-ssim report {self.folder.name}` tries again")
+        else:
+            self.writer.file(PAGE)
 
     def _draw_front(self) -> None:
         trials, objective = self.folder.trials(), self.study.objective

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tune_ssim.base.files import number
 from tune_ssim.before_launch.forecast import LANDMARKS, NOTES, gains_of, inert_below
+from tune_ssim.guards.verdict import Verdict
 from tune_ssim.probes.norm_model import Array, NormModel
 from tune_ssim.study.space import Space
 
@@ -21,11 +22,23 @@ COLUMNS, ROWS = 360, 120
 MAX_COLOUR = 100.0  # larger ratios get the last colour
 COLOUR_STOPS = [(0.0, "#f4f6f8"), (0.06, "#e3eedd"), (0.25, "#f7e3a1"), (0.5, "#f0994d"), (0.75, "#b5343c"), (1.0, "#3d1028")]
 INK, LIMIT = "#1d2733", "#8e1024"
+# verdict → marker, colour
+TRIAL_MARKS = {
+    Verdict.SAFE: ("o", "#1a7f37"),
+    Verdict.DEGRADED: ("v", "#b07d12"),
+    Verdict.STOPPED: ("s", "#51606f"),
+    Verdict.PRUNED: ("X", "#8e1024"),
+}
 STAGE_COLOURS = ["#a9cbea", "#7fb0dd", "#4f8cc4", "#2a67a3", "#123f70"]  # later stages are darker
 
 
-def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "") -> bytes:
-    """PNG of `Calibration.to_dict()`, also after a JSON round trip. `study`: its name, for the title."""
+def draw_heat_map(
+    calibration: Mapping[str, Any], space: Space, study: str = "", trials: Sequence[tuple[Verdict, float, float]] = ()
+) -> bytes:
+    """PNG of `Calibration.to_dict()`, also after a JSON round trip.
+
+    `study`: its name, for the title. trials: verdict, gain and max_t of those to be drawn, in place of the settings that the
+    calibration names."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
 
@@ -53,7 +66,10 @@ def draw_heat_map(calibration: Mapping[str, Any], space: Space, study: str = "")
     _draw_contours(axes, gains, gates, ratios, limit, max_ratio)
     _draw_inert_zone(axes, model, gains, gates, pixel_weight)
     _draw_space(axes, space, segments)
-    _draw_settings(axes, calibration["settings"])
+    if trials:
+        _draw_trials(axes, trials)
+    else:
+        _draw_settings(axes, calibration["settings"])
 
     axes.set(xscale="log", yscale="log", xlim=(gains[0], gains[-1]), ylim=(gates[0], gates[-1]))
     axes.set_xlabel("gain = ssim_loss_weight · ssim_grad_scale", color=INK)
@@ -156,6 +172,15 @@ def _draw_space(axes: Axes, space: Space, segments: list[tuple[str, float, Array
                 ends, height = [gains[0], gains[-1]], [gate * shift] * 2
                 axes.plot(ends, height, "|-", color=colour, lw=2.2, ms=8, mew=2, solid_capstyle="butt", label=words)
                 words = "_"  # one legend entry per stage
+
+
+def _draw_trials(axes: Axes, trials: Sequence[tuple[Verdict, float, float]]) -> None:
+    for verdict, (marker, colour) in TRIAL_MARKS.items():
+        gains = [gain for found, gain, _ in trials if found is verdict]
+        gates = [max_t for found, _, max_t in trials if found is verdict]
+        if gains:
+            look: dict[str, Any] = {"marker": marker, "c": colour, "edgecolors": "white", "linewidths": 0.9}
+            axes.scatter(gains, gates, s=64, zorder=6, label=verdict, **look)
 
 
 def _draw_settings(axes: Axes, settings: list[Mapping[str, Any]]) -> None:
