@@ -23,6 +23,7 @@ from PIL import Image
 from tune_ssim.results.events import EventWriter, gain, numbers_of
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.study import load_study
+from tune_ssim.tracking.leaderboard import plain
 from tune_ssim.tracking.mirror import (
     MLflowMirror,
     default_uri,
@@ -225,6 +226,41 @@ def test_the_pareto_front_is_tagged(tmp_path: Path, database: str) -> None:
     assert [runs[f"t{n}"].data.tags["pareto"] for n in range(3)] == ["front", "front", "dominated"]
     assert runs["t1"].data.metrics["delta_psnr"] == 0.4
     assert "| ΔSSIM | ΔPSNR |" in runs[""].data.tags["mlflow.note.content"]
+
+
+def test_the_parent_run_has_the_result_and_one_run_is_the_champion(tmp_path: Path, database: str) -> None:
+    folder = StudyFolder(tmp_path / "summarised")
+    write_several_objectives(folder)
+
+    def mirrored() -> dict[str, Any]:
+        replay = Replay(folder, database, "tune_ssim")
+        while replay.push_chunk():
+            pass
+        return runs_of(database, folder)
+
+    runs = mirrored()
+    assert runs[""].data.params["ssim_loss_weight"] == plain(CONFIG["ssim_loss_weight"]) and "gain" in runs[""].data.params
+    assert runs[""].data.metrics == {"trials/safe": 3.0, "delta_ssim": 0.008, "delta_psnr": 0.1}
+    assert [name for name, run in runs.items() if run.data.tags.get("champion") == "true"] == ["t0"]
+
+    events = EventWriter(folder)  # resumed, with a better setting that its confirmation then holds
+    events.study_started(folder.name, "0" * 64)
+    better = summary("t3", config={**CONFIG, "lr": 3}, metrics={"delta_ssim": 0.01, "delta_psnr": 0.2})
+    again = [
+        summary(f"confirm-{k}", role="confirm", seed=k, config={**CONFIG, "lr": 3}, metrics={"delta_ssim": 0.01 + k / 1e4})
+        for k in (1, 2)
+    ]
+    for found in (better, *again):
+        folder.add_trial(TrialSummary.from_dict(found))
+        events.trial_started(found["trial_id"], found["role"], found["config"])
+        events.verdict(found["trial_id"], found)
+    events.study_ended("done")
+    runs = mirrored()
+    assert [name for name, run in runs.items() if run.data.tags.get("champion") == "true"] == ["t3"]
+    metrics = runs[""].data.metrics
+    assert metrics["trials/safe"] == 4.0 and metrics["delta_ssim"] == 0.01
+    assert metrics["confirmed/delta_ssim/low"] < metrics["confirmed/delta_ssim"] < metrics["confirmed/delta_ssim/high"]
+    assert runs["confirm-1"].info.run_name.startswith("confirm: gain") and "seed 1" in runs["confirm-1"].info.run_name
 
 
 def test_nan_and_odd_names_and_long_texts(tmp_path: Path, database: str) -> None:

@@ -44,7 +44,8 @@ class Leaderboard:
 
     def run_name(self, trial_id: str) -> str:
         """gain 1 @ t≤0.3 · safe · ΔSSIM +0.0084"""
-        parts = [_setting(self.roles.get(trial_id, "search"), self.configs.get(trial_id, {})) or trial_id]
+        seed = self.summaries.get(trial_id, {}).get("seed")
+        parts = [_setting(self.roles.get(trial_id, "search"), self.configs.get(trial_id, {}), seed) or trial_id]
         if (summary := self.summaries.get(trial_id)) is not None:
             evidence, verdict = summary.get("evidence") or {}, summary["verdict"]
             if verdict == "pruned" and evidence.get("guard"):
@@ -105,7 +106,7 @@ class Leaderboard:
         for trial_id, summary in self.ranked():
             metrics = _metrics(summary)
             config = {**self.configs.get(trial_id, {}), **(summary.get("config") or {})}
-            setting = _setting(summary.get("role") or "search", config) or trial_id
+            setting = _setting(summary.get("role") or "search", config, summary.get("seed")) or trial_id
             cells = [
                 f"[{_cell(setting)}]({run_page(experiment_id, runs.get(trial_id, ''))})",
                 summary["verdict"],
@@ -151,16 +152,17 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def _setting(role: str, config: Mapping[str, Any]) -> str:
-    """gain 30 @ t≤0.3"""
-    seed = f"seed {config['seed']}" if "seed" in config else ""
+def _setting(role: str, config: Mapping[str, Any], seed: int | None = None) -> str:
+    """`gain 30 @ t≤0.3`; of baselines and confirmations with their seed, since they differ in nothing else."""
+    seed = config.get("seed", seed)
+    of_seed = "" if seed is None else f"seed {seed}"
     if role == "baseline":
-        return f"baseline {seed}".strip()
+        return f"baseline {of_seed}".strip()
     strength, max_t = gain(config), config.get("ssim_loss_max_t")
     if strength is None or max_t is None:
         return ", ".join(f"{key.rsplit('.', 1)[-1]} {plain(value)}" for key, value in flattened(config).items())[:100]
     setting = f"gain {strength:.4g} @ t≤{plain(max_t)}"
-    return f"{role}: {setting} {seed}".strip() if role != "search" else setting
+    return f"{role}: {setting} {of_seed}".strip() if role != "search" else setting
 
 
 def _objective(summary: Summary) -> Objective:

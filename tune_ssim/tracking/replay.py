@@ -30,6 +30,7 @@ from tune_ssim.results.winner import safe_trials
 from tune_ssim.tracking import mirror
 from tune_ssim.tracking import mlflow_internals as internals
 from tune_ssim.tracking.leaderboard import Leaderboard, flattened, number, plain, shortened
+from tune_ssim.tracking.study_summary import summary_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,6 +39,7 @@ CHUNK_BYTES = 256 * 1024  # of events.jsonl held in memory at a time, unless a s
 STATUS = {"pruned": "KILLED", "error": "FAILED", "bad_setup": "FAILED"}  # every other verdict is FINISHED
 STUDY_ID = "tune_ssim.study_id"
 TRIAL_ID = "tune_ssim.trial_id"
+CHAMPION = "champion"
 
 
 class Replay:
@@ -209,9 +211,24 @@ class Replay:
             for trial_id in (summary.trial_id for summary in safe_trials(trials, objective)):
                 tag = {"pareto": "front" if trial_id in front else "dominated"}
                 self._tag(self._child(trial_id, event.time_ms), tag)
+        self._write_summary(event.time_ms)
         self._write_leaderboard()
         self._tag(self.runs[""], {"reason": event.reason})
         self._client.set_terminated(self.runs[""], "FINISHED", end_time=event.time_ms)
+
+    def _write_summary(self, time_ms: int) -> None:
+        """The study's result on the parent run, and the tag `champion` on the run of the setting to use."""
+        found = summary_of(self.folder)
+        self._log_params(self.runs[""], found.settings)
+        metrics = [self._entities.Metric(self._name(name), value, time_ms, 0) for name, value in found.metrics.items()]
+        if metrics:
+            self._client.log_batch(self.runs[""], metrics=metrics)
+        champions = self._client.search_runs([self.experiment_id], f"{self._runs_filter} AND tags.{CHAMPION} = 'true'")
+        for run in champions:  # of an earlier end of this study
+            if run.info.run_id != self.runs.get(found.champion or ""):
+                self._client.delete_tag(run.info.run_id, CHAMPION)
+        if found.champion is not None:
+            self._tag(self._child(found.champion, time_ms), {CHAMPION: "true"})
 
     def _add_metric(self, trial_id: str, name: str, value: float, step: int, time_ms: int) -> None:
         if not math.isfinite(value) and (trial_id, name) not in self._non_finite:
