@@ -95,7 +95,8 @@ def test_a_training_over_workers_declares_its_parents(tmp_path: Path) -> None:
     assert fingerprints == {"data/rank": "0"}
 
 
-@pytest.mark.parametrize("wrap", ["fsdp", pytest.param("ddp", marks=pytest.mark.e2e)])
+@pytest.mark.e2e  # two workers that agree are tested above, a sharded norm in test_taps.py
+@pytest.mark.parametrize("wrap", ["fsdp", "ddp"])
 def test_sharded_and_copied_models_give_the_verdict_of_one_process(tmp_path: Path, wrap: str) -> None:
     """`fully_shard` and DDP over two workers, one of which dies and is replaced: the state is whole in every checkpoint."""
     found = {}
@@ -241,6 +242,7 @@ def test_when_a_node_dies_the_others_are_ended_even_if_nobody_calls_stop(tmp_pat
     assert wait_for(lambda: not alive(pids), 30), alive(pids)
 
 
+@pytest.mark.e2e  # a node that dies, and a killed driver on one node, are tested beside it
 def test_a_killed_driver_leaves_nothing_on_any_node(tmp_path: Path, cluster: Cluster) -> None:
     pids, study_file = tmp_path / "pids", tmp_path / "nodes.yaml"
     study_file.write_text(commands(pids, "--pause", "0.5", "--steps", "4000", "--ignore_term").to_yaml())

@@ -279,7 +279,8 @@ def fundus(seed: int, baseline: Baseline | None = None, guards: tuple[Guard, ...
     return made
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(3, marks=pytest.mark.e2e)])
+@pytest.mark.e2e  # the README's study has a safe and a pruned trial of the same task
+@pytest.mark.parametrize("seed", [0, 3])
 def test_fundus_gain_30_survives_and_gain_1000_does_not(seed: int) -> None:
     reference = fundus(seed, pixel_loss_weight=0.05)
     assert reference.verdict is not None and reference.verdict.verdict == "safe"
