@@ -27,17 +27,24 @@ from tune_ssim.before_launch.preflight.plain import (
 )
 from tune_ssim.before_launch.preflight.report import SEVERITY, Check, unknown
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers
-from tune_ssim.records import ACTIVE_FRACTION, LOSS, LOSS_FLOW, STEP_SKIPPED, TOTAL_NORM
+from tune_ssim.records import ACTIVE_FRACTION, LOSS, LOSS_FLOW, LOSS_SSIM, STEP_SKIPPED, TOTAL_NORM
 from tune_ssim.study.space import GRAD_CLAMP, GRAD_SCALE, WARM_UP, WEIGHT
 from tune_ssim.trials.training import Forward, same_setting
 
 DOMINANCE = 30.0  # auxiliary gradient of a reading over the main one: changes are visible, and float32 is still precise enough
 MAX_SKIPPED = 25  # steps that a GradScaler may skip before its scale fits: 65536 = 2^16, and DOMINANCE below that
+SAME_LOSS = 1e-4  # relative difference of a loss that only rounding explains
+MAX_SHIFT = 8  # pixels by which targets may be moved
+SSIM_NUDGE = 2e-4  # of decoded images in [-1, 1], a fortieth of a grey level
+NUDGE = 1e-3  # of the weights' mean magnitude; a gradient in half precision turns by its rounding noise
 TINY = 1e-7  # a weight whose gradient is lost in float32's rounding of any main gradient
 MAIN_ALONE, LARGE = "the main loss alone", "a large ssim_loss_weight"  # names of readings
 BLACK_BOX_GAINS = (1e2, 1e4, 1e6)  # tried in turn on a task without a forward pass, until total_norm follows
 LOSSES = {"ssim": ("ssim_loss_weight", "ssim_loss_max_t"), "pixel": ("pixel_loss_weight", "pixel_loss_max_t")}
 NEUTRAL: dict[str, float | None] = asdict(Setting())
+
+
+Gradients = Sequence[torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Reading:
     expected: Expected | None
     random: bool = False  # whether forward(n) differs each time, so no value can be expected
     gate: float | None = None  # max_t that explains a reading not explained by its setting
+    turns: float | None = None  # how much faster than expected the gradient turns when the weights change a little
+    explanation: str = ""  # what else than its own targets the SSIM loss compares with
 
     @property
     def total_norm(self) -> float:
@@ -120,7 +129,45 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
         if not step_rules.near(again / found.loss_main):
             return replace(reading, random=True)
         reading = _with_gate(reading, forward, setting, parameters, gradients if are_there else None)
+        if are_there and reading.gate is None and setting.ssim_loss_weight > TINY:
+            nudged = _nudged_gradients(subject, settings, n, setting)
+            turns = [cosine(a, b) for a, b in zip((gradients, found.gradients), nudged, strict=True)]
+            explanation = _explanation(forward, setting, parameters, gradients, reading)
+            reading = replace(reading, turns=step_rules.instability(*turns), explanation=explanation)
     return reading
+
+
+def _explanation(forward: Forward, setting: Setting, parameters: Sequence[Any], gradients: Gradients, reading: Reading) -> str:
+    """The wrong targets that the gradient fits, in words; empty if none does. Tried are those that fit the recorded loss."""
+    assert reading.expected is not None
+    recorded, own = reading.metrics.get(LOSS_SSIM), reading.expected.loss_ssim
+    if recorded is None or own is None or abs(recorded / own - 1) < SAME_LOSS:
+        return ""
+    rows, columns = forward.targets.ndim - 2, forward.targets.ndim - 1
+    wrong = {"targets of other samples": forward.targets.roll(1, 0), "mirrored targets": forward.targets.flip(columns)}
+    for pixels in (*range(-MAX_SHIFT, 0), *range(1, MAX_SHIFT + 1)):
+        for axis, direction in ((rows, "down"), (columns, "right")):
+            wrong[f"targets moved {pixels} pixels {direction}"] = forward.targets.roll(pixels, axis)
+    for words, targets in wrong.items():
+        found = expected(replace(forward, targets=targets), setting, parameters)
+        is_near = found.loss_ssim and step_rules.near(recorded / found.loss_ssim)
+        if is_near and cosine(gradients, found.gradients) >= step_rules.MIN_STEP_COSINE:
+            return words
+    return ""
+
+
+def _nudged_gradients(subject: Subject, settings: Mapping[str, Any], n: int, setting: Setting) -> tuple[Gradients, Gradients]:
+    """The gradient of step `n` and the expected one, with weights that differ a little."""
+    task = subject.unmoved(settings)
+    parameters = list(call(task, "trainable_parameters"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(NUDGE * parameter.abs().mean() * noise)
+    for _ in range(n):
+        _seeded(task, "step")
+    return [p.grad for p in parameters], expected(_seeded(task, "forward", n), setting, parameters).gradients
 
 
 def _seeded(task: Any, method: str, *arguments: Any, seed: int = 0) -> Any:
@@ -131,7 +178,7 @@ def _seeded(task: Any, method: str, *arguments: Any, seed: int = 0) -> Any:
 
 
 def _with_gate(
-    reading: Reading, forward: Forward, setting: Setting, parameters: Sequence[Any], gradients: Sequence[Any] | None
+    reading: Reading, forward: Forward, setting: Setting, parameters: Sequence[Any], gradients: Gradients | None
 ) -> Reading:
     """The reading with the max_t that explains it, if there is one. The loss then acts, but with another gate than requested."""
     times = sorted({t for t in forward.t.tolist() if t > 0})
@@ -175,24 +222,35 @@ def check_ssim(task: Any) -> Iterator[Check]:
     }
     checks = []
     for where, (images, targets, sizes) in cases.items():
-        leaf = images.clone().requires_grad_()
-        result = loss(leaf, torch.full((len(leaf),), 0.5), targets, lambda x: x, sizes=sizes)
-        if result.loss_ssim is None:
+        nudge = SSIM_NUDGE * torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).to(images)
+        mine = [_loss_gradient(loss, x, targets, sizes) for x in (images, images + nudge)]
+        theirs = [ssim_gradient(x, targets, loss.image_range, sizes) for x in (images, images + nudge)]
+        if mine[0] is None or mine[1] is None:
             yield step_rules.parameter("ssim_loss_max_t", 1.0, 1.0, 0.0, "a sample at t = 0.5 takes no part")
             return
-        (mine,) = torch.autograd.grad(result.total, leaf)
-        value, reference = ssim_gradient(images, targets, loss.image_range, sizes)
+        value, reference = theirs[0]
         size = norm([reference])
         checks.append(
             step_rules.ssim_precision(
                 where,
-                cosine=cosine([mine], [reference]),
-                factor=norm([mine]) / size if size else math.inf,
-                error=result.loss_ssim.item() - min(max(value, 0.0), 1.0),
+                cosine=cosine([mine[0][1]], [reference]),
+                factor=norm([mine[0][1]]) / size if size else math.inf,
+                error=mine[0][0] - min(max(value, 0.0), 1.0),
                 peak=(reference.abs().max() * reference.numel() ** 0.5).item() / size if size else math.nan,
+                turns=step_rules.instability(*(cosine([a[1]], [b[1]]) for a, b in (mine, theirs))),  # type: ignore[index]
             )
         )
     yield max(checks, key=lambda check: SEVERITY.index(check.status))
+
+
+def _loss_gradient(loss: Any, images: torch.Tensor, targets: torch.Tensor, sizes: Any) -> tuple[float, torch.Tensor] | None:
+    """The SSIM loss of decoded images, and its gradient there; None if no sample takes part."""
+    leaf = images.clone().requires_grad_()
+    result = loss(leaf, torch.full((len(leaf),), 0.5), targets, lambda x: x, sizes=sizes)
+    if result.loss_ssim is None:
+        return None
+    (gradient,) = torch.autograd.grad(result.total, leaf)
+    return result.loss_ssim.item(), gradient
 
 
 def check_parameters(probe: Probe) -> Iterator[Check]:
@@ -224,11 +282,16 @@ class Probe:
             raise Unavailable("effective() does not name ssim_loss_weight")
         self.readings: dict[str, Reading] = {}
         self.times: list[float] = []
+        self.cut = ""  # where the image losses are cut off from the network, in words
         self.weights: dict[str, float] | None = None  # weights at which each auxiliary gradient is DOMINANCE times the main one
         if task.abilities().has("forward", "trainable_parameters"):
             forward: Forward = call(task, "forward", 1)
             self.times = forward.t.tolist()
             main, *own = own_gradient_norms(forward, list(call(task, "trainable_parameters")))
+            if not forward.z0.requires_grad:
+                self.cut = "; the prediction z0 is detached from the network"
+            elif not any(own):
+                self.cut = "; decode() cuts the graph, as under no_grad"
             self.weights = {loss: DOMINANCE * main / size if size else 1.0 for loss, size in zip(LOSSES, own, strict=True)}
 
     def is_launched(self, name: str) -> bool:
@@ -267,14 +330,24 @@ def _loss(probe: Probe, loss: str, main: Reading) -> Iterator[Check]:
         if clipping.status == "bad_setup" and full.after is not None and full.total_norm < 1.01 * full.after:
             return  # total_norm says nothing about the gradient
     if step_rules.near(full.total_norm / main.total_norm):
-        response = f"total_norm is {full.total_norm:.4g} at weight {weight:.3g} and {main.total_norm:.4g} at 0"
+        response = f"it never reaches the gradient: total_norm is {full.total_norm:.4g} at weight {weight:.3g} and at 0{probe.cut}"
         yield step_rules.parameter(weight_name, weight, full.effective[weight_name], 0.0, response)
         return
     if full.gate is not None:
         response = f"total_norm is {full.total_norm:.4g}, as if it were {full.gate:.2g}"
         yield step_rules.parameter(gate_name, 1.0, full.effective[gate_name], 0.0, response)
     elif full.expected is not None:
-        yield step_rules.step_gradient(loss, full.total_norm, full.expected.total_norm, full.cosine, random=full.random)
+        recorded, wanted = full.metrics.get(LOSS_SSIM), full.expected.loss_ssim
+        yield step_rules.step_gradient(
+            loss,
+            full.total_norm,
+            full.expected.total_norm,
+            full.cosine,
+            random=full.random,
+            turns=full.turns,
+            explanation=full.explanation,
+            loss_factor=recorded / wanted if recorded and wanted else 1.0,
+        )
     sound = full.expected is None or (step_rules.near(full.agreement) and full.gate is None)
     slack = step_rules.MAX_DEVIATION if sound else step_rules.LOOSE_DEVIATION  # a wrong gradient does not scale exactly
     double = probe.read(f"twice the {weight_name}", **{weight_name: 2 * weight})
