@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import effect_defects  # noqa: F401  (adds to DEFECTS)
 import numpy as np
 import pytest
 import torch
-from fundus_defects import BASELINE, DEFECTS, Case, case, variant
+from effect_defects import gaussian, ssim_with, uniform
+from fundus_defects import BASELINE, DEFECTS, Case, case, stepping, variant
 from references import ssim_reference
 from rich.console import Console
 from small_task import SmallTask
@@ -25,6 +25,7 @@ from tune_ssim.before_launch.preflight import (
     flow,
     images,
     launch,
+    leakage,
     learning,
     networks,
     preflight_task,
@@ -45,6 +46,7 @@ from tune_ssim.guards import NormRatio, SmokeTest
 from tune_ssim.losses import DecodedLoss
 from tune_ssim.study.space import load_space
 from tune_ssim.study.study import load_study
+from tune_ssim.tasks.fundus_images import load_fundus_images
 from tune_ssim.tasks.fundus_networks import VAE, Denoiser
 from tune_ssim.tasks.fundus_sr import FundusSR
 from tune_ssim.trials.training import Forward
@@ -394,9 +396,46 @@ def test_shared_patches_are_found_at_any_place_and_in_any_orientation(turned: Ca
     photo = torch.rand(1, 3, 80, 80, generator=generator)
     held_out, apart = photo[..., 30:62, 5:37], torch.rand(2, 3, 40, 40, generator=generator)
     training = turned(photo[..., 20:60, 0:40])  # 12 rows and columns beyond, so off every grid
-    assert images.shared_patches(training, held_out)[0][0] > 0
-    assert images.shared_patches(apart, held_out)[0] == [0, 0]
-    assert images.shared_patches(torch.full((2, 3, 40, 40), 0.5), torch.full((1, 3, 40, 40), 0.5)) == ([0, 0], [0, 0])
+    assert leakage.shared_patches(training, held_out)[0][0] > 0
+    assert leakage.shared_patches(apart, held_out)[0] == [0, 0]
+    assert leakage.shared_patches(torch.full((2, 3, 40, 40), 0.5), torch.full((1, 3, 40, 40), 0.5)) == ([0, 0], [0, 0])
+
+
+@pytest.mark.parametrize(
+    "altered",
+    [
+        lambda x: 0.7 * x + 0.05,
+        lambda x: x**1.5,
+        lambda x: x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(4)),
+        lambda x: (x + x.roll(1, -1)) / 2,
+    ],
+)
+def test_altered_copies_are_found_and_disjoint_crops_are_not(altered: Callable[[Tensor], Tensor]) -> None:
+    photo = load_fundus_images("coffee", 48).train
+    crops = torch.stack([photo[:, y : y + 48, x : x + 48] for y in range(0, 240, 48) for x in range(0, 480, 48)])
+    inside = photo[:, 100:148, 200:248][None]
+    assert max(match.score for match in leakage.altered_copies(crops, altered(inside).clamp(0, 1))) > rules.MAX_OF_ONE
+    scores = [match.score for match in leakage.altered_copies(crops[:30], altered(crops[40:]).clamp(0, 1))]
+    assert rules.altered_overlap(scores, 10).status == "ok"
+
+
+# -- an SSIM of one's own
+
+
+@pytest.mark.parametrize(
+    ("similarity", "status", "words"),
+    [
+        (ssim_with(uniform(7)), "unknown", "another form of SSIM"),
+        (lambda x, y: 0.5 + 0.5 * plain_ssim(x, y), "ok", "so is the recorded loss"),
+        (lambda x, y: 2 - plain_ssim(x, y), "bad_setup", "opposite sign"),
+        (ssim_with(gaussian(11, 1.5), 255.0), "bad_setup", "0.0"),
+        (lambda x, y: plain_ssim(x, y.roll(3, -1)), "bad_setup", "targets moved 3 pixels right"),
+        (lambda x, y: plain_ssim(x.bfloat16(), y.bfloat16()).float(), "bad_setup", "not that of SSIM in float32"),
+    ],
+)
+def test_an_ssim_of_ones_own_is_told_from_a_broken_one(similarity: Any, status: str, words: str) -> None:
+    found = {check.name: check for check in parameters(Case(stepping(similarity)))}
+    assert found["gradient/ssim"].status == status and words in found["gradient/ssim"].sentence, found["gradient/ssim"]
 
 
 # -- whole reports

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight.leakage import altered_copies, shared_patches
 from tune_ssim.before_launch.preflight.plain import unit
 from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.subject import Unavailable, call
@@ -25,10 +26,6 @@ LOW_T = 0.3  # up to this t the predicted clean image is close to the true one w
 SCALES = (0.5, 2.0)  # scales of the latents that a wrong scaling factor may cause
 SMALL_SIDE = 12  # pixels; averages away detail that an autoencoder loses before images are compared
 PIXEL_BUDGET = 4_000_000  # training pixels checked: 1700 crops of 48 x 48
-PATCH = 8  # pixels; side of the squares compared between training and held-out images
-STRIDE = 4  # stride of the patches of training images; that of held-out images is 1
-MAX_HELD_OUT_SIDE = 64  # pixels; larger held-out images are cropped to the centre
-MIN_TEXTURE = 2.0  # standard deviation of a patch in grey levels of 255; flat patches always match
 
 
 @dataclass
@@ -185,7 +182,12 @@ def check_training_images(task: Any, steps: int, sample: Sample, seen: Seen | No
         yield from _check_pair("batch", "training images and targets", x, y)
     if sample.references is None:
         raise Unavailable("the samples have no references to look for")
-    yield rules.overlap(*shared_patches(finite, sample.references.float().cpu()), len(sample.references))
+    references = sample.references.float().cpu()
+    exact = rules.overlap(*shared_patches(finite, references), len(references))
+    yield exact
+    if exact.status == "ok":
+        scores = [match.score for match in altered_copies(finite, references)]
+        yield rules.altered_overlap(scores, len(references))
 
 
 def _check_pair(name: str, what: str, x: Tensor, y: Tensor) -> Iterator[Check]:
@@ -244,36 +246,3 @@ def _quality(x: Tensor, y: Tensor) -> tuple[float, float, float]:
     explained = 1 - error / b.square().mean().clamp(min=1e-12).item()
     correlation = ((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)).item()
     return -10 * torch.log10(torch.tensor(max(error, 1e-10))).item(), explained, correlation
-
-
-def shared_patches(training: Tensor, held_out: Tensor) -> tuple[list[int], list[int]]:
-    """For each training image: how many of its textured patches the held-out images contain, in any of the eight orientations,
-    and how many it has. Both `[n, c, H, W]` in [0, 1], compared in 255 grey levels."""
-    if min(*training.shape[-2:], *held_out.shape[-2:]) < PATCH:
-        return [0] * len(training), [0] * len(training)
-    top, left = ((size - min(size, MAX_HELD_OUT_SIDE)) // 2 for size in held_out.shape[-2:])
-    held_out = held_out[..., top : top + MAX_HELD_OUT_SIDE, left : left + MAX_HELD_OUT_SIDE]
-    known = []
-    for turned in (held_out, held_out.transpose(-1, -2)):
-        for images in (turned, turned.flip(-1), turned.flip(-2), turned.flip(-1, -2)):
-            hashes, textured = _patch_hashes(images, 1)
-            known.append(hashes[textured].unique())
-    hashes, textured = _patch_hashes(training, STRIDE)
-    shared = torch.isin(hashes, torch.cat(known)) & textured
-    return shared.sum(dim=1).tolist(), textured.sum(dim=1).tolist()
-
-
-def _patch_hashes(images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """For every `PATCH` x `PATCH` square at multiples of `stride`: its hash, `[n, squares]` int64, and whether it has texture."""
-    levels = (images * 255).round().clamp(0, 255)
-    generator = torch.Generator().manual_seed(255)
-    # Small integers, so that every sum is exact in float32: 255 · 64 · 8 · 8 · 3 < 2^24.
-    kernels = torch.randint(-64, 65, (4, levels.shape[1], PATCH, PATCH), generator=generator).float()
-    hashes, textured = [], []
-    for chunk in levels.split(128):  # bounds the working memory
-        sums = functional.conv2d(chunk, kernels, stride=stride).long()
-        hashes.append(((sums[:, 0] * 1_000_003 + sums[:, 1]) * 1_000_003 + sums[:, 2]) * 1_000_003 + sums[:, 3])
-        grey = chunk.mean(1, keepdim=True)
-        mean, power = functional.avg_pool2d(grey, PATCH, stride), functional.avg_pool2d(grey * grey, PATCH, stride)
-        textured.append((power - mean * mean)[:, 0] >= MIN_TEXTURE**2)
-    return torch.cat(hashes).flatten(1), torch.cat(textured).flatten(1)

@@ -236,6 +236,9 @@ NAMED_FILES = 20  # files named in a sentence
 # Of a channel of latents. Bundled VAE on its own photograph: deviations 0.88 to 0.95, means up to 0.12; on tissue sections, which
 # it was not trained on, 1.7 to 2.7 and 5.6.
 STD_RANGE, MAX_LATENT_MEAN = (1 / 3, 3.0), 2.0
+# Disjoint crops of seven photographs, of 24 to 96 pixels, agree by chance up to 7.7 standard errors. Of images of the same crops,
+# darker, with another gamma, as JPEG, with noise or half a pixel aside, the best of 32 agrees by 9.5 to 82.
+MAX_CHANCE_AGREEMENT, MAX_OF_ONE = 8.6, 12.0  # standard errors of two images, or of one
 FRAME_IMAGES, FRAME_SHARE = 0.5, 0.5  # a few patches shared by most images are a frame or a watermark, not an overlap
 
 MIX_UPS = {
@@ -390,3 +393,12 @@ def overlap(shared: Sequence[int], patches: Sequence[int], held_out: int) -> Che
         return Check("data/overlap", "warn", f"{sentence}, a few each: a frame or a watermark?", evidence, "crop it away")
     fault = f", up to {most:.0%} of their patches: held-out images are trained on"
     return judge("data/overlap", not images, sentence, evidence, "split before cropping: by image, or one crop apart", fault=fault)
+
+
+def altered_overlap(scores: Sequence[float], held_out: int) -> Check:
+    """scores: of held-out images, standard errors by which they agree with a training image around their most similar patch."""
+    copies, best = sum(score > MAX_CHANCE_AGREEMENT for score in scores), max(scores, default=0.0)
+    sentence = f"{copies} of {held_out} held-out images show the same as a training image, altered"
+    remedy = "split before cropping and before any other processing: by image, or one crop apart"
+    is_sound = copies < 2 and best <= MAX_OF_ONE
+    return judge("data/overlap_altered", is_sound, sentence, {"copies": copies, "best_score": best}, remedy)
