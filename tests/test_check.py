@@ -209,7 +209,8 @@ def test_a_norm_that_is_no_number_needs_no_loss(tmp_path: Path) -> None:
     [
         (falling(1, 0.3, 300), "healthy"),
         (flat(0.9), "healthy"),  # as a fine-tuning
-        (lambda step: 2 * math.exp(step / 150), "does_not_work"),
+        (lambda step: 2 * math.exp(step / 1500), "does_not_work"),
+        (lambda step: 2 * math.exp(step / 150), "alerts"),  # more than ten times its start
         (after(500, lambda step: min(0.4 + (step - 500) / 1000, 0.9), falling(1, 0.4, 150)), "does_not_work"),
     ],
 )
@@ -226,7 +227,8 @@ def test_steps_that_begin_again_are_no_healthy_log(tmp_path: Path, capsys: pytes
     report = checked(tmp_path / "epochs.jsonl")
     assert (report["verdict"], report["records"]) == ("unknown", 200)
     code, out, _ = run(capsys, tmp_path / "epochs.jsonl")
-    assert code == 0
+    assert code == 4 and out.startswith("unknown: ")
+    assert run(capsys, tmp_path / "epochs.jsonl", "--exit-zero")[0] == 0
     assert "796 rows were passed over or unread and 200 judged" in out
 
 
@@ -441,8 +443,9 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     healthy = write_csv(tmp_path / "good.csv", records(600, **HEALTHY["flow_dino_kl"]))
     code, out, _ = run(capsys, healthy)
     assert code == 0
-    rules = len(load_rules("flow_dino_kl").rules) + 1  # non_finite
-    assert f"no alert; {rules} of {rules} rules could judge" in out
+    rules = len(load_rules("flow_dino_kl").rules) + 2  # non_finite, divergence
+    assert out.startswith("healthy: loss_flow fell from") and "; no alert; " in out.splitlines()[0]
+    assert f"{rules} of {rules} rules could judge" in out
 
 
 def test_the_json_is_what_the_document_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

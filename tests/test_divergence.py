@@ -9,6 +9,7 @@ import pytest
 
 from tune_ssim.guards import Baseline, BaselineRun, Divergence, Watch
 from tune_ssim.records import Record
+from tune_ssim.records.record_table import Table
 
 
 def fired_at(losses: Sequence[float], baseline: Sequence[float], *, has_other_terms: bool = False, every: int = 1) -> int | None:
@@ -69,3 +70,29 @@ def test_the_ratio_at_the_end(losses: list[float], baseline: list[float], ratio:
     watch.fold(Record(at, {"loss": loss}) for at, loss in enumerate(losses, 1))
     assert guard.end_ratio(watch.state_of("divergence")) == pytest.approx(ratio)
     assert bound(baseline, True).end_ratio(watch.state_of("divergence")) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [
+        (FALLS, None),
+        ([*FALLS, *[0.1 * 2**at for at in range(20)]], 53),  # ten times the median of the first ten, which is 0.75
+        ([1.0] * 20 + [9.9] * 20, None),
+        ([1.0] * 20 + [10.5] * 20, 27),
+        ([1.0] * 20 + [1e9] + [1.0] * 19, None),  # an outlier
+        ([1e9] + [1.0] * 20 + [11.0] * 20, 28),  # at the start too
+        ([-1.0] * 20 + [50.0] * 20, None),  # no ratio
+        ([1.0] * 9 + [50.0] * 11, 15),
+    ],
+)
+def test_without_a_baseline_the_start_is_the_reference(losses: list[float], step: int | None) -> None:
+    stream = [Record(at, {"loss": loss}) for at, loss in enumerate(losses, 1)]
+    found = Watch([Divergence()]).fold(stream)
+    assert (found[0].step if found else None) == step
+    for cut in (1, 25, len(stream)):
+        watch = Watch([Divergence()], strict=False)
+        parts = [watch.update_table(Table.of(part)) for part in (stream[:cut], stream[cut:]) if part]
+        first = [violation.step for part in parts for row in part for violation in row][:1]
+        assert first == ([] if step is None else [step])
+    if found:
+        assert f"x that of its first 10 records (limit 10; median of 10 records up to step {step})" in found[0].sentence

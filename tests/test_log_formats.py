@@ -12,9 +12,10 @@ import pytest
 from log_samples import PRODUCERS
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.cli.app import exit_code
 from tune_ssim.cli.log_arguments import open_log
 from tune_ssim.guards import NonFinite, Watch
-from tune_ssim.guards.log_check import check_log
+from tune_ssim.guards.log_check import LogCheck, check_log
 from tune_ssim.records import Record
 from tune_ssim.records.metric_names import is_held_out, is_loss_like, usual_names
 from tune_ssim.records.readers import LineParser
@@ -179,6 +180,97 @@ def test_a_name_that_is_not_in_the_log_is_an_error(tmp_path: Path, write: Callab
         with pytest.raises(UserError, match="--map tick=…: the log has no tick; did you mean 'tock'"):
             checked(tmp_path / "run.log", write(rows), names={theirs: ours})
     assert checked(tmp_path / "run.log", write(rows), names={"tock": "total_norm"})["records"] == 3
+
+
+# ---- what it dares to say
+
+
+def verdict_of(rows: Sequence[dict[str, float]]) -> tuple[str, str]:
+    """As by `check_log` for a log that no rule pack is about, without loading the packs."""
+    check = LogCheck([])
+    records = [Record(int(row["step"]), {name: value for name, value in row.items() if name != "step"}) for row in rows]
+    table = Table.of(records)
+    check.feed(table.renamed(usual_names(table.metrics)))
+    return said_by(check.report().to_json())
+
+
+def said_by(report: dict[str, Any]) -> tuple[str, str]:
+    found = [finding["sentence"] for branch in report["branches"] for finding in branch["findings"]]
+    return report["verdict"], "; ".join([report["summary"], *found])
+
+
+FALLING = [{"step": step, "loss": 1 / (1 + step / 20), "grad_norm": 1.0, "lr": 1e-4, "acc": 0.5} for step in range(60)]
+
+
+def with_metric(name: str, value: Callable[[int], float]) -> list[dict[str, float]]:
+    return [{**row, name: value(at)} for at, row in enumerate(FALLING)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "said"),
+    [
+        (FALLING, "healthy", "healthy: loss fell from 0.954 to 0.279; no alert; loss and gradient norm, 2 of 4 metrics judged"),
+        (
+            FALLING[:3],
+            "healthy",
+            "2 of 4 metrics judged, for NaN and Inf alone: 3 records",
+        ),
+        (with_metric("loss", lambda at: 3e8 + at % 7 * 1e7), "unknown", "unknown: loss is never below 3e+08"),
+        (with_metric("grad_norm", lambda at: 5e5), "unknown", "unknown: gradient norm is never below 5e+05"),
+        (with_metric("loss", lambda at: 3e8 / (1 + at) ** 4), "healthy", "loss fell"),  # summed over pixels, and it falls
+        (with_metric("grad_norm", lambda at: float(at % 7 > 0)), "healthy", "total_norm is zero in 15% of the records, and not in"),
+        (with_metric("grad_norm", lambda at: float(at % 4 == 3)), "healthy", "total_norm is zero in 75% of the records"),
+        (with_metric("grad_norm", lambda at: float(at < 30)), "does_not_work", "total_norm is zero after step 29"),
+        (with_metric("loss", lambda at: 1 + at / 60), "does_not_work", "does not work: training: loss rose"),
+        (
+            [{**row, "loss": 1 + at / 60, "kl_weight": at / 60} for at, row in enumerate(FALLING)],
+            "healthy",
+            "so did a weight in it",
+        ),
+        ([{**row, "loss": 1 + at / 60, "kl_weight": 0.5} for at, row in enumerate(FALLING)], "does_not_work", "loss rose"),
+        (with_metric("loss", lambda at: 0.02), "healthy", "loss is flat"),  # converged
+        (with_metric("val_loss", lambda at: 5 + at / 20), "healthy", "loss fell"),  # it overfits, which no rule judges
+        (
+            with_metric("loss", lambda at: 1.0 if at < 40 else 20.0),
+            "alerts",
+            "15 alerts: loss is 20, 20x that of its first 10 records",
+        ),
+    ],
+)
+def test_the_verdict(rows: list[dict[str, float]], verdict: str, said: str) -> None:
+    found, words = verdict_of(rows)
+    assert found == verdict, words
+    assert said in words
+    assert "names no coverage" not in words
+
+
+def vae(reconstruction: Callable[[int], float], kl: Callable[[int], float]) -> list[dict[str, float]]:
+    return [{"step": step * 10, "recon_loss": reconstruction(step), "kl_loss": kl(step)} for step in range(300)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "said"),
+    [
+        (vae(lambda step: 4e4 - step, lambda step: 1e-9), "alerts", "the posterior has collapsed onto the prior"),
+        (vae(lambda step: 4e4 / (1 + step / 50), lambda step: 0.02), "healthy", "loss_reconstruction fell"),  # a mean KL
+        (vae(lambda step: 0.02 + 1e-4 * (step * 7 % 13), lambda step: 0.02), "healthy", "loss_reconstruction is flat"),  # converged
+    ],
+)
+def test_the_terms_of_a_vae_are_known_by_their_usual_names(
+    tmp_path: Path, rows: list[dict[str, float]], verdict: str, said: str
+) -> None:
+    found, words = said_by(checked(tmp_path / "run.jsonl", as_jsonl(rows), packs=["vae_kl"]))
+    assert found == verdict, words
+    assert said in words
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for loss, code in ((1.0, 0), (math.nan, 3), (1e9, 4)):
+        (tmp_path / "run.jsonl").write_text(as_jsonl([{"step": 1, "loss": loss}]))
+        assert exit_code(["check", str(tmp_path / "run.jsonl"), "--rules", "ssim"]) == code
+        assert capsys.readouterr().out.startswith({0: "healthy: ", 3: "1 alert: loss is nan", 4: "unknown: loss is never"}[code])
+        assert exit_code(["check", str(tmp_path / "run.jsonl"), "--rules", "ssim", "--exit-zero"]) == 0
+        capsys.readouterr()
 
 
 # ---- producers

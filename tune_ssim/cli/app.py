@@ -19,6 +19,7 @@ from tune_ssim.cli.exit_codes import (
     INTERRUPTED,
     MISTAKE,
     OURS,
+    UNDECIDED,
     bug_report,
     fail,
     missing_library,
@@ -36,6 +37,7 @@ Exit codes:
   {DONE}    done
   {MISTAKE}    your mistake: one line says what is wrong. Also `run` and `export` when no setting is safe and beats the baseline
   {BAD_SETUP}    bad set-up: weights, data or baseline are not sound; no setting is to blame. Also `check` with alerts
+  {UNDECIDED}    `check` cannot tell: too little of the log could be read or judged, or its numbers are out of all bounds
   {OURS}    our bug: the traceback is in a file ({DEBUG_VARIABLE}=1 prints it)
   {INTERRUPTED}  interrupted: `tune-ssim run --resume` goes on
 """

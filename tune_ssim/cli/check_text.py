@@ -11,21 +11,15 @@ from rich.text import Text
 
 from tune_ssim.cli.plain_table import PlainTable
 from tune_ssim.guards.branch_report import BranchReport
-from tune_ssim.guards.log_check import Alert, LogReport
+from tune_ssim.guards.log_report import Alert, LogReport
 from tune_ssim.guards.rule import NON_FINITE_CAUSE
 from tune_ssim.results.trial_text import readable
 
 STYLES = {
-    "works": "green", "does not work": "bold red", "unknown": "yellow",
+    "healthy": "bold green", "alerts": "bold red", "works": "green", "does not work": "bold red", "unknown": "yellow",
     "warn": "yellow", "probe": "cyan", "prune": "red", "abort": "bold magenta",
 }  # fmt: skip
 MAX_NAMES = 6  # of metrics in one line
-ACTION_MEANINGS = {
-    "warn": "look at it",
-    "probe": "a live trial would be given a smoke test at once",
-    "prune": "a live trial would end here",
-    "abort": "a live study would end here: the set-up is bad",
-}
 
 
 def format_check(report: LogReport, ascii_only: bool = False, with_alerts: bool = True) -> RenderableType:
@@ -34,7 +28,8 @@ def format_check(report: LogReport, ascii_only: bool = False, with_alerts: bool 
     def show(text: str) -> str:
         return readable(text, ascii_only)
 
-    parts: list[RenderableType] = [Text(show(_head(report)))]
+    style = STYLES[report.verdict.replace("_", " ")]
+    parts: list[RenderableType] = [Text(show(report.summary), style), Text(show(_head(report)))]
     if report.branches:
         parts.append(_branches(report.branches, ascii_only))
     if with_alerts:
@@ -43,7 +38,6 @@ def format_check(report: LogReport, ascii_only: bool = False, with_alerts: bool 
             parts.append(_plain(Text(_list_followers(followed)), ascii_only))
     parts += [Text(show(line), "yellow") for line in _unknown(report)]
     parts += [Text(show(f"note: {line}"), "dim") for line in report.notes]
-    parts.append(Text(show(_verdict(report)), "bold"))
     return Group(*parts)
 
 
@@ -83,7 +77,9 @@ def _head(report: LogReport) -> str:
         pack.name + ("" if not pack.options else f" ({', '.join(f'{k} {v:g}' for k, v in pack.options.items() if v is not None)})")
         for pack in report.packs
     )
-    return f"{report.log}: {report.records} records{steps}; rules: {packs or 'only those of every study'}"
+    judged = f"{len(report.judged)} of {len(report.judged) + len(report.unknown)} rules could judge"
+    packs = packs or "only those of every study, no rule pack is about this log"
+    return f"{report.log}: {report.records} records{steps}; {judged}; rules: {packs}"
 
 
 def _branches(branches: tuple[BranchReport, ...], ascii_only: bool) -> Table:
@@ -109,21 +105,3 @@ def _unknown(report: LogReport) -> Iterator[str]:
     for unknown in report.unknown:
         if not unknown.missing:
             yield f"unknown: {unknown.guard}: {unknown.reason}"
-
-
-def _verdict(report: LogReport) -> str:
-    if report.passed_over >= max(report.records, 1) and not report.alerts:
-        return (
-            f"{report.passed_over} rows were passed over or unread and {report.records} judged: not enough to say that all is well"
-        )
-    if report.verdict == "unknown":
-        return "nothing could be judged"
-    judged = f"{len(report.judged)} of {len(report.judged) + len(report.unknown)} rules could judge"
-    if report.verdict == "healthy":
-        return f"no alert; {judged}" + ("" if report.packs else "; no rule pack is about this log")
-    if report.verdict == "does_not_work":
-        broken = ", ".join(branch.branch for branch in report.branches if branch.verdict == "does not work")
-        return f"does not work: {broken}; no alert; {judged}"
-    count = sum(alert.times for alert in report.alerts)
-    ended = f"; {ACTION_MEANINGS[report.ended.action].replace('here', f'at step {report.ended.step}')}" if report.ended else ""
-    return f"{count} alert{'s' if count > 1 else ''}; {judged}{ended}"

@@ -16,7 +16,7 @@ import click
 from tune_ssim.base.extras import install_hint, is_installed
 from tune_ssim.cli.output import discard_stdout
 
-DONE, OURS, MISTAKE, BAD_SETUP, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
+DONE, OURS, MISTAKE, BAD_SETUP, UNDECIDED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 4, 130, 141
 DEBUG_VARIABLE = "TUNE_SSIM_DEBUG"
 # File system errors that are not bugs of this package, such as a full disk or a read-only folder.
 ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)

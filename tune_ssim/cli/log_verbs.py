@@ -6,7 +6,7 @@ import click
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.extras import require
-from tune_ssim.cli.exit_codes import BAD_SETUP
+from tune_ssim.cli.exit_codes import BAD_SETUP, DONE, UNDECIDED
 from tune_ssim.cli.output import make_console, output_file, print_json, suggest_next
 
 
@@ -22,6 +22,7 @@ from tune_ssim.cli.output import make_console, output_file, print_json, suggest_
 @click.option("--pattern", multiple=True, metavar="REGEX", help="How a line of a text log is read: docs/logs.md.")
 @click.option("--follow", is_flag=True, help="Watch a growing log until Ctrl-C, or until a rule would end the run.")
 @click.option("--json", "as_json", is_flag=True, help="A stable object: docs/check_schema.md.")
+@click.option("--exit-zero", is_flag=True, help="Exit code 0 whatever is found; 2 for a log that cannot be read.")
 @click.option("--picture", metavar="FILE", help="Draw the curves, with the alerts marked, as PNG.")
 def check(
     log: str,
@@ -32,13 +33,14 @@ def check(
     pattern: tuple[str, ...],
     follow: bool,
     as_json: bool,
+    exit_zero: bool,
     picture: str | None,
 ) -> None:
     """Is every branch of the loss working? Reads the log of any training.
 
     LOG: CSV, JSONL, JSON or text, a TensorBoard file or folder, or mlflow:RUN_ID. The guards of a live trial say what
-    works, what does not, the likely cause and what to try first. Exit code 3 when there are alerts, or
-    a branch does not work.
+    works, what does not, the likely cause and what to try first. The first line is the answer. Exit code 0: healthy;
+    3: there are alerts, or a branch does not work; 4: unknown.
     """
     from tune_ssim.cli.check_text import format_alert, format_check
     from tune_ssim.cli.log_arguments import open_log, pairs
@@ -74,5 +76,6 @@ def check(
         click.echo(f"wrote {target}", err=as_json)
     elif not as_json:
         suggest_next("check", log, "--picture", "check.png", why="draws the curves with the alerts marked")
-    if report.verdict in ("alerts", "does_not_work"):
-        raise click.exceptions.Exit(BAD_SETUP)
+    code = {"healthy": DONE, "unknown": UNDECIDED}.get(report.verdict, BAD_SETUP)
+    if code != DONE and not exit_zero:
+        raise click.exceptions.Exit(code)

@@ -9,9 +9,11 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
-from tune_ssim.guards import Rule
+from tune_ssim.guards import NonFinite, Rule
 from tune_ssim.guards.curves import Curve
 from tune_ssim.guards.rule_pack import Branch, RulePack
+from tune_ssim.records import TOTAL_NORM
+from tune_ssim.records.metric_names import is_loss_weight
 
 Answer = Literal["yes", "no", "unknown"]
 LEVELS = 20  # number of equal parts of the log that are compared
@@ -69,11 +71,12 @@ def judge_branch(
     the end count against it."""
     prefix = "any/" if pack is None else f"{pack.name}/"
     expected = 1.0 if pack is None else float(pack.options.get("ga") or 1)
-    findings = [_loss(branch, curves), _gradient(branch, curves), _coverage(branch, curves, expected)]
+    found = [_annealed(_loss(branch, curves), curves), _gradient(branch, curves), _coverage(branch, curves, expected)]
+    findings = [finding for finding in found if finding is not None]
     for rule_name, (rule, step) in (holding or {}).items():
         if rule_name.startswith(prefix) and rule.about[0] in branch.metrics:
             subject = "loss" if branch.loss in rule.about else "coverage" if branch.has_grad in rule.about else "gradient"
-            index = ("loss", "gradient", "coverage").index(subject)
+            index = [finding.subject for finding in findings].index(subject)
             if findings[index].answer != "no":
                 words = f"{rule_name.removeprefix(prefix)} holds since step {step}: {rule.sentence}"
                 findings[index] = BranchFinding(subject, "no", words)
@@ -122,9 +125,22 @@ def _loss(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding:
     return BranchFinding("loss", "unknown", f"{branch.loss} is too noisy to tell whether it fell ({first:.3g} to {last:.3g})")
 
 
-def _gradient(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding:
-    if not branch.gradient:
-        return BranchFinding("gradient", "unknown", "the rule pack names no gradient for it")
+def _annealed(finding: BranchFinding, curves: Mapping[Any, Curve]) -> BranchFinding:
+    """A loss that rises because the weight of one of its terms does is no fault."""
+    if finding.answer != "no" or "rose" not in finding.sentence:
+        return finding
+    for name, curve in curves.items():
+        means = [mean for mean in curve.mean if math.isfinite(mean)] if isinstance(name, str) and is_loss_weight(name) else []
+        if means and means[-1] > means[0] * (1 + MIN_FALL):
+            weight = f"{name} from {means[0]:.3g} to {means[-1]:.3g}"
+            return BranchFinding(finding.subject, "unknown", f"{finding.sentence}; so did a weight in it ({weight})")
+    return finding
+
+
+def _gradient(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding | None:
+    """None if nothing says what its gradient is."""
+    if not branch.gradient or (branch.gradient == (TOTAL_NORM,) and not branch.has_grad and TOTAL_NORM not in curves):
+        return None
     name = next((metric for metric in branch.gradient if metric in curves), None)
     if name is None:
         return BranchFinding("gradient", "unknown", f"no metric {' or '.join(branch.gradient)}")
@@ -132,6 +148,12 @@ def _gradient(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding:
     gone = [zero + broken for zero, broken in zip(curve.zero, curve.broken, strict=True)]
     if not gone:
         return BranchFinding("gradient", "unknown", f"{name} has no record yet")
+    if name == TOTAL_NORM:
+        gone = gone[_first_finite(curve) :]
+        zero, late_zero = _mean(curve.zero), curve.zero[-max(2, len(gone) // 4) :]
+        # Micro-steps of an accumulation and groups of equal rewards have a norm of zero, which says nothing of the other steps.
+        if MAX_BAD_RECORDS < zero < 1 and min(late_zero) < 1 and not any(curve.broken):
+            return BranchFinding("gradient", "unknown", f"{name} is zero in {zero:.0%} of the records, and not in the others")
     late = gone[-max(1, len(gone) // 4) :]
     if _mean(late) > 0.5:
         what = "zero" if curve.zero[-1] >= curve.broken[-1] else "not finite"
@@ -141,9 +163,16 @@ def _gradient(branch: Branch, curves: Mapping[Any, Curve]) -> BranchFinding:
     return BranchFinding("gradient", "yes", f"its gradient is there ({name} {_range(curve)})")
 
 
-def _coverage(branch: Branch, curves: Mapping[Any, Curve], expected: float) -> BranchFinding:
+def _first_finite(curve: Curve) -> int:
+    """The number of infinite norms before the first finite one, while a gradient scaler may search its scale; else 0."""
+    first = next((at for at, share in enumerate(curve.broken) if share < 1), 0)
+    return first if first <= NonFinite().max_skipped else 0
+
+
+def _coverage(branch: Branch, curves: Mapping[Any, Curve], expected: float) -> BranchFinding | None:
+    """None if the branch has no gradient taps."""
     if not branch.has_grad:
-        return BranchFinding("coverage", "unknown", "the rule pack names no coverage for it")
+        return None
     curve = curves.get((branch.has_grad, branch.trainable))
     if curve is None or not curve.mean:
         absent = next((name for name in (branch.has_grad, branch.trainable) if name not in curves), branch.has_grad)

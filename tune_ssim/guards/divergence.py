@@ -10,11 +10,12 @@ from statistics import median
 
 from tune_ssim.base.errors import check_field
 from tune_ssim.guards.baseline import Baseline
-from tune_ssim.guards.guard import Guard, State
+from tune_ssim.guards.guard import Found, Guard, State
 from tune_ssim.guards.norm_ratio import window_for
 from tune_ssim.guards.verdict import Action
 from tune_ssim.guards.violation import Violation
 from tune_ssim.records import LOSS, STEP_SKIPPED, Record
+from tune_ssim.records.record_table import Column, Table
 
 NO_SCALE = 0.01  # of the baseline's own fall: a smaller difference does not count, since a loss near zero has no scale
 
@@ -25,7 +26,8 @@ class Divergence(Guard):
     over the same steps.
 
     Where the trial's loss has other terms than the baseline's (`has_other_terms`: another weight of an auxiliary loss), its own
-    first loss is the reference instead, times the rise of the baseline's loss since its first."""
+    first loss is the reference instead, times the rise of the baseline's loss since its first. Without a baseline, in a baseline
+    run and in a log, the reference is the median of its own first `window` losses, if that is positive."""
 
     limit: float = 10.0  # as for the norm (note 000 §5.2) and the flow loss of a collapsed model (FACTS §2)
     window: int = 10  # records; FACTS §1: medians of >= 10
@@ -51,7 +53,31 @@ class Divergence(Guard):
         return replace(bound, window=window_for(len(bound._series[0]), self.window, self.patience))
 
     def init(self) -> State:
-        return {"first": None, "window": [], "excess": 0, "max_ratio": None}
+        """early: the first losses, of which the median is the reference where there is no baseline."""
+        return {"first": None, "early": [], "window": [], "excess": 0, "max_ratio": None}
+
+    def fold(self, state: State, table: Table) -> list[Found]:
+        column = table.column(LOSS)
+        if column is None:
+            return []
+        begin = column.rows[0] + 2 * self.window
+        found = super().fold(state, table[:begin])
+        rest = table[begin:]
+        column = rest.column(LOSS)
+        if column is not None and self._is_calm(state, rest, column):
+            newest = zip(column.steps[-self.window :], column.values[-self.window :], strict=True)
+            state["window"] = [*state["window"], *map(list, newest)][-self.window :]
+            return found
+        return [*found, *((begin + row, violation) for row, violation in super().fold(state, rest))]
+
+    def _is_calm(self, state: State, table: Table, column: Column) -> bool:
+        """Whether no loss in a later part of a log is above the limit, so that no window is."""
+        reference = None if self.baseline is not None else self._reference(state)
+        if reference is None or STEP_SKIPPED in table.metrics or not column.all_finite or state["excess"]:
+            return False
+        if not state["window"] or column.steps[0] <= state["window"][-1][0]:
+            return False
+        return max(max(column.values), *(loss for _, loss in state["window"])) <= self.limit * reference
 
     def update(self, state: State, record: Record) -> tuple[State, Violation | None]:
         loss = record.values.get(LOSS)
@@ -59,17 +85,22 @@ class Divergence(Guard):
         if loss is None or not math.isfinite(loss) or record.values.get(STEP_SKIPPED) or is_repeated:
             return state, None
         window = [*state["window"], [record.step, loss]][-self.window :]
-        state = {**state, "window": window, "first": loss if state["first"] is None else state["first"]}
+        early = state["early"] if len(state["early"]) >= self.window else [*state["early"], loss]
+        state = {**state, "window": window, "early": early, "first": loss if state["first"] is None else state["first"]}
         reference = self._reference(state)
         if len(window) < self.window or reference is None:
             return state, None
         now = median(value for _, value in window)
         ratio = 1 + (now - reference) / abs(reference)  # of positive losses their quotient
         is_excess = ratio > self.limit
-        state |= {"excess": state["excess"] + 1 if is_excess else 0, "max_ratio": max(ratio, state["max_ratio"] or -math.inf)}
+        state["excess"] = state["excess"] + 1 if is_excess else 0
+        if self.baseline is not None:
+            state["max_ratio"] = max(ratio, state["max_ratio"] or -math.inf)
         if state["excess"] < self.patience:
             return state, None
         what = "its own first" if self.has_other_terms else "the baseline's"
+        if self.baseline is None:
+            what = f"that of its first {self.window} records"
         over = f"median of {len(window)} records up to step {record.step}"
         sentence = f"loss is {now:.4g}, {ratio:.3g}x {what} (limit {self.limit:g}; {over})"
         cause, remedy = "steps that are too large: the training has diverged", "lower the learning rate, or clip the gradient"
@@ -98,6 +129,9 @@ class Divergence(Guard):
         return [step for step, _ in finite], [loss for _, loss in finite]
 
     def _reference(self, state: State) -> float | None:
+        if self.baseline is None:
+            start = median(state["early"]) if len(state["early"]) >= self.window else 0.0
+            return start if start > 0 else None
         _, losses = self._series
         if not losses:
             return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from statistics import median
@@ -13,92 +13,29 @@ from typing import Any
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.yaml_source import did_you_mean
-from tune_ssim.guards import Baseline, Guard, NonFinite, NormRatio, Rule, SmokeTest, Violation, Watch
+from tune_ssim.guards import Baseline, Divergence, Guard, NonFinite, NormRatio, Rule, SmokeTest, Violation, Watch
 from tune_ssim.guards.branch_report import BranchFinding, BranchReport, judge_branch, series_of
 from tune_ssim.guards.curves import Curve
 from tune_ssim.guards.guard import WILDCARD_ENDINGS, is_named
+from tune_ssim.guards.log_report import Alert, LogReport, Unknown
 from tune_ssim.guards.rule_pack import Branch, RulePack, bundled_packs, load_rules
 from tune_ssim.guards.watch import GRACE_RECORDS
 from tune_ssim.records import LOSS, TOTAL_NORM, Record
-from tune_ssim.records.metric_names import is_held_out, is_loss_like, usual_names
+from tune_ssim.records.metric_names import is_held_out, is_loss_like, is_loss_weight, usual_names
 from tune_ssim.records.readers import Source
 from tune_ssim.records.record_table import Table
 
-SCHEMA = 1  # of `LogReport.to_json`, docs/check_schema.md
 PROBED_RECORDS = 1000  # records used to infer the number of micro-batches per step from the coverage, if it is not given
 # Options for a KL of another name. It may be a mean over the latent's dimensions: 0.1 nat a sample over 1000 of them. The
-# autoencoders of latent diffusion hold it on purpose with a weight of 1e-6 only (Rombach et al. 2022, G).
-KL_OF_UNKNOWN_SCALE = {"kl_floor": 1e-4, "kl_hidden": 1e9}
+# autoencoders of latent diffusion hold it on purpose with a weight of 1e-6 only (Rombach et al. 2022, G). A sum over pixels
+# that has converged falls by less than a tenth.
+KL_OF_UNKNOWN_SCALE = {"kl_floor": 1e-4, "kl_hidden": 1e9, "recon_settled": 0.9999}
+# 1e4 times what losses and norms begin with: a loss that is a mean is below 100 (a cross-entropy over 1e6 words begins at 14), a
+# norm below 10, and clipped at 1 as a rule.
+MAX_LOSS, MAX_NORM = 1e6, 1e5
 MAX_ALERTS = 20  # alerts kept per guard; further ones are only counted
 MAX_SHOWN_NAMES = 12  # metric names listed in a message
 POLL_S = 0.5  # seconds between reads of a growing log
-
-
-@dataclass(frozen=True)
-class Alert:
-    """An alert of a guard. times: how often it fired, last at `last_step`. after_end: a live trial would have ended before it."""
-
-    violation: Violation
-    source: str = ""
-    times: int = 1
-    last_step: int = 0
-    after_end: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        plain = asdict(self)
-        return plain.pop("violation") | plain
-
-
-@dataclass(frozen=True)
-class Unknown:
-    """A guard that could not judge the log, and why."""
-
-    guard: str
-    reason: str
-    missing: tuple[str, ...] = ()  # metrics that never appeared
-
-
-@dataclass(frozen=True)
-class LogReport:
-    log: str
-    records: int
-    steps: tuple[int, int] | None  # first and last
-    packs: tuple[RulePack, ...]
-    branches: tuple[BranchReport, ...]
-    alerts: tuple[Alert, ...]
-    unknown: tuple[Unknown, ...]
-    judged: tuple[str, ...]  # guards that could have fired
-    ended: Violation | None  # the violation that would have ended a live trial
-    notes: tuple[str, ...]
-    curves: Mapping[Any, Curve] = field(repr=False)  # by metric, or by a pair of metrics for their ratio
-    passed_over: int = 0  # skipped rows: repeated steps and lines that could not be read
-
-    @property
-    def verdict(self) -> str:
-        """`alerts` if there are any; else `does_not_work` if a branch does not work; else `unknown` if no guard could judge or at
-        least as many rows were skipped as read; else `healthy`."""
-        if self.alerts:
-            return "alerts"
-        if any(branch.verdict == "does not work" for branch in self.branches):
-            return "does_not_work"
-        return "healthy" if self.judged and self.passed_over < self.records else "unknown"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "log": self.log,
-            "verdict": self.verdict,
-            "records": self.records,
-            "first_step": self.steps and self.steps[0],
-            "last_step": self.steps and self.steps[1],
-            "rules": [{"pack": pack.name, "options": dict(pack.options)} for pack in self.packs],
-            "branches": [branch.to_json() for branch in self.branches],
-            "alerts": [alert.to_json() for alert in self.alerts],
-            "ended": None if self.ended is None else {key: asdict(self.ended)[key] for key in ("guard", "step", "action")},
-            "unknown": [asdict(unknown) for unknown in self.unknown],
-            "judged": list(self.judged),
-            "notes": list(self.notes),
-        }
 
 
 class LogCheck:
@@ -108,7 +45,7 @@ class LogCheck:
         """given: whether the user chose the packs. If False, only packs that match the log's metrics count. All packs watch from
         the first record, so it does not matter when a metric first appears."""
         self.packs, self.given = tuple(packs), given
-        self._general: list[Guard] = [NonFinite(), SmokeTest()]
+        self._general: list[Guard] = [NonFinite(), SmokeTest(), Divergence()]
         if baseline is not None:
             self._general.append(NormRatio().bind(baseline, seed=0, clipped=False))
         self._rules = {rule.name: (pack, rule) for pack in packs for rule in pack.rules}
@@ -162,20 +99,42 @@ class LogCheck:
         ended = self.ended
         alerts = sorted(self._counting_alerts(), key=lambda alert: alert.violation.step)
         unknown = [one for guard in guards if guard.name not in self.alerts and (one := self._unknown(guard)) is not None]
+        judging = [guard for guard in guards if guard.name not in {one.guard for one in unknown}]
+        branches = branches or _as_parts(generic)
         return LogReport(
             log=log,
             records=self.records,
             steps=(self.first_step, self.last_step) if self.records else None,
             packs=packs,
-            branches=tuple(branches or _as_parts(generic)),
+            branches=tuple(branches),
             alerts=tuple(replace(one, after_end=ended is not None and one.violation.step > ended.step) for one in alerts),
             unknown=tuple(unknown),
-            judged=tuple(guard.name for guard in guards if guard.name not in {one.guard for one in unknown}),
+            judged=tuple(guard.name for guard in judging),
             ended=ended,
             notes=tuple(notes),
             curves=self.curves,
             passed_over=passed_over,
+            judged_metrics=self._judged_metrics(judging),
+            metrics=len(self.metrics),
+            doubts=tuple(self._doubts(unknown)),
         )
+
+    def _judged_metrics(self, guards: Sequence[Guard]) -> tuple[str, ...]:
+        """The metrics in the log that these guards judge."""
+        judged = {metric for guard in guards for metric in _metrics_of(guard)}
+        judges = [guard.judges for guard in guards if isinstance(guard, NonFinite)]
+        found = [name for name in self.metrics if name in judged or any(judge(name) for judge in judges)]
+        return tuple(sorted(found, key=lambda name: ({LOSS: 0, TOTAL_NORM: 1}.get(name, 2), list(self.metrics).index(name))))
+
+    def _doubts(self, unknown: Sequence[Unknown]) -> Iterator[str]:
+        """Why the log is not healthy even if nothing fired."""
+        for metric, curve in self.curves.items():
+            limit = _largest_plausible(metric)
+            lowest = min((low for low in curve.low if not math.isnan(low)), default=0.0)
+            if lowest > limit:
+                name = "gradient norm" if metric == TOTAL_NORM else metric
+                yield f"{name} is never below {lowest:.2g} (a sound one is below {limit:.0e}): it may have diverged before this log"
+        yield from (f"{one.reason}" for one in unknown if one.guard == NonFinite.name)
 
     def nothing_known(self) -> str | None:
         """If no guard recognises any metric of the log, the reason; else None. Usually the metrics have other names."""
@@ -215,6 +174,8 @@ class LogCheck:
         guard = next(guard for guard in self._general if guard.name == name)
         if isinstance(guard, NonFinite):
             return any(map(guard.judges, self.metrics))
+        if isinstance(guard, Divergence):
+            return LOSS in self.metrics
         return isinstance(guard, NormRatio) or any(is_named(metric, self.metrics) for metric in guard.metrics)
 
     def _counting_alerts(self) -> list[Alert]:
@@ -225,7 +186,7 @@ class LogCheck:
         for name in metrics:
             if name not in self.metrics:
                 self.metrics[name] = None
-                if _is_training_loss(name) and name not in self._series:
+                if (_is_training_loss(name) or is_loss_weight(name)) and name not in self._series:
                     self._series.append(name)
         if len(self.matching) < len(self.packs):
             self.matching |= {pack.name for pack in self.packs if self.given or self.metrics.keys() & pack.known_by}
@@ -236,8 +197,8 @@ class LogCheck:
         for violation in violations:
             name = violation.guard
             alerts = self.alerts.setdefault(name, [])
-            # A non-finite metric stays non-finite, so only the first alert is kept.
-            if len(alerts) < (1 if name == NonFinite.name else MAX_ALERTS):
+            # A non-finite metric stays non-finite, and a loss that has diverged stays high, so only the first alert is kept.
+            if len(alerts) < (1 if name in (NonFinite.name, Divergence.name) else MAX_ALERTS):
                 source = self._rules[name][1].source if name in self._rules else ""
                 alerts.append(Alert(violation, source, last_step=violation.step))
                 new.append(alerts[-1])
@@ -250,8 +211,17 @@ class LogCheck:
         if missing:
             return Unknown(guard.name, f"no metric {missing[0]}", missing)
         state = self.watch.state_of(guard.name)
+        if isinstance(guard, Divergence) and len(state["window"]) < guard.window:
+            return Unknown(guard.name, f"{guard.window} finite records of {LOSS} are needed; the log has {len(state['window'])}")
         reason = guard.insufficient_data(state) if isinstance(guard, Rule) else guard.unjudged(state)
         return None if reason is None else Unknown(guard.name, reason.removeprefix(f"guard '{guard.name}' "))
+
+
+def _largest_plausible(metric: Any) -> float:
+    """The largest value that a loss or a norm of a sound training keeps up; infinite for other metrics."""
+    if metric == TOTAL_NORM:
+        return MAX_NORM
+    return MAX_LOSS if isinstance(metric, str) and _is_training_loss(metric) else math.inf
 
 
 def _is_training_loss(metric: str) -> bool:

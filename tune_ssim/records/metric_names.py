@@ -28,6 +28,9 @@ NO_LOSS_WORDS = _set(
     "scale scaler scaling weight weights coef coeff coefficient coefficients lambda beta gain lr best lowest min minimum max"
     " maximum target threshold limit count time seconds patience grad gradient norm dbg smoke"
 )
+# A metric with one of these is the weight of a loss term, which may be annealed.
+WEIGHT_WORDS = _set("weight coef coeff coefficient lambda beta alpha anneal annealing gain")
+NO_WEIGHT_WORDS = _set("norm grad gradient decay dbg update ratio mean std adam")
 HELD_OUT_WORDS = _set("val valid validation eval evaluation test dev heldout holdout")
 
 # Words that say nothing about which loss it is: those of Lightning, Hugging Face and MMEngine, then those of other producers (avr:
@@ -66,6 +69,13 @@ def is_loss_like(name: str) -> bool:
 def is_held_out(name: str) -> bool:
     """Whether a metric is of held-out data."""
     return not words_of(name).isdisjoint(HELD_OUT_WORDS)
+
+
+@lru_cache(MAX_NAMES)
+def is_loss_weight(name: str) -> bool:
+    """Whether a metric is the weight of a term of the loss."""
+    words = words_of(name)
+    return not words.isdisjoint(WEIGHT_WORDS) and words.isdisjoint(NO_WEIGHT_WORDS)
 
 
 def usual_names(metrics: Iterable[str], known: Iterable[str] = ()) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tune_ssim.guards.curves import Curve
-from tune_ssim.guards.log_check import Alert, LogReport
+from tune_ssim.guards.log_report import Alert, LogReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
