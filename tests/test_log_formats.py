@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,42 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out.startswith({0: "healthy: ", 3: "1 alert: loss is nan", 4: "unknown: loss is never"}[code])
         assert exit_code(["check", str(tmp_path / "run.jsonl"), "--rules", "ssim", "--exit-zero"]) == 0
         capsys.readouterr()
+
+
+# ---- what to try where nothing can be read
+
+UNREAD = [
+    "tick 12 ~ mse 0.5 (gn 7.5)\ntick 13 ~ mse 0.25 (gn 7.25)\n",
+    "2026-01-01 10:00:00 INFO [12] cost=0.5 | acc=12.5%\n2026-01-01 10:00:01 INFO [13] cost=0.25 | acc=13.5%\n",
+    "12 0.5 0.3\n13 0.25 0.2\n",
+    "loading it's data (3 files)\n#12: 'err'=0.5\n#13: 'err'=0.25\n#14: 'err'=nan\n",
+    "batch 12 of 500 -> objective\t0.5 in 3s\nbatch 13 of 500 -> objective\t0.25 in 3s\n",
+]
+
+
+@pytest.mark.parametrize("text", UNREAD)
+def test_the_proposed_pattern_can_be_pasted(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.log").write_text(text)
+    with pytest.raises(UserError) as error:
+        open_log(str(tmp_path / "run.log"), {})
+    command = str(error.value).partition("; try ")[2].partition("; valid formats")[0]
+    option, pattern = shlex.split(command)
+    assert option == "--pattern"
+    source = open_log(str(tmp_path / "run.log"), {}, [pattern])
+    found = [record for part in source.all_batches() for record in part]
+    assert [record.step for record in found][:2] == [12, 13]
+    (name,) = [theirs for theirs in found[0].values if {theirs: theirs, **usual_names(found[0].values)}[theirs] == "loss"]
+    assert [record.values[name] for record in found][:2] == [0.5, 0.25]
+
+
+def test_the_proposed_name_can_be_pasted(tmp_path: Path) -> None:
+    text = "step,lr,my cost\n1,0.1,0.5\n2,0.1,nan\n"
+    with pytest.raises(UserError, match="no rule knows any metric of this log; saw lr, my cost") as error:
+        checked(tmp_path / "run.csv", text, packs=["ssim"])
+    option, pair = shlex.split(str(error.value).partition("my cost; ")[2].partition(" says that")[0])
+    assert (option, pair) == ("--map", "my cost=loss")
+    report = checked(tmp_path / "run.csv", names=dict([pair.split("=")]), packs=["ssim"])
+    assert report["ended"]["step"] == 2
 
 
 # ---- producers

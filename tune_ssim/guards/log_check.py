@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from tune_ssim.guards.log_report import Alert, LogReport, Unknown
 from tune_ssim.guards.rule_pack import Branch, RulePack, bundled_packs, load_rules
 from tune_ssim.guards.watch import GRACE_RECORDS
 from tune_ssim.records import LOSS, TOTAL_NORM, Record
-from tune_ssim.records.metric_names import is_held_out, is_loss_like, is_loss_weight, usual_names
+from tune_ssim.records.metric_names import is_held_out, is_loss_like, is_loss_weight, usual_names, words_of
 from tune_ssim.records.readers import Source
 from tune_ssim.records.record_table import Table
 
@@ -33,6 +34,7 @@ KL_OF_UNKNOWN_SCALE = {"kl_floor": 1e-4, "kl_hidden": 1e9, "recon_settled": 0.99
 # 1e4 times what losses and norms begin with: a loss that is a mean is below 100 (a cross-entropy over 1e6 words begins at 14), a
 # norm below 10, and clipped at 1 as a rule.
 MAX_LOSS, MAX_NORM = 1e6, 1e5
+NO_OBJECTIVE = frozenset({"lr", "learning", "rate", "epoch", "time", "acc", "accuracy", "eta"})  # words of metrics that are no loss
 MAX_ALERTS = 20  # alerts kept per guard; further ones are only counted
 MAX_SHOWN_NAMES = 12  # metric names listed in a message
 POLL_S = 0.5  # seconds between reads of a growing log
@@ -144,7 +146,9 @@ class LogCheck:
         wanted = "; ".join(f"{pack.name}: {', '.join(pack.known_by)}" for pack in self.packs)
         if self.given:
             wanted = ", ".join(sorted(known)[:MAX_SHOWN_NAMES])
-        return f"no rule knows any metric of this log; saw {self.saw()}; known are {wanted} (`--map theirs=ours` renames)"
+        likely = next((name for name in self.metrics if not words_of(name) & NO_OBJECTIVE), "theirs")
+        hint = f"--map {shlex.quote(f'{likely}={LOSS}')} says that {likely} is the loss"
+        return f"no rule knows any metric of this log; saw {self.saw()}; {hint}; known are {wanted}"
 
     def saw(self) -> str:
         """The first metrics of the log."""

@@ -11,6 +11,7 @@ from tune_ssim.records.readers.json_lines import TAG, JsonLines, is_row
 from tune_ssim.records.readers.lines import MAX_LINE_BYTES, Lines
 from tune_ssim.records.readers.parse_issues import excerpt
 from tune_ssim.records.readers.printed import PRINTED
+from tune_ssim.records.readers.proposal import propose_pattern
 from tune_ssim.records.readers.reader import LineFormat, Reader
 from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.table_lines import TableLines
@@ -19,6 +20,7 @@ from tune_ssim.records.readers.text_lines import HOW_A_PATTERN_LOOKS, PrintedLin
 LINE_FORMATS = ("jsonl", "csv", "text")
 FEED_BYTES = 1024 * 1024  # bytes split at a time, to bound memory for large chunks
 SHOWN_LINES = 3  # lines of an unknown log quoted in the message
+KEPT_LINES = 50  # lines from which a pattern is proposed
 
 
 class LineParser(Reader):
@@ -131,7 +133,7 @@ class AnyLines(LineFormat):
     def _look_at(self, line: str, number: int) -> None:
         """Chooses a format if this line allows it, and then takes the line."""
         self._seen += 1
-        if len(self._first) < SHOWN_LINES:
+        if len(self._first) < KEPT_LINES:
             self._first.append(line[:1000])
         if self._seen == 1 and self._named_csv and is_header(split_fields(line, delimiter_of(line))):
             self._chosen = CsvRows(self._rows, self._file_name)
@@ -157,7 +159,10 @@ class AnyLines(LineFormat):
     def why_no_rows(self) -> str:
         if self._chosen is not None or not self._seen:
             return ""
-        shown = " ".join(excerpt(line) for line in self._first)
+        shown = " ".join(excerpt(line) for line in self._first[:SHOWN_LINES])
+        proposed = propose_pattern(self._first)
+        if proposed:
+            return f"no row of a training in {self._seen} lines, beginning with {shown}; try {proposed}"
         return (
             f"no row of a training in {self._seen} line{'s' if self._seen > 1 else ''}, beginning with {shown}; "
             f"give a format ({', '.join(LINE_FORMATS)}), or a pattern: {' or '.join(PRINTED)}, or {HOW_A_PATTERN_LOOKS}"

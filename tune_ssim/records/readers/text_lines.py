@@ -15,6 +15,7 @@ from tune_ssim.records.metric_names import is_loss_like
 from tune_ssim.records.readers.line_shape import LineShape
 from tune_ssim.records.readers.parse_issues import excerpt
 from tune_ssim.records.readers.printed import PRINTED, Row
+from tune_ssim.records.readers.proposal import propose_pattern
 from tune_ssim.records.readers.reader import LineFormat
 from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.values import Names, text_number
@@ -58,7 +59,9 @@ class TextFormat(LineFormat):
         if self._has_matched or not self._seen:
             return ""
         lines = "the only line" if self._seen == 1 else f"any of {self._seen} lines"
-        return f"{self.pattern} did not match {lines}, {'for one ' if self._seen > 1 else ''}{excerpt(self._shown)}"
+        proposed = propose_pattern([self._shown])
+        shown = f"{'for one ' if self._seen > 1 else ''}{excerpt(self._shown)}" + (f"; try {proposed}" if proposed else "")
+        return f"{self.pattern} did not match {lines}, {shown}"
 
     def _note_unmatched(self, lines: Iterable[str]) -> None:
         for line in lines if not self._has_matched else ():
