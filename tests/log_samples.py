@@ -115,6 +115,21 @@ PRODUCERS: dict[str, tuple[str, str, list[tuple[int, dict[str, float]]]]] = {
         "2026/01/01 10:00:00 - mmengine - INFO - Iter(train) [ 200/900]  base_lr: 1.0e-03 eta: 1 day, 0:00:00  loss: nan\n",
         [(100, {"base_lr": 0.001, "loss": 0.9}), (200, {"base_lr": 0.001, "loss": NAN})],
     ),
+    "a counter in front": (
+        "out.txt",
+        "Epoch 1: val_loss improved from inf to 0.5, saving model to w.h5\n10/90 train_loss=0.5\n[20/90] train_loss=nan\n",
+        [(10, {"train_loss": 0.5}), (20, {"train_loss": NAN})],
+    ),
+    "nothing but a loss": (
+        "out.txt",
+        "starting\nloss: 0.5\nloss: 0.25\nloss: nan\n",
+        [(1, {"loss": 0.5}), (2, {"loss": 0.25}), (3, {"loss": NAN})],
+    ),
+    "nothing but a loss, often": (
+        "out.txt",
+        "".join(f"loss: {n}.5\n" for n in range(30)),
+        [(n + 1, {"loss": n + 0.5}) for n in range(30)],
+    ),
     "PyTorch-GAN": (
         "out.txt",
         "[Epoch 0/200] [Batch 0/938] [D loss: 0.7] [G loss: 0.8]\n[Epoch 0/200] [Batch 1/938] [D loss: 0.6] [G loss: nan]\n",

@@ -255,6 +255,7 @@ def vae(reconstruction: Callable[[int], float], kl: Callable[[int], float]) -> l
         (vae(lambda step: 4e4 - step, lambda step: 1e-9), "alerts", "the posterior has collapsed onto the prior"),
         (vae(lambda step: 4e4 / (1 + step / 50), lambda step: 0.02), "healthy", "loss_reconstruction fell"),  # a mean KL
         (vae(lambda step: 0.02 + 1e-4 * (step * 7 % 13), lambda step: 0.02), "healthy", "loss_reconstruction is flat"),  # converged
+        (vae(lambda step: 0.3 / (1 + step / 90), lambda step: 9e4), "healthy", "loss_reconstruction fell"),  # weighed with 1e-6
     ],
 )
 def test_the_terms_of_a_vae_are_known_by_their_usual_names(

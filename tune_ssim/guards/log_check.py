@@ -27,10 +27,11 @@ from tune_ssim.records.readers import Source
 from tune_ssim.records.record_table import Table
 
 PROBED_RECORDS = 1000  # records used to infer the number of micro-batches per step from the coverage, if it is not given
-# Options for a KL of another name. It may be a mean over the latent's dimensions: 0.1 nat a sample over 1000 of them. The
-# autoencoders of latent diffusion hold it on purpose with a weight of 1e-6 only (Rombach et al. 2022, G). A sum over pixels
-# that has converged falls by less than a tenth.
-KL_OF_UNKNOWN_SCALE = {"kl_floor": 1e-4, "kl_hidden": 1e9, "recon_settled": 0.9999}
+# For a VAE whose metrics have other names than ours. Its KL may be a mean over the latent's dimensions: 0.1 nat a sample over 1000
+# of them. The autoencoders of latent diffusion weigh it with 1e-6 on purpose (Rombach et al. 2022, G), and the log may begin when
+# the reconstruction has converged, so two rules do not apply.
+MEAN_KL_FLOOR = 1e-4
+RULES_OF_OUR_NAMES = ("kl_hidden", "recon_flat")
 # 1e4 times what losses and norms begin with: a loss that is a mean is below 100 (a cross-entropy over 1e6 words begins at 14), a
 # norm below 10, and clipped at 1 as a rule.
 MAX_LOSS, MAX_NORM = 1e6, 1e5
@@ -336,13 +337,15 @@ def _load_packs(
                 f"{pack.name}: {seen:g} micro-batches a step, as the coverage of the first records says; else --set ga=…"
             )
         theirs = next((theirs for theirs, ours in usual.items() if ours == "kl_raw"), None)
-        if theirs is not None and KL_OF_UNKNOWN_SCALE.keys() <= pack.options.keys() - own.keys():
-            own |= KL_OF_UNKNOWN_SCALE
-            notes[pack.name] = (
-                f"{pack.name}: {theirs} may be weighted or a mean over the latent's dimensions, so it counts as vanished only "
-                f"below {own['kl_floor']:g}; --set kl_floor=0.1 for a sum in nats"
-            )
-        chosen.append(load_rules(name, own))
+        if theirs is None or "kl_floor" not in pack.options:
+            chosen.append(load_rules(name, own))
+            continue
+        rules = {key: rule for key, rule in pack.document["rules"].items() if key not in RULES_OF_OUR_NAMES}
+        chosen.append(load_rules({**pack.document, "rules": rules}, {"kl_floor": MEAN_KL_FLOOR, **own}))
+        notes[pack.name] = (
+            f"{pack.name}: {theirs} may be weighted or a mean over the latent's dimensions, so it counts as vanished only below "
+            f"{MEAN_KL_FLOOR:g} (--set kl_floor=0.1 for a sum in nats), and {' and '.join(RULES_OF_OUR_NAMES)} do not apply"
+        )
     return chosen
 
 

@@ -145,6 +145,9 @@ class AnyLines(LineFormat):
             self._chosen = JsonLines(self._rows)
         elif self._printed.recognises(line):
             self._chosen = self._printed
+        elif self._printed.name is not None:  # it has taken the line
+            self._chosen = self._printed
+            return
         elif self._table.recognises(line, number):
             self._chosen = self._table
             return
@@ -152,9 +155,13 @@ class AnyLines(LineFormat):
             self._chosen.take([line], number)
 
     def finish(self) -> None:
-        (self._chosen or self._table).finish()
+        for one in (self._printed, self._table) if self._chosen is None else (self._chosen,):
+            one.finish()
         if self._chosen is None and self._table.has_rows:
             self._chosen = self._table
+        elif self._chosen is None and self._printed.name is not None:
+            self._chosen = self._printed
+        self.format = self._chosen.format if self._chosen else ""
 
     def why_no_rows(self) -> str:
         if self._chosen is not None or not self._seen:

@@ -31,6 +31,8 @@ EPOCH_STEP = re.compile(
 )
 AN_EPOCH = re.compile(r"(?<![\w/-])epoch(?:\(train\))?['\"]?[\s:=#]{0,8}\[?\s{0,8}(\d{1,9})(?![\d.])")
 A_BATCH = re.compile(r"(?<![\w/-])batch(?:_idx)?[\s:=#\[(]{1,8}(\d{1,19})(?![\d.])")
+# The step as `12/100` at the start of a line or in brackets.
+A_STEP_OF = re.compile(rf"(?:^\W{{0,4}}|\[\s{{0,8}})(\d{{1,19}}){OF}(?![\d/.])")
 # A line that is nothing but the epoch: Keras, and the transfer learning tutorial of PyTorch.
 EPOCH_HEADER = re.compile(rf"\W{{0,20}}epoch\s{{0,4}}:?\s{{0,4}}\[?(\d{{1,9}})(?:{OF})?\]?\W{{0,200}}")
 # `48/48 [====] - 3s 6ms/step - loss: 0.9` (Keras 2), `48/48 ━━━━ 3s 6ms/step - loss: 0.9` (Keras 3): the numbers are means over the
@@ -113,12 +115,15 @@ class KeyValues(Printed):
         values = {name: float(text[slice(*number)]) for name, _, number in found.metrics}
         if found.step is not None:
             return Row(text[slice(*found.step)], values) if values.keys() - {EPOCH} else None
+        keras = KERAS.match(text)
+        has_loss = any(is_loss_like(name) and not is_held_out(name) for name in values)
+        if keras is None and has_loss and (counter := A_STEP_OF.search(text)):
+            return Row(counter[1], values if self._epoch is None else {EPOCH: self._epoch, **values})
         is_dict = text.rstrip().endswith("}") and DICT.search(text) is not None
         if not is_dict and not any(map(is_loss_like, values)):
             return None
         if EPOCH not in values and self._epoch is not None:
             values[EPOCH] = self._epoch
-        keras = KERAS.match(text)
         is_partial = keras is not None and keras[1] != keras[2]
         return Row(None, values, is_aside=is_partial or (EPOCH not in values and not is_dict))
 

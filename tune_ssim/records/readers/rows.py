@@ -70,6 +70,8 @@ class Rows:
             return False
         self.names.used.add(key)
         columns: dict[str, Any] = dict(zip(names, zip(*map(dict.values, rows), strict=True), strict=True))
+        if any(str in set(map(type, column)) for column in columns.values()):  # float() takes "1_0" for a number
+            return False
         return self.add_columns(columns.pop(key), columns)
 
     def discard(self) -> None:

@@ -21,6 +21,8 @@ from tune_ssim.records.readers.rows import Rows
 from tune_ssim.records.readers.values import Names, text_number
 
 BLOCK_LINES = 512  # lines searched at once: faster than one by one, and a block fits in the cache
+KEY_VALUES = "key_values"
+MIN_ASIDES = 20  # lines with a loss and no step, after which they are rows: a summary may be printed before the first step
 MIN_ALIKE = 8  # fewer lines are not tested for a common shape
 MAX_MISFITS = 10  # consecutive blocks without a common shape after which shapes are no longer tried
 
@@ -59,9 +61,7 @@ class TextFormat(LineFormat):
         if self._has_matched or not self._seen:
             return ""
         lines = "the only line" if self._seen == 1 else f"any of {self._seen} lines"
-        proposed = propose_pattern([self._shown])
-        shown = f"{'for one ' if self._seen > 1 else ''}{excerpt(self._shown)}" + (f"; try {proposed}" if proposed else "")
-        return f"{self.pattern} did not match {lines}, {shown}"
+        return f"{self.pattern} did not match {lines}, {'for one ' if self._seen > 1 else ''}{excerpt(self._shown)}"
 
     def _note_unmatched(self, lines: Iterable[str]) -> None:
         for line in lines if not self._has_matched else ():
@@ -196,6 +196,8 @@ class PrintedLines(TextFormat):
         self.name = name
         self._shape: LineShape | None = None  # shape of the latest rows
         self._misfits = 0  # consecutive blocks in which most lines had another shape
+        # Lines with a loss and no step before the first with one, and their values; None: they are rows.
+        self._asides: list[tuple[str, dict[str, float]]] | None = []
 
     @property
     def pattern(self) -> str:
@@ -205,9 +207,27 @@ class PrintedLines(TextFormat):
         """Whether a built-in pattern recognises this line; the first that does is kept."""
         line = line[:MAX_PATTERN_TEXT]
         if self.name is None:
-            rows = ((name, printed.read(line)) for name, printed in self._printed.items())
-            self.name = next((name for name, row in rows if row is not None and not row.is_aside), None)
+            rows = {name: row for name, printed in self._printed.items() if (row := printed.read(line)) is not None}
+            self.name = next((name for name, row in rows.items() if not row.is_aside), None)
+            if rows and self.name is None and self._asides is not None and len(self._asides) < MIN_ASIDES:
+                self._asides.append((line, next(iter(rows.values())).values))
+                if len(self._asides) == MIN_ASIDES:
+                    self._number_asides()
+                    return False  # this line is taken
         return self.name is not None
+
+    def _number_asides(self) -> None:
+        """Takes lines that have a loss and no step for rows, unless they have a counter that a pattern finds."""
+        asides = self._asides or []
+        if propose_pattern([line for line, _ in asides]):
+            return
+        self._asides, self.name = None, KEY_VALUES
+        for _, values in asides:
+            self._rows.add(None, values, 0, "", self._names)
+
+    def finish(self) -> None:
+        if self.name is None and 1 < len(self._asides or ()) < MIN_ASIDES:
+            self._number_asides()
 
     def take(self, lines: list[str], number: int) -> None:
         for begin in range(0, len(lines), BLOCK_LINES):
@@ -247,7 +267,7 @@ class PrintedLines(TextFormat):
                 self._note_unmatched([line])
                 continue
             self._has_matched = True
-            if row.is_aside:
+            if row.is_aside and self._asides is not None:
                 self._rows.add_aside(row.values, at, self._names)
                 continue
             if wants_shape:
