@@ -1,6 +1,8 @@
 """When does an adaptive gain do better than a constant one, and where does it fail? Bundled task, real runs.
 
-    python benchmarks/adaptive.py [--seeds 3] [--steps 200] [--regimes sgd,adamw_clip] [--crops 32,64]
+    python benchmarks/adaptive.py [--cases sgd:32:3,adamw_clip:32:3,sgd:64:2] [--steps 200]
+
+A case is regime:crop:seeds. The default takes about a quarter of an hour on an idle core.
 
 `adaptive: {target_ratio: r}` holds ‖gradient of the weighted SSIM loss‖ = r · ‖gradient of the flow loss‖ at every step. The
 constant gain beside it has that ratio before the first update (median over the calibrated batches). So both push equally hard at
@@ -41,6 +43,7 @@ from tune_ssim.trials.trial import statistics_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "adaptive.json"
+CASES = "sgd:32:3,adamw_clip:32:3,sgd:64:2"
 TARGETS = (0.5, 1.0, 2.0, 4.0)
 MAX_T = 1.0  # the gate of the best settings of the bundled task
 BASELINE = {"pixel_loss_weight": 0.05, "pixel_loss_max_t": 0.3}
@@ -185,21 +188,19 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cases", default=CASES)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--regimes", default="sgd,adamw_clip")
-    parser.add_argument("--crops", default="32,64")
     parser.add_argument("--json", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     rows = []
-    for crop in map(int, options.crops.split(",")):
-        for regime in options.regimes.split(","):
-            for one in measure(regime, crop, range(options.seeds), options.steps):
-                rows.append(one)
-                head = {"commit": commit, "machine": platform.processor() or platform.machine(), "steps": options.steps}
-                options.json.write_text(json.dumps(jsonable({**head, "max_t": MAX_T, "rows": rows}), indent=1) + "\n")
+    for case in options.cases.split(","):
+        regime, crop, seeds = case.split(":")
+        for one in measure(regime, int(crop), range(int(seeds)), options.steps):
+            rows.append(one)
+            head = {"commit": commit, "machine": platform.processor() or platform.machine(), "steps": options.steps}
+            options.json.write_text(json.dumps(jsonable({**head, "max_t": MAX_T, "rows": rows}), indent=1) + "\n")
     Console(width=160).print(table(rows))
 
 
