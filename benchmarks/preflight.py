@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fundus_defects import DEFECTS, HEALTHY, Case, case
+from held_apart_defects import HELD_APART
 from rich.console import Console
 from rich.table import Table
 from ssim import save
@@ -50,6 +51,15 @@ DECISIVE = {
     "data/latents": "ratio",
     "data/autoencoder": "correlation",
     "data/overlap": "shared_patches",
+    "data/overlap_altered": "best_score",
+    "sampling/repeatable": "again",
+    "sampling/generated": "from_references",
+    "flow/z0": "ratio",
+    "flow/time": "ratio",
+    "targets/shift": "ratio",
+    "targets/sharpness": "detail",
+    "update/descent": "cosine",
+    "update/fresh": "cosine",
     "ssim/precision": "cosine",
     "gradient/main": "factor",
     "gradient/ssim": "cosine",
@@ -72,7 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", default="", help="defects and variations whose name holds this text")
+    parser.add_argument(
+        "--only", default="", help="defects and variations whose name holds this text; `held apart`: those written last"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "preflight.json")
     arguments = parser.parse_args()
     jobs = [
@@ -80,7 +92,7 @@ def main() -> None:
         for variant in arguments.variants
         for kind, names in (("defect", DEFECTS), ("sound", HEALTHY))
         for name in names
-        if arguments.only in name
+        if arguments.only in name or (arguments.only == "held apart" and name in HELD_APART)
     ]
     with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
         results = []
@@ -122,6 +134,7 @@ def told(kind: str, name: str, variant: int, found: Case) -> dict[str, Any]:
         "status": report.status,
         "right": blamed if kind == "defect" else not bad,
         "listed": kind == "defect" and DEFECTS[name][0],
+        "held_apart": name in HELD_APART,
         "blamed": list(found.blamed),
         "bad": bad,
         "first_is_blamed": bool(bad) and any(bad[0].startswith(cause) for cause in found.blamed),
@@ -142,12 +155,15 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     caught = [result for result in broken if result["status"] == "bad_setup"]
     alarms = [result for result in sound if result["status"] == "bad_setup"]
     listed = [result for result in broken if result["listed"]]
+    apart = [result for result in broken if result["held_apart"]]
     return {
         "broken_set_ups": len(broken),
         "sound_set_ups": len(sound),
         "recall": share(caught, broken),
         "recall_with_the_right_reason": share([result for result in broken if result["right"]], broken),
         "recall_of_the_listed": share([result for result in listed if result["right"]], listed),
+        "recall_of_those_held_apart": share([result for result in apart if result["status"] == "bad_setup"], apart),
+        "recall_of_those_held_apart_with_the_right_reason": share([result for result in apart if result["right"]], apart),
         "first_reason_is_the_right_one": share([result for result in broken if result["first_is_blamed"]], broken),
         "precision": share(caught, [*caught, *alarms]),
         "false_alarms": [[result["name"], result["variant"], result["reason"]] for result in alarms],

@@ -1,7 +1,4 @@
-"""Further broken set-ups of the bundled task, of kinds that show only in their effects, and further sound ones.
-
-`HELD_APART` names the set-ups that were written after the checks and their limits.
-"""
+"""Further broken set-ups of the bundled task, of kinds that show only in their effects, and further sound ones."""
 
 from __future__ import annotations
 
@@ -31,9 +28,6 @@ from tune_ssim.losses import noisy_latent, velocity_target, z0_from_velocity
 from tune_ssim.tasks.fundus_images import low_resolution
 from tune_ssim.tasks.fundus_sr import DENOISER_FILE, FundusSR
 from tune_ssim.trials.training import Forward, Sample
-
-HELD_APART: set[str] = set()
-
 
 # -- sampling
 
