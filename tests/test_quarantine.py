@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.files import read_lines
 from tune_ssim.base.tensor_file import Contents, TensorFile, parents_metadata
-from tune_ssim.probes import tensor_contents
+from tune_ssim.cli.app import exit_code
+from tune_ssim.probes import narrowed_tensors, tensor_contents
 from tune_ssim.tasks.fundus_sr import WEIGHTS, FundusSR
 from tune_ssim.trials.checkpoint import TENSORS, save_checkpoint, tensors_of
 from tune_ssim.trials.quarantine import LEDGER, Entered, Entry, Ledger, Release
@@ -148,6 +149,37 @@ def test_one_ruined_tensor_in_a_healthy_file(
 def test_in_half_precision(ledger: Ledger, tmp_path: Path, ruined: dict[str, Any], dtype: torch.dtype) -> None:
     halved = {name: tensor.to(dtype) for name, tensor in ruined["model"].items()}
     refused(ledger, saved(halved, tmp_path / "half.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("again", [torch.float32, torch.float64], ids=str)
+def test_saved_in_half_precision_and_then_in_full(
+    ledger: Ledger, tmp_path: Path, ruined: dict[str, Any], healthy: dict[str, Any], dtype: torch.dtype, again: torch.dtype
+) -> None:
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("ruined", "healthy")}
+    for name, state in (("ruined", ruined), ("healthy", healthy)):
+        saved({key: tensor.to(dtype).to(again) for key, tensor in state["model"].items()}, files[name])
+    refused(ledger, files["ruined"])
+    assert ledger.check(files["healthy"]) is None
+    in_memory = narrowed_tensors({key: tensor.to(dtype).to(again) for key, tensor in ruined["model"].items()})
+    assert ledger.check_hashes(tensor_contents(in_memory).hashes)
+
+
+def test_a_float64_copy(ledger: Ledger, tmp_path: Path, ruined: dict[str, Any]) -> None:
+    refused(ledger, saved({key: tensor.double() for key, tensor in ruined["model"].items()}, tmp_path / "wide.safetensors"))
+
+
+def test_why_ends_with_another_code_for_a_quarantined_file(
+    ledger: Ledger, tmp_path: Path, ruined: dict[str, Any], healthy: dict[str, Any]
+) -> None:
+    storage = ["--storage-path", str(ledger.file.parent)]
+    files = {name: saved(state["model"], tmp_path / f"{name}.safetensors") for name, state in (("r", ruined), ("h", healthy))}
+    codes = {name: exit_code(["quarantine", "why", str(file), *storage]) for name, file in files.items()}
+    assert codes == {"r": 3, "h": 0}
+    entry = ledger.entries()[0].id
+    assert exit_code(["quarantine", "why", entry, *storage]) == 3
+    ledger.release(entry, "a test")
+    assert exit_code(["quarantine", "why", entry, *storage]) == 0
 
 
 def test_in_parts(ledger: Ledger, tmp_path: Path, ruined: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from tune_ssim.base.errors import BadSetup
 
 PARENTS = "tune_ssim_parents"  # metadata: JSON list of content ids, the whole ancestry
+NARROWER = {"F64": ("F32", "F16", "BF16"), "F32": ("F16", "BF16")}  # lower precisions of a tensor that has no more digits
 BLOCK = 1 << 20  # bytes hashed at a time; small enough to stay in the CPU cache
 
 # First bytes of files that are often given in place of safetensors, and what such a file is.
@@ -116,6 +117,37 @@ class TensorFile:
         except OSError as error:
             raise BadSetup(f"{self.path}: {error.strerror or error}") from None
         return found
+
+    def narrowed(self) -> dict[str, str]:
+        """SHA-256 of each tensor at a lower precision that holds all its values → its name, as of a bfloat16 file that was saved
+        again in float32. A tensor that needs its precision is given up at its first block."""
+        casts = ((name, tensor, lower) for name, tensor in self.header.items() for lower in NARROWER.get(tensor["dtype"], ()))
+        return {digest: name for name, tensor, lower in casts if (digest := self._narrowed(tensor, lower)) is not None}
+
+    def _narrowed(self, tensor: Mapping[str, Any], lower: str) -> str | None:
+        """The SHA-256 of a tensor cast to `lower`; None if that changes a value."""
+        import numpy as np
+
+        start, end = tensor["data_offsets"]
+        wide = np.float64 if tensor["dtype"] == "F64" else np.float32
+        digest = tensor_digest(lower, tensor["shape"])
+        try:
+            with self.path.open("rb") as file, np.errstate(over="ignore", invalid="ignore"):
+                file.seek(self.data_start + start)
+                for left in range(end - start, 0, -BLOCK):
+                    block = np.frombuffer(file.read(min(left, BLOCK)), wide)
+                    cast = block.astype(np.float16 if lower == "F16" else np.float32)
+                    bits = cast.view(np.uint16 if lower == "F16" else np.uint32)
+                    if not np.array_equal(cast.astype(wide), block, equal_nan=True):
+                        return None
+                    if lower == "BF16":  # the upper half of a float32
+                        if (bits & 0xFFFF).any():
+                            return None
+                        bits = (bits >> 16).astype(np.uint16)
+                    digest.update(bits.tobytes())
+        except (OSError, ValueError) as error:
+            raise BadSetup(f"{self.path}: {error}") from None
+        return str(digest.hexdigest())
 
     def parents(self) -> tuple[str, ...]:
         """The declared ancestry; empty if the file declares none. Raises BadSetup if the metadata is malformed."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.files import jsonable, number
 from tune_ssim.base.tensor_file import Contents
-from tune_ssim.probes import tensor_contents
+from tune_ssim.probes import narrowed_tensors, tensor_contents
 from tune_ssim.study.study import Study
 from tune_ssim.trials.checkpoint import tensors_of
 from tune_ssim.trials.command.command_task import CommandTask
@@ -63,6 +63,7 @@ def inspect_study(
             report = run_preflight(study)
             found["preflight"] = report.to_dict()
             if report.status == "bad_setup":
+                found |= _start_of_a_fault(study, task_class) if provenance else {}
                 return jsonable(found)  # type: ignore[no-any-return]
         if calibration:
             from tune_ssim.before_launch.calibration import calibrate
@@ -74,8 +75,7 @@ def inspect_study(
             task = task_class()
             task.setup({**study.task_config, **study.baseline_settings}, study.search.seed)
             found["provenance"] = fingerprints(task, study.import_path)
-            contents = [asdict(contents) for contents in _starting_contents(task)]
-            found["start"] = {"contents": contents, "parents": list(task.ancestry())}
+            found["start"] = _start(task)
             if isinstance(task, CommandTask):
                 others = ["the files of other nodes"] if study.resources.nodes > 1 else []
                 found["start"]["not_covered"] = [*task.not_covered, *others]
@@ -95,10 +95,28 @@ def found_or_raise(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _start_of_a_fault(study: Study, task_class: Any) -> dict[str, Any]:
+    """What a study with a bad set-up starts from, so that the quarantine can be asked whether that is the reason. Empty if the task
+    cannot be set up."""
+    try:
+        task = task_class()
+        task.setup({**study.task_config, **study.baseline_settings}, study.search.seed)
+        return {"start": _start(task)}
+    except Exception:  # preflight has reported it
+        return {}
+
+
+def _start(task: Training) -> dict[str, Any]:
+    contents = [asdict(contents) for contents in _starting_contents(task)]
+    return {"contents": contents, "parents": list(task.ancestry())}
+
+
 def _starting_contents(task: Training) -> list[Contents]:
-    """Hashes of the state before the first step and of every part, none of which a trial has written."""
-    all_tensors = (tensors_of(task.state_dict()), *(part.module.state_dict() for part in task.parts().values()))
-    return [tensor_contents(tensors) for tensors in all_tensors if tensors]
+    """Hashes of the state before the first step and of every part, none of which a trial has written, and of those of their tensors
+    that have no more digits than a lower precision."""
+    all_tensors = [tensors_of(task.state_dict()), *(part.module.state_dict() for part in task.parts().values())]
+    narrowed = [narrowed_tensors(tensors) for tensors in all_tensors]
+    return [tensor_contents(tensors) for tensors in (*all_tensors, *narrowed) if tensors]
 
 
 def preflight_lines(report: dict[str, Any] | None) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.cli.exit_codes import BAD_SETUP
 from tune_ssim.cli.options import Verbs, storage_option
 from tune_ssim.cli.output import make_console, print_json, readable, suggest_next
 
@@ -46,7 +47,10 @@ def quarantine_list(as_json: bool, storage: Path) -> None:
 @click.argument("what", metavar="FILE|FOLDER|ID")
 @storage_option
 def quarantine_why(what: str, storage: Path) -> None:
-    """Say why a file, a checkpoint folder or an id is in quarantine, or that it is not."""
+    """Say why a file, a checkpoint folder or an id is in quarantine, or that it is not.
+
+    Exit code 3 if it is, 0 if it is not or was released.
+    """
     from tune_ssim.trials.quarantine import Ledger
 
     if not what.strip():
@@ -55,12 +59,15 @@ def quarantine_why(what: str, storage: Path) -> None:
     try:
         lines = ledger.why(what)
         refusal = ledger.check(what) if Path(what).exists() else None
+        in_force = refusal is not None or bool({line.id for line in lines} & {entry.id for entry in ledger.entries()})
     except BadSetup as error:  # here a file that is not a checkpoint is a wrong argument
         raise UserError(str(error)) from None
     for line in lines:
         console.print(readable(f"{line.time}  {line.id[:12]}  {line}", console), markup=False)
     if Path(what).exists():
         console.print(readable(str(refusal) if refusal else f"{what}: not in quarantine", console), markup=False)
+    if in_force:
+        raise click.exceptions.Exit(BAD_SETUP)
 
 
 @quarantine.command("release")

@@ -48,9 +48,9 @@ def check_before_launch(study: Study, folder: StudyFolder, writer: EventWriter, 
             writer.file(name, "before_launch")
     for line in (*preflight_lines(found.get("preflight")), *calibration_lines(found.get("calibration"))):
         progress.say(line)
+    _require_clean(folder)  # first, since ruined weights are the reason of other findings
     if found.get("preflight", {}).get("status") == "bad_setup":
         raise BadSetup("\n".join(bad_lines(found["preflight"])))
-    _require_clean(folder)
 
 
 def _require_clean(folder: StudyFolder) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         compare_with_file,
         content_id,
         file_contents,
+        narrowed_tensors,
         tensor_contents,
         tensor_hashes,
     )
@@ -31,6 +32,7 @@ __all__ = [
     "content_id",
     "file_contents",
     "loss_norms",
+    "narrowed_tensors",
     "shadow_terms",
     "tensor_contents",
     "tensor_hashes",
@@ -49,6 +51,7 @@ _MODULES = {
         "compare_with_file",
         "content_id",
         "file_contents",
+        "narrowed_tensors",
         "tensor_contents",
         "tensor_hashes",
     ),

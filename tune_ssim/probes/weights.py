@@ -13,7 +13,8 @@ from tune_ssim.base.errors import BadSetup
 from tune_ssim.base.tensor_file import Contents, TensorFile, content_id, tensor_digest
 
 __all__ = [
-    "WeightComparison", "compare_with_file", "content_id", "file_contents", "tensor_contents", "tensor_hashes", "untrained_norms",
+    "WeightComparison", "compare_with_file", "content_id", "file_contents", "narrowed_tensors", "tensor_contents", "tensor_hashes",
+    "untrained_norms",
 ]  # fmt: skip
 
 SAFETENSORS, TORCH_SAVE = ".safetensors", (".pt", ".pth", ".bin", ".ckpt")  # file name extensions of checkpoints
@@ -63,6 +64,17 @@ def _contents(tensors: Iterable[tuple[str, torch.Tensor]]) -> Contents:
             casts = (plain.to(dtype) for dtype in PRECISIONS if dtype != plain.dtype)
             distinctive[hashes[name]] = (hashes[name], *(_hash(cast) for cast in casts if _is_distinctive(cast, plain)))
     return Contents(hashes, distinctive)
+
+
+def narrowed_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that a lower precision holds without loss, in that precision. `from_pretrained(bfloat16).float()` leaves such."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        lower = (dtype for dtype in PRECISIONS if tensor.is_floating_point() and dtype.itemsize < tensor.element_size())
+        for cast in map(tensor.to, lower):
+            if torch.equal(cast.to(tensor.dtype), tensor):
+                found[f"{name} in {cast.dtype}"] = cast
+    return found
 
 
 def file_contents(path: Path) -> Contents | None:

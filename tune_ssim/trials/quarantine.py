@@ -4,8 +4,10 @@ The ledger is <storage>/quarantine.jsonl: one event per line, append-only. A che
 hashes of the tensors that its training changed, and by the parents that descendants declare. Renaming a file or its keys has no
 effect.
 
-Unless declared, these are not recognised: a tensor that was sliced, concatenated, transposed, averaged or quantised to 8 bits, and
-a file of only short vectors and constants (`probes.weights.MIN_DISTINCT`).
+A copy in half precision is recognised, also after it was saved in float32 or float64 again.
+
+Unless declared, these are not recognised: a tensor that was sliced, concatenated, transposed, averaged or blended with another, or
+quantised to 8 bits, and a file of only short vectors and constants (`probes.weights.MIN_DISTINCT`).
 """
 
 from __future__ import annotations
@@ -155,14 +157,14 @@ class Ledger:
         """The history of a file, a checkpoint folder or an id; empty for a clean file. Raises UserError for an unknown id,
         BadSetup for a file that is not a checkpoint."""
         if isinstance(what, Path) or Path(what).exists():
-            ids = {refusal.entry.id for refusal in self._refusals(*_read(Path(what)))}
+            ids = {refusal.entry.id for refusal in self._refusals_of(Path(what))}
         else:
             ids = {_resolve(what, self._lines(), self.file)}
         return [line for line in self._lines() if line.id in ids]
 
     def check(self, path: str | Path) -> Refusal | None:
         """`path`: a safetensors file, or a folder of them (a checkpoint). Raises BadSetup for anything else."""
-        return next(iter(self._refusals(*_read(Path(path)))), None)
+        return next(iter(self._refusals_of(Path(path))), None)
 
     def check_hashes(self, hashes: Mapping[str, str], parents: Collection[str] = (), where: str = "weights") -> Refusal | None:
         """The same for tensors in memory, which cannot be replaced between check and use."""
@@ -174,6 +176,14 @@ class Ledger:
             raise BadSetup(str(refusal))
 
     # -- reading and writing
+
+    def _refusals_of(self, path: Path) -> list[Refusal]:
+        where, hashes, parents = _read(path)
+        found = self._refusals(where, hashes, parents)
+        if found or not self.file.exists():
+            return found
+        narrowed = [TensorFile.open(file).narrowed() for file in _files(path)]
+        return self._refusals(where, {name: digest for file in narrowed for digest, name in file.items()}, ())
 
     def _refusals(self, where: str, hashes: Mapping[str, str], parents: Collection[str]) -> list[Refusal]:
         """Refusals, the most direct relation first: same content, then a shared tensor, then a declared parent."""
@@ -254,11 +264,17 @@ def _resolve(id: str, lines: Iterable[Entry | Release], where: Path) -> str:
     return found[0]
 
 
-def _read(path: Path) -> tuple[str, dict[str, str], tuple[str, ...]]:
-    """Name, hashes and declared parents of a safetensors file, or of all in a folder. Hidden files are unfinished and skipped."""
+def _files(path: Path) -> list[Path]:
+    """A safetensors file, or all in a folder. Hidden files are unfinished and skipped."""
     files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith(".")) if path.is_dir() else [path]
     if not files:
         raise BadSetup(f"{path}: holds no *.safetensors file")
+    return files
+
+
+def _read(path: Path) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """Name, hashes and declared parents of a safetensors file, or of all in a folder."""
+    files = _files(path)
     hashes: dict[str, str] = {}
     parents: list[str] = []
     for opened in map(TensorFile.open, files):

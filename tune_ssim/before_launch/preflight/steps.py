@@ -92,10 +92,10 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
     parameters = list(call(task, "trainable_parameters")) if task.abilities().trainable_parameters else []
     before = [parameter.detach().clone() for parameter in parameters]
     n = 1
-    metrics = numbers(_seeded(task, "step"))
+    metrics = numbers(seeded(task, "step"))
     while metrics.get(STEP_SKIPPED) and n < MAX_SKIPPED:
         n += 1
-        metrics = numbers(_seeded(task, "step"))
+        metrics = numbers(seeded(task, "step"))
     if TOTAL_NORM not in metrics:
         raise Unavailable(f"step() records no {TOTAL_NORM}")
     moved = any(not torch.equal(old, new.detach()) for old, new in zip(before, parameters, strict=True))
@@ -117,7 +117,7 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
     )
     if not (parameters and task.abilities().forward):
         return reading
-    forward, setting = _seeded(task, "forward", n), setting_of({**subject.config, **settings})
+    forward, setting = seeded(task, "forward", n), setting_of({**subject.config, **settings})
     warmup = {**subject.config, **settings}.get(WARM_UP) or 0.0
     weight = weight_at(setting.ssim_loss_weight, n, warmup, forward, setting, parameters)
     setting = replace(setting, ssim_loss_weight=weight)
@@ -125,7 +125,7 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
     reading = replace(reading, expected=_numbers_of(found), cosine=cosine(gradients, found.gradients) if are_there else None)
     if not step_rules.near(reading.agreement) or (reading.cosine is not None and not reading.cosine >= step_rules.MIN_STEP_COSINE):
         with torch.no_grad():
-            again = _seeded(task, "forward", n, seed=1).main.item()
+            again = seeded(task, "forward", n, seed=1).main.item()
         if not step_rules.near(again / found.loss_main):
             return replace(reading, random=True)
         reading = _with_gate(reading, forward, setting, parameters, gradients if are_there else None)
@@ -166,11 +166,11 @@ def _nudged_gradients(subject: Subject, settings: Mapping[str, Any], n: int, set
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.add_(NUDGE * parameter.abs().mean() * noise)
     for _ in range(n):
-        _seeded(task, "step")
-    return [p.grad for p in parameters], expected(_seeded(task, "forward", n), setting, parameters).gradients
+        seeded(task, "step")
+    return [p.grad for p in parameters], expected(seeded(task, "forward", n), setting, parameters).gradients
 
 
-def _seeded(task: Any, method: str, *arguments: Any, seed: int = 0) -> Any:
+def seeded(task: Any, method: str, *arguments: Any, seed: int = 0) -> Any:
     """Dropout in the trained network draws from the global generators: the same in a step and in its forward pass."""
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)

@@ -12,11 +12,13 @@ from tune_ssim.before_launch.preflight import rules, step_rules
 from tune_ssim.before_launch.preflight.plain import cosine, norm
 from tune_ssim.before_launch.preflight.report import Check
 from tune_ssim.before_launch.preflight.sampling import follows_weights
+from tune_ssim.before_launch.preflight.steps import seeded
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers
 from tune_ssim.records import TOTAL_NORM
 from tune_ssim.trials.training import Sample
 
 MAX_STEPS = 25  # a GradScaler or a warm-up may leave the first steps without an update
+FAR = 1e-3  # of the norm of the weights; the loss is compared there
 WEIGHTS = ("ssim_loss_weight", "pixel_loss_weight")
 
 Vector = Sequence[Tensor]
@@ -36,6 +38,7 @@ def check_updates(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def _check_gradients(task: Any, parameters: list[torch.nn.Parameter]) -> Iterator[Check]:
+    slope = 0.0
     gradients: list[Vector] = []
     moves: list[Vector] = []
     recorded: list[float | None] = []
@@ -45,13 +48,15 @@ def _check_gradients(task: Any, parameters: list[torch.nn.Parameter]) -> Iterato
         recorded.append(numbers(call(task, "step")).get(TOTAL_NORM))
         move = [p.detach() - old for p, old in zip(parameters, before, strict=True)]
         if norm(move) > 0:
+            if not moves:
+                slope = _slope(task, n, parameters, before, move)
             gradients.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)])
             moves.append(move)
         if len(moves) == 2:
             break
     else:
         raise Unavailable(f"fewer than two of the first {MAX_STEPS} steps change the weights")
-    descent = step_rules.descent(-cosine(moves[0], gradients[0]))
+    descent = step_rules.descent(-cosine(moves[0], gradients[0]), slope)
     yield descent
     if descent.status != "ok":
         return
@@ -67,6 +72,21 @@ def _check_gradients(task: Any, parameters: list[torch.nn.Parameter]) -> Iterato
         expected=norm(second),
         accumulated=both,
     )
+
+
+def _slope(task: Any, n: int, parameters: Sequence[Tensor], before: Vector, move: Vector) -> float:
+    """Relative change of step n's main loss along the update, from as far behind it. Unlike a gradient it sees no hooks."""
+    scale = FAR * norm(before) / norm(move)
+    after = [p.detach().clone() for p in parameters]
+    losses = []
+    with torch.no_grad():
+        for sign in (1.0, -1.0):
+            for parameter, old, step in zip(parameters, before, move, strict=True):
+                parameter.copy_(old + sign * scale * step)
+            losses.append(seeded(task, "forward", n).main.item())
+        for parameter, new in zip(parameters, after, strict=True):
+            parameter.copy_(new)
+    return (losses[0] - losses[1]) / sum(losses) * 2
 
 
 def _without(vector: Vector, span: Sequence[Vector]) -> Vector:
