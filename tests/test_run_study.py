@@ -387,7 +387,11 @@ def test_a_study_does_not_start_from_ruined_weights(cluster: None, tmp_path: Pat
         {f"{name}": tensor.clone() for name, tensor in ruined.model.state_dict().items()}, weights / "fundus_denoiser.safetensors"
     )
     config = {"steps": 20, "weights": str(weights), "crop": 24, "batch_size": 2}
-    study = {"name": "from-ruined", "task_config": config, "calibration": None}  # preflight finds faults too, which are consequences
+    study = {
+        "name": "from-ruined",
+        "task_config": config,
+        "calibration": None,
+    }  # preflight finds faults too, which are consequences
     with pytest.raises(BadSetup, match=r"quarantined: .*trial trial-07 of study old"):
         run(load_study(study), in_process=True, storage=tmp_path / "storage")
     assert not (tmp_path / "storage" / "from-ruined" / "trials.jsonl").exists()
