@@ -325,3 +325,17 @@ def test_the_log_of_a_producer(tmp_path: Path, producer: str) -> None:
         assert {key: record.values.get(key) for key in values} == pytest.approx(values, nan_ok=True)
     assert not source.issues.unread
     assert any(map(is_loss_like, found[0].values))
+
+
+# ---- a log by its producer itself
+
+
+def test_bars_by_tqdm_itself(tmp_path: Path) -> None:
+    tqdm = pytest.importorskip("tqdm").tqdm
+    with (tmp_path / "run.log").open("w") as file:
+        for epoch in range(2):
+            shown = tqdm(range(5), desc=f"Epoch {epoch}", file=file, mininterval=0, miniters=1)
+            for step in shown:
+                shown.set_postfix(loss=math.nan if (epoch, step) == (1, 3) else 1 / (1 + epoch + step))
+    fired, said = broken(tmp_path / "run.log", (tmp_path / "run.log").read_text())
+    assert fired == [9, 10], said  # step 3 of the second epoch, and the bar that still shows it
