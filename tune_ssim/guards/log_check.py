@@ -292,11 +292,8 @@ def check_log(
     assert check is not None
     issues = source.issues
     if not follow and (unused := source.rows.names.unused):
-        names = sorted(check.metrics)
-        saw = ", ".join(names[:MAX_SHOWN_NAMES]) + (", …" if len(names) > MAX_SHOWN_NAMES else "")
-        raise UserError(
-            f"--map {unused[0]}=…: the log has no {unused[0]}{did_you_mean(unused[0], names)}; it has {saw or 'no metric'}"
-        )
+        theirs = unused[0]
+        raise UserError(f"--map {theirs}=…: the log has no {theirs}{did_you_mean(theirs, sorted(check.metrics))}")
     if not follow and (nothing := check.nothing_known()):
         raise UserError(f"{label}: {nothing}" + (f"; {issues.sentence()}" if issues.sentence() else ""))
     about = [note for pack, note in notes.items() if pack in check.matching]
