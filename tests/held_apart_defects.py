@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,16 @@ from tune_ssim.trials.training import Forward, Sample
 BEFORE = set(fundus_defects.DEFECTS), set(HEALTHY)
 
 
-def with_optimizer(make: Callable[[Any], torch.optim.Optimizer]) -> type:
-    def change(task: FundusSR) -> None:
-        task.optimizer = make(task.model.parameters())
+def with_optimizer(make: Callable[..., torch.optim.Optimizer], factor: float = 1.0) -> type:
+    """Another optimiser, with the configured learning rate times `factor`."""
 
-    return after_loading(change)
+    def change(task: FundusSR) -> None:
+        task.optimizer = make(task.model.parameters(), lr=factor * task.config.lr)
+
+    def effective(self: FundusSR) -> dict[str, Any]:
+        return {**FundusSR.effective(self), "lr": self.config.lr}
+
+    return variant(setup=after_loading(change).setup, effective=effective)
 
 
 # -- sampling
@@ -139,7 +145,7 @@ def _(folder: Path) -> Case:
 
 @defect("AdamW climbs")
 def _(folder: Path) -> Case:
-    return Case(with_optimizer(lambda p: torch.optim.AdamW(p, lr=2e-4, maximize=True)), blamed=("update",))
+    return Case(with_optimizer(partial(torch.optim.AdamW, maximize=True), 0.04), blamed=("update",))
 
 
 @defect("a hook turns every gradient round")
@@ -162,7 +168,7 @@ def _(folder: Path) -> Case:
             self.old = [gradient.clone() for gradient in now]
             return super().step(closure)
 
-    return Case(with_optimizer(lambda p: Old(p, lr=2e-4)), blamed=("update",))
+    return Case(with_optimizer(Old, 0.04), blamed=("update",))
 
 
 @defect("gradients are never cleared")
@@ -172,7 +178,7 @@ def _(folder: Path) -> Case:
             pass
 
     return Case(
-        with_optimizer(lambda p: Piling(p, lr=0.005)),
+        with_optimizer(Piling),
         {"measure_main_norm": False},
         blamed=("update",),
         baseline={**fundus_defects.BASELINE, "measure_main_norm": False},
@@ -309,7 +315,7 @@ def _(folder: Path) -> Case:
 @defect("SSIM of one's own is minimised instead of 1 - SSIM")
 def _(folder: Path) -> Case:
     plain = ssim_with(uniform(11))
-    return Case(stepping(lambda x, y: 1 + plain(x, y)), blamed=("gradient/ssim",))
+    return Case(stepping(lambda x, y: 2 - plain(x, y)), blamed=("gradient/ssim",))
 
 
 # -- sound
@@ -352,11 +358,11 @@ HEALTHY["own SSIM, uniform window of 11"] = Case(stepping(ssim_with(uniform(11))
 HEALTHY["own SSIM, Gaussian window of 7, sigma 1"] = Case(stepping(ssim_with(gaussian(7, 1.0))))
 HEALTHY["own SSIM, padded with zeros"] = Case(stepping(ssim_with(gaussian(11, 1.5, "zeros"))))
 HEALTHY["own SSIM of the luminance"] = Case(stepping(_luminance))
-HEALTHY["SGD with momentum"] = Case(with_optimizer(lambda p: torch.optim.SGD(p, lr=0.002, momentum=0.9, nesterov=True)))
-HEALTHY["Adafactor"] = Case(with_optimizer(lambda p: torch.optim.Adafactor(p, lr=1e-3)))
-HEALTHY["RMSprop in bf16"] = Case(with_optimizer(lambda p: torch.optim.RMSprop(p, lr=1e-4)), {"precision": "bf16"})
-HEALTHY["AdamW with a strong decay"] = Case(with_optimizer(lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.5)))
-HEALTHY["a warm-up from a learning rate of 0"] = Case(with_optimizer(lambda p: WarmedUp(p, lr=0.005)))
+HEALTHY["SGD with momentum"] = Case(with_optimizer(partial(torch.optim.SGD, momentum=0.9, nesterov=True), 0.4))
+HEALTHY["Adafactor"] = Case(with_optimizer(torch.optim.Adafactor, 0.2))
+HEALTHY["RMSprop in bf16"] = Case(with_optimizer(torch.optim.RMSprop, 0.02), {"precision": "bf16"})
+HEALTHY["AdamW with a strong decay"] = Case(with_optimizer(partial(torch.optim.AdamW, weight_decay=0.5), 0.02))
+HEALTHY["a warm-up from a learning rate of 0"] = Case(with_optimizer(WarmedUp))
 HEALTHY["round-trip targets"] = Case(variant(forward=_round_trip))
 HEALTHY["samples of averaged weights"] = Case(variant(sample=_averaged_samples), {"ema_decay": 0.9})
 HEALTHY["times in thousandths"] = Case(variant(_batch=_rounded_times))

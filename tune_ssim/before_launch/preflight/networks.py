@@ -35,7 +35,7 @@ def check_weights(task: Any) -> Iterator[Check]:
             yield Check(f"weights/{name}", "bad_setup", str(error))
             continue
         holds = None if found.equal else _holds(part, parts)
-        yield rules.weights(name, part.weights.name, found, fresh_layers(part.module), holds)
+        yield rules.weights(name, part.weights.name, found, fresh_layers(part.module), holds, zeroed_layers(part.module))
     for name, part in parts.items():
         if part.kind == "ema" and (nearest := _nearest(part.module, parts)) is not None:
             yield rules.ema_distance(name, *nearest)
@@ -55,6 +55,18 @@ def fresh_layers(module: torch.nn.Module) -> list[str]:
             if scaled.abs().max() <= 1 + 1e-3 and abs(spread - 1) < 5 / layer.weight.numel() ** 0.5:
                 found.append(f"{name}.weight")
     return found
+
+
+def zeroed_layers(module: torch.nn.Module) -> list[str]:
+    """Layers whose weights are all zero although their bias is not. Layers that start at zero and were never trained have no bias."""
+    return [
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, (torch.nn.Linear, torch.nn.modules.conv._ConvNd))
+        and layer.bias is not None
+        and not layer.weight.any()
+        and layer.bias.any()
+    ]
 
 
 def _holds(part: Part, parts: dict[str, Part]) -> str | None:

@@ -25,10 +25,18 @@ MAX_EMA_DISTANCE = 0.65
 MAX_AVERAGE_LOSS_RATIO = 2.5
 
 
-def weights(part: str, file: str, found: WeightComparison, fresh_layers: Sequence[str] = (), holds: str | None = None) -> Check:
+def weights(
+    part: str,
+    file: str,
+    found: WeightComparison,
+    fresh_layers: Sequence[str] = (),
+    holds: str | None = None,
+    zeroed_layers: Sequence[str] = (),
+) -> Check:
     """A network compared with the file that it must have been loaded from.
 
-    fresh_layers: those whose weights are distributed as after initialisation. holds: another file that it equals instead.
+    fresh_layers: those whose weights are distributed as after initialisation; zeroed_layers: those whose weights are zero although
+    their bias is not. holds: another file that it equals instead.
     """
     name, untrained, norms = f"weights/{part}", len(found.untrained), found.norm_parameters
     evidence = {
@@ -40,6 +48,7 @@ def weights(part: str, file: str, found: WeightComparison, fresh_layers: Sequenc
         "norm_parameters": norms,
         "untrained_norm_parameters": untrained,
         "fresh_layers": len(fresh_layers),
+        "zeroed_layers": len(zeroed_layers),
         "metadata_missing": float(found.metadata_missing),
     }
     faults = listed(
@@ -56,6 +65,9 @@ def weights(part: str, file: str, found: WeightComparison, fresh_layers: Sequenc
     if fresh_layers:
         sentence += f", {some(fresh_layers, 'of them look freshly initialised')}"
         return Check(name, "bad_setup", sentence, evidence, "was the file written by a network that had not been loaded itself?")
+    if zeroed_layers:
+        sentence += f", {some(zeroed_layers, 'of them are zero although their bias is not')}"
+        return Check(name, "bad_setup", sentence, evidence, "write the file again, from a network that was not changed")
     if found.fresh:  # also true of a network whose norms were always frozen
         return Check(name, "warn", sentence, evidence, "is this the file of a trained network?")
     sentence += f", trained ({norms - untrained} of {norms} normalisation parameters)" if norms else ""

@@ -121,6 +121,8 @@ def _other_direction(
     if turns is None or not turns <= MAX_INSTABILITY["weights"]:
         sentence = f"the ssim gradient of a step is not that of SSIM in float32: {compared}"
         return "bad_setup", sentence, HALF_REMEDY
+    if cosine <= -MIN_FORM_COSINE["weights"]:
+        return "bad_setup", f"the ssim gradient of a step points away from that of SSIM: {compared}", FLIPPED_REMEDY
     if cosine >= MIN_FORM_COSINE["weights"] and factor <= 1 / MIN_FORM_FACTOR:
         sentence = f"the ssim gradient of a step has {compared}: another form of SSIM, which cannot be verified"
         return "unknown", sentence, ""
