@@ -58,7 +58,7 @@ def fresh_layers(module: torch.nn.Module) -> list[str]:
 
 
 def zeroed_layers(module: torch.nn.Module) -> list[str]:
-    """Layers whose weights are all zero although their bias is not. Layers that start at zero and were never trained have no bias."""
+    """Layers whose weights are all zero although their bias is not. Of layers that start at zero and were never trained both are."""
     return [
         f"{name}.weight"
         for name, layer in module.named_modules()
