@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +418,19 @@ def test_altered_copies_are_found_and_disjoint_crops_are_not(altered: Callable[[
     assert max(match.score for match in leakage.altered_copies(crops, altered(inside).clamp(0, 1))) > rules.MAX_OF_ONE
     scores = [match.score for match in leakage.altered_copies(crops[:30], altered(crops[40:]).clamp(0, 1))]
     assert rules.altered_overlap(scores, 10).status == "ok"
+
+
+def test_round_trip_targets_leave_no_push_at_a_perfect_prediction() -> None:
+    subject = subject_of(Case())
+    raw = next(targets.check_round_trip(subject.make(BASELINE), {}))
+    assert raw.status == "ok" and raw.evidence["share"] > rules.MAX_RAW_SHARE and "`roundtrip` follows" in raw.sentence
+    forward = subject.make({**BASELINE, "target": "roundtrip"}).forward(1)
+    perfect = replace(forward, z0=forward.clean.clone().requires_grad_())
+    loss = replace(forward.loss, ssim_loss_weight=1.0, ssim_loss_max_t=1.0)
+    assert perfect.auxiliary(loss).total.item() == pytest.approx(0, abs=1e-5)
+    assert perfect.auxiliary(replace(loss, target="raw")).total.item() > 0.05
+    read = {check.name: check.status for check in parameters(Case(config={"target": "roundtrip"}))}
+    assert read["gradient/ssim"] == read["gradient/pixel"] == "ok"
 
 
 # -- an SSIM of one's own

@@ -207,13 +207,15 @@ CHECK_STYLES = {"ok": "green", "unknown": "dim", "warn": "yellow", "bad_setup": 
 
 def preflight_table(report: Mapping[str, Any], ascii_only: bool = False) -> Table:
     """One row for each check of preflight's `Report.to_dict()`, with the remedy below a warning or fault."""
-    table = PlainTable(ascii_only).columns_of("check", overflow="fold").columns_of("verdict").text_of("what was measured", ratio=1)
+    table = PlainTable(ascii_only).columns_of("check", overflow="fold").columns_of("verdict").numbers_of("s")
+    table.text_of("what was measured", ratio=1)
     for check in report["checks"]:
+        cost = format_number(check.get("seconds") or None, ".1f")  # of a report that is older than this number: none
         lines = [check["sentence"]]
         if check["remedy"] and check["status"] in ("warn", "bad_setup"):
             lines.append(check["remedy"])
         text = Text("\n".join(readable(line, ascii_only) for line in lines))
-        table.add(check["name"], Text(check["status"], CHECK_STYLES[check["status"]]), text)
+        table.add(check["name"], Text(check["status"], CHECK_STYLES[check["status"]]), cost, text)
     return table
 
 

@@ -116,6 +116,10 @@ class DecodedLoss:
     chooses the weight from the gradients of the step, so each call needs `main` and `parameters`, too. The ratio includes
     `ssim_grad_scale`, which therefore has no effect then.
 
+    `target`: `raw` compares with the target images, `roundtrip` with what the autoencoder leaves of them, `decode(clean)`. The main
+    loss aims at the round trip. Raw targets also pull at what the autoencoder loses, the more the heavier the weight: colours drift
+    (ResShift issue 146). Each call with `roundtrip` needs `clean`, and decodes the active samples once more.
+
     SSIM is computed in float32 regardless of autocast. The pixel loss is the mean squared error on [0, 1].
 
     The caller must freeze the decoder: gradients pass through it but must not update it. Chunking bounds only the decoder's
@@ -131,6 +135,7 @@ class DecodedLoss:
     pixel_loss_max_t: float = 0.3  # gate of the pixel loss (note 000 §2.3)
     chunk_size: int = 8  # images per decoder call
     image_range: Literal["[-1,1]", "[0,1]"] = "[-1,1]"  # range of the decoder's output, which is mapped and clamped to [0, 1]
+    target: Literal["raw", "roundtrip"] = "raw"  # what decoded images are compared with, see above
     ssim_warmup_steps: float = 0.0  # the weight rises linearly from 0 over so many steps
 
     def __post_init__(self) -> None:
@@ -157,6 +162,8 @@ class DecodedLoss:
             raise ValueError(f"DecodedLoss: ssim_grad_clamp={self.ssim_grad_clamp!r}; expected a number > 0, or None")
         if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"DecodedLoss: chunk_size={self.chunk_size!r}; expected an integer >= 1")
+        if self.target not in ("raw", "roundtrip"):
+            raise ValueError(f"DecodedLoss: target={self.target!r}; expected 'raw' or 'roundtrip'")
         if self.image_range not in ("[-1,1]", "[0,1]"):
             raise ValueError(f"DecodedLoss: image_range={self.image_range!r}; expected '[-1,1]' or '[0,1]'")
 
@@ -178,6 +185,7 @@ class DecodedLoss:
         step: int | None = None,
         main: Tensor | None = None,
         parameters: Iterable[Tensor] = (),
+        clean: Tensor | None = None,
     ) -> DecodedLossResult:
         """Computes both losses.
 
@@ -186,7 +194,7 @@ class DecodedLoss:
         (default: all). `sizes`: the true (height, width) of each image if images are padded at the right and bottom; decoded
         images and targets are both cropped to it. `step`: of the training, from 1, for a schedule or a warm-up. `main`: the loss
         to which `total` will be added, and `parameters`: where the gradients are compared, for an adaptive weight; see
-        `balanced_weight` for what that costs.
+        `balanced_weight` for what that costs. `clean`: the clean latents, for `target: roundtrip`.
 
         Raises ValueError for a missing decoder or step, mismatched shapes, t outside [0, 1], or images smaller than the SSIM
         window.
@@ -214,6 +222,8 @@ class DecodedLoss:
         if index:
             assert decode is not None
             decoded = self._decode(decode, z0_prediction, index)
+            if self.target == "roundtrip":
+                target_images = self._round_trip(decode, clean, target_images, index)
             pairs = _Pairs(decoded, target_images, index, sizes)
             if for_ssim:
                 per_sample = [ssim_loss(self._unit(self._attenuate(x)), y) for x, y in pairs.of(for_ssim)]
@@ -270,6 +280,16 @@ class DecodedLoss:
             )
         others = main if pixel is None else main + pixel
         return balanced_weight(self._weight, others, main.new_zeros(()) if ssim is None else ssim, parameters)
+
+    def _round_trip(
+        self, decode: Callable[[Tensor], Tensor], clean: Tensor | None, target_images: Tensor, index: list[int]
+    ) -> Tensor:
+        """The target images with those of the active samples through the autoencoder."""
+        if clean is None:
+            raise ValueError("DecodedLoss: target 'roundtrip' needs clean=, the clean latents of the target images")
+        with torch.no_grad():
+            images = self._unit(self._decode(decode, clean, index))
+            return target_images.to(images.dtype).index_copy(0, torch.tensor(index, device=images.device), images)
 
     def _decode(self, decode: Callable[[Tensor], Tensor], z0: Tensor, index: list[int]) -> Tensor:
         images = []

@@ -72,6 +72,7 @@ class FundusConfig:
     ssim_grad_scale: float = 1.0
     ssim_grad_clamp: float | None = None
     ssim_warmup_steps: float = 0.0
+    target: str = "raw"  # raw | roundtrip: what both image losses compare with, see DecodedLoss
     pixel_loss_weight: float = 0.0
     pixel_loss_max_t: float = 0.3
     decode_chunk: int = 8  # latents decoded at once
@@ -97,6 +98,7 @@ class FundusConfig:
                 "precision": ("float32", "bf16", "fp16"),
                 "t_law": ("uniform", "shifted_sigmoid_normal"),
                 "data_errors": ("skip", "refuse"),
+                "target": ("raw", "roundtrip"),
                 **({"image": IMAGES} if image else {}),
             },
             counts={"steps": 1, "batch_size": 1, "decode_chunk": 1, "data_side": 1},
@@ -138,6 +140,7 @@ class FundusSR(BundledTraining):
                 pixel_loss_weight=self.config.pixel_loss_weight,
                 pixel_loss_max_t=self.config.pixel_loss_max_t,
                 chunk_size=self.config.decode_chunk,
+                target=self.config.target,  # type: ignore[arg-type]
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"fundus_sr: {error}") from None

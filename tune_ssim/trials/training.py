@@ -68,7 +68,7 @@ class Forward:
     main: 0-d, the main loss. z0: `[batch, ...]`, the prediction of the clean latent. t: `[batch]`, on the host.
     targets: `[batch, 3, H, W]` in [0, 1]. loss, decode: the same objects that the training step uses.
     velocity_target: the regression target of the network, for comparison with an uninformed predictor.
-    clean: `[batch, ...]`, the clean latent that z0 predicts. With it preflight checks the prediction at every t.
+    clean: `[batch, ...]`, the clean latent that z0 predicts: for `target: roundtrip`, and for preflight.
     is_target, sizes: see `DecodedLoss`; step, parameters too, which only a schedule of the weight needs.
     """
 
@@ -98,7 +98,16 @@ class Forward:
             step=self.step,
             main=self.main,
             parameters=self.parameters,
+            clean=self.clean,
         )
+
+    def compared_images(self) -> torch.Tensor:
+        """`[batch, 3, H, W]` in [0, 1]: what the image losses compare with."""
+        if self.loss.target == "raw" or self.clean is None:
+            return self.targets
+        with torch.no_grad():
+            images = self.decode(self.clean).float()
+        return (images * 0.5 + 0.5 if self.loss.image_range == "[-1,1]" else images).clamp(0, 1)
 
 
 @dataclass(frozen=True)

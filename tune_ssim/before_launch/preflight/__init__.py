@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tune_ssim.before_launch.preflight import flow, images, launch, learning, networks, sampling, targets, updates
@@ -61,8 +62,13 @@ def preflight_task(
     disable_update: settings under which a step changes nothing. Every measurement has its own instance of the task."""
     started = time.perf_counter()
     subject = Subject(task_class, {"steps": steps, **config}, seed, device, disable_update)
-    checks = tuple(_checks(subject, steps, settings, dict(baseline or {}), guards))
-    return Report(checks, time.perf_counter() - started)
+    checks: list[Check] = []
+    begun = started
+    for check in _checks(subject, steps, settings, dict(baseline or {}), guards):
+        now = time.perf_counter()
+        checks.append(replace(check, seconds=round(now - begun, 3)))
+        begun = now
+    return Report(tuple(checks), time.perf_counter() - started)
 
 
 def _checks(
@@ -102,6 +108,7 @@ def _start(
     yield from guarded("flow/time", lambda: flow.check_time(task))
     yield from guarded("data/pairs", lambda: images.check_pairs(sample, seen))
     yield from guarded("targets/shift", lambda: targets.check_targets(task, seen))
+    yield from guarded("targets/round_trip", lambda: targets.check_round_trip(task, {}))
     yield from guarded("sampling", lambda: sampling.check_sampling(task, sample))
     yield from guarded("data/files", lambda: images.check_data(task))
     yield from guarded("data/training_images", lambda: images.check_training_images(task, steps, sample, seen))

@@ -58,7 +58,7 @@ def fresh_layers(module: torch.nn.Module) -> list[str]:
 
 
 def zeroed_layers(module: torch.nn.Module) -> list[str]:
-    """Layers whose weights are all zero although their bias is not. Of layers that start at zero and were never trained both are."""
+    """Layers whose weights are all zero although their bias is not. Of a layer that starts at zero and never learnt both are."""
     return [
         f"{name}.weight"
         for name, layer in module.named_modules()

@@ -102,11 +102,12 @@ def expected(forward: Forward, setting: Setting, parameters: Sequence[torch.nn.P
     outputs, seeds = [forward.main], [torch.ones_like(forward.main)]
     loss_ssim, loss_pixel, peak = None, None, 0.0
     if index := sorted({*for_ssim, *for_pixel}):
+        targets = forward.compared_images()
         decoded = torch.cat([forward.decode(chunk) for chunk in forward.z0[index].split(forward.loss.chunk_size)])
         seed = torch.zeros_like(decoded, dtype=torch.float64)
         if for_ssim:
             rows = [index.index(sample) for sample in for_ssim]
-            loss_ssim, gradient = ssim_gradient(decoded[rows], forward.targets[for_ssim], image_range, _sizes(forward, for_ssim))
+            loss_ssim, gradient = ssim_gradient(decoded[rows], targets[for_ssim], image_range, _sizes(forward, for_ssim))
             gradient = gradient * setting.ssim_loss_weight * setting.ssim_grad_scale
             if setting.ssim_grad_clamp is not None:
                 gradient = gradient.clamp(-setting.ssim_grad_clamp, setting.ssim_grad_clamp)
@@ -114,9 +115,7 @@ def expected(forward: Forward, setting: Setting, parameters: Sequence[torch.nn.P
             peak = gradient.abs().max().item()
         if for_pixel:
             rows = [index.index(sample) for sample in for_pixel]
-            loss_pixel, gradient = pixel_gradient(
-                decoded[rows], forward.targets[for_pixel], image_range, _sizes(forward, for_pixel)
-            )
+            loss_pixel, gradient = pixel_gradient(decoded[rows], targets[for_pixel], image_range, _sizes(forward, for_pixel))
             seed[rows] += gradient * setting.pixel_loss_weight
         if decoded.requires_grad:  # otherwise the prediction is detached, and the auxiliary losses send no gradient
             outputs.append(decoded)

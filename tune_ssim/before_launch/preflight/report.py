@@ -17,13 +17,15 @@ class Check:
     """The result of one check. name: `subject` or `subject/part`. evidence: the numbers behind the sentence.
 
     bad_setup: no study with this set-up can give a result. broken (of `check_task`): no study with this class can, or it would
-    misjudge. warn: it works, and something is lost. unknown: could not be measured. remedy: what to do; empty if all is well."""
+    misjudge. warn: it works, and something is lost. unknown: could not be measured. remedy: what to do; empty if all is well.
+    seconds: that it took; checks of one measurement share it, and the first of them has it all."""
 
     name: str
     status: Status
     sentence: str
     evidence: Mapping[str, float] = field(default_factory=dict)
     remedy: str = ""
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         line = f"{MARKS[self.status]} {self.name}: {self.sentence}"

@@ -243,6 +243,7 @@ MIN_TARGET_CORRELATION, MIN_SHIFT_RATIO = 0.2, 1.2
 # Energy of fine detail, over that of predictions 1.8 to 70; 0.64 if targets are enlarged and 0.36 if blurred. Over that of the
 # training images 1, 0.06 and 0.03.
 MIN_DETAIL = {"training images": 0.5, "predictions at low t": 0.8}
+MAX_RAW_SHARE, MAX_RAW_PUSH = 0.5, 1.0  # half of the push, and as hard as the main loss
 MAX_ROUND_TRIP = 0.1  # 0 of the autoencoder's own output, 0.8 and more of anything else
 NAMED_FILES = 20  # files named in a sentence
 # Of a channel of latents. Bundled VAE on its own photograph: deviations 0.88 to 0.95, means up to 0.12; on tissue sections, which
@@ -338,6 +339,19 @@ def target_sharpness(of: str, detail: float, round_trip: float | None = None) ->
     sentence = f"targets have {detail:.2g}x the fine detail of the {of}"
     remedy = "take the targets from the images at full resolution, before any blur"
     return judge("targets/sharpness", is_sound, sentence, evidence, remedy, fault=": are they blurred, or enlarged?")
+
+
+def round_trip(target: str, share: float, push: float) -> Check:
+    """target: of the image losses. share: SSIM gradient against raw targets at a perfect prediction, over that at the prediction.
+    push: gradient of the baseline's pixel loss at a perfect prediction, over that of the main loss."""
+    evidence = {"share": share, "push": push}
+    left = f"at a perfect prediction SSIM against raw targets keeps {share:.2g}x its gradient"
+    fits = "roundtrip" if share > MAX_RAW_SHARE else "raw"
+    why = "most of it would undo what the autoencoder loses" if fits == "roundtrip" else "the autoencoder loses little"
+    sentence = f"{left}: {why}; `target: {target}` is in force, `{fits}` follows the main loss"
+    remedy = "set target: roundtrip, or lower the baseline's pixel_loss_weight"
+    fault = f"; the baseline's pixel loss pulls there {push:.2g}x as hard as the main loss"
+    return judge("targets/round_trip", target != "raw" or push <= MAX_RAW_PUSH, sentence, evidence, remedy, "warn", fault=fault)
 
 
 def latent_scale(error: float, rescaled: Mapping[float, float], explained: float | None, images: int) -> Check:

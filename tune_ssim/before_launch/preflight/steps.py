@@ -144,12 +144,13 @@ def _explanation(forward: Forward, setting: Setting, parameters: Sequence[Any], 
     if recorded is None or own is None or abs(recorded / own - 1) < SAME_LOSS:
         return ""
     rows, columns = forward.targets.ndim - 2, forward.targets.ndim - 1
-    wrong = {"targets of other samples": forward.targets.roll(1, 0), "mirrored targets": forward.targets.flip(columns)}
+    images = forward.compared_images()
+    wrong = {"targets of other samples": images.roll(1, 0), "mirrored targets": images.flip(columns)}
     for pixels in (*range(-MAX_SHIFT, 0), *range(1, MAX_SHIFT + 1)):
         for axis, direction in ((rows, "down"), (columns, "right")):
-            wrong[f"targets moved {pixels} pixels {direction}"] = forward.targets.roll(pixels, axis)
+            wrong[f"targets moved {pixels} pixels {direction}"] = images.roll(pixels, axis)
     for words, targets in wrong.items():
-        found = expected(replace(forward, targets=targets), setting, parameters)
+        found = expected(replace(forward, targets=targets, clean=None), setting, parameters)
         is_near = found.loss_ssim and step_rules.near(recorded / found.loss_ssim)
         if is_near and cosine(gradients, found.gradients) >= step_rules.MIN_STEP_COSINE:
             return words
@@ -212,12 +213,13 @@ def check_ssim(task: Any) -> Iterator[Check]:
         ssim_grad_clamp=None,
         ssim_warmup_steps=0.0,
         pixel_loss_weight=0.0,
+        target="raw",
     )
     bright = torch.full((2, *forward.targets.shape[1:]), 0.98)
     noisy = bright + 0.001 * torch.randn(bright.shape, generator=torch.Generator().manual_seed(0))
     flat = 2 * noisy - 1 if loss.image_range == "[-1,1]" else noisy
     cases = {
-        "the decoded images of step 1": (decoded, forward.targets, forward.sizes),
+        "the decoded images of step 1": (decoded, forward.compared_images(), forward.sizes),
         "flat bright patches": (flat.to(decoded.device), bright.to(decoded.device), None),
     }
     checks = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.images import Seen
+from tune_ssim.before_launch.preflight.plain import own_gradient_norms, setting_of
 from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.subject import Unavailable, call
+from tune_ssim.trials.training import Forward
 
 MAX_SHIFT = 8  # pixels
 EMPTY = 1e-12  # of an image without any detail
@@ -39,6 +42,21 @@ def check_targets(task: Any, seen: Seen | None) -> Iterator[Check]:
         yield rules.target_sharpness("predictions at low t", detail(seen.targets) / max(detail(seen.decoded), EMPTY))
     else:
         yield unknown("targets/shift", "there are no predictions at low t to compare the targets with")
+
+
+def check_round_trip(task: Any, base: Mapping[str, Any]) -> Iterator[Check]:
+    """Measures what raw targets still push when the prediction is perfect: only the autoencoder's error is left."""
+    forward: Forward = call(task, "forward", 1)
+    parameters = list(call(task, "trainable_parameters"))
+    if forward.clean is None:
+        raise Unavailable("the forward pass does not show the clean latent")
+    raw = replace(forward, loss=replace(forward.loss, target="raw"))
+    perfect = replace(raw, z0=forward.clean + raw.z0 - raw.z0.detach())
+    main, ssim, _ = own_gradient_norms(raw, parameters)
+    _, ssim_left, pixel_left = own_gradient_norms(perfect, parameters)
+    setting = setting_of({**call(task, "effective"), **base})
+    push = setting.pixel_loss_weight * pixel_left / main if main else 0.0
+    yield rules.round_trip(forward.loss.target, ssim_left / ssim if ssim else 0.0, push)
 
 
 def shift_between(x: Tensor, y: Tensor) -> tuple[int, int, float, float]:
