@@ -109,8 +109,8 @@ def _run_in(
             if not lock.is_lost:
                 for path in sorted((folder.path / "baseline").glob("*.json")):
                     run.writer.file(f"baseline/{path.name}", "baseline")
+                run.write_report(problem or "done")
                 run.writer.study_ended(problem or "done")
-                run.write_report()
             if mirror is not None:
                 _drain(mirror, folder, progress)
 
@@ -182,12 +182,12 @@ class StudyRun:
         self._draw_front()
         return search.failure
 
-    def write_report(self) -> None:
+    def write_report(self, end: str) -> None:
         """Also of a study that was stopped, if a trial has ended."""
         if not all(map(is_installed, ("jinja2", "matplotlib", "PIL"))) or not self.folder.trials():
             return
         try:
-            write_page(self.folder)
+            write_page(self.folder, end=end)
         except Exception as error:  # the study is done, and its result does not depend on a page about it
             self.progress.say(f"{PAGE} was not written: {error}; `tune-ssim report {self.folder.name}` tries again")
         else:

@@ -67,10 +67,11 @@ class _Log:
     end: str | None = None  # None while the study runs, or after it was killed
 
 
-def write_page(folder: StudyFolder, path: Path | None = None, refresh_s: int | None = None) -> Path:
-    """Writes the page, by default into the study's folder. refresh_s: how often a browser loads it again, while the study runs."""
+def write_page(folder: StudyFolder, path: Path | None = None, refresh_s: int | None = None, end: str | None = None) -> Path:
+    """Writes the page, by default into the study's folder. refresh_s: how often a browser loads it again, while the study runs.
+    end: why it ends now, before its events say so."""
     target = path or folder.path / PAGE
-    write_atomically(target, study_page(folder, refresh_s).encode())
+    write_atomically(target, study_page(folder, refresh_s, end).encode())
     return target
 
 
@@ -88,7 +89,7 @@ def follow_study(folder: StudyFolder, path: Path | None = None) -> Path:
         time.sleep(FOLLOW_S)
 
 
-def study_page(folder: StudyFolder, refresh_s: int | None = None) -> str:
+def study_page(folder: StudyFolder, refresh_s: int | None = None, end: str | None = None) -> str:
     """The page. Raises UserError for files that cannot be read, and if no trial has ended."""
     from jinja2 import Environment, PackageLoader
 
@@ -96,6 +97,7 @@ def study_page(folder: StudyFolder, refresh_s: int | None = None) -> str:
     if not trials:
         raise UserError(f"{folder.name}: no trial has ended yet")
     log = _read_events(folder)
+    log.end = log.end if end is None else end
     best, why_none = _best(folder)
     proof = proof_of(best, folder) if best else None
     preflight = folder.preflight()
