@@ -19,6 +19,7 @@ from tune_ssim.report.study_page import PAGE, follow_study, study_page, write_pa
 from tune_ssim.report.trial_curves import POINTS, Curves, curves_of
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.study_lock import StudyLock
 from tune_ssim.study.study import load_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -71,7 +72,7 @@ def test_a_name_or_reason_is_text_and_nothing_else(tmp_path: Path) -> None:
 def test_without_a_setting_it_says_why(tmp_path: Path) -> None:
     page = study_page(study(tmp_path, baseline(), trial("00002", "pruned", "NaN")))
     assert "No setting to use" in page and "no safe trial to export" in page and "tune-ssim export" not in page
-    assert "Not calibrated" in page and "switched preflight off" in page
+    assert "Not calibrated" in page
 
 
 def test_no_trial_is_an_error(tmp_path: Path) -> None:
@@ -113,12 +114,54 @@ def test_following_ends_with_the_study(tmp_path: Path, monkeypatch: pytest.Monke
     writer = EventWriter(folder)
     writer.study_started("fundus-ssim")
     follower = threading.Thread(target=follow_study, args=(folder, path))
-    follower.start()
-    while not (path.exists() and 'http-equiv="refresh"' in path.read_text()):
-        assert follower.is_alive()
-    writer.study_ended("done")
-    follower.join(30)
+    with StudyLock(folder.path):
+        follower.start()
+        while not (path.exists() and 'http-equiv="refresh"' in path.read_text()):
+            assert follower.is_alive()
+        writer.study_ended("done")
+        follower.join(30)
     assert not follower.is_alive() and 'http-equiv="refresh"' not in path.read_text()
+
+
+def test_following_a_study_that_was_killed_ends(tmp_path: Path) -> None:
+    folder = study(tmp_path, *USUAL)
+    EventWriter(folder).study_started("fundus-ssim")
+    assert "still running, or killed" in follow_study(folder, tmp_path / "dead.html").read_text()
+
+
+def test_a_damaged_study_gives_a_page_or_names_the_file(ran: StudyFolder, tmp_path: Path) -> None:
+    folder = StudyFolder(Path(shutil.copytree(ran.path, tmp_path / "reported")))
+    pictures = folder.path / "images" / ran.trials()[0].trial_id
+    for name, content in (("000900", b"no picture"), ("000901", b""), ("best", b"x")):
+        (pictures / f"smoke_{name}.png").write_bytes(content)
+    (pictures / "smoke_000902.png").mkdir()
+    for line in (
+        '{"event": "records"}',
+        '{"event": "records", "trial_id": "x", "records": [[1]]}',
+        '{"event": "records", "records": 3}',
+    ):
+        with folder.events_file.open("a") as events:
+            events.write(line + "\n")
+    assert "Samples" in study_page(folder)
+    for file, content in (
+        ("calibration.json", '{"model": {}, "settings": []}'),
+        ("preflight.json", '{"status": "ok", "checks": [1]}'),
+        ("study.yaml", "name: reported\n"),
+    ):
+        sound = (ran.path / file).read_bytes() if (ran.path / file).exists() else None
+        (folder.path / file).write_text(content)
+        with pytest.raises(UserError, match=file):
+            study_page(folder)
+        if sound is None:
+            (folder.path / file).unlink()
+        else:
+            (folder.path / file).write_bytes(sound)
+
+
+def test_what_was_not_recorded_is_not_called_switched_off(tmp_path: Path) -> None:
+    assert "There is no record of a preflight" in study_page(study(tmp_path, *USUAL))
+    off = study(tmp_path / "off", *USUAL, yaml="name: fundus-ssim\npreflight: null\n")
+    assert "The study has switched preflight off" in study_page(off)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium or google-chrome")

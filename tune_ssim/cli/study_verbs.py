@@ -203,7 +203,7 @@ def report(name: str | None, output: str | None, follow: bool, storage: Path) ->
     target, folder = output_file(output), find_study(storage, name)
     path = follow_study(folder, target) if follow else write_page(folder, target)
     click.echo(f"wrote {path}")
-    suggest_next("export", folder.name, why="writes the best safe setting")
+    suggest_next("trials", folder.name, why="lists the same trials here")
 
 
 @click.command()

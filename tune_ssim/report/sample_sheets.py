@@ -27,16 +27,20 @@ class SampleSheet:
 
 
 def sample_sheets(folder: StudyFolder, trials: Sequence[TrialSummary]) -> list[SampleSheet]:
-    """Of the first trials that have pictures."""
-    found = []
+    """Of the first trials that have pictures. Files that are no pictures are left out."""
+    found: list[SampleSheet] = []
     for trial in trials:
-        files = {int(file.stem.rpartition("_")[2]): file for file in (folder.path / "images" / trial.trial_id).glob("smoke_*.png")}
-        if files:
-            chosen = _spread(sorted(files))
-            setting = "baseline" if trial.role is Role.BASELINE else format_setting(trial.config)
-            found.append(SampleSheet(trial, setting, {step: _small(files[step]) for step in chosen}))
         if len(found) == MAX_TRIALS:
             break
+        files = {}
+        for file in (folder.path / "images" / trial.trial_id).glob("smoke_*.png"):
+            step = file.stem.rpartition("_")[2]
+            if step.isdecimal() and file.is_file():
+                files[int(step)] = file
+        pictures = {step: picture for step in _spread(sorted(files)) if (picture := _small(files[step])) is not None}
+        if pictures:
+            setting = "baseline" if trial.role is Role.BASELINE else format_setting(trial.config)
+            found.append(SampleSheet(trial, setting, pictures))
     return found
 
 
@@ -47,14 +51,18 @@ def _spread(steps: Sequence[int]) -> list[int]:
     return [steps[round(index * (len(steps) - 1) / (MAX_STEPS - 1))] for index in range(MAX_STEPS)]
 
 
-def _small(file: Path) -> str:
+def _small(file: Path) -> str | None:
+    """A JPEG as data URI; None if the file is truncated or no picture."""
     from PIL import Image
 
-    with Image.open(file) as picture:
-        picture = picture.convert("RGB")
-        if picture.width > MAX_WIDTH:
-            size = (MAX_WIDTH, max(1, round(picture.height * MAX_WIDTH / picture.width)))
-            picture = picture.resize(size, Image.Resampling.BOX)
-        buffer = io.BytesIO()
-        picture.save(buffer, format="JPEG", quality=QUALITY)
+    buffer = io.BytesIO()
+    try:
+        with Image.open(file) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    if picture.width > MAX_WIDTH:
+        size = (MAX_WIDTH, max(1, round(picture.height * MAX_WIDTH / picture.width)))
+        picture = picture.resize(size, Image.Resampling.BOX)
+    picture.save(buffer, format="JPEG", quality=QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

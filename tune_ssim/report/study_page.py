@@ -6,6 +6,7 @@ Curves are drawn by matplotlib as SVG, which needs no script and prints well. ji
 from __future__ import annotations
 
 import base64
+import json
 import math
 import time
 from collections import Counter
@@ -22,7 +23,8 @@ from tune_ssim.report.sample_sheets import SampleSheet, sample_sheets
 from tune_ssim.report.trial_curves import Curves, curves_of, draw_confirmation, draw_curves
 from tune_ssim.results.pareto import pareto_front
 from tune_ssim.results.proof import proof_of
-from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.study_folder import CALIBRATION, StudyFolder
+from tune_ssim.results.study_lock import is_written
 from tune_ssim.results.trial_text import format_number, format_setting, metric_label, proof_line, warning_lines
 from tune_ssim.results.winner import NoSafeTrial, best_safe
 from tune_ssim.study.objective import Objective
@@ -56,6 +58,7 @@ class Row:
     chosen: str
     curves: str
     is_best: bool
+    is_front: bool
 
 
 @dataclass
@@ -76,17 +79,20 @@ def write_page(folder: StudyFolder, path: Path | None = None, refresh_s: int | N
 
 
 def follow_study(folder: StudyFolder, path: Path | None = None) -> Path:
-    """Writes the page whenever the study has written something, until it ends. Waits for its first trial to end."""
+    """Writes the page whenever the study has written something, until it ends, is killed, or this is interrupted.
+
+    The last page does not reload itself. Raises UserError if no trial has ended by then."""
     seen = -1
-    while True:
-        ended = _read_events(folder).end is not None
-        size = folder.events_file.stat().st_size if folder.events_file.exists() else 0
-        if folder.trials() and (size != seen or ended):
-            target = write_page(folder, path, refresh_s=FOLLOW_S)
-            if ended:
-                return target
-        seen = size
-        time.sleep(FOLLOW_S)
+    try:
+        while _read_events(folder).end is None and is_written(folder.path):
+            size = folder.events_file.stat().st_size if folder.events_file.exists() else 0
+            if folder.trials() and size != seen:
+                write_page(folder, path, refresh_s=FOLLOW_S)
+            seen = size
+            time.sleep(FOLLOW_S)
+    except KeyboardInterrupt:
+        pass
+    return write_page(folder, path)
 
 
 def study_page(folder: StudyFolder, refresh_s: int | None = None, end: str | None = None) -> str:
@@ -100,7 +106,7 @@ def study_page(folder: StudyFolder, refresh_s: int | None = None, end: str | Non
     log.end = log.end if end is None else end
     best, why_none = _best(folder)
     proof = proof_of(best, folder) if best else None
-    preflight = folder.preflight()
+    preflight, given = folder.preflight(), folder.study()
     columns = _columns(trials, objective)
     front = pareto_front(trials, objective)
     environment = Environment(loader=PackageLoader("tune_ssim.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -111,17 +117,18 @@ def study_page(folder: StudyFolder, refresh_s: int | None = None, end: str | Non
         end=log.end,
         objective=metric_label(objective.name),
         best=best,
-        setting={name: format_number(value, ".6g") for name, value in best.settings.items()} if best else {},
+        setting={name: _pasteable(value) for name, value in best.settings.items()} if best else {},
         why_none=why_none,
         proof=proof,
         proof_line=proof_line(proof) if proof else "",
         counts=_counts(trials),
         preflight=preflight,
+        preflight_is_off="preflight" in given and given["preflight"] is None,
         findings=[check for check in (preflight or {}).get("checks", []) if check.get("status") != "ok"],
         heat_map=_heat_map(folder, trials),
         columns=[HEADINGS.get(name, metric_label(name)) for name in columns],
         rows=[
-            _row(trial, columns, log, best, place, _baseline_of(trial, trials))
+            _row(trial, columns, log, best, place, _baseline_of(trial, trials), trial in front)
             for place, trial in enumerate(_in_order(trials, objective))
         ],
         sheets=_sheets(folder, trials, best, objective),
@@ -146,7 +153,17 @@ def _heat_map(folder: StudyFolder, trials: Sequence[TrialSummary]) -> str:
     calibration = folder.calibration()
     if calibration is None:
         return ""
-    return _picture(draw_heat_map(calibration, load_space(folder.study()["space"]), trials=_gains_of(trials)))
+    if "space" not in (study := folder.study()):
+        raise UserError(f"{folder.study_file}: has no space, which its calibration is about")
+    try:
+        return _picture(draw_heat_map(calibration, load_space(study["space"]), trials=_gains_of(trials)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder.path / CALIBRATION}: not what a calibration has: {error}") from None
+
+
+def _pasteable(value: object) -> str:
+    """As `export` writes it: a schedule as JSON."""
+    return json.dumps(value) if isinstance(value, Mapping) else format_number(value, ".6g")
 
 
 def _gains_of(trials: Sequence[TrialSummary]) -> list[tuple[Verdict, float, float]]:
@@ -177,7 +194,15 @@ def _in_order(trials: Sequence[TrialSummary], objective: Objective) -> list[Tria
     return sorted(trials, key=lambda one: (roles.index(one.role), one.verdict.rank, objective.rank(one.metric(objective.name))))
 
 
-def _row(trial: TrialSummary, columns: Mapping[str, str], log: _Log, best: TrialSummary | None, place: int, reference: str) -> Row:
+def _row(
+    trial: TrialSummary,
+    columns: Mapping[str, str],
+    log: _Log,
+    best: TrialSummary | None,
+    place: int,
+    reference: str,
+    is_front: bool,
+) -> Row:
     values = [(trial.metric(name), form) for name, form in columns.items()]
     own, baseline = log.curves.get(trial.trial_id), log.curves.get(reference)
     return Row(
@@ -188,6 +213,7 @@ def _row(trial: TrialSummary, columns: Mapping[str, str], log: _Log, best: Trial
         chosen=log.chosen.get(trial.trial_id, ""),
         curves=draw_curves(own, baseline, _limit(trial)) if own and place < MAX_CURVES else "",
         is_best=best is not None and trial.trial_id == best.trial_id,
+        is_front=is_front,
     )
 
 

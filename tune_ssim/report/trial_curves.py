@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
@@ -32,10 +33,11 @@ class Curves:
     values: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, step: float, record: Mapping[str, Any]) -> None:
+        values = {name: record.get(name) for name in (LOSS, LOSS_FLOW, TOTAL_NORM)}
+        numbers = {name: math.nan if value is None else as_float(value) for name, value in values.items()}
         self.steps.append(step)
-        for name in (LOSS, LOSS_FLOW, TOTAL_NORM):
-            value = record.get(name)
-            self.values.setdefault(name, []).append(math.nan if value is None else as_float(value))
+        for name, number in numbers.items():
+            self.values.setdefault(name, []).append(number)
 
     @property
     def loss(self) -> str:
@@ -52,13 +54,15 @@ class Curves:
 
 
 def curves_of(events: Iterable[Mapping[str, Any]]) -> dict[str, Curves]:
-    """Trial → its recorded loss and gradient norm."""
+    """Trial → its recorded loss and gradient norm. Lines of another shape are left out."""
     found: dict[str, Curves] = {}
     for event in events:
-        if event.get("event") == "records":
-            curves = found.setdefault(event["trial_id"], Curves())
+        if event.get("event") != "records":
+            continue
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            curves = found.setdefault(str(event["trial_id"]), Curves())
             for step, record in event["records"]:
-                curves.add(step, record)
+                curves.add(float(step), record)
     return found
 
 

@@ -85,13 +85,13 @@ class _FilesSeen:
 @dataclass(frozen=True)
 class _Preflight:
     status: str
-    checks: list[Any]
+    checks: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Calibration:
     model: dict[str, Any]
-    settings: list[Any]
+    settings: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

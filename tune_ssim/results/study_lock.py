@@ -179,6 +179,12 @@ class StudyLock:
                 os.utime(self._descriptor)
 
 
+def is_written(folder: Path) -> bool:
+    """Whether a process holds the lock. One on another machine counts as alive."""
+    found = _read(folder / LOCK_FILE)
+    return found is not None and (found.owner is None or not found.owner.is_here or found.owner.is_alive)
+
+
 def _create(path: Path) -> tuple[Owner, int]:
     """Creates the lock file atomically with its content, so a kill leaves no partial lock. Raises FileExistsError."""
     owner = Owner.this_process()
