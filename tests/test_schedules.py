@@ -55,7 +55,7 @@ def test_a_cycle_is_repeated_exactly():
         (lambda: Linear(0, math.inf, 2), "end must be a finite number, got inf"),
         (lambda: Linear(0, "1e-4", 2), "end must be a finite number, got '1e-4'"),
         (lambda: CyclicalLinear(0, 1, 9, ratio=0), r"ratio must be in \(0, 1\], got 0"),
-        (lambda: CyclicalLinear(0, 1, 3, cycles=4), r"cycles \(4\) must be at most steps \(3\)"),
+        (lambda: CyclicalLinear(0, 1, 3, cycles=4), r"must be at most steps \(3\), got 4"),
         (lambda: Constant(math.nan), "value must be a finite number, got nan"),
         (lambda: Adaptive(0), "target_ratio must be > 0, got 0"),
         (lambda: Adaptive(2, max_weight=math.inf), "max_weight must be a finite number, got inf"),

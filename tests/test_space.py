@@ -279,6 +279,11 @@ BAD = [
     (GATE + "fixed:\n  ssim_loss_weight: {linear: {start: 1, end: 2, steps: 2.5}}",
      "s.yaml:5: ssim_loss_weight.linear.steps: must be an integer, got 2.5"),
     (GATE + "fixed:\n  ssim_loss_weight: {adaptive: 2}", "s.yaml:5: ssim_loss_weight: must be a mapping, got 2"),
+    (GATE + "  ssim_loss_weight:\n    cyclical:\n      start: 0\n      end: {uniform: [1, 5]}\n      steps: 3\n      cycles: 50",
+     "s.yaml:9: ssim_loss_weight.cyclical.cycles: must be at most steps (3), got 50"),
+    (GATE + "  ssim_loss_weight:\n    cyclical:\n      start: 0\n      end: {uniform: [1, 5]}\n      steps: 3",
+     "s.yaml:6: ssim_loss_weight.cyclical.cycles: must be at most steps (3), got 4"),
+    (HEAD + "  ssim_loss_weight:\n    adaptve: {target_ratio: 2}", "s.yaml:4: ssim_loss_weight: unknown schedule 'adaptve'"),
     (GATE + "fixed: {ssim_loss_weight: {adaptive: {target_ratio: 2}}, ssim_grad_clamp: 1}",
      "s.yaml:4: ssim_grad_clamp: cannot be combined with an adaptive ssim_loss_weight"),
     (GOOD + "fixed: {ssim_loss_weight: {adaptive: {target_ratio: 2}}}", "s.yaml:3: gain: cannot be combined with a schedule"),
@@ -382,6 +387,13 @@ def test_a_mistake_is_one_line_that_says_where(text: str | bytes, says: str) -> 
         parse(text)
     assert any(line.startswith(says) or says in line for line in str(error.value).splitlines()), str(error.value)
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("schedule", ["{adaptve: {target_ratio: 2}}", "{cyclical: {start: 0, end: {uniform: [1, 5]}, steps: 3}}"])
+def test_a_mistake_in_a_schedule_is_one_line(schedule: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(f"{HEAD}  ssim_loss_weight:\n    {schedule}")
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_all_mistakes_of_a_file_come_at_once_in_its_order() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tune_ssim.losses.balance import any_rank, balanced_weight
-from tune_ssim.losses.schedules import Adaptive, Schedule, read_schedule, written_schedule
+from tune_ssim.losses.schedules import NO_CLAMP, Adaptive, Schedule, read_schedule, written_schedule
 from tune_ssim.losses.structural import ssim_loss
 
 Size = tuple[int, int]
@@ -147,10 +147,7 @@ class DecodedLoss:
         for weight in self._weight.weights if isinstance(self._weight, Schedule) else ():
             _require_non_negative("DecodedLoss: ssim_loss_weight", weight)
         if isinstance(self._weight, Adaptive) and self.ssim_grad_clamp is not None:
-            raise ValueError(
-                "DecodedLoss: ssim_grad_clamp cannot be combined with an adaptive ssim_loss_weight: a clamped gradient does not "
-                "follow the weight, so no ratio can be held"
-            )
+            raise ValueError(f"DecodedLoss: ssim_grad_clamp {NO_CLAMP}")
         is_number = not isinstance(self._weight, (Schedule, Adaptive))
         numbers = ("ssim_grad_scale", "pixel_loss_weight", "ssim_warmup_steps", *(["ssim_loss_weight"] if is_number else []))
         for name in numbers:

@@ -109,7 +109,7 @@ class CyclicalLinear(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cycles > self.steps:
-            raise ValueError(f"cycles ({self.cycles}) must be at most steps ({self.steps})")
+            raise FieldError("cycles", f"must be at most steps ({self.steps}), got {self.cycles}")
         if not 0 < self.ratio <= 1:
             raise FieldError("ratio", f"must be in (0, 1], got {self.ratio!r}")
 
@@ -140,6 +140,8 @@ class Adaptive(_Checked):
             if number <= 0:
                 raise FieldError(key, f"must be > 0, got {number!r}")
 
+
+NO_CLAMP = "cannot be combined with an adaptive ssim_loss_weight: a clamped gradient does not follow the weight"
 
 SCHEDULES: dict[str, type[Any]] = {
     "constant": Constant,

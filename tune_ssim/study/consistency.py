@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from tune_ssim.base.validation import Problem
 from tune_ssim.base.yaml_source import describe
 from tune_ssim.guards import SmokeTest
+from tune_ssim.losses.schedules import NO_CLAMP
 from tune_ssim.study.command_spec import CommandSpec, placeholders, reading_problems
-from tune_ssim.study.space import GAIN, GRAD_SCALE, MAX_T, WEIGHT
-from tune_ssim.study.weight_schedule import is_part_of_schedule
+from tune_ssim.study.space import GAIN, GRAD_CLAMP, GRAD_SCALE, MAX_T, WEIGHT, Space
+from tune_ssim.study.weight_schedule import assembled, is_part_of_schedule
 
 if TYPE_CHECKING:
     from tune_ssim.study.study import Study
@@ -36,6 +37,7 @@ def part_problems(study: Study) -> Iterator[Problem]:
             if WEIGHT in (study.task_config or {}) and any(map(is_part_of_schedule, (*stage.parameters, *stage.fixed))):
                 message = f"is set here, but the space {study.space.name!r} gives it a schedule; set it in one place"
                 yield Problem(("task_config", WEIGHT), message)
+        yield from _clamp_problems(study.space, study.task_config or {})
         stages = len(study.space.stages)
         if study.search is not None and study.search.trials < stages:
             message = f"a route of {stages} stages needs at least {stages} trials, got {study.search.trials}"
@@ -62,6 +64,18 @@ def part_problems(study: Study) -> Iterator[Problem]:
         if asha.grace_steps > asha.max_steps:
             message = f"must be at most max_steps ({asha.max_steps}), got {asha.grace_steps}"
             yield Problem(("scheduler", "asha", "grace_steps"), message)
+
+
+def _clamp_problems(space: Space, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """The problem of an adaptive weight with a clamped gradient, of which `task_config` gives at least one."""
+    for stage in space.stages:
+        settings = assembled({**config, **stage.fixed, **stage.parameters})
+        weight = settings.get(WEIGHT)
+        is_adaptive = GAIN not in settings and isinstance(weight, Mapping) and "adaptive" in weight
+        if is_adaptive and settings.get(GRAD_CLAMP) is not None:
+            place = WEIGHT if config.get(GRAD_CLAMP) is None else GRAD_CLAMP
+            yield Problem(("task_config", place), NO_CLAMP, subject=GRAD_CLAMP)
+            return
 
 
 def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:

@@ -141,13 +141,14 @@ class Stage(Document):
         return {"parameters": assembled(parameters), "fixed": assembled(fixed), "points": points}
 
     def problems(self, context: Any) -> Iterator[Problem]:
-        if self.parameters == {}:
-            yield Problem(("parameters",), f"nothing to search; write e.g. `gain: {{log_uniform: [0.1, 30]}}` ({FORMS})")
         parameters, fixed = self.parameters or {}, self.fixed or {}
+        of_schedule = list(stage_problems(parameters, fixed))
+        if self.parameters == {} and not of_schedule:
+            yield Problem(("parameters",), f"nothing to search; write e.g. `gain: {{log_uniform: [0.1, 30]}}` ({FORMS})")
         for name in parameters:
             if name in fixed:
                 yield Problem(("fixed", name), "is searched and fixed at once")
-        yield from stage_problems(parameters, fixed)
+        yield from of_schedule
         if GAIN in fixed:
             yield Problem(("fixed", GAIN), f"fix {WEIGHT} and {GRAD_SCALE} instead: a gain is searched")
         elif GAIN in parameters:

@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from tune_ssim.base.validation import Problem, Problems
-from tune_ssim.losses.schedules import SCHEDULES, Adaptive, Schedule, read_schedule
+from tune_ssim.losses.schedules import NO_CLAMP, SCHEDULES, Adaptive, Schedule, read_schedule
 from tune_ssim.study.domains import Domain
 
 WEIGHT = "ssim_loss_weight"
@@ -108,18 +108,17 @@ def stage_problems(parameters: Mapping[str, Domain], fixed: Mapping[str, Any]) -
     if len(kinds) > 1:
         yield Problem(place[list(listed)[-1]], f"a weight has one schedule, got {' and '.join(kinds)}")
         return
-    seen: set[tuple[Any, str]] = set()
+    seen: set[tuple[str, str]] = set()
     for varied, values in listed.items():
         for value in values:
             numbers = {name.split(".", 2)[2]: own[0] for name, own in listed.items()} | {varied.split(".", 2)[2]: value}
             for one in weight_problems({kinds[0]: numbers}):
                 name = ".".join(map(str, (WEIGHT, *one.loc[:2])))
                 loc = place.get(name, place[varied] if kinds[0] in SCHEDULES else next(iter(place.values())))
-                if (loc, one.message) not in seen:
-                    seen.add((loc, one.message))
+                if (name, one.message) not in seen:
+                    seen.add((name, one.message))
                     yield Problem(loc, one.message, subject=name)
     if kinds == ["adaptive"]:
         for part, settings in (("parameters", parameters), ("fixed", fixed)):
             if settings.get("ssim_grad_clamp") is not None:
-                message = f"cannot be combined with an adaptive {WEIGHT}: a clamped gradient does not follow the weight"
-                yield Problem((part, "ssim_grad_clamp"), message)
+                yield Problem((part, "ssim_grad_clamp"), NO_CLAMP)
