@@ -16,6 +16,7 @@ from small_studies import SETTING, USUAL, baseline, study, trial
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.results.export import experiment_name, exported_config, format_export
+from tune_ssim.results.proof import proof_of
 from tune_ssim.results.verification import file_differences
 from tune_ssim.results.winner import NoSafeTrial, best_safe
 
@@ -88,6 +89,26 @@ def test_nothing_to_export(trials: Any, said: str) -> None:
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize(
+    ("confirmed", "said"),
+    [
+        ((), "it was not confirmed with further seeds"),
+        ((0.01, -0.02), "tried with 2 new seeds and not confirmed: delta_ssim -0.005 [-0.1956, +0.1856]"),
+        ((0.01,), "tried with 1 new seed and not confirmed: delta_ssim +0.01"),
+        (("pruned",), "tried with 1 new seed and not confirmed: with seed 3 it is pruned: total_norm is 32"),
+    ],
+)
+def test_why_a_setting_is_unproven(tmp_path: Path, confirmed: tuple[Any, ...], said: str) -> None:
+    trials = [
+        trial(f"c{index}", "pruned", "NaN", role="confirm", seed=3)
+        if delta == "pruned"
+        else trial(f"c{index}", delta_ssim=delta, role="confirm")
+        for index, delta in enumerate(confirmed)
+    ]
+    folder = study(tmp_path, baseline(), trial("a"), *trials)
+    assert proof_of(trial("a"), folder)["unproven"][0].startswith(said)
 
 
 def test_the_study_says_what_is_maximised(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tune_ssim.guards import KeepRule
 from tune_ssim.guards.verdict import Role
 from tune_ssim.results.intervals import paired, paired_on_images
 from tune_ssim.results.study_folder import StudyFolder
-from tune_ssim.results.winner import are_copies, confirmations, holds, why_copies
+from tune_ssim.results.winner import are_copies, confirmations, holds, why_copies, why_unconfirmed
 from tune_ssim.study.objective import DELTA
 from tune_ssim.trials.command.dependencies import NO_CODE, WHEN_OBSERVED, WITHOUT_RUNNING
 from tune_ssim.trials.summary import TrialSummary
@@ -32,7 +32,7 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
     objective = folder.objective
     unproven = []
     if not holds(confirmed, objective):
-        unproven.append("it was not confirmed with further seeds")
+        unproven.append(why_unconfirmed(confirmed, objective))
     elif are_copies(confirmed, objective):
         unproven.append(why_copies(confirmed, objective))
     if provenance is None:

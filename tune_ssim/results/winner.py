@@ -139,17 +139,42 @@ def why_copies(confirmed: Sequence[TrialSummary], objective: Objective) -> str:
     )
 
 
+def why_unconfirmed(confirmed: Sequence[TrialSummary], objective: Objective) -> str:
+    """Why a setting that does not hold is unproven."""
+    if not confirmed:
+        return "it was not confirmed with further seeds"
+    failed = _first_unsafe(confirmed)
+    result = _improvement(confirmed, objective) if failed is None else f"with seed {failed.seed} it is {_verdict(failed)}"
+    seeds = "1 new seed" if len(confirmed) == 1 else f"{len(confirmed)} new seeds"
+    return f"tried with {seeds} and not confirmed: {result}"
+
+
 def _why_not_held(summary: TrialSummary, summaries: Iterable[TrialSummary], objective: Objective) -> str:
     confirmed = confirmations(summary, summaries)
-    failed = next((trial for trial in confirmed if trial.verdict is not Verdict.SAFE), None)
-    if failed is not None:
-        return f"{summary.trial_id} with seed {failed.seed} is {failed.verdict}: {failed.reason}"
-    found = paired([trial.metric(objective.delta) for trial in confirmed])
-    words = f"{summary.trial_id} has {objective.delta} {found['mean']:+.4g}"
-    if found["interval"] is None:
+    if (failed := _first_unsafe(confirmed)) is not None:
+        return f"{summary.trial_id} with seed {failed.seed} is {_verdict(failed)}"
+    words = f"{summary.trial_id} has {_improvement(confirmed, objective)}"
+    if len(confirmed) == 1:
         return f"{words} with one seed, which shows nothing"
+    return f"{words} over {len(confirmed)} seeds, which does not beat the baseline{objective.by_more_than}"
+
+
+def _first_unsafe(confirmed: Iterable[TrialSummary]) -> TrialSummary | None:
+    return next((trial for trial in confirmed if trial.verdict is not Verdict.SAFE), None)
+
+
+def _verdict(summary: TrialSummary) -> str:
+    return f"{summary.verdict}: {summary.reason}"
+
+
+def _improvement(confirmed: Sequence[TrialSummary], objective: Objective) -> str:
+    """`delta_ssim +0.0023 [-0.0061, +0.0107]`, without an interval of one seed."""
+    found = paired([trial.metric(objective.delta) for trial in confirmed])
+    words = f"{objective.delta} {found['mean']:+.4g}"
+    if found["interval"] is None:
+        return words
     lower, upper = found["interval"]
-    return f"{words} [{lower:+.4g}, {upper:+.4g}] over {found['n']} seeds, which does not beat the baseline{objective.by_more_than}"
+    return f"{words} [{lower:+.4g}, {upper:+.4g}]"
 
 
 def _why_none(tried: list[TrialSummary], objective: Objective) -> str:
