@@ -108,6 +108,34 @@ def test_rows_that_are_read_again_are_not_reported_again() -> None:
     assert all(math.isfinite(record.values["loss"]) for record in found)
 
 
+# ---- a loss that is no longer logged
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda step, loss: f'{{"step": {step}, "loss": {loss or "null"}}}',
+        lambda step, loss: f'{{"step": {step}, "loss": {loss or "null"}, "lr": 0.1}}',
+        lambda step, loss: f"step {step} loss {loss or '--'}",
+        lambda step, loss: f"step {step} loss: {loss or 'N/A'} lr: 0.1",
+        lambda step, loss: f"{step},{loss}",
+        lambda step, loss: f"{step},{loss or 'NA'}",
+    ],
+)
+def test_a_loss_that_is_missing_to_the_end_is_not_healthy(tmp_path: Path, write: Callable[[int, str], str]) -> None:
+    lines = [write(step, str(1 / step) if step < 20 else "") for step in range(1, 80)]
+    header = "step,loss\n" if lines[0][0] == "1" else ""
+    report = checked(tmp_path / "run.log", header + "\n".join(lines) + "\n")
+    assert report["summary"] == "unknown: loss is missing in 60 of 79 records, from step 20 on; no alert"
+
+
+@pytest.mark.parametrize("rest", ["", "0.1"])
+def test_a_loss_in_every_nth_row_is_not_missing(tmp_path: Path, rest: str) -> None:
+    rows = [f"{step},{100 / (step + 100) if step % 50 == 0 else ''},{rest}" for step in range(590)]
+    report = checked(tmp_path / "run.csv", "step,train_loss,lr\n" + "\n".join(rows) + "\n")
+    assert report["verdict"] == "healthy"
+
+
 # ---- half precision
 
 

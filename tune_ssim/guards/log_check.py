@@ -18,12 +18,14 @@ from tune_ssim.guards import Baseline, Divergence, Guard, NonFinite, NormRatio, 
 from tune_ssim.guards.branch_report import BranchFinding, BranchReport, judge_branch, series_of
 from tune_ssim.guards.curves import Curve
 from tune_ssim.guards.guard import WILDCARD_ENDINGS, is_named
+from tune_ssim.guards.log_gaps import Presence
 from tune_ssim.guards.log_report import Alert, LogReport, Unknown
 from tune_ssim.guards.rule_pack import Branch, RulePack, bundled_packs, load_rules
 from tune_ssim.guards.watch import GRACE_RECORDS
 from tune_ssim.records import LOSS, TOTAL_NORM, Record
 from tune_ssim.records.metric_names import is_held_out, is_loss_like, is_loss_weight, usual_names, words_of
 from tune_ssim.records.readers import Source
+from tune_ssim.records.readers.parse_issues import EmptyRows
 from tune_ssim.records.record_table import Table
 
 PROBED_RECORDS = 1000  # records used to infer the number of micro-batches per step from the coverage, if it is not given
@@ -58,6 +60,7 @@ class LogCheck:
         self.alerts: dict[str, list[Alert]] = {}
         self.records, self.first_step, self.last_step = 0, -1, -1
         self.metrics: dict[str, None] = {}  # all metrics in the log
+        self._losses: dict[str, Presence] = {}  # of the training
         self.matching: set[str] = set()  # names of the packs that match the log
         of_branches = [key for pack in packs for branch in pack.branches.values() for key in series_of(branch)]
         of_guards = [metric for guard in self.guards for metric in _metrics_of(guard)]
@@ -81,6 +84,8 @@ class LogCheck:
         new = [alert for violations in self.watch.update_table(table) for alert in self._add_alerts(violations)]
         if not self.records:
             self.first_step = table.steps[0]
+        for name, presence in self._losses.items():
+            presence.add(table, table.column(name), self.records)
         self.records += len(table)
         self.last_step = table.steps[-1]
         for key in self._series:
@@ -89,7 +94,8 @@ class LogCheck:
                 self.curves.setdefault(key, Curve()).add(column)
         return [*fired, *(alert for alert in new if self._counts(alert.violation.guard))]
 
-    def report(self, log: str = "", notes: Iterable[str] = (), passed_over: int = 0) -> LogReport:
+    def report(self, log: str = "", notes: Iterable[str] = (), passed_over: int = 0, empty: EmptyRows | None = None) -> LogReport:
+        """empty: the rows of the log that hold no number."""
         packs = tuple(pack for pack in self.packs if pack.name in self.matching)
         guards = [guard for guard in self.guards if self._counts(guard.name)]
         holding = {
@@ -119,7 +125,7 @@ class LogCheck:
             passed_over=passed_over,
             judged_metrics=self._judged_metrics(judging),
             metrics=len(self.metrics),
-            doubts=tuple(self._doubts(unknown)),
+            doubts=(*self._missing_losses(empty or EmptyRows()), *self._doubts(unknown)),
         )
 
     def _judged_metrics(self, guards: Sequence[Guard]) -> tuple[str, ...]:
@@ -138,6 +144,12 @@ class LogCheck:
                 name = "gradient norm" if metric == TOTAL_NORM else metric
                 yield f"{name} is never below {lowest:.2g} (a sound one is below {limit:.0e}): it may have diverged before this log"
         yield from (f"{one.reason}" for one in unknown if one.guard == NonFinite.name)
+
+    def _missing_losses(self, empty: EmptyRows) -> Iterator[str]:
+        """The loss, or else every loss term, that is no longer logged at the end: a NaN may be written as an empty cell."""
+        for name in [LOSS] if LOSS in self._losses else self._losses:
+            if sentence := self._losses[name].doubt(name, self.records, empty):
+                yield sentence
 
     def nothing_known(self) -> str | None:
         """If no guard recognises any metric of the log, the reason; else None. Usually the metrics have other names."""
@@ -191,6 +203,8 @@ class LogCheck:
         for name in metrics:
             if name not in self.metrics:
                 self.metrics[name] = None
+                if _is_training_loss(name):
+                    self._losses[name] = Presence()
                 if (_is_training_loss(name) or is_loss_weight(name)) and name not in self._series:
                     self._series.append(name)
         if len(self.matching) < len(self.packs):
@@ -301,7 +315,7 @@ def check_log(
         None, [guard.remark(check.watch.state_of(guard.name)) for guard in check.guards if isinstance(guard, NonFinite)]
     )
     about += [f"{theirs} is taken for {ours}; else `--map {theirs}=…`" for theirs, ours in usual.items()]
-    return check.report(label, filter(None, [*about, issues.sentence()]), issues.repeated + issues.unread)
+    return check.report(label, filter(None, [*about, issues.sentence()]), issues.repeated + issues.unread, issues.empty)
 
 
 def _check_arguments(packs: Sequence[RulePack], options: Mapping[str, float]) -> None:

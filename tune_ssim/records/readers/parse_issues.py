@@ -9,6 +9,23 @@ EXCERPT = 80  # characters quoted per line
 
 
 @dataclass
+class EmptyRows:
+    """Rows with a step and no number (`"loss": null`) since the latest row with one. longest: the most in a row before."""
+
+    count: int = 0
+    first_step: int | None = None
+    longest: int = 0
+
+    def add(self, step: int) -> None:
+        self.count += 1
+        self.first_step = step if self.first_step is None else self.first_step
+
+    def end(self) -> None:
+        """A row with a number follows."""
+        self.longest, self.count, self.first_step = max(self.longest, self.count), 0, None
+
+
+@dataclass
 class ParseIssues:
     """Counts and examples of parse problems.
 
@@ -23,6 +40,7 @@ class ParseIssues:
     repeated: int = 0  # skipped rows of steps that were already logged
     first_repeated: str = ""
     restarted: str = ""
+    empty: EmptyRows = field(default_factory=EmptyRows)
     kept: list[str] = field(default_factory=list)  # non-finite values in skipped rows
 
     def skip(self, line: int, text: str, reason: str) -> None:

@@ -14,6 +14,8 @@ from tune_ssim.records.readers.values import Names, text_number
 # `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A number followed by a unit (`0.3s`) does not match.
 # Neither does a date or a time. For lower-case text.
 PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.]|[-:]\d)")
+# A loss that is no number: `loss: --`, `loss=None`, `loss N/A`, `loss ****`. For lower-case text.
+NO_NUMBER = re.compile(r"(?<![a-z])loss['\"]?\s{0,8}[:= ]\s{0,8}['\"]?(?:-{1,9}|\*{1,40}|n/?a|null|none|#+)(?![\w.-])")
 DICT = re.compile(r"\{\s{0,8}['\"]\w")
 # Words before a name that belong to it: `val loss 0.3`, `kl loss: 0.1`.
 QUALIFIERS = re.compile(r"(?<![\w./-])((?:[a-z][a-z_]{0,30} ){1,2})$")
@@ -49,8 +51,8 @@ NOT_MEASURED = ("v_num", "ppid")  # in the bars of Lightning
 
 
 class Row(NamedTuple):
-    """A printed row: step, or None, and metric → number. is_aside: it is of no step of the training, and only tells what is not
-    finite (a validation, a summary)."""
+    """A printed row: step, or None, and metric → number, none if the loss is printed as `--`. is_aside: it is of no step of the
+    training, and only tells what is not finite (a validation, a summary)."""
 
     step: str | None
     values: dict[str, float]
@@ -110,6 +112,8 @@ class KeyValues(Printed):
             self._epoch = float(header[1])
             return None
         found = self._places(text)
+        if found is not None and found.step is not None and not found.metrics and NO_NUMBER.search(text):
+            return Row(text[slice(*found.step)], {})
         if found is None or not found.metrics:
             return None
         values = {name: float(text[slice(*number)]) for name, _, number in found.metrics}

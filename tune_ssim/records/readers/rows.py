@@ -20,11 +20,14 @@ class Rows:
         self.steps = Steps(self.issues)
 
     def add(self, step: Any, values: dict[str, float], line: int, text: str = "", names: Names | None = None) -> None:
-        """Adds one row, with metric names as in the log; a row without metrics is ignored.
+        """Adds one row, with metric names as in the log; a row without metrics is only counted.
 
         step: the raw value from the log, or None. text: what the row was read from. names: default those of the log."""
         if not values:
+            if (empty := step_in(step)) is not None:
+                self.issues.empty.add(empty)
             return
+        self.issues.empty.end()
         values = (self.names if names is None else names).rename(values)
         if step is None or step == "":
             self.steps.add(None, values, line, text)
@@ -55,6 +58,7 @@ class Rows:
             floats: dict[str, Sequence[float]] = {name: tuple(map(float, values)) for name, values in columns.items()}
         except (TypeError, ValueError, OverflowError):
             return False
+        self.issues.empty.end()
         return self.steps.add_table(Table(steps, columns=(self.names if names is None else names).rename(floats)))
 
     def add_objects(self, rows: list[dict[str, Any]]) -> bool:

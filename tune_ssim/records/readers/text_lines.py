@@ -207,7 +207,7 @@ class PrintedLines(TextFormat):
         """Whether a built-in pattern recognises this line; the first that does is kept."""
         line = line[:MAX_PATTERN_TEXT]
         if self.name is None:
-            rows = {name: row for name, printed in self._printed.items() if (row := printed.read(line)) is not None}
+            rows = {name: row for name, printed in self._printed.items() if (row := printed.read(line)) and row.values}
             self.name = next((name for name, row in rows.items() if not row.is_aside), None)
             if rows and self.name is None and self._asides is not None and len(self._asides) < MIN_ASIDES:
                 self._asides.append((line, next(iter(rows.values())).values))
@@ -270,7 +270,7 @@ class PrintedLines(TextFormat):
             if row.is_aside and self._asides is not None:
                 self._rows.add_aside(row.values, at, self._names)
                 continue
-            if wants_shape:
+            if wants_shape and row.values:
                 self._shape = self._shape_of(line, row)
                 wants_shape = self._shape is None
             self._rows.add(row.step, row.values, at, line, self._names)
