@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_studies import Said
 from small_studies import SMALL, TESTS
 
 from tune_ssim.base.errors import UserError
@@ -100,6 +101,18 @@ class Paused(SmallTask):
 def test_what_needs_ray_is_said(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         run_study(small(**changes), storage=tmp_path, in_process=True)
+
+
+def test_a_study_without_matplotlib_leaves_its_pictures_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    objective = [{"maximize": "delta_ssim", **SMALL["objective"]}, {"maximize": "psnr"}]
+    study = small(calibration={"batches": 2}, objective=objective, baseline={"seeds": 1}, search={"trials": 2})
+    progress = Said()
+    folder = run_study(study, storage=tmp_path, in_process=True, progress=progress)
+    assert sum(trial.role == "search" for trial in folder.trials()) == 2
+    for picture in ("calibration.png", "pareto.png"):
+        assert f"{picture} was not drawn; it needs Matplotlib: pip install 'tune-ssim[pictures]'" in progress.lines
+        assert not (folder.path / picture).exists()
 
 
 def test_a_confirm_phase_whose_baseline_failed_is_resumed(tmp_path: Path) -> None:

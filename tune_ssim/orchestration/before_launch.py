@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_ssim.base.errors import BadSetup
+from tune_ssim.base.extras import install_hint, is_installed
 from tune_ssim.base.files import jsonable, parse_json, write_atomically
 from tune_ssim.before_launch.command.kept_starts import starts_file
 from tune_ssim.before_launch.inspection import bad_lines, calibration_lines, preflight_lines
@@ -38,7 +39,7 @@ def check_before_launch(study: Study, folder: StudyFolder, writer: EventWriter, 
     kept = starts_file(folder.path.parent, study.name)
     found = executor.inspect(study, **wanted, kept=kept, say=progress.say)
     writer.require_lock()
-    if "calibration" in found:
+    if "calibration" in found and can_draw(HEAT_MAP, progress):
         write_atomically(folder.path / HEAT_MAP, draw_heat_map(found["calibration"], study.space, study.name))
         writer.file(HEAT_MAP, "before_launch")
     for name in (PREFLIGHT, CALIBRATION, START, PROVENANCE):
@@ -51,6 +52,14 @@ def check_before_launch(study: Study, folder: StudyFolder, writer: EventWriter, 
     _require_clean(folder)  # first, since ruined weights are the reason of other findings
     if found.get("preflight", {}).get("status") == "bad_setup":
         raise BadSetup("\n".join(bad_lines(found["preflight"])))
+
+
+def can_draw(picture: str, progress: Progress) -> bool:
+    """Whether Matplotlib is installed. Reports that `picture` is left out if it is not."""
+    if not is_installed("matplotlib"):
+        progress.say(f"{picture} was not drawn; it needs {install_hint('matplotlib')}")
+        return False
+    return True
 
 
 def _require_clean(folder: StudyFolder) -> None:

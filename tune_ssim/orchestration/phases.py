@@ -15,7 +15,7 @@ from tune_ssim.base.files import check_name, write_atomically
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.guards.baseline_log import baseline_of_log, describe, require_steps
 from tune_ssim.guards.verdict import Role, Verdict
-from tune_ssim.orchestration.before_launch import check_before_launch, norm_model
+from tune_ssim.orchestration.before_launch import can_draw, check_before_launch, norm_model
 from tune_ssim.orchestration.executor import Executor, Phase
 from tune_ssim.orchestration.in_process import InProcessExecutor
 from tune_ssim.orchestration.progress import NoProgress, Progress
@@ -195,7 +195,8 @@ class StudyRun:
 
     def _draw_front(self) -> None:
         trials, objective = self.folder.trials(), self.study.objective
-        if front := pareto_front(trials, objective):
+        front = pareto_front(trials, objective)
+        if front and can_draw(FRONT_PICTURE, self.progress):
             write_atomically(self.folder.path / FRONT_PICTURE, draw_front(trials, front, objective, self.folder.name))
             self.writer.file(FRONT_PICTURE)
 
