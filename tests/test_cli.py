@@ -15,6 +15,8 @@ import pytest
 from ruamel.yaml import YAML
 from small_studies import SETTING, USUAL, baseline, study, trial
 
+from tune_ssim.cli.options import ChosenStudy
+
 COMMAND = [sys.executable, "-m", "tune_ssim"]
 VERBS = ("run", "check", "trials", "export", "ui", "spaces", "mirror")
 
@@ -43,6 +45,12 @@ def mistake(done: subprocess.CompletedProcess[str], *said: str, code: int = 2) -
     assert lines[0].startswith("error: ")
     for words in said:
         assert words in lines[0]
+
+
+def test_the_next_command_is_of_the_same_study(tmp_path: Path) -> None:
+    chosen = ChosenStudy("s.yaml", tmp_path, fresh=False, space="note_v3", seed=0, address="127.0.0.1:6379")
+    assert chosen.arguments == ["s.yaml", "--space", "note_v3", "--seed", "0", "--address", "127.0.0.1:6379"]
+    assert ChosenStudy(None, tmp_path, fresh=False, space=None, seed=None, address=None).arguments == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])

@@ -84,7 +84,9 @@ class ChosenStudy:
     @property
     def arguments(self) -> list[str]:
         """The same study in another command line."""
-        return [self.study] if self.study else []
+        options = (("--space", self.space), ("--seed", self.seed), ("--address", self.address))
+        given = [word for option, value in options if value is not None for word in (option, str(value))]
+        return [*([self.study] if self.study else []), *given]
 
     def load(self) -> Study:
         from tune_ssim.study.study import load_study
