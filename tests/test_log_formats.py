@@ -94,6 +94,21 @@ def test_a_nan_in_a_row_without_a_step_is_an_alert(tmp_path: Path, row: str, pla
     assert len(broken(tmp_path / "run.jsonl", "\n".join(lines) + "\n")[0]) == 1
 
 
+@pytest.mark.parametrize("head", ["Epoch: [0][{at}/400] Time 0.1 ( 0.1) ", "step {at}: "])
+@pytest.mark.parametrize("mean", ["({})", " ({})", " ( {} )"])
+def test_a_nan_in_a_running_mean_is_an_alert(tmp_path: Path, head: str, mean: str) -> None:
+    lines = [f"{head.format(at=at)} Loss: 5.0e-02{mean.format(0.1 if at < 30 else 'nan')} Acc 0.5" for at in range(40)]
+    assert broken(tmp_path / "run.log", "\n".join(lines) + "\n")[0] == list(range(30, 40))
+
+
+@pytest.mark.parametrize("name", ["grad_norm", "total_norm", "train/gnorm"])
+def test_a_nan_norm_in_a_row_that_is_skipped_is_an_alert(tmp_path: Path, name: str) -> None:
+    rows = [{"step": step, "loss": 1.0, name: 1.0} for step in range(39)]
+    rows.append({"step": 10, "loss": 1.0, name: math.nan})
+    report = checked(tmp_path / "run.jsonl", as_jsonl(rows))
+    assert report["verdict"] == "alerts" and report["alerts"][0]["metric"] == "total_norm"
+
+
 def test_a_live_trial_sees_the_nan_of_a_skipped_row() -> None:
     parser = LineParser()
     found = parser.feed(b"step 1 loss 1\nstep 2 loss 0.5\nstep 1 loss nan\nstep 3 loss 0.4\n") + parser.finish()

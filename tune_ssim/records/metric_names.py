@@ -66,6 +66,12 @@ def is_loss_like(name: str) -> bool:
     return not words.isdisjoint(LOSS_WORDS) or any(word.startswith(LOSS) or word.endswith(LOSS) for word in words)
 
 
+@lru_cache(MAX_NAMES)
+def is_norm_like(name: str) -> bool:
+    """Whether a metric is the gradient's norm, not clipped, under any of its names."""
+    return _is_norm(words_of(name))
+
+
 def is_held_out(name: str) -> bool:
     """Whether a metric is of held-out data."""
     return not words_of(name).isdisjoint(HELD_OUT_WORDS)

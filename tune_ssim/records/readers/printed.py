@@ -14,6 +14,8 @@ from tune_ssim.records.readers.values import Names, text_number
 # `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A number followed by a unit (`0.3s`) does not match.
 # Neither does a date or a time. For lower-case text.
 PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.]|[-:]\d)")
+# `loss: 0.5 (nan)`: a running mean that is not finite, after a number that is. For lower-case text.
+BROKEN_MEAN = re.compile(r"\s{0,8}\(\s{0,8}([-+]?(?:nan|inf(?:inity)?))\s{0,8}\)")
 # A loss that is no number: `loss: --`, `loss=None`, `loss N/A`, `loss ****`. For lower-case text.
 NO_NUMBER = re.compile(r"(?<![a-z])loss['\"]?\s{0,8}[:= ]\s{0,8}['\"]?(?:-{1,9}|\*{1,40}|n/?a|null|none|#+)(?![\w.-])")
 DICT = re.compile(r"\{\s{0,8}['\"]\w")
@@ -161,7 +163,12 @@ def _step_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
 def _pairs(text: str, not_metrics: set[str]) -> list[tuple[str, Span, Span]]:
     """Name, span of the name and span of the number of each metric. Two metrics of one name get the words before it, and so does a
     metric of held-out data."""
-    found = [(pair[1], pair.span(1), pair.span(2), _qualifiers(text, pair.start())) for pair in PAIR.finditer(text)]
+    found = []
+    for pair in PAIR.finditer(text):
+        words = _qualifiers(text, pair.start())
+        found.append((pair[1], pair.span(1), pair.span(2), words))
+        if (mean := BROKEN_MEAN.match(text, pair.end())) is not None:
+            found.append((f"{pair[1]}_avg", pair.span(1), mean.span(1), words))
     found = [one for one in found if one[0] not in not_metrics and not one[0].endswith(".py")]  # train.py:12 of a logger
     if not found:
         return []

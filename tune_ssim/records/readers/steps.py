@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tune_ssim.records import EPOCH, TOTAL_NORM, Record
-from tune_ssim.records.metric_names import is_loss_like
+from tune_ssim.records import EPOCH, Record
+from tune_ssim.records.metric_names import is_loss_like, is_norm_like
 from tune_ssim.records.readers.parse_issues import ParseIssues
 from tune_ssim.records.readers.step_counter import StepCounter
 from tune_ssim.records.readers.values import MAX_STEP
@@ -82,7 +82,7 @@ class Steps:
     def keep_broken(self, values: Mapping[str, float], line: int) -> None:
         """Keeps the losses and norms of a skipped row that are not finite, as values of the pending step."""
         for name, value in values.items():
-            if math.isfinite(value) or not (name == TOTAL_NORM or is_loss_like(name)):
+            if math.isfinite(value) or not (is_norm_like(name) or is_loss_like(name)):
                 continue
             if math.isfinite(self._values.get(name, 0.0)) and name not in self._broken:
                 self.issues.keep(line, name, value)
