@@ -425,6 +425,8 @@ def test_a_schedule_gives_the_weight_of_the_step():
         ({"ssim_loss_weight": {"cosin": {}}}, {}, "ssim_loss_weight: unknown schedule 'cosin'; did you mean 'cosine'?"),
         ({"ssim_loss_weight": {"adaptive": {"target_ratio": 2}}, "ssim_grad_clamp": 0.1}, {}, "cannot be combined"),
         ({"ssim_loss_weight": 1.0, "ssim_warmup_steps": 2}, {}, "pass step="),
+        ({"ssim_loss_weight": 1.0, "target": "roundtrip"}, {}, "needs clean="),
+        ({"ssim_loss_weight": 1.0, "target": "round"}, {}, "expected 'raw' or 'roundtrip'"),
         ({"ssim_loss_weight": {"adaptive": {"target_ratio": 2}}}, {"step": 1}, "pass main="),
         (
             {"ssim_loss_weight": {"adaptive": {"target_ratio": 2}}},
