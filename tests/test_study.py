@@ -356,6 +356,35 @@ BAD = [
 ]  # fmt: skip
 
 
+DOUBTFUL = [
+    ("objective:\n  keep: {psrn: {min_delta: -0.1}}", "s.yaml:2: objective.keep.psrn: may be misspelt; did you mean 'psnr'?"),
+    ("objective: {maximize: score, keep: {scroe: {min_delta: 0}}}", "s.yaml:1: objective.keep.scroe: may be misspelt; did you mean 'score'?"),
+    ("task_config: {steps: 30}\nspace:\n  parameters:\n    ssim_loss_weight: {linear: {start: 1, end: {uniform: [1, 2]}, steps: 31}}",
+     "s.yaml:4: ssim_loss_weight.linear.steps: 31 is more than the trial's 30 steps: the schedule does not reach its end"),
+    ("task_config: {steps: 30}\nspace:\n  parameters:\n    ssim_loss_weight: {warm_up: {value: 1, steps: {choice: [9, 60]}}}",
+     "s.yaml:4: ssim_loss_weight.warm_up.steps: 60 is more than the trial's 30 steps: the schedule does not reach its end"),
+    ("task_config:\n  steps: 30\n  ssim_loss_weight: {warm_up: {value: 1, steps: 31}}\nspace: {parameters: {ssim_loss_max_t: {uniform: [0.1, 1]}}}",
+     "s.yaml:3: ssim_loss_weight.warm_up.steps: 31 is more than the trial's 30 steps: the schedule does not reach its end"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "says"), DOUBTFUL)
+def test_what_is_doubtful_is_a_warning(written: Any, text: str, says: str) -> None:
+    (warning,) = load_study(written(text)).warnings
+    assert says in warning
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "objective: {keep: {ms_ssim: {min_delta: 0}, flow_loss: {max_ratio: 2}, flow_loss_bins/0: {max_ratio: 2}, lpips: {max_delta: 0}}}",
+        "task_config: {steps: 30}\nspace: {parameters: {ssim_loss_weight: {warm_up: {value: {uniform: [1, 2]}, steps: 30}}}}",
+    ],
+)
+def test_what_is_usual_is_no_warning(written: Any, text: str) -> None:
+    assert load_study(written(text)).warnings == ()
+
+
 BAD_CALIBRATION = [
     ("search: {skip_beyond: 0}", "s.yaml:1: search.skip_beyond: must be > 0, got 0"),
     ("search: {skip_beyond: .inf}", "s.yaml:1: search.skip_beyond: must be a finite number"),

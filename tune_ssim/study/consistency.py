@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_ssim.base.validation import Problem
-from tune_ssim.base.yaml_source import describe
+from tune_ssim.base.yaml_source import Loc, describe, did_you_mean
 from tune_ssim.guards import SmokeTest
 from tune_ssim.losses.schedules import NO_CLAMP
 from tune_ssim.study.command_spec import CommandSpec, placeholders, reading_problems
+from tune_ssim.study.domains import Domain
+from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
 from tune_ssim.study.space import GAIN, GRAD_CLAMP, GRAD_SCALE, MAX_T, WEIGHT, Space
-from tune_ssim.study.weight_schedule import assembled, is_part_of_schedule
+from tune_ssim.study.weight_schedule import assembled, is_part_of_schedule, with_parts
 
 if TYPE_CHECKING:
     from tune_ssim.study.study import Study
@@ -124,6 +126,43 @@ def part_warnings(study: Study) -> Iterator[Problem]:
     for goal in study.objective.goals:
         if goal.warning:
             yield Problem(("objective", goal.direction), goal.warning, "")
+    yield from _misspelt_margins(study.objective)
+    if study.steps is not None:
+        yield from _too_long_schedules(study, study.steps)
+    yield from _seed_warnings(study)
+
+
+def _misspelt_margins(objective: Objective) -> Iterator[Problem]:
+    """Warnings for `keep` rules whose name is close to a known metric. Only the baseline shows what a training measures."""
+    known = [*DEFAULT_OBJECTIVE.keep, *(goal.metric for goal in objective.goals)]
+    for name in objective.keep:
+        guess = did_you_mean(name, known)
+        is_other = any(one in name or name in one for one in known)  # ms_ssim, flow_loss
+        if guess.startswith("; did") and not is_other:
+            message = f"may be misspelt{guess} A rule for a metric that the training does not measure has no effect"
+            yield Problem(("objective", "keep", name), message)
+
+
+def _too_long_schedules(study: Study, steps: int) -> Iterator[Problem]:
+    """Warnings for schedules of the weight with more steps than a trial."""
+    weight = study.task_config.get(WEIGHT)
+    own = with_parts({"fixed": {WEIGHT: weight}})["fixed"] if isinstance(weight, Mapping) else {}
+    parts: list[tuple[Loc, Mapping[str, Any]]] = [(("task_config",), own)]
+    for index, stage in enumerate(study.space.stages):
+        place: Loc = ("space",) if len(study.space.stages) == 1 else ("space", "stages", index)
+        written = "parameters" if any(map(is_part_of_schedule, stage.parameters)) else "fixed"
+        parts.append(((*place, written), {**stage.fixed, **stage.parameters}))
+    for place, settings in parts:
+        for name, value in settings.items():
+            if is_part_of_schedule(name) and name.endswith(".steps"):
+                longest = max(value.listed) if isinstance(value, Domain) else value
+                if longest > steps:
+                    message = f"{longest:g} is more than the trial's {steps} steps: the schedule does not reach its end"
+                    yield Problem((*place, *name.split(".")), message, subject=name)
+
+
+def _seed_warnings(study: Study) -> Iterator[Problem]:
+    """The warning for a command that trains several times with the same seed."""
     task = study.task
     if not isinstance(task, CommandSpec) or task.records is None or "seed" in task.referenced_settings():
         return  # without `records` it may be a loop that asks `trial_context` for its seed
