@@ -64,7 +64,32 @@ def test_a_nan_in_any_loss_is_an_alert(tmp_path: Path, name: str, write: Callabl
 
 
 @pytest.mark.parametrize(
-    "name", ["loss_scale", "kl_weight", "best_val_loss", "psnr", "lr", "dbg/loss_grad/flow", "smoke/flow_loss"]
+    "name",
+    ["min_snr_loss", "loss_min_snr", "gradient_loss", "train/target_loss", "timeLoss", "count_loss", "scale_loss", "loss_gradient"],
+)
+def test_what_is_a_loss(name: str) -> None:
+    assert is_loss_like(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "loss_scale",
+        "kl_weight",
+        "loss_weight/ssim",
+        "best_val_loss",
+        "best_loss",
+        "loss_min",
+        "min_loss",
+        "max_train_loss",
+        "loss_time",
+        "psnr",
+        "lr",
+        "dbg/loss_grad/flow",
+        "dbg/flow_loss",
+        "smoke/flow_loss",
+        "time/loss",
+    ],
 )
 def test_what_is_no_loss(name: str) -> None:
     assert not is_loss_like(name)

@@ -28,6 +28,11 @@ NO_LOSS_WORDS = _set(
     "scale scaler scaling weight weights coef coeff coefficient coefficients lambda beta gain lr best lowest min minimum max"
     " maximum target threshold limit count time seconds patience grad gradient norm dbg smoke"
 )
+# The same of a name that ends in `loss`: `best_loss` and `smoke/flow_loss` are no loss, `gradient_loss` and `scale_loss` are.
+NO_LAST_LOSS_WORDS = _set("best lowest min minimum max maximum dbg smoke")
+# The same of a name that begins with it: `loss_weight` and `loss_min` are no loss, `loss_gradient` is.
+NO_FIRST_LOSS_WORDS = NO_LOSS_WORDS - {"gradient", "target"}
+LOSS_WORD = _set("loss losses")
 # A metric with one of these is the weight of a loss term, which may be annealed.
 WEIGHT_WORDS = _set("weight coef coeff coefficient lambda beta alpha anneal annealing gain")
 NO_WEIGHT_WORDS = _set("norm grad gradient decay dbg update ratio mean std adam")
@@ -61,9 +66,23 @@ def words_of(name: str) -> frozenset[str]:
 def is_loss_like(name: str) -> bool:
     """Whether a metric is a loss, or a part of one."""
     words = words_of(name)
-    if words & NO_LOSS_WORDS:
+    if "snr" in words:
+        words -= {"min"}  # min-SNR weighting (Hang et al. 2023)
+    if not words.isdisjoint(_no_loss_words(name)):
         return False
     return not words.isdisjoint(LOSS_WORDS) or any(word.startswith(LOSS) or word.endswith(LOSS) for word in words)
+
+
+def _no_loss_words(name: str) -> frozenset[str]:
+    """The words with which this name is not that of a loss: fewer if the name begins or ends with `loss`."""
+    group, _, inner = name.rpartition("/")
+    if not words_of(group).isdisjoint(NO_LOSS_WORDS):
+        return NO_LOSS_WORDS  # `time/loss`
+    words = [word.lower() for word in WORD.findall(inner)]
+    if not LOSS_WORD.isdisjoint(words[-1:]):
+        return NO_LAST_LOSS_WORDS
+    begins_with_loss = not LOSS_WORD.isdisjoint(words[:1]) or not LOSS_WORD.isdisjoint(words_of(group))
+    return NO_FIRST_LOSS_WORDS if begins_with_loss else NO_LOSS_WORDS
 
 
 @lru_cache(MAX_NAMES)
