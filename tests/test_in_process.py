@@ -106,10 +106,11 @@ def test_what_needs_ray_is_said(tmp_path: Path, changes: dict[str, Any], words: 
 def test_a_study_without_matplotlib_leaves_its_pictures_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     objective = [{"maximize": "delta_ssim", **SMALL["objective"]}, {"maximize": "psnr"}]
-    study = small(calibration={"batches": 2}, objective=objective, baseline={"seeds": 1}, search={"trials": 2})
+    study = small(calibration={"batches": 2}, objective=objective, baseline={"seeds": 1}, search={"trials": 2, "concurrency": 2})
     progress = Said()
     folder = run_study(study, storage=tmp_path, in_process=True, progress=progress)
     assert sum(trial.role == "search" for trial in folder.trials()) == 2
+    assert "small: 1 baseline, then 2 trials, 1 at a time" in progress.phases
     for picture in ("calibration.png", "pareto.png"):
         assert f"{picture} was not drawn; it needs Matplotlib: pip install 'tune-ssim[pictures]'" in progress.lines
         assert not (folder.path / picture).exists()

@@ -32,13 +32,17 @@ class Phase:
 
 
 class Executor(Protocol):
-    """A context manager that executes trials. All executors give the same jobs, verdicts and folder."""
+    """A context manager that executes trials. All executors give the same jobs, verdicts and folder.
+
+    is_sequential: one trial runs at a time, whatever the search's concurrency."""
+
+    is_sequential: bool
 
     def describe(self) -> str:
         """One line that describes where trials run."""
 
     def concurrency(self, study: Study) -> int:
-        """Trials at a time. Raises UserError if not even one fits."""
+        """Trials at a time, as the search plans them. Raises UserError if not even one fits."""
 
     def inspect(
         self, study: Study, *, preflight: bool, calibration: bool, provenance: bool, steps: int | None = None, **of_starts: Any

@@ -23,6 +23,8 @@ CHECKPOINTS = "checkpoints"  # subfolder of the study, in place of Ray's
 class InProcessExecutor:
     """Executes jobs in the same order as Ray, so that suggestions and verdicts are the same."""
 
+    is_sequential = True
+
     def describe(self) -> str:
         return "in this process, one trial after the other"
 

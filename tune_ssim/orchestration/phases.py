@@ -138,7 +138,8 @@ class StudyRun:
         for warning in study.warnings:
             self.progress.say(f"warning: {warning}")
         check_before_launch(study, self.folder, self.writer, self.progress, self.executor)
-        self.progress.phase(f"{self.folder.name}: {describe_plan(study.baseline_seeds, study.search.trials, self.concurrency)}")
+        at_a_time = 1 if self.executor.is_sequential else self.concurrency
+        self.progress.phase(f"{self.folder.name}: {describe_plan(study.baseline_seeds, study.search.trials, at_a_time)}")
         failure = self.search()
         self._require_sound(lambda trial: not trial.trial_id.startswith(PREFIX))
         if failure:

@@ -43,6 +43,8 @@ MAX_PENDING = "TUNE_MAX_PENDING_TRIALS_PG"  # setting of Ray Tune; its default w
 class RayExecutor:
     """Runs trials with Ray Tune. address: of a Ray cluster; None starts a local one. An existing connection is reused."""
 
+    is_sequential = False
+
     def __init__(self, study: Study, address: str | None = None) -> None:
         self._connection: AbstractContextManager[dict[str, float]] = connection(study, address)
         self._study, self._is_private = study, address is None
