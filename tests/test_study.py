@@ -297,6 +297,8 @@ BAD = [
      "s.yaml:2: ssim_grad_clamp: cannot be combined with an adaptive ssim_loss_weight"),
     ("task_config:\n  ssim_loss_weight: {adaptive: {target_ratio: 2}}\n  ssim_grad_clamp: 0.1\nspace: {parameters: {ssim_loss_max_t: {choice: [0.3, 1]}}}",
      "s.yaml:3: ssim_grad_clamp: cannot be combined with an adaptive ssim_loss_weight"),
+    ("task_config:\n  ssim_loss_weight: {adaptive: {target_ratio: 2}}\nspace: {parameters: {ssim_loss_max_t: {choice: [0.3, 1]}}}\n"
+     "search: {demonstrations: {x: {ssim_grad_clamp: 0.1}}}", "s.yaml:4: ssim_grad_clamp: cannot be combined with an adaptive"),
     ("baseline: null", "s.yaml:1: baseline: every verdict compares with a baseline"),
     ("baseline: {log: {path: x}}", "s.yaml:1: baseline.log: unknown key 'path'"),
     ("baseline: {log: 3}", "s.yaml:1: baseline.log"),

@@ -39,7 +39,7 @@ def part_problems(study: Study) -> Iterator[Problem]:
             if WEIGHT in (study.task_config or {}) and any(map(is_part_of_schedule, (*stage.parameters, *stage.fixed))):
                 message = f"is set here, but the space {study.space.name!r} gives it a schedule; set it in one place"
                 yield Problem(("task_config", WEIGHT), message)
-        yield from _clamp_problems(study.space, study.task_config or {})
+        yield from _clamp_problems(study, study.space)
         stages = len(study.space.stages)
         if study.search is not None and study.search.trials < stages:
             message = f"a route of {stages} stages needs at least {stages} trials, got {study.search.trials}"
@@ -68,16 +68,21 @@ def part_problems(study: Study) -> Iterator[Problem]:
             yield Problem(("scheduler", "asha", "grace_steps"), message)
 
 
-def _clamp_problems(space: Space, config: Mapping[str, Any]) -> Iterator[Problem]:
-    """The problem of an adaptive weight with a clamped gradient, of which `task_config` gives at least one."""
-    for stage in space.stages:
-        settings = assembled({**config, **stage.fixed, **stage.parameters})
+def _clamp_problems(study: Study, space: Space) -> Iterator[Problem]:
+    """Problems for an adaptive weight with a clamped gradient that are given in different parts."""
+    config = study.task_config or {}
+    in_config = ("task_config", WEIGHT if config.get(GRAD_CLAMP) is None else GRAD_CLAMP)
+    trials: list[tuple[Loc, dict[str, Any]]] = [(in_config, {**stage.fixed, **stage.parameters}) for stage in space.stages]
+    for name, own in study.demonstrations.items() if study.search is not None else ():
+        trials.append((("search", "demonstrations", name, GRAD_CLAMP) if GRAD_CLAMP in own else in_config, own))
+    seen: set[Loc] = set()
+    for place, own in trials:
+        settings = assembled({**config, **own})
         weight = settings.get(WEIGHT)
         is_adaptive = GAIN not in settings and isinstance(weight, Mapping) and "adaptive" in weight
-        if is_adaptive and settings.get(GRAD_CLAMP) is not None:
-            place = WEIGHT if config.get(GRAD_CLAMP) is None else GRAD_CLAMP
-            yield Problem(("task_config", place), NO_CLAMP, subject=GRAD_CLAMP)
-            return
+        if is_adaptive and settings.get(GRAD_CLAMP) is not None and place not in seen:
+            seen.add(place)
+            yield Problem(place, NO_CLAMP, subject=GRAD_CLAMP)
 
 
 def _command_problems(study: Study, task: CommandSpec) -> Iterator[Problem]:
