@@ -148,6 +148,23 @@ def test_rows_that_are_read_again_are_not_reported_again() -> None:
     assert all(math.isfinite(record.values["loss"]) for record in found)
 
 
+@pytest.mark.parametrize("write", [as_csv, as_jsonl, as_lines])
+@pytest.mark.parametrize("name", ["ssim", "psnr", "perceptual", "adv", "dice", "train/penalty"])
+def test_other_metrics_that_are_not_finite_are_a_note(tmp_path: Path, name: str, write: Callable[..., str]) -> None:
+    rows = [{"step": at, "loss": 1 / (at + 1), name: 0.5 if at < 20 else math.nan, "fid": math.nan} for at in range(39)]
+    rows[0]["best"] = math.inf
+    rows[1:] = [{**row, "best": 0.5} for row in rows[1:]]
+    report = checked(tmp_path / "run.log", write(rows))
+    assert report["alerts"] == []
+    assert sorted(report["notes"]) == sorted(
+        [
+            "fid is nan in 39 of 39 records, from step 0, not judged",
+            "best is inf in 1 of 39 records, from step 0, not judged",
+            f"{name} is nan in 19 of 39 records, from step 20, not judged",
+        ]
+    )
+
+
 # ---- a loss that is no longer logged
 
 

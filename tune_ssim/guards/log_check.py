@@ -18,7 +18,7 @@ from tune_ssim.guards import Baseline, Divergence, Guard, NonFinite, NormRatio, 
 from tune_ssim.guards.branch_report import BranchFinding, BranchReport, judge_branch, series_of
 from tune_ssim.guards.curves import Curve
 from tune_ssim.guards.guard import WILDCARD_ENDINGS, is_named
-from tune_ssim.guards.log_gaps import Presence
+from tune_ssim.guards.log_gaps import NotFinite, Presence
 from tune_ssim.guards.log_report import Alert, LogReport, Unknown
 from tune_ssim.guards.rule_pack import Branch, RulePack, bundled_packs, load_rules
 from tune_ssim.guards.watch import GRACE_RECORDS
@@ -50,7 +50,8 @@ class LogCheck:
         """given: whether the user chose the packs. If False, only packs that match the log's metrics count. All packs watch from
         the first record, so it does not matter when a metric first appears."""
         self.packs, self.given = tuple(packs), given
-        self._general: list[Guard] = [NonFinite(), SmokeTest(), Divergence()]
+        self._non_finite = NonFinite()
+        self._general: list[Guard] = [self._non_finite, SmokeTest(), Divergence()]
         if baseline is not None:
             self._general.append(NormRatio().bind(baseline, seed=0, clipped=False))
         self._rules = {rule.name: (pack, rule) for pack in packs for rule in pack.rules}
@@ -61,6 +62,7 @@ class LogCheck:
         self.records, self.first_step, self.last_step = 0, -1, -1
         self.metrics: dict[str, None] = {}  # all metrics in the log
         self._losses: dict[str, Presence] = {}  # of the training
+        self._not_finite = NotFinite()
         self.matching: set[str] = set()  # names of the packs that match the log
         of_branches = [key for pack in packs for branch in pack.branches.values() for key in series_of(branch)]
         of_guards = [metric for guard in self.guards for metric in _metrics_of(guard)]
@@ -86,6 +88,7 @@ class LogCheck:
             self.first_step = table.steps[0]
         for name, presence in self._losses.items():
             presence.add(table, table.column(name), self.records)
+        self._not_finite.add(table, [name for name in table.metrics if not self._non_finite.judges(name)])
         self.records += len(table)
         self.last_step = table.steps[-1]
         for key in self._series:
@@ -120,7 +123,7 @@ class LogCheck:
             unknown=tuple(unknown),
             judged=tuple(guard.name for guard in judging),
             ended=ended,
-            notes=tuple(notes),
+            notes=(*notes, *self._not_finite.notes()),
             curves=self.curves,
             passed_over=passed_over,
             judged_metrics=self._judged_metrics(judging),

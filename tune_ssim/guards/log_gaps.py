@@ -1,13 +1,18 @@
-"""Finds a loss that is no longer logged: a NaN may be written as an empty cell or as null."""
+"""Finds what a log leaves out or no guard judges: a loss that is no longer logged, and other metrics that are not finite."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from operator import sub
 
 from tune_ssim.records.readers.parse_issues import EmptyRows
 from tune_ssim.records.record_table import Column, Table
 
+MAX_NOTES = 12  # metrics that are not finite, named in notes
 # Records without the loss at the end of a log that may be a test after the training.
 MIN_MISSING = 10
 # A loss is missing if it is absent for this many times the longest distance of two records with it: a producer may log it every
@@ -45,3 +50,30 @@ class Presence:
         if self.last < 0 or step is None or missing < max(MIN_MISSING, MISSING_DISTANCES * distance):
             return None
         return f"{metric} is missing in {missing} of {records + empty.count} records, from step {step} on"
+
+
+class NotFinite:
+    """Finds NaN and Inf in the metrics that no guard checks for them."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[float, int]] = {}  # metric → its first value that is not finite, and the step
+        self._broken: Counter[str] = Counter()  # records in which it is not finite
+        self._records: Counter[str] = Counter()  # records that have it
+
+    def add(self, table: Table, metrics: Iterable[str]) -> None:
+        for metric in metrics:
+            column = table.column(metric)
+            if column is None:
+                continue
+            self._records[metric] += len(column.values)
+            if not column.all_finite:
+                is_finite = list(map(math.isfinite, column.values))
+                first = is_finite.index(False)
+                self._first.setdefault(metric, (column.values[first], column.steps[first]))
+                self._broken[metric] += is_finite.count(False)
+
+    def notes(self) -> Iterator[str]:
+        for metric, (value, step) in islice(self._first.items(), MAX_NOTES):
+            yield f"{metric} is {value} in {self._broken[metric]} of {self._records[metric]} records, from step {step}, not judged"
+        if len(self._first) > MAX_NOTES:
+            yield f"{len(self._first) - MAX_NOTES} more metrics are not finite, not judged"
