@@ -134,6 +134,33 @@ def test_a_nan_norm_in_a_row_that_is_skipped_is_an_alert(tmp_path: Path, name: s
     assert report["verdict"] == "alerts" and report["alerts"][0]["metric"] == "total_norm"
 
 
+@pytest.mark.parametrize("text", ["1.#INF", "-1.#INF00", "1.#QNAN", "-1.#IND"])
+@pytest.mark.parametrize("row", ['{{"step": {}, "loss": {}}}', "step {} loss {}", "step {} | loss: {} | lr: 0.1", "{},{}"])
+def test_a_nan_as_windows_prints_it_is_an_alert(tmp_path: Path, row: str, text: str) -> None:
+    lines = [row.format(step, text if step == 20 else 0.5) for step in range(40)]
+    header = "step,loss\n" if lines[0][0] == "0" else ""
+    assert broken(tmp_path / "run.log", header + "\n".join(lines) + "\n")[0] == [20]
+
+
+@pytest.mark.parametrize("value", ["[0.1, NaN]", '["inf", 0.1]', "[[0.1], [0.1, nan]]"])
+def test_a_nan_in_a_list_is_an_alert(tmp_path: Path, value: str) -> None:
+    lines = [f'{{"step": {step}, "loss": 0.5, "losses": {value if step == 20 else [0.1, 0.1]}}}' for step in range(40)]
+    assert broken(tmp_path / "run.jsonl", "\n".join(lines) + "\n")[0] == [20]
+
+
+def test_a_value_is_no_word_of_the_next_name() -> None:
+    lines = [f"Epoch {epoch} train acc 0.5 val acc {0.5 if epoch != 20 else 'nan'} val loss 0.05" for epoch in range(1, 40)]
+    parser = LineParser()
+    found = parser.feed(("\n".join(lines) + "\n").encode()) + parser.finish()
+    assert {name for record in found for name in record.values} == {"epoch", "acc", "val_acc", "val_loss"}
+
+
+def test_a_list_in_many_lists_is_no_number() -> None:
+    row = f'{{"step": 1, "loss": 0.5, "losses": {"[" * 900}NaN{"]" * 900}}}\n'
+    parser = LineParser(format="jsonl")
+    assert parser.feed(row.encode()) + parser.finish() == [Record(1, {"loss": 0.5})]
+
+
 def test_a_live_trial_sees_the_nan_of_a_skipped_row() -> None:
     parser = LineParser()
     found = parser.feed(b"step 1 loss 1\nstep 2 loss 0.5\nstep 1 loss nan\nstep 3 loss 0.4\n") + parser.finish()

@@ -8,7 +8,7 @@ from typing import Any
 
 from tune_ssim.records.readers.reader import LineFormat
 from tune_ssim.records.readers.rows import Rows
-from tune_ssim.records.readers.values import Names, numbers_of
+from tune_ssim.records.readers.values import Names, numbers_of, without_windows
 
 TAG = "TUNE_SSIM {"  # a training prints this before its JSON, so that no other output is mistaken for a row
 
@@ -85,13 +85,13 @@ def decoded(text: str) -> tuple[Any, int]:
 
 
 def with_plain_numbers(line: str) -> str:
-    """The line with `nan`, `-inf` and similar rewritten as NaN and Infinity, which `json` accepts."""
+    """The line with `nan`, `-inf`, `1.#INF` and similar rewritten as NaN and Infinity, which `json` accepts."""
 
     def plain(match: re.Match[str]) -> str:
         before, sign, word = match.groups()
         return before + ("NaN" if word[0] in "nN" else ("-" if sign == "-" else "") + "Infinity")
 
-    return ODD_NUMBER.sub(plain, line)
+    return ODD_NUMBER.sub(plain, without_windows(line))
 
 
 def json_object(line: str) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tune_ssim.records import EPOCH, TOTAL_NORM
 from tune_ssim.records.metric_names import HELD_OUT_WORDS, TRAINING_WORDS, is_held_out, is_loss_like, usual_names
 from tune_ssim.records.readers.line_shape import NUMBER, Places, Span
-from tune_ssim.records.readers.values import Names, text_number
+from tune_ssim.records.readers.values import Names, text_number, without_windows
 
 # `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A number followed by a unit (`0.3s`) does not match.
 # Neither does a date or a time. For lower-case text.
@@ -19,8 +19,8 @@ BROKEN_MEAN = re.compile(r"\s{0,8}\(\s{0,8}([-+]?(?:nan|inf(?:inity)?))\s{0,8}\)
 # A loss that is no number: `loss: --`, `loss=None`, `loss N/A`, `loss ****`. For lower-case text.
 NO_NUMBER = re.compile(r"(?<![a-z])loss['\"]?\s{0,8}[:= ]\s{0,8}['\"]?(?:-{1,9}|\*{1,40}|n/?a|null|none|#+)(?![\w.-])")
 DICT = re.compile(r"\{\s{0,8}['\"]\w")
-# Words before a name that belong to it: `val loss 0.3`, `kl loss: 0.1`.
-QUALIFIERS = re.compile(r"(?<![\w./-])((?:[a-z][a-z_]{0,30} ){1,2})$")
+# Words before a name that belong to it: `val loss 0.3`, `kl loss: 0.1`. In `acc nan loss 0.1` there are none.
+QUALIFIERS = re.compile(r"(?<![\w./-])((?:(?!nan |inf |infinity )[a-z][a-z_]{0,30} ){1,2})$")
 CODE = ("dict(", "namespace(")  # settings
 
 # 12, 12,000 or 1.2k.
@@ -99,7 +99,7 @@ class KeyValues(Printed):
         self._epoch: float | None = None  # of the latest line that is nothing but an epoch
 
     def look(self, line: str) -> str:
-        text = line.lower()
+        text = without_windows(line.lower())
         if "%|" in text and (bar := BAR.search(text)):
             return text[bar.end() :]  # a line printed after a progress bar
         return text

@@ -26,6 +26,7 @@ SPLIT_NAMES = ("split", "mode", "phase", "stage", "subset")  # keys of the data 
 UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 ROUNDED = re.compile(r"(?P<digits>\d{1,9}(?:\.\d{1,6})?)(?:(?P<unit>[kKmMbB])|e\+?(?P<exponent>\d{1,2}))")
 THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+")
+WINDOWS = re.compile(r"1\.#(?:(inf)|ind|[qs]?nan)0*", re.IGNORECASE)  # Inf and NaN of an old C library: 1.#INF, -1.#IND, 1.#QNAN
 MAX_NESTING = 3  # levels of objects read from a JSON row, as "train/loss"
 MAX_NAMES = 10_000  # cached names; bounds memory for a log whose names never repeat
 
@@ -126,10 +127,27 @@ def number_in(value: Any) -> float | None:
     return None
 
 
+def broken_in(values: list[Any], level: int = 1) -> float | None:
+    """The first number in a JSON list, or in a list within it, that is not finite; else None."""
+    for value in values:
+        if isinstance(value, list):
+            number = broken_in(value, level + 1) if level < MAX_NESTING else None
+        else:
+            number = number_in(value)
+        if number is not None and not math.isfinite(number):
+            return number
+    return None
+
+
+def without_windows(text: str) -> str:
+    """The text with `1.#INF` as `inf` and `1.#QNAN` as `nan`."""
+    return WINDOWS.sub(lambda found: "inf" if found[1] else "nan", text) if ".#" in text else text
+
+
 def text_number(text: str) -> float | None:
     """The number in a text such as "0.3", "1e-4", "nan" or "-Infinity"; None for other text, including "1_000"."""
     try:
-        return None if "_" in text else float(text)
+        return None if "_" in text else float(without_windows(text))
     except ValueError:
         return None
 
@@ -176,7 +194,7 @@ def numbers_of(row: Mapping[str, Any], names: Names, prefix: str = "", level: in
             elif level < MAX_NESTING:
                 values.update(numbers_of(value, names, f"{prefix}{name}/", level + 1))
         else:
-            number = number_in(value)
+            number = broken_in(value) if isinstance(value, list) else number_in(value)
             if number is not None:
                 values[names[prefix + name]] = number
     return values
