@@ -19,7 +19,7 @@ from tune_ssim.base.files import write_atomically
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.report.heat_map import draw_heat_map
 from tune_ssim.report.pareto_picture import draw_front
-from tune_ssim.report.sample_sheets import SampleSheet, sample_sheets
+from tune_ssim.report.sheets import SampleSheet, sample_sheets
 from tune_ssim.report.trial_curves import Curves, curves_of, draw_confirmation, draw_curves
 from tune_ssim.results.pareto import pareto_front
 from tune_ssim.results.proof import proof_of
