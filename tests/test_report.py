@@ -15,7 +15,7 @@ from small_studies import SMALL, USUAL, baseline, study, trial
 from tune_ssim.base.errors import UserError
 from tune_ssim.cli.app import exit_code
 from tune_ssim.orchestration.phases import run_study
-from tune_ssim.report.study_page import PAGE, follow_study, study_page, write_page
+from tune_ssim.report.study_page import PAGE, follow_study, page_of, write_page
 from tune_ssim.report.trial_curves import POINTS, Curves, curves_of
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.study_folder import StudyFolder
@@ -65,19 +65,19 @@ def test_the_page_is_an_event_for_mlflow(ran: StudyFolder) -> None:
 def test_a_name_or_reason_is_text_and_nothing_else(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script><img src=http://example.org/x>"
     folder = study(tmp_path, baseline(), trial("00002", "error", reason=evil), trial("t'\"><b>", delta_ssim=0.01))
-    page = study_page(folder)
+    page = page_of(folder)
     assert evil not in page and "&lt;script&gt;alert(1)" in page and "<b>" not in page.split("<h2>Trials")[1].split("</table>")[0]
 
 
 def test_without_a_setting_it_says_why(tmp_path: Path) -> None:
-    page = study_page(study(tmp_path, baseline(), trial("00002", "pruned", "NaN")))
+    page = page_of(study(tmp_path, baseline(), trial("00002", "pruned", "NaN")))
     assert "No setting to use" in page and "no safe trial to export" in page and "tune-ssim export" not in page
     assert "Not calibrated" in page
 
 
 def test_no_trial_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trial has ended yet"):
-        study_page(study(tmp_path))
+        page_of(study(tmp_path))
 
 
 def test_a_hundred_trials_stay_below_five_megabytes(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_hundred_trials_stay_below_five_megabytes(tmp_path: Path) -> None:
     for name in ("baseline-0", *names):
         writer.trial_started(name, "search", {})
         writer.result(name, {"records": [[step, {"loss": 1 / step, "total_norm": 2 + step % 7}] for step in range(1, 301)]})
-    assert len(study_page(folder).encode()) < 5_000_000
+    assert len(page_of(folder).encode()) < 5_000_000
 
 
 def test_curves_are_short_and_keep_their_peaks() -> None:
@@ -142,7 +142,7 @@ def test_a_damaged_study_gives_a_page_or_names_the_file(ran: StudyFolder, tmp_pa
     ):
         with folder.events_file.open("a") as events:
             events.write(line + "\n")
-    assert "Samples" in study_page(folder)
+    assert "Samples" in page_of(folder)
     for file, content in (
         ("calibration.json", '{"model": {}, "settings": []}'),
         ("preflight.json", '{"status": "ok", "checks": [1]}'),
@@ -151,7 +151,7 @@ def test_a_damaged_study_gives_a_page_or_names_the_file(ran: StudyFolder, tmp_pa
         sound = (ran.path / file).read_bytes() if (ran.path / file).exists() else None
         (folder.path / file).write_text(content)
         with pytest.raises(UserError, match=file):
-            study_page(folder)
+            page_of(folder)
         if sound is None:
             (folder.path / file).unlink()
         else:
@@ -159,9 +159,9 @@ def test_a_damaged_study_gives_a_page_or_names_the_file(ran: StudyFolder, tmp_pa
 
 
 def test_what_was_not_recorded_is_not_called_switched_off(tmp_path: Path) -> None:
-    assert "There is no record of a preflight" in study_page(study(tmp_path, *USUAL))
+    assert "There is no record of a preflight" in page_of(study(tmp_path, *USUAL))
     off = study(tmp_path / "off", *USUAL, yaml="name: fundus-ssim\npreflight: null\n")
-    assert "The study has switched preflight off" in study_page(off)
+    assert "The study has switched preflight off" in page_of(off)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium or google-chrome")

@@ -74,7 +74,7 @@ def write_page(folder: StudyFolder, path: Path | None = None, refresh_s: int | N
     """Writes the page, by default into the study's folder. refresh_s: how often a browser loads it again, while the study runs.
     end: why it ends now, before its events say so."""
     target = path or folder.path / PAGE
-    write_atomically(target, study_page(folder, refresh_s, end).encode())
+    write_atomically(target, page_of(folder, refresh_s, end).encode())
     return target
 
 
@@ -95,7 +95,7 @@ def follow_study(folder: StudyFolder, path: Path | None = None) -> Path:
     return write_page(folder, path)
 
 
-def study_page(folder: StudyFolder, refresh_s: int | None = None, end: str | None = None) -> str:
+def page_of(folder: StudyFolder, refresh_s: int | None = None, end: str | None = None) -> str:
     """The page. Raises UserError for files that cannot be read, and if no trial has ended."""
     from jinja2 import Environment, PackageLoader
 
