@@ -22,14 +22,18 @@ STYLES = {
 MAX_NAMES = 6  # of metrics in one line
 
 
+def format_answer(report: LogReport, ascii_only: bool = False) -> Text:
+    """The first line."""
+    return Text(readable(report.summary, ascii_only), STYLES[report.verdict.replace("_", " ")])
+
+
 def format_check(report: LogReport, ascii_only: bool = False, with_alerts: bool = True) -> RenderableType:
-    """The whole report. `with_alerts`: False if the alerts were already printed as they arrived."""
+    """The report below its answer. `with_alerts`: False if the alerts were already printed as they arrived."""
 
     def show(text: str) -> str:
         return readable(text, ascii_only)
 
-    style = STYLES[report.verdict.replace("_", " ")]
-    parts: list[RenderableType] = [Text(show(report.summary), style), Text(show(_head(report)))]
+    parts: list[RenderableType] = [Text(show(_head(report)))]
     if report.branches:
         parts.append(_branches(report.branches, ascii_only))
     if with_alerts:

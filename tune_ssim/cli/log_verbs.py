@@ -42,7 +42,7 @@ def check(
     works, what does not, the likely cause and what to try first. The first line is the answer. Exit code 0: healthy;
     3: there are alerts, or a branch does not work; 4: unknown.
     """
-    from tune_ssim.cli.check_text import format_alert, format_check
+    from tune_ssim.cli.check_text import format_alert, format_answer, format_check
     from tune_ssim.cli.log_arguments import open_log, pairs
     from tune_ssim.guards.baseline_log import baseline_of_source
     from tune_ssim.guards.log_check import check_log
@@ -67,6 +67,7 @@ def check(
     if as_json:
         print_json(report.to_json())
     else:
+        console.print(format_answer(report, ascii_only), soft_wrap=True)  # one line, for programs that read the first one
         console.print(format_check(report, ascii_only, with_alerts=not follow))
     if target is not None:
         from tune_ssim.base.files import write_atomically
