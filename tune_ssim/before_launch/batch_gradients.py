@@ -33,15 +33,7 @@ class BatchGradients:
 
 def gradients_of(forward: Forward, parameters: Sequence[torch.nn.Parameter], max_ts: Sequence[float]) -> BatchGradients:
     """Q behind each gate from one backward pass for main, one for pixel and one for each t-bin that has samples."""
-    ssim_alone = replace(
-        forward.loss,
-        ssim_loss_weight=1.0,
-        ssim_loss_max_t=1.0,
-        ssim_grad_scale=1.0,
-        ssim_grad_clamp=None,
-        ssim_warmup_steps=0.0,
-        pixel_loss_weight=0.0,
-    )
+    ssim_alone = forward.loss.ssim_alone()
     pixel_alone = replace(forward.loss, ssim_loss_weight=0.0, ssim_warmup_steps=0.0, pixel_loss_weight=1.0)
     bins = _bins(forward, max_ts)
     counts = np.asarray([int(mask.sum()) for mask in bins])

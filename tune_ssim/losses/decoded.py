@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -163,6 +163,11 @@ class DecodedLoss:
             raise ValueError(f"DecodedLoss: target={self.target!r}; expected 'raw' or 'roundtrip'")
         if self.image_range not in ("[-1,1]", "[0,1]"):
             raise ValueError(f"DecodedLoss: image_range={self.image_range!r}; expected '[-1,1]' or '[0,1]'")
+
+    def ssim_alone(self) -> DecodedLoss:
+        """The same loss with nothing but SSIM, of weight 1, for all t and without changes of its gradient: to measure it."""
+        neutral: dict[str, Any] = {"ssim_grad_scale": 1.0, "ssim_grad_clamp": None, "ssim_warmup_steps": 0.0}
+        return replace(self, ssim_loss_weight=1.0, ssim_loss_max_t=1.0, pixel_loss_weight=0.0, **neutral)
 
     def effective(self) -> Mapping[str, Any]:
         """The effective parameters. A call uses exactly these fields, so this is what ran (note 001 §3)."""

@@ -205,16 +205,7 @@ def check_ssim(task: Any) -> Iterator[Check]:
     with torch.no_grad():
         forward: Forward = call(task, "forward", 1)
         decoded = forward.decode(forward.z0).float()
-    loss = replace(
-        forward.loss,
-        ssim_loss_weight=1.0,
-        ssim_loss_max_t=1.0,
-        ssim_grad_scale=1.0,
-        ssim_grad_clamp=None,
-        ssim_warmup_steps=0.0,
-        pixel_loss_weight=0.0,
-        target="raw",
-    )
+    loss = replace(forward.loss.ssim_alone(), target="raw")
     bright = torch.full((2, *forward.targets.shape[1:]), 0.98)
     noisy = bright + 0.001 * torch.randn(bright.shape, generator=torch.Generator().manual_seed(0))
     flat = 2 * noisy - 1 if loss.image_range == "[-1,1]" else noisy
