@@ -185,9 +185,11 @@ class StudyRun:
 
     def write_report(self, end: str) -> None:
         """Also of a study that was stopped, if a trial has ended."""
-        if not all(map(is_installed, ("jinja2", "matplotlib", "PIL"))) or not self.folder.trials():
+        if not all(map(is_installed, ("jinja2", "matplotlib", "PIL"))):
             return
         try:
+            if not self.folder.trials():
+                return
             write_page(self.folder, end=end)
         except Exception as error:  # the study is done, and its result does not depend on a page about it
             self.progress.say(f"{PAGE} was not written: {error}; `tune-ssim report {self.folder.name}` tries again")
