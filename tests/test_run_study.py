@@ -448,15 +448,19 @@ def test_settings_predicted_beyond_the_limit_are_listed_and_not_launched(cluster
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "it has no proof"),
-        ("[1, 2]", "it has no proof"),
+        ("", "best.json: is empty"),
+        ("[1, 2]", "best.json:1: must be a mapping (`key: value` lines), got a list"),
         ('{"proof": 3, "config": {}}', "it has no proof"),
         ('{"proof": {"unproven": ["not confirmed"]}}', "nothing to verify, it was exported as unproven: not confirmed"),
-        ('{"proof": {"unproven": "hello"}}', "trial_id: Field required"),
-        ('{"proof": ', "neither JSON nor YAML"),
-        ('{"a":' * 100_000, "neither JSON nor YAML"),
-        ("a: 1\na: 2\n", "duplicate key"),
-        ("\x00", "neither JSON nor YAML"),
+        ('{"proof": {"unproven": "hello"}}', "trial_id is missing"),
+        ('{"proof": ', "best.json: its end is missing"),
+        ('{"a":' * 100_000, "best.json: not JSON"),
+        ("a: 1\na: 2\n", "best.json:2: key 'a' appears twice (first in line 1)"),
+        ("\x00", "best.json: is a binary file"),
+        (
+            "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 9)),
+            "once aliases are written out",
+        ),
     ],
 )
 def test_what_is_no_export_is_refused_in_one_line(tmp_path: Path, text: str, said: str) -> None:

@@ -423,7 +423,7 @@ def test_a_mistake_is_one_line_that_says_where(written: Any, tmp_path: Path, tex
             "zzz",
             "unknown study 'zzz'; valid: flow_dino_kl, fundus_adamw_clip, fundus_adamw_hot, fundus_ssim, two_stage_vlm, vae_kl",
         ),
-        ("/", "/: is a folder, not a YAML file"),
+        ("/", "/: is a folder, not a file"),
         ("", "unknown study ''"),
         ("x\0.yaml", "cannot be read"),
     ],

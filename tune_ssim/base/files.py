@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import numbers
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from tune_ssim.base.errors import UserError
+
+# Far larger than any JSON document or line that this package writes. Quickly rejects a file that was passed by mistake.
+MAX_JSON_BYTES = 64 * 1024 * 1024
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -57,6 +62,38 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file for reading. Raises FileNotFoundError if there is none, UserError if it is not a regular file: reading a pipe or
+    a device may never end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        if not path.is_symlink():
+            raise
+        raise UserError(f"{path}: a link to {path.readlink()}, which does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
+        raise UserError(f"{path}: is {kind}, not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_whole(path: Path, max_bytes: int = MAX_JSON_BYTES, kind: str = "a JSON document") -> bytes:
+    """The content of a file. Raises like `open_regular`, and UserError if it cannot be read or is larger than `max_bytes`. kind: of
+    file, for the message."""
+    with open_regular(path) as file:
+        try:
+            content = file.read(max_bytes + 1)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(content) > max_bytes:
+        raise UserError(f"{path}: is larger than {max_bytes // 1024} KiB, too large for {kind}")
+    return content
+
+
 T = TypeVar("T")
 
 
@@ -71,20 +108,31 @@ def parse_lines(path: Path, parse: Callable[[dict[str, Any]], T], containing: st
     containing: parse only lines that contain this JSON text. Truncated lines are skipped, because they come from a writer
     that was killed. Raises UserError with the line number for any other line that is not a JSON object, and if `parse`
     raises ValueError, KeyError or TypeError."""
-    if not path.exists():
-        return
     wanted = containing.encode()
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        return
+    with file:
+        for number in itertools.count(1):
+            where = f"{path}:{number}"
+            try:
+                line = file.readline(MAX_JSON_BYTES)
+            except OSError as error:
+                raise UserError(f"{where}: cannot be read: {error.strerror or error}") from None
+            if not line:
+                return
+            if len(line) == MAX_JSON_BYTES:
+                raise UserError(f"{where}: not a JSON object: the line is longer than {MAX_JSON_BYTES // 1024**2} MiB")
             line = line.strip(b" \t\r\n\0")  # some file systems leave zeros after a power failure
-            if line and wanted in line and (value := _load(line, f"{path}:{number}")) is not None:
-                yield _parsed(value, parse, f"{path}:{number}")
+            if line and wanted in line and (value := _load(line, where)) is not None:
+                yield _parsed(value, parse, where)
 
 
 def parse_json(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
     """Applies `parse` to the JSON object in a file; None if the file does not exist. Raises UserError like `parse_lines`."""
     try:
-        text = path.read_bytes()
+        text = read_whole(path)
     except FileNotFoundError:
         return None
     value = _load(text, str(path))
@@ -96,7 +144,7 @@ def parse_json(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
 def _load(text: bytes, where: str) -> dict[str, Any] | None:
     """The JSON object in `text`; None if it is truncated."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_repeated_keys)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError):
             if error.doc.startswith("{") and _is_truncated(error):
@@ -109,6 +157,14 @@ def _load(text: bytes, where: str) -> dict[str, Any] | None:
     return value
 
 
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return found
+
+
 def _is_truncated(error: json.JSONDecodeError) -> bool:
     """Whether the text ends at the error, or within the value that starts there."""
     is_start_of_value = re.fullmatch(r"[-+.\w]*|\\?u?[0-9a-fA-F]{0,4}", error.doc[error.pos :])
@@ -118,7 +174,7 @@ def _is_truncated(error: json.JSONDecodeError) -> bool:
 def _parsed(value: dict[str, Any], parse: Callable[[dict[str, Any]], T], where: str) -> T:
     try:
         return parse(value)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         problem = f"{error.args[0]} is missing" if isinstance(error, KeyError) else "; ".join(str(error).splitlines())
         raise UserError(f"{where}: {problem}") from None
 

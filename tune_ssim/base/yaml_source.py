@@ -19,12 +19,14 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.files import read_whole
 
 Loc = tuple[str | int, ...]
 """The path to a value as keys and list indices, like pydantic's `loc`."""
 
 # Far larger than any study (the largest bundled one has 2 KB). Quickly rejects a checkpoint that was passed by mistake.
 MAX_BYTES = 256 * 1024
+KIND = "a study or a search space"
 MAX_VALUES = 20_000  # after alias expansion: nine lines of nested aliases can expand to 10**9 values
 MAX_DEPTH = 30
 
@@ -73,14 +75,9 @@ def read_yaml(path: str | Path) -> Source:
     """Reads a YAML file whose top level is a mapping. Raises UserError for anything else."""
     label = str(path)
     try:
-        with Path(path).open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
+        text = read_whole(Path(path), MAX_BYTES, KIND)
     except FileNotFoundError:
         raise UserError(f"{label}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{label}: is a folder, not a YAML file") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise UserError(f"{label}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return parse_yaml(text, label)
 
 
@@ -103,10 +100,10 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def parse_yaml(text: bytes | str, label: str) -> Source:
+def parse_yaml(text: bytes | str, label: str, max_bytes: int = MAX_BYTES, max_values: int = MAX_VALUES) -> Source:
     """Parses YAML text whose top level is a mapping. `label`: name of the document in messages. Raises UserError."""
-    if len(text) > MAX_BYTES:
-        raise UserError(f"{label}: is larger than {MAX_BYTES // 1024} KiB, too large for a study or a search space")
+    if len(text) > max_bytes:
+        raise UserError(f"{label}: is larger than {max_bytes // 1024} KiB, too large for {KIND}")
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8-sig")
@@ -133,7 +130,7 @@ def parse_yaml(text: bytes | str, label: str) -> Source:
     if not isinstance(root, MappingNode):
         kind = "a list" if isinstance(root, SequenceNode) else f"the text {short_repr(root.value)}"
         raise UserError(f"{label}:{root.start_mark.line + 1}: must be a mapping (`key: value` lines), got {kind}")
-    reader = _Reader(label)
+    reader = _Reader(label, max_values)
     value = reader.value(root, ())
     return Source(label, value, reader.lines)
 
@@ -141,8 +138,8 @@ def parse_yaml(text: bytes | str, label: str) -> Source:
 class _Reader:
     """Converts nodes to dicts, lists and scalars, and records the line of each key and list item."""
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self, label: str, max_values: int) -> None:
+        self.label, self.max_values = label, max_values
         self.lines: dict[Loc, int] = {}
         self.count = 0
 
@@ -151,8 +148,8 @@ class _Reader:
 
     def value(self, node: Node, loc: Loc) -> Any:
         self.count += 1
-        if self.count > MAX_VALUES:
-            raise self.fail(node, f"more than {MAX_VALUES} values once aliases are written out")
+        if self.count > self.max_values:
+            raise self.fail(node, f"more than {self.max_values} values once aliases are written out")
         if len(loc) > MAX_DEPTH:
             raise self.fail(node, f"nested more than {MAX_DEPTH} levels deep (or an alias to itself)")
         tag = str(node.tag).removeprefix(_PREFIX)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,12 +9,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.files import parse_json, read_whole
+from tune_ssim.base.validation import problems_of, user_error
+from tune_ssim.base.yaml_source import Source, parse_yaml
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.results.export import versions
 from tune_ssim.results.proof import comparison, differences, seals
 from tune_ssim.results.winner import are_copies, holds, why_copies
 from tune_ssim.study.objective import Objective
 from tune_ssim.trials.summary import TrialSummary
+
+# An export of a study with many images and hashes; the bundled study's has 40 KB.
+MAX_BYTES = 4 * 1024 * 1024
+MAX_VALUES = 200_000
 
 
 class _Horizon(BaseModel):
@@ -61,18 +67,14 @@ class _Export(BaseModel):
 
 def read_export(path: Path) -> dict[str, Any]:
     """Reads an export in JSON or YAML with a complete proof. Raises UserError for any other file."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     try:
-        text = path.read_text(encoding="utf-8")
-        exported = json.loads(text) if text.lstrip().startswith("{") else YAML(typ="safe", pure=True).load(text)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, YAMLError, RecursionError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: neither JSON nor YAML: {detail}") from None
-    if not isinstance(exported, dict) or not isinstance(exported.get("proof"), dict):
+        text = read_whole(path, MAX_BYTES, "an export")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    is_json = text.lstrip().startswith(b"{")
+    source = Source(str(path), parse_json(path, dict)) if is_json else parse_yaml(text, str(path), MAX_BYTES, MAX_VALUES)
+    exported = source.value
+    if not isinstance(exported.get("proof"), dict):
         raise UserError(f"{path}: not an export of `tune-ssim export --format json` (or yaml): it has no proof")
     unproven = exported["proof"].get("unproven")
     if isinstance(unproven, list) and unproven:
@@ -80,10 +82,7 @@ def read_export(path: Path) -> dict[str, Any]:
     try:
         _Export.model_validate(exported)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        words = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {place}: {words}" if place else f"{path}: {words}") from None
+        raise user_error(source, problems_of(error)[:1]) from None
     return dict(exported)
 
 
