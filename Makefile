@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 REPLAY := $(addprefix benchmarks/replay/,run.py recommend.py policies.py)
 
-.PHONY: run test e2e versions pythons lint format bench docs
+.PHONY: run test e2e versions pythons lint format bench pictures docs
 
 run: $(VENV)/.installed
 	$(BIN)/tune-ssim run
@@ -39,8 +39,12 @@ bench: $(VENV)/.installed
 		echo "== $$script"; $(BIN)/python "$$script"; done
 
 # The README's pictures and tables: the benchmarks whose names begin with readme_.
-docs: $(VENV)/.installed
+pictures: $(VENV)/.installed
 	set -e; for script in benchmarks/readme_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# The documentation as a site in site/, without a network; its tool needs Python 3.11.
+docs: $(VENV)/.installed
+	$(BIN)/python docs/website/make_site.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
