@@ -273,8 +273,10 @@ def test_every_imported_library_is_declared(folder: str) -> None:
     extras = {extra for _, extra in EXTRA_OF.values()} | ({"test"} if folder == "tests" else set())
     lines = [line for key in ("dependencies", *sorted(extras)) for line in declared(key)]
     known = {canonicalize_name(Requirement(line).name) for line in lines}
-    # tests/references.py is imported by its bare name, and so are benchmarks that a test looks at.
-    siblings = {file.stem for place in (folder, "benchmarks", "benchmarks/replay") for file in (ROOT / place).glob("*.py")}
+    # tests/references.py is imported by its bare name, and so are benchmarks and the script of the site, which tests look at.
+    siblings = {
+        file.stem for place in (folder, "benchmarks", "benchmarks/replay", "docs/website") for file in (ROOT / place).glob("*.py")
+    }
     distributions = packages_distributions()
     for file in sorted((ROOT / folder).rglob("*.py")):
         if file.parent.name in LOADED_BY_PATH:
