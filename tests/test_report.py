@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -10,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from small_studies import SMALL, USUAL, baseline, study, trial
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.cli.app import exit_code
 from tune_ssim.orchestration.phases import run_study
+from tune_ssim.report.importance import importance_of
 from tune_ssim.report.study_page import PAGE, follow_study, page_of, write_page
 from tune_ssim.report.trial_curves import POINTS, Curves, curves_of
 from tune_ssim.results.events import EventWriter
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.study_lock import StudyLock
+from tune_ssim.study.objective import Objective
+from tune_ssim.study.space import load_space
 from tune_ssim.study.study import load_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -186,3 +191,41 @@ def test_a_browser_shows_it_and_the_slider_moves_the_samples(ran: StudyFolder, t
     assert '"wide":true' in title.group(1) and '"broken":0' in title.group(1)
     shown = re.findall(r'\["(\d+)"\]', title.group(1))
     assert shown and set(shown) == {"0"}, "each figure shows one picture: that of the first step"
+
+
+def _varied(trials: int, best_gain: float = 1.0) -> list[Any]:
+    """Trials whose objective depends on the gain only; half of the large gains were pruned."""
+    made = []
+    for index in range(trials):
+        gain, max_t = 10 ** (-2 + 4 * ((index * 0.618) % 1)), 0.05 + 0.9 * ((index * 0.755) % 1)
+        config = {"ssim_loss_weight": gain, "ssim_loss_max_t": max_t, "ssim_grad_scale": 1.0}
+        ruined = gain > 30 and index % 2
+        worth = {} if ruined else {"delta_ssim": 0.01 - 0.002 * abs(math.log10(gain / best_gain))}
+        made.append(trial(f"{index:05d}", "pruned" if ruined else "safe", worth.get("delta_ssim"), config=config))
+    return made
+
+
+SEARCHED = {"gain": {"log_uniform": [0.01, 100]}, "ssim_loss_max_t": {"uniform": [0.05, 0.95]}}
+
+
+@pytest.mark.parametrize("best_gain", [0.05, 1.0, 20.0])
+def test_the_setting_that_decides_comes_first(best_gain: float) -> None:
+    found = importance_of(_varied(40, best_gain), Objective(), load_space({"name": "searched", "parameters": SEARCHED}))
+    assert list(found) == ["gain", "ssim_loss_max_t"] and found["gain"] > 0.7 and sum(found.values()) == pytest.approx(1)
+
+
+def test_few_trials_or_one_setting_tell_no_importance() -> None:
+    space = load_space({"name": "searched", "parameters": SEARCHED})
+    assert importance_of(_varied(19), Objective(), space) == {}
+    one = load_space({"name": "one", "parameters": {"gain": SEARCHED["gain"]}, "fixed": {"ssim_loss_max_t": 0.3}})
+    assert importance_of(_varied(40), Objective(), one) == {}
+    same = [trial(f"{index:05d}", "pruned", None, config=one.config) for index, one in enumerate(_varied(40))]
+    assert importance_of(same, Objective(), space) == {}, "nothing was better than anything else"
+
+
+def test_the_page_shows_it_where_there_are_enough_trials(tmp_path: Path) -> None:
+    folder = study(tmp_path, baseline(), *_varied(30))
+    given = {**folder.study(), "space": {"name": "searched", "parameters": SEARCHED}}
+    folder.study_file.write_text(yaml.safe_dump(given))
+    page = page_of(folder)
+    assert "Which setting decides" in page and page.index("<code>gain</code>") < page.index("<code>ssim_loss_max_t</code>")

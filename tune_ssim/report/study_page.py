@@ -18,6 +18,7 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import write_atomically
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.report.heat_map import draw_heat_map
+from tune_ssim.report.importance import importance_of
 from tune_ssim.report.pareto_picture import draw_front
 from tune_ssim.report.sheets import SampleSheet, sample_sheets
 from tune_ssim.report.trial_curves import Curves, curves_of, draw_confirmation, draw_curves
@@ -131,6 +132,7 @@ def page_of(folder: StudyFolder, refresh_s: int | None = None, end: str | None =
             _row(trial, columns, log, best, place, _baseline_of(trial, trials), trial in front)
             for place, trial in enumerate(_in_order(trials, objective))
         ],
+        importance=importance_of(trials, objective, load_space(given["space"])) if "space" in given else {},
         sheets=_sheets(folder, trials, best, objective),
         confirmation=draw_confirmation(proof, objective) if proof else "",
         front=_picture(draw_front(trials, front, objective)) if front else "",
