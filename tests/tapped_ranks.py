@@ -184,7 +184,9 @@ def main(rank: int, rendezvous: str) -> None:
     }
     print(json.dumps(told), flush=True)
     distributed.destroy_process_group()
-    os._exit(0)  # torch's own threads may abort the interpreter while it shuts down ("terminate called without an active exception")
+    os._exit(
+        0
+    )  # torch's own threads may abort the interpreter while it shuts down ("terminate called without an active exception")
 
 
 if __name__ == "__main__":
