@@ -15,8 +15,8 @@ from tune_ssim.trials.summary import TrialSummary
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-# Simulated with one strong, one weak and one useless setting under random search and TPE: the strong one came first in 80-93 % of the
-# studies of 20 trials and in 70 % of those of 10; with the best 10 % of the trials instead of 25 % in 50 % of those of 20.
+# Simulated with one strong, one weak and one useless setting, random search and TPE: the strong one came first in 80-93 % of the
+# studies of 20 trials and in 70 % of those of 10. With the best 10 % of the trials instead of 25 %: in 50 % of those of 20.
 MIN_TRIALS = 20
 TARGET_QUANTILE = 0.25
 
