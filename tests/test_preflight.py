@@ -22,7 +22,9 @@ from small_task import SmallTask
 from torch import Tensor
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.before_launch.inspection import preflight_lines
 from tune_ssim.before_launch.preflight import (
+    cost,
     flow,
     images,
     launch,
@@ -460,6 +462,31 @@ def test_the_bundled_set_up_is_sound_and_wholly_known() -> None:
     report = run_preflight(study, device="cpu")
     assert report.status == "ok", report.reason
     assert not report.of("unknown")
+
+
+def test_a_check_that_costs_too_much_is_unknown_with_its_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "ALWAYS_S", 0.0)
+    report = preflight_task(FundusSR, SMALL, baseline=BASELINE, device="cpu", runs=2, max_share=1e-9)
+    assert report.status == "ok", report.reason
+    skipped = {check.name: check for check in report.checks if cost.ESTIMATE in check.evidence}
+    for name in ("forward", "smoke", "flow/z0", "flow/time", "sampling", "ssim/precision", "parameter", "update", "trained"):
+        assert skipped[name].status == "unknown" and skipped[name].evidence[cost.ESTIMATE] > 0
+    free = {check.name for check in report.checks if check.status == "ok"}
+    assert {"setup", "weights/denoiser", "data/inputs", "data/overlap", "seeds", "gate"} <= free
+    lines = preflight_lines(report.to_dict())
+    assert all(any(f"{name}: not run: it would take about" in line for line in lines) for name in skipped)
+
+
+def test_the_limit_of_a_check_is_a_share_of_the_study_and_never_short() -> None:
+    budget = cost.Budget(subject_of(Case()), steps=100, runs=10, max_share=0.05, seconds={"step": 1.0, "sample": 20.0})
+    assert budget.study_s == 1000
+    assert budget.refusal("x", sample=2) is None  # 40 of 50 s
+    refused = budget.refusal("x", sample=3)
+    assert refused is not None and refused.evidence == {"estimated_s": 60.0, "share": 0.06}
+    budget.subject.setup_s.extend([9.0, 2.0])
+    assert budget.study_s == 1020 and budget.refusal("x", setup=7) is None
+    assert replace(budget, steps=10).refusal("x", step=15) is None  # no more than 15 s
+    assert replace(budget, max_share=None).refusal("x", sample=1000) is None
 
 
 def test_the_table_says_every_check_and_every_remedy() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.base.files import jsonable, number
 from tune_ssim.base.tensor_file import Contents
+from tune_ssim.before_launch.preflight.cost import ESTIMATE
 from tune_ssim.probes import narrowed_tensors, tensor_contents
 from tune_ssim.study.study import Study
 from tune_ssim.trials.checkpoint import tensors_of
@@ -120,13 +121,14 @@ def _starting_contents(task: Training) -> list[Contents]:
 
 
 def preflight_lines(report: dict[str, Any] | None) -> list[str]:
-    """A summary and all warnings, as text."""
+    """A summary, all warnings, and the checks that were not run because of their cost, as text."""
     if report is None:
         return []
     counts = Counter(check["status"] for check in report["checks"])
     summary = ", ".join(f"{counts[status]} {status}" for status in ("ok", "warn", "bad_setup", "unknown") if counts[status])
-    warnings = [check for check in report["checks"] if check["status"] == "warn"]
-    return [f"preflight: {summary} ({report['seconds']:.0f} s)"] + [f"  warn  {c['name']}: {c['sentence']}" for c in warnings]
+    said = [f"  warn  {c['name']}: {c['sentence']}" for c in report["checks"] if c["status"] == "warn"]
+    said += [f"  unknown  {c['name']}: {c['sentence']}" for c in report["checks"] if ESTIMATE in c["evidence"]]
+    return [f"preflight: {summary} ({report['seconds']:.0f} s)", *said]
 
 
 def bad_lines(report: dict[str, Any]) -> list[str]:

@@ -100,7 +100,11 @@ class Resources(Section):
 
 
 class Preflight(Section):
-    """Setup checks before launch. Has no options; `preflight: null` turns it off."""
+    """Setup checks before launch; `preflight: null` turns them off. max_share: a check that would take a larger share of the
+    training time of the search and its baselines is not run, but `unknown`, unless it takes less than 15 s."""
+
+    # The most expensive check of the bundled study takes 2 of 63 to 107 s (FACTS §2, benchmarks/preflight.py).
+    max_share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
 
 
 class CalibrationOptions(Section):

@@ -133,7 +133,7 @@ def _findings(
         yield ok("methods", f"all {len(methods)} methods exist, and can be called as a trial calls them")
     if "setup" in broken_methods:
         return
-    subject = ClassUnderTest(task, config, seed, device, disable_update, broken_methods)
+    subject = ClassUnderTest(task, config, seed, device, disable_update, broken_methods=broken_methods)
     found = list(guarded("setup", lambda: check_setup(subject), "broken"))
     yield from found
     if any(finding.name == "setup" and finding.status != "ok" for finding in found) or "step" in broken_methods:

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tune_ssim.before_launch.preflight import flow, images, launch, learning, networks, sampling, targets, updates
 from tune_ssim.before_launch.preflight import steps as readings
+from tune_ssim.before_launch.preflight.cost import Budget
 from tune_ssim.before_launch.preflight.launch import settings_of
 from tune_ssim.before_launch.preflight.report import Check, Report, unknown
 from tune_ssim.before_launch.preflight.subject import Failure, Subject, call, guarded, numbers
 from tune_ssim.guards import Guard, NormRatio, SmokeTest
 from tune_ssim.trials.load_training import load_task
-from tune_ssim.trials.training import Training
+from tune_ssim.trials.training import Forward, Training
 
 if TYPE_CHECKING:
     from tune_ssim.study.study import Study
@@ -41,6 +44,8 @@ def run_preflight(study: Study, *, device: str | None = None) -> Report:
         guards=study.guard_list,
         disable_update=DISABLE_UPDATE if study.calibration is None else study.calibration.disable_update,
         device=device,
+        runs=study.search.trials + study.baseline_seeds,
+        max_share=None if study.preflight is None else study.preflight.max_share,
     )
 
 
@@ -55,16 +60,20 @@ def preflight_task(
     guards: Sequence[Guard] = (NormRatio(), SmokeTest()),
     disable_update: Mapping[str, Any] = DISABLE_UPDATE,
     device: str | None = None,
+    runs: int = 1,
+    max_share: float | None = None,
 ) -> Report:
     """Checks a task with `config`. settings: those that may be launched, on top of `config`; baseline: the baseline's, on top of
     it.
 
-    disable_update: settings under which a step changes nothing. Every measurement has its own instance of the task."""
+    disable_update: settings under which a step changes nothing. Every measurement has its own instance of the task. max_share: of
+    the time of `runs` trainings, which no check may exceed; see `cost.Budget`."""
     started = time.perf_counter()
     subject = Subject(task_class, {"steps": steps, **config}, seed, device, disable_update)
     checks: list[Check] = []
     begun = started
-    for check in _checks(subject, steps, settings, dict(baseline or {}), guards):
+    budget = Budget(subject, steps, runs, max_share)
+    for check in _checks(budget, settings, dict(baseline or {}), guards):
         now = time.perf_counter()
         checks.append(replace(check, seconds=round(now - begun, 3)))
         begun = now
@@ -72,48 +81,69 @@ def preflight_task(
 
 
 def _checks(
-    subject: Subject, steps: int, settings: Sequence[Mapping[str, Any]], baseline: dict[str, Any], guards: Sequence[Guard]
+    budget: Budget, settings: Sequence[Mapping[str, Any]], baseline: dict[str, Any], guards: Sequence[Guard]
 ) -> Iterator[Check]:
     """Checks in the order in which to look for a cause: what exists, what a step does, what is to be launched."""
+    subject = budget.subject
     smoke_test = next((guard for guard in guards if isinstance(guard, SmokeTest)), None)
     limit = next((guard.limit for guard in guards if isinstance(guard, NormRatio)), NormRatio().limit)
     try:
-        yield from _start(subject.make(baseline), steps, settings, guards, smoke_test)
+        yield from _start(subject.make(baseline), budget, settings, guards, smoke_test)
     except Failure as failure:
         yield Check("setup", "bad_setup", str(failure), remedy="nothing can be launched before the task can be set up")
         return
-    yield from guarded("parameter", lambda: readings.check_parameters(readings.Probe(subject, baseline, settings)))
-    yield from guarded("parameter/searched", lambda: launch.check_settings(subject, baseline, settings))
     yield from guarded("seeds", lambda: launch.check_seeds(subject, baseline))
-    yield from guarded("update", lambda: updates.check_updates(subject, baseline))
-    yield from guarded("trained", lambda: learning.check_learning(subject, baseline, smoke_test))
-    yield from guarded("baseline/norm", lambda: launch.check_baseline(subject, baseline, limit))
+    yield from budget.checks(
+        "parameter", lambda: readings.check_parameters(readings.Probe(subject, baseline, settings)), **readings.WORK
+    )
+    yield from guarded("parameter/searched", lambda: launch.check_settings(subject, baseline, settings))
+    yield from budget.checks("update", lambda: updates.check_updates(subject, baseline), **updates.WORK)
+    yield from budget.checks("trained", lambda: learning.check_learning(subject, baseline, smoke_test), **learning.WORK)
+    yield from budget.checks("baseline/norm", lambda: launch.check_baseline(subject, baseline, limit), **launch.WORK)
 
 
 def _start(
-    task: Training, steps: int, settings: Sequence[Mapping[str, Any]], guards: Sequence[Guard], smoke_test: SmokeTest | None
+    task: Training, budget: Budget, settings: Sequence[Mapping[str, Any]], guards: Sequence[Guard], smoke_test: SmokeTest | None
 ) -> Iterator[Check]:
     """Checks of the task after its set-up. Its only step comes last."""
-    sample, seen = call(task, "sample", 0), images.look(task) if task.abilities().forward else None
-    yield Check("setup", "ok", "the task sets up, samples and runs forward" if seen else "the task sets up and samples")
+    sample, batch = budget.timed("sample", lambda: call(task, "sample", 0)), _first_forward(task, budget)
+    too_long = budget.refusal("forward", **images.work(batch))
+    seen = images.look(task) if batch and too_long is None else None
+    yield Check("setup", "ok", "the task sets up, samples and runs forward" if batch else "the task sets up and samples")
+    if too_long is not None:
+        yield too_long
     yield from guarded("weights", lambda: networks.check_weights(task))
     yield from guarded("text/tokens", lambda: launch.check_tokens(sample))
     if smoke_test is None:  # as in a training that starts from random weights
         yield unknown("smoke", "the study has switched its smoke test off")
     else:
-        yield from guarded("smoke", lambda: networks.check_samples(task, smoke_test, sample))
-    yield from guarded("frozen/decoder", lambda: learning.check_decoder(task))
+        yield from budget.checks("smoke", lambda: networks.check_samples(task, smoke_test, sample), sample=1)
+    yield from budget.checks("frozen/decoder", lambda: learning.check_decoder(task), forward=1, decode=6)
     yield from guarded("data/steps", lambda: images.check_draws(task, seen))
-    yield from guarded("flow/z0", lambda: flow.check_prediction(task))
-    yield from guarded("flow/time", lambda: flow.check_time(task))
+    yield from budget.checks("flow/z0", lambda: flow.check_prediction(task), **flow.work(batch, 1))
+    yield from budget.checks("flow/time", lambda: flow.check_time(task), **flow.work(batch, 1 + len(flow.TIMES)))
     yield from guarded("data/pairs", lambda: images.check_pairs(sample, seen))
     yield from guarded("targets/shift", lambda: targets.check_targets(task, seen))
-    yield from guarded("targets/round_trip", lambda: targets.check_round_trip(task, {}))
-    yield from guarded("sampling", lambda: sampling.check_sampling(task, sample))
+    yield from budget.checks("targets/round_trip", lambda: targets.check_round_trip(task, {}), step=6)
+    yield from budget.checks("sampling", lambda: sampling.check_sampling(task, sample), sample=1)
     yield from guarded("data/files", lambda: images.check_data(task))
-    yield from guarded("data/training_images", lambda: images.check_training_images(task, steps, sample, seen))
+    yield from guarded("data/training_images", lambda: images.check_training_images(task, budget.steps, sample, seen))
     yield from guarded("loss/main", lambda: images.check_losses(seen))
-    yield from guarded("ssim/precision", lambda: readings.check_ssim(task))
+    yield from budget.checks("ssim/precision", lambda: readings.check_ssim(task), forward=1, decode=batch)
     yield from guarded("time_law", lambda: launch.check_law(task, seen))
-    yield from guarded("gate", lambda: launch.check_gates(task, seen, settings, steps, guards))
-    yield from guarded("loss/first_step", lambda: launch.check_first_step(sample, numbers(call(task, "step"))))
+    yield from guarded("gate", lambda: launch.check_gates(task, seen, settings, budget.steps, guards))
+    yield from guarded("loss/first_step", lambda: launch.check_first_step(sample, _first_step(task, budget)))
+
+
+def _first_forward(task: Training, budget: Budget) -> int:
+    """The batch size, from a forward pass that is timed; 0 if the task has none."""
+    if not task.abilities().forward:
+        return 0
+    with torch.no_grad():
+        forward: Forward = budget.timed("forward", lambda: call(task, "forward", 1))
+        budget.timed("decode", lambda: forward.decode(forward.z0[:1]).cpu())
+    return len(forward.t)
+
+
+def _first_step(task: Training, budget: Budget) -> dict[str, float]:
+    return budget.timed("step", lambda: numbers(call(task, "step")))

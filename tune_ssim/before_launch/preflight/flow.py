@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,12 @@ TIMES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "1000 t": lambda t: 1000 * t,
     "1000 (1 - t)": lambda t: 1000 * (1 - t),
 }
+
+
+def work(batch: int, passes: int) -> dict[str, float]:
+    """What a check here needs, with `passes` forward passes for each step that it looks at."""
+    steps = min(SAMPLES, math.ceil(SAMPLES / max(1, batch)))
+    return {"forward": steps * passes, "decode": 2 * steps * batch if passes == 1 else 0}
 
 
 def check_prediction(task: Any) -> Iterator[Check]:

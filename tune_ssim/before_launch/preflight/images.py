@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -44,6 +45,12 @@ class Seen:
     round_trip: Tensor | None  # the first clean latents decoded, in [0, 1]; None if the task does not show them
     again: tuple[str, ...]  # what differs when the forward pass of one step is repeated
     shared: tuple[str, ...]  # what two steps have in common that each step should draw anew
+
+
+def work(batch: int) -> dict[str, float]:
+    """What `look` needs; of t as in a uniform law."""
+    forwards = min(MAX_FORWARDS, max(MIN_FORWARDS, math.ceil(SAMPLES / max(1, batch))))
+    return {"forward": forwards + 1, "decode": LOW_T * forwards * batch * (1 + len(SCALES)) + ROUND_TRIPS}
 
 
 def look(task: Any) -> Seen:
@@ -118,7 +125,7 @@ def check_draws(task: Any, seen: Seen | None) -> Iterator[Check]:
 
 def check_losses(seen: Seen | None) -> Iterator[Check]:
     if seen is None:
-        raise Unavailable("the task has no forward()")
+        raise Unavailable("no forward pass was seen")
     if seen.trivial is None:
         yield unknown("loss/main", "the forward pass does not say what the network should predict")
     else:

@@ -19,6 +19,7 @@ from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WEIGHT, Space, resolve_set
 from tune_ssim.trials.training import Sample, same_setting
 
 BASELINE_STEPS = 6  # the median of their norms is used
+WORK = {"setup": 3, "step": 2 * BASELINE_STEPS}  # of `check_baseline`
 
 
 def settings_of(space: Space) -> list[dict[str, Any]]:
@@ -55,7 +56,7 @@ def check_law(task: Any, seen: Seen | None) -> Iterator[Check]:
     """Checks the Kolmogorov-Smirnov distance between the drawn times and the declared law."""
     law = time_law(task)
     if seen is None:
-        raise Unavailable("the task has no forward()")
+        raise Unavailable("no forward pass was seen")
     ordered = sorted(min(max(t, 0.0), 1.0) for t in seen.t.tolist())
     n = len(ordered)
     if not n:

@@ -24,6 +24,7 @@ from tune_ssim.trials.trial import statistics_of
 
 STEPS = 3
 LATER = 25  # steps: the second of SmokeTest.at
+WORK = {"setup": 3, "step": STEPS + 4, "sample": 1}  # of `check_learning`, if all parameters move and the samples pass
 FASTER = 1000.0  # factor on the learning rate, larger than the rounding of float32's 24 bits
 SMALL_PUSH = 0.1  # SSIM gradient over the main gradient in these steps: it reaches the decoder but does no harm
 

@@ -38,6 +38,8 @@ MAX_SHIFT = 8  # pixels by which targets may be moved
 SSIM_NUDGE = 2e-4  # of decoded images in [-1, 1], a fortieth of a grey level
 NUDGE = 1e-3  # of the weights' mean magnitude; a gradient in half precision turns by its rounding noise
 TINY = 1e-7  # a weight whose gradient is lost in float32's rounding of any main gradient
+# Of `check_parameters`: up to ten readings, each a step and its gradient once more, after one forward pass with three gradients.
+WORK = {"setup": 11, "step": 23}
 MAIN_ALONE, LARGE = "the main loss alone", "a large ssim_loss_weight"  # names of readings
 BLACK_BOX_GAINS = (1e2, 1e4, 1e6)  # tried in turn on a task without a forward pass, until total_norm follows
 LOSSES = {"ssim": ("ssim_loss_weight", "ssim_loss_max_t"), "pixel": ("pixel_loss_weight", "pixel_loss_max_t")}

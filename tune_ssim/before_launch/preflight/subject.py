@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,23 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """A training's class and its configuration. One instance at a time, since two copies of a model may not fit into memory."""
+    """A training's class and its configuration. One instance at a time, since two copies of a model may not fit into memory.
+
+    setup_s: the seconds of each set-up so far."""
 
     task_class: Callable[[], Any]
     config: Mapping[str, Any]
     seed: int
     device: str | None
     disable_update: Mapping[str, Any]  # settings that switch the update off
+    setup_s: list[float] = field(default_factory=list, compare=False)
 
     def make(self, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> Training:
         """A new instance. Raises UserError for settings that the training refuses, Failure for anything else."""
+        started = time.perf_counter()
         task = as_training(self.task_class())
         self.set_up(task, settings, seed)
+        self.setup_s.append(time.perf_counter() - started)
         return task
 
     def set_up(self, task: Training, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> None:

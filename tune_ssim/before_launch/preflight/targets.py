@@ -24,7 +24,7 @@ FINE = 0.25  # cycles a pixel; detail above it is compared, half of what an imag
 def check_targets(task: Any, seen: Seen | None) -> Iterator[Check]:
     """Compares the targets with the training images of the same steps, or with predictions at low t."""
     if seen is None:
-        raise Unavailable("the task has no forward()")
+        raise Unavailable("no forward pass was seen")
     targets, sampled = seen.all_targets, None
     if task.abilities().training_images:
         steps = range(1, len(targets) // seen.batch_size + 1)

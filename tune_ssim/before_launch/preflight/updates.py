@@ -19,6 +19,7 @@ from tune_ssim.trials.training import Sample
 
 MAX_STEPS = 25  # a GradScaler or a warm-up may leave the first steps without an update
 FAR = 1e-3  # of the norm of the weights; the loss is compared there
+WORK = {"setup": 2, "step": 4, "forward": 2, "sample": 2}  # of `check_updates`, if the first two steps change the weights
 WEIGHTS = ("ssim_loss_weight", "pixel_loss_weight")
 
 Vector = Sequence[Tensor]
