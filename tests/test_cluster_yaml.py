@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ipaddress
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,18 @@ def test_every_node_starts_with_the_token_and_one_thread(cluster: dict[str, Any]
         assert "export RAY_AUTH_MODE=token" in settings
         assert "OMP_NUM_THREADS=1" in settings
         assert start
+
+
+def test_every_node_announces_its_own_address_and_none_is_left_out(cluster: dict[str, Any]) -> None:
+    """What `ray up` makes of it is tested in test_ray_up.py, on hosts without a default route."""
+    head, worker = start_commands(cluster)
+    announced = "$(echo $SSH_CONNECTION | cut -d' ' -f3)"
+    assert f"--node-ip-address={announced}" in head and f"--node-ip-address={announced}" in worker
+    shell = subprocess.run(
+        ["bash", "-c", f"echo {announced}"], env={"SSH_CONNECTION": "192.0.2.1 50000 192.0.2.10 22"}, capture_output=True, text=True
+    )
+    assert shell.stdout.strip() == "192.0.2.10"
+    assert " RAY_enable_autoscaler_v2=0 " in head
 
 
 def test_the_dashboard_stays_on_loopback(cluster: dict[str, Any]) -> None:
