@@ -37,7 +37,8 @@ Exit codes:
   {DONE}    done
   {MISTAKE}    your mistake: one line says what is wrong. Also `run` and `export` when no setting is safe and beats the baseline
   {BAD_SETUP}    bad set-up: weights, data or baseline are not sound; no setting is to blame. Also `check` with alerts
-  {UNDECIDED}    `check` cannot tell: too little of the log could be read or judged, or its numbers are out of all bounds
+  {UNDECIDED}    `check` cannot tell: too little of the log could be read or judged, or its numbers are out of all bounds.
+       Also `run` when some trials have no verdict, since their process died: `tune-ssim run --resume` tries them again
   {OURS}    our bug: the traceback is in a file ({DEBUG_VARIABLE}=1 prints it)
   {INTERRUPTED}  interrupted: `tune-ssim run --resume` goes on
 """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tune_ssim.base.errors import BadSetup, StudyInterrupted, UserError
+from tune_ssim.cli.exit_codes import UNDECIDED
 from tune_ssim.cli.options import forget_starts, fresh_option, storage_option, tracking_option
 from tune_ssim.cli.output import make_console, output_file, print_exactly, print_json, readable, suggest_next
 
@@ -101,6 +102,7 @@ def run(
         best = best_safe(folder)
     except NoSafeTrial:
         suggest_next("trials", folder.name, why="shows every reason")
+        _report_failures(folder)
         raise
     proof = proof_of(best, folder)
     console.print(readable(f"best safe: {best.trial_id}: {best.reason}", console), markup=False)
@@ -108,6 +110,24 @@ def run(
     option = ["--unproven"] if proof["unproven"] else []
     suggest_next("export", folder.name, "--format", "env", *option, why="prints it for a training script")
     suggest_next("ui", folder.name, why="browses the study in MLflow")
+    if not _report_failures(folder):
+        click.get_current_context().exit(UNDECIDED)
+
+
+def _report_failures(folder: StudyFolder) -> bool:
+    """Prints a line about trials that failed, if there are any. Returns whether all were judged."""
+    from tune_ssim.guards.verdict import Verdict
+
+    trials = folder.trials()
+    if died := [trial.trial_id for trial in trials if trial.is_repeated_on_resume]:
+        count = "1 trial has" if len(died) == 1 else f"{len(died)} trials have"
+        again = f"`tune-ssim run --resume --name {folder.name}` tries again"
+        click.echo(f"{count} no verdict, since the process died ({', '.join(died)}): {again}", err=True)
+        return False
+    if failed := [trial.trial_id for trial in trials if trial.verdict is Verdict.ERROR]:
+        count = "1 trial" if len(failed) == 1 else f"{len(failed)} trials"
+        click.echo(f"{count} ended with an error ({', '.join(failed)}): `tune-ssim trials {folder.name}` shows it", err=True)
+    return True
 
 
 @click.command()

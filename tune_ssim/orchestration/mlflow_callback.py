@@ -8,7 +8,8 @@ from typing import Any
 
 from ray import tune
 
-from tune_ssim.orchestration.ray_job import JOB, drop_bulk, last_line_of_error, verdict_of
+from tune_ssim.orchestration.ray_job import JOB, drop_bulk, verdict_of
+from tune_ssim.orchestration.retries import error_of
 from tune_ssim.orchestration.trainable import GuardedTrainable
 from tune_ssim.results.events import EventWriter, numbers_of
 from tune_ssim.results.study_folder import StudyFolder, storage_path
@@ -77,7 +78,7 @@ class MLflowTracking(tune.Callback):
         self._end(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, error=last_line_of_error(trial) or "the trial ended with an error")
+        self._end(trial, error=error_of(trial) or "the trial ended with an error")
 
     def _end(self, trial: Any, error: str | None = None) -> None:
         result = trial.last_result or {}

@@ -17,10 +17,13 @@ from typing import Any
 import ray
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.orchestration.ray_internals import token_authentication
+from tune_ssim.orchestration.ray_internals import token_authentication, without_messages_of_nodes
 from tune_ssim.study.study import Study
 
-WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # parallel trials: contended threads are slower than one thread each
+# A process behind a link that was cut is noticed after a minute, in Ray after seven: an answer lost on the way never comes.
+KEEPALIVE = {"RAY_grpc_client_keepalive_time_ms": "30000", "RAY_grpc_client_keepalive_timeout_ms": "30000"}
+# Parallel trials: contended threads are slower than one thread each.
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", **KEEPALIVE}
 UNLIMITED = 1000  # slots if no resource is needed
 CONNECT_TIMEOUT_S = 5.0  # Ray's own timeout of a single attempt
 
@@ -54,11 +57,17 @@ def connection(study: Study, address: str | None) -> Iterator[dict[str, float]]:
         if not had_token and token_file().exists():
             token_file().chmod(0o600)  # Ray has made it readable to every user of the machine
     try:
-        with _sigterm_as_ctrl_c() if mine else nullcontext():
+        with _terminal_is_ours() if mine else nullcontext():
             yield ray.cluster_resources()
     finally:
         if mine:
             ray.shutdown()
+
+
+@contextmanager
+def _terminal_is_ours() -> Iterator[None]:
+    with _sigterm_as_ctrl_c(), without_messages_of_nodes():
+        yield
 
 
 @contextmanager
@@ -112,9 +121,12 @@ def _quiet() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_PROMPT_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # tracebacks of Ray; the study says in a line what happened
+    for name, value in KEEPALIVE.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # results have ASHA's metric only at its rungs
-    for name in ("ray", "ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, level in (("ray", logging.ERROR), ("ray.train", logging.ERROR), ("ray.tune", logging.CRITICAL)):
+        logging.getLogger(name).setLevel(level)  # Tune's errors are the trials', which the study reports
     warnings.filterwarnings("ignore", module=r"ray\..*")
 
 

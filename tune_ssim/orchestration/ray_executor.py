@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,11 +23,12 @@ from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.executor import JobSearch, Phase
 from tune_ssim.orchestration.progress import NoProgress
 from tune_ssim.orchestration.ray_cluster import concurrency_of, connection, describe_cluster, gpus_of
-from tune_ssim.orchestration.ray_internals import keep_actors
-from tune_ssim.orchestration.ray_job import drop_bulk, job_of, last_line_of_error, report_of
+from tune_ssim.orchestration.ray_internals import intercept_failures, keep_actors
+from tune_ssim.orchestration.ray_job import drop_bulk, job_of, report_of
 from tune_ssim.orchestration.ray_search import JobSearcher
 from tune_ssim.orchestration.ray_starts import take_on_ray
 from tune_ssim.orchestration.recorder import StudyRecorder
+from tune_ssim.orchestration.retries import OWN_DEATHS, Retries, error_of
 from tune_ssim.orchestration.trainable import TrialResources, trainable_class
 from tune_ssim.results.events import EventWriter
 from tune_ssim.study.objective import Objective
@@ -35,7 +37,6 @@ from tune_ssim.study.study import Study
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.summary import PROCESS_DIED
 
-PROCESS_FAILURES = 2  # a trial whose process died resumes from its checkpoint; exceptions of the training are verdicts
 PENDING_S = 30.0  # usually enough for a trial's process to start
 MAX_PENDING = "TUNE_MAX_PENDING_TRIALS_PG"  # setting of Ray Tune; its default with a searcher is one trial at a time
 
@@ -87,13 +88,14 @@ class RayExecutor:
         resources = self._resources(self._study)
         placement, objective = resources.placement(), phase.spec.plan.objective
         recording = _RayRecording(recorder, self._is_private)
+        retries = Retries(_trial_name, recorder.progress.say)
         before = os.environ.get(MAX_PENDING)
         os.environ[MAX_PENDING] = before or str(phase.concurrency)
         tuner = Tuner(
             tune.with_resources(trainable_class(phase.spec, resources), placement),
             tune_config=TuneConfig(
                 search_alg=JobSearcher(search, objective),
-                scheduler=_scheduler(phase.scheduler, placement, phase.concurrency, objective),
+                scheduler=_scheduler(phase.scheduler, _Controls(placement, phase.concurrency, retries), objective),
                 num_samples=-1,  # until the search is done
                 max_concurrent_trials=phase.concurrency,
                 reuse_actors=True,
@@ -105,7 +107,7 @@ class RayExecutor:
                 storage_path=str(recorder.folder.ray_folder),
                 callbacks=[recording],
                 stop=recording,
-                failure_config=FailureConfig(max_failures=PROCESS_FAILURES),
+                failure_config=FailureConfig(max_failures=OWN_DEATHS),
                 checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_at_end=True),
                 verbose=0,
             ),
@@ -196,7 +198,7 @@ class _RayRecording(tune.Callback, Stopper):
         self._ended_without_result(trial, Verdict.STOPPED, "stopped by the scheduler before its last step")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ended_without_result(trial, Verdict.ERROR, f"{PROCESS_DIED}: {last_line_of_error(trial) or 'no message'}")
+        self._ended_without_result(trial, Verdict.ERROR, f"{PROCESS_DIED}: {error_of(trial) or 'no message'}")
 
     def _ended_without_result(self, trial: Any, verdict: Verdict, reason: str) -> None:
         last = trial.last_result or {}
@@ -221,38 +223,53 @@ def _what_it_waits_for(trial: Any, is_private: bool) -> str:
     )
 
 
-class _KeepActors:
-    """Shared by both schedulers: see `ray_internals.keep_actors`."""
+@dataclass
+class _Controls:
+    """What a scheduler changes in the experiment's controller when the first trial is added: see `ray_internals`."""
 
-    def _keep(self, controller: Any, placement: Any, count: int) -> None:
-        if not vars(self).get("_is_kept"):
-            self._is_kept = True
-            keep_actors(controller, placement, count)
+    placement: tune.PlacementGroupFactory
+    concurrency: int
+    retries: Retries
+    _is_done: bool = False
+
+    def take(self, controller: Any) -> None:
+        if not self._is_done:
+            self._is_done = True
+            keep_actors(controller, self.placement, self.concurrency)
+            intercept_failures(controller, self.retries.failed)
 
 
-class _InOrder(_KeepActors, FIFOScheduler):
+class _InOrder(FIFOScheduler):
     """Runs every trial to its end."""
 
-    def __init__(self, placement: Any, concurrency: int) -> None:
+    def __init__(self, controls: _Controls) -> None:
         super().__init__()
-        self._placement, self._concurrency = placement, concurrency
+        self._controls = controls
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._keep(tune_controller, self._placement, self._concurrency)
+        self._controls.take(tune_controller)
         super().on_trial_add(tune_controller, trial)
 
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        self._controls.retries.start_due()
+        return super().choose_trial_to_run(tune_controller)
 
-class GuardedASHA(_KeepActors, ASHAScheduler):
+
+class GuardedASHA(ASHAScheduler):
     """ASHA over training steps that never stops the baseline."""
 
-    def __init__(self, placement: Any, concurrency: int, **options: Any) -> None:
+    def __init__(self, controls: _Controls, **options: Any) -> None:
         super().__init__(**options)
-        self._placement, self._concurrency = placement, concurrency
+        self._controls = controls
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._keep(tune_controller, self._placement, self._concurrency)
+        self._controls.take(tune_controller)
         if not _is_baseline(trial):
             super().on_trial_add(tune_controller, trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        self._controls.retries.start_due()
+        return super().choose_trial_to_run(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if _is_baseline(trial):
@@ -268,12 +285,11 @@ def _is_baseline(trial: Any) -> bool:
     return _job(trial).role == Role.BASELINE
 
 
-def _scheduler(asha: Asha | None, placement: Any, concurrency: int, objective: Objective) -> TrialScheduler:
+def _scheduler(asha: Asha | None, controls: _Controls, objective: Objective) -> TrialScheduler:
     if asha is None:
-        return _InOrder(placement, concurrency)
+        return _InOrder(controls)
     return GuardedASHA(
-        placement,
-        concurrency,
+        controls,
         time_attr="step",
         metric="held_out_now",
         mode=objective.direction[:3],

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 
 def token_authentication() -> bool | None:
@@ -14,13 +18,48 @@ def token_authentication() -> bool | None:
     return bool(is_token_auth_enabled())
 
 
+@contextmanager
+def without_messages_of_nodes() -> Iterator[None]:
+    """Keeps Ray from printing the deaths of processes and nodes, with their logs. The study reports them in one line.
+    (Ray 2.60: ray/_private/worker.py, `listen_error_messages`.)"""
+    from ray._private import worker
+
+    before = getattr(worker, "print_to_stdstream", None)
+    if before is None:
+        yield
+        return
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before
+
+
+class _Hook:
+    """A function in place of a controller's method. Ray pickles the controller's attributes into its snapshot, but not this one."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._function(*arguments, **named)
+
+    def __reduce__(self) -> Any:
+        return str, ()
+
+
+def _controller_of(controller: Any) -> Any:
+    """The controller of a Tune experiment; schedulers get a wrapper."""
+    return vars(controller).get("_tune_controller", controller)
+
+
 def keep_actors(controller: Any, resources: Any, count: int) -> None:
     """Keeps `count` actors of a Tune experiment alive between trials, so that short trials run in parallel too.
 
     In Ray 2.60 (ray/tune/execution/tune_controller.py) a trial whose actor is still starting takes over the actor of a trial that
     just ended, and the starting actor is discarded; two actors that become free at once are reduced to one. Starting an actor
     takes seconds, so shorter trials end up one after the other on a single actor."""
-    controller = vars(controller).get("_tune_controller", controller)  # schedulers get a wrapper
+    controller = _controller_of(controller)
     cache, reuse = getattr(controller, "_actor_cache", None), getattr(controller, "_maybe_reuse_cached_actor", None)
     if cache is None or reuse is None or not hasattr(controller, "_trial_to_actor"):
         return
@@ -31,4 +70,29 @@ def keep_actors(controller: Any, resources: Any, count: int) -> None:
             return False  # its own actor is starting
         return bool(reuse(trial))
 
-    controller._maybe_reuse_cached_actor = reuse_unless_starting
+    controller._maybe_reuse_cached_actor = _Hook(reuse_unless_starting)
+
+
+def intercept_failures(controller: Any, handle: Callable[[Any, Exception, Callable[[], None]], None]) -> None:
+    """Calls `handle(trial, exception, proceed)` when a trial failed. `proceed` does what Ray does by itself: it counts the failure
+    and starts the trial again at once, or ends it. Before that the trial counts as running.
+
+    In Ray 2.60 an answer that is lost with its node, such as a big result, ends the whole experiment as an unexpected exception.
+    Here it is the trial's failure like any other loss of its node."""
+    controller = _controller_of(controller)
+    process, manager = getattr(controller, "_process_trial_failure", None), getattr(controller, "_actor_manager", None)
+    if process is None or manager is None:
+        return
+    controller._process_trial_failure = _Hook(
+        lambda trial, exception: handle(trial, exception, lambda: process(trial, exception=exception))
+    )
+    failed = getattr(manager, "_actor_task_failed", None)
+    if failed is None:
+        return
+
+    def failed_or_lost(tracked_actor_task: Any, exception: Exception) -> None:
+        if not isinstance(exception, RayActorError | RayTaskError):
+            exception = ActorUnavailableError(str(exception), None)
+        failed(tracked_actor_task=tracked_actor_task, exception=exception)
+
+    manager._actor_task_failed = failed_or_lost

@@ -128,12 +128,6 @@ def outcome_of(result: Mapping[str, Any] | None, objective: Objective, error: bo
     return replace(outcome, value=known.get(objective.name, math.nan), improvement=objective.improvement(known))
 
 
-def last_line_of_error(trial: Any) -> str:
-    """Of a Ray trial whose process died; empty if there is no message."""
-    lines = str(trial.get_error() or "").strip().splitlines()
-    return lines[-1].strip() if lines else ""
-
-
 def verdict_of(result: Mapping[str, Any]) -> tuple[TrialSummary, dict[str, Any]] | None:
     """The summary and the parameters that were in force; None before the trial's end, and for a foreign trainable.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +13,12 @@ from typing import Any
 
 from pyarrow.fs import FileSelector, FileType
 from ray import tune
-from ray.exceptions import RayActorError
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Guard, KeepRule, NonFinite, NormRatio, SmokeTest
 from tune_ssim.orchestration.nodes import NodesProcess
 from tune_ssim.orchestration.ray_job import job_of, result_of
+from tune_ssim.orchestration.retries import PASSED_THROUGH, Preempted
 from tune_ssim.orchestration.trainings import make_training
 from tune_ssim.orchestration.workers import WorkersTask
 from tune_ssim.study.objective import OBJECTIVE, Objective
@@ -53,17 +55,34 @@ class GuardedTrainable(tune.Trainable):
     resources: TrialResources
     _run: TrialRun | None = None
     _workers: WorkersTask | None = None  # reused by consecutive trials of this process
+    _is_leaving = False  # this process was asked to end
+    _has_left = False  # and the trial is ready to go on elsewhere
 
     def setup(self, config: dict[str, Any]) -> None:
+        self._catch_sigterm()
         self.reset_config(config)
+
+    def _catch_sigterm(self) -> None:
+        """SIGTERM announces a preemption: the trial is saved and goes on elsewhere. A second one ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def leave(number: int, frame: Any) -> None:
+            if self._is_leaving or self._run is None:
+                signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: the handler was not set from Python
+                signal.raise_signal(number)
+            self._is_leaving = True
+            if self._run is not None:
+                self._run.is_leaving = True
+
+        before = signal.signal(signal.SIGTERM, leave)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Reuses the process for another trial: 0.25 s instead of 3.4 s, since torch is already imported."""
         self._leave()
         job = job_of(new_config, self.trial_id)
-        self._run = TrialRun(
-            self.spec, job, self._make_training, checkpoints=earlier_checkpoints(job), pass_through=(RayActorError,)
-        )
+        self._run = TrialRun(self.spec, job, self._make_training, checkpoints=earlier_checkpoints(job), pass_through=PASSED_THROUGH)
+        self._run.is_leaving = self._is_leaving
         return True
 
     def _make_training(self) -> Training:
@@ -79,7 +98,11 @@ class GuardedTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         assert self._run is not None
-        return result_of(self._run.advance(), self.spec.plan.objective.name)
+        if self._has_left:
+            raise Preempted("its process was asked to end (SIGTERM)")
+        report = self._run.advance()
+        self._has_left = self._is_leaving
+        return result_of(report, self.spec.plan.objective.name)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         assert self._run is not None

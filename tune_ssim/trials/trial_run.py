@@ -111,6 +111,7 @@ class TrialRun:
         self._pass_through = pass_through
         self._started_s = time.perf_counter()
         self._is_started = self.is_resumed = False
+        self.is_leaving = False  # set from outside: the next report comes as soon as possible, with a checkpoint
         self._guarded(lambda: self._start(make_training or spec.make_training, checkpoints))
 
     def _start(self, make_training: Callable[[], Training], checkpoints: Sequence[Path]) -> None:
@@ -204,12 +205,13 @@ class TrialRun:
         before, began_s = trial.step, time.monotonic()
         is_due = wants_evaluation = False
         try:
-            while not (trial.verdict is not None or report.wants_checkpoint or wants_evaluation or is_due):
+            while not (trial.verdict is not None or report.wants_checkpoint or wants_evaluation or is_due or self.is_leaving):
                 report.records += trial.advance(spec.result_every or spec.plan.report_every)
                 report.wants_checkpoint = self.training.can_resume and _passed(spec.checkpoint_every, before, trial.step)
                 wants_evaluation = trial.verdict is None and _passed(spec.evaluate_every, before, trial.step)
                 report.notice = self.training.notice()
                 is_due = spec.result_every is not None or bool(report.notice) or time.monotonic() - began_s >= RESULT_S
+            report.wants_checkpoint |= self.is_leaving and self.training.can_resume
         finally:
             report.records += trial.records_before_error
             report.step, report.norm_ratio = trial.step, trial.norm_ratio()

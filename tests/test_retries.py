@@ -1,0 +1,153 @@
+"""Trials whose process, node or connection is lost."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
+from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, ObjectLostError, RayActorError
+from ray.tune.result import SHOULD_CHECKPOINT
+from small_studies import SMALL
+from small_task import SmallTask
+
+from tune_ssim.cli.app import exit_code
+from tune_ssim.orchestration.retries import LOSSES, OWN_DEATHS, Preempted, Retries, is_lost, words_of
+from tune_ssim.orchestration.trainable import make_trainable
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.study.study import load_study
+
+TESTS = Path(__file__).parent
+
+
+def died(message: str, **context: Any) -> ActorDiedError:
+    return ActorDiedError(ActorDiedErrorContext(error_message=message, actor_id=b"0" * 16, **context))
+
+
+PROCESS = died("The actor is dead because its worker process has died. Worker exit detail: exits with a connection error code 2. E")
+NODE = died("The actor died because its node has died. Node Id: 12ab\n\tthe actor's node was terminated unexpectedly: no heartbeat")
+PREEMPTED = died("its worker has died", node_death_info=NodeDeathInfo(reason=NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED))
+
+
+@pytest.mark.parametrize(
+    ("exception", "lost"),
+    [
+        (PROCESS, False),
+        (NODE, True),
+        (PREEMPTED, True),
+        (ActorUnavailableError("RpcError: Connection reset by peer", None), True),
+        (NodeDiedError("n"), True),
+        (ObjectLostError("0" * 56, None, ""), True),
+        (Preempted("SIGTERM"), True),
+        (RayActorError(), False),
+        (RuntimeError("the training broke"), False),
+    ],
+)
+def test_what_is_no_failure_of_the_trial(exception: Exception, lost: bool) -> None:
+    assert is_lost(exception) is lost
+
+
+def test_messages_of_ray_become_one_line() -> None:
+    assert words_of(PROCESS) == "killed, by a lack of memory perhaps, or crashed"
+    assert words_of(NODE) == "the actor's node was terminated unexpectedly: no heartbeat"
+    assert "connection to its node broke" in words_of(ActorUnavailableError("RpcError: " + "x" * 900, None))
+
+
+@dataclass
+class Failing:
+    """What `Retries` uses of a Ray trial."""
+
+    status: str = "RUNNING"
+    max_failures: int = OWN_DEATHS
+
+
+def outcomes(exceptions: list[Exception]) -> tuple[list[int], list[str]]:
+    """The limit that Ray gets at each failure: -1 tries again, 0 ends the trial."""
+    said: list[str] = []
+    limits: list[int] = []
+    trial, tries = Failing(), Retries(lambda trial: "trial-00", said.append)
+    for exception in exceptions:
+        tries.failed(trial, exception, lambda: limits.append(trial.max_failures))
+        for one in tries._waiting:
+            one.due_s = 0.0
+        tries.start_due()
+    return limits, said
+
+
+def test_a_lost_node_uses_no_try_of_the_trial() -> None:
+    lost = ActorUnavailableError("RpcError: Socket closed", None)
+    limits, said = outcomes([lost, PROCESS, lost, lost, PROCESS, lost, PROCESS])
+    assert limits == [-1] * 6 + [0]
+    assert "no try is used up" in said[0] and "try 2 of 3 in 2 s" in said[1] and "try 3 of 3 in 16 s" in said[4]
+
+
+def test_a_trial_that_loses_every_node_ends() -> None:
+    limits, _ = outcomes([NODE] * (LOSSES + OWN_DEATHS + 1))
+    assert limits == [-1] * (LOSSES + OWN_DEATHS) + [0]
+
+
+def test_a_trial_waits_before_it_is_tried_again() -> None:
+    trial, tries, started = Failing(), Retries(lambda trial: "trial-00", lambda line: None), []
+    tries.failed(trial, PROCESS, lambda: started.append(1))
+    tries.start_due()
+    assert started == []
+    (waiting,) = tries._waiting
+    waiting.due_s = 0.0
+    trial.status = "TERMINATED"  # the study was stopped meanwhile
+    tries.start_due()
+    assert started == [] and tries._waiting == []
+
+
+def test_a_trial_that_is_asked_to_end_saves_its_state_and_goes_on_elsewhere(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    train = make_trainable(SmallTask, guards=(), steps=40, result_every=10)
+    try:
+        trial = train({"ssim_loss_weight": 1.0})
+        assert trial.train()["step"] == 10
+        signal.raise_signal(signal.SIGTERM)
+        asked = trial.train()
+        assert asked["step"] == 10 and asked[SHOULD_CHECKPOINT]
+        trial.save_checkpoint(str(tmp_path))
+        with pytest.raises(Preempted, match="asked to end"):
+            trial.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    elsewhere = train({"ssim_loss_weight": 1.0})
+    elsewhere.load_checkpoint(str(tmp_path))
+    assert elsewhere.train()["step"] == 20
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.e2e  # each of its parts is tested above
+def test_deaths_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGTERM: the trial is saved and goes on elsewhere. SIGKILL, again and again: no verdict, and the study says so."""
+    space = {**SMALL["space"], "points": [dict(point) for point in SMALL["space"]["points"]]}
+    study = load_study(
+        {
+            **SMALL,
+            "name": "dying",
+            "task": "dying_task:DyingTask",
+            "import_path": str(TESTS),
+            "task_config": {"steps": 40, "mark": str(tmp_path)},
+            "baseline": {"seeds": 1},
+            "guards": {"smoke_test": None},
+            "search": {"trials": 2, "concurrency": 2},
+            "result_every": 4,
+            "space": space,
+        }
+    )
+    (tmp_path / "dying.yaml").write_text(study.to_yaml())
+    code = exit_code(["run", str(tmp_path / "dying.yaml"), "--storage-path", str(tmp_path)])
+    out, error = capsys.readouterr()
+    trials = {trial.trial_id: trial for trial in StudyFolder(tmp_path / "dying").trials()}
+    assert trials["trial-01"].verdict == "safe" and trials["trial-01"].steps == 40
+    assert (tmp_path / "steps-1").read_text().split() == [str(step) for step in range(1, 41)], "no step was lost or repeated"
+    assert trials["trial-00"].verdict == "error" and "killed" in trials["trial-00"].reason
+    assert code == 4, error
+    assert "trial-01: its process was asked to end (SIGTERM); it goes on from its last checkpoint" in out
+    assert "trial-00: its process died: killed, by a lack of memory perhaps, or crashed; try 3 of 3" in out
+    assert error.splitlines()[-1].startswith("1 trial has no verdict, since the process died (trial-00): `tune-ssim run")
+    assert "Traceback" not in out + error and "raylet" not in out + error
