@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.yaml_source import dump_yaml, parse_yaml
-from tune_ssim.guards import NonFinite, NormRatio, SmokeTest, Threshold
+from tune_ssim.guards import Divergence, NonFinite, NormRatio, SmokeTest, Threshold
 from tune_ssim.study.objective import Keep, Objective
 from tune_ssim.study.sections import Asha, BaselineRuns, CalibrationOptions, Resources, Search, Tracking
 from tune_ssim.study.space import load_space
@@ -106,6 +106,7 @@ def test_guards_off_on_and_added(written: Any) -> None:
     assert guards == {
         "smoke_test": SmokeTest(at=(0, 10), consecutive=1),
         "non_finite": NonFinite(),
+        "divergence": Divergence(),
         "threshold:loss": Threshold("loss", upper=3),
     }
 

@@ -67,12 +67,10 @@ DEFAULT_SPACE = "wide"
 DEFAULT_STEPS = 200  # FACTS §2: by then ruinous gains have ruined the model, and safe ones show an improvement
 
 
-def default_guards(task: str | CommandSpec | None = None) -> dict[str, Guard]:
-    """All guards that work without limits from the user. A user's training may log nothing but its loss, so that is judged too; the
-    bundled ones have norms and samples."""
-    guards: list[Guard] = [NormRatio(), SmokeTest(), NonFinite()]
-    is_own = isinstance(task, CommandSpec) or (isinstance(task, str) and task not in BUILT_IN_TASKS)
-    return {guard.name: guard for guard in (*guards, *([Divergence()] if is_own else []))}
+def default_guards() -> dict[str, Guard]:
+    """All guards that work without limits from the user."""
+    guards: list[Guard] = [NormRatio(), SmokeTest(), NonFinite(), Divergence()]
+    return {guard.name: guard for guard in guards}
 
 
 # ---- each part as a file may have it ----
@@ -253,7 +251,7 @@ def _guards(given: Any, info: ValidationInfo) -> dict[str, Guard]:
     problems = Problems(unknown_keys(given, [*_GUARDS, "threshold"]))
     guards: dict[str, Guard] = {}
     for name, (guard, names) in _GUARDS.items():
-        options = given.get(name, {} if name in default_guards(info.data.get("task")) else None)
+        options = given.get(name, {})
         if options is not None:
             with problems.at(name):
                 guards[name] = build_dataclass(guard, options, names)
@@ -363,7 +361,7 @@ class Study(Document):
     ] = None
     # By guard name; an absent guard is off.
     guards: Annotated[dict[str, Guard], PlainValidator(_guards), PlainSerializer(_guard_options)] = Field(
-        default_factory=lambda done: default_guards(done.get("task"))
+        default_factory=default_guards
     )
     # Additional guards from rule packs; none by default, because packs are specific to a kind of training.
     rules: Annotated[
@@ -473,7 +471,8 @@ class Study(Document):
         # Keeps the digest of studies from before these existed.
         if not self.rules:
             del content["rules"]
-        if self.guards.get(Divergence.name) == default_guards(self.task).get(Divergence.name):
+        divergence, is_bundled = self.guards.get(Divergence.name), self.task in tuple(BUILT_IN_TASKS)
+        if divergence == Divergence() or (divergence is None and is_bundled):  # off for these before it was on for all
             content["guards"] = {name: options for name, options in content["guards"].items() if name != Divergence.name}
         if self.objective.min_improvement == Objective.of(self.objective.name).min_improvement:
             del content["objective"]["min_improvement"]
