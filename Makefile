@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 REPLAY := $(addprefix benchmarks/replay/,run.py recommend.py policies.py)
 
-.PHONY: run test e2e versions pythons lint format bench pictures docs
+.PHONY: run test e2e chaos versions pythons lint format bench pictures docs
 
 run: $(VENV)/.installed
 	$(BIN)/tune-ssim run
@@ -15,6 +15,11 @@ test: $(VENV)/.installed
 # Everything, the minutes-long tests too; a study is stopped at each of its writes instead of a sample of them.
 e2e: $(VENV)/.installed
 	TUNE_SSIM_E2E=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m ""
+
+# Every file of a study damaged in 2,000 ways each; the counts go to benchmarks/results/damage.jsonl.
+chaos: $(VENV)/.installed
+	rm -f benchmarks/results/damage.jsonl
+	TUNE_SSIM_CASES=2000 TUNE_SSIM_COUNTS=benchmarks/results/damage.jsonl $(BIN)/python -m pytest -q tests/test_damage.py
 
 # A selection of the tests with the oldest and the newest Ray and MLflow that pyproject.toml admits; installs them in a temporary folder.
 versions: $(VENV)/.installed

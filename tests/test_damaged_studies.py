@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,17 +108,6 @@ def test_the_line_of_a_syntax_error_is_named(tmp_path: Path) -> None:
     mistake(tune_ssim("export", cwd=tmp_path), "fundus-ssim/preflight.json:3: not JSON")
 
 
-READERS: dict[str, Callable[[StudyFolder], Any]] = {
-    "trials.jsonl": StudyFolder.trials,
-    "skipped.jsonl": StudyFolder.skipped,
-    "checkpoints.jsonl": lambda folder: folder.checkpoints("t"),
-    "events.jsonl": lambda folder: list(folder.events()),
-    "start.json": StudyFolder.start,
-    "provenance.json": StudyFolder.provenance,
-    "preflight.json": StudyFolder.preflight,
-    "calibration.json": StudyFolder.calibration,
-    "study.yaml": lambda folder: (folder.objective, folder.tracking_uri),
-}
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -133,18 +121,6 @@ OBJECTS = st.dictionaries(
     WORDS | VALUES | st.dictionaries(WORDS, VALUES | st.lists(VALUES, max_size=2), max_size=3)
     | st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES | st.dictionaries(WORDS, VALUES), max_size=3), max_size=2),
 )  # fmt: skip
-
-
-@pytest.mark.parametrize("name", READERS)
-@settings(max_examples=150, deadline=None)
-@given(st.lists(OBJECTS.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=30), max_size=3))
-def test_whatever_a_file_holds_it_is_read_or_named(tmp_path_factory: pytest.TempPathFactory, name: str, parts: list[bytes]) -> None:
-    folder = study(tmp_path_factory.mktemp("any"))
-    (folder.path / name).write_bytes(b"\n".join(parts))
-    try:
-        READERS[name](folder)
-    except UserError as error:
-        assert str(error).startswith(str(folder.path / name))
 
 
 @settings(max_examples=300, deadline=None)

@@ -52,6 +52,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
     line = json.dumps(jsonable(value), allow_nan=False).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        _require_regular(descriptor, path)
         end = os.lseek(descriptor, 0, os.SEEK_END)
         if end and os.pread(descriptor, 1, end - 1) != b"\n":
             line = b"\n" + line  # the previous line is truncated: start a new one
@@ -73,12 +74,19 @@ def open_regular(path: Path) -> BinaryIO:
         raise UserError(f"{path}: a link to {path.readlink()}, which does not exist") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        _require_regular(descriptor, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def _require_regular(descriptor: int, path: Path) -> None:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
-        os.close(descriptor)
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
         raise UserError(f"{path}: is {kind}, not a file")
-    return os.fdopen(descriptor, "rb")
 
 
 def read_whole(path: Path, max_bytes: int = MAX_JSON_BYTES, kind: str = "a JSON document") -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.files import read_whole
 
 FORMAT = 1
 
@@ -96,21 +97,21 @@ class Baseline:
                     for run in loaded["runs"]
                 )
             )
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not a baseline file ({type(error).__name__}: {error})") from None
 
     @classmethod
     def read(cls, path: str | Path, sha256: str | None = None) -> Baseline:
         """Reads a baseline file. Raises UserError if it cannot be read or does not match `sha256`."""
         try:
-            data = Path(path).read_bytes()
-        except OSError as error:
+            data = read_whole(Path(path))
+        except FileNotFoundError:
             hint = "the storage path must be reachable under the same name from every node"
-            raise UserError(f"baseline {path}: {error.strerror or error}; {hint}") from None
+            raise UserError(f"baseline {path}: no such file; {hint}") from None
         found = hashlib.sha256(data).hexdigest()
         if sha256 is not None and found != sha256:
             raise UserError(f"baseline {path}: content has digest {found[:12]}…, expected {sha256[:12]}…")
         try:
             return cls.from_bytes(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"baseline {path}: {error}") from None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_ssim.base.errors import BadSetup
 from tune_ssim.base.extras import install_hint, is_installed
 from tune_ssim.base.files import jsonable, parse_json, write_atomically
+from tune_ssim.base.validation import JsonNumber, read_as
 from tune_ssim.before_launch.command.kept_starts import starts_file
 from tune_ssim.before_launch.inspection import bad_lines, calibration_lines, preflight_lines
 from tune_ssim.probes.norm_model import NormModel, Prediction
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
     from tune_ssim.study.study import Study
 
 HEAT_MAP = "calibration.png"
+
+
+@dataclass(frozen=True)
+class _Limits:
+    limit: JsonNumber | None
+    skip_above: JsonNumber | None
 
 
 def check_before_launch(study: Study, folder: StudyFolder, writer: EventWriter, progress: Progress, executor: Executor) -> None:
@@ -72,8 +80,12 @@ def _require_clean(folder: StudyFolder) -> None:
 
 def norm_model(folder: StudyFolder) -> tuple[NormModel | None, float | None, float | None]:
     """(model, the norm guard's limit, the predicted ratio above which no setting is launched) of a calibrated study."""
-    found = parse_json(folder.path / CALIBRATION, lambda c: (NormModel.from_dict(c["model"]), c["limit"], c["skip_above"]))
-    return found or (None, None, None)
+
+    def parse(calibration: dict[str, Any]) -> tuple[NormModel, float | None, float | None]:
+        limits = read_as(_Limits, calibration)
+        return NormModel.from_dict(calibration["model"]), limits.limit, limits.skip_above
+
+    return parse_json(folder.path / CALIBRATION, parse) or (None, None, None)
 
 
 def recommended(study: Study, calibration: Mapping[str, Any]) -> tuple[dict[str, Any], Prediction]:

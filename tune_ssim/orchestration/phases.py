@@ -22,7 +22,7 @@ from tune_ssim.orchestration.progress import NoProgress, Progress
 from tune_ssim.orchestration.recorder import StudyRecorder
 from tune_ssim.report.pareto_picture import draw_front
 from tune_ssim.report.study_page import PAGE, write_page
-from tune_ssim.results.events import EventWriter
+from tune_ssim.results.events import EventWriter, ended_trials
 from tune_ssim.results.intervals import MIN_RUNS
 from tune_ssim.results.pareto import pareto_front
 from tune_ssim.results.study_folder import StudyFolder
@@ -135,6 +135,7 @@ class StudyRun:
         """Runs all phases. Returns why the study ended early, if it did. Raises BadSetup or UserError if it failed as a whole."""
         study = self.study
         self.progress.say(self.executor.describe())
+        self._restore_trials()
         for warning in study.warnings:
             self.progress.say(f"warning: {warning}")
         check_before_launch(study, self.folder, self.writer, self.progress, self.executor)
@@ -147,6 +148,20 @@ class StudyRun:
         self.confirm()
         self._require_sound(lambda trial: True)
         return ""
+
+    def _restore_trials(self) -> None:
+        """Lines of `trials.jsonl` that are lost, such as after a power failure, are taken from the events."""
+        present = {trial.trial_id for trial in self.folder.trials()}
+        try:
+            lost = [trial for trial in ended_trials(self.folder) if trial.trial_id not in present]
+        except UserError as error:
+            self.progress.say(f"warning: {error}; MLflow and the report lack what is not readable there")
+            return
+        for trial in lost:
+            self.folder.add_trial(trial)
+        if lost:
+            names = ", ".join(dict.fromkeys(trial.trial_id for trial in lost))
+            self.progress.say(f"warning: {self.folder.trials_file} lacked {names}, restored from {self.folder.events_file.name}")
 
     def search(self) -> str:
         """Runs baseline and search. Returns the failure that ended it before its last trial; empty if none."""
@@ -342,6 +357,9 @@ class StudyRun:
                 continue
             found |= {run.trial_id: run for run in baseline.runs if run.trial_id in names}
         safe = {trial.trial_id for trial in self.folder.trials() if trial.verdict == Verdict.SAFE}
+        for name in names:
+            if name in safe and name not in found:
+                self.progress.say(f"{name} runs again: no file in {self.folder.path / 'baseline'} has its curves")
         return {name: run for name, run in found.items() if name in safe}
 
     def _require_sound(self, of_phases_so_far: Callable[[TrialSummary], bool]) -> None:

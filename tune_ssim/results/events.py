@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
+from tune_ssim.base.files import parse_lines
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.space import WEIGHT, gain_of
+from tune_ssim.trials.summary import TrialSummary
 
 # Keys that Ray Tune adds to every result and that are not worth plotting.
 _BOOKKEEPING = frozenset(
@@ -118,6 +120,16 @@ class EventWriter:
     def _add(self, event: str, **values: Any) -> None:
         self.require_lock()
         self.folder.add_event({"event": event, "time_ms": time.time_ns() // 1_000_000, **values})
+
+
+def ended_trials(folder: StudyFolder) -> list[TrialSummary]:
+    """The summaries in the study's events, also of trials whose lines in `trials.jsonl` are lost. Raises UserError."""
+
+    def parse(event: dict[str, Any]) -> TrialSummary | None:
+        return TrialSummary.from_dict(event["summary"]) if event.get("event") == "verdict" else None
+
+    lines = parse_lines(folder.events_file, parse, containing='"verdict"')
+    return [summary for summary in lines if summary is not None]
 
 
 def numbers_of(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -261,7 +261,8 @@ def find_study(storage: Path, name: str | None) -> StudyFolder:
     """The study called `name`, or the one started last. Raises UserError listing the existing ones."""
     found = sorted(storage.glob("*/study.yaml"), key=lambda path: (path.stat().st_mtime_ns, path.parent.name))
     if not found:
-        raise UserError(f"no study in {storage}; start one with `tune-ssim run`, or say --storage-path")
+        lacking = [f"{path.parent / 'study.yaml'} is missing" for path in sorted(storage.glob("*/events.jsonl"))[:1]]
+        raise UserError("; ".join([f"no study in {storage}", *lacking, "start one with `tune-ssim run`, or say --storage-path"]))
     if name is None:
         return StudyFolder(found[-1].parent)
     for path in found:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.files import open_regular
 
 LOCK_FILE = "writer.lock"
 HEARTBEAT_S = 5.0  # a heartbeat costs one system call
@@ -167,7 +168,7 @@ class StudyLock:
         words = f"study {name} is being run by {owner.host}, process {owner.pid}, since {owner.since}"
         if not owner.is_here:
             words += (
-                f"; its last sign of life came {max(0.0, self._silence(found)):.0f} s ago, and after "
+                f" ({self.file}); its last sign of life came {max(0.0, self._silence(found)):.0f} s ago, and after "
                 f"{self.max_silence_s:.0f} s without one the study can be taken over"
             )
         return f"{words}; end it there, or choose another --name"
@@ -205,13 +206,11 @@ def _create(path: Path) -> tuple[Owner, int]:
 def _read(path: Path) -> _Found | None:
     """Reads a lock file; None if it does not exist."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        file = open_regular(path)
     except FileNotFoundError:
         return None
-    try:
-        status, text = os.fstat(descriptor), os.read(descriptor, 65536)
-    finally:
-        os.close(descriptor)
+    with file:
+        status, text = os.fstat(file.fileno()), file.read(65536)
     try:
         owner = Owner(**json.loads(text))
         is_whole = isinstance(owner.pid, int) and isinstance(owner.token, str) and owner.token.isalnum()

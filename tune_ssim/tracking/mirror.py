@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from tune_ssim.base.extras import install_hint, is_installed
+from tune_ssim.base.files import read_whole
 from tune_ssim.base.passwords import hide_password, without_password
 from tune_ssim.results.study_folder import StudyFolder
 
@@ -188,8 +189,8 @@ def read_state(folder: StudyFolder, uri: str) -> State:
     """The saved progress. Zero if the file is missing or damaged, which is safe, since events are idempotent."""
     empty = State(offset=0, events=0, experiment_id=None, share_key=None, runs={}, refused=[], error=None)
     try:
-        return State(**{**empty, **json.loads(state_file(folder, uri).read_bytes())})  # type: ignore[typeddict-item]
-    except (OSError, ValueError, TypeError):
+        return State(**{**empty, **json.loads(read_whole(state_file(folder, uri)))})  # type: ignore[typeddict-item]
+    except (OSError, ValueError, TypeError, RecursionError):
         return empty
 
 

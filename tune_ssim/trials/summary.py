@@ -102,6 +102,8 @@ class TrialSummary:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialSummary:
         """Drops unknown keys. Raises ValueError, naming the key, for data that is not a trial's summary."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a trial's summary must be a mapping, got {str(data)[:60]!r}")
         metrics = data.get("metrics")
         if isinstance(metrics, dict):
             data = {**data, "metrics": {name: value for name, value in metrics.items() if value is not None}}

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tune_ssim.base.files import jsonable, number, write_atomically
+from tune_ssim.base.files import jsonable, number, read_whole, write_atomically
 from tune_ssim.before_launch.command.starts import Start, StartJob
 from tune_ssim.before_launch.preflight.report import Check
 from tune_ssim.guards import SmokeTest
@@ -35,11 +35,11 @@ class KeptStarts:
         """Empty if the file is missing, damaged or of another fingerprint: then starts are taken anew. A start that read a weights
         file which has changed since is left out."""
         try:
-            found = json.loads(self.path.read_bytes())
+            found = json.loads(read_whole(self.path))
             if (found["format"], found["fingerprint"]) != (FORMAT, self.fingerprint):
                 return []
             return [_start_of(one) for one in found["starts"] if one["files"] == _stamps(one["observed"])]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return []
 
     def write(self, starts: Iterable[Start]) -> None:
