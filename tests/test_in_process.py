@@ -130,6 +130,23 @@ def test_a_confirm_phase_whose_baseline_failed_is_resumed(tmp_path: Path) -> Non
     assert set(verdicts.values()) == {"safe"} and len(verdicts) == 2
 
 
+def test_what_ended_is_not_run_again_when_its_lines_are_lost(tmp_path: Path) -> None:
+    folder = run_study(small(**CONFIRMED), storage=tmp_path, in_process=True)
+    before, progress = facts(folder), Said()
+    for kept in (b"", folder.trials_file.read_bytes()[:3000]):
+        folder.trials_file.write_bytes(kept)
+        n_started = sum(event["event"] == "trial" for event in folder.events())
+        run_study(small(**CONFIRMED), storage=tmp_path, in_process=True, resume=True, progress=progress)
+        assert facts(folder) == before
+        assert sum(event["event"] == "trial" for event in folder.events()) == n_started
+        assert any("trials.jsonl lacked" in line and "restored from events.jsonl" in line for line in progress.lines)
+    for file in (folder.path / "baseline").rglob("*.json"):
+        file.unlink()
+    run_study(small(**CONFIRMED), storage=tmp_path, in_process=True, resume=True, progress=progress)
+    assert facts(folder) == before
+    assert any(line.startswith("baseline-0 runs again: no file in ") for line in progress.lines)
+
+
 def test_another_study_is_not_resumed_under_the_same_name(tmp_path: Path) -> None:
     folder = run_study(small(search={"trials": 2}), storage=tmp_path, in_process=True)
     written = folder.study_file.read_bytes()
@@ -221,6 +238,7 @@ def test_a_guided_study_gives_the_same_trials_after_a_stop(tmp_path: Path) -> No
     again = run_study(small(**given), storage=tmp_path / "again", in_process=True)
     kept = again.trials_file.read_bytes().splitlines(keepends=True)[:5]
     again.trials_file.write_bytes(b"".join(kept))
+    again.events_file.unlink()  # else the lost trials come back from there
     resumed = run_study(small(**given), storage=tmp_path / "again", resume=True, in_process=True)
     assert repr(facts(resumed)) == repr(facts(whole))  # as text: a NaN is equal there
     assert any(trial.curve for trial in whole.trials()) and len(whole.trials()) > 5

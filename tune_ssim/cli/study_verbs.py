@@ -322,12 +322,18 @@ def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
 
 def _show_trials(folder: StudyFolder, console: Console) -> None:
     from tune_ssim.cli.tables import FRONT, trials_table
+    from tune_ssim.results.events import ended_trials
     from tune_ssim.results.pareto import pareto_front
     from tune_ssim.results.trial_text import format_setting, metric_label, warning_lines
     from tune_ssim.results.winner import NoSafeTrial, best_safe
 
     summaries = folder.trials()
     if not summaries:
+        if lost := ended_trials(folder):
+            raise UserError(
+                f"{folder.trials_file}: lacks {len(lost)} trials that ended, by {folder.events_file.name}; "
+                f"`tune-ssim run --resume --name {folder.name}` restores them"
+            )
         console.print(f"{folder.name}: no trial has ended yet", markup=False)
         return
     try:

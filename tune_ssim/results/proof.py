@@ -13,7 +13,7 @@ from tune_ssim.base.files import jsonable
 from tune_ssim.guards import KeepRule
 from tune_ssim.guards.verdict import Role
 from tune_ssim.results.intervals import paired, paired_on_images
-from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.study_folder import PREFLIGHT, StudyFolder
 from tune_ssim.results.winner import are_copies, confirmations, holds, why_copies, why_unconfirmed
 from tune_ssim.study.objective import DELTA
 from tune_ssim.trials.command.dependencies import NO_CODE, WHEN_OBSERVED, WITHOUT_RUNNING
@@ -37,6 +37,9 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
         unproven.append(why_copies(confirmed, objective))
     if provenance is None:
         unproven.append("the study recorded no hashes of its code, weights and data")
+    preflight = folder.preflight()
+    if preflight is None and study.get("preflight") is not None:
+        unproven.append(f"{PREFLIGHT} of the study is missing")
     unproven += changed
     limits, rules = _limits(folder)
     return {
@@ -51,7 +54,7 @@ def proof_of(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
         "comparison": comparison(confirmed, baselines),
         "margins": margins(confirmed, baselines, limits, rules),
         "switched_off": [name for name in ("preflight", "calibration", "confirm") if name in study and study[name] is None],
-        "preflight": folder.preflight(),
+        "preflight": preflight,
         "calibration": folder.calibration(),
         "setting": summary.settings,
         "study": study,

@@ -168,8 +168,8 @@ class StudyLock:
         words = f"study {name} is being run by {owner.host}, process {owner.pid}, since {owner.since}"
         if not owner.is_here:
             words += (
-                f" ({self.file}); its last sign of life came {max(0.0, self._silence(found)):.0f} s ago, and after "
-                f"{self.max_silence_s:.0f} s without one the study can be taken over"
+                f"; its last sign of life came {max(0.0, self._silence(found)):.0f} s ago, and after "
+                f"{self.max_silence_s:.0f} s without one the study can be taken over ({self.file})"
             )
         return f"{words}; end it there, or choose another --name"
 
