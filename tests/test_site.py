@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "docs" / "website"))
 import make_site  # noqa: E402
+import reference  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +35,28 @@ def places(navigation: list) -> list[str]:
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
-    listed = places(make_site.navigation())
+    listed = places(make_site.navigation({}))
     assert len(listed) == len(set(listed))
     assert {*make_site.pages().values()} - {"contents.md"} <= {*listed}
+
+
+def test_every_key_of_a_file_has_a_meaning() -> None:
+    """It is the comment at the field, or words of the docstring."""
+    models = [reference.Study, *reference.parts_of(reference.Study, []), reference.Space, reference.Stage, reference.RulePack]
+    models += reference.parts_of(reference.RulePack, [reference._Rule, reference._Condition])
+    guards = dict(reference.guard_keys().values())
+    keys = [(cls.__name__, row) for cls in (*models, *guards) for row in reference.keys_of(cls, guards.get(cls))]
+    assert not [f"{name}.{row[0]}" for name, row in keys if not row[3]]
+    assert ("Search", "trials", "integer >= 1", "`12`") in [(name, *row[:3]) for name, row in keys]
+
+
+def test_the_reference_has_every_public_name_key_and_verb(site: Path) -> None:
+    text = {page.stem: html.unescape(page.read_text(encoding="utf-8")) for page in (site / "reference").glob("*.html")}
+    assert all(f"tune-ssim {name}" in text["command_line"] for name in reference.cli.commands)
+    assert all(f"<code>{key}</code>" in text["study"] for key in reference.Study.model_fields)
+    for module in reference.MODULES:
+        public = importlib.import_module(module).__all__
+        assert all(name in text["python"] for name in public if not name.startswith("__")), module
 
 
 def test_every_page_is_built(site: Path) -> None:

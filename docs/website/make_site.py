@@ -12,9 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reference import reference_pages
 from ruamel.yaml import YAML
 
 HERE = Path(__file__).resolve().parent
@@ -65,14 +67,16 @@ def staged(page: Path, folder: Path) -> str:
     return LINK.sub(place, LINKED_TEXT.sub(without_folders, page.read_text(encoding="utf-8")))
 
 
-def navigation() -> list[dict[str, Any]]:
-    """The sections and pages of docs/index.md in their order; pages that it does not name come last."""
+def navigation(generated: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The sections and pages of docs/index.md in their order; pages that it does not name come last.
+
+    generated: place → title of the pages that are made from the code; they go into the section Reference."""
     found: list[dict[str, Any]] = [{"Home": "index.md"}]
     listed = {DOCS / "index.md", ROOT / "README.md"}
     entries: list[dict[str, str]] = []
     for heading, title, name in SECTION.findall((DOCS / "index.md").read_text(encoding="utf-8")):
         if heading:
-            entries = []
+            entries = [{title: place} for place, title in generated.items()] if heading == "Reference" else []
             found.append({heading: entries})
             continue
         page = (DOCS / name).resolve()
@@ -92,8 +96,13 @@ def build(site: Path) -> None:
         shutil.copy(HERE / "site.css", source / "site.css")
         for page, place in pages().items():
             (source / place).write_text(staged(page, source), encoding="utf-8")
+        generated = reference_pages()
+        (source / "reference").mkdir()
+        for place, (_, text) in generated.items():
+            (source / place).write_text(text, encoding="utf-8")
+        titles = {place: title for place, (title, _) in generated.items()}
         config = YAML(typ="safe").load(HERE / "mkdocs.yml")
-        config |= {"docs_dir": "docs", "site_dir": "site", "nav": navigation()}
+        config |= {"docs_dir": "docs", "site_dir": "site", "nav": navigation(titles)}
         (Path(work) / "mkdocs.yml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
         subprocess.run([sys.executable, "-m", "zensical", "build", "--strict"], cwd=work, check=True)
         shutil.rmtree(site, ignore_errors=True)

@@ -26,9 +26,9 @@ class Condition(TableGuard):
 class Band(Condition):
     """The condition that a number made from `metric` is outside [`lower`, `upper`]. NaN counts as outside."""
 
-    metric: str
-    lower: float = -math.inf
-    upper: float = math.inf
+    metric: str  # its name in the log
+    lower: float = -math.inf  # in the metric's unit; none by default
+    upper: float = math.inf  # the same
 
     def __post_init__(self) -> None:
         check_field(self.lower < self.upper, "lower", f"must be below upper ({self.upper})", self.lower)

@@ -27,7 +27,7 @@ class NonFinite(TableGuard):
     skipped: infinite norms before the first finite one, with finite losses, are taken for such steps.
     """
 
-    prefixes: tuple[str, ...] = DEFAULT_PREFIXES
+    prefixes: tuple[str, ...] = DEFAULT_PREFIXES  # of the metrics that are judged
     max_skipped: int = 20  # torch's GradScaler starts at 2**16 and halves at each skip: 16 skips reach a scale of 1
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)

@@ -172,22 +172,22 @@ Whole = Annotated[int | None, PlainValidator(_whole)]
 
 
 class _Condition(Section):
-    metric: Metric
-    of: Literal["first", "mean", "epoch mean"] | None = None
-    trend: Literal["rising", "not falling"] | None = None
-    above: Number = None
-    below: Number = None
-    outside: Annotated[tuple[float, float] | None, PlainValidator(_bounds)] = None
-    off: Number = None
-    by: Number = None
-    over: Metric | None = None
-    records: Whole = None
-    steps: Whole = None
-    after: Whole = None
-    epoch: Whole = None
-    steps_per_epoch: Whole = None
-    settled: Number = None
-    from_start: bool | None = None
+    metric: Metric  # its name in the log
+    of: Literal["first", "mean", "epoch mean"] | None = None  # what is compared instead of each value
+    trend: Literal["rising", "not falling"] | None = None  # judged over `steps`, by more than `by`
+    above: Number = None  # holds above it; NaN counts as out of bounds, here and below
+    below: Number = None  # holds below it
+    outside: Annotated[tuple[float, float] | None, PlainValidator(_bounds)] = None  # [lower, upper]: holds out of this range
+    off: Number = None  # holds further from it than the share `by`
+    by: Number = None  # a share of `off`, or of the level of a trend (there 0.03 by default)
+    over: Metric | None = None  # the quotient metric / over is judged
+    records: Whole = None  # in so many records in a row; 1 by default
+    steps: Whole = None  # in every record of so many training steps; of a mean or a trend: the window
+    after: Whole = None  # from this step on
+    epoch: Whole = None  # only the mean of this one
+    steps_per_epoch: Whole = None  # for logs without the metric `epoch`
+    settled: Number = None  # a plateau below this share of the highest level is no finding
+    from_start: bool | None = None  # judges the first window only
 
     @property
     def kind(self) -> str:
@@ -236,13 +236,14 @@ class _Condition(Section):
 
 
 class _Rule(Section):
-    when: Annotated[tuple[_Condition, ...], PlainValidator(_when)]
-    action: Action = Action.WARN
-    sentence: Text = ""
-    cause: Text = ""
-    remedy: Text = ""
-    source: Text = ""
-    optional: bool = False
+    when: Annotated[tuple[_Condition, ...], PlainValidator(_when)]  # a condition, or a list of them that must hold at once
+    action: Action = Action.WARN  # in a study: warn, probe (a smoke test), prune the trial, or abort the study
+    sentence: Text = ""  # what is wrong
+    cause: Text = ""  # the likely one
+    remedy: Text = ""  # what to try first
+    source: Text = ""  # where the limit comes from
+    optional: bool = False  # true: a training without the metric is no error
+    # One rule for each value; `{tag}` in metrics and texts becomes the value.
     for_each: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -278,10 +279,10 @@ class Branch(Section):
     parameters get a gradient in every micro-batch (SEEDS C5). An empty field means that there is no such metric. The first
     metric of `gradient` that is in the log is used."""
 
-    loss: Metric
-    gradient: Names = ()
-    has_grad: Metric = ""
-    trainable: Metric = ""
+    loss: Metric  # must fall
+    gradient: Names = ()  # must not be zero
+    has_grad: Metric = ""  # parameters that got a gradient, as GradientTaps counts them
+    trainable: Metric = ""  # parameters that should get one
     may_be_flat: bool = False  # the loss of a fine-tuning may be good from the start
     may_rise: bool = False  # a regulariser such as the KL may settle above its start
 
@@ -299,12 +300,13 @@ class Branch(Section):
 class RulePack(Section):
     """A set of guards. known_by: the pack matches a log that has at least one of these metrics. branches: by name."""
 
-    name: Annotated[str, PlainValidator(_plain_name)]
-    description: Text = ""
+    name: Annotated[str, PlainValidator(_plain_name)]  # default: that of the file
+    description: Text = ""  # for people
     known_by: Names = ()
+    # Numbers that the rules name as `$name`; a study or `check --set` may change them.
     options: Annotated[dict[str, float | None], PlainValidator(_options)] = Field(default=None, validate_default=True)
     branches: dict[str, Branch] = Field(default_factory=dict)
-    forms: Annotated[dict[str, _Rule], Field(min_length=1, alias="rules")]
+    forms: Annotated[dict[str, _Rule], Field(min_length=1, alias="rules")]  # by name
     _document: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")

@@ -20,8 +20,8 @@ class Threshold(RatioBand):
     steps: the consecutive records must also span this many training steps, regardless of the logging interval.
     """
 
-    patience: int = 1
-    action: Action = Action.PRUNE
+    patience: int = 1  # records in a row
+    action: Action = Action.PRUNE  # what a study does
     steps: int = 1
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (read by the study's loader)

@@ -62,7 +62,7 @@ class RecordsFrom(Section):
 
     mlflow: Annotated[str, Field(min_length=1)] | None = None
     file: Annotated[str, Field(min_length=1)] | None = None
-    format: str | None = None
+    format: str | None = None  # default: by the content
     pattern: str | list[str] | None = None
     names: dict[str, str] = Field(default_factory=dict)
 
@@ -83,14 +83,14 @@ class SmokeCommand(Section):
     tokens: a file in `{out}` with a JSON list of lists of token ids below `vocabulary_size`. at_start: the checkpoint of
     step 0; without it, the first samples are judged without a reference point."""
 
-    command: Words
+    command: Words  # program and arguments
     images: Annotated[str, Field(min_length=1)] | None = "*.png"
     references: str | None = None
     reconstructions: str | None = None
     inputs: str | None = None
     examples: str | None = None
     tokens: str | None = None
-    vocabulary_size: Annotated[int, Field(ge=1)] | None = None
+    vocabulary_size: Annotated[int, Field(ge=1)] | None = None  # of `tokens`
     at_start: str | None = None
     timeout_s: Seconds = 1800.0  # per run; the same as silence_s
 
@@ -106,8 +106,8 @@ class SmokeCommand(Section):
 class EvaluateCommand(Section):
     """A command that measures held-out metrics. Its last printed JSON line is the result, e.g. {"ssim": 0.91, "psnr": 31.2}."""
 
-    command: Words
-    timeout_s: Seconds = 1800.0
+    command: Words  # program and arguments, with the placeholders of a smoke command
+    timeout_s: Seconds = 1800.0  # per run; the same as silence_s
 
 
 class CommandSpec(Section):
@@ -130,7 +130,7 @@ class CommandSpec(Section):
     command: Words
     environment: dict[str, str | int | float] = Field(default_factory=dict)
     cwd: Annotated[str, Field(min_length=1)] | None = None
-    config_file: ConfigFile | None = None
+    config_file: ConfigFile | None = None  # a file with the settings, written for each trial
     records: RecordsFrom | None = None  # None: records that it pushes, or prints after the tag TUNE_SSIM
     weights: list[str] = Field(default_factory=list)
     data: list[str] = Field(default_factory=list)
@@ -138,8 +138,8 @@ class CommandSpec(Section):
     echo: Literal["auto", "required", "off"] = "auto"
     known: dict[str, Any] = Field(default_factory=dict)
     checkpoints: Annotated[str, Field(min_length=1)] | None = None
-    smoke: SmokeCommand | None = None
-    evaluate: EvaluateCommand | None = None
+    smoke: SmokeCommand | None = None  # makes samples from a checkpoint; without it there is no smoke test
+    evaluate: EvaluateCommand | None = None  # measures held-out metrics; without it those that the training logs count
     resume: list[str] | None = None
     exit_codes: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [0])
     grace_s: Seconds = 10.0  # between TERM and KILL

@@ -25,10 +25,10 @@ Name = Annotated[str, Field(min_length=1)]
 class Keep(Section):
     """How much a held-out metric may get worse than the baseline: exactly one limit, on the difference or on the ratio."""
 
-    min_delta: float | None = None
-    max_delta: float | None = None
-    min_ratio: float | None = None
-    max_ratio: float | None = None
+    min_delta: float | None = None  # lower limit of metric - baseline; -0.3 lets it fall by 0.3
+    max_delta: float | None = None  # upper limit of the same, where less is better
+    min_ratio: float | None = None  # lower limit of metric / baseline
+    max_ratio: float | None = None  # upper limit of the same; 2 lets it double
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Keep:
@@ -71,8 +71,8 @@ def _as_tuple(given: Any) -> Any:
 class Goal(Section):
     """`maximize` or `minimize` a metric. With `delta_` before its name: the difference to the baseline on the same seed."""
 
-    maximize: Name | None = None
-    minimize: Name | None = None
+    maximize: Name | None = None  # a metric that is logged or measured at the end; the default objective is delta_ssim
+    minimize: Name | None = None  # the same where less is better, e.g. val_loss
 
     @model_validator(mode="after")
     def _one_direction(self) -> Goal:
@@ -140,6 +140,7 @@ class Objective(Goal):
 
     reduction: str | dict[str, int] = "last"
     min_improvement: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # None in studies of earlier versions
+    # By metric: {psnr: {min_delta: -0.3}, ssim: {min_delta: -0.005}, flow_loss_bins: {max_ratio: 2}} (DESIGN, FACTS §2, FACTS §6).
     keep: Annotated[dict[str, Keep], or_empty(_default_keep)] = Field(default_factory=_default_keep)
     also: Annotated[tuple[Goal, ...], or_empty(tuple), BeforeValidator(_as_tuple)] = ()
 

@@ -18,9 +18,9 @@ from tune_ssim.study.space import setting_problem
 class BaselineLog(Section):
     """The log of a pixel-loss run. names: name in the log → ours; held_out: metrics measured after it, e.g. `{ssim: 0.91}`."""
 
-    file: Annotated[str, Field(min_length=1)]
-    format: str | None = None
-    pattern: str | list[str] | None = None
+    file: Annotated[str, Field(min_length=1)]  # a path from the study file's folder
+    format: str | None = None  # default: by the content
+    pattern: str | list[str] | None = None  # as for the records of a command
     names: dict[str, str] = Field(default_factory=dict)
     held_out: dict[str, float] = Field(default_factory=dict)
 
@@ -82,7 +82,7 @@ class Resources(Section):
 
     workers: Annotated[int, Field(ge=1)] = 1
     nodes: Annotated[int, Field(ge=1)] = 1
-    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # None: `gpus`
     cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # FACTS §2: one thread a process
     gpus: float | Literal["auto"] = "auto"
 

@@ -117,11 +117,13 @@ Settings = Annotated[dict[str, Any], or_empty(dict)]
 class Stage(Document):
     """One stage of a search: searched parameters, fixed settings, and points that are tried first."""
 
-    name: Annotated[str, PlainValidator(_name)]
+    name: Annotated[str, PlainValidator(_name)]  # as in `space:stage`
     parameters: Annotated[Settings, AfterValidator(_parameters)] = Field(default_factory=dict)  # by name, a Domain each
+    # Settings that are the same in every trial.
     fixed: Annotated[Settings, AfterValidator(_fixed)] = Field(default_factory=dict, validate_default=True)
+    # Settings that are tried first, as they are written.
     points: Annotated[tuple[Annotated[dict[str, Any], AfterValidator(_numbers)], ...], or_empty(tuple), Field(strict=False)] = ()
-    description: Text = ""
+    description: Text = ""  # for people
 
     @property
     def is_relative(self) -> bool:
@@ -168,9 +170,9 @@ class Stage(Document):
 class Space(Section):
     """A search space: stages in search order. A space without `stages:` has one stage with the name of the space."""
 
-    name: Annotated[str, PlainValidator(_name)] = "inline"
-    stages: tuple[Stage, ...]
-    description: Text = ""
+    name: Annotated[str, PlainValidator(_name)] = "inline"  # default: that of the file
+    stages: tuple[Stage, ...]  # a stage opens only if the one before was stable but ineffective (SEEDS A5)
+    description: Text = ""  # for people, shown by `tune-ssim spaces`
 
     @model_validator(mode="wrap")
     @classmethod

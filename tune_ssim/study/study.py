@@ -346,20 +346,23 @@ def _import_path(given: Any, info: ValidationInfo) -> str | None:
 class Study(Document):
     """A study. The constructor raises ValueError for inconsistent parts; `load_study` also reports the line of each problem."""
 
-    name: Annotated[str, PlainValidator(_study_name)]
-    # A key of BUILT_IN_TASKS, module:Class, module:function, or a command.
+    name: Annotated[str, PlainValidator(_study_name)]  # of its folder and its experiment; default: that of the file
+    # A bundled one (BUILT_IN_TASKS: fundus_sr, vae_kl, …), module:Class, module:function, or a command.
     task: Annotated[str | CommandSpec, PlainValidator(_task), PlainSerializer(_task_text)] = "fundus_sr"
+    # Settings of the training, the same in every trial, `steps` among them (200, FACTS §2; a command: until it ends by itself).
     task_config: Annotated[dict[str, Any], PlainValidator(_task_config)] = Field(default_factory=_default_task_config)
+    # Settings that differ from `task_config` in the baseline, `seeds` and `log`; default the pixel loss only (note 000 §1.2).
     baseline: Annotated[BaselineRuns, PlainValidator(_baseline), PlainSerializer(_flat_baseline)] = Field(
         default_factory=_usual_baseline
     )
+    # A name in `tune-ssim spaces`, `name:stage`, a file, or a mapping; default `wide`.
     space: Annotated[Space, PlainValidator(_space), PlainSerializer(Space.to_yaml)]
-    search: OrDefaults[Search] = Field(default_factory=Search)
-    # FACTS §6: a fifth of ASHA's best picks were not fully trained.
+    search: OrDefaults[Search] = Field(default_factory=Search)  # how settings are chosen, and how many
+    # asha: {…}, or none. FACTS §6: a fifth of ASHA's best picks were not fully trained.
     scheduler: Annotated[
         Asha | None, PlainValidator(_scheduler), PlainSerializer(lambda asha: asha and {"asha": asha.model_dump()})
     ] = None
-    # By guard name; an absent guard is off.
+    # Options by guard name; null switches one off. `divergence` too, unless the task is a bundled one.
     guards: Annotated[dict[str, Guard], PlainValidator(_guards), PlainSerializer(_guard_options)] = Field(
         default_factory=default_guards
     )
@@ -367,8 +370,9 @@ class Study(Document):
     rules: Annotated[
         tuple[RulePack, ...], PlainValidator(_rules), PlainSerializer(lambda packs: [dict(pack.document) for pack in packs])
     ] = ()
+    # What is improved, and what must not get worse; a list is several objectives.
     objective: Annotated[OrDefaults[Objective], BeforeValidator(Objective.read)] = Field(default_factory=Objective)
-    resources: OrDefaults[Resources] = Field(default_factory=Resources)
+    resources: OrDefaults[Resources] = Field(default_factory=Resources)  # of one trial
     # None: off, which the proof records.
     preflight: Preflight | None = Field(default_factory=Preflight)
     # None: off, so nothing is predicted.
