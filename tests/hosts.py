@@ -10,10 +10,15 @@ import shutil
 import subprocess
 import sys
 import time
+import venv
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import ray
+
+import tune_ssim
 
 NETWORK = "198.18.0"  # RFC 2544: set aside for tests of networks
 BRIDGE = "br0"
@@ -61,6 +66,20 @@ class Host:
 
     def run(self, *argv: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(*argv), capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+
+
+def ray_environment(folder: Path) -> Path:
+    """A virtual environment for hosts without a network: the packages of this one, and `tune_ssim` from ~/tune_ssim if it is there.
+    Its pip does nothing."""
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    own = "import os, sys; sys.path.insert(0, os.path.expanduser('~/tune_ssim'))"
+    (site / "packages.pth").write_text(f"{own}\n{Path(ray.__file__).parents[1]}\n{Path(tune_ssim.__file__).parents[1]}\n")
+    for name, does in {"ray": "-m ray.scripts.scripts", "tune-ssim": "-m tune_ssim", "pip": "-c pass"}.items():
+        script = folder / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec {folder}/bin/python {does} "$@"\n')
+        script.chmod(0o755)
+    return folder
 
 
 @contextmanager

@@ -7,13 +7,11 @@ from __future__ import annotations
 import json
 import os
 import time
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
-from hosts import Host, hosts, why_impossible
+from hosts import Host, hosts, ray_environment, why_impossible
 from ruamel.yaml import YAML
 from small_studies import SMALL
 
@@ -27,15 +25,7 @@ yaml = YAML()
 @pytest.fixture
 def four_hosts(tmp_path: Path) -> Iterator[list[Host]]:
     """A laptop and three nodes, each with ~/tune_ssim/.venv."""
-    environment = tmp_path / "venv"
-    venv.create(environment, symlinks=True)
-    (site,) = environment.glob("lib/python*/site-packages")
-    copied = "import os, sys; sys.path.insert(0, os.path.expanduser('~/tune_ssim'))"  # what file_mounts put there
-    (site / "packages.pth").write_text(f"{copied}\n{Path(ray.__file__).parents[1]}\n")
-    for name, does in {"ray": "-m ray.scripts.scripts", "tune-ssim": "-m tune_ssim", "pip": "-c pass"}.items():
-        script = environment / "bin" / name
-        script.write_text(f'#!/bin/sh\nexec {environment}/bin/python {does} "$@"\n')
-        script.chmod(0o755)
+    environment = ray_environment(tmp_path / "venv")
     with hosts(4, tmp_path) as found:
         for host in found:
             (host.home / "tune_ssim").mkdir()

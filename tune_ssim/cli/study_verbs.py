@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--address", help="A running Ray cluster (`auto`, HOST:PORT).  [default: a local one for this study]")
 @click.option("--in-process", is_flag=True, help="Without Ray, trial by trial in this process: breakpoint() works.")
 @click.option("--resume", is_flag=True, help="Go on with a study; without STUDY and --name, with the latest.")
+@click.option("--resume-if-started", is_flag=True, help="--resume if the study was started, else start it: for batch systems.")
 @fresh_option
 @click.option("--dry-run", is_flag=True, help="Print the study as resolved, every default included; start nothing.")
 def run(
@@ -42,6 +43,7 @@ def run(
     address: str | None,
     in_process: bool,
     resume: bool,
+    resume_if_started: bool,
     fresh: bool,
     dry_run: bool,
 ) -> None:
@@ -50,7 +52,7 @@ def run(
     STUDY is a study file or the name of a bundled one. Without it: the bundled fundus study. A name that is taken gets
     a suffix, unless --resume. If no setting is safe and better than the baseline, the exit code is 2 and the reason is printed.
     """
-    from tune_ssim.results.study_folder import find_study
+    from tune_ssim.results.study_folder import StudyFolder, find_study
     from tune_ssim.study.study import load_study
 
     if in_process and address is not None:
@@ -61,6 +63,7 @@ def run(
         source, name = folder.study_file, folder.name
     overrides = {"space": space, "trials": trials, "seed": seed, "name": name, "tracking_uri": tracking_uri}
     resolved = load_study(source, overrides, launch=address is None)  # the nodes of a cluster may have other programs
+    resume = resume or (resume_if_started and StudyFolder(storage / (name or resolved.name)).study_file.exists())
     if dry_run:
         print_exactly(resolved.to_yaml())
         for warning in resolved.warnings:
