@@ -177,9 +177,9 @@ def keys_of(cls: Any, names: tuple[str, ...] | None = None) -> Iterator[tuple[st
 
 
 def cell(text: str) -> str:
-    """Text in a table. `FACTS §1` and its like lead to the page that explains them."""
+    """Text in a table. Citations lead to the page that explains them."""
     text = re.sub(r"\bNone\b", "`null`", " ".join(text.split()).replace("|", "\\|"))
-    return re.sub(r"\b(FACTS §\d+|SEEDS [A-Z]\d+|DESIGN\b|note 00\d(?: §[\d.]+)?)", r"[\1](../facts.md)", text)
+    return re.sub(r"\b([A-Z]{5} (?:§\d+|[A-Z]\d+)|DESIGN\b|note 00\d(?: §[\d.]+)?)", r"[\1](../facts.md)", text)
 
 
 def section(title: str, cls: Any, names: tuple[str, ...] | None = None, example: str = "") -> str:
@@ -275,7 +275,9 @@ def python_page() -> str:
         constants = {public: value for public, value in values.items() if isinstance(value, str)}
         text += [f"- `{public}` = `{value!r}`" for public, value in constants.items()] + [""]
         for public, value in values.items():
-            if public not in constants:
+            if inspect.isclass(value) and value.__name__ != public and value.__name__ in values:
+                text += [f"### {public}", "", f"Another name of `{value.__name__}`.", ""]
+            elif public not in constants:
                 text += described(f"{name}.{public}", value)
     text += ["## tune_ssim.integrations", "", inspect.cleandoc(tune_ssim.integrations.__doc__ or ""), ""]
     for file in sorted(Path(tune_ssim.integrations.__path__[0]).glob("[a-z]*.py")):
@@ -308,4 +310,5 @@ def signature(name: str, value: Any) -> str:
         text = f"{name}{inspect.signature(value)}"
     except (TypeError, ValueError):  # a type alias, or a class without a signature
         return name
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)  # annotations are texts
     return text if len(text) <= 100 else re.sub(r", (?=\w+[:=]|\*)", ",\n    ", text.replace("(", "(\n    ", 1))
