@@ -316,7 +316,15 @@ def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
     require("mlflow")
     folder = find_study(storage, name)
     uri = tracking_uri or folder.tracking_uri
-    done, line = mirror_study(folder, uri, progress=lambda text: click.echo(text, err=True))
+    shown = ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        if text != shown:
+            click.echo(text, err=True)
+        shown = text
+
+    done, line = mirror_study(folder, uri, progress=show)
     if not done:
         raise UserError(f"{folder.name}: {line}")
     click.echo(line)

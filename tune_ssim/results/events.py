@@ -50,14 +50,28 @@ class Event:
 
     @classmethod
     def read(cls, line: bytes) -> Event | None:
-        """None for a line that is truncated, because its writer was killed."""
+        """None for a line that is truncated, because its writer was killed, and for one that is no event."""
         try:
             found = json.loads(line)
             if isinstance(found.get("effective"), str):  # MLflowTracking of version 0.1.0 wrote it as text
                 found["effective"] = json.loads(found["effective"])
-            return cls(**{one.name: found[one.name] for one in fields(cls) if found.get(one.name) is not None})
-        except (AttributeError, TypeError, ValueError):
+            event = cls(**{one.name: found[one.name] for one in fields(cls) if found.get(one.name) is not None})
+        except (AttributeError, TypeError, ValueError, RecursionError):
             return None
+        return event if event._is_sound() else None
+
+    def _is_sound(self) -> bool:
+        texts = (self.event, self.name, self.note, self.path, self.artifact_path, self.trial_id, self.role, self.reason)
+        mappings = (self.config, self.parameters, self.summary, self.effective)
+        return (
+            all(isinstance(value, str) for value in texts)
+            and all(isinstance(value, int) for value in (self.time_ms, self.step))
+            and all(isinstance(value, Mapping) for value in mappings)
+            and isinstance(self.records, Sequence)
+            and all(isinstance(row, Sequence) and len(row) == 2 for row in self.records)
+            and all(isinstance(step, int) and isinstance(values, Mapping) for step, values in self.records)
+            and (self.event != "verdict" or isinstance(self.summary.get("verdict"), str))
+        )
 
 
 def _no_lock() -> None:

@@ -25,6 +25,7 @@ from tune_ssim.results.study_folder import StudyFolder
 EXPERIMENT = "tune_ssim"
 POLL_S = 2.0  # larger batches cost MLflow less: 25 ms per batch, 0.2 ms per metric
 MAX_PAUSE_S = 30.0
+MAX_DRAIN_PAUSE_S = 8.0  # the longest pause while somebody waits for the rest
 ORPHAN_TIMEOUT_S = 60.0  # how long a mirror continues after its study was killed
 
 # Few retries by MLflow, since `mirror_process` has its own back-off. The user's settings take precedence.

@@ -14,6 +14,7 @@ from typing import IO
 from tune_ssim.base.files import write_atomically
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.tracking import mirror
+from tune_ssim.tracking.failures import hopeless
 from tune_ssim.tracking.replay import Replay, read_chunk
 
 
@@ -64,8 +65,11 @@ def main(descriptor: int = 0) -> None:
                 error = None if locked else "another process is mirroring this study"
             except Exception as problem:  # any error of MLflow or the network: report it, wait, and retry
                 replay = None
-                error = mirror.describe_error(problem)
-                pause = min(2 * pause, mirror.MAX_PAUSE_S)
+                advice = hopeless(problem)
+                pause = min(2 * pause, mirror.MAX_PAUSE_S if deadline is None else mirror.MAX_DRAIN_PAUSE_S)
+                error = advice or f"{mirror.describe_error(problem)}; tried again after {pause:.0f} s"
+                if advice:
+                    deadline = 0.0  # ends now; `drain` starts it once more
             state["error"] = error
             if locked:
                 write_atomically(mirror.state_file(folder, uri), json.dumps(state).encode())
@@ -73,7 +77,7 @@ def main(descriptor: int = 0) -> None:
                 done = error is None and not read_chunk(folder.events_file, state["offset"])
                 if done or time.monotonic() > deadline:
                     sys.exit(0 if done else 1)
-                pause = min(pause, 1.0)
+                pause = min(pause, max(0.1, deadline - time.monotonic()))
             if deadline is not None:
                 time.sleep(pause)
             else:

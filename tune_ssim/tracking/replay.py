@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tune_ssim.base.errors import UserError
 from tune_ssim.results.events import Event, gain
 from tune_ssim.results.pareto import pareto_front
 from tune_ssim.results.study_folder import StudyFolder
@@ -334,7 +335,7 @@ def _experiment(client: MlflowClient, name: str, artifact_location: str | None) 
             )
         found = client.get_experiment_by_name(name)
     if found is None or found.lifecycle_stage == "deleted":
-        raise RuntimeError(f"the MLflow experiment {name!r} is deleted; restore it, or name another one")
+        raise UserError(f"the MLflow experiment {name!r} is deleted; restore it, or name another one")
     for tag, value in internals.KIND.items():
         if tag not in found.tags:
             client.set_experiment_tag(found.experiment_id, tag, value)
