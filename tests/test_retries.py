@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from small_studies import SMALL
 from small_task import SmallTask
 
 from tune_ssim.cli.app import exit_code
+from tune_ssim.orchestration.ray_internals import without_snapshots
 from tune_ssim.orchestration.retries import LOSSES, OWN_DEATHS, Preempted, Retries, is_lost, words_of
 from tune_ssim.orchestration.trainable import make_trainable
 from tune_ssim.results.study_folder import StudyFolder
@@ -119,6 +122,17 @@ def test_a_trial_that_is_asked_to_end_saves_its_state_and_goes_on_elsewhere(tmp_
     elsewhere.load_checkpoint(str(tmp_path))
     assert elsewhere.train()["step"] == 20
     signal.signal(signal.SIGTERM, before)
+
+
+def test_a_study_writes_rays_snapshot_once_and_not_after_every_trial() -> None:
+    written: list[bool] = []
+    controller = SimpleNamespace(checkpoint=lambda force=False, wait=False: written.append(wait))
+    without_snapshots(controller)
+    for _ in range(3):
+        controller.checkpoint()
+    controller.checkpoint(force=True, wait=True)
+    assert written == [True]
+    assert pickle.loads(pickle.dumps(controller.checkpoint)) == "", "Ray pickles what its controller holds"
 
 
 @pytest.mark.e2e  # each of its parts is tested above

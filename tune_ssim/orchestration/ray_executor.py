@@ -23,7 +23,7 @@ from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.executor import JobSearch, Phase
 from tune_ssim.orchestration.progress import NoProgress
 from tune_ssim.orchestration.ray_cluster import concurrency_of, connection, describe_cluster, gpus_of
-from tune_ssim.orchestration.ray_internals import intercept_failures, keep_actors
+from tune_ssim.orchestration.ray_internals import intercept_failures, keep_actors, without_snapshots
 from tune_ssim.orchestration.ray_job import drop_bulk, job_of, report_of
 from tune_ssim.orchestration.ray_search import JobSearcher
 from tune_ssim.orchestration.ray_starts import take_on_ray
@@ -151,6 +151,7 @@ class _RayRecording(tune.Callback, Stopper):
         """is_private: whether the Ray cluster is used by this study only."""
         self.recorder, self.is_private = recorder, is_private
         self.error: Exception | None = None
+        self._looked_s = 0.0
         self._pending: dict[str, float] = {}  # trial → start of its wait on the monotonic clock; NaN: already reported
 
     def __getstate__(self) -> dict[str, Any]:
@@ -176,7 +177,10 @@ class _RayRecording(tune.Callback, Stopper):
                 self.error = error
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Reports why a trial is waiting."""
+        """Reports why a trial is waiting. Looks once a second, so that a step of a long study costs no more than of a short one."""
+        if time.monotonic() - self._looked_s < 1:
+            return
+        self._looked_s = time.monotonic()
         for trial in trials:
             if trial.status != "PENDING":
                 continue
@@ -237,6 +241,7 @@ class _Controls:
             self._is_done = True
             keep_actors(controller, self.placement, self.concurrency)
             intercept_failures(controller, self.retries.failed)
+            without_snapshots(controller)  # a study is resumed from its own folder
 
 
 class _InOrder(FIFOScheduler):

@@ -73,6 +73,15 @@ def keep_actors(controller: Any, resources: Any, count: int) -> None:
     controller._maybe_reuse_cached_actor = _Hook(reuse_unless_starting)
 
 
+def without_snapshots(controller: Any) -> None:
+    """Leaves out the snapshots of a Tune experiment that is never restored, but for the last, which Ray reads. With `num_to_keep`,
+    Ray 2.60 writes one of all trials after each trial, so that a trial costs more the more there are."""
+    controller = _controller_of(controller)
+    write = getattr(controller, "checkpoint", None)
+    if write is not None:
+        controller.checkpoint = _Hook(lambda force=False, wait=False: write(force=force, wait=wait) if force else None)
+
+
 def intercept_failures(controller: Any, handle: Callable[[Any, Exception, Callable[[], None]], None]) -> None:
     """Calls `handle(trial, exception, proceed)` when a trial failed. `proceed` does what Ray does by itself: it counts the failure
     and starts the trial again at once, or ends it. Before that the trial counts as running.

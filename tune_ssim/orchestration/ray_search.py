@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, MutableSequence, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class _AskTell(Searcher):
         super().__init__(metric=metric, mode=mode)
         self.reason = ""  # why the search ended by itself
         self._running: dict[str, Any] = {}  # Ray's id → what was asked
-        self._calls: list[tuple[str, dict[str, Any] | None]] = []  # (Ray's id, its outcome, or None for a call of `suggest`)
+        # (Ray's id, its outcome, or None for a call of `suggest`)
+        self._calls: MutableSequence[tuple[str, dict[str, Any] | None]] = []
 
     def _ask(self) -> Any:
         """A suggestion or a job, or Wait or Done."""
@@ -116,7 +118,7 @@ class _AskTell(Searcher):
                 self._complete(trial_id, Outcome.from_dict(outcome))
 
     def save(self, checkpoint_path: str) -> None:
-        Path(checkpoint_path).write_text(json.dumps(self._calls))
+        Path(checkpoint_path).write_text(json.dumps(list(self._calls)))
 
     def restore(self, checkpoint_path: str) -> None:
         """Restores into a new searcher made with the same arguments."""
@@ -129,6 +131,7 @@ class JobSearcher(_AskTell):
     def __init__(self, search: JobSearch, objective: Objective) -> None:
         super().__init__(objective.name, objective.direction[:3])
         self.search = search
+        self._calls = deque(maxlen=0)  # none is replayed
 
     def _ask(self) -> TrialJob | Wait | Done:
         return self.search.ask()
