@@ -148,6 +148,13 @@ def test_a_nan_in_a_list_is_an_alert(tmp_path: Path, value: str) -> None:
     assert broken(tmp_path / "run.jsonl", "\n".join(lines) + "\n")[0] == [20]
 
 
+@pytest.mark.parametrize("name", ["loss", "val_loss", "KL loss"])
+@pytest.mark.parametrize("row", ["step {}: {} is {}", "step {} WARNING: the {} was {}, update skipped", "step {} {} of {} seen"])
+def test_a_nan_in_a_sentence_is_an_alert(tmp_path: Path, row: str, name: str) -> None:
+    lines = [row.format(step, name, "NaN") if step == 20 else f"step {step} loss 0.5" for step in range(40)]
+    assert broken(tmp_path / "run.log", "\n".join(lines) + "\n")[0] == [20]
+
+
 def test_a_value_is_no_word_of_the_next_name() -> None:
     lines = [f"Epoch {epoch} train acc 0.5 val acc {0.5 if epoch != 20 else 'nan'} val loss 0.05" for epoch in range(1, 40)]
     parser = LineParser()
@@ -394,6 +401,7 @@ UNREAD = [
     "2026-01-01 10:00:00 INFO [12] cost=0.5 | acc=12.5%\n2026-01-01 10:00:01 INFO [13] cost=0.25 | acc=13.5%\n",
     "12 0.5 0.3\n13 0.25 0.2\n",
     "loading it's data (3 files)\n#12: 'err'=0.5\n#13: 'err'=0.25\n#14: 'err'=nan\n",
+    "After 12 iterations the loss is 0.5 and the gradient norm is 7.5\nAfter 13 iterations the loss is 0.25 and the gradient norm is 7\n",
     "batch 12 of 500 -> objective\t0.5 in 3s\nbatch 13 of 500 -> objective\t0.25 in 3s\n",
 ]
 

@@ -11,9 +11,9 @@ from tune_ssim.records.metric_names import HELD_OUT_WORDS, TRAINING_WORDS, is_he
 from tune_ssim.records.readers.line_shape import NUMBER, Places, Span
 from tune_ssim.records.readers.values import Names, text_number, without_windows
 
-# `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`. A number followed by a unit (`0.3s`) does not match.
+# `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`, `loss is 0.3`. A number followed by a unit (`0.3s`) does not match.
 # Neither does a date or a time. For lower-case text.
-PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.]|[-:]\d)")
+PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?(?: (?:is|was|of))?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.]|[-:]\d)")
 # `loss: 0.5 (nan)`: a running mean that is not finite, after a number that is. For lower-case text.
 BROKEN_MEAN = re.compile(r"\s{0,8}\(\s{0,8}([-+]?(?:nan|inf(?:inity)?))\s{0,8}\)")
 # A loss that is no number: `loss: --`, `loss=None`, `loss N/A`, `loss ****`. For lower-case text.

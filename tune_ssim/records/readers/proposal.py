@@ -18,7 +18,7 @@ MAX_METRICS = 6  # numbers of a line that the pattern names
 A_NUMBER = re.compile(
     r"(?<![\w.:/-])[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+|\d+(?:[eE][-+]?\d+)?|nan|NaN|inf|Inf)(?!\w|[:-]\d|/\d*-)"
 )
-NAME_BEFORE = re.compile(r"([A-Za-z_][\w/-]*)\W{0,4}$")
+NAME_BEFORE = re.compile(r"([A-Za-z_][\w/-]*)(?: (?:is|was|of))?\W{0,4}$")
 
 
 class Number(NamedTuple):
