@@ -92,6 +92,11 @@ def test_a_bagel_style_run_is_read_and_resumes_as_its_readme_says(bagel: Path) -
     trap = train(bagel, *setting, "--total_steps", 6, "--exp_name", "a", "--auto_resume", "True")
     assert list(records(trap)) == [5] and "a/checkpoints/0000004/model.safetensors" in trap
 
+
+@pytest.mark.e2e  # what is read and resumed is tested above
+def test_a_bagel_style_run_starts_from_averaged_weights_and_on_two_ranks(bagel: Path) -> None:
+    setting = ("--ssim_loss_weight", 30, "--ssim_loss_max_t", 1.0)
+    whole = records(train(bagel, *setting, "--total_steps", 1, "--exp_name", "a"))
     # finetune_from_ema with model_only: averaged weights of zeros were trained. Two ranks see two batches.
     start = load_file(bagel / "data" / "start" / "model.safetensors")
     shutil.copytree(bagel / "data" / "start", bagel / "data" / "other")
