@@ -169,7 +169,12 @@ def test_the_example_runs_as_a_study(example: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tune_ssim"]
     ran = subprocess.run(
-        [*command, "run", "study.yaml", "--trials", "3", "--in-process"], cwd=example, env=environment, capture_output=True, text=True, timeout=280
+        [*command, "run", "study.yaml", "--trials", "3", "--in-process"],
+        cwd=example,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     listed = subprocess.run(
