@@ -401,7 +401,7 @@ UNREAD = [
     "2026-01-01 10:00:00 INFO [12] cost=0.5 | acc=12.5%\n2026-01-01 10:00:01 INFO [13] cost=0.25 | acc=13.5%\n",
     "12 0.5 0.3\n13 0.25 0.2\n",
     "loading it's data (3 files)\n#12: 'err'=0.5\n#13: 'err'=0.25\n#14: 'err'=nan\n",
-    "After 12 iterations the loss is 0.5 and the gradient norm is 7.5\nAfter 13 iterations the loss is 0.25 and the gradient norm is 7\n",
+    "After 12 iterations the loss is 0.5 and the norm is 7.5\nAfter 13 iterations the loss is 0.25 and the norm is 7\n",
     "batch 12 of 500 -> objective\t0.5 in 3s\nbatch 13 of 500 -> objective\t0.25 in 3s\n",
 ]
 
