@@ -22,7 +22,7 @@ from tapped_model import Branches
 from torch import Tensor, nn
 
 import tune_ssim
-from tune_ssim.cli.app import cli
+from tune_ssim.cli.app import cli, exit_code
 from tune_ssim.probes import GradientTaps, shadow_terms, taps
 from tune_ssim.trials import push
 
@@ -157,6 +157,37 @@ def test_a_command_on_a_page_can_be_parsed(words: str, folder: Path) -> None:
         context = click.Context(command, parent=context)
     if arguments or not any(parameter.required for parameter in command.params):  # a verb alone is its name, in a sentence
         command.make_context(command.name, arguments, parent=context.parent)
+
+
+def answers() -> Iterator[Any]:
+    """Blocks that show a command and its answer: `$ tune-ssim …`, lines of its output, `exit code N`."""
+    for text in blocks("text"):
+        if text.values[0].startswith("$ tune-ssim "):
+            yield text
+
+
+@pytest.mark.parametrize("text", list(answers()))
+def test_a_command_answers_as_a_page_shows(text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`…` is the rest of a line."""
+    monkeypatch.chdir(ROOT)
+    command, *shown, code = text.splitlines()
+    assert f"exit code {exit_code(shlex.split(command)[2:])}" == code
+    printed = "".join(capsys.readouterr()).splitlines()
+    for line in shown:
+        begin, dots, _ = line.partition("…")
+        assert any(found.startswith(begin) if dots else found == line for found in printed), printed
+
+
+def test_the_messages_that_troubleshooting_explains_are_those_of_the_program() -> None:
+    """`…` stands for what differs from case to case."""
+    code = "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "tune_ssim").rglob("*.py")))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # texts over several lines
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = [message for message in re.findall(r"`([^`\n]*…[^`\n]*)`", page) if "\n" not in message]
+    assert len(messages) >= 8
+    for message in messages:
+        for part in filter(None, (part.strip() for part in message.split("…"))):
+            assert part in code, message
 
 
 def test_the_json_of_a_page_is_json() -> None:

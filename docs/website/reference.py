@@ -17,6 +17,7 @@ import tokenize
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ForwardRef, Literal, Union, get_args, get_origin, get_type_hints
@@ -54,6 +55,7 @@ def reference_pages() -> dict[str, tuple[str, str]]:
 # ---- keys of files ----
 
 
+@lru_cache
 def comments_of(cls: type) -> dict[str, str]:
     """Field → the comment above and beside it."""
     source = textwrap.dedent(inspect.getsource(cls))
