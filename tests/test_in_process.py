@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ from typing import Any
 import pytest
 from command_studies import Said
 from small_studies import SMALL, TESTS
+from test_cli import tune_ssim
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import append_line
@@ -158,6 +164,31 @@ def test_another_study_is_not_resumed_under_the_same_name(tmp_path: Path) -> Non
         assert folder.study_file.read_bytes() == written
     run_study(small(search={"trials": 4}), storage=tmp_path, in_process=True, resume=True)  # more of the same
     assert sum(trial.role == "search" for trial in folder.trials()) == 4 and load_study(folder.study_file).search.trials == 4
+
+
+def test_a_closed_terminal_is_a_stop_that_trials_reports(tmp_path: Path) -> None:
+    study_file = tmp_path / "small.yaml"
+    study_file.write_text(small(name="closed", task_config={"steps": 100_000}).to_yaml())
+    folder = StudyFolder(tmp_path / "closed")
+    ours, its = pty.openpty()
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "tune_ssim", "run", str(study_file), "--in-process", "--storage-path", str(tmp_path)],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its)
+    deadline = time.monotonic() + 120
+    while not any(event["event"] == "records" for event in folder.events()) and time.monotonic() < deadline:
+        if select.select([ours], [], [], 0.2)[0]:
+            os.read(ours, 65536)
+    os.close(ours)  # the kernel sends SIGHUP
+    assert driver.wait(timeout=120) == 130
+    assert [*folder.events()][-1]["reason"] == "interrupted; `tune-ssim run --resume --name closed` goes on"
+    listed = tune_ssim("trials", cwd=tmp_path)
+    assert "it was interrupted; `tune-ssim run --resume --name closed` goes on" in listed.stdout
 
 
 # ---- a stop at any write ----

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from small_studies import SMALL
 
 from tune_ssim.cli.app import exit_code
-from tune_ssim.orchestration.ray_cluster import _sigterm_as_ctrl_c
+from tune_ssim.orchestration.stops import stops_as_ctrl_c
 
 SBATCH = Path(__file__).resolve().parents[1] / "cluster" / "slurm.sbatch"
 RAY = """#!/bin/bash
@@ -130,7 +130,7 @@ def test_sigterm_interrupts_a_study_that_a_shell_has_started_in_the_background()
     """Such a process ignores SIGINT from its start."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with pytest.raises(KeyboardInterrupt), _sigterm_as_ctrl_c():
+        with pytest.raises(KeyboardInterrupt), stops_as_ctrl_c():
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGINT, before)

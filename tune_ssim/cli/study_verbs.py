@@ -333,19 +333,20 @@ def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
 
 def _show_trials(folder: StudyFolder, console: Console) -> None:
     from tune_ssim.cli.tables import FRONT, trials_table
-    from tune_ssim.results.events import ended_trials
+    from tune_ssim.results.events import end_of, ended_trials
     from tune_ssim.results.pareto import pareto_front
     from tune_ssim.results.trial_text import format_setting, metric_label, warning_lines
     from tune_ssim.results.winner import NoSafeTrial, best_safe
 
     summaries = folder.trials()
+    stopped = f"; it was {end}" if (end := end_of(folder)).startswith("interrupted") else ""
     if not summaries:
         if lost := ended_trials(folder):
             raise UserError(
                 f"{folder.trials_file}: lacks {len(lost)} trials that ended, by {folder.events_file.name}; "
                 f"`tune-ssim run --resume --name {folder.name}` restores them"
             )
-        console.print(f"{folder.name}: no trial has ended yet", markup=False)
+        console.print(readable(f"{folder.name}: no trial has ended yet{stopped}", console), markup=False)
         return
     try:
         winner = best_safe(folder).trial_id
@@ -370,3 +371,5 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
         console.print(readable(f"warning: {line}", console), markup=False)
     for skipped in folder.skipped():
         console.print(readable(f"not launched: {format_setting(skipped.config)}: {skipped.sentence}", console), markup=False)
+    if stopped:
+        console.print(readable(f"{folder.name}{stopped}".replace("; it", ""), console), markup=False)

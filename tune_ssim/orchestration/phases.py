@@ -20,6 +20,7 @@ from tune_ssim.orchestration.executor import Executor, Phase
 from tune_ssim.orchestration.in_process import InProcessExecutor
 from tune_ssim.orchestration.progress import NoProgress, Progress
 from tune_ssim.orchestration.recorder import StudyRecorder
+from tune_ssim.orchestration.stops import stops_as_ctrl_c
 from tune_ssim.report.pareto_picture import draw_front
 from tune_ssim.report.study_page import PAGE, write_page
 from tune_ssim.results.events import EventWriter, ended_trials
@@ -86,7 +87,7 @@ def run_study(
 def _run_in(
     folder: StudyFolder, study: Study, address: str | None, tracking_uri: str | None, in_process: bool, progress: Progress
 ) -> None:
-    with StudyLock(folder.path) as lock, make_executor(study, address, in_process) as executor:
+    with StudyLock(folder.path) as lock, make_executor(study, address, in_process) as executor, stops_as_ctrl_c():
         # Also on resume: more trials, or other resources, belong to what the study is now.
         write_atomically(folder.study_file, study.to_yaml().encode())
         run = StudyRun(study, EventWriter(folder, lock.require_held), executor, progress)
@@ -102,8 +103,11 @@ def _run_in(
         except (BadSetup, UserError) as error:
             problem = str(error)
             raise
+        except KeyboardInterrupt:
+            problem = f"interrupted; `tune-ssim run --resume --name {folder.name}` goes on"
+            raise
         except BaseException as error:
-            problem = type(error).__name__
+            problem = f"{type(error).__name__}: {error}"
             raise
         finally:
             if not lock.is_lost:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import socket
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +16,7 @@ import ray
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.orchestration.ray_internals import token_authentication, without_messages_of_nodes
+from tune_ssim.orchestration.stops import stops_as_ctrl_c
 from tune_ssim.study.study import Study
 
 # A process behind a link that was cut is noticed after a minute, in Ray after seven: an answer lost on the way never comes.
@@ -66,27 +65,8 @@ def connection(study: Study, address: str | None) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def _terminal_is_ours() -> Iterator[None]:
-    with _sigterm_as_ctrl_c(), without_messages_of_nodes():
+    with stops_as_ctrl_c(), without_messages_of_nodes():
         yield
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Makes SIGTERM (from a batch system or container) act like Ctrl-C. Ray's own handler prints a stack trace and dies."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: Any) -> None:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell has started this in the background
-            raise KeyboardInterrupt
-        signal.raise_signal(signal.SIGINT)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: the handler was not set from Python
 
 
 def require_reachable(address: str) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
-from tune_ssim.base.files import parse_lines
+from tune_ssim.base.files import open_regular, parse_lines
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.space import WEIGHT, gain_of
 from tune_ssim.trials.summary import TrialSummary
@@ -24,6 +25,8 @@ _BOOKKEEPING = frozenset(
     {"timestamp", "pid", "training_iteration", "iterations_since_restore", "time_since_restore", "time_this_iter_s"}
     | {"config", "done", "trial_id", "checkpoint_dir_name", "experiment_tag", "date", "hostname", "node_ip"}
 )
+
+MAX_END_BYTES = 64 * 1024  # an event that ends a study has one sentence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,18 @@ def ended_trials(folder: StudyFolder) -> list[TrialSummary]:
 
     lines = parse_lines(folder.events_file, parse, containing='"verdict"')
     return [summary for summary in lines if summary is not None]
+
+
+def end_of(folder: StudyFolder) -> str:
+    """Why the study ended at its last start, if it says so; empty while it runs, after a kill, and for a study that is done."""
+    try:
+        with open_regular(folder.events_file) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_END_BYTES))
+            last = file.read().splitlines()[-1:]
+    except OSError:
+        return ""
+    event = Event.read(last[0]) if last else None
+    return event.reason if event is not None and event.event == "end" and event.reason != "done" else ""
 
 
 def numbers_of(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
