@@ -53,7 +53,7 @@ def test_a_list_is_its_first_objective_and_others(written: Any) -> None:
 
 
 def test_the_objectives_on_the_page_are_read() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "own_training.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[1] / "docs" / "objective.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S) if block.startswith("objective:")]
     one, several = (load_study({**SMALL, **YAML(typ="safe").load(block)}).objective for block in blocks)
     assert (one.direction, one.name, one.also) == ("minimize", "val_loss", ())

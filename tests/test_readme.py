@@ -20,7 +20,7 @@ from tune_ssim.study.study import load_study
 
 pytestmark = pytest.mark.timeout(1500)  # the first test runs the main job: five minutes on two quiet cores
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/study.md", "docs/own_training.md")
+PAGES = ("README.md", "docs/study.md", "docs/own_training.md", "docs/own_command.md", "docs/objective.md")
 BLOCKS = [block for page in PAGES for block in re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)]
 LINES = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.startswith((".venv", "python3"))]
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e "
@@ -79,7 +79,7 @@ def test_every_command_of_the_readme_is_known_here() -> None:
     }
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/own_training.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/own_training.md", "docs/own_command.md", "docs/objective.md"])
 def test_every_study_that_is_shown_can_be_read(page: str, tmp_path: Path) -> None:
     """A part of a study is read within a whole one."""
     blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)

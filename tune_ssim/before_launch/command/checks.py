@@ -59,7 +59,7 @@ def _records(start: Start, names: Sequence[str]) -> Check:
     if apart and median(apart) > 1:
         sentence += f"; one record every {median(apart):g} steps"
     if start.reading:
-        return Check("records", "warn", f"{sentence}; not read: {start.reading}", evidence, "see `records` in docs/own_training.md")
+        return Check("records", "warn", f"{sentence}; not read: {start.reading}", evidence, "see `records` in docs/own_command.md")
     return Check("records", "ok", sentence, evidence)
 
 
