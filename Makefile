@@ -19,7 +19,7 @@ e2e: $(VENV)/.installed
 # Every file of a study damaged in 2,000 ways each; the counts go to benchmarks/results/damage.jsonl.
 chaos: $(VENV)/.installed
 	rm -f benchmarks/results/damage.jsonl
-	TUNE_SSIM_CASES=2000 TUNE_SSIM_COUNTS=benchmarks/results/damage.jsonl $(BIN)/python -m pytest -q tests/test_damage.py
+	TUNE_SSIM_CASES=2000 TUNE_SSIM_COUNTS=benchmarks/results/damage.jsonl $(BIN)/python -m pytest -q --timeout 0 tests/test_damage.py
 
 # A selection of the tests with the oldest and the newest Ray and MLflow that pyproject.toml admits; installs them in a temporary folder.
 versions: $(VENV)/.installed

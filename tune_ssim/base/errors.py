@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
+# File system errors that are not bugs of this package, such as a full disk or a read-only folder.
+ENVIRONMENT = (
+    errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENXIO,
+    errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ENOTCONN, errno.ENODEV,
+)  # fmt: skip
+
 
 class UserError(ValueError):
     """A mistake in the user's input (exit code 2). The message gives the location, the value, and what is valid."""

@@ -9,6 +9,7 @@ import math
 import numbers
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def describe_disk(path: Path) -> str:
+    """The disk of a folder: where it is mounted, and how much of it is free."""
+    place = next((one for one in (path, *path.parents) if one.is_mount()), path)
+    usage = shutil.disk_usage(place)
+    return f"the disk at {place}, {usage.free / 1e6:,.0f} of {usage.total / 1e6:,.0f} MB free"
 
 
 def check_name(name: str) -> str:

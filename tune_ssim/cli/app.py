@@ -8,14 +8,13 @@ from typing import NoReturn
 
 import click
 
-from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.base.errors import ENVIRONMENT, BadSetup, UserError
 from tune_ssim.cli.before_launch_verbs import calibrate, preflight, recommend, spaces
 from tune_ssim.cli.exit_codes import (
     BAD_SETUP,
     BROKEN_PIPE,
     DEBUG_VARIABLE,
     DONE,
-    ENVIRONMENT,
     INTERRUPTED,
     MISTAKE,
     OURS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import sys
@@ -18,11 +17,6 @@ from tune_ssim.cli.output import discard_stdout
 
 DONE, OURS, MISTAKE, BAD_SETUP, UNDECIDED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 4, 130, 141
 DEBUG_VARIABLE = "TUNE_SSIM_DEBUG"
-# File system errors that are not bugs of this package, such as a full disk or a read-only folder.
-ENVIRONMENT = (
-    errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENXIO,
-    errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE, errno.ENOTCONN, errno.ENODEV,
-)  # fmt: skip
 
 
 def fail(code: int, message: str) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 
 import optuna
 
-from tune_ssim.base.errors import BadSetup, StudyInterrupted, UserError
+from tune_ssim.base.errors import ENVIRONMENT, BadSetup, StudyInterrupted, UserError
 from tune_ssim.base.extras import is_installed
-from tune_ssim.base.files import check_name, write_atomically
+from tune_ssim.base.files import check_name, describe_disk, write_atomically
 from tune_ssim.guards import Baseline, BaselineRun
 from tune_ssim.guards.baseline_log import baseline_of_log, describe, require_steps
 from tune_ssim.guards.verdict import Role, Verdict
@@ -81,6 +81,12 @@ def run_study(
         if not folder.study_file.exists():
             raise
         raise StudyInterrupted(folder.name) from None
+    except OSError as error:
+        if error.errno not in ENVIRONMENT:
+            raise
+        again = f"`tune-ssim run --resume --name {folder.name}` goes on" if folder.study_file.exists() else "start the study again"
+        place = f"{error.filename or folder.path}: {error.strerror} ({describe_disk(folder.path)})"
+        raise UserError(f"{place}; nothing that ended is lost: when this is mended, {again}") from error
     return folder
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tune_ssim.base.errors import UserError
@@ -31,7 +33,12 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], parents: Iterable[st
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in taken.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # Each file is replaced atomically. The digest reveals a kill between the two replacements.
-    save_file(tensors, folder / f".{TENSORS}", metadata=metadata)
+    try:
+        save_file(tensors, folder / f".{TENSORS}", metadata=metadata)
+    except SafetensorError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder / TENSORS)) from None
+        raise
     (folder / f".{STATE}").write_bytes(text)
     for name in (TENSORS, STATE):
         (folder / f".{name}").replace(folder / name)
