@@ -39,7 +39,7 @@ from tune_ssim.guards import SmokeTest
 from tune_ssim.probes.norm_model import MAIN, SSIM
 from tune_ssim.study.study import load_study
 from tune_ssim.tasks.fundus_sr import FundusSR
-from tune_ssim.trials.trial import statistics_of
+from tune_ssim.trials.sample_check import statistics_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "adaptive.json"

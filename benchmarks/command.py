@@ -28,7 +28,8 @@ from rich.table import Table
 from tune_ssim.guards import NonFinite
 from tune_ssim.study.command_spec import CommandSpec
 from tune_ssim.trials.command.command_task import CommandTask
-from tune_ssim.trials.trial import Trial, TrialPlan
+from tune_ssim.trials.final_verdict import TrialPlan
+from tune_ssim.trials.trial import Trial
 
 # 200 steps of 50 ms of real work (the fastest training worth tuning), a line each; then with chatter in between.
 SCRIPT = """

@@ -37,8 +37,9 @@ from tune_ssim.guards import Baseline
 from tune_ssim.guards.verdict import Role
 from tune_ssim.losses import DecodedLoss, ssim, ssim_loss
 from tune_ssim.study.study import load_study
+from tune_ssim.trials.final_verdict import TrialPlan
 from tune_ssim.trials.load_training import load_task
-from tune_ssim.trials.trial import Trial, TrialPlan
+from tune_ssim.trials.trial import Trial
 
 SHAPES = ((8, 3, 256, 256), (4, 3, 512, 512))
 WARM_UP = 3

@@ -26,7 +26,8 @@ from tune_ssim.records import ACTIVE_FRACTION, LOSS_SSIM, TOTAL_NORM, Record
 from tune_ssim.study.study import load_study
 from tune_ssim.tasks.fundus_images import load_fundus_images, low_resolution
 from tune_ssim.tasks.fundus_sr import FundusSR
-from tune_ssim.trials.trial import Trial, TrialPlan
+from tune_ssim.trials.final_verdict import TrialPlan
+from tune_ssim.trials.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 200

@@ -41,7 +41,7 @@ from tune_ssim.orchestration.phases import run_study
 from tune_ssim.study.space import GRAD_SCALE, MAX_T, WEIGHT
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.tasks.fundus_sr import FundusSR
-from tune_ssim.trials.trial import statistics_of
+from tune_ssim.trials.sample_check import statistics_of
 
 SLOTS = 2
 GAINS = (4.0, 6.0, 8.0, 10.0, 12.0, 14.0)  # safe with this task, so that every trial runs to its end

@@ -29,11 +29,12 @@ from tune_ssim.trials.channel import TrialEnd
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.command.echoes import agrees
 from tune_ssim.trials.command.output import CommandOutput
+from tune_ssim.trials.final_verdict import TrialPlan
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.processes import OutputLog
 from tune_ssim.trials.quarantine import Ledger
 from tune_ssim.trials.summary import TrialSummary
-from tune_ssim.trials.trial import Trial, TrialPlan
+from tune_ssim.trials.trial import Trial
 
 TESTS = Path(__file__).parent
 FOREIGN = str(TESTS / "trainings" / "foreign.py")
@@ -706,7 +707,7 @@ def test_a_failing_smoke_command_is_said(code: str, smoke: dict[str, Any], says:
 
 
 def test_tokens_outside_the_vocabulary_are_seen(tmp_path: Path) -> None:
-    from tune_ssim.trials.trial import statistics_of
+    from tune_ssim.trials.sample_check import statistics_of
 
     code = "import sys; open(sys.argv[1] + '/t.json', 'w').write('[[1, 2], [11, null]]')"
     task = sampling(code, at_start="x", images=None, tokens="t.json", vocabulary_size=9)

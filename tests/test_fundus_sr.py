@@ -16,7 +16,7 @@ from tune_ssim.tasks import fundus_images, fundus_sr
 from tune_ssim.tasks.fundus_networks import VAE, Denoiser
 from tune_ssim.tasks.fundus_sr import PRESETS, WEIGHTS, FundusSR, load_weights
 from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint
-from tune_ssim.trials.trial import statistics_of
+from tune_ssim.trials.sample_check import statistics_of
 
 SSIM = {"ssim_loss_weight": 30.0, "ssim_loss_max_t": 0.3}
 

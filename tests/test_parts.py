@@ -30,8 +30,9 @@ from tune_ssim.orchestration.workers import WorkersTask, together
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.trials.checkpoint import TENSORS, save_checkpoint
 from tune_ssim.trials.command.process import Invocation
+from tune_ssim.trials.final_verdict import TrialPlan
 from tune_ssim.trials.training import Abilities
-from tune_ssim.trials.trial import Trial, TrialPlan
+from tune_ssim.trials.trial import Trial
 
 TESTS = Path(__file__).parent
 TRAININGS = TESTS / "trainings"

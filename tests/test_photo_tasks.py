@@ -25,9 +25,11 @@ from tune_ssim.tasks.photo_patches import PATCH, PHOTOS, load_photo, load_photo_
 from tune_ssim.tasks.two_stage_vlm import TwoStageVLM
 from tune_ssim.tasks.vae_kl import VAEKL
 from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint
+from tune_ssim.trials.final_verdict import TrialPlan
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.quarantine import Ledger
-from tune_ssim.trials.trial import Trial, TrialPlan, statistics_of
+from tune_ssim.trials.sample_check import statistics_of
+from tune_ssim.trials.trial import Trial
 
 TASKS: dict[str, type] = {"vae_kl": VAEKL, "flow_dino_kl": FlowDinoKL, "two_stage_vlm": TwoStageVLM}
 # Of each task: a few steps of everything it does, and a setting that its study searches.

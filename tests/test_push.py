@@ -20,10 +20,11 @@ from tune_ssim.trials.channel import TrialEnd, message_of, tagged_messages
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.command.output import CommandOutput
 from tune_ssim.trials.command.settings import SettingsInForce
+from tune_ssim.trials.final_verdict import TrialPlan
 from tune_ssim.trials.processes import OutputLog
 from tune_ssim.trials.push import TrialContext
 from tune_ssim.trials.training import Sample
-from tune_ssim.trials.trial import Trial, TrialPlan
+from tune_ssim.trials.trial import Trial
 
 
 @pytest.fixture

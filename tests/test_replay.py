@@ -17,9 +17,9 @@ from tune_ssim.base.files import jsonable
 from tune_ssim.guards import Baseline
 from tune_ssim.guards.verdict import Role
 from tune_ssim.study.study import load_study
+from tune_ssim.trials.final_verdict import TrialPlan
 from tune_ssim.trials.job import BaselineFile, TrialJob
 from tune_ssim.trials.training import Training
-from tune_ssim.trials.trial import TrialPlan
 from tune_ssim.trials.trial_run import TrialResult, TrialRun, TrialSpec
 
 from curves import Curves  # isort: skip  (synthetic_curves adds the folder of the laboratory to the path)

@@ -393,7 +393,8 @@ def test_what_is_wrong_in_a_studys_rules_is_said(tmp_path: Path, rules: str, sai
 def test_a_rule_acts_in_a_live_trial(action: str, verdict: str, tmp_path: Path) -> None:
     from small_task import SmallTask
 
-    from tune_ssim.trials.trial import Trial, TrialPlan
+    from tune_ssim.trials.final_verdict import TrialPlan
+    from tune_ssim.trials.trial import Trial
 
     rule = {"when": {"metric": "total_norm", "above": 0, "records": 3}, "action": action, "cause": "a cause", "remedy": "a remedy"}
     study = load_study({"rules": [{"name": "own", "rules": {"moves": rule, "not_there": {**rule, "optional": True}}}]})

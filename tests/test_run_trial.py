@@ -13,8 +13,9 @@ from small_task import SmallTask
 from tune_ssim.base.errors import UserError
 from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
 from tune_ssim.tasks.fundus_sr import FundusSR
+from tune_ssim.trials.final_verdict import TrialPlan, harm_of
 from tune_ssim.trials.job import BaselineFile, TrialJob
-from tune_ssim.trials.trial import Trial, TrialPlan, harm_of
+from tune_ssim.trials.trial import Trial
 from tune_ssim.trials.trial_run import TrialRun, TrialSpec
 
 ALL: tuple[Guard, ...] = (NormRatio(), SmokeTest(at=(0, 10, 20)), NonFinite())

@@ -13,9 +13,10 @@ from tune_ssim import Task, Training
 from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.preflight import preflight_task
 from tune_ssim.tasks.fundus_sr import FundusSR
+from tune_ssim.trials.final_verdict import TrialPlan
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import CONTRACT, Abilities, as_training
-from tune_ssim.trials.trial import Trial, TrialPlan
+from tune_ssim.trials.trial import Trial
 
 OWN = {name: value for name, value in vars(SmallTask).items() if name in CONTRACT}
 Loose = type("Loose", (), OWN)  # the contract by its method names alone, as tasks were written before there was a base class

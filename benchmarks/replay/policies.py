@@ -27,8 +27,8 @@ from tune_ssim.base.files import jsonable
 from tune_ssim.guards import Baseline, Guard, NonFinite, NormRatio, SmokeTest
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.study.space import GRAD_SCALE, MAX_T, WEIGHT
+from tune_ssim.trials.final_verdict import TrialPlan
 from tune_ssim.trials.job import BaselineFile, TrialJob
-from tune_ssim.trials.trial import TrialPlan
 from tune_ssim.trials.trial_run import TrialResult, TrialRun, TrialSpec
 
 POLICIES: dict[str, tuple[Guard, ...]] = {

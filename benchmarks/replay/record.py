@@ -30,8 +30,8 @@ from tune_ssim.guards import SmokeTest
 from tune_ssim.study.space import GRAD_SCALE, MAX_T, WEIGHT
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.trials.load_training import load_task
+from tune_ssim.trials.sample_check import statistics_of
 from tune_ssim.trials.training import Training
-from tune_ssim.trials.trial import statistics_of
 
 CURVES = Path(__file__).parent / "curves"
 # Training steps: the rungs of ASHA (grace 25, factor 3), and the middle of a trial; the last step of a run is always added.

@@ -40,9 +40,9 @@ from tune_ssim.search.staged import StagedSearch
 from tune_ssim.study.sections import BaselineLog
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.tracking.mirror import MLflowMirror
+from tune_ssim.trials.final_verdict import TrialPlan, harm_of
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.summary import TrialSummary
-from tune_ssim.trials.trial import TrialPlan, harm_of
 from tune_ssim.trials.trial_run import TrialSpec
 
 SEARCH, CONFIRM = "run", "confirm"  # names of phases and of their folders in the study's `ray/`

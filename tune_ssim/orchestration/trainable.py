@@ -24,9 +24,9 @@ from tune_ssim.orchestration.workers import WorkersTask
 from tune_ssim.study.objective import OBJECTIVE, Objective
 from tune_ssim.trials.checkpoint import load_checkpoint
 from tune_ssim.trials.command.command_task import CommandTask
+from tune_ssim.trials.final_verdict import TrialPlan
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.training import Training
-from tune_ssim.trials.trial import TrialPlan
 from tune_ssim.trials.trial_run import TrialRun, TrialSpec
 
 

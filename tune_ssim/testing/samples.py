@@ -10,9 +10,8 @@ import torch
 from tune_ssim.before_launch.preflight.report import Check, broken, warn
 from tune_ssim.before_launch.preflight.subject import describe_error
 from tune_ssim.testing.metrics import describe_kind
-from tune_ssim.trials.sample_check import kind_problem
+from tune_ssim.trials.sample_check import kind_problem, statistics_of
 from tune_ssim.trials.training import Sample
-from tune_ssim.trials.trial import statistics_of
 
 # Tolerance outside [0, 1]: rounding of a clamp in half precision; a noisy low-resolution input may leave it a little more.
 SLACK = {"images": 1e-4, "references": 1e-4, "reconstructions": 1e-4, "inputs": 0.5}

@@ -117,9 +117,8 @@ class TrialContext:
         self.raise_if_over()
 
     def _send_samples(self, channel: TrainingEnd, step: int, sample: Sample, numbers: Mapping[str, float]) -> None:
-        from tune_ssim.trials.sample_check import require_range
+        from tune_ssim.trials.sample_check import require_range, statistics_of
         from tune_ssim.trials.sample_grid import draw_grid
-        from tune_ssim.trials.trial import statistics_of
 
         if doubt := require_range(sample):
             warnings.warn(doubt, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Checks that the images of a `Sample` can be judged, so that no verdict blames the model for a user's mistake."""
+"""Statistics by which a `Sample` is judged, and checks that it can be: no verdict blames the model for a user's mistake."""
 
 from __future__ import annotations
 
@@ -7,12 +7,31 @@ from typing import Any
 import torch
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.probes import collapse_statistics
 from tune_ssim.trials.training import Sample
 
 # Beyond [0, 1]: decoders, bicubic resampling and noise on an input overshoot by less; of images in [-1, 1] or 0..255 nearly every
 # one has a pixel further out.
 OVERSHOOT = 0.5
 WANTED = "float [n, 3, height, width] in [0, 1]"
+
+
+def statistics_of(sample: Sample) -> dict[str, float]:
+    """All statistics by which a sample is judged: those of collapse and those of the task."""
+    found: dict[str, float] = {}
+    if len(sample.images):
+        found = collapse_statistics(
+            sample.images,
+            references=sample.references,
+            inputs=sample.inputs,
+            reconstructions=sample.reconstructions,
+            examples=sample.examples,
+        )
+    if sample.token_ids is not None and sample.vocabulary_size is not None:
+        ids = sample.token_ids
+        outside = (ids < 0) | (ids >= sample.vocabulary_size)  # SEEDS B1: such an id decodes to None
+        found["undecodable_fraction"] = outside.double().mean().item() if ids.numel() else 0.0
+    return {**found, **sample.statistics}
 
 
 def require_kind(sample: Sample) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,19 @@ import torch
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.tensor_file import Contents
-from tune_ssim.base.yaml_source import did_you_mean
 from tune_ssim.guards import (
     Baseline,
     BaselineRun,
     Divergence,
     Guard,
-    KeepRule,
-    Margin,
     MissingMetric,
-    NonFinite,
     NormRatio,
-    Rule,
     SmokeTest,
     Violation,
     Watch,
-    decades_beyond,
 )
 from tune_ssim.guards.verdict import Action, Role, Verdict
-from tune_ssim.probes import collapse_statistics, file_contents, tensor_contents
+from tune_ssim.probes import file_contents, tensor_contents
 from tune_ssim.records import (
     ACTIVE_FRACTION,
     LOSS,
@@ -45,54 +39,26 @@ from tune_ssim.records import (
     is_of_training,
     merge,
 )
-from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
 from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint, tensors_of
-from tune_ssim.trials.sample_check import require_kind, require_range
+from tune_ssim.trials.final_verdict import (
+    OF_MARGINS,
+    Judgement,
+    TrialPlan,
+    guards_that_judged,
+    harm_of,
+    margins_of,
+    not_measured,
+    rules_without_metric,
+)
+from tune_ssim.trials.sample_check import require_kind, require_range, statistics_of
 from tune_ssim.trials.sample_grid import draw_grid
-from tune_ssim.trials.training import AUXILIARY_KEYS, NOTHING_NEW, Number, Sample, as_training, same_setting
+from tune_ssim.trials.training import AUXILIARY_KEYS, NOTHING_NEW, Number, as_training, same_setting
 
 LOSS_TERM = re.compile("weight(?!_decay)|lambda|alpha|coef|gain|scale")  # in the name of a setting that weighs a part of the loss
-NOISE_FACTOR = 2.0  # differences between the baseline's seeds; FACTS §6: the margin of SSIM is two standard deviations of them
 NOTHING_COMPARED = (
     "only NaN was looked for: nothing was compared with the baseline that would show a ruined training; let it log its loss or "
     "total_norm, make samples, or measure what `objective.keep` names"
 )
-OF_MARGINS = "objective"  # `guard` in the evidence of a degraded trial
-MIN_HARM = 0.05  # harm of a trial ruined close to its end: above zero, below the harm of any early prune
-
-
-@dataclass(frozen=True)
-class TrialPlan:
-    """The settings that all trials of a study share."""
-
-    steps: int | None  # optimiser steps; None: until a command ends by itself
-    guards: tuple[Guard, ...]
-    keep: tuple[KeepRule, ...] = ()
-    objective: Objective = DEFAULT_OBJECTIVE
-    requires_objective: bool = False  # whether a baseline that does not measure it is an error
-    evaluate_at: tuple[int, ...] = ()  # steps of held-out evaluations before the end, if the training runs in this process
-    report_every: int = 1  # steps between copies from the device, and so between verdicts
-    image_grids: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "report_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} must be >= 1, got {value}")
-
-    @property
-    def last_step(self) -> float:
-        return math.inf if self.steps is None else self.steps
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """How a trial ended, with the evidence."""
-
-    verdict: Verdict
-    reason: str
-    violation: Violation | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    per_image: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of trials that the proof compares
 
 
 class Trial:
@@ -540,22 +506,22 @@ class Trial:
         metrics, words = found | deltas, f"safe to step {self.step}"
         if unjudged:
             return Judgement(Verdict.ERROR, "; ".join(unjudged), metrics=metrics)
-        self.remarks += tuple(self._without_judge(found if self.baseline is None else reference))
+        self.remarks += tuple(rules_without_metric(self.plan, found if self.baseline is None else reference))
         if self.baseline is None:
             names = [name for name in self.logged_names if not name.startswith(SMOKE)]
             if self.plan.requires_objective and (problem := self.plan.objective.problem(found, self.logged, names)):
                 return Judgement(Verdict.ERROR, problem, metrics=metrics)
             return Judgement(Verdict.SAFE, words, metrics=metrics)
-        margins = list(self._margins(found, reference))
+        margins = list(margins_of(self.plan, self.watch, self.baseline, found, reference))
         if broken := [margin for margin in margins if margin.is_broken]:
             worst = max(broken, key=lambda margin: margin.harm)
             words = worst.sentence
             violation = Violation(OF_MARGINS, self.step, worst.metric, worst.value, worst.limit, Action.WARN, words)
             return Judgement(Verdict.DEGRADED, words, violation, metrics)
-        if lost := self._not_measured(found, reference):
+        if lost := not_measured(self.plan, found, reference):
             words = f"objective.keep: the baseline measured {', '.join(lost)}, this trial did not"
             return Judgement(Verdict.ERROR, words, metrics=metrics)
-        self.checked = (*self._guards_that_judged(), *(margin.sentence for margin in margins))
+        self.checked = (*guards_that_judged(self.watch), *(margin.sentence for margin in margins))
         if not self.checked:
             return Judgement(Verdict.ERROR, NOTHING_COMPARED, metrics=metrics)
         how = f" (unpaired: {self.unpaired})" if self.unpaired else ""
@@ -565,79 +531,6 @@ class Trial:
         if self.role is Role.SEARCH:
             return {}
         return {name: list(map(float, values)) for name, values in self.task.per_image().items()}
-
-    def _without_judge(self, measured: Mapping[str, float]) -> Iterator[str]:
-        """A sentence for each `keep` rule on a metric that the baseline did not measure. The default ones are for any training."""
-        for rule in self.plan.keep:
-            if rule not in DEFAULT_OBJECTIVE.rules and not any(map(rule.covers, measured)):
-                guess = did_you_mean(rule.metric, measured)
-                yield f"objective.keep: {rule.metric}: not measured by the baseline, so nothing was judged by it{guess}"
-
-    def _not_measured(self, found: Mapping[str, float], reference: Mapping[str, float]) -> list[str]:
-        """Metrics with a `keep` rule that only the baseline measured."""
-        return [rule.metric for rule in self.plan.keep if any(map(rule.covers, reference)) and not any(map(rule.covers, found))]
-
-    def _margins(self, found: Mapping[str, float], reference: Mapping[str, float]) -> Iterator[Margin]:
-        """The margins of `keep`, of the loss at the end, and, if `keep` covers nothing that was measured, of the objective."""
-        of_keep = [margin for rule in self.plan.keep for margin in rule.margins(found, reference)]
-        yield from of_keep
-        for guard in self.watch.guards:
-            if isinstance(guard, Divergence) and guard.max_end_ratio is not None:
-                ratio = guard.end_ratio(self.watch.state_of(guard.name))
-                if ratio is not None:
-                    yield Margin(f"{LOSS} at the end", ratio, guard.max_end_ratio, is_floor=False, is_ratio=True)
-        name, is_floor = self.plan.objective.metric, self.plan.objective.direction == "maximize"
-        noise = self.baseline.noise_floor(name) if self.baseline is not None else None
-        if not of_keep and noise and name in found and name in reference:
-            limit = NOISE_FACTOR * (-noise if is_floor else noise)
-            yield Margin(name, found[name] - reference[name], limit, is_floor=is_floor, is_ratio=False)
-
-    def _guards_that_judged(self) -> Iterator[str]:
-        """What each guard found, except for NaN: a training without NaN may be ruined all the same."""
-        for guard in self.watch.guards:
-            state = self.watch.state_of(guard.name)
-            if isinstance(guard, (NormRatio, Divergence)):
-                if state["max_ratio"] is not None:
-                    what = TOTAL_NORM if isinstance(guard, NormRatio) else LOSS
-                    yield f"{what} at most {state['max_ratio']:.3g}x (limit {guard.limit:g})"
-            elif isinstance(guard, SmokeTest):
-                if (used := guard.summary(state).get("smoke_used_max")) is not None:
-                    yield f"samples used at most {used:.0%} of the smoke test's limits"
-            elif isinstance(guard, Rule):
-                if guard.insufficient_data(state) is None:
-                    yield guard.name
-            elif not isinstance(guard, NonFinite):
-                yield guard.name
-
-
-def harm_of(verdict: str, evidence: Mapping[str, Any] | None, step: int, steps: int | None) -> float:
-    """A constraint value for samplers: feasible if <= 0, otherwise a grade of the harm. For the norm guard and for margins it is
-    the excess in decades; for any other prune, the fraction of the training that was left."""
-    if verdict not in (Verdict.PRUNED, Verdict.DEGRADED, Verdict.BAD_SETUP):
-        return 0.0
-    if evidence is not None and evidence["guard"] in (NormRatio.name, OF_MARGINS) and math.isfinite(float(evidence["value"])):
-        return max(MIN_HARM, decades_beyond(float(evidence["value"]), float(evidence["limit"])))
-    if verdict == Verdict.DEGRADED:
-        return 1.0  # a metric that is not finite
-    return max(MIN_HARM, 1 - step / steps) if steps else MIN_HARM
-
-
-def statistics_of(sample: Sample) -> dict[str, float]:
-    """All statistics by which a sample is judged: those of collapse and those of the task."""
-    found: dict[str, float] = {}
-    if len(sample.images):
-        found = collapse_statistics(
-            sample.images,
-            references=sample.references,
-            inputs=sample.inputs,
-            reconstructions=sample.reconstructions,
-            examples=sample.examples,
-        )
-    if sample.token_ids is not None and sample.vocabulary_size is not None:
-        ids = sample.token_ids
-        outside = (ids < 0) | (ids >= sample.vocabulary_size)  # SEEDS B1: such an id decodes to None
-        found["undecodable_fraction"] = outside.double().mean().item() if ids.numel() else 0.0
-    return {**found, **sample.statistics}
 
 
 def _resolve(pending: Sequence[tuple[int, Mapping[str, Number]]]) -> list[Record]:

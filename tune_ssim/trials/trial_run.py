@@ -18,12 +18,13 @@ from tune_ssim.records import Record
 from tune_ssim.study.space import resolve_settings
 from tune_ssim.trials.command.command_task import CommandTask
 from tune_ssim.trials.command.contact_report import STEPS, first_contact
+from tune_ssim.trials.final_verdict import Judgement, TrialPlan
 from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.quarantine import Ledger, Refusal
 from tune_ssim.trials.summary import TrialSummary, reported_config
 from tune_ssim.trials.training import Training
-from tune_ssim.trials.trial import Judgement, Trial, TrialPlan
+from tune_ssim.trials.trial import Trial
 
 RESULT_S = 2.0  # a result costs the driver 8 ms (benchmarks/command.py), so ten concurrent trials take below 5 % of a core
 WORK = "work"  # subfolder of a study with the trainings' own files, one folder per trial

@@ -19,8 +19,8 @@ from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call
 from tune_ssim.guards import SmokeTest
 from tune_ssim.probes import tensor_hashes
+from tune_ssim.trials.sample_check import statistics_of
 from tune_ssim.trials.training import Part
-from tune_ssim.trials.trial import statistics_of
 
 STEPS = 3
 LATER = 25  # steps: the second of SmokeTest.at

@@ -16,8 +16,8 @@ from tune_ssim.before_launch.preflight.subject import call
 from tune_ssim.guards import SmokeTest
 from tune_ssim.probes import compare_with_file
 from tune_ssim.records import SMOKE, Record
+from tune_ssim.trials.sample_check import statistics_of
 from tune_ssim.trials.training import Part, Sample
-from tune_ssim.trials.trial import statistics_of
 
 MIN_WEIGHTS = 256  # fewest weights of a layer to judge it by
 
