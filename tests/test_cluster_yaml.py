@@ -58,7 +58,7 @@ def test_every_node_starts_with_the_token_and_one_thread(cluster: dict[str, Any]
     assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     for command in start_commands(cluster):
         settings, start = command.split("ray start", 1)
-        assert "export RAY_AUTH_MODE=token" in settings
+        assert " RAY_AUTH_MODE=token " in settings
         assert "OMP_NUM_THREADS=1" in settings
         assert start
 

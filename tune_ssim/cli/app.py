@@ -29,6 +29,7 @@ from tune_ssim.cli.observe_verbs import observe
 from tune_ssim.cli.options import Verbs
 from tune_ssim.cli.quarantine_verbs import quarantine
 from tune_ssim.cli.study_verbs import export, mirror, report, run, trials, ui, verify
+from tune_ssim.cli.submit_verbs import logs, status, stop, submit
 from tune_ssim.version import __version__
 
 EPILOG = f"""\b
@@ -58,7 +59,9 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for verb in (run, preflight, calibrate, recommend, trials, report, export, check, observe, verify, ui, spaces, mirror, quarantine):
+SUBMITTED = (submit, status, logs, stop)
+OF_A_STUDY = (run, preflight, calibrate, recommend, trials, report, export, check, observe, verify, ui, spaces, mirror, quarantine)
+for verb in OF_A_STUDY + SUBMITTED:
     cli.add_command(verb)
 
 
