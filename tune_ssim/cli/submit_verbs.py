@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime, timezone
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,8 +12,6 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.cli.output import print_json, suggest_next
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobDetails
-
     from tune_ssim.orchestration.submitted import SubmittedStudies
 
 
@@ -58,13 +56,13 @@ def status(name: str | None, as_json: bool, address: str) -> None:
     NAME: a study or a job's id; without it all of them, the latest first.
     """
     submitted = _submitted(address)
-    jobs = [_row(job) for job in (submitted.jobs() if name is None else [submitted.find(name)])]
+    jobs = submitted.jobs() if name is None else [submitted.find(name)]
     if as_json:
-        print_json(jobs)
+        print_json([asdict(job) for job in jobs])
         return
     for job in jobs:
-        message = f"  {job['message']}" if job["status"] == "FAILED" else ""
-        click.echo(f"{job['id']}  {job['status'].lower()}  since {job['ended'] or job['started']}{message}")
+        message = f"  {job.message}" if job.status == "FAILED" else ""
+        click.echo(f"{job.id}  {job.status.lower()}  since {job.ended or job.started}{message}")
     if not jobs:
         click.echo("no study was submitted to this cluster")
 
@@ -81,8 +79,8 @@ def logs(name: str | None, follow: bool, address: str) -> None:
     submitted = _submitted(address)
     job = submitted.find(name)
     submitted.logs(job, follow, lambda text: click.echo(text, nl=False))
-    if (ended := submitted.find(job.submission_id)).status == "FAILED":
-        raise UserError(f"{job.submission_id}: {_row(ended)['message']}")
+    if (now := submitted.find(job.id)).status == "FAILED":
+        raise UserError(f"{job.id}: {now.message}")
 
 
 @click.command()
@@ -96,30 +94,10 @@ def stop(name: str | None, address: str) -> None:
     """
     submitted = _submitted(address)
     job = submitted.find(name)
-    click.echo(f"{job.submission_id}: {'stopping' if submitted.stop(job) else f'had ended already ({job.status.lower()})'}")
+    click.echo(f"{job.id}: {'stopping' if submitted.stop(job) else f'had ended already ({job.status.lower()})'}")
 
 
 def _submitted(address: str) -> SubmittedStudies:
     from tune_ssim.orchestration.submitted import SubmittedStudies
 
     return SubmittedStudies(address)
-
-
-def _row(job: JobDetails) -> dict[str, Any]:
-    from tune_ssim.orchestration.submitted import STORAGE, STUDY
-
-    metadata = job.metadata or {}
-    lines = (job.message or "").strip().splitlines()
-    return {
-        "id": job.submission_id,
-        "study": metadata.get(STUDY),
-        "status": str(job.status.value),
-        "message": lines[0] if lines else "",
-        "storage": metadata.get(STORAGE),
-        "started": _time(job.start_time),
-        "ended": _time(job.end_time),
-    }
-
-
-def _time(milliseconds: int | None) -> str | None:
-    return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds") if milliseconds else None

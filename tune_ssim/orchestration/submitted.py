@@ -11,6 +11,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 from ray.exceptions import AuthenticationError
@@ -25,6 +27,23 @@ from tune_ssim.trials.command.dependencies import Dependencies
 
 STUDY, STORAGE = "tune_ssim_study", "tune_ssim_storage"  # keys of a job's metadata
 SHIPPED = ("code/", "settings/")  # kinds of files; data and weights stay where they are
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A study as a Ray Job. status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED. started, ended: ISO 8601, UTC."""
+
+    id: str
+    study: str
+    status: str
+    message: str
+    storage: str
+    started: str | None
+    ended: str | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ("STOPPED", "SUCCEEDED", "FAILED")
 
 
 class SubmittedStudies:
@@ -52,41 +71,39 @@ class SubmittedStudies:
                 )
             )
 
-    def jobs(self) -> list[JobDetails]:
-        """Of studies, the latest first."""
+    def jobs(self) -> list[SubmittedJob]:
+        """The latest first."""
         with self._errors():
             found = [job for job in self._client.list_jobs() if job.submission_id and STUDY in (job.metadata or {})]
-        return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
+        return [_submitted_job(job) for job in sorted(found, key=lambda job: job.start_time or 0, reverse=True)]
 
-    def find(self, name: str | None) -> JobDetails:
+    def find(self, name: str | None) -> SubmittedJob:
         """The latest job of the study `name`, or the job of that id, or the latest of all."""
         jobs = self.jobs()
         for job in jobs:
-            if name in (None, job.submission_id, (job.metadata or {})[STUDY]):
+            if name in (None, job.id, job.study):
                 return job
-        there = ", ".join(sorted({(job.metadata or {})[STUDY] for job in jobs})) or "none"
-        raise UserError(f"--address {self._address}: no submitted study {name or ''}; there are: {there}".replace("  ", " "))
+        there = ", ".join(sorted({job.study for job in jobs})) or "none"
+        raise UserError(f"--address {self._address}: no such submitted study: {name or 'any'}; there are: {there}")
 
-    def logs(self, job: JobDetails, follow: bool, write: Callable[[str], None]) -> None:
-        """The output of the driver, until the job ends if `follow`."""
-        assert job.submission_id is not None
+    def logs(self, job: SubmittedJob, follow: bool, write: Callable[[str], None]) -> None:
+        """Writes the output of the driver, until the job ends if `follow`."""
         with self._errors():
             if not follow:
-                write(self._client.get_job_logs(job.submission_id))
+                write(self._client.get_job_logs(job.id))
                 return
-            asyncio.run(self._follow(job.submission_id, write))
+            asyncio.run(self._follow(job.id, write))
 
     async def _follow(self, job_id: str, write: Callable[[str], None]) -> None:
         async for text in self._client.tail_job_logs(job_id):
             write(text)
 
-    def stop(self, job: JobDetails) -> bool:
+    def stop(self, job: SubmittedJob) -> bool:
         """Ends the job as Ctrl-C would; its study can be submitted again and goes on. False if it had ended already."""
-        assert job.submission_id is not None
-        if job.status.is_terminal():
+        if job.has_ended:
             return False
         with self._errors():
-            return bool(self._client.stop_job(job.submission_id))
+            return bool(self._client.stop_job(job.id))
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -99,6 +116,23 @@ class SubmittedStudies:
             ) from None
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise UserError(f"--address {self._address}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _submitted_job(job: JobDetails) -> SubmittedJob:
+    metadata, lines = job.metadata or {}, (job.message or "").strip().splitlines()
+    return SubmittedJob(
+        id=job.submission_id or "",
+        study=metadata[STUDY],
+        status=str(job.status.value),
+        message=lines[0] if lines else "",
+        storage=metadata.get(STORAGE, ""),
+        started=_time(job.start_time),
+        ended=_time(job.end_time),
+    )
+
+
+def _time(milliseconds: int | None) -> str | None:
+    return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds") if milliseconds else None
 
 
 def ship(study: Study, folder: Path) -> None:
