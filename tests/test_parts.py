@@ -259,7 +259,7 @@ def test_a_killed_driver_leaves_nothing_on_any_node(tmp_path: Path, cluster: Clu
         cluster.address,
     ]
     with (tmp_path / "log").open("wb") as log:
-        driver = subprocess.Popen(argv, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log, start_new_session=True)
+        driver = subprocess.Popen(argv, env=environment, stdout=log, stderr=log, start_new_session=True)
         started = wait_for(lambda: pids.exists() and len(list(pids.iterdir())) >= 6, 300)
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()

@@ -10,6 +10,7 @@ import click
 
 from tune_ssim.base.errors import ENVIRONMENT, BadSetup, UserError
 from tune_ssim.cli.before_launch_verbs import calibrate, preflight, recommend, spaces
+from tune_ssim.cli.doctor_verb import doctor
 from tune_ssim.cli.exit_codes import (
     BAD_SETUP,
     BROKEN_PIPE,
@@ -60,8 +61,9 @@ def cli(context: click.Context) -> None:
 
 
 SUBMITTED = (submit, status, logs, stop)
-OF_A_STUDY = (run, preflight, calibrate, recommend, trials, report, export, check, observe, verify, ui, spaces, mirror, quarantine)
-for verb in OF_A_STUDY + SUBMITTED:
+BEFORE_LAUNCH = (run, preflight, calibrate, recommend, doctor)
+AFTERWARDS = (trials, report, export, check, observe, verify, ui, spaces, mirror, quarantine)
+for verb in (*BEFORE_LAUNCH, *AFTERWARDS, *SUBMITTED):
     cli.add_command(verb)
 
 

@@ -94,6 +94,12 @@ def _run_in(
     folder: StudyFolder, study: Study, address: str | None, tracking_uri: str | None, in_process: bool, progress: Progress
 ) -> None:
     with StudyLock(folder.path) as lock, make_executor(study, address, in_process) as executor, stops_as_ctrl_c():
+        if address is not None:
+            from tune_ssim.orchestration.doctor import require_fit
+
+            uri = tracking_uri or (study.tracking.uri if study.tracking is not None else None)
+            for line in require_fit(study, folder.path.parent, uri):
+                progress.say(f"warning: {line}")
         # Also on resume: more trials, or other resources, belong to what the study is now.
         write_atomically(folder.study_file, study.to_yaml().encode())
         run = StudyRun(study, EventWriter(folder, lock.require_held), executor, progress)
