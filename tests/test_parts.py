@@ -258,6 +258,7 @@ def test_a_killed_driver_leaves_nothing_on_any_node(tmp_path: Path, cluster: Clu
         "--address",
         cluster.address,
     ]
+    environment = {**os.environ, **ENVIRONMENT, "TUNE_SSIM_OPEN_CLUSTER": "1"}
     with (tmp_path / "log").open("wb") as log:
         driver = subprocess.Popen(argv, env=environment, stdout=log, stderr=log, start_new_session=True)
         started = wait_for(lambda: pids.exists() and len(list(pids.iterdir())) >= 6, 300)
