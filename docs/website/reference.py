@@ -188,6 +188,7 @@ def section(title: str, cls: Any, names: tuple[str, ...] | None = None, example:
     """A heading, what the section is, a table of its keys, and an example."""
     rows = list(keys_of(cls, names))
     intro, _ = docstring_parts(cls, [row[0] for row in rows])
+    intro = "" if cls is Study else intro  # it is about the class in Python
     table = [f"| `{key}` | {cell(kind)} | {cell(default)} | {cell(meaning)} |" for key, kind, default, meaning in rows]
     shown = ["```yaml", example.rstrip(), "```", ""] if example else []
     return "\n".join([f"## {title}", "", intro, "", "| key | type | default | meaning |", "|---|---|---|---|", *table, "", *shown])
