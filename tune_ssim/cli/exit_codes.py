@@ -13,6 +13,7 @@ from textwrap import shorten
 import click
 
 from tune_ssim.base.extras import install_hint, is_installed
+from tune_ssim.base.passwords import hide_password
 from tune_ssim.cli.output import discard_stdout
 
 DONE, OURS, MISTAKE, BAD_SETUP, UNDECIDED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 4, 130, 141
@@ -39,12 +40,12 @@ def missing_library(verb: str, module: str | None) -> str | None:
 
 def bug_report(error: Exception, storage: Path | None) -> str:
     """Writes the traceback to a file in the storage path or the temporary folder. Returns the message to print."""
-    text = "".join(traceback.format_exception(error))
+    text = hide_password("".join(traceback.format_exception(error)))
     if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
         click.echo(text, err=True)
     lines = str(error).strip().splitlines() or [""]
     line = lines[-1] if lines[0].startswith("Traceback") else lines[0]  # Ray puts whole tracebacks into a message
-    message = f"a bug of tune-ssim, not of yours: {type(error).__name__}: {shorten(line, 300)}"
+    message = f"a bug of tune-ssim, not of yours: {type(error).__name__}: {shorten(hide_password(line), 300)}"
     try:
         folder = storage if storage is not None and storage.is_dir() else None
         descriptor, path = tempfile.mkstemp(dir=folder, prefix="tune-ssim-error-", suffix=".txt")

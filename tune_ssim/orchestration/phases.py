@@ -450,5 +450,5 @@ def _is_taken(path: Path) -> bool:
 
 
 def _drain(mirror: MLflowMirror, folder: StudyFolder, progress: Progress) -> None:
-    if not mirror.drain(DRAIN_TIMEOUT_S if mirror.reached() else UNREACHED_TIMEOUT_S):
+    if not mirror.drain(DRAIN_TIMEOUT_S, unreached_timeout_s=UNREACHED_TIMEOUT_S):
         progress.say(f"MLflow: {mirror.status()}; nothing is lost, `tune-ssim mirror {folder.name}` goes on when it is there")

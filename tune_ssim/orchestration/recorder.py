@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tune_ssim.base.passwords import hide_password
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.progress import Progress
 from tune_ssim.results.events import EventWriter
@@ -70,7 +71,7 @@ class StudyRecorder:
         if result.traceback:
             errors = self.folder.path / "errors"
             errors.mkdir(exist_ok=True)
-            (errors / f"{summary.trial_id}.txt").write_text(result.traceback)
+            (errors / f"{summary.trial_id}.txt").write_text(hide_password(result.traceback))
         if summary.verdict == Verdict.PRUNED:
             summary.quarantined = quarantine_checkpoints(self.folder, summary)
         if not self.folder.add_trial(summary):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -90,18 +91,25 @@ class MLflowMirror:
         except OSError as error:
             self._problem = describe_error(error)
 
-    def drain(self, timeout_s: float = 60.0, progress: Callable[[str], None] | None = None) -> bool:
-        """Ends the mirror when MLflow has everything (True) or after `timeout_s` (False); `status()` then gives the reason."""
+    def drain(
+        self, timeout_s: float = 60.0, progress: Callable[[str], None] | None = None, unreached_timeout_s: float = math.inf
+    ) -> bool:
+        """Ends the mirror when MLflow has everything (True) or after `timeout_s` (False); `status()` then gives the reason.
+
+        unreached_timeout_s: the same if MLflow has accepted no event and given an error."""
         if not self._pending_bytes() and self._process is None:
             return True
         self.start()  # if it was never started, or has died
-        process, ends = self._process, time.monotonic() + timeout_s
+        process, began = self._process, time.monotonic()
+        ends = began + timeout_s
         if process is None:
             return False
         self._send(f"drain {timeout_s:g}")
         while process.poll() is None and time.monotonic() < ends + 2:
             if progress is not None:
                 progress(self.status())
+            if not self.reached():
+                ends = min(ends, began + unreached_timeout_s)
             time.sleep(0.1)
         hangs = process.poll() is None  # hangs in a request
         if hangs:

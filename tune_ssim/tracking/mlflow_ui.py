@@ -61,10 +61,10 @@ def serve_ui(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the server as Ctrl-C does
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--default-artifact-root", (storage.absolute() / "mlartifacts").as_uri()]
+    command += ["--default-artifact-root", (storage.absolute() / "mlartifacts").as_uri()]
     server = subprocess.Popen(
-        command,
-        env={**process_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        command,  # without the URI, which may hold a password: every user can see the arguments of a process
+        env={**process_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
