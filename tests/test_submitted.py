@@ -23,6 +23,7 @@ from small_studies import SMALL
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.cli.app import cli
+from tune_ssim.orchestration.ray_cluster import own_temporary_folder
 from tune_ssim.orchestration.submitted import ship
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.trials.command.process import free_port
@@ -88,6 +89,14 @@ def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["status", "--address", "http://127.0.0.1:1"])
     assert isinstance(result.exception, UserError)
     assert re.fullmatch(r"--address http://127\.0\.0\.1:1: Failed to connect to Ray.*", str(result.exception))
+
+
+def test_a_local_ray_has_a_folder_that_no_other_user_can_enter(tmp_path: Path) -> None:
+    folder = own_temporary_folder(tmp_path)
+    assert own_temporary_folder(tmp_path) == folder and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    with pytest.raises(UserError, match="must be a folder of yours with mode 700"):
+        own_temporary_folder(tmp_path)
 
 
 @pytest.fixture

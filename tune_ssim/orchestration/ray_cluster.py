@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import socket
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -41,6 +42,8 @@ def connection(study: Study, address: str | None) -> Iterator[dict[str, float]]:
         }
         if address is None:
             cpus = study.resources.cpus * (study.search.concurrency if isinstance(study.search.concurrency, int) else 1)
+            if "RAY_TMPDIR" not in os.environ:
+                options["_temp_dir"] = str(own_temporary_folder() / "ray")
             options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus))}
         else:
             require_reachable(address)
@@ -67,6 +70,17 @@ def connection(study: Study, address: str | None) -> Iterator[dict[str, float]]:
 def _terminal_is_ours() -> Iterator[None]:
     with stops_as_ctrl_c(), without_messages_of_nodes():
         yield
+
+
+def own_temporary_folder(parent: Path = Path("/tmp")) -> Path:
+    """A folder that no other user can enter, for the sockets and logs of a local Ray, which itself opens /tmp/ray to all. Not in
+    $TMPDIR: a socket's path has at most 107 bytes. Raises UserError if the folder there is not only this user's."""
+    folder = parent / f"tune-ssim-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise UserError(f"{folder}: must be a folder of yours with mode 700: remove it, or set RAY_TMPDIR to another place")
+    return folder
 
 
 def require_reachable(address: str) -> None:
