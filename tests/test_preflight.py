@@ -16,6 +16,7 @@ import pytest
 import torch
 from effect_defects import gaussian, ssim_with, uniform
 from fundus_defects import BASELINE, DEFECTS, Case, case, stepping, variant
+from PIL import Image
 from references import ssim_reference
 from rich.console import Console
 from small_task import SmallTask
@@ -31,6 +32,7 @@ from tune_ssim.before_launch.preflight import (
     leakage,
     learning,
     networks,
+    picture,
     preflight_task,
     rules,
     run_preflight,
@@ -41,6 +43,7 @@ from tune_ssim.before_launch.preflight import (
     targets,
     updates,
 )
+from tune_ssim.before_launch.preflight.picture import Album
 from tune_ssim.before_launch.preflight.plain import Setting, cosine, expected, plain_ssim
 from tune_ssim.before_launch.preflight.report import Check, Report, unknown
 from tune_ssim.before_launch.preflight.subject import Subject
@@ -487,6 +490,22 @@ def test_the_limit_of_a_check_is_a_share_of_the_study_and_never_short() -> None:
     assert budget.study_s == 1020 and budget.refusal("x", setup=7) is None
     assert replace(budget, steps=10).refusal("x", step=15) is None  # no more than 15 s
     assert replace(budget, max_share=None).refusal("x", sample=1000) is None
+
+
+def test_what_preflight_looked_at_is_a_picture(tmp_path: Path) -> None:
+    album = Album()
+    with case("the targets are 4 pixels beside the crop", tmp_path) as broken:
+        task = made(broken)
+        album.sample, album.seen, album.training_images = task.sample(0), images.look(task), task.training_images(1)
+    assert album.seen is not None and album.seen.flow.shape == (len(album.seen.all_targets), 2)
+    assert targets.fit_of_shifts(album.training_images, album.seen.all_targets[:4]).argmax() == 8 * 17 + 8 + 4
+    titles = [title for title, _ in picture.rows_of(album)]
+    assert len(titles) == 8 and titles[0] == "training images of step 1" and titles[-1] == "held out: samples of step 0"
+    album.sample.images[0, :, :4] = math.nan
+    drawn = picture.draw(album, [rules.tokens(9, 1, 0, 9, 9), step_rules.step_gradient("ssim", 1.0, 1.0, -1.0)])
+    assert Image.open(io.BytesIO(drawn)).size[0] > 1000
+    assert picture.draw(Album(training_images=album.training_images), []).startswith(b"\x89PNG")
+    assert picture.draw(Album(), []) == b""
 
 
 def test_the_table_says_every_check_and_every_remedy() -> None:

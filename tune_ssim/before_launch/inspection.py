@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import traceback
 from collections import Counter
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_ssim.base.errors import BadSetup, UserError
+from tune_ssim.base.extras import is_installed
 from tune_ssim.base.files import jsonable, number
 from tune_ssim.base.tensor_file import Contents
 from tune_ssim.before_launch.preflight.cost import ESTIMATE
@@ -21,6 +23,10 @@ from tune_ssim.trials.training import Training
 
 if TYPE_CHECKING:
     from tune_ssim.before_launch.command.starts import Say, Take
+    from tune_ssim.before_launch.preflight.picture import Album
+    from tune_ssim.before_launch.preflight.report import Report
+
+PICTURE = "preflight_picture"  # what preflight looked at, a PNG in base64
 
 
 def inspect_here(study: Study, *, preflight: bool, calibration: bool, provenance: bool, **of_starts: Any) -> dict[str, Any]:
@@ -59,10 +65,13 @@ def inspect_study(
         elif steps is not None:
             raise UserError("--steps is for a command; a task in Python is checked by what its methods show")
         if preflight:
-            from tune_ssim.before_launch.preflight import run_preflight
+            from tune_ssim.before_launch.preflight import Album, run_preflight
 
-            report = run_preflight(study)
+            album = Album()
+            report = run_preflight(study, album=album)
             found["preflight"] = report.to_dict()
+            if provenance and is_installed("matplotlib"):  # of a study that keeps what was found
+                found[PICTURE] = _picture(album, report)
             if report.status == "bad_setup":
                 found |= _start_of_a_fault(study, task_class) if provenance else {}
                 return jsonable(found)  # type: ignore[no-any-return]
@@ -87,6 +96,16 @@ def inspect_study(
         where = f"{Path(place.filename).name}:{place.lineno}"
         return {"failed": "BadSetup", "message": f"{type(error).__name__}: {' '.join(str(error).split())} ({where})"}
     return found
+
+
+def _picture(album: Album, report: Report) -> str:
+    """PNG in base64, since everything that is found is JSON; empty if it cannot be drawn."""
+    from tune_ssim.before_launch.preflight.picture import draw
+
+    try:
+        return base64.b64encode(draw(album, report.checks)).decode()
+    except Exception:  # images of a broken set-up may have any shape, and its report says so
+        return ""
 
 
 def found_or_raise(found: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from tune_ssim.base.extras import install_hint, is_installed
 from tune_ssim.base.files import jsonable, parse_json, write_atomically
 from tune_ssim.base.validation import JsonNumber, read_as
 from tune_ssim.before_launch.command.kept_starts import starts_file
-from tune_ssim.before_launch.inspection import bad_lines, calibration_lines, preflight_lines
+from tune_ssim.before_launch.inspection import PICTURE, bad_lines, calibration_lines, preflight_lines
 from tune_ssim.probes.norm_model import NormModel, Prediction
 from tune_ssim.report.heat_map import draw_heat_map
 from tune_ssim.results.events import EventWriter
-from tune_ssim.results.study_folder import CALIBRATION, PREFLIGHT, PROVENANCE, START, StartingState, StudyFolder
+from tune_ssim.results.study_folder import CALIBRATION, PREFLIGHT, PREFLIGHT_PICTURE, PROVENANCE, START, StartingState, StudyFolder
 from tune_ssim.search.guided import GuidedSearch
 from tune_ssim.trials.quarantine import Ledger
 
@@ -50,6 +51,9 @@ def check_before_launch(study: Study, folder: StudyFolder, writer: EventWriter, 
     if "calibration" in found and can_draw(HEAT_MAP, progress):
         write_atomically(folder.path / HEAT_MAP, draw_heat_map(found["calibration"], study.space, study.name))
         writer.file(HEAT_MAP, "before_launch")
+    if found.get(PICTURE):
+        write_atomically(folder.path / PREFLIGHT_PICTURE, base64.b64decode(found[PICTURE]))
+        writer.file(PREFLIGHT_PICTURE, "before_launch")
     for name in (PREFLIGHT, CALIBRATION, START, PROVENANCE):
         subject = name.removesuffix(".json")
         if subject in found:

@@ -24,7 +24,7 @@ from tune_ssim.report.sheets import SampleSheet, sample_sheets
 from tune_ssim.report.trial_curves import Curves, curves_of, draw_confirmation, draw_curves
 from tune_ssim.results.pareto import pareto_front
 from tune_ssim.results.proof import proof_of
-from tune_ssim.results.study_folder import CALIBRATION, StudyFolder
+from tune_ssim.results.study_folder import CALIBRATION, PREFLIGHT_PICTURE, StudyFolder
 from tune_ssim.results.study_lock import is_written
 from tune_ssim.results.trial_text import format_number, format_setting, metric_label, proof_line, warning_lines
 from tune_ssim.results.winner import NoSafeTrial, best_safe
@@ -126,6 +126,7 @@ def page_of(folder: StudyFolder, refresh_s: int | None = None, end: str | None =
         preflight=preflight,
         preflight_is_off="preflight" in given and given["preflight"] is None,
         findings=[check for check in (preflight or {}).get("checks", []) if check.get("status") != "ok"],
+        looked_at=_picture(looked_at.read_bytes()) if (looked_at := folder.path / PREFLIGHT_PICTURE).exists() else "",
         heat_map=_heat_map(folder, trials),
         columns=[HEADINGS.get(name, metric_label(name)) for name in columns],
         rows=[

@@ -10,8 +10,8 @@
   checkpoints.jsonl     checkpoints that trials wrote, by their contents
   events.jsonl          everything that happened, in order; MLflow is a replay of it
   baseline/<sha256>.json
-  calibration.png, pareto.png
-                        pictures, the second one of a study with several objectives
+  preflight.png, calibration.png, pareto.png
+                        pictures, the last one of a study with several objectives
   images/<trial_id>/smoke_<step>.png
   ray/                  Ray Tune's own state and the checkpoints
   writer.lock           while a process runs the study: see study_lock
@@ -42,6 +42,7 @@ from tune_ssim.trials.summary import TrialSummary
 DEFAULT_STORAGE = "tune_ssim_results"
 STORAGE_VARIABLE = "TUNE_SSIM_STORAGE"
 PREFLIGHT, CALIBRATION, PROVENANCE, START = "preflight.json", "calibration.json", "provenance.json", "start.json"
+PREFLIGHT_PICTURE = "preflight.png"
 SKIPPED, FILES = "skipped.jsonl", "files.jsonl"
 
 

@@ -6,6 +6,7 @@ methods of `trials.training.Training`. Checks that need a missing method are `un
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from tune_ssim.before_launch.preflight import flow, images, launch, learning, ne
 from tune_ssim.before_launch.preflight import steps as readings
 from tune_ssim.before_launch.preflight.cost import Budget
 from tune_ssim.before_launch.preflight.launch import settings_of
+from tune_ssim.before_launch.preflight.picture import Album
 from tune_ssim.before_launch.preflight.report import Check, Report, unknown
 from tune_ssim.before_launch.preflight.subject import Failure, Subject, call, guarded, numbers
 from tune_ssim.guards import Guard, NormRatio, SmokeTest
@@ -26,13 +28,13 @@ from tune_ssim.trials.training import Forward, Training
 if TYPE_CHECKING:
     from tune_ssim.study.study import Study
 
-__all__ = ["preflight_task", "run_preflight", "settings_of"]
+__all__ = ["Album", "preflight_task", "run_preflight", "settings_of"]
 
 DISABLE_UPDATE = {"lr": 0.0}  # required of a task: a learning rate of 0 leaves the weights unchanged
 
 
-def run_preflight(study: Study, *, device: str | None = None) -> Report:
-    """Checks the set-up of a study. Raises UserError for an invalid task or configuration."""
+def run_preflight(study: Study, *, device: str | None = None, album: Album | None = None) -> Report:
+    """Checks the set-up of a study; album: see `preflight_task`. Raises UserError for an invalid task or configuration."""
     assert study.steps is not None  # only a command may end by itself
     return preflight_task(
         load_task(study.task_path, study.import_path),
@@ -46,6 +48,7 @@ def run_preflight(study: Study, *, device: str | None = None) -> Report:
         device=device,
         runs=study.search.trials + study.baseline_seeds,
         max_share=None if study.preflight is None else study.preflight.max_share,
+        album=album,
     )
 
 
@@ -62,18 +65,19 @@ def preflight_task(
     device: str | None = None,
     runs: int = 1,
     max_share: float | None = None,
+    album: Album | None = None,
 ) -> Report:
     """Checks a task with `config`. settings: those that may be launched, on top of `config`; baseline: the baseline's, on top of
     it.
 
     disable_update: settings under which a step changes nothing. Every measurement has its own instance of the task. max_share: of
-    the time of `runs` trainings, which no check may exceed; see `cost.Budget`."""
+    the time of `runs` trainings, which no check may exceed; see `cost.Budget`. album: is filled with what the checks look at."""
     started = time.perf_counter()
     subject = Subject(task_class, {"steps": steps, **config}, seed, device, disable_update)
     checks: list[Check] = []
     begun = started
     budget = Budget(subject, steps, runs, max_share)
-    for check in _checks(budget, settings, dict(baseline or {}), guards):
+    for check in _checks(budget, settings, dict(baseline or {}), guards, album or Album()):
         now = time.perf_counter()
         checks.append(replace(check, seconds=round(now - begun, 3)))
         begun = now
@@ -81,14 +85,14 @@ def preflight_task(
 
 
 def _checks(
-    budget: Budget, settings: Sequence[Mapping[str, Any]], baseline: dict[str, Any], guards: Sequence[Guard]
+    budget: Budget, settings: Sequence[Mapping[str, Any]], baseline: dict[str, Any], guards: Sequence[Guard], album: Album
 ) -> Iterator[Check]:
     """Checks in the order in which to look for a cause: what exists, what a step does, what is to be launched."""
     subject = budget.subject
     smoke_test = next((guard for guard in guards if isinstance(guard, SmokeTest)), None)
     limit = next((guard.limit for guard in guards if isinstance(guard, NormRatio)), NormRatio().limit)
     try:
-        yield from _start(subject.make(baseline), budget, settings, guards, smoke_test)
+        yield from _start(subject.make(baseline), budget, settings, guards, smoke_test, album)
     except Failure as failure:
         yield Check("setup", "bad_setup", str(failure), remedy="nothing can be launched before the task can be set up")
         return
@@ -103,12 +107,21 @@ def _checks(
 
 
 def _start(
-    task: Training, budget: Budget, settings: Sequence[Mapping[str, Any]], guards: Sequence[Guard], smoke_test: SmokeTest | None
+    task: Training,
+    budget: Budget,
+    settings: Sequence[Mapping[str, Any]],
+    guards: Sequence[Guard],
+    smoke_test: SmokeTest | None,
+    album: Album,
 ) -> Iterator[Check]:
     """Checks of the task after its set-up. Its only step comes last."""
     sample, batch = budget.timed("sample", lambda: call(task, "sample", 0)), _first_forward(task, budget)
     too_long = budget.refusal("forward", **images.work(batch))
     seen = images.look(task) if batch and too_long is None else None
+    album.sample, album.seen = sample, seen
+    if task.abilities().training_images:
+        with contextlib.suppress(Failure):  # reported by its own check
+            album.training_images = call(task, "training_images", 1)
     yield Check("setup", "ok", "the task sets up, samples and runs forward" if batch else "the task sets up and samples")
     if too_long is not None:
         yield too_long

@@ -45,6 +45,7 @@ class Seen:
     round_trip: Tensor | None  # the first clean latents decoded, in [0, 1]; None if the task does not show them
     again: tuple[str, ...]  # what differs when the forward pass of one step is repeated
     shared: tuple[str, ...]  # what two steps have in common that each step should draw anew
+    flow: Tensor  # [k, 2]: t of a sample and the mean square error of its velocity; empty if the clean latents are not shown
 
 
 def work(batch: int) -> dict[str, float]:
@@ -57,6 +58,7 @@ def look(task: Any) -> Seen:
     main, trivial, times, targets, everything = [], [], [], [], []
     round_trips: list[Tensor] = []
     draws: list[dict[str, Tensor]] = []
+    flow = [torch.zeros(0, 2)]
     decoded: dict[float, list[Tensor]] = {scale: [] for scale in (1.0, *SCALES)}
     batch_size = samples = 0
     with torch.no_grad():
@@ -71,6 +73,7 @@ def look(task: Any) -> Seen:
                 trivial.append(forward.velocity_target.float().var(unbiased=False).item())
             times.append(t[is_target])
             everything.append(forward.targets.float().cpu())
+            flow.append(_flow_errors(forward, t))
             low = (t <= LOW_T) & (t > 0) & is_target
             if low.any():
                 for scale, images in decoded.items():
@@ -95,8 +98,17 @@ def look(task: Any) -> Seen:
         eligible=len(torch.cat(times)) / samples,
         round_trip=torch.cat(round_trips) if round_trips else None,
         again=tuple(name for name, value in again.items() if not _same(value, draws[0][name])),
+        flow=torch.cat(flow),
         shared=tuple(name for name in again if any(_same(a[name], b[name]) for a, b in combinations(draws[:MIN_FORWARDS], 2))),
     )
+
+
+def _flow_errors(forward: Forward, t: Tensor) -> Tensor:
+    """`[batch, 2]`: t, and the mean square error of the velocity, which is that of z0 over t squared."""
+    if forward.clean is None:
+        return torch.zeros(0, 2)
+    error = (forward.z0 - forward.clean).float().square().flatten(1).mean(dim=1).cpu() / t.square().clamp(min=1e-6)
+    return torch.stack([t.float(), error], dim=1)
 
 
 def _draws(forward: Forward) -> dict[str, Tensor]:

@@ -61,6 +61,14 @@ def check_round_trip(task: Any, base: Mapping[str, Any]) -> Iterator[Check]:
 
 def shift_between(x: Tensor, y: Tensor) -> tuple[int, int, float, float]:
     """Rows and columns by which `y` is shifted against `x`; the correlation of their detail there, and without a shift."""
+    near = fit_of_shifts(x, y)
+    best, width = int(near.argmax()), near.shape[1]
+    dy, dx = best // width - near.shape[0] // 2, best % width - width // 2
+    return dy, dx, near.max().item(), near[near.shape[0] // 2, width // 2].item()
+
+
+def fit_of_shifts(x: Tensor, y: Tensor) -> Tensor:
+    """`[rows, columns]`, none in the centre: correlation of the detail of `x` and of `y` moved back by so many pixels."""
     height, width = x.shape[-2:]
     (a, frequency), (b, _) = _spectrum(x), _spectrum(y)
     weight = frequency.square()  # natural images fall off as 1 / frequency; so weighted, all their detail counts
@@ -68,10 +76,7 @@ def shift_between(x: Tensor, y: Tensor) -> tuple[int, int, float, float]:
     scale = (energies[0] * energies[1]).sqrt().clamp(min=EMPTY)
     correlation = torch.fft.irfft2((a.conj() * b * weight).sum(dim=(0, 1)), s=(height, width)) / scale
     reach = min(MAX_SHIFT, height // 3, width // 3)
-    near = torch.roll(correlation, (reach, reach), (0, 1))[: 2 * reach + 1, : 2 * reach + 1]
-    best = int(near.argmax())
-    dy, dx = best // near.shape[1] - reach, best % near.shape[1] - reach
-    return dy, dx, near.max().item(), correlation[0, 0].item()
+    return torch.roll(correlation, (reach, reach), (0, 1))[: 2 * reach + 1, : 2 * reach + 1]
 
 
 def detail(images: Tensor) -> float:
