@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +19,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError,
 from ray.tune.result import SHOULD_CHECKPOINT
 from small_studies import SMALL
 from small_task import SmallTask
+from two_hosts import two_hosts
 
 from tune_ssim.cli.app import exit_code
 from tune_ssim.orchestration.ray_internals import without_snapshots
@@ -165,3 +170,45 @@ def test_deaths_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "trial-00: its process died: killed, by a lack of memory perhaps, or crashed; try 3 of 3" in out
     assert error.splitlines()[-1].startswith("1 trial has no verdict, since the process died (trial-00): `tune-ssim run")
     assert "Traceback" not in out + error and "raylet" not in out + error
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("fault", ["cut", "killed"])
+def test_a_host_that_is_lost_uses_no_try(tmp_path: Path, fault: str) -> None:
+    """The only host with room for trials is cut off for 25 s, or killed and started again."""
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "slow_task.py").write_text(
+        "import time\nfrom small_task import SmallTask\n\n\nclass SlowTask(SmallTask):\n"
+        "    def step(self):\n        time.sleep(0.3)\n        return super().step()\n"
+    )
+    shutil.copy(TESTS / "small_task.py", code)
+    changes = {"name": "lost", "task": "slow_task:SlowTask", "import_path": str(code), "search": {"trials": 2}}
+    every = {"result_every": 1, "checkpoint_every": 5}
+    (tmp_path / "lost.yaml").write_text(load_study({**SMALL, **changes, **every}).to_yaml())
+    with two_hosts(tmp_path / "hosts") as hosts:
+        hosts.head.environment["PYTHONPATH"] = hosts.worker.environment["PYTHONPATH"] = str(TESTS.parent)
+        hosts.start(cpus=(0, 2))
+        command = [sys.executable, "-m", "tune_ssim", "run", str(tmp_path / "lost.yaml"), "--address", hosts.address]
+        with (tmp_path / "log").open("wb") as log:
+            argv = hosts.head.argv(*command, "--storage-path", str(tmp_path / "storage"))
+            driver = subprocess.Popen(argv, env=hosts.head.environment, stdout=log, stderr=log)
+            folder = StudyFolder(tmp_path / "storage" / "lost")
+            while sum(event["event"] == "records" for event in folder.events()) < 12 and driver.poll() is None:
+                time.sleep(0.5)
+            if fault == "cut":
+                hosts.cut(25)
+            else:
+                hosts.worker.end()
+                time.sleep(5)
+                hosts.worker.ray(f"--address={hosts.address}", cpus=2)
+            code_of_driver = driver.wait(timeout=400)
+    text = (tmp_path / "log").read_text()
+    assert code_of_driver == 0, text
+    assert {trial.trial_id: trial.verdict for trial in folder.trials()} == {
+        "baseline-0": "safe",
+        "baseline-1": "safe",
+        "trial-00": "pruned",
+        "trial-01": "safe",
+    }
+    assert "no try is used up" in text and "Traceback" not in text and "(raylet)" not in text

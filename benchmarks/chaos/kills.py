@@ -1,0 +1,171 @@
+"""Random kills of a study's processes, and whether its result is the same as without them.
+
+    python benchmarks/chaos/kills.py [--kills 20] [--seed 0] [--output benchmarks/results/chaos_kills.json]
+
+A study (two baselines, a staged or a random search, a confirm phase of more trials than the search) runs on a Ray of its own. At
+random moments the driver, or the process of a random trial (twice in a row in every third case), is killed with SIGKILL; a killed driver
+is resumed. After each study its trials are compared with those of an undisturbed one: lost, with two verdicts, with another verdict
+or step count, and whether the best setting is the same. Processes that are left 60 s after the end count as orphans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+from rich.console import Console
+from rich.table import Table
+from small_studies import SMALL
+from ssim import save
+
+from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.winner import NoSafeTrial, best_safe
+from tune_ssim.study.study import load_study
+
+ORPHANS_AFTER_S = 60.0
+CONFIRM = {"seeds": 3, "steps": 60, "finalists": 2}
+SHAPES: dict[str, dict[str, Any]] = {
+    "search and confirm": {"confirm": CONFIRM, "search": {**SMALL["search"], "trials": 4}},
+    "two workers a trial": {"resources": {"workers": 2, "cpus": 0.5}, "task": "ranked_task:RankedTask", "search": {"trials": 2}},
+}
+
+
+def study_file(folder: Path, shape: str) -> Path:
+    paths = {"import_path": str(ROOT / "tests" / ("trainings" if "workers" in shape else ""))}
+    study = load_study({**SMALL, "name": "chaos", "checkpoint_every": 10, "result_every": 2, **paths, **SHAPES[shape]})
+    (folder / "chaos.yaml").write_text(study.to_yaml())
+    return folder / "chaos.yaml"
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tune_ssim", "run", str(folder / "chaos.yaml"), "--storage-path", str(folder), *more]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "trainings")))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CHAOS_MARK": str(folder)}
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def processes(folder: Path) -> dict[int, str]:
+    """Those that inherited the mark of a study, and their titles."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit() and int(path.name) != os.getpid():
+            try:
+                if f"CHAOS_MARK={folder}".encode() in (path / "environ").read_bytes():
+                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+    return found
+
+
+def kill_a_trial(folder: Path, chance: random.Random) -> bool:
+    trials = [pid for pid, title in processes(folder).items() if "Trainable" in title or "GuardedTrial" in title]
+    if not trials:
+        return False
+    try:
+        os.kill(chance.choice(trials), signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def facts(folder: StudyFolder) -> dict[str, Any]:
+    return {trial.trial_id: (trial.verdict.value, trial.steps) for trial in folder.trials()}
+
+
+def winner(folder: StudyFolder) -> str:
+    try:
+        return best_safe(folder).trial_id
+    except NoSafeTrial:
+        return ""
+
+
+def disturbed(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
+    """Runs a study to its end with `kills` kills, the driver's and the trials' in turn."""
+    counts: Counter[str] = Counter()
+    driver = start(folder)
+    for number in range(kills):
+        deadline = time.monotonic() + chance.uniform(8, 30)
+        while time.monotonic() < deadline and driver.poll() is None:
+            time.sleep(0.1)
+        if driver.poll() is not None:
+            break
+        if number % 2:
+            for _ in range(2 if number % 3 == 0 else 1):
+                counts["trial"] += kill_a_trial(folder, chance)
+                time.sleep(1)
+        else:
+            os.killpg(driver.pid, signal.SIGKILL)
+            driver.wait()
+            counts["driver"] += 1
+            more = ["--resume", "--name", "chaos"] if (folder / "chaos" / "study.yaml").exists() else []
+            driver = start(folder, *more)
+    while driver.wait() in (4, 130):  # a trial that was killed three times has no verdict yet
+        driver = start(folder, "--resume", "--name", "chaos")
+    return counts
+
+
+def study_under_kills(shape: str, expected: dict[str, Any], best: str, kills: int, chance: random.Random) -> Counter[str]:
+    with tempfile.TemporaryDirectory(prefix="tune-ssim-chaos-") as name:
+        folder = Path(name)
+        study_file(folder, shape)
+        counts = disturbed(folder, kills, chance)
+        found = StudyFolder(folder / "chaos")
+        lines = [json.loads(line)["trial_id"] for line in found.trials_file.read_text().splitlines()]
+        deadline = time.monotonic() + ORPHANS_AFTER_S
+        while processes(folder) and time.monotonic() < deadline:
+            time.sleep(1)
+        results = facts(found)
+        counts["lost"] = len(set(expected) - set(results))
+        counts["twice"] = len(lines) - len(set(lines))
+        counts["changed"] = sum(results[name] != value for name, value in expected.items() if name in results)
+        counts["other best"] = int(winner(found) != best)
+        counts["orphans"] = len(processes(folder))
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=20, help="of each shape, in studies of four kills")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "chaos_kills.json")
+    arguments = parser.parse_args()
+    chance, total = random.Random(arguments.seed), dict[str, Counter[str]]()
+    columns = ("driver", "trial", "lost", "twice", "changed", "other best", "orphans")
+    for shape in arguments.shapes:
+        with tempfile.TemporaryDirectory() as name:
+            study_file(Path(name), shape)
+            start(Path(name)).wait()
+            undisturbed = StudyFolder(Path(name, "chaos"))
+            expected, best = facts(undisturbed), winner(undisturbed)
+        total[shape] = Counter(dict.fromkeys(columns, 0) | {"studies": 0})
+        while total[shape]["driver"] + total[shape]["trial"] < arguments.kills:
+            found = study_under_kills(shape, expected, best, 4, chance)
+            total[shape].update(found)
+            total[shape]["studies"] += 1
+            print(shape, dict(found), flush=True)
+            if not found["driver"] + found["trial"]:
+                break
+    table = Table("shape", "studies", *columns)
+    for shape, counts in total.items():
+        table.add_row(shape, *(str(counts[key]) for key in ("studies", *columns)))
+    Console().print(table)
+    save(arguments.output, {"seed": arguments.seed, "shapes": {shape: dict(counts) for shape, counts in total.items()}})
+
+
+if __name__ == "__main__":
+    main()
