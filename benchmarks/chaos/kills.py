@@ -2,10 +2,10 @@
 
     python benchmarks/chaos/kills.py [--kills 20] [--seed 0] [--output benchmarks/results/chaos_kills.json]
 
-A study (two baselines, a staged or a random search, a confirm phase of more trials than the search) runs on a Ray of its own. At
-random moments the driver, or the process of a random trial (twice in a row in every third case), is killed with SIGKILL; a killed driver
-is resumed. After each study its trials are compared with those of an undisturbed one: lost, with two verdicts, with another verdict
-or step count, and whether the best setting is the same. Processes that are left 60 s after the end count as orphans.
+Each study has a Ray of its own. At random moments the process of a random trial (in every other case two) or the driver is killed
+with SIGKILL, in turn. A killed driver is resumed. After each study its trials are compared with those of an undisturbed one: lost,
+with two lines, with another verdict or step count, and whether the best setting is the same. Processes of Ray or of the study that
+are left 60 s after the end count as orphans.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
-
 from rich.console import Console
 from rich.table import Table
-from small_studies import SMALL
-from ssim import save
 
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.winner import NoSafeTrial, best_safe
 from tune_ssim.study.study import load_study
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+from small_studies import SMALL  # noqa: E402
+from ssim import save  # noqa: E402
+
 ORPHANS_AFTER_S = 60.0
-CONFIRM = {"seeds": 3, "steps": 60, "finalists": 2}
+LONG = {"steps": 1500}  # seconds a trial
+CONFIRM = {"seeds": 3, "steps": 2000, "finalists": 2}
 SHAPES: dict[str, dict[str, Any]] = {
     "search and confirm": {"confirm": CONFIRM, "search": {**SMALL["search"], "trials": 4}},
     "two workers a trial": {"resources": {"workers": 2, "cpus": 0.5}, "task": "ranked_task:RankedTask", "search": {"trials": 2}},
@@ -45,7 +46,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def study_file(folder: Path, shape: str) -> Path:
     paths = {"import_path": str(ROOT / "tests" / ("trainings" if "workers" in shape else ""))}
-    study = load_study({**SMALL, "name": "chaos", "checkpoint_every": 10, "result_every": 2, **paths, **SHAPES[shape]})
+    study = load_study(
+        {**SMALL, "name": "chaos", "checkpoint_every": 50, "result_every": 10, "task_config": LONG, **paths, **SHAPES[shape]}
+    )
     (folder / "chaos.yaml").write_text(study.to_yaml())
     return folder / "chaos.yaml"
 
@@ -53,26 +56,32 @@ def study_file(folder: Path, shape: str) -> Path:
 def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tune_ssim", "run", str(folder / "chaos.yaml"), "--storage-path", str(folder), *more]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "trainings")))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CHAOS_MARK": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def processes(folder: Path) -> dict[int, str]:
-    """Those that inherited the mark of a study, and their titles."""
+def processes(sessions: set[int]) -> dict[int, str]:
+    """The living processes of these sessions, and their titles. Ray's processes stay in the session of their driver."""
     found = {}
     for path in Path("/proc").iterdir():
-        if path.name.isdigit() and int(path.name) != os.getpid():
-            try:
-                if f"CHAOS_MARK={folder}".encode() in (path / "environ").read_bytes():
-                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
+        if not path.name.isdigit():
+            continue
+        try:
+            state, _, _, session = (path / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) in sessions and state != "Z":
+                found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
     return found
 
 
-def kill_a_trial(folder: Path, chance: random.Random) -> bool:
-    trials = [pid for pid, title in processes(folder).items() if "Trainable" in title or "GuardedTrial" in title]
+def trials_of(session: int) -> list[int]:
+    return [pid for pid, title in processes({session}).items() if "Trainable" in title or "GuardedTrial" in title]
+
+
+def kill_a_trial(session: int, chance: random.Random) -> bool:
+    trials = trials_of(session)
     if not trials:
         return False
     try:
@@ -93,19 +102,20 @@ def winner(folder: StudyFolder) -> str:
         return ""
 
 
-def disturbed(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
-    """Runs a study to its end with `kills` kills, the driver's and the trials' in turn."""
+def disturbed(folder: Path, kills: int, chance: random.Random) -> tuple[Counter[str], set[int]]:
+    """Runs a study to its end with `kills` kills, the trials' and the driver's in turn. Returns their numbers and all sessions."""
     counts: Counter[str] = Counter()
     driver = start(folder)
+    sessions = {driver.pid}
     for number in range(kills):
-        deadline = time.monotonic() + chance.uniform(8, 30)
-        while time.monotonic() < deadline and driver.poll() is None:
+        while not trials_of(driver.pid) and driver.poll() is None:
             time.sleep(0.1)
+        time.sleep(chance.uniform(0, 8))
         if driver.poll() is not None:
             break
-        if number % 2:
-            for _ in range(2 if number % 3 == 0 else 1):
-                counts["trial"] += kill_a_trial(folder, chance)
+        if number % 2 == 0:
+            for _ in range(1 + number // 2 % 2):
+                counts["trial"] += kill_a_trial(driver.pid, chance)
                 time.sleep(1)
         else:
             os.killpg(driver.pid, signal.SIGKILL)
@@ -113,27 +123,29 @@ def disturbed(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
             counts["driver"] += 1
             more = ["--resume", "--name", "chaos"] if (folder / "chaos" / "study.yaml").exists() else []
             driver = start(folder, *more)
+            sessions.add(driver.pid)
     while driver.wait() in (4, 130):  # a trial that was killed three times has no verdict yet
         driver = start(folder, "--resume", "--name", "chaos")
-    return counts
+        sessions.add(driver.pid)
+    return counts, sessions
 
 
 def study_under_kills(shape: str, expected: dict[str, Any], best: str, kills: int, chance: random.Random) -> Counter[str]:
     with tempfile.TemporaryDirectory(prefix="tune-ssim-chaos-") as name:
         folder = Path(name)
         study_file(folder, shape)
-        counts = disturbed(folder, kills, chance)
+        counts, sessions = disturbed(folder, kills, chance)
         found = StudyFolder(folder / "chaos")
         lines = [json.loads(line)["trial_id"] for line in found.trials_file.read_text().splitlines()]
         deadline = time.monotonic() + ORPHANS_AFTER_S
-        while processes(folder) and time.monotonic() < deadline:
+        while processes(sessions) and time.monotonic() < deadline:
             time.sleep(1)
         results = facts(found)
         counts["lost"] = len(set(expected) - set(results))
         counts["twice"] = len(lines) - len(set(lines))
         counts["changed"] = sum(results[name] != value for name, value in expected.items() if name in results)
         counts["other best"] = int(winner(found) != best)
-        counts["orphans"] = len(processes(folder))
+        counts["orphans"] = len(processes(sessions))
     return counts
 
 
