@@ -564,7 +564,7 @@ def test_a_baseline_file(tmp_path: Path) -> None:
     assert Baseline.read(file, BASELINE.sha256) == BASELINE
     with pytest.raises(UserError, match=r"has digest .*, expected 000000000000"):
         Baseline.read(file, "0" * 64)
-    with pytest.raises(ValueError, match=r"No such file.*reachable under the same name from every node"):
+    with pytest.raises(UserError, match=r"no such file.*reachable under the same name from every node"):
         Baseline.read(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="at least one run"):
         Baseline(())

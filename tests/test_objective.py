@@ -13,13 +13,15 @@ import pytest
 from command_studies import LOSS, run, study
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import tune
 from small_studies import SMALL
 from test_cli import tune_ssim
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.cli.tables import best_first
 from tune_ssim.guards.verdict import Verdict
-from tune_ssim.orchestration.ray_executor import _scheduler
+from tune_ssim.orchestration.ray_executor import _Controls, _scheduler
+from tune_ssim.orchestration.retries import Retries
 from tune_ssim.orchestration.verification import verify
 from tune_ssim.results.events import Event
 from tune_ssim.results.export import exported_config
@@ -330,7 +332,8 @@ def test_a_maximised_loss_is_warned_of_before_anything_runs(tmp_path: Path) -> N
 
 def test_asha_follows_the_direction() -> None:
     for objective in (Objective(minimize="val_loss"), Objective(maximize="psnr")):
-        scheduler: Any = _scheduler(Asha(max_steps=40), None, 1, objective)
+        controls = _Controls(tune.PlacementGroupFactory([{"CPU": 1}]), 1, Retries(str, print))
+        scheduler: Any = _scheduler(Asha(max_steps=40), controls, objective)
         assert (scheduler._mode, scheduler._metric) == (objective.direction[:3], "held_out_now")
 
 

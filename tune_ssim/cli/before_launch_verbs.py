@@ -9,7 +9,7 @@ import click
 
 from tune_ssim.base.errors import BadSetup
 from tune_ssim.cli.options import ChosenStudy, forget_starts, study_options
-from tune_ssim.cli.output import make_console, output_file, print_json, readable, suggest_next
+from tune_ssim.cli.output import make_console, output_file, print_json, print_line, suggest_next
 
 if TYPE_CHECKING:
     from tune_ssim.study.study import Study
@@ -71,7 +71,7 @@ def calibrate(chosen: ChosenStudy, as_json: bool, picture: str | None) -> None:
         for table in (gains_table, predictions_table):
             console.print(table(calibration, console.options.ascii_only))
         for line in calibration_sentences(calibration):
-            console.print(readable(line, console), markup=False)
+            print_line(line, console)
     assert target is not None
     write_atomically(target, draw_heat_map(calibration, study.space, study.name))
     click.echo(f"wrote {target}", err=as_json)
@@ -101,9 +101,9 @@ def recommend(chosen: ChosenStudy, as_json: bool) -> None:
         print_json({"study": study.name, "settings": settings, "prediction": asdict(prediction), "proven": False})
     else:
         console = make_console()
-        console.print(readable(f"{format_setting(settings)}: predicted norm ratio {prediction.ratio:.3g}", console), markup=False)
+        print_line(f"{format_setting(settings)}: predicted norm ratio {prediction.ratio:.3g}", console)
         evidence = "with five recorded trainings such a setting had 0.95 of the best in the median, and harmed one"
-        console.print(readable(f"not tried: {evidence} (docs/search.md)", console), markup=False)
+        print_line(f"not tried: {evidence} (docs/search.md)", console)
     suggest_next("run", *chosen.arguments, why="tries it and its neighbours", to_stderr=as_json)
 
 
@@ -135,7 +135,7 @@ def spaces(name: str | None, as_json: bool) -> None:
         console = make_console()
         ascii_only = console.options.ascii_only
         if name:
-            console.print(readable(found[0].description, console), markup=False)
+            print_line(found[0].description, console)
             console.print(stages_table(found[0], ascii_only))
         else:
             console.print(spaces_table(found, ascii_only))
@@ -157,7 +157,7 @@ def _inspect(study: Study, chosen: ChosenStudy, phase: str, steps: int | None = 
     wanted |= {
         "steps": steps,
         "kept": starts_file(chosen.storage, study.name),
-        "say": lambda line: console.print(line, markup=False),
+        "say": lambda line: print_line(line, console),
     }
     with console.status(f"{phase} of {study.name}"):
         if chosen.address is None:

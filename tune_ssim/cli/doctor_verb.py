@@ -8,7 +8,7 @@ import click
 
 from tune_ssim.base.errors import BadSetup
 from tune_ssim.cli.options import storage_option, tracking_option
-from tune_ssim.cli.output import make_console, print_json, readable
+from tune_ssim.cli.output import make_console, print_json, print_line
 
 
 @click.command()
@@ -38,9 +38,9 @@ def doctor(study: str | None, address: str, storage: Path, tracking_uri: str | N
         console = make_console()
         for one in findings:
             if one.level == "warning":
-                console.print(readable(f"warning: {one.sentence}", console), markup=False)
+                print_line(f"warning: {one.sentence}", console)
         if not problems:
             count = len(report["nodes"])
-            console.print(f"{count} {'node is' if count == 1 else 'nodes are'} fit for a study", markup=False)
+            print_line(f"{count} {'node is' if count == 1 else 'nodes are'} fit for a study", console)
     if problems:
         raise BadSetup("\n".join(problems))

@@ -62,6 +62,11 @@ def readable(text: str, console: Console) -> str:
     return readable(text, console.options.ascii_only)
 
 
+def print_line(text: str, console: Console) -> None:
+    """Wrapped in a terminal only: a pipe has no width, and a command broken into two lines cannot be pasted."""
+    console.print(readable(text, console), markup=False, soft_wrap=not console.is_terminal)
+
+
 def print_exactly(text: str) -> None:
     """Writes to stdout as UTF-8 whatever the locale, for other programs."""
     stream, rest = sys.stdout.buffer, memoryview(text.encode())

@@ -9,7 +9,7 @@ import click
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.cli.exit_codes import BAD_SETUP
 from tune_ssim.cli.options import Verbs, storage_option
-from tune_ssim.cli.output import make_console, print_json, readable, suggest_next
+from tune_ssim.cli.output import make_console, print_json, print_line, suggest_next
 
 
 @click.group(cls=Verbs)
@@ -35,7 +35,7 @@ def quarantine_list(as_json: bool, storage: Path) -> None:
         return
     console = make_console()
     if not entries:
-        console.print("nothing is in quarantine", markup=False)
+        print_line("nothing is in quarantine", console)
         return
     from tune_ssim.cli.tables import quarantine_table
 
@@ -63,9 +63,9 @@ def quarantine_why(what: str, storage: Path) -> None:
     except BadSetup as error:  # here a file that is not a checkpoint is a wrong argument
         raise UserError(str(error)) from None
     for line in lines:
-        console.print(readable(f"{line.time}  {line.id[:12]}  {line}", console), markup=False)
+        print_line(f"{line.time}  {line.id[:12]}  {line}", console)
     if Path(what).exists():
-        console.print(readable(str(refusal) if refusal else f"{what}: not in quarantine", console), markup=False)
+        print_line(str(refusal) if refusal else f"{what}: not in quarantine", console)
     if in_force:
         raise click.exceptions.Exit(BAD_SETUP)
 

@@ -10,7 +10,7 @@ import click
 from tune_ssim.base.errors import BadSetup, StudyInterrupted, UserError
 from tune_ssim.cli.exit_codes import UNDECIDED
 from tune_ssim.cli.options import forget_starts, fresh_option, storage_option, tracking_option
-from tune_ssim.cli.output import make_console, output_file, print_exactly, print_json, readable, suggest_next
+from tune_ssim.cli.output import make_console, output_file, print_exactly, print_json, print_line, suggest_next
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,8 +108,8 @@ def run(
         _report_failures(folder)
         raise
     proof = proof_of(best, folder)
-    console.print(readable(f"best safe: {best.trial_id}: {best.reason}", console), markup=False)
-    console.print(readable(proof_line(proof), console), markup=False)
+    print_line(f"best safe: {best.trial_id}: {best.reason}", console)
+    print_line(proof_line(proof), console)
     option = ["--unproven"] if proof["unproven"] else []
     suggest_next("export", folder.name, "--format", "env", *option, why="prints it for a training script")
     suggest_next("ui", folder.name, why="browses the study in MLflow")
@@ -346,7 +346,7 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
                 f"{folder.trials_file}: lacks {len(lost)} trials that ended, by {folder.events_file.name}; "
                 f"`tune-ssim run --resume --name {folder.name}` restores them"
             )
-        console.print(readable(f"{folder.name}: no trial has ended yet{stopped}", console), markup=False)
+        print_line(f"{folder.name}: no trial has ended yet{stopped}", console)
         return
     try:
         winner = best_safe(folder).trial_id
@@ -366,10 +366,10 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
     )
     if front:
         names = ", ".join(metric_label(goal.name) for goal in objective.goals)
-        console.print(readable(f"{FRONT} Pareto front of {names}: {', '.join(front)}", console), markup=False)
+        print_line(f"{FRONT} Pareto front of {names}: {', '.join(front)}", console)
     for line in warning_lines(summaries):
-        console.print(readable(f"warning: {line}", console), markup=False)
+        print_line(f"warning: {line}", console)
     for skipped in folder.skipped():
-        console.print(readable(f"not launched: {format_setting(skipped.config)}: {skipped.sentence}", console), markup=False)
+        print_line(f"not launched: {format_setting(skipped.config)}: {skipped.sentence}", console)
     if stopped:
-        console.print(readable(f"{folder.name}{stopped}".replace("; it", ""), console), markup=False)
+        print_line(f"{folder.name}{stopped}".replace("; it", ""), console)
