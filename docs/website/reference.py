@@ -32,8 +32,9 @@ from tune_ssim.base.yaml_source import dump_yaml
 from tune_ssim.cli.app import cli
 from tune_ssim.guards import Guard, Threshold
 from tune_ssim.guards.rule_pack import RulePack, _Condition, _Rule, bundled_packs_folder
+from tune_ssim.study.fields import GUARD_OPTIONS, THRESHOLD_OPTIONS
 from tune_ssim.study.space import Space, Stage
-from tune_ssim.study.study import _GUARDS, _THRESHOLD, Study, bundled_studies_folder, load_study
+from tune_ssim.study.study import Study, bundled_studies_folder, load_study
 
 MODULES = ("tune_ssim", *(f"tune_ssim.{room}" for room in ("losses", "guards", "records", "probes", "orchestration", "testing")))
 WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null", Any: "anything", dict: "mapping"}
@@ -228,7 +229,7 @@ def study_page() -> str:
 
 def guard_keys() -> dict[str, tuple[type, tuple[str, ...]]]:
     """Name of a guard in a study → (its class, its keys)."""
-    return {**_GUARDS, "threshold": (Threshold, _THRESHOLD)}
+    return {**GUARD_OPTIONS, "threshold": (Threshold, THRESHOLD_OPTIONS)}
 
 
 def space_page() -> str:

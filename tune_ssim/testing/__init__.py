@@ -32,7 +32,7 @@ from tune_ssim.trials.load_training import load_task
 
 __all__ = ["TaskReport", "check_task"]
 
-STEPS_OF_A_TRIAL = 200  # passed to setup(), as in a study (study.DEFAULT_STEPS); only a few are taken
+STEPS_OF_A_TRIAL = 200  # passed to setup(), as in a study (study.fields.DEFAULT_STEPS); only a few are taken
 # Each check sees in its `Run` what is broken already, so that one fault is reported once.
 CHECKS: dict[str, Callable[[ClassUnderTest, Run], Iterator[Check]]] = {
     "effective": check_effective,
