@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_task import SmallTask
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.guards import Baseline, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
+from tune_ssim.guards import Baseline, Divergence, Guard, KeepRule, NonFinite, NormRatio, SmokeTest
 from tune_ssim.tasks.fundus_sr import FundusSR
 from tune_ssim.trials.final_verdict import TrialPlan, harm_of
 from tune_ssim.trials.job import BaselineFile, TrialJob
@@ -135,6 +136,50 @@ def test_a_missing_metric_is_an_error_never_a_pass(baseline: Baseline) -> None:
     made.advance()
     assert made.verdict is not None and made.verdict.verdict == "error"
     assert "guard 'norm_ratio': metric 'total_norm' absent from the first 20 records; saw" in made.verdict.reason
+
+
+class OddlyNamed(SmallTask):
+    """Reports its loss under `name` alone, from step `after` on if given."""
+
+    def __init__(self, name: str, after: int = 0) -> None:
+        self.name, self.after = name, after
+
+    def step(self) -> dict[str, float | torch.Tensor]:
+        values = super().step()
+        loss = values.pop("loss") if self.n > self.after else values["loss"]
+        return values if self.name == "" and self.n > self.after else {**values, self.name or "loss": loss}
+
+
+@pytest.mark.parametrize(
+    ("task", "verdict", "said"),
+    [
+        (OddlyNamed("loss_flow"), "safe", "guard 'divergence' judged nothing: no record has loss; saw loss_flow, ssim_active"),
+        (OddlyNamed("", after=12), "error", "loss is missing in 28 of 40 records, from step 13 on: the end of the training was"),
+        (OddlyNamed("loss_flow", after=12), "safe", "loss is missing in 28 of 40 records, from step 13 on"),
+        (OddlyNamed("loss"), "safe", ""),
+        (OddlyNamed("", after=35), "safe", ""),  # five records: a test after the training
+    ],
+)
+def test_a_loss_that_is_not_reported_is_not_passed_over(
+    baseline: Baseline, tmp_path: Path, task: SmallTask, verdict: str, said: str
+) -> None:
+    def started() -> Trial:
+        made = Trial(task, TrialPlan(steps=STEPS, guards=(*ALL, Divergence())))
+        made.start({"steps": STEPS, "ssim_loss_weight": 1.0}, baseline=baseline, searched=())
+        return made
+
+    made = started()
+    made.advance()
+    assert made.verdict is not None and made.verdict.verdict == verdict, made.verdict
+    found = made.verdict.reason if verdict == "error" else "; ".join(made.remarks)
+    assert found.startswith(said) and bool(found) == bool(said)
+    first = started()
+    first.advance(30)
+    first.save(tmp_path / "c")
+    resumed = started()
+    resumed.load(tmp_path / "c")
+    resumed.advance()
+    assert resumed.verdict == made.verdict
 
 
 def test_another_training_is_not_comparable(baseline: Baseline) -> None:

@@ -18,12 +18,12 @@ from tune_ssim.guards import Baseline, Divergence, Guard, NonFinite, NormRatio, 
 from tune_ssim.guards.branch_report import BranchFinding, BranchReport, judge_branch, series_of
 from tune_ssim.guards.curves import Curve
 from tune_ssim.guards.guard import WILDCARD_ENDINGS, is_named
-from tune_ssim.guards.log_gaps import NotFinite, Presence
+from tune_ssim.guards.log_gaps import LossPresence, NotFinite, is_training_loss
 from tune_ssim.guards.log_report import Alert, LogReport, Unknown
 from tune_ssim.guards.rule_pack import Branch, RulePack, bundled_packs, load_rules
 from tune_ssim.guards.watch import GRACE_RECORDS
 from tune_ssim.records import LOSS, TOTAL_NORM, Record
-from tune_ssim.records.metric_names import is_held_out, is_loss_like, is_loss_weight, usual_names, words_of
+from tune_ssim.records.metric_names import is_loss_weight, usual_names, words_of
 from tune_ssim.records.readers import Source
 from tune_ssim.records.readers.parse_issues import EmptyRows
 from tune_ssim.records.record_table import Table
@@ -61,7 +61,7 @@ class LogCheck:
         self.alerts: dict[str, list[Alert]] = {}
         self.records, self.first_step, self.last_step = 0, -1, -1
         self.metrics: dict[str, None] = {}  # all metrics in the log
-        self._losses: dict[str, Presence] = {}  # of the training
+        self._losses = LossPresence()
         self._not_finite = NotFinite()
         self.matching: set[str] = set()  # names of the packs that match the log
         of_branches = [key for pack in packs for branch in pack.branches.values() for key in series_of(branch)]
@@ -86,8 +86,7 @@ class LogCheck:
         new = [alert for violations in self.watch.update_table(table) for alert in self._add_alerts(violations)]
         if not self.records:
             self.first_step = table.steps[0]
-        for name, presence in self._losses.items():
-            presence.add(table, table.column(name), self.records)
+        self._losses.add(table)
         self._not_finite.add(table, [name for name in table.metrics if not self._non_finite.judges(name)])
         self.records += len(table)
         self.last_step = table.steps[-1]
@@ -128,7 +127,7 @@ class LogCheck:
             passed_over=passed_over,
             judged_metrics=self._judged_metrics(judging),
             metrics=len(self.metrics),
-            doubts=(*self._missing_losses(empty or EmptyRows()), *self._doubts(unknown)),
+            doubts=(*self._losses.doubts(empty), *self._doubts(unknown)),
         )
 
     def _judged_metrics(self, guards: Sequence[Guard]) -> tuple[str, ...]:
@@ -147,12 +146,6 @@ class LogCheck:
                 name = "gradient norm" if metric == TOTAL_NORM else metric
                 yield f"{name} is never below {lowest:.2g} (a sound one is below {limit:.0e}): it may have diverged before this log"
         yield from (f"{one.reason}" for one in unknown if one.guard == NonFinite.name)
-
-    def _missing_losses(self, empty: EmptyRows) -> Iterator[str]:
-        """The loss, or else every loss term, that is no longer logged at the end: a NaN may be written as an empty cell."""
-        for name in [LOSS] if LOSS in self._losses else self._losses:
-            if sentence := self._losses[name].doubt(name, self.records, empty):
-                yield sentence
 
     def nothing_known(self) -> str | None:
         """If no guard recognises any metric of the log, the reason; else None. Usually the metrics have other names."""
@@ -175,7 +168,7 @@ class LogCheck:
         """The branches of a log that matches no pack: the loss, or else every loss term, and the norm.
 
         The loss of a fine-tuning may be good from the start: it need not fall but must not rise."""
-        losses = [LOSS] if LOSS in self.metrics else list(filter(_is_training_loss, self.metrics))
+        losses = [LOSS] if LOSS in self.metrics else list(filter(is_training_loss, self.metrics))
         return {
             "training" if loss == LOSS else loss: Branch(
                 loss=loss, gradient=(TOTAL_NORM,), may_be_flat=True, may_rise="kl" in loss.lower()
@@ -206,9 +199,7 @@ class LogCheck:
         for name in metrics:
             if name not in self.metrics:
                 self.metrics[name] = None
-                if _is_training_loss(name):
-                    self._losses[name] = Presence()
-                if (_is_training_loss(name) or is_loss_weight(name)) and name not in self._series:
+                if (is_training_loss(name) or is_loss_weight(name)) and name not in self._series:
                     self._series.append(name)
         if len(self.matching) < len(self.packs):
             self.matching |= {pack.name for pack in self.packs if self.given or self.metrics.keys() & pack.known_by}
@@ -243,11 +234,7 @@ def _largest_plausible(metric: Any) -> float:
     """The largest value that a loss or a norm of a sound training keeps up; infinite for other metrics."""
     if metric == TOTAL_NORM:
         return MAX_NORM
-    return MAX_LOSS if isinstance(metric, str) and _is_training_loss(metric) else math.inf
-
-
-def _is_training_loss(metric: str) -> bool:
-    return is_loss_like(metric) and not is_held_out(metric)
+    return MAX_LOSS if isinstance(metric, str) and is_training_loss(metric) else math.inf
 
 
 def _metrics_of(guard: Guard) -> list[str]:

@@ -1,14 +1,17 @@
-"""Finds what a log leaves out or no guard judges: a loss that is no longer logged, and other metrics that are not finite."""
+"""Finds what a training does not report or no guard judges: a loss that is no longer logged, other metrics that are not finite."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import islice
 from operator import sub
+from typing import Any
 
+from tune_ssim.records import LOSS
+from tune_ssim.records.metric_names import is_held_out, is_loss_like
 from tune_ssim.records.readers.parse_issues import EmptyRows
 from tune_ssim.records.record_table import Column, Table
 
@@ -50,6 +53,49 @@ class Presence:
         if self.last < 0 or step is None or missing < max(MIN_MISSING, MISSING_DISTANCES * distance):
             return None
         return f"{metric} is missing in {missing} of {records + empty.count} records, from step {step} on"
+
+
+class LossPresence:
+    """The training losses in a stream of records, and whether they are reported to its end. A NaN may be written as an empty
+    cell, or be left out."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self._losses: dict[str, Presence] = {}
+
+    def add(self, table: Table) -> None:
+        for name in table.metrics:
+            if name not in self._losses and is_training_loss(name):
+                self._losses[name] = Presence()
+        for name, presence in self._losses.items():
+            presence.add(table, table.column(name), self.records)
+        self.records += len(table)
+
+    def __contains__(self, metric: str) -> bool:
+        return metric in self._losses
+
+    @property
+    def all_end_early(self) -> bool:
+        """Whether no loss is reported to the end; False if there was none."""
+        doubts = [one.doubt(name, self.records, EmptyRows()) for name, one in self._losses.items()]
+        return bool(doubts) and None not in doubts
+
+    def doubts(self, empty: EmptyRows | None = None) -> Iterator[str]:
+        """The loss, or else every loss term, that is no longer reported at the end. empty: the rows without a number."""
+        for name in [LOSS] if LOSS in self._losses else self._losses:
+            if sentence := self._losses[name].doubt(name, self.records, empty or EmptyRows()):
+                yield sentence
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"records": self.records, "losses": {name: asdict(one) for name, one in self._losses.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.records = state["records"]
+        self._losses = {name: Presence(**one) for name, one in state["losses"].items()}
+
+
+def is_training_loss(metric: str) -> bool:
+    return is_loss_like(metric) and not is_held_out(metric)
 
 
 class NotFinite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,9 @@ from tune_ssim.guards import (
     Watch,
     decades_beyond,
 )
+from tune_ssim.guards.log_gaps import LossPresence
 from tune_ssim.guards.verdict import Verdict
+from tune_ssim.guards.watch import MAX_SHOWN_NAMES
 from tune_ssim.records import LOSS, TOTAL_NORM
 from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
 
@@ -95,6 +97,26 @@ def margins_of(
     if not of_keep and noise and name in found and name in reference:
         limit = NOISE_FACTOR * (-noise if is_floor else noise)
         yield Margin(name, found[name] - reference[name], limit, is_floor=is_floor, is_ratio=False)
+
+
+def unwatched_end(watch: Watch, losses: LossPresence) -> list[str]:
+    """Why the end of the training was not judged: no loss was reported there, and a NaN may be left out."""
+    if not _guards_of_loss(watch) or not losses.all_end_early:
+        return []
+    return [f"{doubt}: the end of the training was not judged" for doubt in losses.doubts()]
+
+
+def guards_without_loss(watch: Watch, losses: LossPresence, names: Collection[str]) -> Iterator[str]:
+    """A sentence where a guard of the loss did not judge all of the training. names: the metrics that it reported."""
+    if LOSS in losses and _guards_of_loss(watch):
+        yield from losses.doubts()
+    elif any(isinstance(guard, Divergence) for guard in watch.guards):
+        saw = ", ".join(sorted(names)[:MAX_SHOWN_NAMES]) or "no metric at all"
+        yield f"guard '{Divergence.name}' judged nothing: no record has {LOSS}; saw {saw}"
+
+
+def _guards_of_loss(watch: Watch) -> list[Guard]:
+    return [guard for guard in watch.guards if isinstance(guard, (NonFinite, Divergence))]
 
 
 def guards_that_judged(watch: Watch) -> Iterator[str]:

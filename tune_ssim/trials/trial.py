@@ -25,6 +25,7 @@ from tune_ssim.guards import (
     Violation,
     Watch,
 )
+from tune_ssim.guards.log_gaps import LossPresence
 from tune_ssim.guards.verdict import Action, Role, Verdict
 from tune_ssim.probes import file_contents, tensor_contents
 from tune_ssim.records import (
@@ -39,16 +40,19 @@ from tune_ssim.records import (
     is_of_training,
     merge,
 )
+from tune_ssim.records.record_table import Table
 from tune_ssim.trials.checkpoint import load_checkpoint, save_checkpoint, tensors_of
 from tune_ssim.trials.final_verdict import (
     OF_MARGINS,
     Judgement,
     TrialPlan,
     guards_that_judged,
+    guards_without_loss,
     harm_of,
     margins_of,
     not_measured,
     rules_without_metric,
+    unwatched_end,
 )
 from tune_ssim.trials.sample_check import require_kind, require_range, statistics_of
 from tune_ssim.trials.sample_grid import draw_grid
@@ -98,7 +102,8 @@ class Trial:
         self.records_before_error: list[Record] = []
         self.wrote: list[dict[str, Any]] = []  # contents of checkpoints, for the quarantine ledger
         self.logged: list[float] = []  # values of the objective's metric that its reduction needs
-        self.logged_names: set[str] = set()  # of a baseline run
+        self.logged_names: set[str] = set()
+        self.losses = LossPresence()
         self.rival = rival
         self.curve: list[tuple[int, float]] = []  # improvement over the baseline at evaluations before the end
         self.first_active: int | None = None  # until this step a trial equals the baseline bit for bit
@@ -212,7 +217,7 @@ class Trial:
             "watch": self.watch.state_dict(), "warnings": [asdict(warning) for warning in self.warnings],
             "baseline": None if self.baseline is None else self.baseline.sha256,
             "series": {name: [[step, value] for step, value in points.items()] for name, points in self.series.items()},
-            "first_active": self.first_active, "logged": self.logged, "curve": self.curve,
+            "first_active": self.first_active, "logged": self.logged, "curve": self.curve, "losses": self.losses.state_dict(),
             "verdict": None if self.verdict is None else asdict(self.verdict),
         }  # fmt: skip
         save_checkpoint(folder, {"task": self.task.state_dict(), "trial": trial}, self.parents)
@@ -259,6 +264,8 @@ class Trial:
         self.series = {name: dict(points) for name, points in trial["series"].items()}
         self.first_active, self.logged = trial["first_active"], trial.get("logged", [])
         self.curve = [(step, value) for step, value in trial.get("curve", [])]
+        if "losses" in trial:  # not in a checkpoint of an earlier version
+            self.losses.load_state_dict(trial["losses"])
         self.step = trial["step"]
         if (verdict := trial["verdict"]) is not None:  # saved after the end: nothing to resume
             violation = verdict["violation"]
@@ -358,6 +365,7 @@ class Trial:
             self._keep_image(record)
             self._keep_series(record)
             self._keep_objective(record)
+            self._keep_names(record)
             if self.first_active is None and TOTAL_NORM in record.values and record.values.get(ACTIVE_FRACTION, 1.0) > 0:
                 self.first_active = record.step
             for violation in violations:
@@ -399,8 +407,12 @@ class Trial:
                 self.series.setdefault(objective.metric, {})[record.step] = value
             elif self.baseline is not None and record.step != self.plan.steps:
                 self._compare(record.step, value)
-        if self.role == Role.BASELINE:
-            self.logged_names |= record.values.keys()
+
+    def _keep_names(self, record: Record) -> None:
+        names = {name for name in record.values if not name.startswith((SMOKE, SMOKE_AGAIN))}
+        if names:  # of the training, not of samples alone
+            self.logged_names |= names
+            self.losses.add(Table([record.step], rows=[record.values]))
 
     def _evaluation_due(self, before: int, ended: bool) -> bool:
         return not (ended or self.task.reports_after_last_step) and any(
@@ -493,7 +505,7 @@ class Trial:
                 "log more often, or raise `steps` (a count of images or tokens is no step)",
             )
         try:
-            unjudged = self.watch.finish()
+            unjudged = [*self.watch.finish(), *unwatched_end(self.watch, self.losses)]
         except MissingMetric as error:
             return Judgement(Verdict.ERROR, self._missing(error))
         if self.baseline is not None and self.step < (last := self._last_step_of_baseline()) and self.step < self.plan.last_step:
@@ -506,10 +518,12 @@ class Trial:
         metrics, words = found | deltas, f"safe to step {self.step}"
         if unjudged:
             return Judgement(Verdict.ERROR, "; ".join(unjudged), metrics=metrics)
+        self.remarks += tuple(guards_without_loss(self.watch, self.losses, self.logged_names))
         self.remarks += tuple(rules_without_metric(self.plan, found if self.baseline is None else reference))
         if self.baseline is None:
-            names = [name for name in self.logged_names if not name.startswith(SMOKE)]
-            if self.plan.requires_objective and (problem := self.plan.objective.problem(found, self.logged, names)):
+            if self.plan.requires_objective and (
+                problem := self.plan.objective.problem(found, self.logged, list(self.logged_names))
+            ):
                 return Judgement(Verdict.ERROR, problem, metrics=metrics)
             return Judgement(Verdict.SAFE, words, metrics=metrics)
         margins = list(margins_of(self.plan, self.watch, self.baseline, found, reference))
