@@ -28,9 +28,12 @@ from fundus_defects import DEFECTS, HEALTHY, Case, case
 from held_apart_defects import HELD_APART
 from rich.console import Console
 from rich.table import Table
+from small_diffusion import SmallDiffusion
 from ssim import save
+from unseen_defects import UNSEEN
 
 from tune_ssim.before_launch.preflight import preflight_task
+from tune_ssim.tasks.fundus_sr import FundusSR
 
 # (seed, configuration below the defect's own): size, optimiser and clipping differ
 VARIANTS: list[tuple[int, dict[str, Any]]] = [
@@ -38,6 +41,7 @@ VARIANTS: list[tuple[int, dict[str, Any]]] = [
     (1, {"crop": 32, "batch_size": 4, "preset": "adamw_clip"}),
     (2, {"crop": 40, "batch_size": 6, "t_law": "shifted_sigmoid_normal", "timestep_shift": 0.5}),
 ]
+GROUPS = {"held apart": HELD_APART, "unseen": UNSEEN}
 # check → the number that decides it
 DECISIVE = {
     "loss/main": "ratio",
@@ -83,7 +87,7 @@ def main() -> None:
     parser.add_argument("--variants", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
-        "--only", default="", help="defects and variations whose name holds this text; `held apart`: those written last"
+        "--only", default="", help="defects and variations whose name holds this text; or one of the groups `held apart`, `unseen`"
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "preflight.json")
     arguments = parser.parse_args()
@@ -92,7 +96,7 @@ def main() -> None:
         for variant in arguments.variants
         for kind, names in (("defect", DEFECTS), ("sound", HEALTHY))
         for name in names
-        if arguments.only in name or (arguments.only == "held apart" and name in HELD_APART)
+        if arguments.only in name or name in GROUPS.get(arguments.only, ())
     ]
     with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
         results = []
@@ -122,7 +126,7 @@ def judge(job: tuple[str, str, int]) -> dict[str, Any]:
 
 def told(kind: str, name: str, variant: int, found: Case) -> dict[str, Any]:
     started = time.process_time()
-    seed, config = VARIANTS[variant]
+    seed, config = VARIANTS[variant] if issubclass(found.task, FundusSR | SmallDiffusion) else (variant, {})
     options = {"steps": found.steps, "settings": found.settings, "baseline": found.baseline}
     report = preflight_task(found.task, {**config, **found.config}, seed, device="cpu", **options)
     bad = [check.name for check in report.of("bad_setup")]
@@ -134,15 +138,15 @@ def told(kind: str, name: str, variant: int, found: Case) -> dict[str, Any]:
         "status": report.status,
         "right": blamed if kind == "defect" else not bad,
         "listed": kind == "defect" and DEFECTS[name][0],
-        "held_apart": name in HELD_APART,
+        "group": next((group for group, names in GROUPS.items() if name in names), "tuned on"),
         "blamed": list(found.blamed),
         "bad": bad,
         "first_is_blamed": bool(bad) and any(bad[0].startswith(cause) for cause in found.blamed),
         "warned": [check.name for check in report.of("warn")],
         "reason": report.reason,
-        "cpu_s": time.process_time() - started,
+        "cpu_s": round(time.process_time() - started, 2),
         "decisive": {
-            check.name: check.evidence[DECISIVE[check.name]]
+            check.name: float(f"{check.evidence[DECISIVE[check.name]]:.5g}")
             for check in report.checks
             if check.name in DECISIVE and DECISIVE[check.name] in check.evidence
         },
@@ -155,21 +159,32 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     caught = [result for result in broken if result["status"] == "bad_setup"]
     alarms = [result for result in sound if result["status"] == "bad_setup"]
     listed = [result for result in broken if result["listed"]]
-    apart = [result for result in broken if result["held_apart"]]
     return {
         "broken_set_ups": len(broken),
         "sound_set_ups": len(sound),
         "recall": share(caught, broken),
         "recall_with_the_right_reason": share([result for result in broken if result["right"]], broken),
         "recall_of_the_listed": share([result for result in listed if result["right"]], listed),
-        "recall_of_those_held_apart": share([result for result in apart if result["status"] == "bad_setup"], apart),
-        "recall_of_those_held_apart_with_the_right_reason": share([result for result in apart if result["right"]], apart),
+        "groups": {group: shares_of([result for result in results if result["group"] == group]) for group in ("tuned on", *GROUPS)},
         "first_reason_is_the_right_one": share([result for result in broken if result["first_is_blamed"]], broken),
         "precision": share(caught, [*caught, *alarms]),
         "false_alarms": [[result["name"], result["variant"], result["reason"]] for result in alarms],
         "missed": [[result["name"], result["variant"], result["reason"]] for result in broken if not result["right"]],
         "median_cpu_s": sorted(result["cpu_s"] for result in results)[len(results) // 2],
         "limits": limits(broken, sound),
+    }
+
+
+def shares_of(results: list[dict[str, Any]]) -> dict[str, Any]:
+    broken = [result for result in results if result["kind"] == "defect"]
+    sound = [result for result in results if result["kind"] == "sound"]
+    return {
+        "broken_set_ups": len(broken),
+        "sound_set_ups": len(sound),
+        "recall": share([result for result in broken if result["status"] == "bad_setup"], broken),
+        "recall_with_the_right_reason": share([result for result in broken if result["right"]], broken),
+        "first_reason_is_the_right_one": share([result for result in broken if result["first_is_blamed"]], broken),
+        "false_alarms": sum(result["status"] == "bad_setup" for result in sound),
     }
 
 

@@ -112,7 +112,19 @@ def save(path: Path, result: dict[str, Any]) -> None:
         **result,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(written(result))
+
+
+def written(result: dict[str, Any]) -> str:
+    """JSON, with each result of a long list on a line of its own."""
+    listed = result.get("results")
+    if not isinstance(listed, list) or len(listed) < 100:
+        return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    marker = "one line each"
+    lines = ",\n  ".join(json.dumps(item, ensure_ascii=False) for item in listed)
+    return (
+        json.dumps({**result, "results": marker}, indent=2, ensure_ascii=False).replace(f'"{marker}"', f"[\n  {lines}\n ]") + "\n"
+    )
 
 
 def git(*arguments: str) -> str | None:
