@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -567,6 +568,23 @@ def test_failures_inside_the_task_are_findings_and_mistakes_are_not() -> None:
     assert check.sentence.startswith("setup() failed: KeyError: 'vae' (test_preflight.py:")
     with pytest.raises(UserError, match="unknown key 'presett'"):
         preflight_task(FundusSR, {"presett": "sgd"}, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"decode": lambda z: z.reshape(7, 7)}, r"decode\(\) failed: RuntimeError: shape .* \(test_preflight.py:"),
+        (
+            {"decode": lambda z: z.reshape(1, 4, 8, 8)},
+            r"decode\(\) failed: RuntimeError: shape .* \(test_preflight.py:",
+        ),  # not of one latent
+        ({"targets": torch.zeros(1, 3, 8, 8)}, r"forward\(\) failed: IndexError"),
+    ],
+)
+def test_a_decoder_that_fails_is_one_finding(change: dict[str, Any], sentence: str) -> None:
+    task = variant(forward=lambda self, n: replace(FundusSR.forward(self, n), **change))
+    (check,) = preflight_task(task, SMALL, baseline=BASELINE, device="cpu").checks
+    assert (check.name, check.status) == ("setup", "bad_setup") and re.match(sentence, check.sentence), check
 
 
 def test_what_a_space_may_launch() -> None:

@@ -20,7 +20,7 @@ from tune_ssim.before_launch.preflight.cost import Budget
 from tune_ssim.before_launch.preflight.launch import settings_of
 from tune_ssim.before_launch.preflight.picture import Album
 from tune_ssim.before_launch.preflight.report import Check, Report, unknown
-from tune_ssim.before_launch.preflight.subject import Failure, Subject, call, guarded, numbers
+from tune_ssim.before_launch.preflight.subject import Failure, Subject, call, decoder_of, guarded, looked_at, numbers
 from tune_ssim.guards import Guard, NormRatio, SmokeTest
 from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import Forward, Training
@@ -117,7 +117,7 @@ def _start(
     """Checks of the task after its set-up. Its only step comes last."""
     sample, batch = budget.timed("sample", lambda: call(task, "sample", 0)), _first_forward(task, budget)
     too_long = budget.refusal("forward", **images.work(batch))
-    seen = images.look(task) if batch and too_long is None else None
+    seen = looked_at(task, images.look) if batch and too_long is None else None
     album.sample, album.seen = sample, seen
     if task.abilities().training_images:
         with contextlib.suppress(Failure):  # reported by its own check
@@ -154,7 +154,7 @@ def _first_forward(task: Training, budget: Budget) -> int:
         return 0
     with torch.no_grad():
         forward: Forward = budget.timed("forward", lambda: call(task, "forward", 1))
-        budget.timed("decode", lambda: forward.decode(forward.z0[:1]).cpu())
+        budget.timed("decode", lambda: decoder_of(task, forward)(forward.z0[:1]).cpu())
     return len(forward.t)
 
 

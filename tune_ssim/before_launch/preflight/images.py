@@ -16,7 +16,7 @@ from tune_ssim.before_launch.preflight import rules
 from tune_ssim.before_launch.preflight.leakage import altered_copies, shared_patches
 from tune_ssim.before_launch.preflight.plain import unit
 from tune_ssim.before_launch.preflight.report import Check, unknown
-from tune_ssim.before_launch.preflight.subject import Unavailable, call
+from tune_ssim.before_launch.preflight.subject import Unavailable, call, decoder_of
 from tune_ssim.trials.training import Forward, Sample
 
 SAMPLES = 64  # training samples whose predictions are checked
@@ -64,6 +64,7 @@ def look(task: Any) -> Seen:
     with torch.no_grad():
         for n in range(1, MAX_FORWARDS + 1):
             forward: Forward = call(task, "forward", n)
+            decode = decoder_of(task, forward)
             draws.append(_draws(forward) if len(draws) < MIN_FORWARDS else {})
             t, is_target = forward.t.cpu(), torch.ones(len(forward.t), dtype=torch.bool)
             if forward.is_target is not None:
@@ -77,10 +78,10 @@ def look(task: Any) -> Seen:
             low = (t <= LOW_T) & (t > 0) & is_target
             if low.any():
                 for scale, images in decoded.items():
-                    images.append(unit(forward.decode(scale * forward.z0[low]).float(), forward.loss.image_range).cpu())
+                    images.append(unit(decode(scale * forward.z0[low]).float(), forward.loss.image_range).cpu())
                 targets.append(everything[-1][low])
             if forward.clean is not None and sum(len(images) for images in round_trips) < ROUND_TRIPS:
-                round_trips.append(unit(forward.decode(forward.clean).float(), forward.loss.image_range).cpu())
+                round_trips.append(unit(decode(forward.clean).float(), forward.loss.image_range).cpu())
             batch_size, samples = len(t), samples + len(t)
             if samples >= SAMPLES and n >= MIN_FORWARDS:
                 break

@@ -9,14 +9,16 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from tune_ssim.base.errors import BadSetup, UserError
 from tune_ssim.before_launch.preflight.report import Check, Status
 from tune_ssim.losses import TimeLaw
-from tune_ssim.trials.training import OPTIONAL, Training, as_training
+from tune_ssim.trials.training import OPTIONAL, Forward, Training, as_training
+
+T = TypeVar("T")
 
 
 class Failure(Exception):
@@ -80,6 +82,28 @@ def call(task: Training, method: str, *arguments: Any) -> Any:
         return getattr(task, method)(*arguments)
     except (Exception, SystemExit) as error:
         raise failure_of(task, method, error) from error
+
+
+def decoder_of(task: Training, forward: Forward) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The decoder of a forward pass, which raises Failure if it fails."""
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        try:
+            return forward.decode(latents)
+        except (Exception, SystemExit) as error:
+            raise failure_of(task, "decode", error) from error
+
+    return decode
+
+
+def looked_at(task: Training, look: Callable[[Training], T]) -> T:
+    """`look(task)`. A forward pass with unexpected shapes or types raises Failure, too."""
+    try:
+        return look(task)
+    except Failure:
+        raise
+    except Exception as error:
+        raise failure_of(task, "forward", error) from error
 
 
 def failure_of(task: Any, method: str, error: BaseException) -> Failure:
