@@ -118,7 +118,7 @@ def test_starts_are_kept_until_the_program_changes(tmp_path: Path) -> None:
         return inspect_command(planned, make, take, preflight=preflight, calibration=not preflight, **options)
 
     first, count = phase(preflight=True), len(taken)
-    assert said[0].startswith("about 9 starts of the command, 12 steps each") and "by the first" in said[1]
+    assert said[0].startswith("about 10 starts of the command, 12 steps each") and "by the first" in said[1]
     assert phase(preflight=True)["preflight"]["checks"] == first["preflight"]["checks"] and not taken
     reused = f"{count} of {count} starts of the command were taken by an earlier preflight or calibration (--fresh takes new ones)"
     assert said == [reused]
@@ -196,6 +196,8 @@ DEFECTS = {
     "unseeded": ("seeds/same", "warn", "same seed differ"),
     "seed ignored": ("seeds", "warn", "another seed gives the same batch"),
     "lr ignored": ("update_off", "bad_setup", "switches nothing off"),
+    "same batch": ("data/steps", "bad_setup", "the same numbers return at every step"),
+    "climbs": ("update", "bad_setup", "rises with every update"),
 }
 
 

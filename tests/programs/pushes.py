@@ -24,7 +24,7 @@ print("arguments:", ", ".join(f"{name}={value}" for name, value in vars(args).it
 weights, velocity = [1.0] * SIZE, [0.0] * SIZE
 for step in range(1, args.steps + 1):
     seed = None if args.defect == "unseeded" else 0 if args.defect == "seed ignored" else args.seed
-    draw = random.Random() if seed is None else random.Random(f"{seed} {step}")
+    draw = random.Random() if seed is None else random.Random(f"{seed} {0 if args.defect == 'same batch' else step}")
     target = [draw.gauss(0, 1) for _ in weights]
     ts = [draw.random() for _ in range(4)]
     main = [w - x for w, x in zip(weights, target, strict=True)]
@@ -41,7 +41,7 @@ for step in range(1, args.steps + 1):
     gradient = [m + weight * scale * a + args.pixel_loss_weight * p for m, a, p in zip(main, aux, pixel, strict=True)]
     norm = sum(g * g for g in gradient) ** 0.5
     loss = sum(m * m for m in main) / 2
-    lr = 0.01 if args.defect == "lr ignored" else args.lr
+    lr = 0.01 if args.defect == "lr ignored" else -args.lr if args.defect == "climbs" else args.lr
     momentum = 0.0 if args.defect == "momentum ignored" else args.momentum
     velocity = [momentum * v + g for v, g in zip(velocity, gradient, strict=True)]
     weights = [w - lr * v for w, v in zip(weights, velocity, strict=True)]

@@ -14,19 +14,21 @@ from tune_ssim.before_launch.calibration import TrainingCheck
 from tune_ssim.before_launch.command.starts import Start, significant_digits
 from tune_ssim.before_launch.command.startup_output import startup_checks
 from tune_ssim.before_launch.preflight import rules, step_rules
-from tune_ssim.before_launch.preflight.report import Check, unknown, warn
+from tune_ssim.before_launch.preflight.report import Check, judge, unknown, warn
 from tune_ssim.guards import Guard
 from tune_ssim.guards.guard import without_metric
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel
-from tune_ssim.records import SMOKE, TOTAL_NORM
+from tune_ssim.records import LOSS, LOSS_FLOW, SMOKE, TOTAL_NORM
 from tune_ssim.study.space import MAX_T, WEIGHT
 from tune_ssim.trials.training import same_setting
 
 # Two starts with the same seed differ by what the kernels leave to chance: 0 on CPUs, 3e-3 in bf16 (tests/test_calibrate.py).
 # Another batch differs by tens of percent (FACTS §1).
 SAME_BATCH = 0.01
+MIN_PAIRS = 8  # steps, both with and without updates, below which nothing is said about the loss
+MIN_RISE = 0.01  # relative; smaller changes of the loss are of no consequence
 MIN_DIGITS = 6  # of a printed total_norm, for the cross term of the norm model (FACTS §7)
-LOSS = re.compile(r"loss|mse|\bce\b|nll", re.IGNORECASE)  # names of metrics that a batch decides, unlike times and rates
+LOSS_LIKE = re.compile(r"loss|mse|\bce\b|nll", re.IGNORECASE)  # names of metrics that a batch decides, unlike times and rates
 
 
 def check_start(start: Start, guards: Sequence[Guard], objective: str) -> Iterator[Check]:
@@ -139,7 +141,7 @@ def difference(one: Start, other: Start) -> float | None:
     names = {name for record in (*one.records, *other.records) for name in record.values}
     found = []
     for name in names:
-        if name != TOTAL_NORM and not LOSS.search(name):
+        if name != TOTAL_NORM and not LOSS_LIKE.search(name):
             continue
         a, b = one.values(name), other.values(name)
         count = min(len(a), len(b))
@@ -168,6 +170,50 @@ def check_held(start: Start, trained: Start | None) -> Check:
         sentence = f"{len(start.records)} steps with calibration.update_off are those without it: it switches nothing off"
         return Check("update_off", "bad_setup", sentence, {}, "name a setting that keeps the weights as they are")
     return Check("update_off", "ok", "with calibration.update_off the steps differ from those that train")
+
+
+def check_batches(start: Start, has_noise: bool) -> Check:
+    """Whether each step draws its own images, noise and t: with the weights held, a batch that returns has the same loss.
+
+    has_noise: the study is about a diffusion model, where nothing returns."""
+    names = {name for record in start.records for name in record.values if name == TOTAL_NORM or LOSS_LIKE.search(name)}
+    columns = [values for name in sorted(names) if np.isfinite(values := start.values(name)).all() and len(values)]
+    if not columns or len(columns[0]) < MIN_PAIRS or significant_digits(np.concatenate(columns).tolist()) < MIN_DIGITS:
+        return unknown("data/steps", f"too few steps or digits of a loss or a {TOTAL_NORM}")
+    numbers = np.stack(columns)
+    period = next((k for k in range(1, numbers.shape[1] // 2 + 1) if np.array_equal(numbers[:, k:], numbers[:, :-k])), None)
+    if period is None:
+        return Check("data/steps", "ok", f"{numbers.shape[1]} held steps have their own numbers each: each has its own batch")
+    when = "at every step" if period == 1 else f"every {period} steps"
+    sentence = f"with the weights held, the same numbers return {when}: the same images, noise and t"
+    remedy = "draw new noise and t at every step, and shuffle the data"
+    return Check("data/steps", "bad_setup" if has_noise else "warn", sentence, {"period": float(period)}, remedy)
+
+
+def check_updates(held: Start, trained: Start) -> Check:
+    """What the updates do to the loss: the same batches, with the weights held and with the baseline's updates."""
+    if trained.failure:
+        return Check(
+            "update", "bad_setup", f"with updates: {trained.failure}", {}, "run the command by hand with the same settings"
+        )
+    if difference(held, trained) == 0 and significant_digits(trained.values(TOTAL_NORM).tolist()) >= MIN_DIGITS:
+        sentence = f"{len(trained.records)} steps give the same numbers with and without updates: nothing is trained"
+        remedy = "check the learning rate, the optimiser's parameters and that step() is called"
+        return Check("update", "bad_setup", sentence, {}, remedy)
+    name = next((name for name in (LOSS_FLOW, LOSS) if np.isfinite(trained.values(name)).sum() >= MIN_PAIRS), LOSS)
+    count = min(len(held.records), len(trained.records))
+    before, after = held.values(name)[:count], trained.values(name)[:count]
+    change = (after - before)[np.isfinite(before) & np.isfinite(after)]
+    if len(change) < MIN_PAIRS:
+        return unknown("update", f"fewer than {MIN_PAIRS} steps have a loss both with and without updates")
+    third = len(change) // 3
+    late, earlier = change[-third:], change[-2 * third : -third]
+    rise = float(np.mean(late) / max(abs(float(np.nanmean(before))), 1e-12))
+    evidence = {"relative_change": rise, "steps": float(len(change))}
+    sentence = f"after {len(change)} steps the {name} of the same batches has changed by {rise:+.2g} (relative)"
+    is_rising = bool((np.concatenate([earlier, late]) > 0).all()) and float(np.mean(late)) > float(np.mean(earlier))
+    remedy = "minimise the loss: check its sign, hooks on gradients and the optimiser; or lower the learning rate"
+    return judge("update", not (is_rising and rise > MIN_RISE), sentence, evidence, remedy, fault=": it rises with every update")
 
 
 def check_weight(starts: Sequence[Start]) -> Check | None:

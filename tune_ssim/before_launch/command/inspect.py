@@ -25,7 +25,7 @@ from tune_ssim.study.study import Study
 from tune_ssim.trials.training import IMAGE_LOSS_KEYS
 
 STEPS = 20  # of a preflight start; a debug run has 10 to 50 (SEEDS A5)
-N_PREFLIGHT = 3  # starts with the baseline's settings: one, one more, and one with another seed
+N_PREFLIGHT = 4  # starts with the baseline's settings: one, one more, one with another seed, and one with updates
 MAX_SETTINGS = 3  # searched settings of other losses that are tested, two starts each
 
 
@@ -141,12 +141,17 @@ class _Inspection:
         yield from checks.check_start(baseline, self.study.guard_list, self.study.objective.name)
         if baseline.failure:
             return
-        yield checks.check_held(baseline, trained[0] if trained else None)
+        update_off = checks.check_held(baseline, trained[0] if trained else None)
+        yield update_off
         yield from check_observed(baseline.observed)
         for check in checks.check_seeds(baseline, again, other):
             if check.name == "seeds/same" and check.status == "warn":
                 self._unpaired = check.sentence
             yield check
+        if update_off.status == "ok":
+            yield checks.check_batches(baseline, has_noise=self.study.has_ssim)
+        if update_off.status == "ok" and not self._unpaired:
+            yield checks.check_updates(baseline, *trained or self.starts([StartJob(config, self.seed, self.steps, is_held=False)]))
         if self.study.calibrates:
             yield from self._effects()
         yield from self._other_settings(config)
