@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -30,11 +29,11 @@ from tune_ssim.probes import total_norm
 from tune_ssim.tasks.flow_dino_kl import FlowDinoKL
 from tune_ssim.tasks.fundus_sr import FundusSR
 from tune_ssim.tasks.vae_kl import VAEKL
+from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import Forward, Part, Sample
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "own_task"))
-from task import MyTask
-
+OWN_TASK = Path(__file__).parents[1] / "examples" / "own_task"
+MyTask: Any = load_task("task:MyTask", OWN_TASK)
 BEFORE = set(fundus_defects.DEFECTS), set(HEALTHY)
 OWN_BASELINE = {"pixel_loss_weight": 0.05, "pixel_loss_max_t": 0.3}
 
