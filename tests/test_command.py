@@ -240,7 +240,7 @@ def test_a_command_that_does_not_end_after_its_last_step_is_judged_by_it(
 ) -> None:
     """No later step shows that the last one is complete. Half an hour of silence need not pass for it: `evaluate` has what it
     needs."""
-    monkeypatch.setattr("tune_ssim.trials.command.command_task.LAST_ROWS_S", 0.5)
+    monkeypatch.setattr("tune_ssim.trials.command.command_run.LAST_ROWS_S", 0.5)
     code = HANGS + "open(sys.argv[2] + '/5.pt', 'w').write('x')\n" + after
     spec: dict[str, Any] = {"records": {"pattern": STEP_LOSS}}
     if door == "file":
@@ -264,7 +264,7 @@ def test_a_command_that_does_not_end_after_its_last_step_is_judged_by_it(
 
 def test_what_the_last_step_still_makes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoint, else an older one would be sampled; later rows; held-out numbers, when nobody else measures them."""
-    monkeypatch.setattr("tune_ssim.trials.command.command_task.LAST_ROWS_S", 0.2)
+    monkeypatch.setattr("tune_ssim.trials.command.command_run.LAST_ROWS_S", 0.2)
     code = HANGS + "time.sleep(1.5); print('step 5 val 2', flush=True); time.sleep(1.5)\nopen(sys.argv[1], 'w').write('x')\n"
     code += 'print(\'TUNE_SSIM {"held_out": {"ssim": 0.5}}\', flush=True); time.sleep(600)'
     smoke = {"command": ["x", "{checkpoint}"]}
@@ -274,7 +274,7 @@ def test_what_the_last_step_still_makes_is_waited_for(monkeypatch: pytest.Monkey
     early = run(code, {"steps": 5}, records={"pattern": STEP_LOSS})
     early.spec.command.append("{exp_dir}/5.pt")
     assert records(early)[-2:] == [{"step": 5, "loss": 0.5}, {"step": 5, "val": 2.0}]
-    assert early._output and early._output.held_out == {"ssim": 0.5}
+    assert early._run and early._run.output.held_out == {"ssim": 0.5}
 
 
 @pytest.mark.parametrize(("steps", "verdict"), [((0, 1000, 2000), "error"), ((1000, 2000), "error"), ((0, 10, 1000), "safe")])
@@ -445,7 +445,7 @@ def test_a_command_that_ended_before_it_was_read_is_read_in_its_order() -> None:
     code = "for n in range(1, 6): print('step %d loss 0.5' % n)"
     task = run(code, records={"pattern": r"step (?P<step>\d+) loss (?P<loss>\S+)"})
     task._start()
-    assert task._process is not None and task._process.wait(30)
+    assert task._run is not None and task._run.process.wait(30)
     assert [record["step"] for record in records(task)] == [1, 2, 3, 4, 5]
 
 

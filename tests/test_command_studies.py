@@ -372,8 +372,8 @@ time.sleep(600)
 
 
 def test_a_silent_program_is_reported_while_it_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune_ssim.trials.command.command_task.QUIET_S", 0.3)
-    monkeypatch.setattr("tune_ssim.trials.command.command_task.LAST_ROWS_S", 1.0)
+    monkeypatch.setattr("tune_ssim.trials.command.command_run.QUIET_S", 0.3)
+    monkeypatch.setattr("tune_ssim.trials.command.command_run.LAST_ROWS_S", 1.0)
     given = study(tmp_path, PAUSES, task={"records": {"pattern": LOSS}, "silence_s": 1234, "observe": "off"})
 
     class Told(Said):

@@ -15,30 +15,24 @@ from typing import Any
 
 from tune_ssim.base.errors import NothingToResume, UserError
 from tune_ssim.probes.observer import EventReader, Observation, observed_environment
-from tune_ssim.records import TOTAL_NORM, Record, held_out_values, is_of_training, merge
+from tune_ssim.records import Record, held_out_values
 from tune_ssim.records.readers import LineParser, Source, open_source
 from tune_ssim.study.command_spec import CommandSpec, fill, placeholders
 from tune_ssim.trials.channel import VARIABLE, TrialEnd
-from tune_ssim.trials.command.checkpoints import Checkpoints, sizes
+from tune_ssim.trials.command.checkpoints import Checkpoints
+from tune_ssim.trials.command.command_run import CHANNEL, OBSERVED, OUTPUT_LOG, CommandRun
 from tune_ssim.trials.command.dependencies import Dependencies, name_of
 from tune_ssim.trials.command.filled_spec import FilledSpec
-from tune_ssim.trials.command.guesses import propose_logs
 from tune_ssim.trials.command.observed import ObservedRecords
 from tune_ssim.trials.command.output import CommandOutput, GuessedRecords, PrintedRecords, held_out_of
-from tune_ssim.trials.command.process import Launch, Process, launch_here
+from tune_ssim.trials.command.process import Launch, launch_here
 from tune_ssim.trials.command.samples import read_samples
 from tune_ssim.trials.command.settings import SettingsInForce
 from tune_ssim.trials.processes import OutputLog
 from tune_ssim.trials.training import NOTHING_NEW, Number, Sample, Training, same_setting
 
-POLL_S = 0.05  # between polls of files; a training step worth tuning takes longer
 MLFLOW_POLL_S = 2.0  # each poll fetches whole histories
-LAST_ROWS_S = 10.0  # wait for the last step's remaining rows and checkpoint: buffered writers flush every few seconds
-QUIET_S = 60.0  # without a record, before the user is told; a step rarely takes a minute
-# In a trial's folder: the output, the folder of `trial_context`, and that of the observer while the command runs.
-OUTPUT_LOG, CHANNEL, OBSERVED = "output.log", "channel", "observed"
 MAX_GRAD_NORM = "max_grad_norm"
-LEAVE_S = 2.0  # time for a loop that reads its verdict to exit by itself
 
 OpenMLflow = Callable[[str, str, Mapping[str, str]], tuple[Source, dict[str, str]]]
 """(tracking URI, run name, log names → our names) → (the run's records, environment variables for the command)."""
@@ -55,7 +49,7 @@ class CommandTask(Training):
     metrics come from the command itself, from the evaluation command, or from the last record, whichever exists.
     """
 
-    _process: Process | None = None
+    _run: CommandRun | None = None  # once it has started, also after its end
 
     def __init__(self, spec: CommandSpec, cwd: str | None = None) -> None:
         self.spec, self.home = spec, cwd
@@ -79,16 +73,10 @@ class CommandTask(Training):
         self.smoke_at: tuple[int, ...] = ()
         self.settings = SettingsInForce(self.spec, self.config)
         self.__dict__.pop("filled", None)
-        self._output: CommandOutput | None = None
+        self._run = None
         self._per_image: dict[str, list[float]] = {}
         self._resume_from: Path | None = None
         self._last: dict[str, float] = {}
-        self._first_record_seen = False
-        self._released_late = False  # the last record was released by a timeout
-        self._last_change: tuple[Any, float] = (None, 0.0)  # state of the last step's output, and the time of its last change
-        self._waiting_since: float | None = None  # for the next record
-        self._quiet_after = -1  # the step after which the user was told that there is no record
-        self._notice = ""
 
     @cached_property
     def filled(self) -> FilledSpec:
@@ -143,29 +131,16 @@ class CommandTask(Training):
     def can_resume(self) -> bool:
         return self.spec.resume is not None and self.spec.checkpoints is not None
 
-    @property
-    def _is_trial_loop(self) -> bool:
-        """Whether the command reports through `trial_context`, and so reads its verdict."""
-        return self.settings.looked_up is not None
-
     def close(self, verdict: str = "stopped", reason: str = "the trial is over") -> None:
         """Ends the command and every process that it started."""
-        process, self._process = self._process, None
-        if process is not None:
-            assert self._output is not None
-            if not process.has_ended:
-                self._output.channel.close(verdict, reason)
-                if self._is_trial_loop:
-                    process.wait(LEAVE_S)
-            process.stop()
-            self._output.log.close()
-            shutil.rmtree(Path(self.filled.fields["exp_dir"], OBSERVED), ignore_errors=True)  # its steps are in the records
+        if self._run is not None:
+            self._run.close(verdict, reason)
         if self._temporary_folder is not None:
             shutil.rmtree(self._temporary_folder, ignore_errors=True)
             self._temporary_folder = None
 
     def __del__(self) -> None:
-        if self._process is not None:
+        if self._run is not None:
             self.close()
 
     # -- the training
@@ -174,65 +149,23 @@ class CommandTask(Training):
         """The next record with its `step`; None when the command has ended without error.
 
         Raises UserError when the command failed or gave no record within the timeout; BadSetup when a setting does not reach it."""
-        if self._process is None:
-            self._start()
-        assert self._process is not None and self._output is not None
-        if not self._await_record(self._process, self._output):
+        run = self._run if self._run is not None and not self._run.is_closed else self._start()
+        if not run.await_record():
             return None
-        if not self._output.records:
+        if not run.output.records:
             return NOTHING_NEW
-        self._waiting_since = None
-        step, values = self._output.records.pop(0)
-        self._first_record_seen = True
-        if is_of_training(step, values):
-            self.settings.require_used(self._output.quote())
-        self.step_now = max(self.step_now, step)
+        step, values = run.take_record()
+        self.step_now = run.step_now
         self._last |= values
         return {**values, "step": step}
 
     def first_steps(self, count: int) -> tuple[list[Record], float]:
-        """Starts the command and reads its first `count` training steps, for preflight and calibration. Returns their records, or
-        fewer if the command ended well before, and the seconds until the first.
+        """Starts the command and reads its first `count` training steps, for preflight and calibration: see `CommandRun`.
 
-        It does not wait for rows of a log that come later than the steps. Raises UserError or BadSetup as `step` does."""
-        started, first_s = time.monotonic(), 0.0
-        self._start()
-        process, output = self._process, self._output
-        assert process is not None and output is not None
-        while True:
-            ended = process.has_ended
-            output.collect(final=ended)
-            seen = self.observation.steps if self.observation is not None else 0
-            found = {step for step, values in output.records if is_of_training(step, values)}
-            self._first_record_seen = bool(seen or output.records)
-            if self._first_record_seen:
-                first_s = first_s or time.monotonic() - started
-            if ended or len(found) >= count or seen > count:
-                break
-            if process.failure is not None:
-                raise process.failure
-            limit = self.spec.silence_s if self._first_record_seen else self.spec.first_record_s
-            if time.monotonic() - started > limit:
-                raise UserError(self._why_silent(output, limit))
-            time.sleep(POLL_S)
-        if not ended:
-            output.release()
-        elif len(found) < count:
-            self._require_good_end(process, output)
-        self.settings.require_used(output.quote())
-        rows = merge(Record(step, values) for step, values in output.records)
-        rows = [row for row in rows if is_of_training(row.step, row.values)][:count]
-        return self._with_observed_norms(rows), first_s
+        Raises UserError or BadSetup as `step` does."""
+        return self._start().first_steps(count)
 
-    def _with_observed_norms(self, rows: list[Record]) -> list[Record]:
-        """The same with the observed total_norm, which has all its digits, if every step was observed."""
-        reader = EventReader(Path(self.filled.fields["exp_dir"], OBSERVED))
-        norms = [row.values[TOTAL_NORM] for row in merge(reader.read()) if TOTAL_NORM in row.values]
-        if len(norms) < len(rows):
-            return rows
-        return [Record(row.step, {**row.values, TOTAL_NORM: norm}) for row, norm in zip(rows, norms, strict=False)]
-
-    def _start(self) -> None:
+    def _start(self) -> CommandRun:
         filled, records = self.filled, self.spec.records
         folder = Path(filled.fields["exp_dir"])
         channel = TrialEnd(folder / CHANNEL)
@@ -262,137 +195,30 @@ class CommandTask(Training):
                 weights=[filled.path(path) for path in self.spec.weights],
             )
             observed = ObservedRecords(EventReader(folder / OBSERVED), records.names if records is not None else {})
-        self._output = CommandOutput(self.settings, OutputLog(folder / OUTPUT_LOG), channel, source, observed, poll_s)
-        self._started_s = time.time()
-        self._process = self.launch(lambda node: filled.invocation(node, more, resume, observe), self._output.take, folder)
-
-    def _await_record(self, process: Process, output: CommandOutput) -> bool:
-        """Waits until `output` has a record, or the user is to be told that there is none. False: the command has ended without
-        error, or has nothing more to report."""
-        limit = self.spec.silence_s if self._first_record_seen else self.spec.first_record_s
-        self._waiting_since = self._waiting_since or time.monotonic()
-        deadline = self._waiting_since + (0.0 if self._released_late else limit)
-        self._released_late = False
-        while not output.records:
-            ended = process.has_ended  # checked before the last read, so that the read is complete
-            output.collect(final=ended)
-            if output.records:
-                break
-            if process.failure is not None:
-                raise process.failure
-            if ended:
-                self._require_good_end(process, output)
-                self.settings.require_used(output.quote())
-                return False
-            late = time.monotonic() > deadline
-            if late or self._has_settled(output):
-                output.release()
-                if output.records:
-                    self._released_late = late
-                    break
-                if self.steps is not None and self.step_now >= self.steps:
-                    return False  # all steps are done
-                raise UserError(self._why_silent(output, limit))
-            if self._is_quiet(output):
-                of = "" if self.steps is None else f" of {self.steps}"
-                self._notice = (
-                    f"no record for {QUIET_S:g} s after step {self._quiet_after}{of}, and the command still runs "
-                    f"({process.place}); it is ended after {limit:g} s (task: silence_s)"
-                )
-                return True
-            time.sleep(POLL_S)
-        return True
-
-    def _is_quiet(self, output: CommandOutput) -> bool:
-        """Whether to tell the user that there is no record: once in the middle of a training, and once at its end."""
-        step = max(self.step_now, output.held() or 0)
-        is_told = self._quiet_after >= (0 if self.steps is None or step < self.steps else self.steps)
-        assert self._waiting_since is not None
-        if is_told or not self._first_record_seen or time.monotonic() - self._waiting_since < QUIET_S:
-            return False
-        self._quiet_after = step
-        return True
+        output = CommandOutput(self.settings, OutputLog(folder / OUTPUT_LOG), channel, source, observed, poll_s)
+        started_s = time.time()
+        process = self.launch(lambda node: filled.invocation(node, more, resume, observe), output.take, folder)
+        self._run = CommandRun(filled, process, output, steps=self.steps, step_now=self.step_now, started_s=started_s)
+        return self._run
 
     def notice(self) -> str:
-        notice, self._notice = self._notice, ""
-        return notice
-
-    def _has_settled(self, output: CommandOutput) -> bool:
-        """Whether a training that has logged its last step but does not exit (a hanging teardown, an upload) is complete. A
-        checkpoint that is still being written delays this; other output does not."""
-        if self._is_trial_loop or self.steps is None:  # it may still send samples, or more steps
-            return False
-        held = output.held() == self.steps  # a later step may be a misread number
-        # Held-out metrics may still arrive: from the checkpoint that the evaluation reads, or from the training itself.
-        evaluable = self.spec.checkpoints is not None if self.spec.evaluate is not None else bool(output.held_out)
-        if not held and not (self.step_now >= self.steps and evaluable):
-            return False
-        made: list[tuple[str, int, int]] = []
-        if self._checkpoints is not None and (self.spec.smoke is not None or self.spec.evaluate is not None):
-            last = [path for step, path in self._checkpoints.found(self.steps) if step == self.steps]
-            if not last:  # an older one would be judged instead
-                return False
-            made = sizes(last[-1])
-        now = time.monotonic()
-        if self._last_change[0] != (held, made):
-            self._last_change = (held, made), now
-        return now - self._last_change[1] > LAST_ROWS_S
-
-    def _require_good_end(self, process: Process, output: CommandOutput) -> None:
-        if self._first_record_seen and process.exit_code in self.spec.exit_codes:
-            return
-        after = f"after step {self.step_now}" if self._first_record_seen else "without a record"
-        failed_in_loop = self._is_trial_loop and process.exit_code != 0  # it would have reported
-        hint = "" if self._first_record_seen or failed_in_loop else self._where_looked(output)
-        if self._first_record_seen and (process.exit_code or 0) > 0:
-            codes = sorted({*self.spec.exit_codes, process.exit_code or 0})
-            hint = f" (if this is how it ends when all is well: `exit_codes: {codes}`)"
-        raise UserError(f"the command ended {after}, {process.describe_exit()}{hint}; {output.quote()}")
-
-    def _why_silent(self, output: CommandOutput, limit: float) -> str:
-        if self._first_record_seen:
-            hint = "" if self.steps else f" (if that was its last step: task_config: {{steps: {self.step_now}}})"
-            return f"the command gave no record after step {self.step_now} for {limit:g} s{hint}; {output.quote()}"
-        hint = ""
-        if output.source is not None:
-            output.give_up()
-            hint = self._where_looked(output)
-        return f"the command gave no record for {limit:g} s{hint}; {output.quote()}"
-
-    def _where_looked(self, output: CommandOutput) -> str:
-        records = self.spec.records
-        if records is None:
-            where = "nothing was reported through tune_ssim.trial_context, and no line TUNE_SSIM {json} was printed"
-        elif records.file is not None:
-            where = f"looked in {fill(records.file, self.filled.fields)}"
-        else:
-            where = "looked in its output" if records.mlflow is None else "looked in its run in MLflow"
-        return f" ({'; '.join(filter(None, [where, output.problem(), self._propose_logs()]))})"
-
-    def _propose_logs(self) -> str:
-        """Names the logs that the command wrote, if it printed no record."""
-        source = self._output.source if self._output is not None else None
-        if not isinstance(source, PrintedRecords) or source.rows.steps.last >= 0:
-            return ""
-        exp_dir = Path(self.filled.fields["exp_dir"])
-        own = (OUTPUT_LOG, CHANNEL, OBSERVED)
-        return propose_logs([exp_dir, Path(self.filled.cwd or ".")], exp_dir, self._started_s, own)
+        return self._run.notice() if self._run is not None else ""
 
     @property
     def observation(self) -> Observation | None:
         """What the observer has seen so far; None if it is off, or before the command has started."""
-        return self._output.observed.observation if self._output is not None and self._output.observed is not None else None
+        return self._run.observation if self._run is not None else None
 
     def lines_read(self) -> str:
         """Once the command has started: how much of its log was read, and what was passed over."""
-        assert self._output is not None
-        return self._output.lines_read()
+        assert self._run is not None
+        return self._run.output.lines_read()
 
     def reading_problem(self) -> str:
         """See `Training`."""
-        if self._output is None:
+        if self._run is None:
             return ""
-        return "; ".join(filter(None, [self._output.problem(), self._propose_logs()]))
+        return "; ".join(filter(None, [self._run.output.problem(), self._run.propose_logs()]))
 
     # -- samples, metrics and checkpoints
 
@@ -412,15 +238,16 @@ class CommandTask(Training):
             shutil.rmtree(out, ignore_errors=True)
 
     def image(self, step: int) -> bytes | None:
-        return self._output.channel.image(step) if self._output is not None else None
+        return self._run.output.channel.image(step) if self._run is not None else None
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics: those sent, those printed by the evaluation command, and the last value of every other metric."""
         found = held_out_values(self._last)
-        if self._output is not None:
-            self._output.collect()
-            found |= self._output.held_out
-            self._per_image = dict(self._output.per_image)
+        if self._run is not None:
+            output = self._run.output
+            output.collect()
+            found |= output.held_out
+            self._per_image = dict(output.per_image)
         return found | (self._run_evaluation() if self.spec.evaluate is not None else {})
 
     def per_image(self) -> dict[str, list[float]]:
@@ -428,10 +255,10 @@ class CommandTask(Training):
 
     def _run_evaluation(self) -> dict[str, float]:
         spec = self.spec.evaluate
-        assert spec is not None and self._output is not None
+        assert spec is not None and self._run is not None
         checkpoint = self._checkpoint()
         if checkpoint is None and any("checkpoint" in placeholders(word) for word in spec.command):
-            raise UserError(f"evaluate: there is no checkpoint at step {self.step_now}; {self._output.quote()}")
+            raise UserError(f"evaluate: there is no checkpoint at step {self.step_now}; {self._run.output.quote()}")
         more = {"step": self.step_now, "checkpoint": str(checkpoint or ""), "noise": 0, "out": ""}
         text = self.filled.run(spec.command, more, spec.timeout_s, "the evaluation's command")
         lines = [line.strip() for line in text.splitlines() if line.strip().startswith("{")]
@@ -445,9 +272,7 @@ class CommandTask(Training):
     @property
     def _checkpoints(self) -> Checkpoints | None:
         """None if the study does not say where they are, and before the command has started."""
-        if self.spec.checkpoints is None or self._output is None:
-            return None
-        return Checkpoints(self.spec.checkpoints, self.filled.fields, self.filled.beside)
+        return self._run.checkpoints if self._run is not None else None
 
     def _checkpoint(self) -> Path | None:
         return None if self._checkpoints is None else self._checkpoints.newest(self.step_now)
@@ -456,7 +281,7 @@ class CommandTask(Training):
         return [] if self._checkpoints is None else self._checkpoints.found(self.step_now)
 
     def remarks(self) -> list[str]:
-        found = self._output.remarks() if self._output is not None else []
+        found = self._run.output.remarks() if self._run is not None else []
         if self._checkpoints is not None and not self.written():
             found.append(f"checkpoints: {self.spec.checkpoints!r} matches no file, so no ruined checkpoint is quarantined")
         return [*found, *filter(None, [self._clipping_remark()])]
