@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, ObjectLostError, RayActorError
+from ray.tune.experiment import Trial as RayTrial
 from ray.tune.result import SHOULD_CHECKPOINT
 from small_studies import SMALL
 from small_task import SmallTask
 from two_hosts import two_hosts
 
 from tune_ssim.cli.app import exit_code
-from tune_ssim.orchestration.ray_internals import without_snapshots
+from tune_ssim.orchestration.ray_internals import forget_statistics, without_snapshots
 from tune_ssim.orchestration.retries import LOSSES, OWN_DEATHS, Preempted, Retries, is_lost, words_of
 from tune_ssim.orchestration.trainable import make_trainable
 from tune_ssim.results.study_folder import StudyFolder
@@ -138,6 +139,15 @@ def test_a_study_writes_rays_snapshot_once_and_not_after_every_trial() -> None:
     controller.checkpoint(force=True, wait=True)
     assert written == [True]
     assert pickle.loads(pickle.dumps(controller.checkpoint)) == "", "Ray pickles what its controller holds"
+
+
+def test_an_ended_trial_leaves_no_averages_in_the_drivers_memory() -> None:
+    trial = RayTrial("none", stub=True)
+    trial.update_last_result({"loss": 1.0, "training_iteration": 1})
+    assert trial.run_metadata.metric_n_steps, "what Ray 2.60 keeps of each metric"
+    forget_statistics(trial)
+    assert not trial.run_metadata.metric_n_steps and not trial.run_metadata.metric_analysis
+    assert trial.last_result["loss"] == 1.0
 
 
 @pytest.mark.e2e  # each of its parts is tested above

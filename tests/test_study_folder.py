@@ -20,8 +20,13 @@ from hypothesis import strategies as st
 from small_studies import baseline, trial
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.files import append_line, check_name, jsonable, number, read_lines, write_atomically
+from tune_ssim.base.files import append_line, check_name, jsonable, number, parse_lines, read_lines, write_atomically
+from tune_ssim.orchestration.progress import NoProgress
+from tune_ssim.orchestration.recorder import StudyRecorder
+from tune_ssim.results import study_folder
+from tune_ssim.results.events import EventWriter
 from tune_ssim.results.study_folder import DEFAULT_STORAGE, STORAGE_VARIABLE, StudyFolder, find_study, storage_path
+from tune_ssim.trials.trial_run import TrialResult
 
 ROOT = Path(__file__).parents[1]
 
@@ -231,6 +236,19 @@ def test_the_first_verdict_of_a_trial_is_final(tmp_path: Path, first: str) -> No
     # An earlier version wrote the second line.
     append_line(folder.trials_file, trial("a", "bad_setup", reason="another").to_dict())
     assert folder.trials()[0].reason == trial("a", first).reason
+
+
+def test_the_verdicts_of_earlier_trials_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them after every trial made a trial of a long study cost more than one of a short study."""
+    folder = StudyFolder(tmp_path / "study").create()
+    folder.add_trial(trial("earlier"))
+    reads: list[str] = []
+    monkeypatch.setattr(study_folder, "parse_lines", lambda path, *rest: reads.append(path.name) or parse_lines(path, *rest))
+    recorder = StudyRecorder(EventWriter(folder), NoProgress(), steps=200)
+    for name in ("a", "b", "earlier"):
+        recorder.trial_ended(TrialResult(trial(name, "pruned")))
+    assert reads.count("trials.jsonl") == 1
+    assert [(one.trial_id, one.verdict) for one in folder.trials()] == [("earlier", "safe"), ("a", "pruned"), ("b", "pruned")]
 
 
 def test_a_trial_whose_process_died_has_no_verdict_yet(tmp_path: Path) -> None:

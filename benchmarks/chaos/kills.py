@@ -2,10 +2,11 @@
 
     python benchmarks/chaos/kills.py [--kills 20] [--seed 0] [--output benchmarks/results/chaos_kills.json]
 
-Each study has a Ray of its own. At random moments the process of a random trial (in every other case two) or the driver is killed
-with SIGKILL, in turn. A killed driver is resumed. After each study its trials are compared with those of an undisturbed one: lost,
-with two lines, with another verdict or step count, and whether the best setting is the same. Processes of Ray or of the study that
-are left 60 s after the end count as orphans.
+Each study has a Ray of its own. At random moments the process of a random trial, the driver or the raylet is killed with SIGKILL,
+in turn. A killed driver is resumed, and so is one that ended because its only raylet was killed; one that has not ended by then
+counts as hung, and is killed. After each study its trials are compared with those of an undisturbed one: lost, with two lines, with
+another verdict or step count, and whether the best setting is the same. Processes of Ray or of the study that are left 60 s after
+the end count as orphans.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from small_studies import SMALL  # noqa: E402
 from ssim import save  # noqa: E402
 
 ORPHANS_AFTER_S = 60.0
+RAYLET_TIMEOUT_S = 120.0  # in which a driver without a raylet has to end
+KINDS = ("trial", "driver", "trial", "driver", "raylet")
 LONG = {"steps": 1500}  # seconds a trial
 CONFIRM = {"seeds": 3, "steps": 2000, "finalists": 2}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -80,13 +84,14 @@ def trials_of(session: int) -> list[int]:
     return [pid for pid, title in processes({session}).items() if "Trainable" in title or "GuardedTrial" in title]
 
 
-def kill_a_trial(session: int, chance: random.Random) -> bool:
-    trials = trials_of(session)
-    if not trials:
-        return False
+def raylets_of(session: int) -> list[int]:
+    return [pid for pid, title in processes({session}).items() if title.split(" ")[0].endswith("/raylet")]
+
+
+def kill_one(pids: list[int], chance: random.Random) -> bool:
     try:
-        os.kill(chance.choice(trials), signal.SIGKILL)
-    except ProcessLookupError:
+        os.kill(chance.choice(pids), signal.SIGKILL)
+    except (IndexError, ProcessLookupError):
         return False
     return True
 
@@ -102,39 +107,55 @@ def winner(folder: StudyFolder) -> str:
         return ""
 
 
-def disturbed(folder: Path, kills: int, chance: random.Random) -> tuple[Counter[str], set[int]]:
-    """Runs a study to its end with `kills` kills, the trials' and the driver's in turn. Returns their numbers and all sessions."""
-    counts: Counter[str] = Counter()
-    driver = start(folder)
-    sessions = {driver.pid}
-    for number in range(kills):
-        while not trials_of(driver.pid) and driver.poll() is None:
-            time.sleep(0.1)
-        time.sleep(chance.uniform(0, 8))
-        if driver.poll() is not None:
-            break
-        if number % 2 == 0:
-            for _ in range(1 + number // 2 % 2):
-                counts["trial"] += kill_a_trial(driver.pid, chance)
-                time.sleep(1)
-        else:
-            os.killpg(driver.pid, signal.SIGKILL)
-            driver.wait()
-            counts["driver"] += 1
-            more = ["--resume", "--name", "chaos"] if (folder / "chaos" / "study.yaml").exists() else []
-            driver = start(folder, *more)
-            sessions.add(driver.pid)
-    while driver.wait() in (4, 130):  # a trial that was killed three times has no verdict yet
-        driver = start(folder, "--resume", "--name", "chaos")
-        sessions.add(driver.pid)
-    return counts, sessions
+class Disturbed:
+    """A study that runs to its end, however often its processes are killed."""
+
+    def __init__(self, folder: Path, chance: random.Random) -> None:
+        self.folder, self.chance = folder, chance
+        self.counts: Counter[str] = Counter()
+        self.driver = start(folder)
+        self.sessions = {self.driver.pid}
+
+    def run(self, kinds: Sequence[str]) -> None:
+        for kind in kinds:
+            while not trials_of(self.driver.pid) and self.driver.poll() is None:
+                time.sleep(0.1)
+            time.sleep(self.chance.uniform(0, 8))
+            if self.driver.poll() is not None:
+                break
+            if kind == "trial":
+                self.counts["trial"] += kill_one(trials_of(self.driver.pid), self.chance)
+            elif kind == "driver":
+                os.killpg(self.driver.pid, signal.SIGKILL)
+                self.driver.wait()
+                self.counts["driver"] += 1
+                self.resume()
+            else:
+                self.counts["raylet"] += kill_one(raylets_of(self.driver.pid), self.chance)
+                try:
+                    self.driver.wait(RAYLET_TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    self.counts["hung"] += 1
+                    os.killpg(self.driver.pid, signal.SIGKILL)
+                    self.driver.wait()
+                self.resume()
+        while self.driver.wait() in (4, 130):  # a trial that was killed three times has no verdict yet
+            self.resume()
+        self.counts["failed"] += self.driver.returncode != 0
+
+    def resume(self) -> None:
+        again = ["--resume", "--name", "chaos"] if (self.folder / "chaos" / "study.yaml").exists() else []
+        self.driver = start(self.folder, *again)
+        self.sessions.add(self.driver.pid)
 
 
-def study_under_kills(shape: str, expected: dict[str, Any], best: str, kills: int, chance: random.Random) -> Counter[str]:
+def study_under_kills(shape: str, expected: dict[str, Any], best: str, kinds: Sequence[str], chance: random.Random) -> Counter[str]:
     with tempfile.TemporaryDirectory(prefix="tune-ssim-chaos-") as name:
         folder = Path(name)
         study_file(folder, shape)
-        counts, sessions = disturbed(folder, kills, chance)
+        study = Disturbed(folder, chance)
+        study.run(kinds)
+        counts, sessions = study.counts, study.sessions
         found = StudyFolder(folder / "chaos")
         lines = [json.loads(line)["trial_id"] for line in found.trials_file.read_text().splitlines()]
         deadline = time.monotonic() + ORPHANS_AFTER_S
@@ -151,13 +172,13 @@ def study_under_kills(shape: str, expected: dict[str, Any], best: str, kills: in
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=20, help="of each shape, in studies of four kills")
+    parser.add_argument("--kills", type=int, default=20, help="of each shape, in studies of five kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "chaos_kills.json")
     arguments = parser.parse_args()
     chance, total = random.Random(arguments.seed), dict[str, Counter[str]]()
-    columns = ("driver", "trial", "lost", "twice", "changed", "other best", "orphans")
+    columns = ("driver", "trial", "raylet", "hung", "failed", "lost", "twice", "changed", "other best", "orphans")
     for shape in arguments.shapes:
         with tempfile.TemporaryDirectory() as name:
             study_file(Path(name), shape)
@@ -165,12 +186,12 @@ def main() -> None:
             undisturbed = StudyFolder(Path(name, "chaos"))
             expected, best = facts(undisturbed), winner(undisturbed)
         total[shape] = Counter(dict.fromkeys(columns, 0) | {"studies": 0})
-        while total[shape]["driver"] + total[shape]["trial"] < arguments.kills:
-            found = study_under_kills(shape, expected, best, 4, chance)
+        while sum(total[shape][kind] for kind in set(KINDS)) < arguments.kills:
+            found = study_under_kills(shape, expected, best, KINDS, chance)
             total[shape].update(found)
             total[shape]["studies"] += 1
             print(shape, dict(found), flush=True)
-            if not found["driver"] + found["trial"]:
+            if not any(found[kind] for kind in KINDS):
                 break
     table = Table("shape", "studies", *columns)
     for shape, counts in total.items():

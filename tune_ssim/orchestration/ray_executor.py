@@ -23,8 +23,8 @@ from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.executor import JobSearch, Phase
 from tune_ssim.orchestration.progress import NoProgress
 from tune_ssim.orchestration.ray_cluster import concurrency_of, connection, describe_cluster, gpus_of
-from tune_ssim.orchestration.ray_internals import intercept_failures, keep_actors, without_snapshots
-from tune_ssim.orchestration.ray_job import drop_bulk, job_of, report_of
+from tune_ssim.orchestration.ray_internals import forget_statistics, intercept_failures, keep_actors, without_snapshots
+from tune_ssim.orchestration.ray_job import drop_bulk, drop_ending, job_of, report_of
 from tune_ssim.orchestration.ray_search import JobSearcher
 from tune_ssim.orchestration.ray_starts import take_on_ray
 from tune_ssim.orchestration.recorder import StudyRecorder
@@ -207,6 +207,8 @@ class _RayRecording(tune.Callback, Stopper):
     def _ended_without_result(self, trial: Any, verdict: Verdict, reason: str) -> None:
         last = trial.last_result or {}
         self._record(lambda: self.recorder.ended_without_result(_job(trial), verdict, reason, last))
+        drop_ending(last)  # the searcher has it
+        forget_statistics(trial)
 
 
 def _job(trial: Any) -> TrialJob:

@@ -82,6 +82,16 @@ def without_snapshots(controller: Any) -> None:
         controller.checkpoint = _Hook(lambda force=False, wait=False: write(force=force, wait=wait) if force else None)
 
 
+def forget_statistics(trial: Any) -> None:
+    """Frees the running averages that Ray keeps of each metric of an ended trial: 0.7 kB a metric, which a study never reads.
+    (Ray 2.60: ray/tune/trainable/metadata.py.)"""
+    metadata = getattr(trial, "run_metadata", None)
+    for name in ("metric_analysis", "metric_n_steps"):
+        kept = getattr(metadata, name, None)
+        if isinstance(kept, dict):
+            kept.clear()
+
+
 def intercept_failures(controller: Any, handle: Callable[[Any, Exception, Callable[[], None]], None]) -> None:
     """Calls `handle(trial, exception, proceed)` when a trial failed. `proceed` does what Ray does by itself: it counts the failure
     and starts the trial again at once, or ends it. Before that the trial counts as running.

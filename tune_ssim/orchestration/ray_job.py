@@ -22,6 +22,7 @@ from tune_ssim.trials.trial_run import TrialReport, TrialResult
 
 JOB = "trial_job"  # key of a config, next to the settings
 BULKY = ("records", "images", "traceback", "wrote", "contact", "notice", "files_seen")  # keys of a result
+ENDING = ("summary", "effective", "baseline_run")
 
 
 def config_of(job: TrialJob) -> dict[str, Any]:
@@ -82,6 +83,12 @@ def result_of(report: TrialReport, objective: str) -> dict[str, Any]:
 def drop_bulk(result: dict[str, Any]) -> None:
     """Removes what has been recorded from a result, so that it does not fill Ray's snapshots."""
     for key in BULKY:
+        result.pop(key, None)
+
+
+def drop_ending(result: dict[str, Any]) -> None:
+    """Removes how a trial ended, once the searcher and the recorder have it. Ray keeps the last result of every trial."""
+    for key in ENDING:
         result.pop(key, None)
 
 

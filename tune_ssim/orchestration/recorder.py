@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from tune_ssim.base.passwords import hide_password
 from tune_ssim.guards.verdict import Role, Verdict
 from tune_ssim.orchestration.progress import Progress
 from tune_ssim.results.events import EventWriter
-from tune_ssim.results.study_folder import StudyFolder
+from tune_ssim.results.study_folder import StudyFolder, ended_ids
 from tune_ssim.results.trial_text import format_setting
 from tune_ssim.study.objective import DEFAULT_OBJECTIVE, Objective
 from tune_ssim.study.space import resolve_settings
@@ -17,6 +18,26 @@ from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.quarantine import Ledger
 from tune_ssim.trials.summary import TrialSummary
 from tune_ssim.trials.trial_run import TrialReport, TrialResult
+
+
+@dataclass
+class _Recorded:
+    """Ids of trials in the study's folder, from earlier starts too: those with a final verdict, and the baselines that are safe."""
+
+    ended: set[str] = field(default_factory=set)
+    sound_baselines: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, folder: StudyFolder) -> _Recorded:
+        found = cls()
+        for trial in folder.trials():
+            found.add(trial)
+        return found
+
+    def add(self, trial: TrialSummary) -> None:
+        self.ended |= ended_ids([trial])
+        if trial.role is Role.BASELINE and trial.verdict is Verdict.SAFE:
+            self.sound_baselines.add(trial.trial_id)
 
 
 class StudyRecorder:
@@ -30,10 +51,18 @@ class StudyRecorder:
         self.ended: set[str] = set()
         self.has_failed_baseline = False
         self._has_contact = False
+        self._recorded: _Recorded | None = None
 
     @property
     def unfinished(self) -> set[str]:
         return self.started - self.ended
+
+    @property
+    def recorded(self) -> _Recorded:
+        """Read once, not for each of thousands of trials: no other process writes to the study."""
+        if self._recorded is None:
+            self._recorded = _Recorded.of(self.folder)
+        return self._recorded
 
     def trial_started(self, job: TrialJob) -> None:
         settings = resolve_settings(job.settings)
@@ -73,9 +102,10 @@ class StudyRecorder:
             errors.mkdir(exist_ok=True)
             (errors / f"{summary.trial_id}.txt").write_text(hide_password(result.traceback))
         if summary.verdict == Verdict.PRUNED:
-            summary.quarantined = quarantine_checkpoints(self.folder, summary)
-        if not self.folder.add_trial(summary):
+            summary.quarantined = quarantine_checkpoints(self.folder, summary, self.recorded.sound_baselines)
+        if not self.folder.add_trial(summary, self.recorded.ended):
             return  # its first verdict is final
+        self.recorded.add(summary)
         if result.files and summary.role is not Role.SEARCH:
             self.folder.add_files_seen(summary.trial_id, result.files)
         self.writer.verdict(summary.trial_id, summary.to_dict(), result.effective)
@@ -94,12 +124,11 @@ class StudyRecorder:
         self.trial_ended(TrialResult(summary))
 
 
-def quarantine_checkpoints(folder: StudyFolder, summary: TrialSummary) -> list[str]:
+def quarantine_checkpoints(folder: StudyFolder, summary: TrialSummary, baselines: Collection[str]) -> list[str]:
     """Enters every checkpoint that a ruined trial wrote into the storage path's ledger; returns their ids.
 
     Nothing is entered unless some contents are known to be sound, since the starting weights must never be entered. A training in a
     separate process does not show its starting weights; there the baseline's checkpoints count as sound."""
-    baselines = {trial.trial_id for trial in folder.trials() if trial.role == Role.BASELINE and trial.verdict == Verdict.SAFE}
     start = folder.start()
     sound = [*start.contents] if start else []
     sound += [checkpoint.contents for name in sorted(baselines) for checkpoint in folder.checkpoints(name)]

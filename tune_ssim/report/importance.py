@@ -34,7 +34,7 @@ def importance_of(trials: Sequence[TrialSummary], objective: Objective, space: S
     if len(judged) < MIN_TRIALS or len(distributions) < 2:
         return {}
     ranks = [objective.rank(trial.metric(objective.name) if trial.verdict is Verdict.SAFE else math.nan) for trial in judged]
-    places = sorted(set(ranks))
+    places = {rank: place for place, rank in enumerate(sorted(set(ranks)))}
     if len(places) < 2:
         return {}
 
@@ -44,7 +44,7 @@ def importance_of(trials: Sequence[TrialSummary], objective: Objective, space: S
     study = create_study(direction="minimize")
     for index, rank in enumerate(ranks):
         params = {name: values[name][index] for name in distributions}
-        study.add_trial(create_trial(params=params, distributions=distributions, value=float(places.index(rank))))
+        study.add_trial(create_trial(params=params, distributions=distributions, value=float(places[rank])))
     return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=TARGET_QUANTILE))
 
 

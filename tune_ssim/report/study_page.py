@@ -110,6 +110,8 @@ def page_of(folder: StudyFolder, refresh_s: int | None = None, end: str | None =
     preflight, given = folder.preflight(), folder.study()
     columns = _columns(trials, objective)
     front = pareto_front(trials, objective)
+    on_front = {trial.trial_id for trial in front}
+    baselines = [trial for trial in trials if trial.role is Role.BASELINE]
     environment = Environment(loader=PackageLoader("tune_ssim.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("study.html").render(
         name=folder.name,
@@ -130,7 +132,7 @@ def page_of(folder: StudyFolder, refresh_s: int | None = None, end: str | None =
         heat_map=_heat_map(folder, trials),
         columns=[HEADINGS.get(name, metric_label(name)) for name in columns],
         rows=[
-            _row(trial, columns, log, best, place, _baseline_of(trial, trials), trial in front)
+            _row(trial, columns, log, best, place, _baseline_of(trial, baselines), trial.trial_id in on_front)
             for place, trial in enumerate(_in_order(trials, objective))
         ],
         importance=importance_of(trials, objective, load_space(given["space"])) if "space" in given else {},
@@ -220,11 +222,11 @@ def _row(
     )
 
 
-def _baseline_of(trial: TrialSummary, trials: Sequence[TrialSummary]) -> str:
+def _baseline_of(trial: TrialSummary, baselines: Sequence[TrialSummary]) -> str:
     """The baseline with the same seed, of the confirm phase for one of its trials; empty if there is none."""
     if trial.role is Role.BASELINE:
         return ""
-    same = [one.trial_id for one in trials if one.role is Role.BASELINE and one.seed == trial.seed]
+    same = [one.trial_id for one in baselines if one.seed == trial.seed]
     is_confirmed = trial.role is Role.CONFIRM
     return next((name for name in same if name.startswith("confirm-") == is_confirmed), "")
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,10 +213,13 @@ class StudyFolder:
         lines = parse_lines(self.path / FILES, lambda line: read_as(_FilesSeen, line))
         return [line.files for line in lines if line.trial_id in trial_ids]
 
-    def add_trial(self, summary: TrialSummary) -> bool:
-        """Appends a summary. Returns False and writes nothing if the trial already has a verdict, since the first one is final."""
-        before = self._verdicts(containing=json.dumps(summary.trial_id)).get(summary.trial_id)
-        if before is not None and not before.is_repeated_on_resume:
+    def add_trial(self, summary: TrialSummary, ended: Collection[str] | None = None) -> bool:
+        """Appends a summary. Returns False and writes nothing if the trial already has a verdict, since the first one is final.
+
+        ended: the trials that have one, from a caller who knows them: looking it up reads the file."""
+        if ended is None:
+            ended = ended_ids(self._verdicts(containing=json.dumps(summary.trial_id)).values())
+        if summary.trial_id in ended:
             return False
         append_line(self.trials_file, summary.to_dict())
         return True
@@ -233,6 +236,11 @@ class StudyFolder:
             if before is None or before.is_repeated_on_resume:
                 found[summary.trial_id] = summary
         return found
+
+
+def ended_ids(trials: Iterable[TrialSummary]) -> set[str]:
+    """Ids of the trials whose verdict is final."""
+    return {trial.trial_id for trial in trials if not trial.is_repeated_on_resume}
 
 
 def _hashes(value: dict[str, Any]) -> dict[str, str]:
