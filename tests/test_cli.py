@@ -1,12 +1,14 @@
-"""The command line as a user meets it: real processes, their exit codes, stdout and stderr."""
+"""The command line as a user meets it: exit codes, stdout and stderr."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from ruamel.yaml import YAML
 from small_studies import SETTING, USUAL, baseline, study, trial
 
+from tune_ssim.cli.app import exit_code
 from tune_ssim.cli.options import ChosenStudy
 
 COMMAND = [sys.executable, "-m", "tune_ssim"]
@@ -22,18 +25,41 @@ VERBS = ("run", "check", "trials", "export", "ui", "spaces", "mirror")
 
 
 def tune_ssim(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    source = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(source), "TUNE_SSIM_STORAGE": str(cwd), **environment}
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-        check=False,
-    )
+    """A verb in a copy of this process, which has imported everything. With `environment`, in a process of its own."""
+    words = list(map(str, arguments))
+    own = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "TUNE_SSIM_STORAGE": str(cwd), **environment}
+    if environment or COMMAND[1:] != ["-m", "tune_ssim"]:
+        return subprocess.run(
+            [*COMMAND, *words],
+            cwd=cwd,
+            env={**os.environ, **own},
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=120,
+            check=False,
+        )
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        if (pid := os.fork()) == 0:
+            code = 70
+            try:
+                os.chdir(cwd)
+                os.environ.update(own)
+                sys.stdout, sys.stderr = _to(1, output.fileno()), _to(2, errors.fileno())
+                code = exit_code(words)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(words, code, output.read().decode(), errors.read().decode())
+
+
+def _to(stream: int, file: int) -> io.TextIOWrapper:
+    os.dup2(file, stream)
+    return io.TextIOWrapper(os.fdopen(stream, "wb", closefd=False), encoding="utf-8", line_buffering=stream == 2)
 
 
 def mistake(done: subprocess.CompletedProcess[str], *said: str, code: int = 2) -> None:
@@ -57,7 +83,6 @@ def test_the_next_command_is_of_the_same_study(tmp_path: Path) -> None:
 def test_help_loads_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
     code = """
 import sys
-from tune_ssim.cli.app import exit_code
 code = exit_code(sys.argv[1:])
 heavy = {"torch", "ray", "mlflow", "optuna", "numpy", "rich", "pydantic", "ruamel", "ruamel.yaml"} & sys.modules.keys()
 assert not heavy, heavy
