@@ -83,6 +83,7 @@ def test_the_next_command_is_of_the_same_study(tmp_path: Path) -> None:
 def test_help_loads_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
     code = """
 import sys
+from tune_ssim.cli.app import exit_code
 code = exit_code(sys.argv[1:])
 heavy = {"torch", "ray", "mlflow", "optuna", "numpy", "rich", "pydantic", "ruamel", "ruamel.yaml"} & sys.modules.keys()
 assert not heavy, heavy
