@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from log_samples import PRODUCERS
 
 from tune_ssim.base.errors import UserError
@@ -153,6 +155,123 @@ def test_a_nan_in_a_list_is_an_alert(tmp_path: Path, value: str) -> None:
 def test_a_nan_in_a_sentence_is_an_alert(tmp_path: Path, row: str, name: str) -> None:
     lines = [row.format(step, name, "NaN") if step == 20 else f"step {step} loss 0.5" for step in range(40)]
     assert broken(tmp_path / "run.log", "\n".join(lines) + "\n")[0] == [20]
+
+
+LOSS_LIKE = ["loss", "train/loss", "avg_loss", "kl_loss", "val_loss", "loss_flow", "lpips", "Loss/recon", "g_loss", "mse"]
+BAR = "\rEpoch {epoch}: {percent:3d}%|##   | {step}/40 [00:01<00:07,  1.48it/s, {rest}]"
+Rows = list[dict[str, Any]]
+
+
+def plain(name: str, values: Sequence[Any]) -> Rows:
+    return [{"step": at, "lr": 1e-4, name: value} for at, value in enumerate(values)]
+
+
+def dropped(name: str, values: Sequence[Any]) -> Rows:
+    """The counter begins again every ten rows, and nothing names the epoch."""
+    return [{**row, "step": 5 * (row["step"] % 10)} for row in plain(name, values)]
+
+
+def of_epochs(name: str, values: Sequence[Any]) -> Rows:
+    return [{"epoch": row["step"] // 10, **row, "step": row["step"] % 10} for row in plain(name, values)]
+
+
+def validated(name: str, values: Sequence[Any]) -> Rows:
+    """Rows of a validation alone have the values."""
+    return [
+        row for at, value in enumerate(values) for row in ({"step": at, "loss": 0.5}, {"step": at, "split": "val", name: value})
+    ]
+
+
+def as_bar(rows: Rows) -> str:
+    shown = [
+        BAR.format(
+            epoch=row.get("epoch", 0),
+            percent=2 * row["step"],
+            step=row["step"],
+            rest=", ".join(f"{name}={value}" for name, value in row.items() if name not in ("step", "epoch", "split")),
+        )
+        for row in rows
+    ]
+    return "".join(shown)
+
+
+def as_state(rows: Rows) -> str:
+    return json.dumps({"global_step": len(rows), "log_history": rows})
+
+
+def as_nested(rows: Rows) -> str:
+    head = ("step", "split")
+    inside = [{name: value for name, value in row.items() if name not in head} for row in rows]
+    outside = [{name: row[name] for name in head if name in row} for row in rows]
+    return as_jsonl([{**outer, "metrics": {"all": {"of": inner}}} for outer, inner in zip(outside, inside, strict=True)])
+
+
+def as_dicts(rows: Rows) -> str:
+    return "".join(f"{row}\n" for row in rows)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(LOSS_LIKE),
+    at=st.integers(0, 39),
+    value=st.sampled_from([math.nan, math.inf, -math.inf, "nan", "NaN", "-Infinity", "1.#QNAN"]),
+    shape=st.sampled_from([plain, dropped, of_epochs, validated]),
+    write=st.sampled_from([as_csv, as_jsonl, as_lines, as_bar, as_state, as_nested, as_dicts]),
+)
+def test_a_nan_is_an_alert_wherever_it_is(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    at: int,
+    value: Any,
+    shape: Callable[[str, Sequence[Any]], Rows],
+    write: Callable[[Rows], str],
+) -> None:
+    rows = shape(name, [value if row == at else 1 / (row + 1) for row in range(40)])
+    if write is as_csv:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        rows = [{name: row.get(name, "") for name in names} for row in rows]
+    ending = {as_csv: ".csv", as_jsonl: ".jsonl", as_nested: ".jsonl", as_state: ".json"}.get(write, ".log")
+    path = tmp_path_factory.getbasetemp() / f"run{ending}"
+    assert broken(path, write(rows))[0], path.read_text()
+
+
+@pytest.mark.parametrize("at", [0, 20, 39])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "loss avg nan",
+        "loss 0.5 avg nan",
+        "loss 0.5 (avg: nan)",
+        "loss: 0.5, mean=nan acc 0.5",
+        "loss (nan) acc 0.5",
+        "loss 0.5 / nan acc 0.5",
+        "loss 0.5 ± nan",
+        "loss -> nan",
+        "losses: total nan recon 0.5",
+        "loss avg 0.5 (nan)",
+        "the average loss is [nan]",
+        "loss: tensor(nan, device='cuda:0', grad_fn=<MulBackward0>)",
+        "loss=np.float64(-inf) acc=0.5",
+    ],
+)
+def test_a_nan_that_belongs_to_a_loss_is_an_alert(tmp_path: Path, odd: str, at: int) -> None:
+    lines = [f"step {step} " + (odd if step == at else "loss 0.5 acc 0.5") for step in range(40)]
+    assert broken(tmp_path / "run.log", "\n".join(lines) + "\n")[0] == [at]
+
+
+@pytest.mark.parametrize("odd", ["acc avg nan", "acc 0.5 (nan)", "loss 0.5 (inf norm 3.0)", "loss 0.5 acc 0.5 / nan", "avg nan"])
+def test_a_nan_that_belongs_to_another_metric_is_none(tmp_path: Path, odd: str) -> None:
+    lines = [f"step {step} " + (odd if step == 20 else "loss 0.5 acc 0.5") for step in range(40)]
+    assert broken(tmp_path / "run.log", "\n".join(lines) + "\n")[0] == []
+
+
+def test_numbers_as_pytorch_prints_them() -> None:
+    parser = LineParser()
+    lines = "".join(
+        f"step {at} loss: tensor({at}.5, device='cuda:0', grad_fn=<MulBackward0>), psnr np.float64(9.5)\n" for at in (1, 2)
+    )
+    found = parser.feed(lines.encode()) + parser.finish()
+    assert found == [Record(at, {"loss": at + 0.5, "psnr": 9.5}) for at in (1, 2)]
 
 
 def test_a_value_is_no_word_of_the_next_name() -> None:

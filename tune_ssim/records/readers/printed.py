@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tune_ssim.records import EPOCH, TOTAL_NORM
@@ -13,9 +14,18 @@ from tune_ssim.records.readers.values import Names, text_number, without_windows
 
 # `loss: 0.3`, `loss=0.3`, `loss 0.3`, `'loss': '0.3'`, `loss is 0.3`. A number followed by a unit (`0.3s`) does not match.
 # Neither does a date or a time. For lower-case text.
-PAIR = re.compile(rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?(?: (?:is|was|of))?\s{{0,8}}[:= ]\s{{0,8}}['\"]?({NUMBER})(?![\w.]|[-:]\d)")
-# `loss: 0.5 (nan)`: a running mean that is not finite, after a number that is. For lower-case text.
-BROKEN_MEAN = re.compile(r"\s{0,8}\(\s{0,8}([-+]?(?:nan|inf(?:inity)?))\s{0,8}\)")
+PAIR = re.compile(
+    rf"(?<![\w./-])([a-z_][\w./-]*)['\"]?(?: (?:is|was|of))?\s{{0,8}}(?:[:= ~→]|->)\s{{0,8}}['\"]?({NUMBER})(?![\w.]|[-:]\d)"
+)
+# `loss: 0.5 (nan)`, `loss 0.5 ± nan`, `loss [nan]`: a number that is not finite and that no name precedes. For lower-case text.
+NOT_FINITE = r"[-+]?(?:nan|inf(?:inity)?)(?!\w)"
+BARE_NAN = re.compile(rf"(?:(?<=[/±])|(?<=[/±] )){NOT_FINITE}|(?<![\w.+-]){NOT_FINITE}(?!\s{{0,2}}[a-z(-])")
+WORD = re.compile(r"[a-z_][\w./-]*")
+# `loss avg 0.5`, `loss 0.5 (avg 0.4)`, `losses: total 0.5`: names that belong to the loss before them.
+AVERAGES = ("avg", "avr", "average", "mean")
+LOSS_BEFORE = re.compile(r"([a-z_][\w./-]*?)(?:es)?['\"]?[\s:,(\[{|]{1,4}$")
+# `tensor(0.5, grad_fn=<MulBackward0>)`, `np.float64(0.5)`: as PyTorch and NumPy print a number. For lower-case text.
+WRAPPED = re.compile(rf"(?:tensor|array|(?:np\.|numpy\.)?float\d\d)\(\[?\s?({NUMBER})\s?\]?(?:,[^()]{{0,80}})?\)")
 # A loss that is no number: `loss: --`, `loss=None`, `loss N/A`, `loss ****`. For lower-case text.
 NO_NUMBER = re.compile(r"(?<![a-z])loss['\"]?\s{0,8}[:= ]\s{0,8}['\"]?(?:-{1,9}|\*{1,40}|n/?a|null|none|#+)(?![\w.-])")
 DICT = re.compile(r"\{\s{0,8}['\"]\w")
@@ -99,7 +109,7 @@ class KeyValues(Printed):
         self._epoch: float | None = None  # of the latest line that is nothing but an epoch
 
     def look(self, line: str) -> str:
-        text = without_windows(line.lower())
+        text = _with_plain_numbers(line)
         if "%|" in text and (bar := BAR.search(text)):
             return text[bar.end() :]  # a line printed after a progress bar
         return text
@@ -153,6 +163,12 @@ class KeyValues(Printed):
         return Places(step, pairs)
 
 
+def _with_plain_numbers(line: str) -> str:
+    """The line in lower case, with `1.#INF` and `tensor(0.5)` as plain numbers."""
+    text = without_windows(line.lower())
+    return WRAPPED.sub(r"\1", text) if "tensor(" in text or "float" in text or "array(" in text else text
+
+
 def _step_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
     names = (*names, *MORE_STEPS) if "step" in names else names
     either = "|".join(re.escape(name.lower()) for name in names)
@@ -163,12 +179,12 @@ def _step_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
 def _pairs(text: str, not_metrics: set[str]) -> list[tuple[str, Span, Span]]:
     """Name, span of the name and span of the number of each metric. Two metrics of one name get the words before it, and so does a
     metric of held-out data."""
-    found = []
+    found: list[tuple[str, Span, Span, list[str]]] = []
     for pair in PAIR.finditer(text):
-        words = _qualifiers(text, pair.start())
-        found.append((pair[1], pair.span(1), pair.span(2), words))
-        if (mean := BROKEN_MEAN.match(text, pair.end())) is not None:
-            found.append((f"{pair[1]}_avg", pair.span(1), mean.span(1), words))
+        name = _of_loss(text, pair, found[-1] if found else None)
+        found.append((name, pair.span(1), pair.span(2), _qualifiers(text, pair.start()) if name == pair[1] else []))
+    if "nan" in text or "inf" in text:
+        found += _bare_nans(text, found)
     found = [one for one in found if one[0] not in not_metrics and not one[0].endswith(".py")]  # train.py:12 of a logger
     if not found:
         return []
@@ -184,6 +200,29 @@ def _pairs(text: str, not_metrics: set[str]) -> list[tuple[str, Span, Span]]:
             name = f"val_{name}"
         pairs.append((name, place, number))
     return pairs
+
+
+def _of_loss(text: str, pair: re.Match[str], previous: tuple[str, Span, Span, list[str]] | None) -> str:
+    """The name of a pair, with that of the loss to which an average or a total belongs."""
+    name = pair[1]
+    if name not in AVERAGES and name != "total":
+        return name
+    if previous is not None and name in AVERAGES and not text[previous[2][1] : pair.start()].strip(" ,(["):
+        return f"{previous[0]}_{name}"
+    before = LOSS_BEFORE.search(text, max(0, pair.start() - 64), pair.start())
+    return f"{before[1]}_{name}" if before is not None and is_loss_like(before[1]) else name
+
+
+def _bare_nans(text: str, found: Sequence[tuple[str, Span, Span, list[str]]]) -> list[tuple[str, Span, Span, list[str]]]:
+    """The losses with a number that is not finite and does not follow their name directly. found: those with one that does."""
+    starts, nans = {number[0] for _, _, number, _ in found}, []
+    for nan in BARE_NAN.finditer(text):
+        before = next((one for one in reversed(found) if one[2][1] <= nan.start()), ("", (0, 0), (0, 0), []))
+        words = [word for word in WORD.finditer(text, before[2][1], nan.start()) if word[0] not in ("is", "was", "of")]
+        name, place = (words[-1][0], words[-1].span()) if words else (before[0], before[1])
+        if nan.start() not in starts and name and is_loss_like(name):
+            nans.append((f"{name}_avg", place, nan.span(), list[str]()))
+    return nans
 
 
 def _qualifiers(text: str, at: int) -> list[str]:
@@ -202,7 +241,7 @@ class ProgressBars(Printed):
         self._bars = 0  # finished
 
     def read(self, line: str) -> Row | None:
-        text = line.lower()
+        text = _with_plain_numbers(line)
         bar = BAR.search(text) if "[" in text else None
         if bar is None:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from tune_ssim.base.errors import UserError
@@ -27,7 +27,7 @@ UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 ROUNDED = re.compile(r"(?P<digits>\d{1,9}(?:\.\d{1,6})?)(?:(?P<unit>[kKmMbB])|e\+?(?P<exponent>\d{1,2}))")
 THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+")
 WINDOWS = re.compile(r"1\.#(?:(inf)|ind|[qs]?nan)0*", re.IGNORECASE)  # Inf and NaN of an old C library: 1.#INF, -1.#IND, 1.#QNAN
-MAX_NESTING = 3  # levels of objects read from a JSON row, as "train/loss"
+MAX_NESTING = 6  # levels of objects read from a JSON row, as "train/loss"
 MAX_NAMES = 10_000  # cached names; bounds memory for a log whose names never repeat
 
 
@@ -127,11 +127,12 @@ def number_in(value: Any) -> float | None:
     return None
 
 
-def broken_in(values: list[Any], level: int = 1) -> float | None:
-    """The first number in a JSON list, or in a list within it, that is not finite; else None."""
+def broken_in(values: Iterable[Any], level: int = 1) -> float | None:
+    """The first number in JSON values, or in a list or an object among them, that is not finite; else None."""
     for value in values:
-        if isinstance(value, list):
-            number = broken_in(value, level + 1) if level < MAX_NESTING else None
+        if isinstance(value, (list, dict)):
+            inside = value.values() if isinstance(value, dict) else value
+            number = broken_in(inside, level + 1) if level < MAX_NESTING else None
         else:
             number = number_in(value)
         if number is not None and not math.isfinite(number):
