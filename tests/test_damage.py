@@ -36,7 +36,7 @@ TEXT = b"".join(b"step %d loss=%.3f total_norm=1.5\n" % (n, 1 / n) for n in rang
 DOCUMENT = json.dumps({"log_history": [{"step": n, "loss": 1 / n, "total_norm": 1.5} for n in range(1, 40)]}).encode()
 
 # Files in which a changed number is as valid as the one before: another study, other verdicts or suggestions.
-CHANGEABLE = ("trials", "resolved study", "calibration")
+CHANGEABLE = ("trials", "resolved study")
 
 Verb = Callable[[StudyFolder, Path], Ran]
 

@@ -15,7 +15,9 @@ from test_cli import mistake, tune_ssim
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import append_line
+from tune_ssim.results.events import EventWriter
 from tune_ssim.results.export import exported_config
+from tune_ssim.results.proof import digest, require_unchanged
 from tune_ssim.results.study_folder import Skipped, StudyFolder
 from tune_ssim.results.winner import NoSafeTrial, best_safe
 
@@ -28,6 +30,23 @@ def proven(storage: Path) -> StudyFolder:
     (folder.path / "provenance.json").write_text('{"code/a.py": "0123"}')
     assert exported_config(best_safe(folder), folder)["proof"]["unproven"] == []
     return folder
+
+
+def test_a_calibration_that_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
+    """It decides which settings are tried, and it is in the proof. Another layout of the same numbers is no change."""
+    folder = proven(tmp_path)
+    calibration = {"model": {"alpha": 0.5}, "settings": [{"gain": 1.0, "norm_ratio": "NaN"}]}
+    EventWriter(folder).file("calibration.json", "before_launch", digest(calibration))
+    file = folder.path / "calibration.json"
+    file.write_text(json.dumps(calibration, indent=1))
+    require_unchanged(folder)
+    file.write_text(json.dumps(calibration).replace("0.5", "0.6"))
+    for refused in (lambda: require_unchanged(folder), lambda: exported_config(best_safe(folder), folder)):
+        with pytest.raises(UserError, match=r"calibration\.json: was changed after the study wrote it; put back what it held"):
+            refused()
+    file.unlink()
+    with pytest.raises(UserError, match=r"calibration\.json: is missing"):
+        require_unchanged(folder)
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)

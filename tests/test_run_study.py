@@ -25,7 +25,7 @@ from tune_ssim.cli.launch import run
 from tune_ssim.guards import Baseline
 from tune_ssim.orchestration.phases import describe_plan, run_study
 from tune_ssim.orchestration.progress import NoProgress
-from tune_ssim.orchestration.ray_cluster import describe_cluster, require_reachable
+from tune_ssim.orchestration.ray_cluster import describe_cluster, require_reachable, require_token
 from tune_ssim.orchestration.verification import verify
 from tune_ssim.probes import tensor_contents
 from tune_ssim.results.export import exported_config, format_export
@@ -355,6 +355,17 @@ def test_token_authentication_and_an_open_token_file_are_reported(
     assert describe_cluster(ray.cluster_resources()) == f"{line}, but other users can read the token: chmod 600 {token}"
     token.chmod(0o600)
     assert describe_cluster(ray.cluster_resources()) == line
+
+
+def test_a_wrong_token_is_one_line_at_once(cluster: None) -> None:
+    """Ray itself tries for a minute, with a warning every second."""
+    address = ray.get_runtime_context().gcs_address
+    require_token(address)  # the right one
+    code = f"from tune_ssim.orchestration.ray_cluster import require_token; require_token({address!r})"
+    environment = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    words = f"--address {address}: the cluster refuses the token in $RAY_AUTH_TOKEN: copy the head's token file to "
+    assert words in ended.stderr and "gcs_client.cc" not in ended.stderr
 
 
 def test_a_study_without_a_confirm_phase_is_unproven(done: StudyFolder) -> None:

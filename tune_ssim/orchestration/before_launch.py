@@ -18,6 +18,7 @@ from tune_ssim.before_launch.inspection import PICTURE, bad_lines, calibration_l
 from tune_ssim.probes.norm_model import NormModel, Prediction
 from tune_ssim.report.heat_map import draw_heat_map
 from tune_ssim.results.events import EventWriter
+from tune_ssim.results.proof import digest, require_unchanged
 from tune_ssim.results.study_folder import CALIBRATION, PREFLIGHT, PREFLIGHT_PICTURE, PROVENANCE, START, StartingState, StudyFolder
 from tune_ssim.search.guided import GuidedSearch
 from tune_ssim.trials.quarantine import Ledger
@@ -37,8 +38,10 @@ class _Limits:
 
 
 def check_before_launch(study: Study, folder: StudyFolder, writer: EventWriter, progress: Progress, executor: Executor) -> None:
-    """Runs the phases before the first trial, unless a resumed study has completed them. Raises BadSetup if they find a fault."""
+    """Runs the phases before the first trial, unless a resumed study has completed them. Raises BadSetup if they find a fault,
+    UserError if a file that they wrote was changed."""
     if (folder.path / PROVENANCE).exists():
+        require_unchanged(folder)
         _require_clean(folder)
         return
     phases = [name for name, wanted in (("preflight", study.preflight is not None), ("calibration", study.calibrates)) if wanted]
@@ -58,7 +61,7 @@ def check_before_launch(study: Study, folder: StudyFolder, writer: EventWriter, 
         subject = name.removesuffix(".json")
         if subject in found:
             write_json(folder.path / name, found[subject])
-            writer.file(name, "before_launch")
+            writer.file(name, "before_launch", digest(found[subject]))
     for line in (*preflight_lines(found.get("preflight")), *calibration_lines(found.get("calibration"))):
         progress.say(line)
     _require_clean(folder)  # first, since ruined weights are the reason of other findings

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.orchestration.ray_internals import token_authentication, without_messages_of_nodes
+from tune_ssim.orchestration.ray_internals import refuses_token, token_authentication, without_messages_of_nodes
 from tune_ssim.orchestration.stops import stops_as_ctrl_c
 from tune_ssim.study.study import Study
 
@@ -47,6 +47,7 @@ def connection(study: Study, address: str | None) -> Iterator[dict[str, float]]:
             options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus))}
         else:
             require_reachable(address)
+            require_token(address)
             options["address"] = address
             options.pop("include_dashboard")
         had_token = token_file().exists()
@@ -92,6 +93,20 @@ def require_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise UserError(f"--address {address}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def require_token(address: str) -> None:
+    """Raises UserError if the cluster refuses this user's token, or gets none."""
+    copied = f"copy the head's token file to {token_file()}, with mode 0600"
+    is_held, is_on = bool(os.environ.get("RAY_AUTH_TOKEN")), token_authentication()
+    if is_on and not is_held and not token_file().exists():
+        raise UserError(f"--address {address}: RAY_AUTH_MODE=token, but there is no token: {copied}")
+    if address.startswith("ray://") or not refuses_token(address, CONNECT_TIMEOUT_S):
+        return
+    if is_on:
+        held = "$RAY_AUTH_TOKEN" if is_held else token_file()
+        raise UserError(f"--address {address}: the cluster refuses the token in {held}: {copied}")
+    raise UserError(f"--address {address}: the cluster wants a token: set RAY_AUTH_MODE=token, and {copied}")
 
 
 def describe_cluster(cluster: dict[str, float]) -> str:

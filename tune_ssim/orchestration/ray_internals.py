@@ -18,6 +18,26 @@ def token_authentication() -> bool | None:
     return bool(is_token_auth_enabled())
 
 
+def refuses_token(address: str, timeout_s: float) -> bool:
+    """Whether the cluster refuses this process's token, or wants one and gets none. False if that cannot be known.
+
+    Ray itself tries for half a minute to a minute, with a warning every second."""
+    try:
+        from ray._private.grpc_utils import grpc, init_grpc_channel
+        from ray._private.services import canonicalize_bootstrap_address
+
+        found = canonicalize_bootstrap_address(address)
+        if found is None:
+            return False
+        with init_grpc_channel(found) as channel:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=timeout_s)
+    except ImportError:  # grpcio comes with ray[default]; another version of Ray
+        return False
+    except grpc.RpcError as error:
+        return bool(error.code() is grpc.StatusCode.UNAUTHENTICATED)
+    return False
+
+
 @contextmanager
 def without_messages_of_nodes() -> Iterator[None]:
     """Keeps Ray from printing the deaths of processes and nodes, with their logs. The study reports them in one line.

@@ -92,9 +92,10 @@ class EventWriter:
         """Written at the start and at every resume. The first one identifies the study. `note` is Markdown."""
         self._add("study", name=name, study_sha256=study_sha256, note=note)
 
-    def file(self, path: str, artifact_path: str = "") -> None:
-        """A file of the study to be logged to the artifact folder `artifact_path`. `path`: relative to the study's folder."""
-        self._add("file", path=path, artifact_path=artifact_path)
+    def file(self, path: str, artifact_path: str = "", digest: str = "") -> None:
+        """A file of the study to be logged to the artifact folder `artifact_path`. `path`: relative to the study's folder. digest:
+        of its content, if it must not change later."""
+        self._add("file", path=path, artifact_path=artifact_path, **({"digest": digest} if digest else {}))
 
     def trial_started(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 from tune_ssim.base.errors import UserError
 from tune_ssim.base.files import jsonable
 from tune_ssim.guards.verdict import Role
-from tune_ssim.results.proof import proof_of, seals
+from tune_ssim.results.proof import proof_of, require_unchanged, seals
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.space import WEIGHT
 from tune_ssim.trials.summary import TrialSummary
@@ -35,7 +35,10 @@ def experiment_name(summary: TrialSummary, study_name: str) -> str:
 
 
 def exported_config(summary: TrialSummary, folder: StudyFolder) -> dict[str, Any]:
-    """What `tune-ssim export` writes, as plain JSON values: the setting in `config`, its result, and the proof."""
+    """What `tune-ssim export` writes, as plain JSON values: the setting in `config`, its result, and the proof.
+
+    Raises UserError if the proof's files were changed."""
+    require_unchanged(folder)
     trials = folder.trials()
     baselines = [trial for trial in trials if trial.role is Role.BASELINE]
     exported: dict[str, Any] = jsonable(

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tune_ssim.base.errors import UserError
-from tune_ssim.base.files import jsonable
+from tune_ssim.base.files import jsonable, parse_json, parse_lines
 from tune_ssim.guards import KeepRule
 from tune_ssim.guards.verdict import Role
 from tune_ssim.results.intervals import paired, paired_on_images
-from tune_ssim.results.study_folder import PREFLIGHT, StudyFolder
+from tune_ssim.results.study_folder import CALIBRATION, PREFLIGHT, PROVENANCE, START, StudyFolder
 from tune_ssim.results.winner import are_copies, confirmations, holds, why_copies, why_unconfirmed
 from tune_ssim.study.objective import DELTA
 from tune_ssim.trials.command.dependencies import NO_CODE, WHEN_OBSERVED, WITHOUT_RUNNING
@@ -149,6 +149,21 @@ def margins(
 def digest(value: Any) -> str:
     """SHA-256 of plain values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(jsonable(value), sort_keys=True).encode()).hexdigest()
+
+
+def require_unchanged(folder: StudyFolder) -> None:
+    """Raises UserError if a result of the phases before launch is no longer what the study wrote: other settings would be tried,
+    and the proof would tell of numbers that nobody measured. A study of an earlier version recorded no digests."""
+
+    def parse(event: dict[str, Any]) -> tuple[str, str]:
+        return str(event.get("path", "")), str(event.get("digest", ""))
+
+    recorded = dict(parse_lines(folder.events_file, parse, containing='"digest"'))
+    for name in (PREFLIGHT, CALIBRATION, START, PROVENANCE):
+        path = folder.path / name
+        if recorded.get(name) and digest(parse_json(path, dict)) != recorded[name]:
+            text = "was changed after the study wrote it" if path.exists() else "is missing"
+            raise UserError(f"{path}: {text}; put back what it held, or start a new study with --name")
 
 
 def seals(exported: Mapping[str, Any]) -> dict[str, str]:
