@@ -49,7 +49,7 @@ DOORS: dict[str, Any] = {
     "a script that knows nothing": {
         "command": [
             *("{python}", FOREIGN, "train", "--ssim_loss_weight", "{ssim_loss_weight}", "--steps", "{steps}"),
-            *("--seed", "{seed}", "--out", "{exp_dir}/ck"),
+            *("--seed", "{seed}", "--out", "{exp_dir}/ck", "--save_every", "5"),
         ],
         "records": {"pattern": LOG},
         "checkpoints": "{exp_dir}/ck/{step:05d}.safetensors",
@@ -70,12 +70,14 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TESTS / "trainings"))
 
 
-def start(door: Any, folder: Path, weight: float, role: str = "search", baseline: Baseline | None = None) -> Trial:
+def start(
+    door: Any, folder: Path, weight: float, role: str = "search", baseline: Baseline | None = None, plan: TrialPlan = PLAN
+) -> Trial:
     task = load_task(door, str(TESTS / "trainings"))()
     if hasattr(task, "identify"):
         task.identify(f"study-{role}-{weight:g}", folder)
-    trial = Trial(task, PLAN)
-    trial.start({"steps": 40, "ssim_loss_weight": weight}, role=role, baseline=baseline)
+    trial = Trial(task, plan)
+    trial.start({"steps": plan.steps, "ssim_loss_weight": weight}, role=role, baseline=baseline)
     return trial
 
 
@@ -100,33 +102,12 @@ def test_the_same_training_through_every_door(door: str, tmp_path: Path) -> None
     assert violation and violation.guard == "norm_ratio" and violation.value == pytest.approx(4.97e7, rel=1e-2)
     # The log of the script does not say which steps were active, so nothing can be paired there.
     assert ("unpaired" in violation.sentence) == (door == "a script that knows nothing")
+    if door == "a script that knows nothing":
+        their_checkpoints_are_quarantined(baseline, ruined, tmp_path)
 
 
-def test_a_command_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    whole = finish(start(DOORS["a script that knows nothing"], tmp_path / "whole", 1.0, "baseline"))
-    half = start(DOORS["a script that knows nothing"], tmp_path / "half", 1.0, "baseline")
-    while half.step < 20:
-        half.advance(1)
-    half.save(tmp_path / "checkpoint")
-    half.task.close()
-    again = start(DOORS["a script that knows nothing"], tmp_path / "half", 1.0, "baseline")
-    again.load(tmp_path / "checkpoint")
-    assert again.step == 20
-    finish(again)
-    assert again.series == whole.series and again.verdict == whole.verdict
-    assert sorted(path.name for path in (tmp_path / "half").iterdir() if "study" in path.name) == [
-        "study-baseline-1",
-        "study-baseline-1-try2",  # a new name: nothing that it could pick up by itself
-    ]
-
-
-def test_the_checkpoints_of_a_ruined_command_are_quarantined(tmp_path: Path) -> None:
-    door = {**DOORS["a script that knows nothing"]}
-    door["command"] = [*door["command"], "--save_every", "5"]
-    folder = StudyFolder(tmp_path / "study").create()
-    baseline = finish(start(door, tmp_path / "work", 0.0, "baseline"))
-    reference = Baseline((baseline.baseline_run("baseline-0"),))
-    ruined = finish(start(door, tmp_path / "work", 1000.0, baseline=reference))
+def their_checkpoints_are_quarantined(baseline: Trial, ruined: Trial, storage: Path) -> None:
+    folder = StudyFolder(storage / "study").create()
     summaries = []
     for name, trial, role in (("baseline-0", baseline, Role.BASELINE), ("trial-00", ruined, Role.SEARCH)):
         assert trial.verdict
@@ -136,11 +117,31 @@ def test_the_checkpoints_of_a_ruined_command_are_quarantined(tmp_path: Path) -> 
     assert quarantine_checkpoints(folder, summaries[1], baselines=()) == []  # nothing is known to be sound yet
     written = ruined.task.written()
     assert len(written) >= 2 and len(quarantine_checkpoints(folder, summaries[1], ["baseline-0"])) == len(written)
-    ledger = Ledger(tmp_path)
+    ledger = Ledger(storage)
     for _, path in written:
         refusal = ledger.check(path)
         assert refusal is not None and refusal.entry.trial_id == "trial-00"
     assert all(ledger.check(path) is None for _, path in baseline.task.written())
+
+
+def test_a_command_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    door = DOORS["a script that knows nothing"]
+    plan = TrialPlan(steps=20, guards=(NormRatio(), SmokeTest(at=(0,)), NonFinite()))  # samples of step 0, and at the end
+    whole = finish(start(door, tmp_path / "whole", 1.0, "baseline", plan=plan))
+    half = start(door, tmp_path / "half", 1.0, "baseline", plan=plan)
+    while half.step < 10:
+        half.advance(1)
+    half.save(tmp_path / "checkpoint")
+    half.task.close()
+    again = start(door, tmp_path / "half", 1.0, "baseline", plan=plan)
+    again.load(tmp_path / "checkpoint")
+    assert again.step == 10
+    finish(again)
+    assert again.series == whole.series and again.verdict == whole.verdict
+    assert sorted(path.name for path in (tmp_path / "half").iterdir() if "study" in path.name) == [
+        "study-baseline-1",
+        "study-baseline-1-try2",  # a new name: nothing that it could pick up by itself
+    ]
 
 
 def test_a_checkpoint_of_torch_is_read_and_nothing_in_it_is_run(tmp_path: Path) -> None:
