@@ -48,6 +48,9 @@ def test_a_run_leaves_a_page_that_answers_first(ran: StudyFolder) -> None:
     for one in ran.trials():
         assert one.trial_id in page and str(one.verdict) in page
     answer = page[page.index('aria-label="answer"') : page.index("Before launch")]
+    header = page[: page.index("</header>")]
+    assert "Which setting improves <b>ΔSSIM</b> without ruining the model?" in header
+    assert "✗ pruned: it began to ruin the model" in page and "Gain 30 @ 0.3: weight × gradient scale" in page
     assert ("ssim_loss_weight=" in answer and "tune-ssim export reported" in answer) or "No setting to use" in answer
     assert page.count("<svg") >= len(ran.trials())
     assert page.count("data:image/png") == 1, "the heat map"

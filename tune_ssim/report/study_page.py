@@ -131,6 +131,7 @@ def page_of(folder: StudyFolder, refresh_s: int | None = None, end: str | None =
         looked_at=_picture(looked_at.read_bytes()) if (looked_at := folder.path / PREFLIGHT_PICTURE).exists() else "",
         heat_map=_heat_map(folder, trials),
         columns=[HEADINGS.get(name, metric_label(name)) for name in columns],
+        has_gain=any(format_setting(trial.config).startswith("gain") for trial in trials),
         rows=[
             _row(trial, columns, log, best, place, _baseline_of(trial, baselines), trial.trial_id in on_front)
             for place, trial in enumerate(_in_order(trials, objective))

@@ -103,7 +103,7 @@ def draw_confirmation(proof: Mapping[str, Any], objective: Objective) -> str:
     axes.axvline(0, color=INK, lw=0.8)
     axes.axvline(least, color=LIMIT, lw=1, ls="--")
     axes.set(yticks=[], ylim=(-1, 1))
-    label = f"{metric_label(objective.delta)}: bars: each seed; diamond and band: mean and interval; dashed: {least:g}"
+    label = f"{metric_label(objective.delta)}: bars: each seed; diamond and band: mean and interval; dashed: the least that counts"
     axes.set_xlabel(label, color=INK, fontsize=8)
     axes.tick_params(colors=INK, labelsize=8)
     for name, side in axes.spines.items():
