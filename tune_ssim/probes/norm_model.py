@@ -150,17 +150,19 @@ class NormModel:
         if lower == upper:
             return one
         other = self._statistics(upper, gains(upper), pixel_weight)
-        with np.errstate(divide="ignore"):  # exp(log 0) is 0 again
-            return {
-                name: one[name] * (1 - share) + other[name] * share
-                if name in ("auxiliary_share", "cosine")
-                else np.exp(np.log(one[name]) * (1 - share) + np.log(other[name]) * share)
-                for name in one
-            }
+        return {
+            name: one[name] * (1 - share) + other[name] * share
+            if name in ("auxiliary_share", "cosine")
+            else _between_logs(one[name], other[name], share)
+            for name in one
+        }
 
     def ratios(self, gains: ArrayLike, max_t: float, pixel_weight: float = 0.0) -> Array:
-        """The ratios of `curve`."""
-        return self.curve(gains, max_t, pixel_weight)["ratio"]
+        """The ratios of `curve`, without its other numbers: `gain_for` asks for thousands."""
+        wanted = np.asarray(gains, dtype=np.float64)[:, None]
+        lower, upper, share = self._between(max_t)
+        one = self._ratio(lower, wanted, pixel_weight)
+        return one if lower == upper else _between_logs(one, self._ratio(upper, wanted, pixel_weight), share)
 
     # -- inverse: norm → gain
 
@@ -234,6 +236,13 @@ class NormModel:
             return nearest, nearest, 0.0
         lower, upper = int(under[-1]), int(over[0])
         return lower, upper, math.log(max_t / grid[lower]) / math.log(grid[upper] / grid[lower])
+
+    def _ratio(self, index: int, gains: Array, pixel_weight: float) -> Array:
+        chosen = self.active[index]
+        if not chosen.any():
+            return np.full(len(gains), np.nan)
+        norms = np.sqrt(_squares(self.q[index][chosen], gains, pixel_weight))
+        return np.median(norms, axis=1) / np.median(self.baseline[chosen])
 
     def _statistics(self, index: int, gains: Array, pixel_weight: float) -> dict[str, Array]:
         chosen = self.active[index]
@@ -358,3 +367,9 @@ def _squares(q: Array, gains: Array, pixel_weight: float) -> Array:
         main = main + 2 * pixel_weight * q[:, MAIN, PIXEL] + pixel_weight**2 * q[:, PIXEL, PIXEL]
         cross = cross + pixel_weight * q[:, PIXEL, SSIM]
     return np.maximum(main + 2 * gains * cross + gains**2 * ssim, 0.0)
+
+
+def _between_logs(one: Array, other: Array, share: float) -> Array:
+    """Interpolated in the logarithm."""
+    with np.errstate(divide="ignore"):  # exp(log 0) is 0 again
+        return np.exp(np.log(one) * (1 - share) + np.log(other) * share)
