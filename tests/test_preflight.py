@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -16,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from effect_defects import gaussian, ssim_with, uniform
-from fundus_defects import BASELINE, DEFECTS, Case, case, stepping, variant
+from fundus_defects import BASELINE, DEFECTS, HEALTHY, Case, case, stepping, variant
 from PIL import Image
 from references import ssim_reference
 from rich.console import Console
 from small_task import SmallTask
 from torch import Tensor
+from unseen_defects import UNSEEN
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.inspection import preflight_lines
@@ -47,7 +49,7 @@ from tune_ssim.before_launch.preflight import (
 from tune_ssim.before_launch.preflight.picture import Album
 from tune_ssim.before_launch.preflight.plain import Setting, cosine, expected, plain_ssim
 from tune_ssim.before_launch.preflight.report import Check, Report, unknown
-from tune_ssim.before_launch.preflight.subject import Subject
+from tune_ssim.before_launch.preflight.subject import Subject, guarded
 from tune_ssim.cli.tables import preflight_table
 from tune_ssim.guards import NormRatio, SmokeTest
 from tune_ssim.losses import DecodedLoss
@@ -150,6 +152,21 @@ def test_a_report_has_the_worst_status_and_first_reason() -> None:
         (step_rules.law_of_t(0.5, 64), "bad_setup"),
         (step_rules.baseline_push(1.0, 1.0, 10.0), "ok"),
         (step_rules.baseline_push(17.6, 1.0, 10.0), "warn"),  # FACTS §1: note 001's own baseline
+        (step_rules.average("ema", 1e-4), "ok"),
+        (step_rules.average("ema", 0.0), "unknown"),  # kept as loaded, or averaged later
+        (step_rules.average("ema", -0.5), "bad_setup"),
+        (step_rules.same_step(0.0, 0.0), "ok"),
+        (step_rules.same_step(0.3, 0.0), "warn"),  # the global generator: dropout, or the data
+        (step_rules.same_step(0.3, 0.3), "bad_setup"),
+        (step_rules.loss_under_updates("update", [1.0] * 9, [1 + 0.1 * n for n in range(9)]), "bad_setup"),
+        (step_rules.loss_under_updates("update", [1.0] * 9, [1.0, *[1.3 - 0.1 * n for n in range(8)]]), "ok"),  # a bump
+        (step_rules.loss_under_updates("update", [1.0] * 7, [1.0] * 7), "unknown"),
+        (step_rules.noise(0.01, 1.0, 0.1), "ok"),
+        (step_rules.noise(0.5, 0.3, 0.1), "bad_setup"),
+        (step_rules.noise(0.0, 2.0, 0.1), "warn"),
+        (rules.target_difference(0.0, None), "ok"),
+        (rules.target_difference(0.03, 0.0), "ok"),
+        (rules.target_difference(0.03, 0.9), "warn"),
         (rules.tokens(9, 0, 0, 8, 9), "ok"),
         (rules.tokens(9, 1, 0, 9, 9), "bad_setup"),
     ],
@@ -285,6 +302,13 @@ def predictions(found: Case) -> Iterator[Check]:
     yield from flow.check_time(task)
 
 
+def noise(found: Case) -> Iterator[Check]:
+    task = made(found)
+    seen = images.look(task)
+    yield from flow.check_noise(seen)
+    yield from flow.check_held_out(task.sample(0), seen)
+
+
 def target_images(found: Case) -> Iterator[Check]:
     task = made(found)
     return targets.check_targets(task, images.look(task))
@@ -319,10 +343,16 @@ FAULTS: list[tuple[Callable[[Case], Iterator[Check]], list[str]]] = [
     (inference, ["inference returns the truth", "inference draws new noise every time"]),
     (draws, ["every step has the same noise and t", "the loader is not seeded"]),
     (predictions, ["z0 has the wrong sign of the velocity", "the network is told always 0.5"]),
+    (noise, ["the noise is the same for all images of a batch", "the condition is empty in training"]),
     (target_images, ["the targets are 1 pixels beside the crop", "the targets are blurred"]),
     (
         first_updates,
-        ["inference uses a stale copy of the weights", "the gradient is ascended", "the gradients are one step old"],
+        [
+            "inference uses a stale copy of the weights",
+            "inference leaves the averaged weights in the network",
+            "the gradient is ascended",
+            "the gradients are one step old",
+        ],
     ),
 ]
 
@@ -385,6 +415,10 @@ def test_every_further_dimension_of_a_space_reaches_the_loss() -> None:
 def test_every_defect_that_the_issue_lists_is_in_the_matrix() -> None:
     assert sum(listed for listed, _ in DEFECTS.values()) >= 12 and len(DEFECTS) >= 80
     assert {name for _, names in FAULTS for name in names} <= DEFECTS.keys()
+
+
+def test_set_ups_that_the_checks_were_not_tuned_on_are_many() -> None:
+    assert sum(name in DEFECTS for name in UNSEEN) >= 15 and sum(name in HEALTHY for name in UNSEEN) >= 40
 
 
 def test_fresh_layers_are_those_that_were_never_trained() -> None:
@@ -547,6 +581,28 @@ class Deaf(SmallTask):
 def test_a_dropped_weight_is_seen_without_a_forward_pass() -> None:
     report = preflight_task(Deaf, {}, baseline={"ssim_loss_weight": 0.0}, device="cpu")
     assert "parameter/ssim_loss_weight" in [check.name for check in report.of("bad_setup")]
+
+
+class Climbing(SmallTask):
+    def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
+        super().setup(config, seed, device)
+        self.config["lr"] = -self.config.get("lr", 0.1)
+
+
+class Unseeded(SmallTask):
+    def step(self) -> dict[str, float | Tensor]:
+        self.seed = random.SystemRandom().randrange(10**6)
+        return super().step()
+
+
+@pytest.mark.parametrize(("task", "blamed"), [(SmallTask, []), (Climbing, ["update/descent"]), (Unseeded, ["seeds/same"])])
+def test_steps_are_compared_without_a_forward_pass(task: type, blamed: list[str]) -> None:
+    found = Subject(task, {}, 0, "cpu", {"lr": 0.0})
+    checks = [
+        *guarded("seeds", lambda: launch.check_seeds(found, {})),
+        *guarded("update", lambda: updates.check_updates(found, {})),
+    ]
+    assert bad(iter(checks)) == blamed, checks
 
 
 def test_failures_inside_the_task_are_findings_and_mistakes_are_not() -> None:

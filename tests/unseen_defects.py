@@ -33,7 +33,7 @@ from tune_ssim.trials.load_training import load_task
 from tune_ssim.trials.training import Forward, Part, Sample
 
 OWN_TASK = Path(__file__).parents[1] / "examples" / "own_task"
-MyTask: Any = load_task("task:MyTask", OWN_TASK)
+MyTask: Any = load_task("task:MyTask", str(OWN_TASK))
 BEFORE = set(fundus_defects.DEFECTS), set(HEALTHY)
 OWN_BASELINE = {"pixel_loss_weight": 0.05, "pixel_loss_max_t": 0.3}
 

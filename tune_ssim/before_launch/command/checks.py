@@ -14,7 +14,7 @@ from tune_ssim.before_launch.calibration import TrainingCheck
 from tune_ssim.before_launch.command.starts import Start, significant_digits
 from tune_ssim.before_launch.command.startup_output import startup_checks
 from tune_ssim.before_launch.preflight import rules, step_rules
-from tune_ssim.before_launch.preflight.report import Check, judge, unknown, warn
+from tune_ssim.before_launch.preflight.report import Check, unknown, warn
 from tune_ssim.guards import Guard
 from tune_ssim.guards.guard import without_metric
 from tune_ssim.probes.norm_model import MAIN, SSIM, Array, NormModel
@@ -25,8 +25,6 @@ from tune_ssim.trials.training import same_setting
 # Two starts with the same seed differ by what the kernels leave to chance: 0 on CPUs, 3e-3 in bf16 (tests/test_calibrate.py).
 # Another batch differs by tens of percent (FACTS §1).
 SAME_BATCH = 0.01
-MIN_PAIRS = 8  # steps, both with and without updates, below which nothing is said about the loss
-MIN_RISE = 0.01  # relative; smaller changes of the loss are of no consequence
 MIN_DIGITS = 6  # of a printed total_norm, for the cross term of the norm model (FACTS §7)
 LOSS_LIKE = re.compile(r"loss|mse|\bce\b|nll", re.IGNORECASE)  # names of metrics that a batch decides, unlike times and rates
 
@@ -178,7 +176,7 @@ def check_batches(start: Start, has_noise: bool) -> Check:
     has_noise: the study is about a diffusion model, where nothing returns."""
     names = {name for record in start.records for name in record.values if name == TOTAL_NORM or LOSS_LIKE.search(name)}
     columns = [values for name in sorted(names) if np.isfinite(values := start.values(name)).all() and len(values)]
-    if not columns or len(columns[0]) < MIN_PAIRS or significant_digits(np.concatenate(columns).tolist()) < MIN_DIGITS:
+    if not columns or len(columns[0]) < step_rules.MIN_PAIRS or significant_digits(np.concatenate(columns).tolist()) < MIN_DIGITS:
         return unknown("data/steps", f"too few steps or digits of a loss or a {TOTAL_NORM}")
     numbers = np.stack(columns)
     period = next((k for k in range(1, numbers.shape[1] // 2 + 1) if np.array_equal(numbers[:, k:], numbers[:, :-k])), None)
@@ -200,20 +198,8 @@ def check_updates(held: Start, trained: Start) -> Check:
         sentence = f"{len(trained.records)} steps give the same numbers with and without updates: nothing is trained"
         remedy = "check the learning rate, the optimiser's parameters and that step() is called"
         return Check("update", "bad_setup", sentence, {}, remedy)
-    name = next((name for name in (LOSS_FLOW, LOSS) if np.isfinite(trained.values(name)).sum() >= MIN_PAIRS), LOSS)
-    count = min(len(held.records), len(trained.records))
-    before, after = held.values(name)[:count], trained.values(name)[:count]
-    change = (after - before)[np.isfinite(before) & np.isfinite(after)]
-    if len(change) < MIN_PAIRS:
-        return unknown("update", f"fewer than {MIN_PAIRS} steps have a loss both with and without updates")
-    third = len(change) // 3
-    late, earlier = change[-third:], change[-2 * third : -third]
-    rise = float(np.mean(late) / max(abs(float(np.nanmean(before))), 1e-12))
-    evidence = {"relative_change": rise, "steps": float(len(change))}
-    sentence = f"after {len(change)} steps the {name} of the same batches has changed by {rise:+.2g} (relative)"
-    is_rising = bool((np.concatenate([earlier, late]) > 0).all()) and float(np.mean(late)) > float(np.mean(earlier))
-    remedy = "minimise the loss: check its sign, hooks on gradients and the optimiser; or lower the learning rate"
-    return judge("update", not (is_rising and rise > MIN_RISE), sentence, evidence, remedy, fault=": it rises with every update")
+    name = LOSS_FLOW if np.isfinite(trained.values(LOSS_FLOW)).any() else LOSS
+    return step_rules.loss_under_updates("update", held.values(name).tolist(), trained.values(name).tolist())
 
 
 def check_weight(starts: Sequence[Start]) -> Check | None:

@@ -135,6 +135,8 @@ def _start(
     yield from guarded("data/steps", lambda: images.check_draws(task, seen))
     yield from budget.checks("flow/z0", lambda: flow.check_prediction(task), **flow.work(batch, 1))
     yield from budget.checks("flow/time", lambda: flow.check_time(task), **flow.work(batch, 1 + len(flow.TIMES)))
+    yield from guarded("flow/noise", lambda: flow.check_noise(seen))
+    yield from guarded("flow/held_out", lambda: flow.check_held_out(sample, seen))
     yield from guarded("data/pairs", lambda: images.check_pairs(sample, seen))
     yield from guarded("targets/shift", lambda: targets.check_targets(task, seen))
     yield from budget.checks("targets/round_trip", lambda: targets.check_round_trip(task, {}), step=6)

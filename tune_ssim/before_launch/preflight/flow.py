@@ -1,21 +1,26 @@
-"""Checks of the prediction: what z0 is made of, and which time the network is told."""
+"""Checks of the prediction: what z0 is made of, which time the network is told, its noise, and its loss on held-out images."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from tune_ssim.before_launch.preflight import rules
+from tune_ssim.before_launch.preflight import rules, step_rules
+from tune_ssim.before_launch.preflight.images import Seen
 from tune_ssim.before_launch.preflight.plain import unit
-from tune_ssim.before_launch.preflight.report import Check
+from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.subject import Unavailable, call
-from tune_ssim.trials.training import Forward
+from tune_ssim.before_launch.preflight.targets import EMPTY, detail
+from tune_ssim.trials.training import Forward, Sample
 
+MAX_NOISE_CORRELATION = 0.15  # with the clean latents, by chance 0.02 of 4 batches of 8; 0.3 and more of other mixtures
+TOP_BIN, MIN_ERRORS = 0.8, 8  # samples above this t are compared, if there are so many
 SAMPLES = 32  # training samples that are decoded, or predicted again with another time
 # Times that a network may be told by mistake, from the t of a sample. Each network knows one of them.
 TIMES: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -75,6 +80,52 @@ def check_time(task: Any) -> Iterator[Check]:
             if count >= SAMPLES:
                 break
     yield rules.told_time(own, losses)
+
+
+def check_noise(seen: Seen | None) -> Iterator[Check]:
+    """Checks that the noise has mean 0 and deviation 1, and that each image of a batch has its own."""
+    if seen is None or not seen.pairs:
+        raise Unavailable("the forward pass does not show the clean latents and what the network should predict")
+    steps = _noise(seen.pairs)
+    if not steps:
+        raise Unavailable("what the network should predict is not made of noise and the clean latents alone")
+    values = torch.cat([noise.flatten() for noise in steps])
+    yield step_rules.noise(values.mean().item(), values.std().item(), min((_alike(noise) for noise in steps), default=0.0))
+
+
+def _noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The noise of some steps: of velocity = noise - clean, of noise, or of velocity = clean - noise, whichever does not depend on
+    the clean latents."""
+    clean = torch.cat([latents.flatten() for _, latents in pairs])
+    ways: list[Callable[[Tensor, Tensor], Tensor]] = [lambda a, b: a + b, lambda a, b: a, lambda a, b: b - a]
+    for way in ways:
+        found = [way(target, latents) for target, latents in pairs]
+        values = torch.cat([noise.flatten() for noise in found])
+        correlation = torch.corrcoef(torch.stack([values, clean]))[0, 1].item()
+        if abs(correlation) < MAX_NOISE_CORRELATION:  # NaN of a constant is not
+            return found
+    return []
+
+
+def _alike(noise: Tensor) -> float:
+    """The lowest correlation between the noise of two images of a batch; 0 of fewer than three, which may share it on purpose."""
+    if len(noise) < 3:
+        return 0.0
+    rows = functional.normalize(noise.flatten(1) - noise.flatten(1).mean(dim=1, keepdim=True), dim=1)
+    return (rows @ rows.T).min().item()
+
+
+def check_held_out(sample: Sample, seen: Seen | None) -> Iterator[Check]:
+    """Compares the flow loss near t = 1, where only the condition says what the image is, with that of held-out images."""
+    held_out = sample.statistics.get("flow_loss_top_bin")
+    if seen is None or sample.references is None or held_out is None:
+        raise Unavailable("the samples do not tell the flow loss of held-out images, as flow_loss_top_bin")
+    errors = seen.flow[seen.flow[:, 0] > TOP_BIN][:, 1]
+    if len(errors) < MIN_ERRORS:
+        yield unknown("flow/held_out", f"only {len(errors)} of the first samples have t > {TOP_BIN:g}")
+        return
+    more_detail = max(1.0, detail(seen.all_targets) / max(detail(sample.references.float().cpu()), EMPTY))
+    yield step_rules.held_out_loss(errors.quantile(0.75).item(), held_out, more_detail)
 
 
 @contextlib.contextmanager

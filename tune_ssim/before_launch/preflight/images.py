@@ -45,6 +45,8 @@ class Seen:
     round_trip: Tensor | None  # the first clean latents decoded, in [0, 1]; None if the task does not show them
     again: tuple[str, ...]  # what differs when the forward pass of one step is repeated
     shared: tuple[str, ...]  # what two steps have in common that each step should draw anew
+    pairs: tuple[tuple[Tensor, Tensor], ...]  # what the network should predict, and the clean latents, of the first steps
+    repeated: bool  # whether each step has one image, over and over
     flow: Tensor  # [k, 2]: t of a sample and the mean square error of its velocity; empty if the clean latents are not shown
 
 
@@ -58,7 +60,7 @@ def look(task: Any) -> Seen:
     main, trivial, times, targets, everything = [], [], [], [], []
     round_trips: list[Tensor] = []
     draws: list[dict[str, Tensor]] = []
-    flow = [torch.zeros(0, 2)]
+    flow, pairs = [torch.zeros(0, 2)], []
     decoded: dict[float, list[Tensor]] = {scale: [] for scale in (1.0, *SCALES)}
     batch_size = samples = 0
     with torch.no_grad():
@@ -70,6 +72,8 @@ def look(task: Any) -> Seen:
             if forward.is_target is not None:
                 is_target = forward.is_target.cpu()
             main.append(forward.main.item())
+            if forward.velocity_target is not None and forward.clean is not None and n <= MIN_FORWARDS:
+                pairs.append((forward.velocity_target.float().cpu(), forward.clean.float().cpu()))
             if forward.velocity_target is not None:
                 trivial.append(forward.velocity_target.float().var(unbiased=False).item())
             times.append(t[is_target])
@@ -99,6 +103,9 @@ def look(task: Any) -> Seen:
         eligible=len(torch.cat(times)) / samples,
         round_trip=torch.cat(round_trips) if round_trips else None,
         again=tuple(name for name, value in again.items() if not _same(value, draws[0][name])),
+        pairs=tuple(pairs),
+        repeated=batch_size > 2
+        and all(_same(draw["images"], draw["images"][:1].expand_as(draw["images"])) for draw in draws if draw),
         flow=torch.cat(flow),
         shared=tuple(name for name in again if any(_same(a[name], b[name]) for a, b in combinations(draws[:MIN_FORWARDS], 2))),
     )
@@ -130,7 +137,7 @@ def _same(x: Tensor, y: Tensor) -> bool:
 def check_draws(task: Any, seen: Seen | None) -> Iterator[Check]:
     """Checks that a step draws the same numbers each time, and others than another step."""
     if seen is not None:
-        yield rules.draws(seen.again, seen.shared)
+        yield rules.draws(seen.again, seen.shared, seen.repeated)
         return
     first, again, second = (call(task, "training_images", n) for n in (1, 1, 2))
     yield rules.draws([] if _same(first, again) else ["images"], ["images"] if _same(first, second) else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -12,9 +13,10 @@ from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.preflight import rules, step_rules
 from tune_ssim.before_launch.preflight.images import Seen
 from tune_ssim.before_launch.preflight.report import Check, ok, unknown, warn
+from tune_ssim.before_launch.preflight.steps import seeded
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers, time_law
 from tune_ssim.guards import Guard, NormRatio
-from tune_ssim.records import TOTAL_NORM, TOTAL_NORM_MAIN
+from tune_ssim.records import LOSS, LOSS_FLOW, TOTAL_NORM, TOTAL_NORM_MAIN
 from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WEIGHT, Space, resolve_settings
 from tune_ssim.trials.training import Sample, same_setting
 
@@ -89,8 +91,21 @@ def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence
 
 def check_seeds(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
     """Checks that another seed gives another batch of step 1."""
+    task = subject.unmoved(base)
+    if not task.abilities().has("forward") and not task.abilities().training_images:
+        yield step_rules.same_step(_difference(subject, base, seed=False), _difference(subject, base, seed=True))
     first, other = (call(subject.make(base, seed), "training_images", 1) for seed in (subject.seed, subject.seed + 1))
     yield step_rules.other_seed(first.shape == other.shape and torch.equal(first, other))
+
+
+def _difference(subject: Subject, base: Mapping[str, Any], *, seed: bool) -> float:
+    """Relative difference of the main loss of step 1 between two instances; seed: with the global generators in the same state."""
+    losses = []
+    for number in (1, 2):
+        task = subject.unmoved(base)
+        found = numbers(seeded(task, "step", seed=0 if seed else number))
+        losses.append(found.get(LOSS_FLOW, found.get(LOSS, math.nan)))
+    return abs(losses[0] - losses[1]) / max(map(abs, losses))
 
 
 def check_baseline(subject: Subject, baseline: Mapping[str, Any], limit: float) -> Iterator[Check]:

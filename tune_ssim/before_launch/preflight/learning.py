@@ -13,9 +13,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from tune_ssim.base.numbers import is_number
 from tune_ssim.before_launch.preflight import rules, step_rules
-from tune_ssim.before_launch.preflight.networks import findings_of
-from tune_ssim.before_launch.preflight.plain import norm, own_gradient_norms
+from tune_ssim.before_launch.preflight.networks import findings_of, nearest
+from tune_ssim.before_launch.preflight.plain import cosine, norm, own_gradient_norms
 from tune_ssim.before_launch.preflight.report import Check, unknown
+from tune_ssim.before_launch.preflight.sampling import CHANGE
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call
 from tune_ssim.guards import SmokeTest
 from tune_ssim.probes import tensor_hashes
@@ -24,7 +25,7 @@ from tune_ssim.trials.training import Part
 
 STEPS = 3
 LATER = 25  # steps: the second of SmokeTest.at
-WORK = {"setup": 3, "step": STEPS + 4, "sample": 1}  # of `check_learning`, if all parameters move and the samples pass
+WORK = {"setup": 3, "step": STEPS + 5, "sample": 1}  # of `check_learning`, if all parameters move and the samples pass
 FASTER = 1000.0  # factor on the learning rate, larger than the rounding of float32's 24 bits
 SMALL_PUSH = 0.1  # SSIM gradient over the main gradient in these steps: it reaches the decoder but does no harm
 
@@ -56,6 +57,7 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
     rates = {name: rate for name, rate in rates.items() if is_number(rate)}
     untouched = [name for name, part in parts.items() if part.trains and not _is_among(part, parameters)]
     later = None if guard is None else _samples_later(task, guard)
+    averages = _averages(task, parts, parameters) if any(part.kind == "ema" for part in parts.values()) else {}
     everything, unseen = len(parameters), [name for name in parameters if name not in learning]
     del task, parts, parameters, still, before, learning, leaking  # the next measurements need the memory
     if everything:
@@ -68,6 +70,7 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
         )
     else:
         yield unknown("trained", "the task has no trainable_parameters()")
+    yield from (step_rules.average(name, share) for name, share in averages.items())
     for name in untouched:
         sentence = f"{name} should be trained, but none of its parameters is trainable"
         yield Check(f"trained/{name}", "bad_setup", sentence, {}, "check trainable_parameters() and the optimiser's list")
@@ -88,6 +91,27 @@ def _samples_later(task: Any, guard: SmokeTest) -> tuple[list[str], int]:
     for _ in range(LATER - STEPS):
         call(task, "step")
     return findings_of(guard, statistics_of(call(task, "sample", 0))), LATER
+
+
+def _averages(task: Any, parts: Mapping[str, Part], parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, float]:
+    """For each average, the share of the way to the raw weights that it goes in a step. The raw weights are moved away first, since
+    the trace of a small update would be lost in rounding."""
+    raw_of = {name: nearest(part.module, parts) for name, part in parts.items() if part.kind == "ema"}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.mul_(1 + CHANGE)
+    before = {name: [tensor.detach().clone() for tensor in parts[name].module.parameters()] for name in raw_of}
+    call(task, "step")
+    shares = {}
+    for name, raw in raw_of.items():
+        if raw is None:
+            continue
+        moves, ways = (
+            [new.detach() - old for new, old in zip(parts[part].module.parameters(), before[name], strict=True)]
+            for part in (name, raw[0])
+        )
+        shares[name] = cosine(moves, ways) * norm(moves) / norm(ways) if norm(moves) and norm(ways) else 0.0
+    return shares
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -37,8 +37,8 @@ def check_weights(task: Any) -> Iterator[Check]:
         holds = None if found.equal else _holds(part, parts)
         yield rules.weights(name, part.weights.name, found, fresh_layers(part.module), holds, zeroed_layers(part.module))
     for name, part in parts.items():
-        if part.kind == "ema" and (nearest := _nearest(part.module, parts)) is not None:
-            yield rules.ema_distance(name, *nearest)
+        if part.kind == "ema" and (closest := nearest(part.module, parts)) is not None:
+            yield rules.ema_distance(name, *closest)
 
 
 def fresh_layers(module: torch.nn.Module) -> list[str]:
@@ -79,7 +79,7 @@ def _holds(part: Part, parts: dict[str, Part]) -> str | None:
     return None
 
 
-def _nearest(average: torch.nn.Module, parts: dict[str, Part]) -> tuple[str, float] | None:
+def nearest(average: torch.nn.Module, parts: Mapping[str, Part]) -> tuple[str, float] | None:
     """The closest raw part of the same architecture for an average, and the distance relative to the norm of its weights."""
     mine, distances = dict(average.named_parameters()), {}
     for name, part in parts.items():

@@ -307,13 +307,17 @@ def own_partner(name: str, what: str, wins: float, images: int) -> Check:
     return judge(check, wins >= MIN_OWN_WINS, sentence, evidence, remedy, fault="; chance gives 50 %")
 
 
-def draws(differing: Sequence[str], shared: Sequence[str]) -> Check:
-    """differing: what one step draws differently when it is repeated; shared: what two steps draw alike."""
+def draws(differing: Sequence[str], shared: Sequence[str], repeated: bool = False) -> Check:
+    """differing: what one step draws differently when it is repeated; shared: what two steps draw alike. repeated: whether all
+    images of a batch are the same, which may be on purpose."""
     evidence = {"differing": len(differing), "shared": len(shared)}
     remedy = "draw the random numbers of step n from (seed, n), and nothing else"
     if differing:
         sentence = f"step 1 has other {' and other '.join(differing)} each time: trials and baseline cannot see the same"
         return Check("data/steps", "bad_setup", sentence, evidence, remedy)
+    if repeated and not shared:
+        sentence = "all images of a batch are the same: a step learns from one image"
+        return Check("data/steps", "warn", sentence, evidence, "draw each image of a batch anew, unless this is on purpose")
     sentence = "each step has its own images, noise and t, the same each time"
     fault = f"two of the first steps have the same {' and '.join(shared)}"
     return judge("data/steps", not shared, fault if shared else sentence, evidence, remedy)
@@ -339,6 +343,22 @@ def target_sharpness(of: str, detail: float, round_trip: float | None = None) ->
     sentence = f"targets have {detail:.2g}x the fine detail of the {of}"
     remedy = "take the targets from the images at full resolution, before any blur"
     return judge("targets/sharpness", is_sound, sentence, evidence, remedy, fault=": are they blurred, or enlarged?")
+
+
+def target_difference(difference: float, round_trip: float | None) -> Check:
+    """difference: root mean square between targets and training images; round_trip: as in `target_sharpness`."""
+    is_sound = difference <= GREY_LEVEL or (round_trip is not None and round_trip < MAX_ROUND_TRIP)
+    sentence = f"targets differ from the training images by {difference:.2g} (root mean square)"
+    remedy = "take the targets from the images that are encoded, unless they are changed on purpose"
+    return judge(
+        "targets/equal",
+        is_sound,
+        sentence,
+        {"difference": difference},
+        remedy,
+        "warn",
+        fault=": neither they nor the autoencoder's output",
+    )
 
 
 def round_trip(target: str, share: float, push: float) -> Check:

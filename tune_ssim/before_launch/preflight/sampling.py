@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,16 +27,24 @@ def check_sampling(task: Any, sample: Sample) -> Iterator[Check]:
     yield rules.samples(distance(sample.images, again.images), distances, floor)
 
 
-def follows_weights(task: Any, parameters: Iterable[Tensor], before: Sample) -> bool:
-    """Whether samples change with the weights. If the steps since `before` have not changed them, the weights are changed by force,
-    and one more step taken, which updates averaged weights."""
-    if not torch.equal(call(task, "sample", 0).images, before.images):
-        return True
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.mul_(1 + CHANGE)
-    call(task, "step")
-    return not torch.equal(call(task, "sample", 0).images, before.images)
+def check_weights(task: Any, parameters: Sequence[Tensor], before: Sample) -> Iterator[Check]:
+    """Checks that samples change with the weights, and that inference leaves these as they are. If the steps since `before` have
+    not changed the samples, the weights are changed by force, and one more step taken, which updates averaged weights."""
+    kept = [parameter.detach().clone() for parameter in parameters]
+    follow = not torch.equal(call(task, "sample", 0).images, before.images)
+    if task.abilities().sample_ema:
+        call(task, "sample_ema", 0)
+    if any(not torch.equal(old, parameter.detach()) for old, parameter in zip(kept, parameters, strict=True)):
+        remedy = "put the trained weights back after inference with averaged ones"
+        yield Check("sampling/weights", "bad_setup", "inference changes the weights that are trained", {}, remedy)
+        return
+    if not follow:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.mul_(1 + CHANGE)
+        call(task, "step")
+        follow = not torch.equal(call(task, "sample", 0).images, before.images)
+    yield rules.samples_follow(follow)
 
 
 def distance(x: Tensor, y: Tensor) -> float:

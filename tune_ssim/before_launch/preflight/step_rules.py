@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from tune_ssim.base.numbers import is_number
@@ -33,6 +34,12 @@ MAX_BATCH_DIFFERENCE = 0.01
 # 0.33 and more, and a share of 0.12 and more; 0 and 2e-6 with a stale gradient.
 MAX_SLOPE = 1e-3
 MIN_DESCENT, MIN_NEW_COSINE, MIN_NEW_SHARE = 0.05, 0.05, 1e-3
+
+MIN_PAIRS = 8  # steps, below which nothing is said about the loss
+MIN_RISE = 0.01  # relative; smaller changes of the loss are of no consequence
+MAX_ALIKE, MAX_NOISE_MEAN, NOISE_DEVIATION = 0.5, 0.1, (0.8, 1.25)  # by chance 0.1, 0.02 and 0.98 to 1.02
+# 0.44 to 1.2 on five photographs, 1.5 if a tenth of the conditions is dropped; 9.4 if they are mirrored.
+MAX_TRAINING_RATIO = 3.0
 
 
 def near(ratio: float) -> bool:
@@ -217,6 +224,24 @@ def descent(cosine: float, slope: float) -> Check:
     return judge("update/descent", is_sound, sentence if is_sound else wrong, evidence, remedy)
 
 
+def loss_under_updates(name: str, held: Sequence[float], trained: Sequence[float]) -> Check:
+    """The main loss on the same batches, with the weights held and with updates: it need not fall in a few steps, but a loss that
+    rises with every update has the wrong sign, or a learning rate that ruins."""
+    changes = [after - before for before, after in zip(held, trained, strict=False) if math.isfinite(before + after)]
+    if len(changes) < MIN_PAIRS:
+        return Check(name, "unknown", f"fewer than {MIN_PAIRS} steps have a loss both with and without updates")
+    third = len(changes) // 3
+    earlier, late = changes[-2 * third : -third], changes[-third:]
+    rise = fmean(late) / max(abs(fmean(filter(math.isfinite, held))), 1e-12)
+    is_rising = min(*earlier, *late) > 0 and fmean(late) > fmean(earlier)
+    sentence = f"after {len(changes)} steps the main loss of the same batches has changed by {rise:+.2g} (relative)"
+    evidence, remedy = (
+        {"relative_change": rise, "steps": float(len(changes))},
+        "minimise the loss: check its sign, hooks on gradients and the optimiser; or lower the learning rate",
+    )
+    return judge(name, not (is_rising and rise > MIN_RISE), sentence, evidence, remedy, fault=": it rises with every update")
+
+
 def freshness(share: float, cosine: float, total_norm: float | None, expected: float, accumulated: float) -> Check:
     """What is new in the second update, that is, not in the span of the first gradient and update. share: of the update's norm;
     cosine: to what is new in the second gradient, negative. total_norm: as recorded; expected: norm of the second gradient;
@@ -235,6 +260,51 @@ def freshness(share: float, cosine: float, total_norm: float | None, expected: f
     return judge(name, is_sound, sentence if is_sound else wrong, evidence, remedy)
 
 
+def noise(mean: float, deviation: float, alike: float) -> Check:
+    """alike: lowest correlation between the noise of two images of one batch."""
+    evidence = {"mean": mean, "deviation": deviation, "alike": alike}
+    sentence = f"the noise has mean {mean:.2g} and deviation {deviation:.2g}, and each image its own"
+    if alike > MAX_ALIKE:
+        sentence = f"the images of a batch have the same noise (correlation {alike:.2g})"
+        return Check("flow/noise", "bad_setup", sentence, evidence, "draw the noise with the shape of the whole batch")
+    remedy = "inference starts from noise with mean 0 and deviation 1, so train with it: torch.randn, not torch.rand"
+    if abs(mean) > MAX_NOISE_MEAN:
+        return Check("flow/noise", "bad_setup", f"the noise has mean {mean:.2g}", evidence, remedy)
+    low, high = NOISE_DEVIATION
+    return judge(
+        "flow/noise", low <= deviation <= high, sentence, evidence, remedy, "warn", fault="; inference starts from deviation 1?"
+    )
+
+
+def held_out_loss(training: float, held_out: float, more_detail: float) -> Check:
+    """Flow loss near t = 1: third quartile of training samples, since some may have no condition on purpose; mean of held-out ones.
+    more_detail: fine detail of the training images over
+    that of the held-out ones, at least 1: it cannot be predicted."""
+    ratio = training / max(held_out * more_detail, 1e-12)
+    evidence = {"training": training, "held_out": held_out, "more_detail": more_detail, "ratio": ratio}
+    sentence = f"near t = 1 the flow loss of training samples is {ratio:.2g}x that of held-out ones"
+    remedy = "give the network its condition in training as in inference: of the same image, in the same place and range"
+    fault = ": the network does not get in training what it gets in inference"
+    return judge("flow/held_out", ratio <= MAX_TRAINING_RATIO, sentence, evidence, remedy, fault=fault)
+
+
+def average(part: str, share: float) -> Check:
+    """share: of the way from averaged to raw weights that the average goes in a step, which is 1 - decay."""
+    name, evidence = f"average/{part}", {"share": share}
+    if share == 0:
+        return Check(name, "unknown", f"{part} does not move in a step: it is kept as loaded, or averaged later", evidence)
+    is_sound = -MAX_DEVIATION <= share <= 1 + MAX_DEVIATION
+    sentence = f"{part} goes {share:.2g} of the way to the weights in a step"
+    return judge(
+        name,
+        is_sound,
+        sentence,
+        evidence,
+        "average = decay * average + (1 - decay) * weights, with 0 < decay < 1",
+        fault=": away from them, or beyond",
+    )
+
+
 def same_batches(differences: Mapping[str, float]) -> Check:
     """differences: the main loss of step 1 under changed settings, relative to that under the first; the weights are the same."""
     worst = max(differences, key=lambda name: abs(differences[name]))
@@ -244,6 +314,18 @@ def same_batches(differences: Mapping[str, float]) -> Check:
     sentence = f"step 1 has the same batch under {len(differences)} settings" if is_sound else other
     evidence = {"largest_difference": largest, "settings": len(differences)}
     return judge("batches", is_sound, sentence, evidence, "draw the random numbers of step n from (seed, n) alone")
+
+
+def same_step(difference: float, seeded: float) -> Check:
+    """Relative differences of the main loss of step 1 when it is repeated, and when the global generators are seeded alike too."""
+    evidence = {"difference": difference, "difference_if_seeded": seeded}
+    remedy = "draw the random numbers of step n from (seed, n), and nothing else"
+    if not math.isfinite(difference):
+        return Check("seeds/same", "unknown", "step() records no main loss to compare", evidence)
+    sentence = f"step 1 has another main loss when it is repeated (by {difference:.1%}): trials and baseline cannot see the same"
+    if difference > MAX_BATCH_DIFFERENCE:  # if only the global generator differs, it may be dropout
+        return Check("seeds/same", "bad_setup" if seeded > MAX_BATCH_DIFFERENCE else "warn", sentence, evidence, remedy)
+    return Check("seeds/same", "ok", "step 1 is the same each time", evidence)
 
 
 def other_seed(is_same_batch: bool) -> Check:

@@ -37,6 +37,7 @@ def check_targets(task: Any, seen: Seen | None) -> Iterator[Check]:
             lost = (seen.round_trip - sampled[:of]).square().mean().item()
             closeness = (seen.round_trip - targets[:of]).square().mean().item() / max(lost, EMPTY)
         yield rules.target_sharpness("training images", kept, closeness)
+        yield rules.target_difference((targets - sampled).square().mean().sqrt().item(), closeness)
     elif len(seen.targets):
         yield rules.target_shift("predictions at low t", *shift_between(seen.decoded, seen.targets))
         yield rules.target_sharpness("predictions at low t", detail(seen.targets) / max(detail(seen.decoded), EMPTY))

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tune_ssim.before_launch.preflight import rules, step_rules
+from tune_ssim.before_launch.preflight import step_rules
 from tune_ssim.before_launch.preflight.plain import cosine, norm
 from tune_ssim.before_launch.preflight.report import Check
-from tune_ssim.before_launch.preflight.sampling import follows_weights
+from tune_ssim.before_launch.preflight.sampling import check_weights
 from tune_ssim.before_launch.preflight.steps import seeded
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers
-from tune_ssim.records import TOTAL_NORM
+from tune_ssim.records import LOSS, LOSS_FLOW, TOTAL_NORM
 from tune_ssim.trials.training import Sample
 
 MAX_STEPS = 25  # a GradScaler or a warm-up may leave the first steps without an update
+BLACK_BOX_STEPS = 24  # of a task that does not show its forward pass
 FAR = 1e-3  # of the norm of the weights; the loss is compared there
-WORK = {"setup": 2, "step": 4, "forward": 2, "sample": 2}  # of `check_updates`, if the first two steps change the weights
+WORK = {"setup": 2, "step": 4, "forward": 2, "sample": 3}  # of `check_updates`, if the first two steps change the weights
 WEIGHTS = ("ssim_loss_weight", "pixel_loss_weight")
 
 Vector = Sequence[Tensor]
@@ -29,13 +31,23 @@ def check_updates(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
     """Follows the main loss alone to its second update."""
     known = call(subject.make(base), "effective")
     task = subject.make({**base, **{name: 0.0 for name in WEIGHTS if name in known}})
+    if not task.abilities().has("forward", "trainable_parameters"):
+        yield step_rules.loss_under_updates(
+            "update/descent", *(_losses(made) for made in (subject.unmoved(base), subject.make(base)))
+        )
     if not task.abilities().trainable_parameters:
         raise Unavailable("the task has no trainable_parameters()")
     parameters = [p for p in call(task, "trainable_parameters") if p.requires_grad]
     start: Sample = call(task, "sample", 0)
     if task.abilities().forward:
         yield from _check_gradients(task, parameters)
-    yield rules.samples_follow(follows_weights(task, parameters, start))
+    yield from check_weights(task, parameters, start)
+
+
+def _losses(task: Any) -> list[float]:
+    """The main loss of the first steps, as recorded."""
+    steps = [numbers(call(task, "step")) for _ in range(BLACK_BOX_STEPS)]
+    return [step.get(LOSS_FLOW, step.get(LOSS, math.nan)) for step in steps]
 
 
 def _check_gradients(task: Any, parameters: list[torch.nn.Parameter]) -> Iterator[Check]:
