@@ -591,8 +591,8 @@ class Climbing(SmallTask):
 
 class Unseeded(SmallTask):
     def step(self) -> dict[str, float | Tensor]:
-        self.seed = random.SystemRandom().randrange(10**6)
-        return super().step()
+        found = super().step()
+        return {**found, "loss": found["loss"] * (1 + random.SystemRandom().random())}
 
 
 @pytest.mark.parametrize(("task", "blamed"), [(SmallTask, []), (Climbing, ["update/descent"]), (Unseeded, ["seeds/same"])])
