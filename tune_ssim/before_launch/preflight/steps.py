@@ -420,7 +420,7 @@ def _gate(probe: Probe, loss: str, weight: float, main: Reading, full: Reading |
         response = f"at {half:.3g} a share of {recorded:g} of the batch is recorded as active; {share:g} lies below it"
         return step_rules.parameter(name, half, partly.effective[name], recorded / share if share else math.inf, response)
     response = f"at {half:.3g} total_norm is {partly.total_norm:.4g}; the samples below it give {partly.expected.total_norm:.4g}"
-    if share < 1 and step_rules.near(partly.agreement / share):
+    if 0 < share < 1 and step_rules.near(partly.agreement / share):
         response += ", divided by their number and not by that of the batch"
     return step_rules.parameter(name, half, partly.effective[name], partly.agreement, response)
 
