@@ -39,6 +39,8 @@ RULES_OF_OUR_NAMES = ("kl_hidden", "recon_flat")
 MAX_LOSS, MAX_NORM = 1e6, 1e5
 NO_OBJECTIVE = frozenset({"lr", "learning", "rate", "epoch", "time", "acc", "accuracy", "eta"})  # words of metrics that are no loss
 MAX_ALERTS = 20  # alerts kept per guard; further ones are only counted
+# Only their first alert is kept: what is not finite stays so, and a loss or a norm that has exploded stays high.
+ONCE = (NonFinite.name, Divergence.name, NormRatio.name)
 MAX_SHOWN_NAMES = 12  # metric names listed in a message
 POLL_S = 0.5  # seconds between reads of a growing log
 
@@ -210,8 +212,7 @@ class LogCheck:
         for violation in violations:
             name = violation.guard
             alerts = self.alerts.setdefault(name, [])
-            # A non-finite metric stays non-finite, and a loss that has diverged stays high, so only the first alert is kept.
-            if len(alerts) < (1 if name in (NonFinite.name, Divergence.name) else MAX_ALERTS):
+            if len(alerts) < (1 if name in ONCE else MAX_ALERTS):
                 source = self._rules[name][1].source if name in self._rules else ""
                 alerts.append(Alert(violation, source, last_step=violation.step))
                 new.append(alerts[-1])
