@@ -240,6 +240,7 @@ def test_a_nan_is_an_alert_wherever_it_is(
     "odd",
     [
         "loss avg nan",
+        "loss: NaN.",
         "loss 0.5 avg nan",
         "loss 0.5 (avg: nan)",
         "loss: 0.5, mean=nan acc 0.5",
@@ -567,6 +568,19 @@ def test_the_log_of_a_producer(tmp_path: Path, producer: str) -> None:
 
 
 # ---- a log by its producer itself
+
+
+def test_a_nan_in_the_bar_of_lightning_is_an_alert(tmp_path: Path) -> None:
+    """It pads numbers with zeros: `nan.0`."""
+    bar = "\rEpoch 0:  {0}%|##   | {0}/80 [00:00<00:01, 58.89it/s, v_num=0, train_loss={1}]"
+    text = "".join(bar.format(step, "nan.0" if step > 40 else f"{1 / step:.3f}") for step in range(1, 81))
+    assert broken(tmp_path / "out.log", text)[0][0] == 41
+
+
+def test_lines_that_differ_by_a_number_are_answered_in_words(tmp_path: Path) -> None:
+    """A `#`, of which bars consist, was once taken for a number."""
+    with pytest.raises(UserError, match="no row of a training in 2 lines"):
+        checked(tmp_path / "out.log", "tick 1 of 2 at 0.5\ntick 1 of # at 0.5\n")
 
 
 def test_bars_by_tqdm_itself(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ AVERAGES = ("avg", "avr", "average", "mean")
 LOSS_BEFORE = re.compile(r"([a-z_][\w./-]*?)(?:es)?['\"]?[\s:,(\[{|]{1,4}$")
 # `tensor(0.5, grad_fn=<MulBackward0>)`, `np.float64(0.5)`: as PyTorch and NumPy print a number. For lower-case text.
 WRAPPED = re.compile(rf"(?:tensor|array|(?:np\.|numpy\.)?float\d\d)\(\[?\s?({NUMBER})\s?\]?(?:,[^()]{{0,80}})?\)")
+# `train_loss=nan.0` in the progress bar of Lightning, which pads numbers with zeros. For lower-case text.
+PADDED_NAN = re.compile(r"(?<![\w.])(nan|inf)\.0*(?!\w)")
 # A loss that is no number: `loss: --`, `loss=None`, `loss N/A`, `loss ****`. For lower-case text.
 NO_NUMBER = re.compile(r"(?<![a-z])loss['\"]?\s{0,8}[:= ]\s{0,8}['\"]?(?:-{1,9}|\*{1,40}|n/?a|null|none|#+)(?![\w.-])")
 DICT = re.compile(r"\{\s{0,8}['\"]\w")
@@ -164,8 +166,10 @@ class KeyValues(Printed):
 
 
 def _with_plain_numbers(line: str) -> str:
-    """The line in lower case, with `1.#INF` and `tensor(0.5)` as plain numbers."""
+    """The line in lower case, with `1.#INF`, `nan.0` and `tensor(0.5)` as plain numbers."""
     text = without_windows(line.lower())
+    if "nan." in text or "inf." in text:
+        text = PADDED_NAN.sub(r"\1", text)
     return WRAPPED.sub(r"\1", text) if "tensor(" in text or "float" in text or "array(" in text else text
 
 

@@ -31,11 +31,11 @@ def propose_pattern(lines: Sequence[str]) -> str:
     """`--pattern '…'` for a shell, with which some of the lines are read; empty if no line has a counter and a number.
 
     The most frequent kind of line counts. Its step is the first number that grows."""
-    kinds: dict[str, list[list[Number]]] = defaultdict(list)
+    kinds: dict[tuple[str, ...], list[list[Number]]] = defaultdict(list)
     for line in lines:
         numbers = _numbers(line[:MAX_LINE])
         if len(numbers) > 1 and not line.lstrip().startswith(("{", "[{")):
-            kinds[re.sub(r"\d+", "0", "#".join(number.before for number in numbers))].append(numbers)
+            kinds[tuple(re.sub(r"\d+", "0", number.before) for number in numbers)].append(numbers)
     for rows in sorted(kinds.values(), key=len, reverse=True):
         step = _step_of(rows)
         metrics = [] if step is None else [at for at in range(step + 1, len(rows[0])) if not all(row[at].is_whole for row in rows)]
