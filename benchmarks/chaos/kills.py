@@ -4,9 +4,9 @@
 
 Each study has a Ray of its own. At random moments the process of a random trial, the driver or the raylet is killed with SIGKILL,
 in turn. A killed driver is resumed, and so is one that ended because its only raylet was killed; one that has not ended by then
-counts as hung, and is killed. After each study its trials are compared with those of an undisturbed one: lost, with two lines, with
-another verdict or step count, and whether the best setting is the same. Processes of Ray or of the study that are left 60 s after
-the end count as orphans.
+counts as hung, and is killed. After each study its trials are compared with those of an undisturbed one: lost, with two verdicts,
+with another verdict or step count, and whether the best setting is the same. Processes of Ray or of the study that are left 60 s
+after the end count as orphans.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rich.table import Table
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.results.winner import NoSafeTrial, best_safe
 from tune_ssim.study.study import load_study
+from tune_ssim.trials.summary import TrialSummary
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -118,12 +119,12 @@ class Disturbed:
 
     def run(self, kinds: Sequence[str]) -> None:
         for kind in kinds:
-            while not trials_of(self.driver.pid) and self.driver.poll() is None:
-                time.sleep(0.1)
+            self.wait_for_a_trial()
             time.sleep(self.chance.uniform(0, 8))
             if self.driver.poll() is not None:
                 break
             if kind == "trial":
+                self.wait_for_a_trial()
                 self.counts["trial"] += kill_one(trials_of(self.driver.pid), self.chance)
             elif kind == "driver":
                 os.killpg(self.driver.pid, signal.SIGKILL)
@@ -143,6 +144,10 @@ class Disturbed:
             self.resume()
         self.counts["failed"] += self.driver.returncode != 0
 
+    def wait_for_a_trial(self) -> None:
+        while not trials_of(self.driver.pid) and self.driver.poll() is None:
+            time.sleep(0.1)
+
     def resume(self) -> None:
         again = ["--resume", "--name", "chaos"] if (self.folder / "chaos" / "study.yaml").exists() else []
         self.driver = start(self.folder, *again)
@@ -157,13 +162,14 @@ def study_under_kills(shape: str, expected: dict[str, Any], best: str, kinds: Se
         study.run(kinds)
         counts, sessions = study.counts, study.sessions
         found = StudyFolder(folder / "chaos")
-        lines = [json.loads(line)["trial_id"] for line in found.trials_file.read_text().splitlines()]
+        lines = [TrialSummary.from_dict(json.loads(line)) for line in found.trials_file.read_text().splitlines()]
+        final = [trial.trial_id for trial in lines if not trial.is_repeated_on_resume]
         deadline = time.monotonic() + ORPHANS_AFTER_S
         while processes(sessions) and time.monotonic() < deadline:
             time.sleep(1)
         results = facts(found)
         counts["lost"] = len(set(expected) - set(results))
-        counts["twice"] = len(lines) - len(set(lines))
+        counts["twice"] = len(final) - len(set(final))
         counts["changed"] = sum(results[name] != value for name, value in expected.items() if name in results)
         counts["other best"] = int(winner(found) != best)
         counts["orphans"] = len(processes(sessions))

@@ -38,6 +38,7 @@ from tune_ssim.trials.job import TrialJob
 from tune_ssim.trials.summary import PROCESS_DIED
 
 PENDING_S = 30.0  # usually enough for a trial's process to start
+RAYLET_DIED = "the Ray of this study has died (its raylet was killed, by a lack of memory perhaps)"
 MAX_PENDING = "TUNE_MAX_PENDING_TRIALS_PG"  # setting of Ray Tune; its default with a searcher is one trial at a time
 
 
@@ -181,6 +182,10 @@ class _RayRecording(tune.Callback, Stopper):
         if time.monotonic() - self._looked_s < 1:
             return
         self._looked_s = time.monotonic()
+        if self.is_private and not any(node["Alive"] for node in ray.nodes()):  # on a cluster a node may join again
+            again = f"`tune-ssim run --resume --name {self.recorder.folder.name}` goes on"
+            self.error = self.error or UserError(f"{RAYLET_DIED}; {again}")
+            return
         for trial in trials:
             if trial.status != "PENDING":
                 continue
