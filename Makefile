@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 REPLAY := $(addprefix benchmarks/replay/,run.py recommend.py policies.py)
 
-.PHONY: run test e2e chaos versions pythons lint format bench pictures docs
+.PHONY: run test e2e chaos audit versions pythons lint format bench pictures docs
 
 run: $(VENV)/.installed
 	$(BIN)/tune-ssim run
@@ -20,6 +20,10 @@ e2e: $(VENV)/.installed
 chaos: $(VENV)/.installed
 	rm -f benchmarks/results/damage.jsonl
 	TUNE_SSIM_CASES=2000 TUNE_SSIM_COUNTS=benchmarks/results/damage.jsonl $(BIN)/python -m pytest -q --timeout 0 tests/test_damage.py
+
+# Known vulnerabilities of the versions in constraints.txt; needs PyPI's advisory database.
+audit:
+	$(PYTHON) tests/audit.py
 
 # A selection of the tests with the oldest and the newest Ray and MLflow that pyproject.toml admits; installs them in a temporary folder.
 versions: $(VENV)/.installed

@@ -5,6 +5,7 @@ Built without isolation (hatchling is in the `test` extra), so without a network
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import versions
+from audit import judge
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -191,3 +193,18 @@ def test_the_range_of_a_library_is_the_tested_one(name: str, place: int) -> None
     assert {f">={oldest.major}.{oldest.minor}", f"<{newest.major}.{newest.minor + 1}"} == {str(one) for one in specifier}
     assert newest.minor - oldest.minor >= 2
     assert f"{name}=={newest}\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_an_audit_without_answers_fails() -> None:
+    """Where the advisory database cannot be reached, pip-audit leaves every package out and ends with 0."""
+    sound = {"name": "numpy", "version": "2.4.6", "vulns": []}
+    leak = {"name": "ray", "version": "2.6.0", "vulns": [{"id": "CVE-2023-48022", "fix_versions": []}]}
+    unknown = {"name": "wrapt", "skip_reason": "Dependency not found on PyPI"}
+    assert judge(json.dumps({"dependencies": [sound]})) == (0, ["audit: no known vulnerability in 1 packages"])
+    assert judge(json.dumps({"dependencies": [sound, leak]})) == (1, ["ray 2.6.0: CVE-2023-48022, fixed in no version yet"])
+    code, lines = judge(json.dumps({"dependencies": [sound, unknown]}))
+    assert code == 2 and "1 of 2 packages could not be looked up (wrapt)" in lines[-1]
+    assert judge("", "Traceback\nConnectionError: no route") == (
+        2,
+        ["audit: pip-audit failed, nothing is known: ConnectionError: no route"],
+    )
