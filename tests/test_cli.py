@@ -19,6 +19,7 @@ from small_studies import SETTING, USUAL, baseline, study, trial
 
 from tune_ssim.cli.app import exit_code
 from tune_ssim.cli.options import ChosenStudy
+from tune_ssim.cli.tables import trials_table
 
 COMMAND = [sys.executable, "-m", "tune_ssim"]
 VERBS = ("run", "check", "trials", "export", "ui", "spaces", "mirror")
@@ -195,6 +196,12 @@ def test_the_table_in_any_terminal(tmp_path: Path, columns: str, encoding: str) 
     lines = [line for line in text.splitlines() if not line.startswith("next:")]
     if int(columns) >= 80:
         assert max(map(len, lines)) <= int(columns)
+
+
+def test_the_table_after_a_long_study_is_short() -> None:
+    """`run` shows the best trials; `trials` shows all."""
+    assert trials_table(USUAL).row_count == len(USUAL)
+    assert trials_table(USUAL, most=2).row_count == 2
 
 
 def test_no_color(tmp_path: Path) -> None:

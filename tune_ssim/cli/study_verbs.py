@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from tune_ssim.results.study_folder import StudyFolder
 
+MAX_ROWS = 50  # of the table after `run`
+
 
 @click.command()
 @click.argument("study", required=False)
@@ -100,7 +102,7 @@ def run(
     except StudyInterrupted as stop:
         suggest_next("run", "--resume", "--name", stop.study, why="goes on where it stopped", to_stderr=True)
         raise
-    _show_trials(folder, console)
+    _show_trials(folder, console, most=MAX_ROWS)
     try:
         best = best_safe(folder)
     except NoSafeTrial:
@@ -331,7 +333,8 @@ def mirror(name: str | None, tracking_uri: str | None, storage: Path) -> None:
     suggest_next("ui", folder.name, *(["--tracking-uri", tracking_uri] if tracking_uri else []), why="browses it")
 
 
-def _show_trials(folder: StudyFolder, console: Console) -> None:
+def _show_trials(folder: StudyFolder, console: Console, most: int | None = None) -> None:
+    """The table of trials and what else is to be known of them. most: rows, best first; None shows all."""
     from tune_ssim.cli.tables import FRONT, trials_table
     from tune_ssim.results.events import end_of, ended_trials
     from tune_ssim.results.pareto import pareto_front
@@ -362,8 +365,11 @@ def _show_trials(folder: StudyFolder, console: Console) -> None:
             objective=objective,
             winner=winner,
             front=front,
+            most=most,
         )
     )
+    if most is not None and len(summaries) > most:
+        print_line(f"the best {most} of {len(summaries)}; `tune-ssim trials {folder.name}` shows all", console)
     if front:
         names = ", ".join(metric_label(goal.name) for goal in objective.goals)
         print_line(f"{FRONT} Pareto front of {names}: {', '.join(front)}", console)

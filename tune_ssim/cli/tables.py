@@ -40,9 +40,10 @@ def trials_table(
     objective: Objective = DEFAULT_OBJECTIVE,
     winner: str | None = None,
     front: Collection[str] = (),
+    most: int | None = None,
 ) -> Table:
     """One row per trial, best first, for a terminal of `width` columns. `winner`: the trial_id to mark. `front`: those on the
-    Pareto front."""
+    Pareto front. most: rows at most."""
     wide, summaries = width >= WIDE, list(summaries)
     table = PlainTable(ascii_only).columns_of("trial", overflow="fold")
     names, goals = _columns(summaries, width, objective), [goal.name for goal in objective.goals]
@@ -52,7 +53,7 @@ def trials_table(
         table.columns_of("verdict").text_of("why", min_width=20)
     else:
         table.text_of("verdict: why", min_width=10)
-    for summary in best_first(summaries, objective):
+    for summary in best_first(summaries, objective)[:most]:
         config, metrics = summary.config, summary.metrics
         is_in_name = summary.role is Role.SEARCH or summary.trial_id.startswith(summary.role)
         label = summary.trial_id if is_in_name else f"{summary.trial_id} {summary.role}"
