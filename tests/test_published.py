@@ -51,3 +51,13 @@ def test_the_table_of_the_adaptive_weight_is_that_of_the_last_run() -> None:
     assert not any(one["ruined"] for one in rows) and "No run was ruined" in "\n".join(page)
     collapsed = [(one["regime"], one["crop"], one["setting"], one["collapsed"], one["runs"]) for one in rows if one["collapsed"]]
     assert collapsed == [("sgd", 64, "adaptive 4", 2, 2)] and "on crops of 64 the smoke test failed in both runs" in "\n".join(page)
+
+
+def test_the_counts_of_producers_are_those_of_the_last_run() -> None:
+    logs = results("check_producers")["logs"]
+    sound = [log["sound"]["verdict"] for log in logs]
+    broken = [log["nan"]["verdict"] for log in logs]
+    page = (ROOT / "docs" / "measurements.md").read_text()
+    assert f"{sound.count('healthy')} of {len(logs)} sound logs healthy" in page
+    assert f"{broken.count('alerts')} of {len(logs)} with a NaN are an alert" in page and "healthy" not in broken
+    assert [(log["producer"], log["log"]) for log in logs if log["nan"]["verdict"] == "unknown"] == [("ray", "TensorBoard")]
