@@ -41,6 +41,7 @@ TINY = 1e-7  # a weight whose gradient is lost in float32's rounding of any main
 # Of `check_parameters`: up to ten readings, each a step and its gradient once more, after one forward pass with three gradients.
 WORK = {"setup": 11, "step": 23}
 MAIN_ALONE, LARGE = "the main loss alone", "a large ssim_loss_weight"  # names of readings
+HUGE = 1e4  # with a data range of 255 SSIM has 0.0004x its gradient
 BLACK_BOX_GAINS = (1e2, 1e4, 1e6)  # tried in turn on a task without a forward pass, until total_norm follows
 LOSSES = {"ssim": ("ssim_loss_weight", "ssim_loss_max_t"), "pixel": ("pixel_loss_weight", "pixel_loss_max_t")}
 NEUTRAL: dict[str, float | None] = asdict(Setting())
@@ -325,6 +326,9 @@ def _loss(probe: Probe, loss: str, main: Reading) -> Iterator[Check]:
         if clipping.status == "bad_setup" and full.after is not None and full.total_norm < 1.01 * full.after:
             return  # total_norm says nothing about the gradient
     if step_rules.near(full.total_norm / main.total_norm):
+        if (tiny := _tiny(probe, loss, weight, main)) is not None:
+            yield tiny
+            return
         response = f"it never reaches the gradient: total_norm is {full.total_norm:.4g} at weight {weight:.3g} and at 0{probe.cut}"
         yield step_rules.parameter(weight_name, weight, full.effective[weight_name], 0.0, response)
         return
@@ -361,6 +365,16 @@ def _loss(probe: Probe, loss: str, main: Reading) -> Iterator[Check]:
         yield step_rules.parameter(GRAD_CLAMP, limit, clamped.effective[GRAD_CLAMP], clamped.agreement, response)
     if gate_name in probe.known and full.gate is None:
         yield _gate(probe, loss, weight, main, full if sound else None)
+
+
+def _tiny(probe: Probe, loss: str, weight: float, main: Reading) -> Check | None:
+    """The finding about a loss that acts only at a far larger weight; None if it does not act there either."""
+    if loss != "ssim" or probe.weights is None:
+        return None
+    huge = probe.read("a huge ssim_loss_weight", ssim_loss_weight=HUGE * weight)
+    if huge.expected is None or not huge.total_norm > 2 * main.total_norm:
+        return None
+    return step_rules.step_gradient("ssim", huge.total_norm, huge.expected.total_norm, huge.cosine)
 
 
 def _changing_weights(probe: Probe) -> Iterator[Check]:

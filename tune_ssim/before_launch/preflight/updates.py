@@ -55,9 +55,11 @@ def _check_gradients(task: Any, parameters: list[torch.nn.Parameter]) -> Iterato
     gradients: list[Vector] = []
     moves: list[Vector] = []
     recorded: list[float | None] = []
+    kept: Vector = []  # gradients that the step before leaves behind, clipped or not
     for n in range(1, MAX_STEPS + 1):
         found = torch.autograd.grad(call(task, "forward", n).main, parameters, allow_unused=True)
         before = [p.detach().clone() for p in parameters]
+        kept = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
         recorded.append(numbers(call(task, "step")).get(TOTAL_NORM))
         move = [p.detach() - old for p, old in zip(parameters, before, strict=True)]
         if norm(move) > 0:
@@ -75,7 +77,7 @@ def _check_gradients(task: Any, parameters: list[torch.nn.Parameter]) -> Iterato
         return
     first, second = gradients
     last = moves[1]
-    both = norm([a + b for a, b in zip(first, second, strict=True)])
+    both = norm([a + b for a, b in zip(kept if norm(kept) else first, second, strict=True)])
     span: list[Vector] = [first, _without(moves[0], [first])]
     own, left = _without(second, span), _without(last, span)
     yield step_rules.freshness(
