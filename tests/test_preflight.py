@@ -131,6 +131,8 @@ def test_a_report_has_the_worst_status_and_first_reason() -> None:
         (step_rules.step_gradient("ssim", 1.0, 1.0, 1.0), "ok"),
         (step_rules.step_gradient("ssim", 8.0, 1.0, 1.0), "bad_setup"),
         (step_rules.step_gradient("ssim", 8.0, 1.0, 1.0, random=True), "unknown"),
+        (step_rules.step_gradient("ssim", 0.96, 1.0, 0.998, turns=1.0), "unknown"),  # a Gaussian window of 9 in place of 11
+        (step_rules.step_gradient("ssim", 0.96, 1.0, 0.998, turns=50.0), "bad_setup"),
         (step_rules.step_gradient("ssim", 1.0, 1.0, 0.4), "bad_setup"),
         (step_rules.step_gradient("ssim", 1.0, 1.0, math.nan), "bad_setup"),
         (step_rules.parameter("lr", 0.1, 0.1, 1.0), "ok"),
