@@ -195,7 +195,7 @@ DEFECTS = {
     "gate ignored": ("parameter/ssim_loss_max_t", "bad_setup", "does not reach"),
     "unseeded": ("seeds/same", "warn", "same seed differ"),
     "seed ignored": ("seeds", "warn", "another seed gives the same batch"),
-    "lr ignored": ("update_off", "bad_setup", "switches nothing off"),
+    "lr ignored": ("update_off", "bad_setup", "disables nothing"),
     "same batch": ("data/steps", "bad_setup", "the same numbers return at every step"),
     "climbs": ("update", "bad_setup", "rises with every update"),
 }

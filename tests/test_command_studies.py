@@ -138,7 +138,7 @@ def test_the_loss_at_the_end_and_the_objective_have_margins(tmp_path: Path) -> N
 def test_to_look_for_nan_alone_is_not_enough(tmp_path: Path) -> None:
     given = study(tmp_path, task={"records": {"pattern": LOSS}})
     given["guards"] = {**given["guards"], "divergence": None}
-    with pytest.raises(UserError, match="only NaN was looked for"):
+    with pytest.raises(UserError, match="only NaN was checked"):
         run(given, tmp_path / "results")
 
 
@@ -245,9 +245,9 @@ def test_what_is_read_is_said_once_the_baseline_has_begun(tmp_path: Path) -> Non
     script = DESCENT.replace("    print(", "    print(f'step {step}: loss much grad_norm 1') if step == 7 else print(")
     given = study(tmp_path, script, (*ARGUMENTS, "norm"), task=task, guards={"smoke_test": None}, result_every=30)
     run(given, tmp_path / "results", progress=said)
-    at = next(n for n, line in enumerate(said.lines) if line.startswith("first contact"))
+    at = next(n for n, line in enumerate(said.lines) if line.startswith("how the command is read"))
     assert said.lines[at : at + 7] == [
-        "first contact with the command: steps 1 to 30 of 30; read 31 lines; 1 of 31 lines could not be read "
+        "how the command is read: steps 1 to 30 of 30; read 31 lines; 1 of 31 lines could not be read "
         "(line 7: 'step 7: loss much grad_norm 1': group 'loss' found 'much', which is not a number)",
         "  metrics: loss, total_norm",
         "  total_norm: at 30 of 30 records; not observed: no Python process of it imports torch, or it clears PYTHONPATH (as "
@@ -257,7 +257,7 @@ def test_what_is_read_is_said_once_the_baseline_has_begun(tmp_path: Path) -> Non
         "  guards: norm_ratio, divergence, non_finite can judge",
         "  objective: maximize score, not measured so far: a later record or an evaluation must give it",
     ]
-    assert sum(line.startswith("first contact") for line in said.lines) == 1
+    assert sum(line.startswith("how the command is read") for line in said.lines) == 1
 
 
 # ---- checkpoints

@@ -204,5 +204,5 @@ def test_the_clipping_is_observed(tmp_path: Path) -> None:
     given = study(tmp_path, TORCH.replace("1e9", "0.5"), task={"records": records, "known": known}, guards={"smoke_test": None})
     baseline, trial = trials(given, tmp_path / "results")
     assert baseline.horizon["max_grad_norm"] == trial.horizon["max_grad_norm"] == 0.5
-    remark = "gradients are clipped at 0.5, as observed, and max_grad_norm is said to be 5; the observed one counts"
+    remark = "gradients are clipped at 0.5, as observed, but the study says max_grad_norm: 5; the observed value is used"
     assert remark in baseline.warnings

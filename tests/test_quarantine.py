@@ -240,7 +240,7 @@ def test_the_starting_weights_are_never_entered(tmp_path: Path, start: list[Cont
     state["optimizer"] = {"step": torch.tensor(float(steps)), "exp_avg": torch.zeros(100), "mask": torch.ones(50, 50).tril()}
     outcome = enter(Ledger(tmp_path), tensor_contents(tensors_of(state)), start)
     assert outcome.entry is None
-    assert "not quarantined: no tensor in it is the work of this training" in outcome.sentence
+    assert "not quarantined: this training changed none of its tensors" in outcome.sentence
     assert Ledger(tmp_path).entries() == []
 
 

@@ -60,7 +60,7 @@ def test_what_is_no_failure_of_the_trial(exception: Exception, lost: bool) -> No
 
 
 def test_messages_of_ray_become_one_line() -> None:
-    assert words_of(PROCESS) == "killed, by a lack of memory perhaps, or crashed"
+    assert words_of(PROCESS) == "killed (out of memory?) or crashed"
     assert words_of(NODE) == "the actor's node was terminated unexpectedly: no heartbeat"
     assert "connection to its node broke" in words_of(ActorUnavailableError("RpcError: " + "x" * 900, None))
 
@@ -177,7 +177,7 @@ def test_deaths_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert trials["trial-00"].verdict == "error" and "killed" in trials["trial-00"].reason
     assert code == 4, error
     assert "trial-01: its process was asked to end (SIGTERM); it goes on from its last checkpoint" in out
-    assert "trial-00: its process died: killed, by a lack of memory perhaps, or crashed; try 3 of 3" in out
+    assert "trial-00: its process died: killed (out of memory?) or crashed; try 3 of 3" in out
     assert error.splitlines()[-1].startswith("1 trial has no verdict, since the process died (trial-00): `tune-ssim run")
     assert "Traceback" not in out + error and "raylet" not in out + error
 

@@ -246,7 +246,7 @@ def test_a_space_on_the_command_line_starts_from_here(tmp_path: Path, monkeypatc
     ("overrides", "says"),
     [
         ({"trials": 0}, "--trials: must be >= 1, got 0"),
-        ({"search.trials": 3, "space": "note_v2"}, "--trials: a route of 4 stages needs at least 4 trials, got 3"),
+        ({"search.trials": 3, "space": "note_v2"}, "--trials: a space with 4 stages needs at least 4 trials, got 3"),
         ({"seed": -1}, "--seed: must be >= 0, got -1"),
         ({"seed": 2**32}, "--seed: must be < 4.29497e+09, got 4294967296"),
         ({"name": "a/b"}, "--name: letters, digits, '.', '_' and '-' only"),
@@ -311,7 +311,7 @@ BAD = [
     ("space: [wide]", "s.yaml:1: space: must be a name, a path or a mapping, got ['wide'] (a list)"),
     ("space: null", "s.yaml:1: space: must be a name, a path or a mapping, got nothing (null)"),
     ("name: s\nspace:\n  parameters:\n    gain: {log_uniform: [3, 1]}", "s.yaml:4: gain: lower (3) must be below upper (1)"),
-    ("space: note_v3\nsearch: {trials: 2}", "s.yaml:2: search.trials: a route of 4 stages needs at least 4 trials, got 2"),
+    ("space: note_v3\nsearch: {trials: 2}", "s.yaml:2: search.trials: a space with 4 stages needs at least 4 trials, got 2"),
     ("search: 3", "s.yaml:1: search: must be a mapping, got 3"),
     ("search: {trails: 3}", "s.yaml:1: search: unknown key 'trails'; did you mean 'trials'?"),
     ("search: {trials: '12'}", "s.yaml:1: search.trials: must be an integer, got '12' (text)"),
@@ -563,7 +563,7 @@ def test_a_copy_with_other_values_is_checked_too() -> None:
     assert study.replace(report_every=3).report_every == 3
     with pytest.raises(ValueError, match="report_every: must be an integer >= 1, got 0"):
         study.replace(report_every=0)
-    with pytest.raises(ValueError, match=r"search\.trials: a route of 4 stages needs at least 4 trials, got 1"):
+    with pytest.raises(ValueError, match=r"search\.trials: a space with 4 stages needs at least 4 trials, got 1"):
         study.replace(search=study.search.replace(trials=1))
 
 

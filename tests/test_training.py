@@ -40,7 +40,7 @@ def test_a_class_that_does_not_inherit_is_a_training_all_the_same() -> None:
 
 @pytest.mark.parametrize("name", ["Lame", "LameTraining"])
 def test_methods_that_are_missing_are_named(name: str) -> None:
-    with pytest.raises(UserError, match=f"{name} has no sample, effective; see tune_ssim.Task for the contract"):
+    with pytest.raises(UserError, match=f"{name} has no sample, effective; see tune_ssim.Training for the contract"):
         load_task(f"test_training:{name}", str(Path(__file__).parent))
 
 

@@ -84,7 +84,7 @@ def calibrate(chosen: ChosenStudy, as_json: bool, picture: str | None) -> None:
 def recommend(chosen: ChosenStudy, as_json: bool) -> None:
     """A setting to start from, by the calibration alone: no trial is run, and nothing is proven.
 
-    It is the first one that a guided search tries: behind the widest gate of the space, the gain whose predicted norm is
+    It is the first one that a guided search tries: at the space's largest ssim_loss_max_t, the gain whose predicted norm is
     twice the baseline's. STUDY as for `run`.
     """
     from tune_ssim.base.errors import UserError

@@ -32,7 +32,7 @@ class Verdict(_Word):
 
     SAFE = "safe"  # no guard fired, nothing worse than the margins, to the last step
     DEGRADED = "degraded"  # worse than the baseline beyond a margin
-    STOPPED = "stopped"  # by a scheduler, before its last step
+    STOPPED = "stopped"  # before its last step: by a scheduler, or by the guided search because it was behind
     PRUNED = "pruned"  # by a guard
     BAD_SETUP = "bad_setup"  # ruined before the first update, or settings that never arrived: no setting is to blame
     ERROR = "error"

@@ -48,7 +48,7 @@ from tune_ssim.trials.trial_run import TrialSpec
 SEARCH, CONFIRM = "run", "confirm"  # names of phases and of their folders in the study's `ray/`
 FREE_ON_RESUME = ("name", "resources", "tracking", "import_path", "report_every", "result_every", "checkpoint_every", "confirm")
 FRONT_PICTURE = "pareto.png"
-ENDED_EARLY = 0.9  # of its steps: a baseline that logs no later one has ended by itself
+ENDED_EARLY = 0.9  # fraction of the steps: a baseline whose last record is earlier ended by itself
 DRAIN_TIMEOUT_S = 120.0  # for MLflow to catch up after the last trial; the rest is mirrored later
 UNREACHED_TIMEOUT_S = 10.0  # the same, if it accepted no event during the study
 
@@ -86,7 +86,7 @@ def run_study(
             raise
         again = f"`tune-ssim run --resume --name {folder.name}` goes on" if folder.study_file.exists() else "start the study again"
         place = f"{error.filename or folder.path}: {error.strerror} ({describe_disk(folder.path)})"
-        raise UserError(f"{place}; nothing that ended is lost: when this is mended, {again}") from error
+        raise UserError(f"{place}; finished trials are kept; once this is fixed, {again}") from error
     return folder
 
 

@@ -37,7 +37,7 @@ def param_space(space: Space | Stage, model: NormModel | None = None) -> dict[st
     Raises ValueError for a space of several stages, UserError if a model is needed but missing."""
     stages = space.stages if isinstance(space, Space) else (space,)
     if len(stages) != 1:
-        raise ValueError(f"a route of {len(stages)} stages is not one space: pick a stage, or use StagedSearch")
+        raise ValueError(f"the space has {len(stages)} stages: pick one, or use StagedSearch")
     ranges = {LogUniform.kind: tune.loguniform, Uniform.kind: tune.uniform}
     domains: dict[str, Any] = dict(stages[0].fixed)
     for name, parameter in stages[0].parameters.items():

@@ -67,12 +67,12 @@ def error_of(trial: Any) -> str:
 
 
 def words_of_death(message: str) -> str:
-    """The last line of Ray's message, without what a process may die of in general; empty if there is no message."""
+    """The last line of Ray's message, without its list of common causes; empty if there is no message."""
     lines = message.strip().splitlines()
     if not lines:
         return ""
     detail = lines[-1].strip().rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0]
-    return "killed, by a lack of memory perhaps, or crashed" if CRASHED in detail else shorten(detail, 300)
+    return "killed (out of memory?) or crashed" if CRASHED in detail else shorten(detail, 300)
 
 
 @dataclass
@@ -96,8 +96,9 @@ class Retries:
 
     def failed(self, trial: Any, exception: Exception, proceed: Callable[[], None]) -> None:
         """For `ray_internals.intercept_failures`. A trial out of tries ends at once, with this failure as its reason."""
-        name, lost = self._name_of(trial), is_lost(exception)
-        if lost and self._losses[name] < LOSSES:
+        name = self._name_of(trial)
+        is_free = is_lost(exception) and self._losses[name] < LOSSES
+        if is_free:
             self._losses[name] += 1
         else:
             self._deaths[name] += 1
@@ -107,7 +108,7 @@ class Retries:
             proceed()
             return
         delay_s = min(FIRST_DELAY_S * 2 ** (self._losses[name] + self._deaths[name] - 1), MAX_DELAY_S)
-        if lost:
+        if is_free:
             self._say(f"{name}: {words_of(exception)}; it goes on from its last checkpoint, no try is used up")
         else:
             tries = f"try {self._deaths[name] + 1} of {OWN_DEATHS + 1}"

@@ -176,4 +176,4 @@ class BaselineFirst:
             kind = re.sub(r"[-+.\de]*\d", "#", outcome.reason)  # equal except for numbers, which differ between trials
             self._failures[kind] = self._failures.get(kind, 0) + 1
             if self._failures[kind] >= MIN_EQUAL_FAILURES and not self.failure:
-                self.failure = f"two trials failed alike: {outcome.reason}"
+                self.failure = f"two trials failed with the same error: {outcome.reason}"

@@ -32,7 +32,7 @@ class StagedSearch:
         **search: Any,
     ) -> None:
         if trials < len(space.stages):
-            raise ValueError(f"a route of {len(space.stages)} stages needs at least as many trials, got {trials}")
+            raise ValueError(f"a space with {len(space.stages)} stages needs at least as many trials, got {trials}")
         self.space, self.objective, self.noise_floor = space, objective, noise_floor
         share, more = divmod(trials, len(space.stages))
         self.budgets = [share + (index < more) for index in range(len(space.stages))]

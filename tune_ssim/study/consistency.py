@@ -42,7 +42,7 @@ def part_problems(study: Study) -> Iterator[Problem]:
         yield from _clamp_problems(study, study.space)
         stages = len(study.space.stages)
         if study.search is not None and study.search.trials < stages:
-            message = f"a route of {stages} stages needs at least {stages} trials, got {study.search.trials}"
+            message = f"a space with {stages} stages needs at least {stages} trials, got {study.search.trials}"
             yield Problem(("search", "trials"), message)
         if study.space.is_relative and study.calibration is None:
             message = f"is null, but the space {study.space.name!r} gives its gain as a norm ratio, which needs it"

@@ -69,7 +69,7 @@ class Study(Document):
     scheduler: Annotated[
         Asha | None, PlainValidator(read_scheduler), PlainSerializer(lambda asha: asha and {"asha": asha.model_dump()})
     ] = None
-    # Options by guard name; null switches one off. `divergence` too, unless the task is a bundled one.
+    # Options by guard name; null switches one off. norm_ratio, smoke_test, non_finite and divergence are on by default.
     guards: Annotated[dict[str, Guard], PlainValidator(read_guards), PlainSerializer(write_guards)] = Field(
         default_factory=default_guards
     )

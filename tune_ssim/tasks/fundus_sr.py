@@ -55,7 +55,7 @@ class FundusConfig:
     preset: str = "sgd"  # default of optimizer, lr and max_grad_norm
     optimizer: str | None = None  # sgd | adamw
     lr: float | None = None  # 0 switches the update off
-    max_grad_norm: float | None = None  # gradient clipping; None: the preset's
+    max_grad_norm: float | None = None  # gradient clipping; null: none; left out: the preset's
     steps: int = 200  # optimiser steps of a trial; read by the trial, not here
     batch_size: int = 8
     image: str | None = None  # see fundus_images.IMAGES; retina if there is no `data`

@@ -59,7 +59,7 @@ def check_methods(task_class: type) -> Iterator[Check]:
         if found is None or (method in missing and callable(written)):
             near = next((alias for alias in aliases if callable(getattr(task, alias, None))), None)
             hint = f"rename {near}()" if near else "add it"
-            yield broken(name, f"there is no {method}()", f"{hint}: {reads}; see tune_ssim.Task")
+            yield broken(name, f"there is no {method}()", f"{hint}: {reads}; see tune_ssim.Training")
         elif not callable(found):
             yield broken(name, f"{method} is a {type(found).__name__}, not a method", f"make it {reads}")
         elif inspect.iscoroutinefunction(found) or inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):

@@ -1,4 +1,4 @@
-"""How a trial is judged after its last step: margins to the baseline, and what its guards have looked at."""
+"""Plan, judgement and margins for `Trial._finish`, which computes the verdict after the last step."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class BaselineFile:
 class TrialJob:
     """One trial: its id and role, its settings, and the baseline it is compared with.
 
-    settings: as sampled or fixed, `gain` included; `task_config` of the study comes on top on the worker.
+    settings: as the search suggests them; on the worker they override the study's `task_config`.
     searched: keys in which it may differ from the baseline, in addition to those of the auxiliary losses. baseline: None for a
     baseline run and for a trial without one. storage, study: location of the quarantine ledger and of the study's folder; None for
     a trial outside a study. reason: why the search chose this trial, as text. rival: (step, improvement) of another trial; this one

@@ -43,7 +43,7 @@ def load_task(task: str | type | Mapping[str, Any], import_path: str | None = No
     if not isinstance(found, type):
         raise UserError(f"task {task!r}: module {module_name!r} has no class or function {class_name!r}")
     if missing := missing_methods(found):
-        raise UserError(f"task {task!r}: {class_name} has no {', '.join(missing)}; see tune_ssim.Task for the contract")
+        raise UserError(f"task {task!r}: {class_name} has no {', '.join(missing)}; see tune_ssim.Training for the contract")
     return training_class(found)
 
 

@@ -124,7 +124,7 @@ class Ledger:
         tensors = sorted(set().union(*trained) - spared)
         short = contents.id[:SHORT_ID_LENGTH]
         if not tensors:
-            return Entered(None, f"{short}: not quarantined: no tensor in it is the work of this training")
+            return Entered(None, f"{short}: not quarantined: this training changed none of its tensors")
         entry = Entry(
             contents.id, _now(), study, trial_id, step, _one_line(reason), guard, [*dict.fromkeys(parents)], tensors,
             None if path is None else str(path),

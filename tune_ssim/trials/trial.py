@@ -60,8 +60,8 @@ from tune_ssim.trials.training import AUXILIARY_KEYS, NOTHING_NEW, Number, as_tr
 
 LOSS_TERM = re.compile("weight(?!_decay)|lambda|alpha|coef|gain|scale")  # in the name of a setting that weighs a part of the loss
 NOTHING_COMPARED = (
-    "only NaN was looked for: nothing was compared with the baseline that would show a ruined training; let it log its loss or "
-    "total_norm, make samples, or measure what `objective.keep` names"
+    "only NaN was checked: no metric was compared with the baseline, so a ruined training would go unnoticed; let it log its loss "
+    "or total_norm, make samples, or measure what `objective.keep` names"
 )
 
 

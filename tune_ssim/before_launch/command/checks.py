@@ -161,11 +161,15 @@ def check_held(start: Start, trained: Start | None) -> Check:
     if start.held is not None:
         if start.held:
             return Check("update_off", "ok", f"the weights are unchanged after {len(start.records)} held steps")
-        return Check("update_off", "bad_setup", "the weights changed although the updates were held off", {}, "report this program")
+        return Check(
+            "update_off", "bad_setup", "the weights changed although weight updates were disabled", {}, "report this program"
+        )
     if trained is None:
         return unknown("update_off", "the program could not be observed: only the first step of a start is before an update")
     if difference(start, trained) == 0:
-        sentence = f"{len(start.records)} steps with calibration.update_off are those without it: it switches nothing off"
+        sentence = (
+            f"{len(start.records)} steps with calibration.update_off give the same numbers as without it: it disables nothing"
+        )
         return Check("update_off", "bad_setup", sentence, {}, "name a setting that keeps the weights as they are")
     return Check("update_off", "ok", "with calibration.update_off the steps differ from those that train")
 

@@ -109,7 +109,9 @@ class Starts:
             self.taken[start.job.key] = start
             self._keep([*{**self._kept, **self.taken}.values()])
             if not self._is_timed:
-                self._say(f"about {start.wall_s:.0f} s for each, by the first: {start.first_record_s:.0f} s to its first step")
+                self._say(
+                    f"about {start.wall_s:.0f} s each, judging by the first one ({start.first_record_s:.0f} s until its first step)"
+                )
                 self._is_timed = True
 
 
@@ -133,9 +135,9 @@ class CommandReader:
         starts = self.starts([StartJob(config, self.seed, batches) for config in configs])
         if not self._is_disabled and any(start.held is None and not start.failure for start in starts):
             raise UserError(
-                "calibration: the program cannot be observed, so its updates cannot be held off; say how they are switched off, "
-                "e.g. `calibration: {update_off: {lr: 0}}` with {lr} in the command, or have only first steps read, one start a "
-                "batch, with `calibration: {method: first_step, batches: 4}`"
+                "calibration: the program cannot be observed, so its weight updates cannot be disabled; name a setting that "
+                "disables them, e.g. `calibration: {update_off: {lr: 0}}` with {lr} in the command, or have only first steps "
+                "read, one start a batch, with `calibration: {method: first_step, batches: 4}`"
             )
         return [self._reading([start], batches) for start in starts]
 

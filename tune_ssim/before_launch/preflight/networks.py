@@ -58,7 +58,8 @@ def fresh_layers(module: torch.nn.Module) -> list[str]:
 
 
 def zeroed_layers(module: torch.nn.Module) -> list[str]:
-    """Layers whose weights are all zero although their bias is not. Of a layer that starts at zero and never learnt both are."""
+    """Layers whose weights are all zero although their bias is not. In a layer that is initialised with zeros and never trained,
+    the bias is zero too."""
     return [
         f"{name}.weight"
         for name, layer in module.named_modules()

@@ -64,7 +64,13 @@ def weights(
     sentence = f"all tensors equal those of {file}"
     if fresh_layers:
         sentence += f", {some(fresh_layers, 'of them look freshly initialised')}"
-        return Check(name, "bad_setup", sentence, evidence, "was the file written by a network that had not been loaded itself?")
+        return Check(
+            name,
+            "bad_setup",
+            sentence,
+            evidence,
+            "check that the file was saved from a trained network, not from a freshly initialised one",
+        )
     if zeroed_layers:
         sentence += f", {some(zeroed_layers, 'of them are zero although their bias is not')}"
         return Check(name, "bad_setup", sentence, evidence, "write the file again, from a network that was not changed")

@@ -332,7 +332,7 @@ def same_step(difference: float, seeded: float) -> Check:
     remedy = "draw the random numbers of step n from (seed, n), and nothing else"
     if not math.isfinite(difference):
         return Check("seeds/same", "unknown", "step() records no main loss to compare", evidence)
-    sentence = f"step 1 has another main loss when it is repeated (by {difference:.1%}): trials and baseline cannot see the same"
+    sentence = f"step 1 gives a different main loss when repeated (by {difference:.1%}): trials cannot be paired with the baseline"
     if difference > MAX_BATCH_DIFFERENCE:  # if only the global generator differs, it may be dropout
         return Check("seeds/same", "bad_setup" if seeded > MAX_BATCH_DIFFERENCE else "warn", sentence, evidence, remedy)
     return Check("seeds/same", "ok", "step 1 is the same each time", evidence)
@@ -379,8 +379,10 @@ def law_of_t(distance: float, count: int) -> Check:
     probability = min(1.0, 2 * math.exp(-2 * count * distance**2))  # at most (Dvoretzky, Kiefer, Wolfowitz 1956; Massart 1990)
     evidence = {"distance": distance, "p_value": probability, "times": count}
     is_sound = probability >= MIN_LAW_PROBABILITY
-    sentence = f"{count} times drawn {'agree' if is_sound else 'do not agree'} with the declared law (p = {probability:.2g})"
-    return judge("time_law", is_sound, sentence, evidence, "declare the law that training draws t from")
+    sentence = (
+        f"{count} sampled timesteps {'follow' if is_sound else 'do not follow'} the declared distribution (p = {probability:.2g})"
+    )
+    return judge("time_law", is_sound, sentence, evidence, "declare the distribution from which training samples t")
 
 
 def baseline_push(norm: float, main_norm: float, limit: float) -> Check:

@@ -337,8 +337,9 @@ class CommandTask(Training):
         if same_setting(told, limit) or not (told or limit):
             return ""
         if limit is None:
-            return f"clip_grad_norm_ was not called before the first update, and {MAX_GRAD_NORM} is said to be {told}"
-        return f"gradients are clipped at {limit:g}, as observed, and {MAX_GRAD_NORM} is said to be {told}; the observed one counts"
+            return f"clip_grad_norm_ was not called before the first update, but the study says {MAX_GRAD_NORM}: {told}"
+        said = f"the study says {MAX_GRAD_NORM}: {told}"
+        return f"gradients are clipped at {limit:g}, as observed, but {said}; the observed value is used"
 
     def where_printed(self, name: str) -> str | None:
         return self.settings.where_printed(name)

@@ -22,7 +22,7 @@ def first_contact(task: CommandTask, records: Sequence[Record], guards: Sequence
     apart = median([later - earlier for earlier, later in itertools.pairwise(steps)] or [1])
     every = f", a record every {apart:g}" if apart > 1 else ""
     of = f" of {task.steps}" if task.steps is not None else ", until it ends by itself"
-    yield f"first contact with the command: steps {steps[0]} to {steps[-1]}{of}{every}; {task.lines_read()}"
+    yield f"how the command is read: steps {steps[0]} to {steps[-1]}{of}{every}; {task.lines_read()}"
     yield f"  metrics: {', '.join(sorted(name for name in names if not name.startswith(SMOKE))) or 'none'}"
     with_norm = sum(TOTAL_NORM in record.values for record in records)
     observed = task.observation.sentence() if task.observation is not None else "not observed: switched off"
