@@ -8,11 +8,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 health = import_module("health")
 adaptive = import_module("adaptive")
+against_trainscope = import_module("against_trainscope")
 
 
 def results(name: str) -> dict[str, Any]:
@@ -61,3 +64,16 @@ def test_the_counts_of_producers_are_those_of_the_last_run() -> None:
     assert f"{sound.count('healthy')} of {len(logs)} sound logs healthy" in page
     assert f"{broken.count('alerts')} of {len(logs)} with a NaN are an alert" in page and "healthy" not in broken
     assert [(log["producer"], log["log"]) for log in logs if log["nan"]["verdict"] == "unknown"] == [("ray", "TensorBoard")]
+
+
+def test_the_table_against_trainscope_is_that_of_the_last_run() -> None:
+    found = results("against_trainscope")
+    page = (ROOT / "docs" / "measurements.md").read_text().splitlines()
+    assert [line for line in against_trainscope.markdown(found["tools"]) if line not in page] == []
+    assert [against_trainscope.summary(found["runs"], tool) for tool in against_trainscope.TOOLS] == found["tools"]
+
+
+def test_without_trainscope_its_benchmark_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])  # nothing is installed
+    with pytest.raises(SystemExit, match="trainscope is not installed in this environment: pip install trainscope"):
+        against_trainscope.require_trainscope()
