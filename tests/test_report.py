@@ -181,7 +181,12 @@ def test_a_browser_shows_it_and_the_slider_moves_the_samples(ran: StudyFolder, t
       slider.value = 0; slider.dispatchEvent(new Event("input"));
       const visible = one => [...one.querySelectorAll("img")].filter(image => !image.hidden);
       const shown = [...moved].map(one => visible(one).map(image => image.dataset.step));
-      document.title = JSON.stringify({shown, wide: document.documentElement.scrollWidth <= innerWidth,
+      const wide = document.documentElement.scrollWidth <= innerWidth;
+      document.body.style.width = "340px";  // as on a phone
+      const card = document.querySelector(".card"), edge = card.getBoundingClientRect().right;
+      const cut = [...card.querySelectorAll("svg, pre")].filter(
+        one => one.getBoundingClientRect().right > edge || one.scrollWidth > one.clientWidth + 1).length;
+      document.title = JSON.stringify({shown, wide, cut,
         broken: [...document.images].filter(one => !one.hidden && !one.naturalWidth).length});
     </script>"""
     path.write_text(path.read_text().replace("</body>", f"{probe}</body>"))
@@ -191,7 +196,7 @@ def test_a_browser_shows_it_and_the_slider_moves_the_samples(ran: StudyFolder, t
     )
     title = re.search(r"<title>(.*?)</title>", dumped.stdout, re.S)
     assert title is not None, dumped.stderr[-500:]
-    assert '"wide":true' in title.group(1) and '"broken":0' in title.group(1)
+    assert '"wide":true,"cut":0,"broken":0' in title.group(1), title.group(1)
     shown = re.findall(r'\["(\d+)"\]', title.group(1))
     assert shown and set(shown) == {"0"}, "each figure shows one picture: that of the first step"
 
