@@ -33,6 +33,7 @@ from ssim import save
 from unseen_defects import UNSEEN
 
 from tune_ssim.before_launch.preflight import preflight_task
+from tune_ssim.guards import NormRatio, SmokeTest
 from tune_ssim.tasks.fundus_sr import FundusSR
 
 # (seed, configuration below the defect's own): size, optimiser and clipping differ
@@ -128,7 +129,8 @@ def told(kind: str, name: str, variant: int, found: Case) -> dict[str, Any]:
     started = time.process_time()
     seed, config = VARIANTS[variant] if issubclass(found.task, FundusSR | SmallDiffusion) else (variant, {})
     options = {"steps": found.steps, "settings": found.settings, "baseline": found.baseline}
-    report = preflight_task(found.task, {**config, **found.config}, seed, device="cpu", **options)
+    guards = (NormRatio(), SmokeTest()) if found.smoke_test else (NormRatio(),)
+    report = preflight_task(found.task, {**config, **found.config}, seed, device="cpu", guards=guards, **options)
     bad = [check.name for check in report.of("bad_setup")]
     blamed = any(check.startswith(cause) for check in bad for cause in found.blamed)
     return {

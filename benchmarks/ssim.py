@@ -116,15 +116,13 @@ def save(path: Path, result: dict[str, Any]) -> None:
 
 
 def written(result: dict[str, Any]) -> str:
-    """JSON, with each result of a long list on a line of its own."""
-    listed = result.get("results")
-    if not isinstance(listed, list) or len(listed) < 100:
-        return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-    marker = "one line each"
-    lines = ",\n  ".join(json.dumps(item, ensure_ascii=False) for item in listed)
-    return (
-        json.dumps({**result, "results": marker}, indent=2, ensure_ascii=False).replace(f'"{marker}"', f"[\n  {lines}\n ]") + "\n"
-    )
+    """JSON, with each item of a long list on a line of its own."""
+    long = {key: value for key, value in result.items() if isinstance(value, list) and len(value) > 20}
+    text = json.dumps({**result, **{key: f"<{key}>" for key in long}}, indent=2, ensure_ascii=False)
+    for key, items in long.items():
+        lines = ",\n    ".join(json.dumps(item, ensure_ascii=False) for item in items)
+        text = text.replace(f'"<{key}>"', f"[\n    {lines}\n  ]")
+    return text + "\n"
 
 
 def git(*arguments: str) -> str | None:

@@ -37,6 +37,7 @@ class Case:
     baseline: Mapping[str, Any] = field(default_factory=lambda: dict(BASELINE))
     steps: int = 200
     blamed: tuple[str, ...] = ()
+    smoke_test: bool = True  # False: the study has switched it off, as one that starts from random weights does
 
 
 Make = Callable[[Path], "contextlib.AbstractContextManager[Case] | Case"]
