@@ -75,17 +75,19 @@ def run(trials: int, storage: Path) -> dict[str, float]:
 
 
 def measured(storage: Path, *arguments: str) -> dict[str, Any]:
-    """One command of the package: seconds, peak memory in MB, exit code."""
+    """One command of the package: seconds, processor seconds, peak memory in MB, exit code."""
     command = [sys.executable, "-m", "tune_ssim", *arguments, "--storage-path", str(storage)]
     paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])}
-    peak_kb = 0
+    peak_kb, before = 0, os.times()
     with (storage / "output").open("ab") as output:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **paths})
         while process.poll() is None:
             peak_kb = max(peak_kb, peak_kb_of(process.pid))
             time.sleep(0.02)
-    return {"wall_s": time.perf_counter() - start, "peak_mb": peak_kb / 1024, "exit_code": process.returncode}
+        wall_s, after = time.perf_counter() - start, os.times()
+    cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"wall_s": wall_s, "cpu_s": cpu_s, "peak_mb": peak_kb / 1024, "exit_code": process.returncode}
 
 
 def peak_kb_of(pid: int) -> int:
@@ -126,9 +128,9 @@ def main() -> None:
         found["megabytes"] = sizes(storage / NAME)
         results = arguments.trials * STEPS * 2 / 3
         found["mirrored_results_per_s"] = results / found["commands"]["mirror"]["wall_s"]
-    table = Table("command", "seconds", "peak MB")
+    table = Table("command", "seconds", "processor seconds", "peak MB")
     for words, one in found["commands"].items():
-        table.add_row(words, f"{one['wall_s']:.1f}", f"{one['peak_mb']:.0f}")
+        table.add_row(words, f"{one['wall_s']:.1f}", f"{one['cpu_s']:.1f}", f"{one['peak_mb']:.0f}")
     Console().print(table)
     figures = found["run"]
     print(

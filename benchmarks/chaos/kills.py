@@ -197,13 +197,14 @@ def main() -> None:
             total[shape].update(found)
             total[shape]["studies"] += 1
             print(shape, dict(found), flush=True)
+            # After each study, so that an interruption loses nothing.
+            save(arguments.output, {"seed": arguments.seed, "shapes": {name: dict(counts) for name, counts in total.items()}})
             if not any(found[kind] for kind in KINDS):
                 break
     table = Table("shape", "studies", *columns)
     for shape, counts in total.items():
         table.add_row(shape, *(str(counts[key]) for key in ("studies", *columns)))
     Console().print(table)
-    save(arguments.output, {"seed": arguments.seed, "shapes": {shape: dict(counts) for shape, counts in total.items()}})
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ class Server:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
                 return
             time.sleep(0.2)
+        self.kill()
         raise SystemExit(f"the MLflow server does not answer: {(self.folder / 'server.log').read_text()[-2000:]}")
 
     def kill(self) -> None:
