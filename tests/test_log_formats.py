@@ -294,6 +294,16 @@ def test_a_live_trial_sees_the_nan_of_a_skipped_row() -> None:
     assert [math.isnan(record.values["loss"]) for record in found] == [False, True, False]
 
 
+@pytest.mark.parametrize(("every", "said"), [(1, "the last 28 rows, from step 13 on, hold no number"), (20, "")])
+def test_rows_without_a_number_at_the_end_are_reported(every: int, said: str) -> None:
+    """As a live trial reports them, whose records they are not. every: the training prints its loss every so many steps."""
+    parser = LineParser()
+    losses = [0.5 if (every > 1 and step % every == 1) or (every == 1 and step < 13) else "--" for step in range(1, 41)]
+    parser.feed("".join(f"step {step} loss {loss}\n" for step, loss in enumerate(losses, 1)).encode())
+    parser.finish()
+    assert parser.issues.sentence() == said
+
+
 def test_rows_that_are_read_again_are_not_reported_again() -> None:
     parser = LineParser()
     parser.feed(b"step 1 loss nan\nstep 2 loss 0.5\nstep 3 loss 1\n")

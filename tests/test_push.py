@@ -14,7 +14,7 @@ import torch
 
 from tune_ssim import TrialPruned, trial_context
 from tune_ssim.base.errors import BadSetup, UserError
-from tune_ssim.guards import NonFinite, SmokeTest
+from tune_ssim.guards import Divergence, NonFinite, SmokeTest
 from tune_ssim.study.command_spec import CommandSpec
 from tune_ssim.trials.channel import TrialEnd, message_of, tagged_messages
 from tune_ssim.trials.command.command_task import CommandTask
@@ -194,6 +194,19 @@ def trial_of(script: str, folder: Path, *smoke_at: int) -> Trial:
     trial = Trial(task, TrialPlan(steps=3, guards=(SmokeTest(at=smoke_at), NonFinite())))
     trial.start({"steps": 3, "ssim_loss_weight": 0.5}, role="baseline")
     return trial
+
+
+@pytest.mark.parametrize("last", ["t.report(step=step, acc=0.5)", "t.report(step=step)"])
+def test_a_loss_that_is_no_longer_reported_is_not_passed_over(tmp_path: Path, last: str) -> None:
+    head = "import tune_ssim\nwith tune_ssim.trial_context() as t:\n for step in range(1, 41):\n"
+    script = f"{head}  t.report(step=step, loss=0.5) if step < 13 else {last}"
+    task = CommandTask(CommandSpec(command=["{python}", "-c", script]))
+    task.identify("trial", tmp_path)
+    trial = Trial(task, TrialPlan(steps=40, guards=(NonFinite(), Divergence())))
+    trial.start({"steps": 40}, role="baseline")
+    trial.advance()
+    assert trial.verdict is not None and trial.verdict.verdict == "error"
+    assert trial.verdict.reason.startswith("loss is missing in 28 of 40 records, from step 13 on: the end of the training was")
 
 
 @pytest.mark.parametrize("place", ["early", "late"])

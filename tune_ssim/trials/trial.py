@@ -410,7 +410,7 @@ class Trial:
 
     def _keep_names(self, record: Record) -> None:
         names = {name for name in record.values if not name.startswith((SMOKE, SMOKE_AGAIN))}
-        if names:  # of the training, not of samples alone
+        if names or not record.values:  # of the training, not of samples alone
             self.logged_names |= names
             self.losses.add(Table([record.step], rows=[record.values]))
 

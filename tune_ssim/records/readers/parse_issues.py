@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 MAX_EXAMPLES = 3  # unread lines quoted in a message
 EXCERPT = 80  # characters quoted per line
+MIN_EMPTY = 10  # rows without a number at the end that are worth a remark
 
 
 @dataclass
@@ -19,6 +20,11 @@ class EmptyRows:
     def add(self, step: int) -> None:
         self.count += 1
         self.first_step = step if self.first_step is None else self.first_step
+
+    @property
+    def is_unusual(self) -> bool:
+        """Whether so many at the end are more than the gaps of a producer that logs every n-th step."""
+        return self.count >= max(MIN_EMPTY, 2 * self.longest)
 
     def end(self) -> None:
         """A row with a number follows."""
@@ -80,6 +86,8 @@ class ParseIssues:
             )
         if self.kept:
             parts.append(f"skipped rows hold values that are not finite, which count at the step before ({', '.join(self.kept)})")
+        if self.empty.is_unusual:
+            parts.append(f"the last {self.empty.count} rows, from step {self.empty.first_step} on, hold no number")
         return "; ".join([*parts, *self.notes])
 
 
