@@ -222,3 +222,18 @@ def test_a_host_that_is_lost_uses_no_try(tmp_path: Path, fault: str) -> None:
         "trial-01": "safe",
     }
     assert "no try is used up" in text and "Traceback" not in text and "(raylet)" not in text
+
+
+@pytest.mark.e2e
+def test_a_study_whose_raylet_is_killed_ends_and_says_how_to_go_on(tmp_path: Path) -> None:
+    """It waited forever for a node that nobody starts again."""
+    study = load_study({**SMALL, "name": "alone", "task_config": {"steps": 3000}, "confirm": None})
+    (tmp_path / "alone.yaml").write_text(study.to_yaml())
+    command = [sys.executable, "-m", "tune_ssim", "run", str(tmp_path / "alone.yaml"), "--storage-path", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as driver:
+        while driver.poll() is None and not list(tmp_path.glob("alone/ray/run/baseline-*")):
+            time.sleep(0.2)
+        assert subprocess.run(["pkill", "-KILL", "-s", str(driver.pid), "-x", "raylet"]).returncode == 0
+        printed, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 2 and "the Ray of this study has died" in printed
+    assert "`tune-ssim run --resume --name alone` goes on" in printed

@@ -228,6 +228,21 @@ def test_the_pareto_front_is_tagged(tmp_path: Path, database: str) -> None:
     assert "| ΔSSIM | ΔPSNR |" in runs[""].data.tags["mlflow.note.content"]
 
 
+def test_a_new_run_is_not_read_back(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of nine requests for each trial asked for parameters that the mirror itself had just sent."""
+    import mlflow
+
+    folder = StudyFolder(tmp_path / "unread")
+    write_several_objectives(folder)
+    get_run, read = mlflow.MlflowClient.get_run, set[str]()
+    monkeypatch.setattr(mlflow.MlflowClient, "get_run", lambda self, run_id: read.add(run_id) or get_run(self, run_id))
+    replay = Replay(folder, database, "tune_ssim")
+    while replay.push_chunk():
+        pass
+    assert read <= {replay.runs[""]}
+    assert runs_of(database, folder)["t0"].data.params["ssim_loss_weight"] == plain(CONFIG["ssim_loss_weight"])
+
+
 def test_the_parent_run_has_the_result_and_one_run_is_the_champion(tmp_path: Path, database: str) -> None:
     folder = StudyFolder(tmp_path / "summarised")
     write_several_objectives(folder)

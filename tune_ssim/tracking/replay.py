@@ -71,6 +71,7 @@ class Replay:
         self._non_finite: set[tuple[str, str]] = set()
         self._names: dict[str, str] = {}  # names of metrics and parameters: ours → MLflow's
         self._unsent: dict[str, list[Any]] = {}  # trial_id → metrics
+        self._fresh: dict[str, dict[str, str]] = {}  # run_id → its parameters, of unfinished runs that this connection created
 
         self.offset = self.events = 0
         state = mirror.read_state(folder, uri)
@@ -166,6 +167,7 @@ class Replay:
                 "role": self._board.roles.get(trial_id, "search"),
             }
             self.runs[trial_id] = self._create(self._board.run_name(trial_id), tags, time_ms)
+            self._fresh[self.runs[trial_id]] = {}
         return self.runs[trial_id]
 
     def _create(self, name: str, tags: dict[str, str], time_ms: int) -> str:
@@ -199,6 +201,7 @@ class Replay:
         self._log_params(run_id, {**(summary.get("config") or {}), **event.effective})
         self._client.update_run(run_id, name=self._board.run_name(trial_id))
         self._client.set_terminated(run_id, STATUS.get(summary["verdict"], "FINISHED"), end_time=time_ms)
+        self._fresh.pop(run_id, None)
         self._board_has_changed = True
 
     def _end(self, event: Event) -> None:
@@ -238,7 +241,7 @@ class Replay:
             text = "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
             key = self._name(f"non_finite.{name}")
             run_id = self._child(trial_id, time_ms)
-            if key not in self._client.get_run(run_id).data.tags:
+            if run_id in self._fresh or key not in self._client.get_run(run_id).data.tags:
                 self._tag(run_id, {key: f"{text} first at step {step}"})
         unsent = self._unsent.setdefault(trial_id, [])
         unsent.append(self._entities.Metric(self._name(name), value, time_ms, step))
@@ -277,7 +280,8 @@ class Replay:
         wanted = {self._name(key): shortened(plain(value), internals.MAX_PARAM_LENGTH) for key, value in flattened(values).items()}
         if (strength := gain(values)) is not None:  # short names, for the columns
             wanted |= {"gain": plain(strength), "max_t": plain(values.get("ssim_loss_max_t"))}
-        logged = self._client.get_run(run_id).data.params
+        fresh = self._fresh.get(run_id)
+        logged = self._client.get_run(run_id).data.params if fresh is None else fresh
         differing = {
             f"in_force.{key}"[: internals.MAX_NAME_LENGTH]: f"{value} (asked for: {logged[key]})"
             for key, value in wanted.items()
@@ -286,6 +290,8 @@ class Replay:
         new = [self._entities.Param(key, value) for key, value in wanted.items() if key not in logged]
         for start in range(0, len(new), internals.PARAMS_PER_BATCH):
             self._client.log_batch(run_id, params=new[start : start + internals.PARAMS_PER_BATCH])
+        if fresh is not None:
+            fresh |= {param.key: param.value for param in new}
         if differing:
             self._tag(run_id, differing)
 
