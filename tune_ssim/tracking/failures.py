@@ -11,7 +11,7 @@ from tune_ssim.base.passwords import hide_password
 
 # MLflow's error codes (mlflow/exceptions.py maps HTTP 401, 403 and 404 to the first three).
 _ADVICE = {
-    "UNAUTHENTICATED": "the server wants credentials (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+    "UNAUTHENTICATED": "the server got no valid credentials (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
     "MLFLOW_TRACKING_TOKEN, where the study is started",
     "PERMISSION_DENIED": "the server refuses this user (403): let its administrator permit EDIT on the experiment",
     "ENDPOINT_NOT_FOUND": "no MLflow server answers there (404): check the address, its port and its path",
