@@ -107,12 +107,12 @@ def step_gradient(
         compared = f"a cosine of {cosine:.3f} and {factor:.3g}x the norm, compared with its forward pass in float32"
         status, sentence, remedy = _other_direction(part, cosine, factor, turns, explanation, compared)
         return Check(name, status, sentence, evidence, remedy)
+    if part == "ssim" and not near(factor) and near(loss_factor / factor):
+        return Check(name, "ok", f"total_norm of a step is {factor:.3g}x that of SSIM, and so is the recorded loss", evidence)
     if part == "ssim" and not near(factor) and cosine is not None and cosine < SAME_DIRECTION and _may_be_a_form(factor, turns):
         sentence = f"the ssim gradient of a step has a cosine of {cosine:.4f} and {factor:.3g}x the norm of SSIM's: {ANOTHER_FORM}"
         return Check(name, "unknown", sentence, evidence)
     expected_only = f"total_norm of a step is {measured:.4g}; the gradient of its {part} loss alone is {expected:.4g}"
-    if part == "ssim" and not near(factor) and near(loss_factor / factor):
-        return Check(name, "ok", f"total_norm of a step is {factor:.3g}x that of SSIM, and so is the recorded loss", evidence)
     sentence = f"total_norm of a step equals the gradient of its {part} loss ({measured:.4g})" if near(factor) else expected_only
     remedy = "is the loss scaled, added twice or left out of what is minimised?"
     return judge(name, near(factor), sentence, evidence, remedy)
