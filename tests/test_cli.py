@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -328,22 +327,26 @@ def test_a_bug_of_ours_is_said_to_be_ours(tmp_path: Path, monkeypatch: pytest.Mo
     assert loud.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_ctrl_c(tmp_path: Path) -> None:
-    fifo = tmp_path / "slow" / "study.yaml"
-    fifo.parent.mkdir()
-    os.mkfifo(fifo)  # the study file never arrives
-    waiting = subprocess.Popen(
-        [*COMMAND, "export", "--storage-path", str(tmp_path)],
-        cwd=Path(__file__).resolve().parents[1],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    writing_end = os.open(fifo, os.O_WRONLY)  # returns when the command has opened it to read
-    waiting.send_signal(signal.SIGINT)
-    out, error = waiting.communicate(timeout=30)
-    os.close(writing_end)
-    assert waiting.returncode == 130
-    assert (out, error) == (b"", b"error: interrupted\n")
+@pytest.mark.parametrize("when", ["w.best_safe = press", "w.best_safe = int; output.fail = app.fail = press_once"])
+def test_ctrl_c(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a verb, and while it reports an error."""
+    code = f"""
+import signal, sys, time
+import tune_ssim.cli.app as app, tune_ssim.cli.exit_codes as output, tune_ssim.results.winner as w
+fail = app.fail
+def press(*_):
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(60)
+def press_once(*_):
+    output.fail = app.fail = fail
+    press()
+{when}
+app.main(sys.argv[1:])
+"""
+    monkeypatch.setitem(globals(), "COMMAND", [sys.executable, "-c", code])
+    study(tmp_path, *USUAL)
+    done = tune_ssim("export", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
 
 
 def test_dry_run_prints_a_study_that_resolves_to_itself(tmp_path: Path) -> None:

@@ -69,7 +69,11 @@ for verb in (*BEFORE_LAUNCH, *AFTERWARDS, *SUBMITTED):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point of the console script."""
-    sys.exit(exit_code(sys.argv[1:] if arguments is None else list(arguments)))
+    try:
+        code = exit_code(sys.argv[1:] if arguments is None else list(arguments))
+    except KeyboardInterrupt:  # while another end was being reported
+        code = fail(INTERRUPTED, "interrupted")
+    sys.exit(code)
 
 
 def exit_code(arguments: list[str]) -> int:
