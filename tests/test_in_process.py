@@ -171,13 +171,18 @@ def test_a_closed_terminal_is_a_stop_that_trials_reports(tmp_path: Path) -> None
     study_file.write_text(small(name="closed", task_config={"steps": 100_000}).to_yaml())
     folder = StudyFolder(tmp_path / "closed")
     ours, its = pty.openpty()
+
+    def in_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     driver = subprocess.Popen(
         [sys.executable, "-m", "tune_ssim", "run", str(study_file), "--in-process", "--storage-path", str(tmp_path)],
         stdin=its,
         stdout=its,
         stderr=its,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=in_terminal,
     )
     os.close(its)
     deadline = time.monotonic() + 120
