@@ -72,7 +72,7 @@ def words_of_death(message: str) -> str:
     if not lines:
         return ""
     detail = lines[-1].strip().rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0]
-    return "killed (out of memory?) or crashed" if CRASHED in detail else shorten(detail, 300)
+    return "killed (out of memory?) or crashed" if CRASHED in detail else shorten(detail.removesuffix("."), 300)
 
 
 @dataclass
