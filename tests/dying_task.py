@@ -1,4 +1,4 @@
-"""The small task with processes that end: by SIGTERM once, or by SIGKILL always."""
+"""The small task with processes that end: by SIGTERM once, or by SIGKILL once or always."""
 
 from __future__ import annotations
 
@@ -29,3 +29,14 @@ class DyingTask(SmallTask):
             with (self.marks / f"steps-{self.gain:g}").open("a") as file:
                 file.write(f"{self.n}\n")
         return dict(metrics)
+
+
+class DyingAtItsStart(SmallTask):
+    """The process is killed in the first setup of a trial, once. `mark`: a folder."""
+
+    def setup(self, config: Mapping[str, Any], seed: int, device: str | None = None) -> None:
+        super().setup(config, seed, device)
+        mark = Path(config["mark"], "killed")
+        if self.gain > 0 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -23,7 +23,7 @@ from small_task import SmallTask
 from two_hosts import two_hosts
 
 from tune_ssim.cli.app import exit_code
-from tune_ssim.orchestration.ray_internals import forget_statistics, without_snapshots
+from tune_ssim.orchestration.ray_internals import forget_statistics, intercept_failures, without_snapshots
 from tune_ssim.orchestration.retries import LOSSES, OWN_DEATHS, Preempted, Retries, is_lost, words_of
 from tune_ssim.orchestration.trainable import make_trainable
 from tune_ssim.results.study_folder import StudyFolder
@@ -110,6 +110,28 @@ def test_a_trial_waits_before_it_is_tried_again() -> None:
     assert started == [] and tries._waiting == []
 
 
+def test_the_death_of_a_process_is_one_failure() -> None:
+    """Ray reports it for the process and for what it was doing."""
+    trial, said, started = Failing(), [], []
+    tries = Retries(lambda trial: "trial-00", said.append)
+    for _ in range(2):
+        tries.failed(trial, PROCESS, lambda: started.append(1))
+    for waiting in tries._waiting:
+        waiting.due_s = 0.0
+    tries.start_due()
+    assert started == [1] and len(said) == 1
+
+
+def test_a_trial_whose_process_dies_while_it_is_reset_is_not_reset_any_more() -> None:
+    handled: list[Any] = []
+    controller = SimpleNamespace(
+        _process_trial_failure=lambda trial, exception: None, _actor_manager=SimpleNamespace(), _resetting_trials={"trial-00"}
+    )
+    intercept_failures(controller, lambda *arguments: handled.append(arguments))
+    controller._process_trial_failure("trial-00", exception=PROCESS)
+    assert controller._resetting_trials == set() and len(handled) == 1
+
+
 def test_a_trial_that_is_asked_to_end_saves_its_state_and_goes_on_elsewhere(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     train = make_trainable(SmallTask, guards=(), steps=40, result_every=10)
@@ -180,6 +202,18 @@ def test_deaths_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "trial-00: its process died: killed (out of memory?) or crashed; try 3 of 3" in out
     assert error.splitlines()[-1].startswith("1 trial has no verdict, since the process died (trial-00): `tune-ssim run")
     assert "Traceback" not in out + error and "raylet" not in out + error
+
+
+@pytest.mark.e2e
+def test_a_process_that_is_killed_while_a_trial_takes_it_over(tmp_path: Path) -> None:
+    """Ray gives the trial the process of the baseline; the study waited for ever."""
+    changes = {"name": "dying", "task": "dying_task:DyingAtItsStart", "task_config": {"steps": 40, "mark": str(tmp_path)}}
+    space = {**SMALL["space"], "points": SMALL["space"]["points"][1:]}
+    search = {"baseline": {"seeds": 1}, "space": space, "search": {"trials": 1, "concurrency": 1}}
+    (tmp_path / "dying.yaml").write_text(load_study({**SMALL, **changes, **search}).to_yaml())
+    assert exit_code(["run", str(tmp_path / "dying.yaml"), "--storage-path", str(tmp_path)]) == 0
+    trials = {trial.trial_id: trial.steps for trial in StudyFolder(tmp_path / "dying").trials()}
+    assert (tmp_path / "killed").exists() and trials == {"baseline-0": 40, "trial-00": 40}
 
 
 @pytest.mark.e2e

@@ -117,14 +117,18 @@ def intercept_failures(controller: Any, handle: Callable[[Any, Exception, Callab
     and starts the trial again at once, or ends it. Before that the trial counts as running.
 
     In Ray 2.60 an answer that is lost with its node, such as a big result, ends the whole experiment as an unexpected exception.
-    Here it is the trial's failure like any other loss of its node."""
+    Here it is the trial's failure like any other loss of its node. And a trial that gets the actor of an ended one stays marked as
+    being reset if that actor dies meanwhile: it would never start."""
     controller = _controller_of(controller)
     process, manager = getattr(controller, "_process_trial_failure", None), getattr(controller, "_actor_manager", None)
     if process is None or manager is None:
         return
-    controller._process_trial_failure = _Hook(
-        lambda trial, exception: handle(trial, exception, lambda: process(trial, exception=exception))
-    )
+
+    def failed_trial(trial: Any, exception: Exception) -> None:
+        getattr(controller, "_resetting_trials", set()).discard(trial)
+        handle(trial, exception, lambda: process(trial, exception=exception))
+
+    controller._process_trial_failure = _Hook(failed_trial)
     failed = getattr(manager, "_actor_task_failed", None)
     if failed is None:
         return

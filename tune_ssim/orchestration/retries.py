@@ -96,6 +96,8 @@ class Retries:
 
     def failed(self, trial: Any, exception: Exception, proceed: Callable[[], None]) -> None:
         """For `ray_internals.intercept_failures`. A trial out of tries ends at once, with this failure as its reason."""
+        if any(one.trial is trial for one in self._waiting):
+            return  # Ray reports the death of a process once for it and once for what it was doing
         name = self._name_of(trial)
         is_free = is_lost(exception) and self._losses[name] < LOSSES
         if is_free:
