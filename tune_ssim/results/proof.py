@@ -162,7 +162,9 @@ def require_unchanged(folder: StudyFolder) -> None:
     for name in (PREFLIGHT, CALIBRATION, START, PROVENANCE):
         path = folder.path / name
         if recorded.get(name) and digest(parse_json(path, dict)) != recorded[name]:
-            text = "was changed after the study wrote it" if path.exists() else "is missing"
+            text = "is missing"
+            if path.exists():  # the digest may be what was changed
+                text = f"was changed after the study wrote it, or its digest in {folder.events_file.name} was"
             raise UserError(f"{path}: {text}; put back what it held, or start a new study with --name")
 
 
