@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def test_the_example_runs_as_a_study(example: Path) -> None:
     study = example / "study.yaml"
     text = study.read_text()
     off = "confirm: null\ncalibration: null\ntracking: null"
-    short = text.replace("steps: 200", "steps: 25").replace("confirm: {seeds: 2, steps: 400}", off)
+    short = text.replace("steps: 200", "steps: 25").replace("confirm: {seeds: 3, steps: 400}", off)
     assert short.count("25") == 1 and "confirm: null" in short
     study.write_text(short)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -183,6 +184,24 @@ def test_the_example_runs_as_a_study(example: Path) -> None:
     trials = json.loads(listed.stdout)
     assert [trial["role"] for trial in trials].count("baseline") == 2 and len(trials) == 5, ran.stdout
     assert all(trial["steps"] == 25 and trial["verdict"] in ("safe", "degraded") for trial in trials), ran.stdout
+
+
+@pytest.mark.e2e  # two minutes
+def test_the_example_prints_what_its_readme_shows(example: Path) -> None:
+    """The words; numbers differ between machines."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "400"}
+    command = [sys.executable, "-m", "tune_ssim", "run", "study.yaml"]
+    ran = subprocess.run(command, cwd=example, env=environment, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    shown = (example / "README.md").read_text().partition("```text\n")[2].partition("```")[0]
+    printed = without_numbers(ran.stdout)
+    assert len(shown.splitlines()) > 10
+    for line in shown.splitlines():
+        assert without_numbers(line) in printed, line
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"[-+]?[\d.]+(e[-+]?\d+)?", "N", text)
 
 
 class Unlisted(Honest):

@@ -167,7 +167,10 @@ def _too_long_schedules(study: Study, steps: int) -> Iterator[Problem]:
 
 
 def _seed_warnings(study: Study) -> Iterator[Problem]:
-    """The warning for a command that trains several times with the same seed."""
+    """Warnings about too few seeds, and about a command that trains several times with the same one."""
+    if study.confirm is not None and study.confirm.seeds == 2:  # Student's t at 97.5 % with one and two degrees of freedom
+        message = "the 95 % interval of 2 seeds is 12.7 standard errors to each side, that of 3 seeds 4.3: 2 rarely confirm"
+        yield Problem(("confirm", "seeds"), message)
     task = study.task
     if not isinstance(task, CommandSpec) or task.records is None or "seed" in task.referenced_settings():
         return  # without `records` it may be a loop that asks `trial_context` for its seed
