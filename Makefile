@@ -10,11 +10,11 @@ run: $(VENV)/.installed
 	$(BIN)/tune-ssim run
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 # Everything, the minutes-long tests too; a study is stopped at each of its writes instead of a sample of them.
 e2e: $(VENV)/.installed
-	TUNE_SSIM_E2E=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m ""
+	TUNE_SSIM_E2E=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile -m ""
 
 # Every file of a study damaged in 2,000 ways each; the counts go to benchmarks/results/damage.jsonl.
 chaos: $(VENV)/.installed

@@ -23,8 +23,11 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # else a study waits for what
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Minutes each. With `-n 2 --dist loadfile` they begin first, and the other files fill the gaps.
-LONG = ("test_readme.py", "test_run_study.py", "test_parts.py", "test_tracking.py", "test_command.py", "test_run_trial.py")
+# A minute or more each. With `-n 3 --dist loadfile` they begin first, the longest before the others, and the other files fill the gaps.
+LONG = (
+    *("test_readme.py", "test_run_study.py", "test_command.py", "test_in_process.py", "test_tracking.py", "test_parts.py"),
+    *("test_preflight.py", "test_observer.py", "test_testing.py", "test_calibrate.py"),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
