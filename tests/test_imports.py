@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,12 +67,13 @@ NO_TORCH = (
     "trials.push",
     "trials.quarantine",
 )
-MUST_NOT_LOAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "pure Python": (NO_TORCH, ("torch", "ray", "mlflow", "optuna")),
-    "torch only": (("losses", "probes", "trials", "tasks", "before_launch"), ("ray", "mlflow", "optuna")),
-    "no Ray outside orchestration": (tuple(room for room in ROOMS if room != "orchestration"), ("ray",)),
-    "no MLflow outside tracking": (tuple(room for room in ROOMS if room not in ("orchestration", "tracking")), ("mlflow",)),
-}
+# In the order in which one interpreter imports them.
+MUST_NOT_LOAD: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (NO_TORCH, ("torch", "ray", "mlflow", "optuna")),
+    (("losses", "probes", "trials", "tasks", "before_launch"), ("ray", "mlflow", "optuna")),
+    (tuple(room for room in ROOMS if room not in ("orchestration", "tracking")), ("ray", "mlflow")),
+    (("tracking",), ("ray",)),
+)
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
@@ -85,14 +87,17 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
     return found
 
 
-def imported_names(source: str) -> Iterator[tuple[int, str]]:
+@cache
+def imported_names(source: str) -> tuple[tuple[int, str], ...]:
     """(line, dotted name) of every import; `from a import b` counts as `a.b`, for b may be a submodule."""
+    found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            found += ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import"
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+            found += ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+    return tuple(found)
 
 
 def importable(names: Iterable[str]) -> list[str]:
@@ -140,21 +145,22 @@ def in_fresh_interpreter(code: str, *arguments: str) -> str:
     return done.stdout
 
 
-def loaded_by(names: Iterable[str], libraries: Iterable[str]) -> dict[str, list[str]]:
-    """Imports `names` in turn in one new interpreter: module → the `libraries` that it was first to load."""
+def loaded_by(stages: Iterable[tuple[Iterable[str], Iterable[str]]], then: str = "") -> dict[str, list[str]]:
+    """Imports the modules of each stage in turn, all in one new interpreter: module → the libraries, of those that its stage must
+    not load, that it was first to load. `then` runs afterwards, in the same interpreter."""
     code = """
 import importlib, json, sys
-names, libraries = json.loads(sys.argv[1])
 blame, seen = {}, set()
-for name in names:
-    importlib.import_module(name)
-    new = [library for library in libraries if library in sys.modules and library not in seen]
-    if new:
-        blame[name] = new
-        seen.update(new)
-print(json.dumps(blame))
+for names, libraries in json.loads(sys.argv[1]):
+    for name in names:
+        importlib.import_module(name)
+        new = [library for library in libraries if library in sys.modules and library not in seen]
+        if new:
+            blame[name] = new
+            seen.update(new)
 """
-    return json.loads(in_fresh_interpreter(code, json.dumps([list(names), list(libraries)])).splitlines()[-1])
+    given = json.dumps([(list(names), list(libraries)) for names, libraries in stages])
+    return json.loads(in_fresh_interpreter(f"{code}{then}\nprint(json.dumps(blame))", given).splitlines()[-1])
 
 
 def test_every_module_stands_in_a_room() -> None:
@@ -199,21 +205,32 @@ def test_only_these_files_name(library: str, allowed: tuple[str, ...]) -> None:
             assert name.split(".")[0] != library or module.startswith(allowed), f"{file}:{line}: imports {name}"
 
 
-@pytest.mark.parametrize("rule", MUST_NOT_LOAD)
-def test_what_importing_loads(rule: str) -> None:
-    places, libraries = MUST_NOT_LOAD[rule]
-    names = importable(module for module in modules() if within(module, places))
-    assert names
-    assert loaded_by(names, libraries) == {}
+def test_what_importing_loads_and_all_public_names_resolve() -> None:
+    """The names after every submodule was imported: one of the same name would hide what the name stands for."""
+    stages = [
+        (importable(module for module in modules() if within(module, places)), libraries) for places, libraries in MUST_NOT_LOAD
+    ]
+    assert all(names for names, _ in stages)
+    then = """
+import types
+for name in names:
+    module = sys.modules[name]
+    for public in getattr(module, "__all__", ()):
+        value = getattr(module, public)  # AttributeError: the name leads nowhere
+        assert not isinstance(value, types.ModuleType), f"{name}.{public} is a module"
+        assert public in dir(module), f"{name}.{public} is not in dir()"
+"""
+    assert loaded_by([*stages, (importable(modules()), ())], then) == {}
 
 
 def test_the_import_check_sees_a_violation() -> None:
-    assert loaded_by(["json", "optuna"], ["torch", "optuna"]) == {"optuna": ["optuna"]}
+    assert loaded_by([(["json", "optuna"], ["torch", "optuna"])]) == {"optuna": ["optuna"]}
+    assert loaded_by([(["json"], ["optuna"]), (["optuna"], ["torch"])]) == {}
 
 
-@pytest.mark.parametrize("package", ["tune_ssim", "tune_ssim.guards", "tune_ssim.orchestration"])
-def test_importing_the_package_costs_nothing(package: str) -> None:
-    assert loaded_by([package], ["torch", "ray", "mlflow", "optuna", "numpy"]) == {}
+def test_importing_the_package_costs_nothing() -> None:
+    packages = ["tune_ssim", "tune_ssim.guards", "tune_ssim.orchestration"]
+    assert loaded_by([(packages, ["torch", "ray", "mlflow", "optuna", "numpy"])]) == {}
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -244,22 +261,6 @@ def test_no_public_name_is_its_modules_name() -> None:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             is_named = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == file.stem
             assert not is_named, f"{name}.{file.stem}"
-
-
-def test_public_names_resolve_after_every_submodule_was_imported() -> None:
-    code = """
-import importlib, json, sys, types
-names = json.loads(sys.argv[1])
-for name in names:
-    importlib.import_module(name)
-for name in names:
-    module = sys.modules[name]
-    for public in getattr(module, "__all__", ()):
-        value = getattr(module, public)  # AttributeError: the name leads nowhere
-        assert not isinstance(value, types.ModuleType), f"{name}.{public} is a module"
-        assert public in dir(module), f"{name}.{public} is not in dir()"
-"""
-    in_fresh_interpreter(code, json.dumps(importable(modules())))
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
