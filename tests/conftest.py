@@ -23,7 +23,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # else a study waits for what
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A minute or more each. With `-n 3 --dist loadfile` they begin first, the longest before the others, and the other files fill the gaps.
+# About a minute or more each. With `-n 3 --dist loadfile` they begin first, the longest of all first; the others fill the gaps.
 LONG = (
     *("test_readme.py", "test_run_study.py", "test_command.py", "test_in_process.py", "test_tracking.py", "test_parts.py"),
     *("test_preflight.py", "test_observer.py", "test_testing.py", "test_calibrate.py"),
