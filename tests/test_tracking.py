@@ -461,7 +461,7 @@ def test_callback_in_a_tuner_of_ones_own(tmp_path: Path, database: str) -> None:
             tune.report({"loss": config["lr"] * step, "pruned": step == 2 and config["lr"] > 1, "reason": "too hot"})
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         callback = MLflowTracking(uri=database)
         pickle.dumps(callback)
@@ -504,7 +504,7 @@ def test_callback_beside_our_trainable(tmp_path: Path, database: str) -> None:
     from tune_ssim.orchestration import MLflowTracking
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         trainable = make_trainable(
             "small_task:SmallTask", guards=[NonFinite()], steps=10, objective="ssim", import_path=str(Path(__file__).parent)
