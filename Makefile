@@ -16,8 +16,11 @@ test: $(VENV)/.installed
 e2e: $(VENV)/.installed
 	TUNE_SSIM_E2E=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile -m ""
 
-# Every file of a study damaged in 2,000 ways each; the counts go to benchmarks/results/damage.jsonl.
+# Hours. Random kills and cut links, each with its table; a tracking server on PostgreSQL, where that is installed; every file of a
+# study damaged in 2,000 ways each, with the counts in benchmarks/results/damage.jsonl.
 chaos: $(VENV)/.installed
+	$(BIN)/python benchmarks/chaos/kills.py
+	-$(BIN)/python benchmarks/chaos/postgres.py
 	rm -f benchmarks/results/damage.jsonl
 	TUNE_SSIM_CASES=2000 TUNE_SSIM_COUNTS=benchmarks/results/damage.jsonl $(BIN)/python -m pytest -q --timeout 0 tests/test_damage.py
 

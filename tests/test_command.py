@@ -305,6 +305,26 @@ def test_a_value_that_was_matched_and_is_no_number_is_quoted(value: str, tmp_pat
     assert f"group 'loss' found '{value}', which is not a number" in trial.verdict.reason
 
 
+@pytest.mark.parametrize(
+    ("rest", "verdict", "reason"),
+    [
+        ("norm 2", "error", "the end of the training was not judged"),
+        ("norm 2 loss -", "error", "the end of the training was not judged"),
+        ("norm 2 loss 0.5 (avg nan)", "bad_setup", "loss_avg is nan at step 15"),
+        ("loss nan norm 2", "bad_setup", "loss is nan at step 15"),
+    ],
+)
+def test_a_printed_loss_that_ends_before_the_training(rest: str, verdict: str, reason: str, tmp_path: Path) -> None:
+    """A program may leave a NaN out, or write something else in its place."""
+    code = f"for n in range(1, 41): print('step %d ' % n + ('loss 0.5 norm 2' if n < 15 else {rest!r}))"
+    task = run(code, records={"pattern": "key_values"})
+    task.identify("x", tmp_path)
+    trial = Trial(task, TrialPlan(steps=40, guards=(NonFinite(),)))
+    trial.start({"steps": 40}, role="baseline")
+    judged = finish(trial).verdict
+    assert judged and judged.verdict == verdict and reason in judged.reason
+
+
 def test_a_failed_trial_says_how_far_it_came() -> None:
     from tune_ssim.orchestration.trainable import make_trainable
 
