@@ -24,7 +24,7 @@ from two_hosts import two_hosts
 
 from tune_ssim.cli.app import exit_code
 from tune_ssim.orchestration.ray_internals import forget_statistics, intercept_failures, without_snapshots
-from tune_ssim.orchestration.retries import LOSSES, OWN_DEATHS, Preempted, Retries, is_lost, words_of
+from tune_ssim.orchestration.retries import LOSSES, OWN_DEATHS, Preempted, Retries, error_of, is_lost, words_of
 from tune_ssim.orchestration.trainable import make_trainable
 from tune_ssim.results.study_folder import StudyFolder
 from tune_ssim.study.study import load_study
@@ -63,6 +63,13 @@ def test_messages_of_ray_become_one_line() -> None:
     assert words_of(PROCESS) == "killed (out of memory?) or crashed"
     assert words_of(NODE) == "the actor's node was terminated unexpectedly: no heartbeat"
     assert "connection to its node broke" in words_of(ActorUnavailableError("RpcError: " + "x" * 900, None))
+
+
+def test_the_message_of_a_failed_trial_is_there_before_rays_snapshot(tmp_path: Path) -> None:
+    (tmp_path / "error.txt").write_text(f"Failure # 3\n{PROCESS}\n")
+    trial = SimpleNamespace(error_file=str(tmp_path / "error.txt"), get_error=lambda: None)
+    assert error_of(trial) == "killed (out of memory?) or crashed"
+    assert error_of(SimpleNamespace(error_file=None, get_error=lambda: "NodeDiedError: gone")) == "NodeDiedError: gone"
 
 
 @dataclass

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -62,8 +63,10 @@ def words_of(exception: BaseException) -> str:
 
 
 def error_of(trial: Any) -> str:
-    """What a Ray trial failed of, in one line; empty if there is no message."""
-    return words_of_death(str(trial.get_error() or ""))
+    """What a Ray trial failed of, in one line; empty if there is no message. `get_error` reads a copy of the file, which Ray makes
+    with its next snapshot of the experiment."""
+    written = Path(trial.error_file or "")
+    return words_of_death(written.read_text(errors="replace") if written.is_file() else str(trial.get_error() or ""))
 
 
 def words_of_death(message: str) -> str:
