@@ -26,7 +26,7 @@ from tune_ssim.orchestration.phases import run_study
 from tune_ssim.orchestration.ray_cluster import spread
 from tune_ssim.orchestration.ray_starts import take_on_ray
 from tune_ssim.orchestration.trainable import TrialResources
-from tune_ssim.orchestration.workers import WorkersTask, together
+from tune_ssim.orchestration.workers import WorkersTask, interface_of, together
 from tune_ssim.study.study import Study, load_study
 from tune_ssim.trials.checkpoint import TENSORS, save_checkpoint
 from tune_ssim.trials.command.process import Invocation
@@ -94,6 +94,20 @@ def test_a_training_over_workers_declares_its_parents(tmp_path: Path) -> None:
     assert [made["parents"] for made in trial.wrote] == [list(trial.parents)]
     assert abilities == Abilities(fingerprints=True)
     assert fingerprints == {"data/rank": "0"}
+
+
+def test_an_interface_is_found_by_its_address() -> None:
+    assert interface_of("127.0.0.1") == "lo" and interface_of("192.0.2.77") is None
+
+
+def test_an_error_in_a_worker_is_the_trainings_own() -> None:
+    workers = WorkersTask("ranked_task:RankedTask", str(TRAININGS), 2, cpus=1, gpus=0)
+    try:
+        with pytest.raises(ValueError, match=r"^could not convert string to float: 'fast'$") as raised:
+            workers.setup({"ssim_loss_weight": "fast"}, 0)
+    finally:
+        workers.close()
+    assert "in setup" in str(raised.value.__cause__), "the traceback in the worker"
 
 
 @pytest.mark.e2e  # two workers that agree are tested above, a sharded norm in test_taps.py

@@ -7,10 +7,14 @@ a training may use collectives (DDP, FSDP).
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
+import socket
+import struct
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -21,6 +25,7 @@ from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.orchestration.retries import cause_of
 from tune_ssim.records import STEP_SKIPPED, TOTAL_NORM
 from tune_ssim.trials.command.process import free_port
 from tune_ssim.trials.load_training import load_task
@@ -28,6 +33,7 @@ from tune_ssim.trials.training import Abilities, Sample, Training
 
 SAME_NORM = 1e-3  # relative tolerance; ranks with reduced gradients differ at most in summation order
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # PyTorch's own default for NCCL
+SIOCGIFADDR = 0x8915  # of Linux, netdevice(7): the address of an interface
 DEAD_WAIT_S = 5.0  # an actor's death is reported later than the broken connections it causes
 # Only the first rank's result is used; those of the others are dropped before they are sent.
 ANSWERED_BY_FIRST = (
@@ -54,6 +60,9 @@ class _Worker:
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
         }
+        if local_size < size and (name := interface_of(ray.util.get_node_ip_address())):
+            # Gloo resolves the host's name, which is 127.0.0.1 or 127.0.1.1 on many hosts: other hosts cannot reach it there.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         backend = "nccl" if ray.get_gpu_ids() and torch.cuda.is_available() else "gloo"
         if backend == "nccl":
             torch.cuda.set_device(0)  # Ray makes only a worker's own devices visible
@@ -71,6 +80,17 @@ class _Worker:
 
     def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface with this IPv4 address; None if there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None
 
 
 class WorkersTask(Training):
@@ -172,7 +192,10 @@ def _failure_of(done: Sequence[Any]) -> Exception | None:
     try:
         ray.get(list(done))
     except Exception as error:
-        return error
+        found = cause_of(error)
+        if found is not error:
+            found.__cause__ = error  # with the traceback in the worker
+        return found if isinstance(found, Exception) else error
     return None
 
 
