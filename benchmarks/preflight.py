@@ -31,6 +31,7 @@ from rich.table import Table
 from small_diffusion import SmallDiffusion
 from ssim import save
 from unseen_defects import UNSEEN
+from unseen_defects_2 import UNSEEN_2
 
 from tune_ssim.before_launch.preflight import preflight_task
 from tune_ssim.guards import NormRatio, SmokeTest
@@ -42,7 +43,7 @@ VARIANTS: list[tuple[int, dict[str, Any]]] = [
     (1, {"crop": 32, "batch_size": 4, "preset": "adamw_clip"}),
     (2, {"crop": 40, "batch_size": 6, "t_law": "shifted_sigmoid_normal", "timestep_shift": 0.5}),
 ]
-GROUPS = {"held apart": HELD_APART, "unseen": UNSEEN}
+GROUPS = {"held apart": HELD_APART, "unseen": UNSEEN, "unseen 2": UNSEEN_2}
 # check → the number that decides it
 DECISIVE = {
     "loss/main": "ratio",
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--variants", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
-        "--only", default="", help="defects and variations whose name holds this text; or one of the groups `held apart`, `unseen`"
+        "--only", default="", help=f"defects and variations whose name holds this text; or one of the groups {', '.join(GROUPS)}"
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "preflight.json")
     arguments = parser.parse_args()
