@@ -46,6 +46,7 @@ class Seen:
     again: tuple[str, ...]  # what differs when the forward pass of one step is repeated
     shared: tuple[str, ...]  # what two steps have in common that each step should draw anew
     pairs: tuple[tuple[Tensor, Tensor], ...]  # what the network should predict, and the clean latents, of the first steps
+    latent_sized: bool  # whether the `sizes` of all images are those of the latents, and the images are larger
     repeated: bool  # whether each step has one image, over and over
     flow: Tensor  # [k, 2]: t of a sample and the mean square error of its velocity; empty if the clean latents are not shown
 
@@ -62,7 +63,7 @@ def look(task: Any) -> Seen:
     draws: list[dict[str, Tensor]] = []
     flow, pairs = [torch.zeros(0, 2)], []
     decoded: dict[float, list[Tensor]] = {scale: [] for scale in (1.0, *SCALES)}
-    batch_size = samples = 0
+    batch_size, samples, latent_sized = 0, 0, True
     with torch.no_grad():
         for n in range(1, MAX_FORWARDS + 1):
             forward: Forward = call(task, "forward", n)
@@ -72,6 +73,8 @@ def look(task: Any) -> Seen:
             if forward.is_target is not None:
                 is_target = forward.is_target.cpu()
             main.append(forward.main.item())
+            latent, image = tuple(forward.z0.shape[-2:]), tuple(forward.targets.shape[-2:])
+            latent_sized &= latent != image and forward.sizes is not None and {*map(tuple, forward.sizes)} == {latent}
             if forward.velocity_target is not None and forward.clean is not None and n <= MIN_FORWARDS:
                 pairs.append((forward.velocity_target.float().cpu(), forward.clean.float().cpu()))
             if forward.velocity_target is not None:
@@ -104,6 +107,7 @@ def look(task: Any) -> Seen:
         round_trip=torch.cat(round_trips) if round_trips else None,
         again=tuple(name for name, value in again.items() if not _same(value, draws[0][name])),
         pairs=tuple(pairs),
+        latent_sized=latent_sized,
         repeated=batch_size > 2
         and all(_same(draw["images"], draw["images"][:1].expand_as(draw["images"])) for draw in draws if draw),
         flow=torch.cat(flow),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tune_ssim.base.errors import UserError
+from tune_ssim.base.numbers import is_number
 from tune_ssim.before_launch.preflight import rules, step_rules
 from tune_ssim.before_launch.preflight.images import Seen
 from tune_ssim.before_launch.preflight.report import Check, ok, unknown, warn
@@ -17,7 +18,7 @@ from tune_ssim.before_launch.preflight.steps import seeded
 from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers, time_law
 from tune_ssim.guards import Guard, NormRatio
 from tune_ssim.records import LOSS, LOSS_FLOW, TOTAL_NORM, TOTAL_NORM_MAIN
-from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WEIGHT, Space, resolve_settings
+from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WARM_UP, WEIGHT, Space, resolve_settings
 from tune_ssim.trials.training import Sample, same_setting
 
 BASELINE_STEPS = 6  # the median of their norms is used
@@ -40,6 +41,9 @@ def check_gates(
     task: Any, seen: Seen | None, settings: Sequence[Mapping[str, Any]], steps: int, guards: Sequence[Guard]
 ) -> Iterator[Check]:
     """Expected active steps for every gate that may be launched."""
+    warm_up = call(task, "effective").get(WARM_UP)
+    if is_number(warm_up) and warm_up > steps:
+        yield step_rules.warm_up(steps / warm_up, steps)
     law = time_law(task)
     batch = seen.batch_size if seen is not None else call(task, "effective").get("batch_size")
     if not isinstance(batch, int):

@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from tune_ssim.base.numbers import is_number
 from tune_ssim.before_launch.preflight import rules, step_rules
 from tune_ssim.before_launch.preflight.networks import findings_of, nearest
+from tune_ssim.before_launch.preflight.optimizers import observed_updates, typical
 from tune_ssim.before_launch.preflight.plain import cosine, norm, own_gradient_norms
 from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.sampling import CHANGE
@@ -38,7 +39,11 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
     still = {name: part.module for name, part in parts.items() if not part.trains and part.kind == "raw"}
     hashes = {name: tensor_hashes(module.state_dict()) for name, module in still.items()}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with _gradients(parameters) as learning, _gradients(_parameters_of(still)) as leaking:
+    with (
+        _gradients(parameters) as learning,
+        _gradients(_parameters_of(still)) as leaking,
+        observed_updates(list(parameters.values())) as observed,
+    ):
         updates = []
         for _ in range(STEPS):
             call(task, "step")
@@ -70,6 +75,10 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
         )
     else:
         yield unknown("trained", "the task has no trainable_parameters()")
+    if observed.outside:
+        yield step_rules.outside_updates(typical(observed.outside, 0.0))
+    if observed.damping:
+        yield step_rules.damping(typical(observed.damping, 1.0))
     yield from (step_rules.average(name, share) for name, share in averages.items())
     for name in untouched:
         sentence = f"{name} should be trained, but none of its parameters is trainable"

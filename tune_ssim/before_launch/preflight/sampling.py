@@ -18,6 +18,8 @@ CHANGE = 0.1  # of a weight, relative: changes any sample
 
 def check_sampling(task: Any, sample: Sample) -> Iterator[Check]:
     """Checks that the samples are the same when they are drawn again, and no copy of what they are compared with."""
+    if sample.references is not None and len(sample.references) > 1:
+        yield rules.distinct_references(len(sample.references.flatten(1).unique(dim=0)), len(sample.references))
     again: Sample = call(task, "sample", 0)
     others = {"references": sample.references, "reconstructions": sample.reconstructions}
     distances = {name: distance(sample.images, images) for name, images in others.items() if images is not None}

@@ -44,6 +44,12 @@ MAX_ALIKE, MAX_NOISE_MEAN, NOISE_DEVIATION = 0.5, 0.1, (0.8, 1.25)  # by chance 
 MAX_TRAINING_RATIO = 3.0
 
 
+# Rounding alone gives 0. An average that is copied back, or weights that are loaded again, undo the update: about 1.
+MAX_OUTSIDE = (0.01, 0.5)  # of an update; above the second it is as large as what is learned
+# 1 with an epsilon of 1e-8. At a tenth an update is ten times smaller than its learning rate says.
+MIN_DAMPING = (0.5, 0.1)
+
+
 def near(ratio: float) -> bool:
     return abs(ratio - 1) <= MAX_DEVIATION
 
@@ -223,6 +229,24 @@ def trained(
     return Check("trained", "ok", f"all {parameters} trainable parameters get a gradient and move", evidence)
 
 
+def outside_updates(moved: float) -> Check:
+    """moved: by how much the weights change between two updates, over the length of an update."""
+    slight, serious = MAX_OUTSIDE
+    sentence = "between two updates the weights stay as they are"
+    if moved > slight:
+        sentence = f"between two updates something else moves the weights, by {moved:.2g}x the length of an update"
+    remedy = "look for what loads or copies weights inside the loop: a checkpoint, or an average that is written back"
+    return judge("update/outside", moved <= slight, sentence, {"moved": moved}, remedy, "bad_setup" if moved > serious else "warn")
+
+
+def damping(share: float) -> Check:
+    """share: of an update that the optimiser's epsilon leaves."""
+    slight, serious = MIN_DAMPING
+    sentence = f"the optimiser's epsilon leaves {share:.2g} of an update"
+    remedy = "lower the optimiser's eps (1e-8 by default): it outweighs the root of the gradients' second moment"
+    return judge("update/epsilon", share >= slight, sentence, {"share": share}, remedy, "bad_setup" if share < serious else "warn")
+
+
 def descent(cosine: float, slope: float) -> Check:
     """cosine: of the first update to the negative gradient of its step; slope: relative change of the main loss along it."""
     evidence = {"cosine": cosine, "slope": slope}
@@ -347,6 +371,7 @@ def other_seed(is_same_batch: bool) -> Check:
 
 # -- whether the guards can judge
 
+MIN_WARM = 0.1  # below it no setting of a search over two decades acts as one of its own
 MIN_CHANCE = 0.95  # probability of enough active steps for a verdict
 MIN_LAW_PROBABILITY = 1e-6
 
@@ -361,6 +386,13 @@ def gates(probabilities: Mapping[float, float], steps: int, needed: int) -> Chec
     is_sure = all(chance_of_at_least(needed, steps, p) >= MIN_CHANCE for p in probabilities.values())
     remedy = "train longer, raise ssim_loss_max_t or the batch size"
     return judge("gate", is_sure, sentence, evidence, remedy, "warn" if can_be_judged else "bad_setup")
+
+
+def warm_up(share: float, steps: int) -> Check:
+    """share: of ssim_loss_weight that is reached at the last of `steps`."""
+    sentence = f"ssim_loss_weight is still warmed up when the trial ends: {share:.2g} of it after {steps} steps"
+    remedy = "shorten the warm-up, or train longer: settings are compared at weights that they never reach"
+    return Check("gate/warm_up", "bad_setup" if share < MIN_WARM else "warn", sentence, {"share": share}, remedy)
 
 
 def chance_of_at_least(needed: int, steps: int, p: float) -> float:
@@ -387,7 +419,10 @@ def law_of_t(distance: float, count: int) -> Check:
 
 def baseline_push(norm: float, main_norm: float, limit: float) -> Check:
     """Medians of total_norm under the baseline's settings and of the main loss alone, on the same steps. limit: the guard's."""
-    ratio = norm / main_norm if main_norm > 0 else math.inf
+    if main_norm == 0:
+        remedy = "check what the main loss compares: the prediction is its own target, or does not depend on the weights"
+        return Check("baseline/norm", "bad_setup", "the main loss alone has no gradient", {"total_norm_main": 0.0}, remedy)
+    ratio = norm / main_norm
     evidence = {"total_norm": norm, "total_norm_main": main_norm, "ratio": ratio}
     sentence = f"the baseline's total_norm is {ratio:.3g}x that of the main loss alone"
     fault = f": a trial at the norm guard's limit of {limit:g} has {ratio * limit:.3g}x, which the guard does not notice"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tune_ssim.before_launch.preflight import step_rules
+from tune_ssim.before_launch.preflight.optimizers import observed_updates
 from tune_ssim.before_launch.preflight.plain import (
     Expected,
     Setting,
@@ -94,11 +95,13 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
     task = subject.unmoved(settings)
     parameters = list(call(task, "trainable_parameters")) if task.abilities().trainable_parameters else []
     before = [parameter.detach().clone() for parameter in parameters]
-    n = 1
-    metrics = numbers(seeded(task, "step"))
-    while metrics.get(STEP_SKIPPED) and n < MAX_SKIPPED:
+    n = 0
+    while True:
         n += 1
-        metrics = numbers(seeded(task, "step"))
+        with observed_updates(parameters) as updates:
+            metrics = numbers(seeded(task, "step"))
+        if not metrics.get(STEP_SKIPPED) or n == MAX_SKIPPED:
+            break
     if TOTAL_NORM not in metrics:
         raise Unavailable(f"step() records no {TOTAL_NORM}")
     moved = any(not torch.equal(old, new.detach()) for old, new in zip(before, parameters, strict=True))
@@ -107,6 +110,8 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
             for old, new in zip(before, parameters, strict=True):
                 new.copy_(old)
     gradients = [parameter.grad for parameter in parameters]
+    if updates.gradients is not None and any(gradient is not None for gradient in updates.gradients):
+        gradients = updates.gradients  # an optimiser may change them
     are_there = any(gradient is not None for gradient in gradients)
     reading = Reading(
         settings=settings,
@@ -131,7 +136,9 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
             again = seeded(task, "forward", n, seed=1).main.item()
         if not step_rules.near(again / found.loss_main):
             return replace(reading, random=True)
-        reading = _with_gate(reading, forward, setting, parameters, gradients if are_there else None)
+        reading = _with_micro_batches(reading, forward, setting, parameters, gradients if are_there else None)
+        if not step_rules.near(reading.agreement):
+            reading = _with_gate(reading, forward, setting, parameters, gradients if are_there else None)
         if are_there and reading.gate is None and setting.ssim_loss_weight > TINY:
             nudged = _nudged_gradients(subject, settings, n, setting)
             turns = [cosine(a, b) for a, b in zip((gradients, found.gradients), nudged, strict=True)]
@@ -179,6 +186,37 @@ def seeded(task: Any, method: str, *arguments: Any, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         return call(task, method, *arguments)
+
+
+def _with_micro_batches(
+    reading: Reading, forward: Forward, setting: Setting, parameters: Sequence[Any], gradients: Gradients | None
+) -> Reading:
+    """The reading with the number of accumulated micro-batches that explains it, if there is one: each divides its image losses by
+    its own active images. Micro-batches of one are left out: a loss that is divided by the whole batch looks the same."""
+    batch, whole = len(forward.t), list(range(len(forward.t)))
+    for count in (n for n in range(2, batch // 2 + 1) if batch % n == 0):
+        size = batch // count
+        parts = [expected(_rows(forward, whole[i : i + size]), setting, parameters) for i in range(0, batch, size)]
+        # The main loss of a batch is in each part, so that it is in their mean once.
+        mean = [None if rows[0] is None else sum(rows) / count for rows in zip(*(part.gradients for part in parts), strict=True)]
+        found = replace(expected(forward, setting, parameters), gradients=mean, total_norm=norm(mean))
+        alike = cosine(gradients, mean) if gradients is not None else 1.0
+        if step_rules.near(reading.total_norm / found.total_norm) and alike >= step_rules.MIN_STEP_COSINE:
+            return replace(reading, expected=_numbers_of(found), cosine=alike)
+    return reading
+
+
+def _rows(forward: Forward, rows: list[int]) -> Forward:
+    """The forward pass of these samples, with the main loss of all."""
+    return replace(
+        forward,
+        z0=forward.z0[rows],
+        t=forward.t[rows],
+        targets=forward.targets[rows],
+        is_target=None if forward.is_target is None else forward.is_target[rows],
+        sizes=None if forward.sizes is None else [forward.sizes[row] for row in rows],
+        clean=None if forward.clean is None else forward.clean[rows],
+    )
 
 
 def _with_gate(

@@ -26,6 +26,10 @@ def check_targets(task: Any, seen: Seen | None) -> Iterator[Check]:
     if seen is None:
         raise Unavailable("no forward pass was seen")
     targets, sampled = seen.all_targets, None
+    if seen.latent_sized:
+        remedy = "sizes are in pixels of the images, not of the latents"
+        sentence = "all images of a batch have the size of its latents: the image losses see only their upper left corner"
+        yield Check("targets/sizes", "bad_setup", sentence, {}, remedy)
     if task.abilities().training_images:
         steps = range(1, len(targets) // seen.batch_size + 1)
         sampled = torch.cat([call(task, "training_images", n).float().cpu() for n in steps])
