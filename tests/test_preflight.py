@@ -46,6 +46,7 @@ from tune_ssim.before_launch.preflight import (
     targets,
     updates,
 )
+from tune_ssim.before_launch.preflight.optimizers import observed_updates
 from tune_ssim.before_launch.preflight.picture import Album
 from tune_ssim.before_launch.preflight.plain import Setting, cosine, expected, plain_ssim
 from tune_ssim.before_launch.preflight.report import Check, Report, unknown
@@ -113,7 +114,20 @@ def test_a_report_has_the_worst_status_and_first_reason() -> None:
         (rules.image_range("targets", 0.0, 255.0, 0, 8), "bad_setup"),
         (rules.image_range("targets", 0.0, 1.0, 1, 8), "bad_setup"),
         (rules.constant_images(0, 8), "ok"),
+        (rules.constant_images(15, 1600), "ok"),  # a flat sky
         (rules.constant_images(1, 8), "warn"),
+        (rules.distinct_references(47, 48), "ok"),
+        (rules.distinct_references(40, 48), "warn"),
+        (rules.distinct_references(1, 48), "bad_setup"),
+        (rules.altered_overlap([12.6, 3.0], 32), "warn"),  # one match may be chance
+        (rules.altered_overlap([12.6, 9.0], 32), "bad_setup"),
+        (step_rules.outside_updates(0.0), "ok"),
+        (step_rules.outside_updates(1.0), "bad_setup"),
+        (step_rules.damping(1.0), "ok"),
+        (step_rules.damping(0.3), "warn"),
+        (step_rules.damping(3e-4), "bad_setup"),
+        (step_rules.warm_up(0.5, 200), "warn"),
+        (step_rules.warm_up(2e-4, 200), "bad_setup"),
         (rules.constant_images(6, 8), "bad_setup"),
         (rules.own_partner("x", "images", 0.9, 20), "ok"),
         (rules.own_partner("x", "images", 0.5, 20), "bad_setup"),
@@ -153,6 +167,7 @@ def test_a_report_has_the_worst_status_and_first_reason() -> None:
         (step_rules.law_of_t(0.1, 64), "ok"),
         (step_rules.law_of_t(0.5, 64), "bad_setup"),
         (step_rules.baseline_push(1.0, 1.0, 10.0), "ok"),
+        (step_rules.baseline_push(1.0, 0.0, 10.0), "bad_setup"),
         (step_rules.baseline_push(17.6, 1.0, 10.0), "warn"),  # FACTS §1: note 001's own baseline
         (step_rules.average("ema", 1e-4), "ok"),
         (step_rules.average("ema", 0.0), "unknown"),  # kept as loaded, or averaged later
@@ -183,6 +198,31 @@ def test_known_fingerprints_are_judged_only_where_all_their_metrics_are() -> Non
     healthy = rules.fingerprints({"mse": 0.41, "ce": 0.55})
     ruined = rules.fingerprints({"mse": 2.0, "ce": 11.9})
     assert [check.status for check in healthy] == ["ok", "ok"] and [check.status for check in ruined] == ["bad_setup"] * 2
+
+
+class Centred(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad -= parameter.grad.mean()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("epsilon", [1e-8, 1.0])
+@pytest.mark.parametrize("restarts", [False, True])
+def test_updates_are_observed_from_outside(epsilon: float, restarts: bool) -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = Centred([weight], lr=0.1, eps=epsilon)
+    with observed_updates([]) as found:
+        for _ in range(3):
+            optimizer.zero_grad()
+            (0.01 * weight.square()).sum().backward()
+            optimizer.step()
+            if restarts:
+                weight.data.copy_(torch.tensor([1.0, 2.0]))
+    assert found.gradients is not None and torch.equal(found.gradients[0], torch.tensor([0.02, 0.04]))
+    assert len(found.outside) == 2 and all(moved == (1.0 if restarts else 0.0) for moved in found.outside)
+    assert all(share > 0.99 if epsilon < 1 else share < 0.05 for share in found.damping) and len(found.damping) == 3
 
 
 @pytest.mark.parametrize(("p", "steps", "needed"), [(0.1, 30, 5), (0.57, 20, 11), (0.999, 12, 11), (0.0, 5, 1), (1.0, 5, 5)])
