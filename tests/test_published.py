@@ -16,6 +16,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 health = import_module("health")
 adaptive = import_module("adaptive")
 against_trainscope = import_module("against_trainscope")
+early_warning = import_module("early_warning")
 
 
 def results(name: str) -> dict[str, Any]:
@@ -71,6 +72,23 @@ def test_the_table_against_trainscope_is_that_of_the_last_run() -> None:
     page = (ROOT / "docs" / "measurements.md").read_text().splitlines()
     assert [line for line in against_trainscope.markdown(found["tools"]) if line not in page] == []
     assert [against_trainscope.summary(found["runs"], tool) for tool in against_trainscope.TOOLS] == found["tools"]
+
+
+def test_the_table_of_the_early_warning_is_that_of_the_last_run() -> None:
+    found = results("early_warning")
+    judged = found["runs"]["judged"]
+    assert early_warning.summary(judged) == found["judged"]
+    shared = early_warning.shared_with_trainscope(judged)
+    assert len(shared) == len(results("against_trainscope")["runs"])
+    page = (ROOT / "docs" / "measurements.md").read_text()
+    lines = early_warning.markdown(found["design"], found["judged"], early_warning.summary(shared))
+    assert [line for line in lines if line not in page.splitlines()] == []
+    assert {row["run"].rpartition("-")[0] for row in judged if row["warned"] and not row["fault"]} == {"two_stage_vlm-healthy"}
+    late = [row for row in judged if row["ruined"] is not None and row["warned"][0] >= row["ruined"]]
+    assert all("rate" in row["run"] or "ascent" in row["run"] for row in late)
+    assert f"{len(late)} runs were ruined first, all of them by a learning rate" in page
+    harmless = [row for row in judged if row["fault"] and row["ruined"] is None]
+    assert f"Of {len(harmless)} faults" in page and f"it names {sum(bool(row['warned']) for row in harmless)};" in page
 
 
 def test_without_trainscope_its_benchmark_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
