@@ -11,7 +11,8 @@ PAGE = TESTS.parent / "docs" / "failures.md"
 
 def test_every_row_names_a_test_that_exists() -> None:
     defined = {name for file in TESTS.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
-    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][1:]
+    table = PAGE.read_text().partition("## Random faults")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) >= 15
     for row in rows:
         named = re.findall(r"`(test_\w+)`", row.split(" | ")[-1])
