@@ -46,6 +46,7 @@ PREEMPTED = died("its worker has died", node_death_info=NodeDeathInfo(reason=Nod
     [
         (PROCESS, False),
         (NODE, True),
+        (died("The actor never ran - it was cancelled before it started running."), True),
         (PREEMPTED, True),
         (ActorUnavailableError("RpcError: Connection reset by peer", None), True),
         (NodeDiedError("n"), True),

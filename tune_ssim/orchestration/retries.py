@@ -24,7 +24,8 @@ OWN_DEATHS = 2  # a trial whose process died resumes from its checkpoint; except
 LOSSES = 20  # then a trial is suspected of killing its nodes, and each further one counts as its own death
 FIRST_DELAY_S, MAX_DELAY_S = 1.0, 60.0  # a node is known to be dead after a minute at most (health checks of Ray 2.60: 5 × 13 s)
 POLL_S = 0.05  # a wait of the driver while nothing else may be running
-NODE_DIED = ("node has died", "node was terminated", "node is dead", "placement group")  # in an ActorDiedError, Ray 2.55 to 2.60
+# In an ActorDiedError, Ray 2.55 to 2.60. An actor that never ran has executed nothing of the trial.
+NODE_DIED = ("node has died", "node was terminated", "node is dead", "placement group", "actor never ran")
 CRASHED = "connection error code 2"  # the process ended without a word to Ray
 LOST = (ActorUnavailableError, NodeDiedError, LocalRayletDiedError, ObjectLostError)
 PASSED_THROUGH = (RayActorError, *LOST)  # exceptions that a training over several processes did not raise itself
