@@ -92,4 +92,5 @@ for step in range(args.steps):
         elif args.log == "wandb":
             wandb.log({"train/loss": total, "text": "no number"})
 if args.ranks:
+    torch.distributed.barrier()  # a rank that still talks to one that has left may abort
     torch.distributed.destroy_process_group()

@@ -110,9 +110,9 @@ def read(subject: Subject, settings: Mapping[str, Any]) -> Reading:
             for old, new in zip(before, parameters, strict=True):
                 new.copy_(old)
     gradients = [parameter.grad for parameter in parameters]
-    if updates.gradients is not None and any(gradient is not None for gradient in updates.gradients):
-        gradients = updates.gradients  # an optimiser may change them
     are_there = any(gradient is not None for gradient in gradients)
+    if are_there and updates.gradients is not None:
+        gradients = updates.gradients  # an optimiser may change them
     reading = Reading(
         settings=settings,
         effective=dict(call(task, "effective")),
