@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tune_ssim.before_launch.preflight import rules, step_rules
-from tune_ssim.before_launch.preflight.images import Seen
+from tune_ssim.before_launch.preflight.images import TOP_BIN, Seen
 from tune_ssim.before_launch.preflight.plain import unit
 from tune_ssim.before_launch.preflight.report import Check, unknown
 from tune_ssim.before_launch.preflight.subject import Unavailable, call
@@ -20,7 +20,7 @@ from tune_ssim.before_launch.preflight.targets import EMPTY, detail
 from tune_ssim.trials.training import Forward, Sample
 
 MAX_NOISE_CORRELATION = 0.15  # with the clean latents, by chance 0.02 of 4 batches of 8; 0.3 and more of other mixtures
-TOP_BIN, MIN_ERRORS = 0.8, 8  # samples above this t are compared, if there are so many
+MIN_ERRORS = 8  # samples near t = 1 that are compared
 SAMPLES = 32  # training samples that are decoded, or predicted again with another time
 # Times that a network may be told by mistake, from the t of a sample. Each network knows one of them.
 TIMES: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -29,6 +29,13 @@ TIMES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "1000 t": lambda t: 1000 * t,
     "1000 (1 - t)": lambda t: 1000 * (1 - t),
 }
+# Of square kernels: as stored by frameworks whose kernels have width before height, or whose convolutions do not mirror them.
+KERNELS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda kernel: kernel.transpose(-1, -2),
+    "rotated by half a turn": lambda kernel: kernel.flip(-1, -2),
+}
+STEPS_LOOKED_AT = 4  # for the gradient of the main loss
+EXACT = 1e-3  # relative error that rounding, of float32 or bfloat16 inputs, explains
 
 
 def work(batch: int, passes: int) -> dict[str, float]:
@@ -63,9 +70,7 @@ def check_prediction(task: Any) -> Iterator[Check]:
 
 def check_time(task: Any) -> Iterator[Check]:
     """Checks that the network predicts best when it is told the time that it is told, and not another one."""
-    module = next((part.module for part in call(task, "parts").values() if part.trains and part.kind == "raw"), None)
-    if module is None:
-        raise Unavailable("no part of the task is trained")
+    module = _trained(task)
     own, losses, count = 0.0, dict.fromkeys(TIMES, 0.0), 0
     with torch.no_grad():
         for n in range(1, SAMPLES + 1):
@@ -80,6 +85,96 @@ def check_time(task: Any) -> Iterator[Check]:
             if count >= SAMPLES:
                 break
     yield rules.told_time(own, losses)
+
+
+def check_kernels(task: Any) -> Iterator[Check]:
+    """Checks that the network predicts best with its kernels as they are, and not as another framework stores them."""
+    kernels = [
+        layer.weight
+        for layer in _trained(task).modules()
+        if isinstance(layer, torch.nn.modules.conv._ConvNd) and layer.weight.ndim > 3 and len({*layer.kernel_size}) == 1
+    ]
+    own, losses, count = 0.0, dict.fromkeys(KERNELS, 0.0), 0
+    with torch.no_grad():
+        for n in range(1, SAMPLES + 1):
+            forward: Forward = call(task, "forward", n)
+            own, count = own + forward.main.item(), count + len(forward.t)
+            for name, change in KERNELS.items():
+                with _changed(kernels, change):
+                    losses[name] += call(task, "forward", n).main.item()
+            if count >= SAMPLES:
+                break
+    yield rules.kernels(own, losses)
+
+
+@contextlib.contextmanager
+def _changed(kernels: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    kept = [kernel.clone() for kernel in kernels]
+    try:
+        for kernel, old in zip(kernels, kept, strict=True):
+            kernel.copy_(change(old))
+        yield
+    finally:
+        for kernel, old in zip(kernels, kept, strict=True):
+            kernel.copy_(old)
+
+
+def check_main_loss(task: Any) -> Iterator[Check]:
+    """Compares the gradient of the main loss at the network's output with the output's error, and the time of a sample with the
+    share of noise in the network's input."""
+    module, calls = _trained(task), []
+    handle = module.register_forward_hook(lambda _, given, made: calls.append((given, made)))
+    error = variance = main = agreeing = pushed = apart = 0.0
+    channels, count = torch.zeros(()), 0
+    try:
+        while count < STEPS_LOOKED_AT:
+            calls.clear()
+            count += 1
+            forward: Forward = call(task, "forward", count)
+            target = forward.velocity_target
+            given, output = calls[-1] if calls else ((), None)
+            if target is None or not isinstance(output, Tensor) or output.shape != target.shape or not output.requires_grad:
+                raise Unavailable("the output of the trained network is not what forward() says that it should predict")
+            (gradient,) = torch.autograd.grad(forward.main, output, allow_unused=True)
+            if gradient is None:
+                raise Unavailable("the main loss is not made of the trained network's output")
+            off = (output.detach() - target).double()
+            error, main = error + off.square().mean().item() / STEPS_LOOKED_AT, main + forward.main.item() / STEPS_LOOKED_AT
+            variance += target.double().var(unbiased=False).item() / STEPS_LOOKED_AT
+            weight = gradient.double().abs()
+            pushed, agreeing = pushed + weight.sum().item(), agreeing + weight[gradient * off > 0].sum().item()
+            channels = channels + weight.transpose(0, 1).flatten(1).sum(dim=1).cpu()
+            apart = max(apart, _time_error(forward, given))
+    finally:
+        handle.remove()
+    if not math.isnan(apart):
+        yield step_rules.time_of_noise(apart)
+    if not error < rules.MAX_LOSS_RATIO * variance:
+        raise Unavailable("the network predicts no better than a constant, so its errors say nothing about the loss")
+    yield step_rules.main_gradient(
+        agreeing / max(pushed, 1e-30), int((channels == 0).sum()), len(channels), main / max(error, 1e-30)
+    )
+
+
+def _time_error(forward: Forward, given: Sequence[Any]) -> float:
+    """The largest difference between t and the share of noise in the network's input; NaN unless it is (1 - t) clean + t noise."""
+    clean, target = forward.clean, forward.velocity_target
+    z_t = next((x for x in given if isinstance(x, Tensor) and clean is not None and x.shape == clean.shape), None)
+    if clean is None or target is None or z_t is None or target.shape != clean.shape:
+        return math.nan
+    z, x = z_t.detach().double().flatten(1), clean.double().flatten(1)
+    noise = target.double().flatten(1) + x
+    ways = torch.stack([x, noise], dim=2)
+    shares = torch.linalg.lstsq(ways, z[..., None]).solution
+    is_path = (ways @ shares - z[..., None]).square().mean() < EXACT * z.square().mean() and (shares.sum(1) - 1).abs().max() < EXACT
+    return (shares[:, 1, 0].cpu() - forward.t.double()).abs().max().item() if is_path else math.nan
+
+
+def _trained(task: Any) -> torch.nn.Module:
+    module = next((part.module for part in call(task, "parts").values() if part.trains and part.kind == "raw"), None)
+    if module is None:
+        raise Unavailable("no part of the task is trained")
+    return module
 
 
 def check_noise(seen: Seen | None) -> Iterator[Check]:

@@ -129,9 +129,16 @@ def _agreement(x: Tensor, y: Tensor, at: tuple[int, int], other: tuple[int, int]
                 continue
             a, b = a - a.mean(), b - b.mean()
             correlation = ((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)).item()
-            degrees = max(len(a) / INDEPENDENT - 3, 0.0)
+            degrees = max(min(len(a), _contrasting(a), _contrasting(b)) / INDEPENDENT - 3, 0.0)
             best = max(best, math.atanh(min(correlation, 0.9999)) * math.sqrt(degrees))
     return best
+
+
+def _contrasting(values: Tensor) -> float:
+    """How many normally distributed values have the kurtosis of `values`, which is 3: all of a texture, few of an edge on a flat
+    ground, where all but the edge says nothing."""
+    squares = values.square()
+    return 3 * (squares.sum().square() / squares.square().sum().clamp(min=1e-12)).item()
 
 
 def _overlap(x: Tensor, y: Tensor, mask: Tensor, down: int, right: int) -> tuple[Tensor, Tensor, Tensor]:

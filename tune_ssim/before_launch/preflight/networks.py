@@ -35,7 +35,8 @@ def check_weights(task: Any) -> Iterator[Check]:
             yield Check(f"weights/{name}", "bad_setup", str(error))
             continue
         holds = None if found.equal else _holds(part, parts)
-        yield rules.weights(name, part.weights.name, found, fresh_layers(part.module), holds, zeroed_layers(part.module))
+        layers = fresh_layers(part.module), holds, zeroed_layers(part.module), coarse_layers(part.module)
+        yield rules.weights(name, part.weights.name, found, *layers)
     for name, part in parts.items():
         if part.kind == "ema" and (closest := nearest(part.module, parts)) is not None:
             yield rules.ema_distance(name, *closest)
@@ -68,6 +69,16 @@ def zeroed_layers(module: torch.nn.Module) -> list[str]:
         and not layer.weight.any()
         and layer.bias.any()
     ]
+
+
+def coarse_layers(module: torch.nn.Module) -> list[str]:
+    """Layers whose weights have a few values, but more than the two of a mask."""
+    sizes = {
+        f"{name}.weight": len(layer.weight.detach().flatten()[: 16 * MIN_WEIGHTS].unique())
+        for name, layer in module.named_modules()
+        if isinstance(layer, (torch.nn.Linear, torch.nn.modules.conv._ConvNd)) and layer.weight.numel() >= MIN_WEIGHTS
+    }
+    return [name for name, size in sizes.items() if 2 < size <= rules.MAX_LEVELS]
 
 
 def _holds(part: Part, parts: dict[str, Part]) -> str | None:
