@@ -41,7 +41,8 @@ def observed_updates(parameters: Sequence[Tensor]) -> Iterator[Updates]:
         if not watched:
             watched.extend(parameter for group in optimizer.param_groups for parameter in group["params"])
         if found.gradients is None:
-            found.gradients = [None if p.grad is None else p.grad.detach().clone() for p in watched]
+            scale = getattr(optimizer, "grad_scale", None)  # of a GradScaler, if the optimiser's own kernel removes it
+            found.gradients = [None if p.grad is None else p.grad.detach() / (1 if scale is None else scale) for p in watched]
         now = copies()
         if after:
             length = norm([a - b for a, b in zip(after, before, strict=True)])
