@@ -16,7 +16,7 @@ import torch
 
 from tune_ssim.before_launch.preflight import flow, images, launch, learning, networks, sampling, targets, updates
 from tune_ssim.before_launch.preflight import steps as readings
-from tune_ssim.before_launch.preflight.cost import Budget
+from tune_ssim.before_launch.preflight.cost import BACKWARD, Budget
 from tune_ssim.before_launch.preflight.launch import settings_of
 from tune_ssim.before_launch.preflight.picture import Album
 from tune_ssim.before_launch.preflight.report import Check, Report, unknown
@@ -101,6 +101,7 @@ def _checks(
         "parameter", lambda: readings.check_parameters(readings.Probe(subject, baseline, settings)), **readings.WORK
     )
     yield from guarded("parameter/searched", lambda: launch.check_settings(subject, baseline, settings))
+    yield from guarded("parameter/last_step", lambda: launch.check_last_step(subject, baseline, settings, budget.steps))
     yield from budget.checks("update", lambda: updates.check_updates(subject, baseline), **updates.WORK)
     yield from budget.checks("trained", lambda: learning.check_learning(subject, baseline, smoke_test), **learning.WORK)
     yield from budget.checks("baseline/norm", lambda: launch.check_baseline(subject, baseline, limit), **launch.WORK)
@@ -132,20 +133,23 @@ def _start(
     else:
         yield from budget.checks("smoke", lambda: networks.check_samples(task, smoke_test, sample), sample=1)
     yield from budget.checks("frozen/decoder", lambda: learning.check_decoder(task), forward=1, decode=6)
+    yield from guarded("time_law", lambda: launch.check_law(task, seen))
     yield from guarded("data/steps", lambda: images.check_draws(task, seen))
     yield from budget.checks("flow/z0", lambda: flow.check_prediction(task), **flow.work(batch, 1))
     yield from budget.checks("flow/time", lambda: flow.check_time(task), **flow.work(batch, 1 + len(flow.TIMES)))
+    yield from budget.checks("flow/t", lambda: flow.check_main_loss(task), forward=(1 + BACKWARD) * flow.STEPS_LOOKED_AT)
+    yield from budget.checks("weights/kernels", lambda: flow.check_kernels(task), **flow.work(batch, 1 + len(flow.KERNELS)))
     yield from guarded("flow/noise", lambda: flow.check_noise(seen))
     yield from guarded("data/pairs", lambda: images.check_pairs(sample, seen))
     yield from guarded("flow/held_out", lambda: flow.check_held_out(sample, seen))
     yield from guarded("targets/shift", lambda: targets.check_targets(task, seen))
     yield from budget.checks("targets/round_trip", lambda: targets.check_round_trip(task, {}), step=6)
     yield from budget.checks("sampling", lambda: sampling.check_sampling(task, sample), sample=1)
+    yield from guarded("sampling/error", lambda: images.check_samples(sample, seen))
     yield from guarded("data/files", lambda: images.check_data(task))
     yield from guarded("data/training_images", lambda: images.check_training_images(task, budget.steps, sample, seen))
     yield from guarded("loss/main", lambda: images.check_losses(seen))
     yield from budget.checks("ssim/precision", lambda: readings.check_ssim(task), forward=1, decode=batch)
-    yield from guarded("time_law", lambda: launch.check_law(task, seen))
     yield from guarded("gate", lambda: launch.check_gates(task, seen, settings, budget.steps, guards))
     yield from guarded("loss/first_step", lambda: launch.check_first_step(sample, _first_step(task, budget)))
 

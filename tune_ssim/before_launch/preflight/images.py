@@ -23,6 +23,7 @@ SAMPLES = 64  # training samples whose predictions are checked
 MIN_FORWARDS = 4  # steps whose random numbers are compared with each other
 ROUND_TRIPS = 16  # clean latents that are decoded
 MAX_FORWARDS = 32  # forward passes for these samples
+TOP_BIN = 0.8  # samples above this t are compared with held-out ones
 LOW_T = 0.3  # up to this t the predicted clean image is close to the true one whatever the network predicts
 SCALES = (0.5, 2.0)  # scales of the latents that a wrong scaling factor may cause
 SMALL_SIDE = 12  # pixels; averages away detail that an autoencoder loses before images are compared
@@ -48,18 +49,20 @@ class Seen:
     pairs: tuple[tuple[Tensor, Tensor], ...]  # what the network should predict, and the clean latents, of the first steps
     latent_sized: bool  # whether the `sizes` of all images are those of the latents, and the images are larger
     repeated: bool  # whether each step has one image, over and over
+    noisy: tuple[Tensor, Tensor]  # predictions at t > TOP_BIN in [0, 1], and their targets
     flow: Tensor  # [k, 2]: t of a sample and the mean square error of its velocity; empty if the clean latents are not shown
 
 
 def work(batch: int) -> dict[str, float]:
     """What `look` needs; of t as in a uniform law."""
     forwards = min(MAX_FORWARDS, max(MIN_FORWARDS, math.ceil(SAMPLES / max(1, batch))))
-    return {"forward": forwards + 1, "decode": LOW_T * forwards * batch * (1 + len(SCALES)) + ROUND_TRIPS}
+    return {"forward": forwards + 1, "decode": (LOW_T * (1 + len(SCALES)) + 1 - TOP_BIN) * forwards * batch + ROUND_TRIPS}
 
 
 def look(task: Any) -> Seen:
     main, trivial, times, targets, everything = [], [], [], [], []
     round_trips: list[Tensor] = []
+    noisy: list[tuple[Tensor, Tensor]] = []
     draws: list[dict[str, Tensor]] = []
     flow, pairs = [torch.zeros(0, 2)], []
     decoded: dict[float, list[Tensor]] = {scale: [] for scale in (1.0, *SCALES)}
@@ -87,6 +90,8 @@ def look(task: Any) -> Seen:
                 for scale, images in decoded.items():
                     images.append(unit(decode(scale * forward.z0[low]).float(), forward.loss.image_range).cpu())
                 targets.append(everything[-1][low])
+            if (high := (t > TOP_BIN) & is_target).any():
+                noisy.append((unit(decode(forward.z0[high]).float(), forward.loss.image_range).cpu(), everything[-1][high]))
             if forward.clean is not None and sum(len(images) for images in round_trips) < ROUND_TRIPS:
                 round_trips.append(unit(decode(forward.clean).float(), forward.loss.image_range).cpu())
             batch_size, samples = len(t), samples + len(t)
@@ -110,6 +115,7 @@ def look(task: Any) -> Seen:
         latent_sized=latent_sized,
         repeated=batch_size > 2
         and all(_same(draw["images"], draw["images"][:1].expand_as(draw["images"])) for draw in draws if draw),
+        noisy=(torch.cat([empty, *(images for images, _ in noisy)]), torch.cat([empty, *(images for _, images in noisy)])),
         flow=torch.cat(flow),
         shared=tuple(name for name in again if any(_same(a[name], b[name]) for a, b in combinations(draws[:MIN_FORWARDS], 2))),
     )
@@ -184,6 +190,15 @@ def check_pairs(sample: Sample, seen: Seen | None) -> Iterator[Check]:
     if seen is not None and len(seen.targets):
         errors = {scale: _mean_square(*_small(images, seen.targets)) for scale, images in seen.rescaled.items()}
         yield rules.latent_scale(_mean_square(*_small(seen.decoded, seen.targets)), errors, explained, len(seen.targets))
+
+
+def check_samples(sample: Sample, seen: Seen | None) -> Iterator[Check]:
+    """Compares the error of samples with that of one-step predictions near t = 1, where inputs say what the samples show."""
+    references = sample.references if sample.inputs is not None else None  # a caption leaves too much open
+    if seen is None or references is None or references.shape != sample.images.shape or len(seen.noisy[0]) < rules.MIN_IMAGES:
+        raise Unavailable("there are no inputs with references, or no predictions near t = 1, to compare the samples with")
+    pairs = (sample.images.float().cpu(), references.float().cpu()), seen.noisy
+    yield rules.sample_error(*(_mean_square(x, y) / y.var().clamp(min=1e-6).item() for x, y in pairs))
 
 
 def check_data(task: Any) -> Iterator[Check]:

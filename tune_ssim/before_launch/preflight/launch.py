@@ -15,12 +15,14 @@ from tune_ssim.before_launch.preflight import rules, step_rules
 from tune_ssim.before_launch.preflight.images import Seen
 from tune_ssim.before_launch.preflight.report import Check, ok, unknown, warn
 from tune_ssim.before_launch.preflight.steps import seeded
-from tune_ssim.before_launch.preflight.subject import Subject, Unavailable, call, numbers, time_law
+from tune_ssim.before_launch.preflight.subject import Failure, Subject, Unavailable, call, numbers, time_law
 from tune_ssim.guards import Guard, NormRatio
 from tune_ssim.records import LOSS, LOSS_FLOW, TOTAL_NORM, TOTAL_NORM_MAIN
 from tune_ssim.study.space import GAIN, KNOWN, MAX_T, WARM_UP, WEIGHT, Space, resolve_settings
 from tune_ssim.trials.training import Sample, same_setting
 
+ADDED = ("kl_weight", "kl_alpha", "dino_weight", "dino_alpha")  # weights of terms that are never negative
+LONG_AFTER = 100  # times the length of a trial
 BASELINE_STEPS = 6  # the median of their norms is used
 WORK = {"setup": 3, "step": 2 * BASELINE_STEPS}  # of `check_baseline`
 
@@ -93,6 +95,40 @@ def check_settings(subject: Subject, base: Mapping[str, Any], settings: Sequence
         yield warn("parameter/unknown", sentence, "refuse unknown keys in setup() with a ValueError")
 
 
+def check_last_step(
+    subject: Subject, base: Mapping[str, Any], settings: Sequence[Mapping[str, Any]], steps: int
+) -> Iterator[Check]:
+    """Checks what auxiliary weights add to the loss at the end of a trial, where one may still be warming up."""
+    launched = [subject.config, base, *settings]
+    asked = {name: value for setting in launched for name, value in setting.items() if name in ADDED and is_number(value)}
+    asked = {name: value for name, value in asked.items() if value and name in call(subject.make(base), "effective")}
+    for name, value in asked.items():
+        try:
+            with_it, without = (_losses_at(subject, {**base, name: amount}, steps) for amount in (value, 0.0))
+        except (Failure, UserError) as reason:
+            raise Unavailable(f"steps after the last one cannot be taken: {reason}") from None
+        added = [one - other for one, other in zip(with_it, without, strict=True)]
+        if check := step_rules.last_step(name, value, max(added[:2], key=abs), added[2], with_it[0]):
+            yield check
+
+
+def _losses_at(subject: Subject, settings: Mapping[str, Any], steps: int) -> list[float]:
+    """The loss in the middle of a trial, at its end, and long after it, with the same weights. What counts steps is known by
+    counting the first two."""
+    task, counts = subject.unmoved(settings), []
+    for _ in range(2):
+        call(task, "step")
+        counts.append({name: value for name, value in call(task, "state_dict").items() if isinstance(value, int)})
+    counters = [name for name, value in counts[0].items() if value == 1 and counts[1].get(name) == 2]
+    if not counters:
+        raise Unavailable("state_dict() holds no number of the step")
+    losses = []
+    for n in (max(1, steps // 2), steps, LONG_AFTER * steps):
+        call(task, "load_state_dict", {**call(task, "state_dict"), **dict.fromkeys(counters, n - 1)})
+        losses.append(numbers(call(task, "step")).get(LOSS, math.nan))
+    return losses
+
+
 def check_seeds(subject: Subject, base: Mapping[str, Any]) -> Iterator[Check]:
     """Checks that another seed gives another batch of step 1."""
     task = subject.unmoved(base)
@@ -109,7 +145,7 @@ def _difference(subject: Subject, base: Mapping[str, Any], *, seed: bool) -> flo
         task = subject.unmoved(base)
         found = numbers(seeded(task, "step", seed=0 if seed else number))
         losses.append(found.get(LOSS_FLOW, found.get(LOSS, math.nan)))
-    return abs(losses[0] - losses[1]) / max(map(abs, losses))
+    return abs(losses[0] - losses[1]) / max(*map(abs, losses), 1e-12)
 
 
 def check_baseline(subject: Subject, baseline: Mapping[str, Any], limit: float) -> Iterator[Check]:

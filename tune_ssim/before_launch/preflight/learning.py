@@ -57,6 +57,8 @@ def check_learning(subject: Subject, base: Mapping[str, Any], guard: SmokeTest |
             with_gradient=[name for owner, name in leaking if owner == part],
             training=_in_train_mode(module),
         )
+    if learning:
+        yield step_rules.micro_batches(sum(learning.values()), len(learning))
     motionless = [name for name in learning if torch.equal(before[name], parameters[name].detach())]
     rates = {name: call(task, "effective").get(name) for name in subject.disable_update}
     rates = {name: rate for name, rate in rates.items() if is_number(rate)}
@@ -124,14 +126,15 @@ def _averages(task: Any, parts: Mapping[str, Part], parameters: Mapping[str, tor
 
 
 @contextlib.contextmanager
-def _gradients(parameters: Mapping[Any, torch.nn.Parameter]) -> Iterator[dict[Any, None]]:
-    """The parameters that get a non-zero gradient in the block, in order of arrival. Observed while the gradient is computed, since
-    a step may clear it."""
-    seen: dict[Any, None] = {}
+def _gradients(parameters: Mapping[Any, torch.nn.Parameter]) -> Iterator[dict[Any, bool]]:
+    """The parameters that get a non-zero gradient in the block, in order of arrival, and whether the same one was there already.
+    Observed while the gradient is computed, since a step may clear it."""
+    seen: dict[Any, bool] = {}
 
     def see(name: Any, gradient: torch.Tensor) -> None:
         if bool(gradient.any()):
-            seen[name] = None
+            there = parameters[name].grad
+            seen[name] = seen.get(name, False) or (there is not None and torch.equal(there, gradient))
 
     handles = [p.register_hook(partial(see, name)) for name, p in parameters.items() if p.requires_grad]
     try:
@@ -208,4 +211,5 @@ def check_decoder(task: Any) -> Iterator[Check]:
             raise Unavailable("a batch of one cannot be decoded apart")
         once, again = forward.decode(z0), forward.decode(z0)
         alone = torch.cat([forward.decode(z0[:1]), forward.decode(z0[1:])])
-    yield step_rules.decoder((once - again).abs().max().item(), (once - alone).abs().max().item())
+    differences = [(once - other).abs().max().item() for other in (again, alone, alone.flip(0))]
+    yield step_rules.decoder(*differences)

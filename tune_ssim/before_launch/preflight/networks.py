@@ -72,11 +72,13 @@ def zeroed_layers(module: torch.nn.Module) -> list[str]:
 
 
 def coarse_layers(module: torch.nn.Module) -> list[str]:
-    """Layers whose weights have a few values, but more than the two of a mask."""
+    """Layers that learn and whose weights have a few values, but more than the two of a mask. A fixed filter may have few."""
     sizes = {
         f"{name}.weight": len(layer.weight.detach().flatten()[: 16 * MIN_WEIGHTS].unique())
         for name, layer in module.named_modules()
-        if isinstance(layer, (torch.nn.Linear, torch.nn.modules.conv._ConvNd)) and layer.weight.numel() >= MIN_WEIGHTS
+        if isinstance(layer, (torch.nn.Linear, torch.nn.modules.conv._ConvNd))
+        and layer.weight.requires_grad
+        and layer.weight.numel() >= MIN_WEIGHTS
     }
     return [name for name, size in sizes.items() if 2 < size <= rules.MAX_LEVELS]
 

@@ -23,6 +23,7 @@ LABEL_FRACTION = "label_fraction"  # of a step, if a task has text: share of the
 
 MAX_EMA_DISTANCE = 0.65
 MAX_AVERAGE_LOSS_RATIO = 2.5
+MAX_LEVELS = 16  # of 4 bits; trained weights hardly repeat a value
 
 
 def weights(
@@ -32,11 +33,12 @@ def weights(
     fresh_layers: Sequence[str] = (),
     holds: str | None = None,
     zeroed_layers: Sequence[str] = (),
+    coarse_layers: Sequence[str] = (),
 ) -> Check:
     """A network compared with the file that it must have been loaded from.
 
     fresh_layers: those whose weights are distributed as after initialisation; zeroed_layers: those whose weights are zero although
-    their bias is not. holds: another file that it equals instead.
+    their bias is not; coarse_layers: those whose weights have a few values only. holds: another file that it equals instead.
     """
     name, untrained, norms = f"weights/{part}", len(found.untrained), found.norm_parameters
     evidence = {
@@ -49,6 +51,7 @@ def weights(
         "untrained_norm_parameters": untrained,
         "fresh_layers": len(fresh_layers),
         "zeroed_layers": len(zeroed_layers),
+        "coarse_layers": len(coarse_layers),
         "metadata_missing": float(found.metadata_missing),
     }
     faults = listed(
@@ -74,6 +77,9 @@ def weights(
     if zeroed_layers:
         sentence += f", {some(zeroed_layers, 'of them are zero although their bias is not')}"
         return Check(name, "bad_setup", sentence, evidence, "write the file again, from a network that was not changed")
+    if coarse_layers:
+        sentence += f", {some(coarse_layers, f'of them have at most {MAX_LEVELS} different values')}"
+        return Check(name, "bad_setup", sentence, evidence, "use the file from before the weights were quantised")
     if found.fresh:  # also true of a network whose norms were always frozen
         return Check(name, "warn", sentence, evidence, "is this the file of a trained network?")
     sentence += f", trained ({norms - untrained} of {norms} normalisation parameters)" if norms else ""
@@ -141,6 +147,8 @@ MAX_SAMPLE_DIFFERENCE = GREY_LEVEL / 4  # 0 in sound set-ups on a CPU; 0.011 wit
 # reconstructions; from the reconstructions 0.26 and more; 0 of copies.
 MIN_FROM_REFERENCES, MIN_FROM_RECONSTRUCTIONS = 0.7, 0.1
 
+MAX_SAMPLE_ERROR = 10.0
+
 # -- losses
 
 MAX_LOSS_RATIO = 0.8
@@ -186,6 +194,19 @@ def told_time(loss: float, others: Mapping[str, float]) -> Check:
     wrong = f"the main loss is {ratio:.3g}x lower if the network is told {best}"
     remedy = "tell the network the same time, in the same units, in training, in inference and when it was pretrained"
     return judge("flow/time", is_sound, sentence if is_sound else wrong, evidence, remedy)
+
+
+def kernels(loss: float, others: Mapping[str, float], trivial: float) -> Check:
+    """loss: main loss with the network's kernels; others: with changed ones; trivial: of the best constant prediction."""
+    best = min(others, key=lambda name: others[name])
+    ratio = loss / max(others[best], 1e-12)
+    evidence = {"loss": loss, **{f"loss@{name}": value for name, value in others.items()}, "trivial": trivial, "ratio": ratio}
+    is_sound = ratio <= MAX_TIME_RATIO or not others[best] < MAX_LOSS_RATIO * trivial  # no better than chance in either way
+    sentence = (
+        "the network predicts best with its kernels as they are" if is_sound else f"kernels {best} predict {ratio:.3g}x better"
+    )
+    remedy = "convert the kernels to the layout [out, in, height, width]"
+    return judge("weights/kernels", is_sound, sentence, evidence, remedy)
 
 
 def caption_loss(loss: float, vocabulary_size: int | None, label_fraction: float | None) -> Check:
@@ -317,6 +338,16 @@ def mapping(name: str, what: str, identity: float, mixed_up: Mapping[str, float]
     is_sound = ratio <= MAX_MAPPING_RATIO
     sentence = f"{what} agree (mean square {identity:.2g})" if is_sound else f"{what} match {ratio:.3g}x better if {MIX_UPS[best]}"
     return judge(f"data/{name}", is_sound, sentence, evidence, "choose one layout of images, and convert them to it once")
+
+
+def sample_error(samples: float, one_step: float) -> Check:
+    """Mean squares over the variance of the references: of samples, and of what the network predicts in one step near t = 1. A
+    sample of the right distribution has twice the error of the best prediction (its variance once more)."""
+    ratio = samples / max(one_step, 1e-12)
+    sentence = f"samples are {ratio:.2g}x as far (mean square) from their references as one-step predictions near t = 1 are"
+    evidence, fault = {"samples": samples, "one_step": one_step, "ratio": ratio}, ": inference is not what is trained"
+    remedy = "give the network in inference what it gets in training: condition, range, time, and the same formula for z0"
+    return judge("sampling/error", ratio <= MAX_SAMPLE_ERROR, sentence, evidence, remedy, fault=fault)
 
 
 def own_partner(name: str, what: str, wins: float, images: int) -> Check:

@@ -39,6 +39,12 @@ MIN_DESCENT, MIN_NEW_COSINE, MIN_NEW_SHARE = 0.05, 0.05, 1e-3
 
 MIN_PAIRS = 8  # steps, below which nothing is said about the loss
 MIN_RISE = 0.01  # relative; smaller changes of the loss are of no consequence
+MAX_TIME_ERROR = 0.02  # of t; it is exact in sound set-ups but for rounding
+# Of the gradient at the prediction the share that points away from its error: 1 for each loss that is a function of the error's
+# size, weighted or not; about 0.5 if it compares with something else. Its value over the mean square error: squares, absolute
+# values, Huber and weighted ones lie between 0.1 and 100.
+MIN_AGREEING, MIN_LOSS_SCALE = 0.75, 0.01
+TINY_SHARE, MAX_GROWTH = 1e-6, 5.0  # of the loss; of a weight after the last step, of which the trial sees less than a fifth
 MAX_ALIKE, MAX_NOISE_MEAN, NOISE_DEVIATION = 0.5, 0.1, (0.8, 1.25)  # by chance 0.1, 0.02 and 0.98 to 1.02
 # 0.44 to 1.2 on five photographs, 1.5 if a tenth of the conditions is dropped; 9.4 if they are mirrored.
 MAX_TRAINING_RATIO = 3.0
@@ -198,8 +204,8 @@ def frozen(part: str, *, tensors: int, changed: Sequence[str], with_gradient: Se
     return judge(f"frozen/{part}", not faults, sentence, evidence, remedy)
 
 
-def decoder(repeat: float, alone: float) -> Check:
-    """Largest difference of the decoded images when decoded again, and when decoded one by one."""
+def decoder(repeat: float, alone: float, swapped: float) -> Check:
+    """Largest difference of two decoded images when decoded again, when decoded one by one, and so but in the other order."""
     evidence = {"repeat": repeat, "alone": alone}
     sentence = "decoding is repeatable, and independent of the other images in the batch"
     if not repeat <= MAX_DECODE_DIFFERENCE:
@@ -207,6 +213,9 @@ def decoder(repeat: float, alone: float) -> Check:
     elif not alone <= MAX_DECODE_DIFFERENCE:
         sentence = f"an image differs by {alone:.2g} when it is decoded without the rest of its batch"
     is_sound = repeat <= MAX_DECODE_DIFFERENCE and alone <= MAX_DECODE_DIFFERENCE
+    if repeat <= MAX_DECODE_DIFFERENCE < alone and swapped <= MAX_DECODE_DIFFERENCE:
+        sentence, remedy = "the decoder returns the images of a batch in another order", "keep the order of its chunks"
+        return Check("data/decoder_order", "bad_setup", sentence, evidence, remedy)
     remedy = "put the decoder into eval mode: dropout is random, BatchNorm mixes the images of a batch"
     return judge("frozen/decoder", is_sound, sentence, evidence, remedy)
 
@@ -274,6 +283,49 @@ def loss_under_updates(name: str, held: Sequence[float], trained: Sequence[float
         "minimise the loss: check its sign, hooks on gradients and the optimiser; or lower the learning rate",
     )
     return judge(name, not (is_rising and rise > MIN_RISE), sentence, evidence, remedy, fault=": it rises with every update")
+
+
+def time_of_noise(apart: float) -> Check:
+    """apart: largest difference between a sample's t and the share of noise in what the network gets."""
+    sentence = f"t is the share of noise in the network's input to within {apart:.2g}"
+    fault, remedy = ": the gates judge another time than the image's", "give the losses the t with which the noise was mixed in"
+    return judge("flow/t", apart <= MAX_TIME_ERROR, sentence, {"apart": apart}, remedy, fault=fault)
+
+
+def main_gradient(agreeing: float, without: int, channels: int, scale: float) -> Check:
+    """The gradient of the main loss at the prediction. agreeing: its share that lessens the error; without: channels that get
+    none; scale: the main loss over the mean square error."""
+    evidence = {"agreeing": agreeing, "channels_without_gradient": without, "scale": scale}
+    name, sentence = "loss/main_gradient", f"{agreeing:.0%} of the main loss's gradient lessens the error of the prediction"
+    if without:
+        fault = f"the main loss has no gradient for {without} of the {channels} channels of the prediction"
+        return Check(name, "bad_setup", fault, evidence, "compare the whole prediction with the whole target")
+    if scale < MIN_LOSS_SCALE:
+        fault = f"the main loss is {scale:.2g}x the mean square error of the prediction: any other loss drowns it"
+        return Check(name, "bad_setup", fault, evidence, "is it divided by the number of elements twice?")
+    remedy = "compare each prediction with its own target: check broadcasting, and the order of the batch"
+    return judge(name, agreeing >= MIN_AGREEING, sentence, evidence, remedy)
+
+
+def last_step(name: str, value: Any, last: float, later: float, loss: float) -> Check | None:
+    """What the weight `name` adds to the loss at the end of a trial, and long after it; None if that is nothing."""
+    evidence, check = {"last": last, "later": later}, f"parameter/{name}"
+    if last < -TINY_SHARE * abs(loss):
+        sentence = f"{name} {_short_repr(value)} lowers the loss by {-last:.3g} at the last step: its term has the wrong sign"
+        return Check(check, "bad_setup", sentence, evidence, FLIPPED_REMEDY)
+    if later > MAX_GROWTH * max(last, 0.0) and later > TINY_SHARE * abs(loss):
+        sentence = f"{name} {_short_repr(value)} adds {last:.2g} to the loss at the last step, and {later:.2g} long after it"
+        return Check(check, "bad_setup", f"{sentence}: its warm-up is longer than the trial", evidence, "shorten the warm-up")
+    return None
+
+
+def micro_batches(repeated: int, parameters: int) -> Check:
+    """repeated: of the parameters that learn, those to which a step adds the same gradient again."""
+    remedy = "draw each micro-batch from its own random numbers"
+    sentence, fault = "what a step adds to a gradient", " is the same again: its micro-batches are the same"
+    if repeated < parameters:
+        return Check("data/micro_batches", "ok", f"{sentence} is new", {"repeated": repeated})
+    return Check("data/micro_batches", "bad_setup", sentence + fault, {"repeated": repeated}, remedy)
 
 
 def freshness(share: float, cosine: float, total_norm: float | None, expected: float, accumulated: float) -> Check:

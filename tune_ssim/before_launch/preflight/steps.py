@@ -290,6 +290,8 @@ def _loss_gradient(loss: Any, images: torch.Tensor, targets: torch.Tensor, sizes
 def check_parameters(probe: Probe) -> Iterator[Check]:
     """Checks every auxiliary parameter by its effect, the other settings by `effective()`."""
     main = probe.read(MAIN_ALONE)
+    if main.total_norm == 0:
+        raise Unavailable(f"the main loss has no gradient in step {main.n}")
     yield from _switched_off(main, probe.subject)
     if main.expected is not None:
         yield step_rules.step_gradient("main", main.total_norm, main.expected.total_norm, main.cosine, random=main.random)
