@@ -24,6 +24,7 @@ from rich.console import Console
 from small_task import SmallTask
 from torch import Tensor
 from unseen_defects import UNSEEN
+from unseen_defects_2 import UNSEEN_2
 
 from tune_ssim.base.errors import UserError
 from tune_ssim.before_launch.inspection import preflight_lines
@@ -166,6 +167,17 @@ def test_a_report_has_the_worst_status_and_first_reason() -> None:
         (rules.ema_distance("ema", "raw", math.nan), "bad_setup"),
         (step_rules.law_of_t(0.1, 64), "ok"),
         (step_rules.law_of_t(0.5, 64), "bad_setup"),
+        (step_rules.time_of_noise(1e-3), "ok"),
+        (step_rules.time_of_noise(0.27), "bad_setup"),
+        (step_rules.main_gradient(1.0, 0, 4, 1.0), "ok"),
+        (step_rules.main_gradient(0.5, 0, 4, 9.0), "bad_setup"),  # the batch's mean for a target
+        (step_rules.main_gradient(1.0, 3, 4, 1.2), "bad_setup"),
+        (step_rules.main_gradient(1.0, 0, 3, 1 / 3072), "bad_setup"),
+        (step_rules.decoder(0.0, 0.0, 0.5), "ok"),
+        (step_rules.decoder(0.0, 0.5, 0.4), "bad_setup"),
+        (rules.kernels(9.0, {"transposed": 5.0}, 1.0), "ok"),  # random weights
+        (rules.sample_error(0.2, 0.1), "ok"),
+        (rules.sample_error(2.0, 0.1), "bad_setup"),
         (step_rules.baseline_push(1.0, 1.0, 10.0), "ok"),
         (step_rules.baseline_push(1.0, 0.0, 10.0), "bad_setup"),
         (step_rules.baseline_push(17.6, 1.0, 10.0), "warn"),  # FACTS §1: note 001's own baseline
@@ -330,7 +342,8 @@ def learning_steps(found: Case) -> Iterator[Check]:
 
 def inference(found: Case) -> Iterator[Check]:
     task = made(found)
-    return sampling.check_sampling(task, task.sample(0))
+    yield from sampling.check_sampling(task, task.sample(0))
+    yield from images.check_samples(task.sample(0), images.look(task))
 
 
 def draws(found: Case) -> Iterator[Check]:
@@ -342,6 +355,12 @@ def predictions(found: Case) -> Iterator[Check]:
     task = made(found)
     yield from flow.check_prediction(task)
     yield from flow.check_time(task)
+
+
+def main_losses(found: Case) -> Iterator[Check]:
+    task = made(found)
+    yield from flow.check_main_loss(task)
+    yield from flow.check_kernels(task)
 
 
 def noise(found: Case) -> Iterator[Check]:
@@ -370,9 +389,18 @@ FAULTS: list[tuple[Callable[[Case], Iterator[Check]], list[str]]] = [
         weights,
         ["half the tensors missing, tolerant loader", "the EMA was loaded for the raw weights", "one layer is random in the file"],
     ),
+    (
+        main_losses,
+        [
+            "the main loss has one channel",
+            "the main loss compares with the batch's mean",
+            "the gate gets t before its shift",
+            "kernels in the file are transposed",
+        ],
+    ),
     (samples, ["the EMA is noise on the raw weights"]),
     (losses, ["low-resolution inputs are exchanged in training"]),
-    (decoding, ["functional dropout in decode()"]),
+    (decoding, ["functional dropout in decode()", "the decoder returns its images in reversed order"]),
     (precision, ["SSIM in bfloat16, inside the loss", "images rounded to bfloat16 before SSIM"]),
     (pairs, ["the loss takes [-1, 1] for [0, 1]", "targets are shuffled within the batch"]),
     (training_images, ["training reaches over all the held-out part", "training sees the held-out part mirrored"]),
@@ -382,7 +410,7 @@ FAULTS: list[tuple[Callable[[Case], Iterator[Check]], list[str]]] = [
     ),
     (learning_steps, ["the autoencoder is trained", "part of the denoiser is frozen"]),
     (gates, ["max_t so small that no step is active"]),
-    (inference, ["inference returns the truth", "inference draws new noise every time"]),
+    (inference, ["inference returns the truth", "inference draws new noise every time", "the condition is in [0, 1] in inference"]),
     (draws, ["every step has the same noise and t", "the loader is not seeded"]),
     (predictions, ["z0 has the wrong sign of the velocity", "the network is told always 0.5"]),
     (noise, ["the noise is the same for all images of a batch", "the condition is empty in training"]),
@@ -404,6 +432,21 @@ def test_a_fault_is_blamed_on_its_cause(measure: Callable[[Case], Iterator[Check
     with case(name, tmp_path) as broken:
         found = bad(measure(broken))
     assert any(name.startswith(cause) for name in found for cause in broken.blamed), found
+
+
+@pytest.mark.parametrize(
+    ("name", "blamed"),
+    [
+        ("bundled VAE: the KL has the wrong sign", "parameter/kl_alpha"),
+        ("bundled VAE: the KL is annealed over three million steps", "parameter/kl_alpha"),
+        ("bundled flow: all micro-batches are the same", "data/micro_batches"),
+    ],
+)
+def test_a_fault_without_a_forward_pass_is_blamed_on_its_cause(name: str, blamed: str, tmp_path: Path) -> None:
+    with case(name, tmp_path) as broken:
+        subject = Subject(broken.task, {"steps": broken.steps, **broken.config}, 0, "cpu", {"lr": 0.0})
+        late = launch.check_last_step(subject, broken.baseline, broken.settings, broken.steps)
+        assert bad(itertools.chain(late, learning.check_learning(subject, broken.baseline, None))) == [blamed]
 
 
 @pytest.mark.parametrize("measure", [measure for measure, _ in FAULTS])
@@ -461,6 +504,7 @@ def test_every_defect_that_the_issue_lists_is_in_the_matrix() -> None:
 
 def test_set_ups_that_the_checks_were_not_tuned_on_are_many() -> None:
     assert sum(name in DEFECTS for name in UNSEEN) >= 15 and sum(name in HEALTHY for name in UNSEEN) >= 40
+    assert sum(name in DEFECTS for name in UNSEEN_2) >= 50 and sum(name in HEALTHY for name in UNSEEN_2) >= 60
 
 
 def test_fresh_layers_are_those_that_were_never_trained() -> None:
