@@ -49,20 +49,20 @@ class Seen:
     pairs: tuple[tuple[Tensor, Tensor], ...]  # what the network should predict, and the clean latents, of the first steps
     latent_sized: bool  # whether the `sizes` of all images are those of the latents, and the images are larger
     repeated: bool  # whether each step has one image, over and over
-    noisy: tuple[Tensor, Tensor]  # predictions at t > TOP_BIN in [0, 1], and their targets
+    noisy: tuple[Tensor, Tensor]  # predictions at t > TOP_BIN and their clean latents, decoded to [0, 1]
     flow: Tensor  # [k, 2]: t of a sample and the mean square error of its velocity; empty if the clean latents are not shown
 
 
 def work(batch: int) -> dict[str, float]:
     """What `look` needs; of t as in a uniform law."""
     forwards = min(MAX_FORWARDS, max(MIN_FORWARDS, math.ceil(SAMPLES / max(1, batch))))
-    return {"forward": forwards + 1, "decode": (LOW_T * (1 + len(SCALES)) + 1 - TOP_BIN) * forwards * batch + ROUND_TRIPS}
+    return {"forward": forwards + 1, "decode": (LOW_T * (1 + len(SCALES)) + 2 * (1 - TOP_BIN)) * forwards * batch + ROUND_TRIPS}
 
 
 def look(task: Any) -> Seen:
     main, trivial, times, targets, everything = [], [], [], [], []
     round_trips: list[Tensor] = []
-    noisy: list[tuple[Tensor, Tensor]] = []
+    noisy: list[tuple[Tensor, ...]] = []
     draws: list[dict[str, Tensor]] = []
     flow, pairs = [torch.zeros(0, 2)], []
     decoded: dict[float, list[Tensor]] = {scale: [] for scale in (1.0, *SCALES)}
@@ -90,8 +90,9 @@ def look(task: Any) -> Seen:
                 for scale, images in decoded.items():
                     images.append(unit(decode(scale * forward.z0[low]).float(), forward.loss.image_range).cpu())
                 targets.append(everything[-1][low])
-            if (high := (t > TOP_BIN) & is_target).any():
-                noisy.append((unit(decode(forward.z0[high]).float(), forward.loss.image_range).cpu(), everything[-1][high]))
+            if forward.clean is not None and (high := (t > TOP_BIN) & is_target).any():
+                pair = (unit(decode(z[high]).float(), forward.loss.image_range).cpu() for z in (forward.z0, forward.clean))
+                noisy.append(tuple(pair))
             if forward.clean is not None and sum(len(images) for images in round_trips) < ROUND_TRIPS:
                 round_trips.append(unit(decode(forward.clean).float(), forward.loss.image_range).cpu())
             batch_size, samples = len(t), samples + len(t)
@@ -193,11 +194,17 @@ def check_pairs(sample: Sample, seen: Seen | None) -> Iterator[Check]:
 
 
 def check_samples(sample: Sample, seen: Seen | None) -> Iterator[Check]:
-    """Compares the error of samples with that of one-step predictions near t = 1, where inputs say what the samples show."""
-    references = sample.references if sample.inputs is not None else None  # a caption leaves too much open
-    if seen is None or references is None or references.shape != sample.images.shape or len(seen.noisy[0]) < rules.MIN_IMAGES:
-        raise Unavailable("there are no inputs with references, or no predictions near t = 1, to compare the samples with")
-    pairs = (sample.images.float().cpu(), references.float().cpu()), seen.noisy
+    """Compares the error of samples with that of one-step predictions near t = 1, where inputs say what the samples show: a caption
+    leaves too much open. Both without what an autoencoder loses."""
+    truth = sample.reconstructions
+    if truth is None and seen is not None and sample.references is not None and seen.pairs:
+        in_pixels = seen.pairs[0][1].shape[1:] == sample.references.shape[1:]
+        truth = sample.references if in_pixels else None
+    if seen is None or sample.inputs is None or truth is None or truth.shape != sample.images.shape:
+        raise Unavailable("the samples have no inputs, or nothing that they should be")
+    if len(seen.noisy[0]) < rules.MIN_IMAGES:
+        raise Unavailable(f"only {len(seen.noisy[0])} of the first samples have t > {TOP_BIN:g} and a clean latent")
+    pairs = (sample.images.float().cpu(), truth.float().cpu()), seen.noisy
     yield rules.sample_error(*(_mean_square(x, y) / y.var().clamp(min=1e-6).item() for x, y in pairs))
 
 
