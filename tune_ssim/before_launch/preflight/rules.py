@@ -147,7 +147,7 @@ MAX_SAMPLE_DIFFERENCE = GREY_LEVEL / 4  # 0 in sound set-ups on a CPU; 0.011 wit
 # reconstructions; from the reconstructions 0.26 and more; 0 of copies.
 MIN_FROM_REFERENCES, MIN_FROM_RECONSTRUCTIONS = 0.7, 0.1
 
-MAX_SAMPLE_ERROR = 10.0
+MAX_SAMPLE_ERROR = 10.0  # 2 in theory, 0.85 to 4.0 in sound set-ups; 640 and more of broken ones
 
 # -- losses
 
